@@ -1,0 +1,47 @@
+"""Errors that a user can mend. Each says what, where and how; anything else is a bug and keeps its traceback."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class PrefabError(Exception):
+    """Base of all errors that are the user's to mend; the command line prints them without a traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake in a file. `line` and `column` count from 1; 0 means unknown. `path` is like principles[2].weight."""
+
+    file: str
+    line: int
+    column: int
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        return f"{where} {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
+
+
+class ConfigError(PrefabError, ValueError):
+    """Wrong configuration; carries every problem found, not only the first."""
+
+    def __init__(self, problems: list[Problem] | str) -> None:
+        self.problems = [Problem("", 0, 0, "", problems)] if isinstance(problems, str) else problems
+        super().__init__(problems if isinstance(problems, str) else "\n".join(map(str, problems)))
+
+
+class StoreError(PrefabError, RuntimeError):
+    """The ledger or the DuckDB file is absent, damaged, locked, or the disk is full."""
+
+
+class EngineError(PrefabError, RuntimeError):
+    """An engine cannot start or has failed for good (no server, wrong model name, bad key)."""
+
+
+class TransportError(EngineError):
+    """No answer came for one request after all retries; counted, and asked again by the next run."""
+
+
+class BudgetError(PrefabError, RuntimeError):
+    """A run passed the share of unscored or failed answers, or the number of calls or tokens, that it allows."""

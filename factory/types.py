@@ -1,0 +1,233 @@
+"""The nouns of Prefab: frozen, slotted dataclasses, and nothing that acts on them.
+
+Texts are `str`, ids are content digests (hex) unless a person chose them, probabilities are in [0, 1],
+log-probabilities are natural logarithms.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Order = Literal["ab", "ba"]
+Winner = Literal["a", "b", "tie"]
+Exactness = Literal["exact", "bounds", "hard"]
+UnscoredReason = Literal["parse", "refused", "truncated", "low_label_mass", "transport", "context", "no_logprobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a policy is asked. `group` names what must stay on one side of a split; `split` is train, val or test."""
+
+    id: str
+    messages: tuple[Message, ...]
+    tags: tuple[str, ...] = ()
+    group: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Principle:
+    """One rule of a constitution. `applies_when` lists prompt tags, any of which makes it apply; empty means always."""
+
+    id: str
+    title: str
+    compare: str
+    critique: str
+    revise: str
+    criterion: str
+    weight: float = 1.0
+    tags: tuple[str, ...] = ()
+    applies_when: tuple[str, ...] = ()
+    formerly: tuple[str, ...] = ()
+    enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Constitution:
+    """A named list of principles, with few-shot examples and tests. `source` is the file's text, kept with each run."""
+
+    id: str
+    title: str
+    licence: str
+    selection: Literal["sample_one", "all", "weighted", "lexicographic"]
+    principles: tuple[Principle, ...]
+    examples: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    tests: tuple[Mapping[str, Any], ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to decode. Every field is always sent: a server otherwise fills in the model's own defaults.
+
+    `seed` is the run's seed, present only at temperature above 0.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of a model: everything that decides the answer, and nothing else. See `keys.request_key`.
+
+    `labels` are the spellings whose log-probabilities are read at the first generated token (empty: free text).
+    `repeat` is (sample, round, ...) wherever the temperature is above 0, or an explicit repeat of a judge.
+    """
+
+    model: str
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    labels: tuple[str, ...] = ()
+    template_kwargs: tuple[tuple[str, Any], ...] = ()
+    repeat: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What came back. `label_logps` maps each readable spelling to its log-probability at the first token.
+
+    `finish` is stop, length, context (the prompt was longer than `limit` tokens) or refused (by the server's policy).
+    """
+
+    text: str
+    finish: Literal["stop", "length", "context", "refused"]
+    label_logps: Mapping[str, float] | None = None
+    exactness: Exactness = "exact"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    limit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a call was asked for; committed with or before the call's first use.
+
+    `role` is sample, critique, revise, reason, judge, or identical (a comparison of equal texts, never asked).
+    `sample` is the sample's index in its prompt; `other` the second sample's of a comparison; `round` counts from 0.
+    """
+
+    run: int
+    prompt: str
+    role: str
+    sample: int = 0
+    other: int = -1
+    round: int = 0
+    principle: str = ""
+    judge: str = ""
+    order: str = ""
+    repeat: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An answer of the policy to a prompt. `parent` is the index of the sample it revises, -1 for a first draft."""
+
+    prompt: str
+    index: int
+    text: str
+    finish: str = "stop"
+    parent: int = -1
+    round: int = 0
+    principle: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Critique:
+    """What a critic said of one sample under one principle. `fault` is None when the critique could not be read."""
+
+    prompt: str
+    sample: int
+    principle: str
+    text: str
+    fault: bool | None
+    reason: UnscoredReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two samples of one prompt, put to judges."""
+
+    prompt: Prompt
+    a: Sample
+    b: Sample
+
+    def swap(self) -> Comparison:
+        """The same two answers in the other order."""
+        return Comparison(self.prompt, self.b, self.a)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One judgment in one order, told in the order's own labels un-swapped: `p_a` speaks of sample a whatever the order.
+
+    Either scored (`p_a` and `winner` set, `reason` None) or unscored (`reason` set, both others None); never in between.
+    `mass` is the probability that all labels had together; `tie_mass` that of the tie label.
+    """
+
+    p_a: float | None
+    winner: Winner | None
+    reason: UnscoredReason | None = None
+    mass: float | None = None
+    tie_mass: float = 0.0
+    exactness: Exactness = "exact"
+
+    def swap(self) -> Verdict:
+        """The same judgment with the two sides exchanged."""
+        p = None if self.p_a is None else 1.0 - self.p_a
+        flipped: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
+        winner = None if self.winner is None else flipped[self.winner]
+        return Verdict(p, winner, self.reason, self.mass, self.tie_mass, self.exactness)
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """What the readings of a comparison say together.
+
+    `outcome` is a, b, tie or unscored. `p_a` and `p_chosen` are None when unscored. `spread` is the standard deviation
+    of the readings' probabilities; `n_scored` of `n_readings` were scored.
+    """
+
+    prompt: str
+    a: int
+    b: int
+    outcome: Literal["a", "b", "tie", "unscored"]
+    p_a: float | None
+    p_chosen: float | None
+    spread: float | None
+    n_scored: int
+    n_readings: int
+    exactness: Exactness = "exact"
+
+
+class Engine(Protocol):
+    """Whatever answers requests. `identity` says which model it is (part of every key), not where it is."""
+
+    identity: str
+    max_in_flight: int
+
+    async def start(self) -> None:
+        """Make ready to answer; raises `EngineError` with the reason and the remedy."""
+
+    async def complete(self, key: bytes, request: Request) -> Completion:
+        """Answer one request. Raises `TransportError` when no answer came after all retries."""
+
+    async def stop(self) -> None:
+        """Release what `start` took. Safe to call twice."""
