@@ -1,0 +1,345 @@
+"""The ledger: every model call is a durable, memoised fact.
+
+`ask_many` gives answers that are on disk: those that were there, and those that the engine gives now. What arrives
+within one turn of the event loop is looked up together and its uses are written together, so a question already
+answered costs microseconds. The promise: no committed answer is ever asked again, and a crash repeats at most what was
+in flight or not yet committed (each bounded by the engine's `max_in_flight`).
+
+What uses mean, since the store is derived from them (all uses of one comparison belong in one `ask_many`, which writes
+them in one transaction, so that a comparison is never seen with half its questions):
+
+  sample     `sample`, `round`                the text of answer `sample`
+  critique   `sample`, `principle`, `round`   what is said of answer `sample`
+  revise     `sample`, `other`, `principle`, `round`   the text of the new answer `sample`; `other` is its parent
+  reason     as judge                         the reasoning before a label read
+  judge      `sample` (a), `other` (b), `principle`, `judge`, `order`, `repeat`, `round`
+  identical  `sample`, `other`                two equal texts; not asked
+"""
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from factory import ledgerfile, recorded
+from factory.errors import StoreError, TransportError
+from factory.keys import key_of, request_bytes
+from factory.ledgerfile import Answer, Commit, Failure, Writer
+from factory.recorded import Run
+from factory.types import Completion, Engine, Prompt, Request, Use
+
+STORE_FILE = "prefab.duckdb"
+
+
+@dataclass(slots=True)
+class LedgerStats:
+    """Counts since the ledger was opened. Engines answered `asked`, with these tokens; `reused` needed no engine."""
+
+    asked: int = 0
+    reused: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    in_flight: int = 0
+
+
+class _Batch:
+    """One `ask_many`: done when each question is answered and its uses are committed."""
+
+    __slots__ = ("asks", "keys", "bodies", "window", "results", "waiting", "future")
+
+    def __init__(self, asks: Sequence[tuple[Request, Use]], window: _Window, future: asyncio.Future) -> None:
+        self.asks, self.window, self.future = asks, window, future
+        self.bodies = [request_bytes(request) for request, _ in asks]
+        self.keys = [key_of(body) for body in self.bodies]
+        self.results: list[Any] = [None] * len(asks)
+        self.waiting = 1  # for the uses
+
+    def settle(self, count: int = 1) -> None:
+        self.waiting -= count
+        if self.waiting == 0 and not self.future.done():
+            self.future.set_result(self.results)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One question on its way to an engine and to the disk, and the places in batches that wait for it.
+
+    No batch owns it: cancelling one that waits leaves the others, and the answer, alone.
+    """
+
+    key: bytes
+    body: bytes
+    request: Request
+    window: _Window
+    waiters: list[tuple[_Batch, int]]
+
+    def land(self, result: Any) -> None:
+        for batch, i in self.waiters:
+            batch.results[i] = result
+            batch.settle()
+
+    def fail(self, error: BaseException) -> None:
+        for batch, _ in self.waiters:
+            batch.fail(error)
+
+
+@dataclass(slots=True, eq=False)
+class _Window:
+    """The questions of one engine: at most `max_in_flight` asked, and as many answered but not yet on disk."""
+
+    engine: Engine
+    queue: deque[_Flight] = field(default_factory=deque)
+    workers: set[asyncio.Task] = field(default_factory=set)
+    active: int = 0
+    uncommitted: int = 0
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Ledger:
+    """An open `ledger.sqlite`. One event loop asks; one thread writes. See the module's page for the promise."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.file = self.folder / ledgerfile.FILE
+        self.stats = LedgerStats()
+        self._writer = Writer(self.file, self._committed)
+        self._reader = ledgerfile.connect(self.file, readonly=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._windows: dict[int, _Window] = {}
+        self._flights: dict[bytes, _Flight] = {}
+        self._arrived: list[_Batch] = []
+        self._closed = False
+
+    @classmethod
+    def open(cls, folder: Path) -> Ledger:
+        """Open the store at `folder`, made where absent.
+
+        Raises: StoreError when the ledger is damaged, or missing beside a DuckDB file that was filled from it.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot make the store's folder ({error.strerror})") from error
+        if not (folder / ledgerfile.FILE).exists() and (folder / STORE_FILE).exists():
+            raise StoreError(f"{folder / ledgerfile.FILE} is missing beside {STORE_FILE}. It holds every answer: "
+                             f"restore it from a copy, or delete {folder / STORE_FILE} to begin anew")
+        return cls(folder)
+
+    def begin_run(self, name: str, config: dict[str, Any], texts: dict[str, str]) -> Run:
+        """The run of this configuration: resumed where name, configuration and texts are known, else a new version."""
+        return self._writer.run(lambda con: recorded.begin_run(con, name, config, texts))
+
+    def add_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Record prompts and their splits, a thousand a transaction.
+
+        The first split recorded for a group (or, without one, for a text) stands.
+        Raises: ConfigError naming prompt, group and both splits where a prompt's own split contradicts it.
+        """
+        rest = iter(prompts)
+        while some := list(islice(rest, 1000)):
+            self._writer.run(lambda con, some=some: recorded.add_prompts(con, some))
+
+    def add_human_label(self, label: dict[str, Any]) -> None:
+        """Record what a person said: a JSON object with prompt, a, b (texts or sample ids), winner, annotator, note."""
+        self._writer.run(lambda con: recorded.add_object(con, "human_labels", label))
+
+    def add_eval(self, result: dict[str, Any]) -> None:
+        """Record an evaluation: a JSON object with name, subject and metrics."""
+        self._writer.run(lambda con: recorded.add_object(con, "evals", result))
+
+    def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
+        """The committed answers to these keys."""
+        with ledgerfile.told(self.file):
+            return ledgerfile.lookup(self._reader, keys)
+
+    def note(self, use: Use) -> None:
+        """Record a use that asks nothing (role `identical`); on disk at the latest when the ledger is closed."""
+        self._check()
+        self._writer.put(([(use, b"")], ()))
+
+    async def ask(self, request: Request, use: Use, engine: Engine) -> Completion:
+        """One question. Raises: TransportError, once that is recorded, when no answer came after all retries."""
+        (result,) = await self.ask_many([(request, use)], engine)
+        if isinstance(result, TransportError):
+            raise result
+        return result
+
+    async def ask_many(self, asks: Sequence[tuple[Request, Use]], engine: Engine) -> list[Completion | TransportError]:
+        """Answers in the order of `asks`, all of them on disk; a question that got none gives its `TransportError`.
+
+        Raises: StoreError when the ledger cannot write any more, EngineError when the engine failed for good,
+        ValueError for a text that cannot be asked (a lone surrogate).
+        """
+        self._check()
+        if not asks:
+            return []
+        self._loop = asyncio.get_running_loop()
+        window = self._windows.get(id(engine))
+        if window is None:
+            window = self._windows[id(engine)] = _Window(engine)
+        batch = _Batch(asks, window, self._loop.create_future())
+        if not self._arrived:
+            self._loop.call_soon(self._look_up)
+        self._arrived.append(batch)
+        return await batch.future
+
+    def _check(self) -> None:
+        if self._writer.broken:
+            raise self._writer.broken
+        if self._closed:
+            raise StoreError(f"{self.file}: the ledger is closed")
+
+    def _look_up(self) -> None:
+        """Once a turn of the event loop: one look-up and one write of uses for all that arrived in it."""
+        batches, self._arrived = self._arrived, []
+        try:
+            wanted = {key for batch in batches for key in batch.keys} - self._flights.keys()
+            found = self.lookup(list(wanted))
+        except StoreError as error:
+            for batch in batches:
+                batch.fail(error)
+            return
+        uses: list[tuple[Use, bytes]] = []
+        for batch in batches:
+            uses += [(use, key) for (_, use), key in zip(batch.asks, batch.keys, strict=True)]
+            self._dispatch(batch, found)
+        self._writer.put((uses, batches))  # before any answer to them: workers have not run yet
+
+    def _dispatch(self, batch: _Batch, found: dict[bytes, Completion]) -> None:
+        limit = getattr(batch.window.engine, "max_model_len", None) or 0
+        for i, key in enumerate(batch.keys):
+            answer = found.get(key)
+            if answer is not None and not (answer.finish == "context" and limit > answer.limit):
+                batch.results[i] = answer
+                self.stats.reused += 1
+                continue
+            batch.waiting += 1
+            flight = self._flights.get(key)
+            if flight is not None:
+                self.stats.reused += 1
+                flight.waiters.append((batch, i))
+                continue
+            flight = _Flight(key, batch.bodies[i], batch.asks[i][0], batch.window, [(batch, i)])
+            self._flights[key] = flight
+            batch.window.queue.append(flight)
+        self._staff(batch.window)
+
+    def _staff(self, window: _Window) -> None:
+        """One task a place in the window while there is work, not one a question."""
+        for _ in range(min(len(window.queue), window.engine.max_in_flight - window.active)):
+            window.active += 1
+            worker = asyncio.get_running_loop().create_task(self._work(window))
+            window.workers.add(worker)
+            worker.add_done_callback(window.workers.discard)
+
+    async def _work(self, window: _Window) -> None:
+        try:
+            while window.queue:
+                if window.uncommitted >= window.engine.max_in_flight:
+                    window.room.clear()  # a disk slower than the engine: a crash may not repeat more than promised
+                    await window.room.wait()
+                else:
+                    await self._fly(window.queue.popleft())
+        finally:
+            window.active -= 1
+
+    async def _fly(self, flight: _Flight) -> None:
+        self.stats.in_flight += 1
+        flight.window.uncommitted += 1
+        try:
+            completion = _clean(await flight.window.engine.complete(flight.key, flight.request))
+            self._writer.put(Answer(flight.key, flight.body, flight.request.model, completion, flight))
+        except TransportError as error:
+            first, i = flight.waiters[0]
+            self._writer.put(Failure(first.asks[i][1].run, flight.key, error, flight))
+        except asyncio.CancelledError:
+            self._landed(flight)
+            flight.fail(StoreError(f"{self.file}: closed before this was answered"))
+            raise
+        except Exception as error:  # for good: whoever asked learns it, and stops the run
+            self._landed(flight)
+            flight.fail(error)
+        finally:
+            self.stats.in_flight -= 1
+
+    def _landed(self, flight: _Flight) -> None:
+        self._flights.pop(flight.key, None)
+        flight.window.uncommitted -= 1
+        flight.window.room.set()
+
+    def _committed(self, commit: Commit, error: StoreError | None) -> None:
+        """On the writer's thread, after a commit."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, commit, error)
+
+    def _deliver(self, commit: Commit, error: StoreError | None) -> None:
+        """Hand over what is on disk; when it is not, everything that waits learns why."""
+        for answer in commit.answers:
+            self._landed(answer.flight)
+            if error is None:
+                self.stats.asked += 1
+                self.stats.prompt_tokens += answer.completion.prompt_tokens
+                self.stats.completion_tokens += answer.completion.completion_tokens
+                answer.flight.land(answer.completion)
+        for failure in commit.failures:
+            self._landed(failure.flight)
+            if error is None:
+                self.stats.failed += 1
+                failure.flight.land(failure.error)
+        if error is None:
+            for _, batches in commit.uses:
+                for batch in batches:
+                    batch.settle()
+        else:
+            self._stop(error, commit)
+
+    def _stop(self, error: StoreError, commit: Commit) -> None:
+        for flight in [item.flight for item in (*commit.answers, *commit.failures)] + list(self._flights.values()):
+            flight.fail(error)
+        for batch in [batch for _, batches in commit.uses for batch in batches]:
+            batch.fail(error)
+        for window in self._windows.values():
+            window.queue.clear()
+            window.room.set()
+
+    async def close(self, drain: bool = True) -> None:
+        """Wait for questions already asked (`drain`), drop the others, write, and shorten the WAL.
+
+        Raises: StoreError if the last commit or the checkpoint failed.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for window in self._windows.values():
+            for flight in window.queue:
+                self._flights.pop(flight.key, None)
+                flight.fail(StoreError(f"{self.file}: closed before this was asked"))
+            window.queue.clear()
+            workers = list(window.workers)
+            for worker in workers if not drain else ():
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        self._reader.close()
+        await asyncio.to_thread(self._writer.close)
+        ledgerfile.kill_point("end")
+        if self._writer.broken:
+            raise self._writer.broken
+
+
+def _clean(completion: Completion) -> Completion:
+    """A lone surrogate (half an emoji, cut off by a server) cannot be stored as text: it becomes U+FFFD."""
+    text = completion.text
+    if text.isascii():
+        return completion
+    whole = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return completion if whole == text else replace(completion, text=whole)

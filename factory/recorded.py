@@ -1,0 +1,114 @@
+"""What the ledger records besides answers and their uses: runs, prompts and their splits, human labels, evaluations.
+
+Each function takes a connection to `ledger.sqlite`; those that write are run by the ledger's writer, in a transaction.
+"""
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from factory import ledgerfile
+from factory.errors import ConfigError
+from factory.keys import canonical, digest, split_of
+from factory.types import Message, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A resolved configuration under a name. `resumed` when the ledger already knew it."""
+
+    id: int
+    name: str
+    version: int
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as it was recorded. `last_start` grows with every start: the greatest is what a name means without @N."""
+
+    id: int
+    name: str
+    version: int
+    config: dict[str, Any]
+    texts: dict[str, str]
+    last_start: int
+    at: float
+
+
+def begin_run(con: sqlite3.Connection, name: str, config: dict[str, Any], texts: dict[str, str]) -> Run:
+    """The run with this name, configuration and texts: found, or recorded as the name's next version."""
+    identity = digest(name, config, texts)
+    row = con.execute("SELECT id, version FROM runs WHERE name=? AND digest=?", (name, identity)).fetchone()
+    resumed = row is not None
+    if row is None:
+        version = con.execute("SELECT coalesce(max(version), 0) + 1 FROM runs WHERE name=?", (name,)).fetchone()[0]
+        values = (name, version, identity, canonical(config).decode(), canonical(texts).decode(), time.time())
+        made = con.execute("INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?)", values)
+        row = (made.lastrowid, version)
+    con.execute("INSERT INTO starts(run, at) VALUES (?, ?)", (row[0], time.time()))
+    return Run(row[0], name, row[1], resumed)
+
+
+def runs(con: sqlite3.Connection) -> list[RunRecord]:
+    """Every run, in the order they were first recorded."""
+    rows = con.execute("SELECT r.id, r.name, r.version, r.config, r.texts, max(s.id), r.at "
+                       "FROM runs r JOIN starts s ON s.run = r.id GROUP BY r.id ORDER BY r.id").fetchall()
+    return [RunRecord(i, name, version, orjson.loads(config), orjson.loads(texts), start, at)
+            for i, name, version, config, texts, start, at in rows]
+
+
+def add_prompts(con: sqlite3.Connection, prompts: Sequence[Prompt]) -> None:
+    """Record prompts. Raises: ConfigError where a prompt's own split contradicts the one its group has."""
+    for prompt in prompts:
+        text = orjson.dumps([[m.role, m.content] for m in prompt.messages]).decode()
+        split = _split(con, prompt, text)
+        tags = orjson.dumps(list(prompt.tags)).decode()
+        identity = digest(prompt.id, text, tags, prompt.group is not None, prompt.group or "", split)
+        con.execute("INSERT OR IGNORE INTO prompts VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+                    (prompt.id, identity, text, tags, prompt.group, split))
+
+
+def _split(con: sqlite3.Connection, prompt: Prompt, text: str) -> str:
+    """The first split recorded for a prompt's group (without one: for its id) stands."""
+    group = "group " + prompt.group if prompt.group is not None else "prompt " + prompt.id
+    row = con.execute("SELECT split FROM splits WHERE grp=?", (group,)).fetchone()
+    if row is None:
+        split = prompt.split or split_of(text if prompt.group is None else prompt.group)
+        con.execute("INSERT INTO splits VALUES (?, ?)", (group, split))
+        return split
+    if prompt.split is not None and prompt.split != row[0]:
+        raise ConfigError(f"prompt {prompt.id}: split {prompt.split!r}, but {group!r} is recorded as {row[0]!r}. "
+                          "What belongs together stays on one side: correct the prompts file, or use a new store")
+    return row[0]
+
+
+def prompts_by_id(con: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Prompt]:
+    """The latest recorded form of each prompt, with the split that stands."""
+    sql = "SELECT id, prompt, messages, tags, grp, split FROM prompts WHERE prompt IN"
+    rows = sorted(row for some in ledgerfile.select_in(con, sql, ids) for row in some)
+    return {row[1]: prompt_of(row[1:]) for row in rows}
+
+
+def prompt_of(row: Sequence[Any]) -> Prompt:
+    """A prompt from its columns: id, messages, tags, group, split."""
+    name, messages, tags, group, split = row
+    turns = tuple(Message(role, content) for role, content in orjson.loads(messages))
+    return Prompt(name, turns, tuple(orjson.loads(tags)), group, split)
+
+
+def add_object(con: sqlite3.Connection, table: str, value: dict[str, Any]) -> None:
+    """Record a JSON object in `human_labels` or `evals`; the same object twice is recorded once."""
+    row = (digest(value), canonical(value).decode(), time.time())
+    con.execute(f"INSERT OR IGNORE INTO {table}(digest, value, at) VALUES (?, ?, ?)", row)
+
+
+def request_json(con: sqlite3.Connection, key: bytes) -> dict[str, Any] | None:
+    """What was asked under a key, as it was digested; None when it was never answered."""
+    row = con.execute("SELECT r.request FROM calls c JOIN requests r ON r.id = c.id WHERE c.key=?", (key,)).fetchone()
+    return None if row is None else orjson.loads(row[0])
