@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,26 +140,6 @@ def constitution_digest(constitution: Constitution) -> str:
     return _digest({"selection": constitution.selection,
                     "principles": [[p.id, principle_digest(p)] for p in constitution.principles],
                     "examples": {name: [dict(row) for row in rows] for name, rows in constitution.examples.items()}})
-
-
-def shots(constitution: Constitution, kind: str, principle: Principle) -> list[dict[str, str]]:
-    """The few-shot examples that a template of this kind shows under a principle, with `question` and `label` filled in.
-
-    An example that names a principle is shown under that one alone: editing another re-asks none of its calls.
-    """
-    ask = {"critique": principle.critique, "revise": principle.revise, "pointwise": principle.criterion,
-           "rubric": principle.criterion}.get(kind, principle.compare)
-    rows = [row for row in constitution.examples.get(kind, ()) if row.get("principle", principle.id) == principle.id]
-    return [{**{name: str(value) for name, value in row.items()}, "question": ask, "label": _label(row)} for row in rows]
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    """What the judge should have answered to an example."""
-    if "prefer" in row:
-        return {"a": "A", "b": "B", "tie": "T"}[row["prefer"]]
-    if "fault" in row:
-        return "Yes" if row["fault"] else "No"
-    return str(row.get("score", ""))
 
 
 def _digest(value: Any) -> str:

@@ -242,7 +242,7 @@ class _Builder:
 def _scan_problems(document: Document, error: yaml.MarkedYAMLError) -> list[Problem]:
     """What the scanner met, in words that help. It stops at its first mistake, except for tabs: all are shown."""
     problem, mark = error.problem or "cannot be read", error.problem_mark
-    place = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+    place = (mark.line + 1, mark.column + 1)
     if "'\\t'" in problem:
         places = [(number, line.index("\t") + 1) for number, line in enumerate(document.text.splitlines(), 1)
                   if "\t" in line[: len(line) - len(line.lstrip())]]
@@ -256,7 +256,7 @@ def _scan_problems(document: Document, error: yaml.MarkedYAMLError) -> list[Prob
         "expected <block end>": "wrong indentation, or a quote or bracket that ends too early",
         "expected ',' or ']'": "a list opened with [ is not closed before this",
         "expected ',' or '}'": "a mapping opened with { is not closed before this",
-        "that cannot start any token": f"text that starts with {document.text[mark.index]} needs quotes" if mark else "",
+        "that cannot start any token": f"text that starts with {document.text[mark.index:][:1]} needs quotes",
     }
     for part, message in messages.items():
         if part in problem:

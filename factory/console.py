@@ -1,0 +1,164 @@
+"""What people see: one console for results, one for progress and errors, and the same few shapes everywhere.
+
+Results go to stdout, so that they can be piped; progress, hints and errors go to stderr. `NO_COLOR` is honoured.
+"""
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
+
+PLAIN_EVERY_S = 5.0   # a line in a log, where there is no terminal to redraw
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+@lru_cache
+def console(stderr: bool = False) -> Console:
+    """The console for results, or for everything else. Colour only on a terminal, and never with NO_COLOR."""
+    return Console(stderr=stderr, no_color=bool(os.environ.get("NO_COLOR")) or None, highlight=False, soft_wrap=True)
+
+
+def exit_code(error: PrefabError) -> int:
+    """2 for bad input or usage; 1 for a check, a budget, a server or a store that failed."""
+    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+
+
+def fail(error: PrefabError, remedy: str = "") -> int:
+    """Print a mistake the user can mend, without a traceback, and give the exit code.
+
+    Each problem is one line, `file:line:col path: message`, which editors and terminals make clickable.
+    """
+    err = console(stderr=True)
+    lines = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else [str(error)]
+    for line in lines:
+        err.print(f"[red]error[/red] {escape(line)}")
+    if len(lines) > 1:
+        err.print(f"{len(lines)} problems")
+    remedy = remedy or _remedy(error)
+    if remedy:
+        err.print(f"[cyan]help[/cyan]  {escape(remedy)}")
+    return exit_code(error)
+
+
+def _remedy(error: PrefabError) -> str:
+    if isinstance(error, BudgetError):
+        return "what was answered is kept; raise the budget (--set budget.unscored=...) or mend the cause, and run again"
+    if isinstance(error, StoreError):
+        return "`prefab doctor` says what is wrong with a store"
+    if isinstance(error, EngineError):
+        return "`prefab doctor` tries every engine of a pipeline"
+    return ""
+
+
+def warn(message: str) -> None:
+    """A thing that is not wrong enough to stop for."""
+    console(stderr=True).print(f"[yellow]note[/yellow]  {escape(message)}")
+
+
+def hint(command: str) -> None:
+    """The next command to type."""
+    console(stderr=True).print(f"next: [bold]{escape(command)}[/bold]")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = "") -> None:
+    """A table on stdout; columns whose every cell is a number are set to the right."""
+    from rich.table import Table
+
+    rows = [list(row) for row in rows]
+    view = Table(title=title or None, title_justify="left", caption=note or None, caption_justify="left")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
+        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        view.add_row(*(escape(cell(value)) for value in row))
+    # The console's soft wrap would let rich crop the table's frame.
+    console().print(view, soft_wrap=False)
+
+
+def cell(value: Any) -> str:
+    """A value as it stands in a table: three decimals, thousands separated, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Progress:
+    """Progress of long work: a bar on a terminal, elsewhere a plain line every few seconds, nothing when quiet.
+
+    `with Progress("judging", total) as p: p.advance(3); p.show(reused=12, unscored="0.4%")`
+    """
+
+    def __init__(self, what: str, total: int | None = None, quiet: bool = False, unit: str = "") -> None:
+        self.what, self.total, self.quiet, self.unit = what, total, quiet, unit
+        self.done, self.facts = 0, ""
+        self._started = self._printed = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
+                            TimeRemainingColumn(), TextColumn("{task.fields[facts]}"), console=console(stderr=True))
+            self._task = self._bar.add_task(self.what, total=self.total, facts="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, facts=self.facts)
+            self._bar.stop()
+        elif not self.quiet:
+            self._line()
+
+    def advance(self, n: int = 1) -> None:
+        """n more are done."""
+        self.done += n
+        self._draw()
+
+    def show(self, **facts: Any) -> None:
+        """Facts beside the bar: calls a second, answers reused, unscored."""
+        self.facts = " · ".join(f"{name.replace('_', ' ')} {cell(value)}" for name, value in facts.items())
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, facts=self.facts)
+        elif not self.quiet and time.monotonic() - self._printed >= PLAIN_EVERY_S:
+            self._line()
+
+    def _line(self) -> None:
+        self._printed = time.monotonic()
+        spent = self._printed - self._started
+        of = f"/{self.total:,}" if self.total else ""
+        left = ""
+        if self.total and 0 < self.done < self.total:
+            left = f" · {duration(spent * (self.total - self.done) / self.done)} left"
+        unit = f" {self.unit}" if self.unit else ""
+        facts = f" · {self.facts}" if self.facts else ""
+        console(stderr=True).print(f"{self.what} {self.done:,}{of}{unit} · {duration(spent)}{left}{facts}", markup=False)

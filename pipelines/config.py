@@ -1,0 +1,353 @@
+"""The pipeline file: one model for the whole YAML, `--set` overrides, and every mistake at once.
+
+`python -m pipelines.config --schema` writes `pipelines/pipeline.schema.json`.
+"""
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
+
+from factory import yamlio
+from factory.errors import ConfigError, Problem
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA_PATH = ROOT / "pipelines" / "pipeline.schema.json"
+MICROWORLD = "microworld"
+
+Id = Annotated[str, StringConstraints(pattern=yamlio.ID_PATTERN, max_length=64)]
+Text = Annotated[str, StringConstraints(pattern=r"\S")]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PromptsConfig(_Strict):
+    """Where the prompts come from."""
+
+    source: Text = Field(description="A .jsonl, .json, .csv or .parquet file, a `datasets` folder, or `microworld`.")
+    limit: int | None = Field(None, ge=1, description="Take the first so many; left out: all.")
+    column: Text | None = Field(None, description="The field that holds the prompt; left out: prompt, messages or "
+                                                  "conversations, whichever there is.")
+    split: Literal["train", "val", "test"] | None = Field(None, description="Only rows of this split; left out: all.")
+    cut_answer: bool = Field(False, description="Drop the assistant turns that end a conversation (SFT data).")
+    seed: int = Field(0, description="Of the microworld's prompts.")
+
+
+class PolicyConfig(_Strict):
+    """The model whose answers are improved, and how it is sampled."""
+
+    engine: Id
+    samples: int = Field(4, ge=1, le=1024)
+    temperature: Temperature = 1.0
+    max_tokens: int = Field(512, ge=1)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens.")
+    min_p: Share = 0.0
+    stop: list[str] = Field([], max_length=16)
+    system: Text | None = Field(None, description="A system message before every prompt that has none.")
+    template_kwargs: dict[str, Any] = Field({}, description="For the model's chat template, such as enable_thinking.")
+
+
+class ReviseConfig(_Strict):
+    """Critique and revision. `sweep` criticises under every principle and revises where a fault is named."""
+
+    rounds: int = Field(1, ge=0, le=64)
+    select: Literal["sweep", "draw"] = "sweep"
+    temperature: Temperature = 0.0
+    max_tokens: int | None = Field(None, ge=1, description="Of a revision; left out: the policy's.")
+
+
+class PanelConfig(_Strict):
+    """Who judges, and how their verdicts become a preference."""
+
+    judges: list[dict[str, Any]] = Field(
+        min_length=1, description="Each has name and kind (a module of judges/), and the fields of that kind's Config.")
+    selection: Literal["sample_one", "all", "weighted", "lexicographic"] | None = Field(
+        None, description="Which principles judge a comparison; left out: as the constitution says.")
+    orders: Literal["both", "random", "first"] = Field("both", description="Anything but both is said in every report.")
+    min_label_mass: float = Field(0.5, gt=0, le=1, description="Below it a verdict is unscored.")
+    tie_margin: float = Field(0.02, ge=0, lt=0.5, description="So close to a half is a tie.")
+    min_scored: Share = Field(0.5, description="Share of the readings' weight that must be scored.")
+    weights: dict[Id, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field({}, description="By judge; default 1.")
+    repeats: int = Field(1, ge=1, le=64, description="Ask each judge so often (test-retest).")
+
+
+class ExportConfig(_Strict):
+    """What `prefab export` writes when it is not told otherwise."""
+
+    format: Literal["trl", "openrlhf", "axolotl", "llamafactory", "verl", "parquet"] = "trl"
+    folder: Text = "out"
+
+
+class BudgetConfig(_Strict):
+    """When a run stops by itself. Shares count from 200 answers on."""
+
+    unscored: Share | None = Field(0.05, description="Share of unscored verdicts and critiques.")
+    failed: Share | None = Field(0.01, description="Share of calls that failed in transport.")
+    calls: int | None = Field(None, ge=1, description="Cap on calls really made.")
+    tokens: int | None = Field(None, ge=1, description="Cap on tokens of calls really made.")
+
+
+class PipelineConfig(_Strict):
+    """A pipeline, resolved. Two runs are the same run exactly when this is equal."""
+
+    recipe: Id = Field(description="The module in pipelines/.")
+    name: Id = Field(description="Of the run; a store holds many, and they share answers.")
+    store: Text = Field("store", description="The folder of ledger.sqlite and prefab.duckdb.")
+    constitution: Text
+    prompts: PromptsConfig
+    engines: dict[Id, dict[str, Any]] = Field(
+        min_length=1, description="By name; each has engine (a module of factory/engines/) and that module's fields.")
+    policy: PolicyConfig
+    critic: dict[str, Any] | None = Field(None, description="The fields of judges/critique.py's Config; left out: the "
+                                                            "policy's engine, greedy.")
+    revise: ReviseConfig = ReviseConfig()
+    panel: PanelConfig | None = None
+    pairs: Literal["all", "best_worst", "adjacent"] = "all"
+    export: ExportConfig = ExportConfig()
+    budget: BudgetConfig = BudgetConfig()
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+
+    _base: Path = PrivateAttr(default=Path())
+
+    def locate(self, name: str) -> Path:
+        """A file named in the configuration: as seen from here, from the pipeline file, or from the project."""
+        return locate(name, self._base)
+
+    def judges(self) -> list[Any]:
+        """The judges, each as the `Config` of its kind's module, with the panel's defaults and an engine filled in."""
+        return [_config_class("judges", judge["kind"]).model_validate(judge)
+                for judge in (self.panel.judges if self.panel else [])]
+
+    def critic_config(self) -> Any:
+        """The critic as `judges.critique.Config`; the engine is the policy's unless it says otherwise."""
+        return _config_class("judges", "critique").model_validate({"engine": self.policy.engine, **(self.critic or {})})
+
+
+def locate(name: str, base: Path) -> Path:
+    """The first that exists of: the name as it stands, beside the pipeline file, above it, in the project.
+
+    A file that exists nowhere is given as it stands.
+    """
+    places = [Path(name), base / name, base.parent / name, ROOT / name]
+    return next((place for place in places if place.exists()), Path(name))
+
+
+def load_pipeline(path: str | Path, sets: Iterable[str] = ()) -> tuple[PipelineConfig, dict[str, Any]]:
+    """The validated pipeline, and its resolved configuration as plain data (what is stored with the run).
+
+    Raises: ConfigError with every mistake, in the file, in `--set`, and in names that point to nothing.
+    """
+    document = yamlio.load(path)
+    return _validate(document, Path(path).resolve().parent, sets)
+
+
+def make_pipeline(data: dict[str, Any], sets: Iterable[str] = ()) -> tuple[PipelineConfig, dict[str, Any]]:
+    """As `load_pipeline`, from a dictionary."""
+    return _validate(yamlio.Document("pipeline", "", json.loads(json.dumps(data))), Path.cwd(), sets)
+
+
+def _validate(document: yamlio.Document, base: Path, sets: Iterable[str]) -> tuple[PipelineConfig, dict[str, Any]]:
+    for text in sets:
+        _override(document, text)
+    _fill(document.value)
+    checks = [_modules_of_engines, _modules_of_judges, _engine_names, _recipe, lambda value: _files(value, base)]
+    problems: list[Problem] = []
+    try:
+        config = yamlio.validate(document, PipelineConfig, checks)
+    except ConfigError as error:
+        problems = error.problems
+    parts = [problem for part in _parts(document.value) for problem in _part_problems(document, *part)]
+    if problems or parts:
+        raise ConfigError(yamlio.tidy(problems + parts))
+    config._base = base
+    return config, config.model_dump(mode="json")
+
+
+def _override(document: yamlio.Document, text: str) -> None:
+    """Put one `a.b=value` into the document; the value is read as YAML is."""
+    file = f"--set {text}"
+    name, equals, value = text.partition("=")
+    parsed = yamlio.parse(value, file) if value.strip() else yamlio.Document(file, value, "")
+    parts: list[str | int] = [int(part) if part.isdigit() else part for part in name.strip().split(".")]
+    if not equals or "" in parts:
+        document.problems.append(Problem(file, 0, 0, "", "write --set name=value, such as --set policy.samples=8"))
+        return
+    document.problems += [Problem(file, 0, 0, name, problem.message) for problem in parsed.problems]
+    document.value = {} if document.value is None else document.value
+    target = document.value
+    for index, part in enumerate(parts[:-1]):
+        target = _step(target, part)
+        if target is None:
+            where = yamlio.path_text(parts[: index + 1])
+            document.problems.append(Problem(file, 0, 0, where, "there is nothing of that name to set a field of"))
+            return
+    last = parts[-1]
+    if isinstance(target, dict):
+        target[str(last)] = parsed.value
+    elif isinstance(target, list) and isinstance(last, int) and last < len(target):
+        target[last] = parsed.value
+    else:
+        document.problems.append(Problem(file, 0, 0, name, "cannot be set there"))
+    document.origins[tuple(parts)] = file
+
+
+def _step(target: Any, part: str | int) -> Any:
+    """One step into the document; a section that is left out or null is made on the way."""
+    if isinstance(target, list):
+        return target[part] if isinstance(part, int) and part < len(target) else None
+    if not isinstance(target, dict):
+        return None
+    if target.get(str(part)) is None:
+        target[str(part)] = {}
+    return target[str(part)]
+
+
+def _fill(value: Any) -> None:
+    """What a role left out inherits: the policy's engine, and the panel's settings for each of its judges."""
+    panel = value.get("panel") if isinstance(value, dict) else None
+    judges = panel.get("judges") if isinstance(panel, dict) else None
+    policy = value.get("policy") if isinstance(value, dict) else None
+    engine = policy.get("engine") if isinstance(policy, dict) else None
+    for judge in judges if isinstance(judges, list) else ():
+        if not isinstance(judge, dict):
+            continue
+        judge.setdefault("engine", engine)
+        for name in ("min_label_mass", "repeats"):
+            if name in panel:
+                judge.setdefault(name, panel[name])
+        weights = panel.get("weights")
+        if isinstance(weights, dict) and isinstance(judge.get("name"), str) and judge["name"] in weights:
+            judge.setdefault("weight", weights[judge["name"]])
+
+
+def modules(folder: str) -> list[str]:
+    """The kinds that a folder offers: its modules with a `Config` (engines, judges)."""
+    files = (ROOT / folder).glob("*.py")
+    return sorted(file.stem for file in files if re.search(r"^class Config\(", file.read_text("utf-8"), re.M))
+
+
+def recipes() -> list[str]:
+    """The recipes: modules of pipelines/ with an `async def pipeline`."""
+    files = (ROOT / "pipelines").glob("*.py")
+    return sorted(file.stem for file in files if re.search(r"^async def pipeline\(", file.read_text("utf-8"), re.M))
+
+
+def _config_class(package: str, kind: str) -> Any:
+    return importlib.import_module(f"{package}.{kind}").Config
+
+
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    inner = value.get(key) if isinstance(value, dict) else None
+    return inner if isinstance(inner, dict) else {}
+
+
+def _judges(value: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    judges = _mapping(value, "panel").get("judges")
+    for index, judge in enumerate(judges if isinstance(judges, list) else []):
+        if isinstance(judge, dict):
+            yield index, judge
+
+
+def _modules_of_engines(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
+    for name, engine in _mapping(value, "engines").items():
+        if isinstance(engine, dict):
+            yield from _kind(("engines", name, "engine"), engine.get("engine"), modules("factory/engines"), "engine")
+
+
+def _modules_of_judges(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
+    names: dict[str, int] = {}
+    known = [kind for kind in modules("judges") if kind != "critique"]
+    for index, judge in _judges(value):
+        yield from _kind(("panel", "judges", index, "kind"), judge.get("kind"), known, "kind of judge")
+        name = judge.get("name")
+        if isinstance(name, str) and names.setdefault(name, index) != index:
+            yield ("panel", "judges", index, "name"), f'the name "{name}" is already taken by judges[{names[name]}]'
+    for name in _mapping(_mapping(value, "panel"), "weights"):
+        if name not in names:
+            yield ("panel", "weights", name), f'no judge is named "{name}"; {yamlio.did_you_mean(name, names)}'
+
+
+def _kind(path: yamlio.Path_, kind: Any, known: list[str], what: str) -> Iterator[tuple[yamlio.Path_, str]]:
+    if kind is None:
+        yield path, f"missing field; it is required ({', '.join(known)})"
+    elif kind not in known:
+        yield path, f"there is no {what} {yamlio.describe(kind)}; {yamlio.did_you_mean(str(kind), known)}"
+
+
+def _engine_names(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
+    """Every role names an engine that is defined."""
+    known = list(_mapping(value, "engines"))
+    roles = [(("policy", "engine"), _mapping(value, "policy")), (("critic", "engine"), _mapping(value, "critic"))]
+    roles += [(("panel", "judges", index, "engine"), judge) for index, judge in _judges(value)]
+    for path, role in roles:
+        name = role.get("engine")
+        if isinstance(name, str) and name not in known:
+            yield path, f'no engine is named "{name}"; {yamlio.did_you_mean(name, known)}'
+
+
+def _recipe(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
+    name = value.get("recipe") if isinstance(value, dict) else None
+    if isinstance(name, str) and name not in recipes():
+        yield ("recipe",), f'there is no recipe "{name}"; {yamlio.did_you_mean(name, recipes())}'
+
+
+def _files(value: Any, base: Path) -> Iterator[tuple[yamlio.Path_, str]]:
+    """Files that are named exist."""
+    named = [(("constitution",), value.get("constitution") if isinstance(value, dict) else None),
+             (("prompts", "source"), _mapping(value, "prompts").get("source"))]
+    for path, name in named:
+        if isinstance(name, str) and name != MICROWORLD and not locate(name, base).exists():
+            yield path, f"no such file: {name}"
+
+
+def _parts(value: Any) -> Iterator[tuple[yamlio.Path_, dict[str, Any], str, str]]:
+    """Each part that another module's Config validates: (path, value, package, module)."""
+    for name, engine in _mapping(value, "engines").items():
+        if isinstance(engine, dict) and engine.get("engine") in modules("factory/engines"):
+            yield ("engines", name), engine, "factory.engines", engine["engine"]
+    for index, judge in _judges(value):
+        if judge.get("kind") in modules("judges"):
+            yield ("panel", "judges", index), judge, "judges", judge["kind"]
+    critic = value.get("critic") if isinstance(value, dict) else None
+    if isinstance(critic, dict):
+        yield ("critic",), critic, "judges", "critique"
+
+
+def _part_problems(document: yamlio.Document, path: yamlio.Path_, part: dict[str, Any], package: str,
+                   module: str) -> list[Problem]:
+    """The mistakes in one part. A module whose libraries are not installed is left to the engine's start."""
+    try:
+        config = _config_class(package, module)
+    except ImportError:
+        return []
+    given = part if "engine" in config.model_fields else {name: v for name, v in part.items() if name != "engine"}
+    try:
+        config.model_validate(given)
+    except ValidationError as error:
+        return yamlio.model_problems(error, document, config, path)
+    return []
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema that editors complete and check by."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **PipelineConfig.model_json_schema()}
+    return {**schema, "title": "Prefab pipeline"}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--schema"]:
+        SCHEMA_PATH.write_text(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"wrote {SCHEMA_PATH}")
+    else:
+        sys.exit("usage: python -m pipelines.config --schema")
