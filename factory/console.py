@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -51,7 +50,7 @@ def fail(error: PrefabError, remedy: str = "") -> int:
 
 def _remedy(error: PrefabError) -> str:
     if isinstance(error, BudgetError):
-        return "what was answered is kept; raise the budget (--set budget.unscored=...) or mend the cause, and run again"
+        return "what was answered is kept; mend the cause or raise the budget (--set budget.unscored=0.2), and run again"
     if isinstance(error, StoreError):
         return "`prefab doctor` says what is wrong with a store"
     if isinstance(error, EngineError):
@@ -129,7 +128,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, facts=self.facts)
             self._bar.stop()
@@ -161,4 +160,5 @@ class Progress:
             left = f" · {duration(spent * (self.total - self.done) / self.done)} left"
         unit = f" {self.unit}" if self.unit else ""
         facts = f" · {self.facts}" if self.facts else ""
-        console(stderr=True).print(f"{self.what} {self.done:,}{of}{unit} · {duration(spent)}{left}{facts}", markup=False)
+        line = f"{self.what} {self.done:,}{of}{unit} · {duration(spent)}{left}{facts}"
+        console(stderr=True).print(line, markup=False)

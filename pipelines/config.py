@@ -24,6 +24,7 @@ MICROWORLD = "microworld"
 Id = Annotated[str, StringConstraints(pattern=yamlio.ID_PATTERN, max_length=64)]
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 
 
@@ -54,7 +55,6 @@ class PolicyConfig(_Strict):
     top_k: int = Field(0, ge=0, description="0: all tokens.")
     min_p: Share = 0.0
     stop: list[str] = Field([], max_length=16)
-    system: Text | None = Field(None, description="A system message before every prompt that has none.")
     template_kwargs: dict[str, Any] = Field({}, description="For the model's chat template, such as enable_thinking.")
 
 
@@ -78,7 +78,7 @@ class PanelConfig(_Strict):
     min_label_mass: float = Field(0.5, gt=0, le=1, description="Below it a verdict is unscored.")
     tie_margin: float = Field(0.02, ge=0, lt=0.5, description="So close to a half is a tie.")
     min_scored: Share = Field(0.5, description="Share of the readings' weight that must be scored.")
-    weights: dict[Id, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field({}, description="By judge; default 1.")
+    weights: dict[Id, Weight] = Field({}, description="By judge's name; default 1.")
     repeats: int = Field(1, ge=1, le=64, description="Ask each judge so often (test-retest).")
 
 
