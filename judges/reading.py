@@ -127,14 +127,19 @@ def kwargs_of(config: JudgeConfig) -> tuple[tuple[str, Any], ...]:
 
 
 @lru_cache(maxsize=2048)
-def conversation(messages: tuple[Message, ...], specials: tuple[str, ...] = ()) -> str:
-    """The prompt as a template shows it; cached, since all pairs, principles and orders of a prompt share it."""
+def _talk(messages: tuple[Message, ...], specials: tuple[str, ...]) -> str:
     return neutralise(conversation_text(messages), specials)
+
+
+def conversation(messages: tuple[Message, ...], specials: tuple[str, ...] = ()) -> str:
+    """The prompt as a template shows it, fenced: all pairs, principles and orders of a prompt share it."""
+    talk = _talk(messages, specials)
+    return fence(talk, talk, specials)
 
 
 def candidate(messages: tuple[Message, ...], text: str, specials: tuple[str, ...] = ()) -> str:
     """A candidate's text, neutralised and fenced (`fence` remembers: every pair with the same answer shares it)."""
-    return fence(conversation(messages, specials), text, specials)
+    return fence(_talk(messages, specials), text, specials)
 
 
 def generated(completion: Completion) -> tuple[str, UnscoredReason | None]:
