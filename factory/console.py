@@ -50,7 +50,7 @@ def fail(error: PrefabError, remedy: str = "") -> int:
 
 def _remedy(error: PrefabError) -> str:
     if isinstance(error, BudgetError):
-        return "what was answered is kept; mend the cause or raise the budget (--set budget.unscored=0.2), and run again"
+        return "answers are kept; mend the cause or raise the budget (--set budget.unscored=0.2), then run again"
     if isinstance(error, StoreError):
         return "`prefab doctor` says what is wrong with a store"
     if isinstance(error, EngineError):
