@@ -61,9 +61,16 @@ class Template:
         self._new_context = compiled.new_context
 
     def render(self, **variables: Any) -> tuple[Message, ...]:
-        """The messages of this template for these variables; a block that comes out empty gives no message."""
+        """The messages of this template for these variables; a block that comes out empty gives no message.
+
+        Raises:
+            ConfigError: a variable that it uses was not given, or an example lacks a field.
+        """
         context = self._new_context(variables)
-        texts = [(role, "".join(block(context)).strip()) for role, block in self._blocks]
+        try:
+            texts = [(role, "".join(block(context)).strip()) for role, block in self._blocks]
+        except jinja2.UndefinedError as error:
+            raise ConfigError([Problem(self.name, 0, 0, "", f"cannot be filled in: {error.message}")]) from None
         return tuple(Message(role, text) for role, text in texts if text)
 
 
