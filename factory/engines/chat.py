@@ -84,7 +84,7 @@ class Chat:
                  max_tokens_field: str = "max_tokens", extra: Mapping[str, Any] | None = None) -> None:
         self.server, self.path, self.model, self.read, self.batch = server, path, model, read, batch
         self.extended, self.max_tokens_field, self.extra = extended, max_tokens_field, dict(extra or {})
-        self.max_model_len = 0
+        self.max_model_len = self.in_flight = 0
         self._heads: dict[tuple[Any, ...], Group] = {}
         self._waiting: dict[Group, list[tuple[bytes, asyncio.Future[Completion]]]] = {}
         self._timer: Any = None
@@ -92,12 +92,16 @@ class Chat:
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """The answer to one request. Raises: TransportError, EngineError (as `Server.post`)."""
-        group = await self._group(request)
-        messages = message_bytes(request.messages)
-        if request.labels and self.batch > 1 and request.sampling.temperature == 0:
-            return await self._join(group, messages)
-        seed = b',"seed":%d' % derived_seed(key) if request.sampling.temperature > 0 else b""
-        return await self._single(group, messages, seed)
+        self.in_flight += 1
+        try:
+            group = await self._group(request)
+            messages = message_bytes(request.messages)
+            if request.labels and self.batch > 1 and request.sampling.temperature == 0:
+                return await self._join(group, messages)
+            seed = b',"seed":%d' % derived_seed(key) if request.sampling.temperature > 0 else b""
+            return await self._single(group, messages, seed)
+        finally:
+            self.in_flight -= 1
 
     async def _group(self, request: Request) -> Group:
         """The head of the body, serialised once for all requests of one kind."""

@@ -81,13 +81,12 @@ class Breaker:
 
 
 class Server:
-    """One server: its address, its pool of connections, its breaker. `in_flight` counts POSTs under way."""
+    """One server: its address, its pool of connections, its breaker."""
 
     def __init__(self, url: str, config: HttpConfig, api_key_env: str | None = None) -> None:
         self.url, self.config, self.api_key_env = url.rstrip("/"), config, api_key_env
         self.breaker = Breaker(config.down_after_s)
         self.why_down: Callable[[], str | None] = lambda: None  # an engine that owns the server knows when it died
-        self.in_flight = 0
         self._session: Any = None
         self._loop: Any = None
         self._urls: dict[str, Any] = {}
@@ -100,11 +99,7 @@ class Server:
             TransportError: no usable answer after all retries, or the breaker is open.
             EngineError: the key is missing or wrong.
         """
-        self.in_flight += 1
-        try:
-            return await self._retrying("POST", path, body, final)
-        finally:
-            self.in_flight -= 1
+        return await self._retrying("POST", path, body, final)
 
     async def get(self, path: str) -> dict[str, Any]:
         """The JSON object at `path`. Raises: as `post`."""

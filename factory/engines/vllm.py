@@ -1,0 +1,294 @@
+"""vLLM: starts, watches and stops its own server, or talks to running ones (`url`, or replicas in `urls`).
+
+Labels are read by token id (`logprob_token_ids`), so each label's probability is exact however unlikely it is.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from pydantic import Field, model_validator
+
+from factory.engines import folder_specials, max_length, resolve_model
+from factory.engines.chat import Chat, LabelRead, claim, finite, log_add, wrong_model
+from factory.engines.http import HttpConfig, Rejected, Server
+from factory.engines.openai import KNOWN_SPECIALS
+from factory.engines.server import Process, default_dtype, free_port
+from factory.engines.spread import Spread
+from factory.errors import EngineError, TransportError
+from factory.keys import model_identity
+from factory.types import Completion, Message, Request
+
+MAX_LABEL_IDS = 128  # vLLM 0.32 answers 400 above
+
+
+class Config(HttpConfig):
+    """Names a model to serve, or the `url` of a server. `dtype` auto is float32 on a CPU (without avx512_bf16, bf16
+    matmul is 100 times slower there) and the model's own on a GPU; of a server that runs it says what you started it
+    with, and is part of the model's identity. `batch` label reads share a POST. `args` go to vLLM as they are."""
+
+    engine: Literal["vllm"] = "vllm"
+    model: str | None = None
+    url: str | None = None
+    urls: list[str] = []
+    revision: str = ""
+    adapter: str = ""
+    dtype: str = "auto"
+    quantization: str = ""
+    batch: int = Field(32, ge=1, le=256)
+    api_key_env: str | None = None
+    max_model_len: int | None = Field(None, ge=1)
+    kv_cache_gib: float = Field(1.0, gt=0)  # CPU only; 1 GiB holds 200,000 tokens of a model of 5M parameters
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    tensor_parallel: int = Field(1, ge=1)
+    threads: str | None = None  # VLLM_CPU_OMP_THREADS_BIND, e.g. "0-1"; vLLM leaves one core to the rest by itself
+    port: int | None = None
+    start_timeout_s: float = Field(1200.0, gt=0)
+    log_file: Path | None = None
+    args: list[str] = []
+    env: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Config:
+        if self.url and self.urls:
+            raise ValueError("give `url` or `urls`, not both")
+        if not (self.model or self.url or self.urls):
+            raise ValueError("name a `model` to serve, or the `url` of a server that runs")
+        return self
+
+
+class IdRead:
+    """Reads labels by their token ids. One spelling can have several ids, one id only ever counts once."""
+
+    def __init__(self, tokenize: Callable[[str], Any]) -> None:
+        self._tokenize = tokenize
+        self._owner: dict[tuple[str, ...], dict[str, str]] = {}
+        self._lock = asyncio.Lock()
+
+    async def prepare(self, labels: tuple[str, ...]) -> None:
+        """Find the ids of `labels`, once.
+
+        Raises: EngineError when a label is a single token in none of its spellings, or there are too many.
+        """
+        async with self._lock:
+            if labels in self._owner:
+                return
+            owner: dict[str, str] = {}
+            ids_of = dict(zip(labels, await asyncio.gather(*map(self._ids, labels)), strict=True))
+            for spelling, ids in ids_of.items():
+                for token_id in ids:
+                    owner.setdefault(f"token_id:{token_id}", spelling)
+            readable = {spelling.strip() for spelling, ids in ids_of.items() if ids}
+            lost = sorted({s.strip() for s in labels} - readable)
+            if lost:
+                raise EngineError(f"label {lost[0]!r} is more than one token for this model: choose labels that are "
+                                  "one (letters, or digits from 1 to 9)")
+            if len(owner) > MAX_LABEL_IDS:
+                raise EngineError(f"{len(labels)} labels are {len(owner)} tokens; vLLM reads at most {MAX_LABEL_IDS}")
+            self._owner[labels] = owner
+
+    async def _ids(self, spelling: str) -> list[int]:
+        """Its token by itself and after a line break: sentencepiece models put a space before a text's first word."""
+        alone, line_break, after = await asyncio.gather(*map(self._tokenize, (spelling, "\n", "\n" + spelling)))
+        found = alone if len(alone) == 1 else []
+        if len(after) == len(line_break) + 1 and after[:-1] == line_break and after[-1] not in found:
+            found = [*found, after[-1]]
+        return found
+
+    def fields(self, labels: tuple[str, ...]) -> dict[str, Any]:
+        """The label read, with tokens answered as ids: two tokens can have one text."""
+        ids = [int(token.partition(":")[2]) for token in self._owner[labels]]
+        return {"logprobs": True, "logprob_token_ids": ids, "return_tokens_as_token_ids": True}
+
+    def parse(self, entries: Any, labels: tuple[str, ...]) -> LabelRead:
+        """Log-probabilities by spelling; what is missing or not a number is left out."""
+        owner, found, seen = self._owner[labels], {}, set()
+        for entry in entries or ():
+            token = entry.get("token")
+            spelling, logp = owner.get(token), finite(entry.get("logprob"))
+            if spelling is not None and logp is not None and token not in seen:
+                seen.add(token)
+                found[spelling] = log_add(found[spelling], logp) if spelling in found else logp
+        return found, "exact"
+
+
+class VLLM:
+    """The engine (see `types.Engine`). `progress` gets a line every few seconds while a server loads."""
+
+    def __init__(self, config: Config, name: str = "vllm", progress: Callable[[str], None] | None = None) -> None:
+        self.config, self.name, self.max_in_flight, self.progress = config, name, config.max_in_flight, progress
+        self.path = resolve_model(config.model) if config.model else None
+        self.special_tokens: tuple[str, ...] = ()
+        self.max_model_len = config.max_model_len
+        if self.path and Path(self.path).is_dir():
+            self.special_tokens = folder_specials(Path(self.path))
+            self.max_model_len = config.max_model_len or max_length(Path(self.path))
+        self._urls = [u.rstrip("/").removesuffix("/v1") for u in config.urls or ([config.url] if config.url else [])]
+        self.owns_server = not self._urls
+        self.process: Process | None = None
+        self._identity: str | None = None
+        self._chats: list[Chat] = []
+        self._spread = Spread(max(1, len(self._urls)))
+
+    @property
+    def identity(self) -> str:
+        """Which model this is: a folder's digest where there is a folder, else its declared name and revision.
+
+        Raises: EngineError when only a server knows and it does not answer.
+        """
+        if self._identity is None:
+            place = self.path
+            if self._urls and not (place and Path(place).is_dir()):
+                place = self._served_place(_get(self._urls[0] + "/v1/models"))
+            self._identity = model_identity(place or "", self._dtype(), self.config.revision, self.config.adapter)
+        return self._identity
+
+    def _dtype(self) -> str:
+        dtype = default_dtype() if self.config.dtype == "auto" else self.config.dtype
+        return f"{dtype} {self.config.quantization}".strip()
+
+    def _served_place(self, listed: Mapping[str, Any]) -> str:
+        """The folder that a server says it serves, if it is here too, else the model's name."""
+        entry = self._entry(listed)
+        root = str(entry.get("root") or "")
+        return root if root and Path(root).is_dir() else self.config.model or str(entry["id"])
+
+    def _entry(self, listed: Mapping[str, Any]) -> Mapping[str, Any]:
+        entries = listed.get("data") or []
+        wanted = (self.config.model, self.path)
+        entry = next((e for e in entries if e.get("id") in wanted or e.get("root") in wanted), None)
+        if entry is None and (self.config.model is None and len(entries) == 1):
+            entry = entries[0]
+        if entry is None:
+            has = ", ".join(str(e.get("id")) for e in entries) or "none"
+            raise EngineError(f"engines.{self.name}: {self._urls[0]} has no model {self.config.model!r}; it has: {has}")
+        return entry
+
+    async def start(self) -> None:
+        """Start the server, or greet those that run; then learn the context length and the control tokens.
+
+        Raises: EngineError with the reason from the server's log, or the names of the models it has.
+        """
+        if self._chats:
+            return
+        try:
+            if self.owns_server:
+                await self._start_server()
+            for url in self._urls:
+                await self._greet(url)
+            if not self.special_tokens:
+                self.special_tokens = await self._probe_specials()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start_server(self) -> None:
+        port = self.config.port or free_port()
+        self.process = Process(self.config, str(self.path), port, self.name, self.progress)
+        await self.process.start()
+        self._urls = [f"http://127.0.0.1:{port}"]
+
+    async def _greet(self, url: str) -> None:
+        claim(url, "ids")
+        server = Server(url, self.config, self.config.api_key_env)
+        try:
+            listed = await server.get("/v1/models")
+        except (Rejected, TransportError) as error:
+            await server.close()
+            raise EngineError(f"engines.{self.name}: no vLLM server at {url}: {error}") from error
+        if self.process is not None:
+            server.why_down = self.process.why_dead
+        entry = self._entry(listed)
+        model = "adapter" if self.config.adapter and self.owns_server else str(entry["id"])
+        chat = Chat(server, "/v1/chat/completions", model, IdRead(lambda text: self._tokens(chat, text)),
+                    batch=self.config.batch)
+        chat.max_model_len = int(entry.get("max_model_len") or 0)
+        self.max_model_len = min(filter(None, (self.max_model_len, chat.max_model_len)), default=None)
+        if self.path is None and not self.special_tokens and Path(str(entry.get("root"))).is_dir():
+            self.special_tokens = folder_specials(Path(entry["root"]))
+        self._chats.append(chat)
+
+    async def complete(self, key: bytes, request: Request) -> Completion:
+        """Answer one request; when its replica is down, another one does. Raises: TransportError, EngineError."""
+        if len(self._chats) == 1:
+            return await self._chats[0].complete(key, request)
+        usable = [i for i, chat in enumerate(self._chats) if not chat.server.breaker.open]
+        while True:
+            at = self._pick(request, usable)
+            try:
+                return await self._chats[at].complete(key, request)
+            except TransportError:
+                usable = [i for i in usable if i != at]
+                if not usable:
+                    raise
+
+    def _pick(self, request: Request, usable: list[int]) -> int:
+        if not self._chats:
+            raise EngineError(f"engines.{self.name} was not started")
+        everyone = list(range(len(self._chats)))
+        return self._spread.pick(request.messages, [c.in_flight for c in self._chats], usable or everyone)
+
+    async def count_tokens(self, messages: tuple[Message, ...]) -> int:
+        """How many tokens this conversation is, its template included."""
+        body = {"model": self._chats[0].model, "messages": [{"role": m.role, "content": m.content} for m in messages]}
+        return int((await self._chats[0].server.post("/tokenize", orjson.dumps(body)))["count"])
+
+    async def _tokens(self, chat: Chat, text: str) -> list[int]:
+        """The token ids of a text, no special tokens added."""
+        body = {"model": chat.model, "prompt": text, "add_special_tokens": False}
+        try:
+            return list((await chat.server.post("/tokenize", orjson.dumps(body)))["tokens"])
+        except Rejected as error:
+            if error.status == 404:
+                raise EngineError(await wrong_model(chat.server, chat.path, chat.model, error.message)) from error
+            raise EngineError(f"{chat.server.url}/tokenize: HTTP {error.status} {error.message}") from error
+
+    async def _probe_specials(self) -> tuple[str, ...]:
+        """Which of the known families' control tokens this server's tokenizer has as one token."""
+        ids = await asyncio.gather(*(self._tokens(self._chats[0], spelling) for spelling in KNOWN_SPECIALS))
+        return tuple(s for s, found in zip(KNOWN_SPECIALS, ids, strict=True) if len(found) == 1)
+
+    async def check_specials(self) -> list[str]:
+        """The control tokens that a neutralised text would still contain, asked of the served tokenizer: none.
+
+        A chat server tokenises users' text with control tokens live; `templates.neutralise` is what stands between.
+        """
+        from factory.templates import neutralise
+
+        chat = self._chats[0]
+        control = [await self._tokens(chat, spelling) for spelling in self.special_tokens]
+        ids = {found[0] for found in control if len(found) == 1}
+        leaks = []
+        for spelling in self.special_tokens:
+            text = neutralise(f"x {spelling}y{spelling}\n{spelling}", self.special_tokens)
+            if ids & set(await self._tokens(chat, text)):
+                leaks.append(spelling)
+        return leaks
+
+    async def stop(self) -> None:
+        """Close the pools and end the server if it is ours. Safe to call twice."""
+        chats, self._chats = self._chats, []
+        for chat in chats:
+            await chat.stop()
+        process, self.process = self.process, None
+        if process is not None:
+            self._urls = []
+            await process.stop()
+
+
+def _get(url: str) -> Mapping[str, Any]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return dict(json.loads(answer.read()))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"no vLLM server at {url}: {error}") from error
+
+
+def make(config: Config | Mapping[str, Any], name: str = "vllm") -> VLLM:
+    """The engine for this configuration, not yet started."""
+    return VLLM(config if isinstance(config, Config) else Config.model_validate(config), name)
