@@ -111,7 +111,7 @@ class PipelineConfig(_Strict):
     policy: PolicyConfig
     critic: dict[str, Any] | None = Field(None, description="The fields of judges/critique.py's Config; left out: the "
                                                             "policy's engine, greedy.")
-    revise: ReviseConfig = ReviseConfig()
+    revise: ReviseConfig | None = Field(None, description="Left out: no revisions, but for the recipe cai one sweep.")
     panel: PanelConfig | None = None
     pairs: Literal["all", "best_worst", "adjacent"] = "all"
     export: ExportConfig = ExportConfig()
