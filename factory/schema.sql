@@ -1,0 +1,86 @@
+-- The preference store, `prefab.duckdb`: all of it is computed from `ledger.sqlite` and can be deleted at any time.
+-- Ids are content digests. `call` is a key of the ledger in hex; messages and raw texts of calls stay there.
+-- No primary keys: they cost half the speed and twice the file. One writer inserts what is not there.
+
+CREATE TABLE meta (name VARCHAR, value VARCHAR);
+CREATE TABLE watermarks (source VARCHAR, id BIGINT);   -- how far each of the ledger's tables has been read
+-- Prompts of runs whose rows are to be derived again: `todo`, or `open` until calls arrive that they wait for.
+CREATE TABLE work (run INTEGER, prompt BIGINT, state VARCHAR, fresh BOOLEAN);
+
+CREATE TABLE runs (run INTEGER, name VARCHAR, version INTEGER, latest BOOLEAN, recipe VARCHAR, constitution VARCHAR,
+    config VARCHAR, last_start INTEGER, started_at DOUBLE);
+CREATE TABLE models (model VARCHAR, kind VARCHAR, name VARCHAR);
+CREATE TABLE constitutions (constitution VARCHAR, id VARCHAR, title VARCHAR, licence VARCHAR, selection VARCHAR,
+    source VARCHAR);
+CREATE TABLE principles (constitution VARCHAR, principle VARCHAR, position INTEGER, digest VARCHAR, title VARCHAR,
+    compare VARCHAR, critique VARCHAR, revise VARCHAR, criterion VARCHAR, weight DOUBLE, tags VARCHAR[],
+    enabled BOOLEAN);
+CREATE TABLE prompts (prompt VARCHAR, text VARCHAR, messages VARCHAR, tags VARCHAR[], "group" VARCHAR, split VARCHAR);
+
+-- An answer of the policy. `parent` is the index of the answer it revises, -1 for a draft. `text` is NULL, with a
+-- `reason`, when the model gave none that can be read.
+CREATE TABLE samples (sample VARCHAR, run INTEGER, prompt VARCHAR, "index" INTEGER, parent INTEGER, round INTEGER,
+    principle VARCHAR, text VARCHAR, finish VARCHAR, reason VARCHAR, call VARCHAR);
+-- `fault` is NULL, with a `reason`, when the critique could not be read.
+CREATE TABLE critiques (critique VARCHAR, run INTEGER, prompt VARCHAR, "index" INTEGER, principle VARCHAR,
+    round INTEGER, fault BOOLEAN, reason VARCHAR, text VARCHAR, call VARCHAR);
+CREATE TABLE calls (call VARCHAR, model VARCHAR, finish VARCHAR, exactness VARCHAR, prompt_tokens INTEGER,
+    completion_tokens INTEGER, limit_tokens INTEGER, answered_at DOUBLE);
+-- One judgment in one order; `p_a` and `winner` speak of answer `a` in either order. NULL, with a `reason`: unscored.
+CREATE TABLE verdicts (verdict VARCHAR, run INTEGER, prompt VARCHAR, a INTEGER, b INTEGER, principle VARCHAR,
+    judge VARCHAR, "order" VARCHAR, repeat INTEGER, p_a DOUBLE, winner VARCHAR, reason VARCHAR, mass DOUBLE,
+    tie_mass DOUBLE, exactness VARCHAR, call VARCHAR);
+-- One exists once all calls of the comparison are answered. `outcome` is a, b, tie or unscored.
+CREATE TABLE preferences (preference VARCHAR, run INTEGER, prompt VARCHAR, a INTEGER, b INTEGER, outcome VARCHAR,
+    chosen INTEGER, rejected INTEGER, p_a DOUBLE, p_chosen DOUBLE, spread DOUBLE, n_scored INTEGER,
+    n_readings INTEGER, exactness VARCHAR, identical BOOLEAN);
+CREATE TABLE failures (run INTEGER, call VARCHAR, error VARCHAR, failed_at DOUBLE);
+CREATE TABLE human_labels (label VARCHAR, prompt VARCHAR, winner VARCHAR, annotator VARCHAR, value VARCHAR,
+    labelled_at DOUBLE);
+CREATE TABLE evals (eval VARCHAR, name VARCHAR, value VARCHAR, evaluated_at DOUBLE);
+
+-- Pairs to train on: decided preferences with both texts. Either text may have been cut off: see its `finish`.
+CREATE VIEW pairs AS
+SELECT p.preference, r.name, r.version, r.latest, p.run, p.prompt, q.messages, q.tags, q."group", q.split,
+    c.text AS chosen, j.text AS rejected, p.p_chosen, p.spread, p.n_scored, p.n_readings, p.exactness,
+    c.sample AS chosen_sample, j.sample AS rejected_sample, c."index" AS chosen_index, j."index" AS rejected_index,
+    c.finish AS chosen_finish, j.finish AS rejected_finish
+FROM preferences p
+JOIN runs r ON r.run = p.run
+JOIN samples c ON c.run = p.run AND c.prompt = p.prompt AND c."index" = p.chosen
+JOIN samples j ON j.run = p.run AND j.prompt = p.prompt AND j."index" = p.rejected
+LEFT JOIN prompts q ON q.prompt = p.prompt;
+
+-- One judge under one principle: both orders of a comparison side by side, for position consistency.
+CREATE VIEW readings AS
+SELECT run, prompt, a, b, principle, judge, repeat,
+    max(p_a) FILTER (WHERE "order" = 'ab') AS p_ab, max(p_a) FILTER (WHERE "order" = 'ba') AS p_ba,
+    max(winner) FILTER (WHERE "order" = 'ab') AS winner_ab, max(winner) FILTER (WHERE "order" = 'ba') AS winner_ba,
+    CASE WHEN count(*) = count(p_a) THEN avg(p_a) END AS p_a
+FROM verdicts GROUP BY ALL;
+
+-- What could not be read, by reason.
+CREATE VIEW unscored AS
+SELECT run, 'judge' AS role, reason, count(*) AS n FROM verdicts WHERE reason IS NOT NULL GROUP BY ALL
+UNION ALL
+SELECT run, 'critique', reason, count(*) FROM critiques WHERE reason IS NOT NULL GROUP BY ALL
+UNION ALL
+SELECT run, CASE WHEN parent < 0 THEN 'sample' ELSE 'revise' END, reason, count(*) FROM samples
+WHERE reason IS NOT NULL GROUP BY ALL;
+
+-- Prompts of a run that wait for calls: unfinished or failed. Running the same command again asks for them.
+CREATE VIEW waiting AS
+SELECT run, count(*) AS prompts FROM work GROUP BY ALL;
+
+-- A run at a glance.
+CREATE VIEW summary AS
+SELECT r.run, r.name, r.version, r.latest,
+    (SELECT count(*) FROM samples s WHERE s.run = r.run AND s.parent < 0) AS drafts,
+    (SELECT count(*) FROM samples s WHERE s.run = r.run AND s.parent >= 0) AS revisions,
+    (SELECT count(*) FROM critiques c WHERE c.run = r.run) AS critiques,
+    (SELECT count(*) FROM verdicts v WHERE v.run = r.run) AS verdicts,
+    (SELECT count(*) FROM preferences p WHERE p.run = r.run AND outcome IN ('a', 'b')) AS decided,
+    (SELECT count(*) FROM preferences p WHERE p.run = r.run AND outcome = 'tie') AS ties,
+    (SELECT count(*) FROM preferences p WHERE p.run = r.run AND outcome = 'unscored') AS unscored,
+    (SELECT count(DISTINCT call) FROM failures f WHERE f.run = r.run) AS failed_calls
+FROM runs r;
