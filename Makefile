@@ -35,10 +35,16 @@ world: setup     ## build the embedded world's models from nothing (up to 150 mi
 world-eval: setup ## what the embedded models can do, against the oracle, through vLLM
 	$(PY) -m factory.microworld.evaluate
 
-bench: setup     ## every benchmark (about an hour; on a quiet machine only)
+bench: setup     ## every benchmark (half an hour; on a quiet machine only; `make peers-venvs` before, for the peers)
 	$(PY) -m benchmarks.rerun
 	$(PY) -m benchmarks.clients
 	$(PY) -m benchmarks.vllm_load
+
+peers-venvs:     ## environments of the peers that benchmarks/clients.py compares with
+	python3 -m venv peers-venvs/core
+	peers-venvs/core/bin/pip install -q aiohttp uvloop orjson httptools
+	python3 -m venv peers-venvs/distilabel
+	peers-venvs/distilabel/bin/pip install -q 'distilabel[openai]==1.5.3' requests
 
 # Resolves without pip's configuration: where the CPU build of torch is, say with UV_FIND_LINKS or UV_EXTRA_INDEX_URL.
 COMPILE = $(UV) pip compile --quiet --python-version 3.11 --no-header --no-annotate --extra serve --extra train --extra dev
@@ -54,4 +60,4 @@ clean:           ## caches and build leavings; never a store
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo test test-all kill-test lint world world-eval bench requirements clean distclean
+.PHONY: help setup demo test test-all kill-test lint world world-eval bench peers-venvs requirements clean distclean

@@ -27,7 +27,7 @@ command -v c++ >/dev/null 2>&1 || echo "prefab set-up: no C++ compiler (apt inst
 
 echo "prefab set-up: $("$python" -V) -> $venv, $(grep -c == "$file") packages of $file (a few minutes, once)"
 "$python" -m venv --clear "$venv"
-pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
+pip="$venv/bin/python -m pip --disable-pip-version-check -qq"
 $pip install --no-deps -r "$file" || fail "pip could not install $file (its reason is above).
   No 'torch==2.13.0+cpu'? PyTorch's CPU index serves it: pytorch.org, Get Started, Linux / Pip / CPU prints the address.
   Then: PIP_EXTRA_INDEX_URL=<that address> make setup"

@@ -1,0 +1,1 @@
+"""What is measured, and how. Each module's docstring says its command; results are committed beside it as JSON."""
