@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import polars
 
 MARKS = "prefab.marks"  # how far the last filling came, readable while another program holds the store
+FIRST_BATCH = 64  # prompts; later batches are as large as `USES_PAGE` allows
 PAGE = 20_000  # rows of a plain table a batch
 USES_PAGE = 8_192  # uses a batch of derivation: their answers' texts are in memory together
 CONSTITUTION = "constitution"  # the name under which a run's texts hold it
@@ -297,7 +298,7 @@ def _find_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection) -> in
 def _derive_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, names: Names,
                  rules: dict[int, derive.Rules], report: FillReport) -> None:
     """Derive what `work` holds, a batch a transaction: old rows out, new rows in, the work done or left open."""
-    size = 64
+    size = FIRST_BATCH
     while pairs := con.execute("SELECT run, prompt, fresh FROM work WHERE state = 'todo' ORDER BY run, prompt LIMIT ?",
                                [size]).fetchall():
         uses = _uses(ledger, names, [pair[:2] for pair in pairs])

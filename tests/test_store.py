@@ -83,7 +83,7 @@ def query_rows(folder, prompt, a, b):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_filling_at_random_moments_shows_what_one_rebuild_shows(tmp_path, seed):
-    """Stops half-way, transport failures that heal, a wider context later, other versions of a run, fills in between."""
+    """Stops half-way, failures that heal, a wider context later, other versions of a run, and fills in between."""
     luck = random.Random(seed)
 
     async def some_work():
