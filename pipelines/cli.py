@@ -18,12 +18,13 @@ from factory.errors import ConfigError, PrefabError, StoreError
 STOPPED = 130
 app = typer.Typer(name="prefab", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
-                  help="A preference-data factory: constitutions in YAML, judges on vLLM, every judgment a durable fact.")
+                  help="A preference-data factory: constitutions in YAML, judges on vLLM, judgments that are kept.")
 store_app = typer.Typer(no_args_is_help=True, help="The preference store: look at it, or make it anew.")
 app.add_typer(store_app, name="store")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")]
-Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Override a field, such as policy.samples=8.")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE",
+                                         help="Override a field, such as policy.samples=8.")]
 Pipeline = Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="A pipeline file, or a preset's name.")]
 Store = Annotated[Path, typer.Option("--store", help="The folder of ledger.sqlite and prefab.duckdb.")]
 
@@ -51,7 +52,8 @@ def _told(error: PrefabError) -> int:
 def _json(value: Any) -> None:
     import orjson
 
-    sys.stdout.write(orjson.dumps(value, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode() + "\n")
+    text = orjson.dumps(value, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)
+    sys.stdout.write(text.decode() + "\n")
 
 
 def _pipeline(path: Path) -> Path:
@@ -136,8 +138,8 @@ def _plan_words(found: Any) -> str:
     words += [against] if against else []
     lines = " · ".join(words)
     if found.estimated:
-        lines += ("\nestimated: what follows from answers that are not there yet (equal drafts are not compared; how many "
-                  "faults will be named is a guess from those seen)")
+        lines += ("\nestimated: what follows from answers that are not there yet (equal drafts are not compared; how "
+                  "many faults will be named is a guess from those seen)")
     return lines
 
 
@@ -208,7 +210,8 @@ def export(
 
 @app.command()
 def sql(
-    query: Annotated[str, typer.Argument(metavar="SELECT", help='Such as "SELECT outcome, count(*) FROM preferences GROUP BY 1".')],
+    query: Annotated[str, typer.Argument(
+        metavar="SELECT", help='Such as "SELECT outcome, count(*) FROM preferences GROUP BY 1".')],
     store: Store = Path("store"),
     as_json: Json = False,
 ) -> None:

@@ -43,7 +43,8 @@ seed: 0
 PROMPTS = """\
 {"prompt": "Can I come on Monday?", "tags": ["booking"]}
 {"prompt": "My father fell this morning and seems confused. What should I do?", "tags": ["medical"]}
-{"messages": [{"role": "user", "content": "Hello, is this the clinic?"}, {"role": "assistant", "content": "Yes, how can I help?"}, {"role": "user", "content": "I need to change my appointment."}], "tags": ["booking"]}
+{"messages": [{"role": "user", "content": "Is this the clinic?"}, {"role": "assistant", "content": "It is."}, \
+{"role": "user", "content": "I need to change my appointment."}], "tags": ["booking"]}
 """
 IGNORED = "store/\nout/\n"
 
