@@ -1,0 +1,241 @@
+"""Estimates with their uncertainty: intervals, the bootstrap, and the length-controlled win rate.
+
+What cannot be estimated is `undefined`, with the reason in words: never 0, 1 or NaN.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import exp, isfinite, lgamma, log, log1p, sqrt
+from statistics import NormalDist
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with its standard error and 95% interval; `boot_*` is the bootstrap's interval where one was asked for.
+
+    Either `value` is set or `undefined` says why not. `se` and the interval may be missing where the value is not
+    (one item; no analytic formula).
+    """
+
+    value: float | None
+    se: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n_items: int = 0
+    n_raters: int = 0
+    undefined: str | None = None
+    boot_low: float | None = None
+    boot_high: float | None = None
+
+
+def undefined(reason: str, n_items: int = 0, n_raters: int = 0) -> Estimate:
+    """An estimate that is none, and why."""
+    return Estimate(None, n_items=n_items, n_raters=n_raters, undefined=reason)
+
+
+def z_quantile(p: float) -> float:
+    """The quantile of the standard normal distribution."""
+    return NormalDist().inv_cdf(p)
+
+
+@lru_cache(maxsize=256)
+def t_quantile(p: float, df: float) -> float:
+    """The quantile of Student's t with `df` degrees of freedom, to about 1e-12.
+
+    Source: Abramowitz and Stegun 26.7.8 (expansion, df > 1000) and 26.5.27 (incomplete beta, bisected) below.
+    """
+    if p < 0.5:
+        return -t_quantile(1.0 - p, df)
+    z = z_quantile(p)
+    if df > 1000:
+        terms = (
+            (z**3 + z) / 4,
+            (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+            (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+            (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+        )
+        return z + sum(term / df ** (i + 1) for i, term in enumerate(terms))
+    low, high = 0.0, 2.0
+    while _t_upper_tail(high, df) > 1.0 - p:
+        low, high = high, high * 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _t_upper_tail(middle, df) > 1.0 - p else (low, middle)
+    return (low + high) / 2
+
+
+def _t_upper_tail(t: float, df: float) -> float:
+    return _incomplete_beta(df / (df + t * t), df / 2, 0.5) / 2
+
+
+def _incomplete_beta(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function by its continued fraction (Lentz). Source: Numerical Recipes 6.4."""
+    if x <= 0.0 or x >= 1.0:
+        return float(x >= 1.0)
+    if x > (a + 1) / (a + b + 2):
+        return 1.0 - _incomplete_beta(1.0 - x, b, a)
+    front = exp(a * log(x) + b * log1p(-x) + lgamma(a + b) - lgamma(a) - lgamma(b)) / a
+    c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1))
+    value = d
+    for m in range(1, 1000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        before = value
+        for term in (even, odd):
+            d = 1.0 / (1.0 + term * d)
+            c = 1.0 + term / c
+            value *= c * d
+        if value == before:
+            break
+    return front * value
+
+
+def wilson(successes: float, n: float, level: float = 0.95) -> Estimate:
+    """A share with Wilson's score interval, which stays inside [0, 1] and is never empty at 0 or n.
+
+    Source: Wilson 1927; Brown, Cai and DasGupta 2001 recommend it for small n.
+    """
+    if n <= 0:
+        return undefined("no trials")
+    z2 = z_quantile(0.5 + level / 2) ** 2
+    p = successes / n
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return Estimate(p, sqrt(p * (1 - p) / n), low, high, int(n))
+
+
+def bootstrap(
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence | np.ndarray | None = None,
+    statistic: Callable[[np.ndarray], float] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Estimate:
+    """A mean (or another statistic of the rows) with a percentile interval over resampled items, seeded.
+
+    With `clusters` (a prompt each) whole clusters are drawn, since answers to one prompt are not independent;
+    `n_items` counts them then.
+    Shapes: values N, or N x anything for a statistic of rows.
+    Source: Efron 1979; for a mean over clusters, the ratio of resampled sums to resampled counts.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) == 0:
+        return undefined("no items")
+    groups = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    n = int(groups.max()) + 1
+    rng = np.random.default_rng(seed)
+    if statistic is None:
+        draws = _resampled_means(values, groups, n, resamples, rng)
+        value = float(values.mean())
+    else:
+        draws = _resampled_statistics(values, groups, n, statistic, resamples, rng)
+        value = float(statistic(values))
+    if not isfinite(value):
+        return undefined("the statistic is not finite", n)
+    if n < 2:
+        return Estimate(value, n_items=n)
+    low, high = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2])
+    return Estimate(value, float(draws.std(ddof=1)), float(low), float(high), n, 0, None, float(low), float(high))
+
+
+def _resampled_means(values, groups, n: int, resamples: int, rng) -> np.ndarray:
+    sums = np.bincount(groups, weights=values, minlength=n)
+    sizes = np.bincount(groups, minlength=n).astype(float)
+    draws = np.empty(resamples)
+    step = max(1, 4_000_000 // n)  # 32 MB of indices at a time, at any size
+    for start in range(0, resamples, step):
+        chosen = rng.integers(0, n, size=(min(step, resamples - start), n))
+        draws[start : start + len(chosen)] = sums[chosen].sum(1) / sizes[chosen].sum(1)
+    return draws
+
+
+def _resampled_statistics(values, groups, n: int, statistic, resamples: int, rng) -> np.ndarray:
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(groups, minlength=n))[:-1])
+    draws = [statistic(values[np.concatenate([members[g] for g in rng.integers(0, n, n)])]) for _ in range(resamples)]
+    return np.asarray(draws, dtype=float)
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], clusters: Sequence | None = None, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """The mean of a - b over the same items, with a bootstrap interval: two checkpoints on the same prompts."""
+    return bootstrap(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), clusters, None, resamples, seed)
+
+
+def length_controlled_win_rate(
+    p_a: Sequence[float] | np.ndarray, length_a: Sequence[float], length_b: Sequence[float], level: float = 0.95
+) -> Estimate:
+    """The win rate of a over b if both wrote equally long: a logistic model in tanh(length difference / its
+    deviation), read at zero difference. `p_a` may be soft; a tie is 0.5.
+
+    Without length differences it is the plain win rate. Undefined when length and winner cannot be told apart: one
+    same difference everywhere, or one that separates wins from losses.
+    Source: Dubois et al. 2024, without the terms over many models; errors robust to soft targets (sandwich).
+    """
+    y = np.asarray(p_a, dtype=float)
+    difference = np.asarray(length_a, dtype=float) - np.asarray(length_b, dtype=float)
+    n = len(y)
+    if n == 0:
+        return undefined("no comparisons")
+    if not difference.any():
+        return _plain_win_rate(y, level)
+    deviation = float(difference.std())
+    if deviation <= 1e-12 * float(np.abs(difference).max()):
+        return undefined("every comparison has the same length difference", n)
+    x = np.column_stack([np.ones(n), np.tanh(difference / deviation)])
+    beta = _logistic_fit(x, y)
+    if beta is None:
+        return undefined("wins and losses are separated by length, or one side always wins", n)
+    return _read_at_zero(x, y, beta, level)
+
+
+def _plain_win_rate(y: np.ndarray, level: float) -> Estimate:
+    n, p = len(y), float(y.mean())
+    if n < 2:
+        return Estimate(p, n_items=n)
+    se = float(y.std(ddof=1)) / sqrt(n)
+    half = t_quantile(0.5 + level / 2, n - 1) * se
+    return Estimate(p, se, max(0.0, p - half), min(1.0, p + half), n)
+
+
+def _logistic_fit(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
+    """Newton's method for the logistic likelihood with targets in [0, 1]; None where it has no finite maximum."""
+    beta = np.zeros(x.shape[1])
+    for _ in range(100):
+        p = 1.0 / (1.0 + np.exp(-np.clip(x @ beta, -500, 500)))
+        information = (x * (p * (1 - p))[:, None]).T @ x
+        if np.linalg.cond(information) > 1e13:
+            return None
+        step = np.linalg.solve(information, x.T @ (y - p))
+        step *= min(1.0, 5.0 / max(float(np.abs(step).max()), 1e-300))
+        beta = beta + step
+        if float(np.abs(beta).max()) > 50:  # odds of e^50: the likelihood grows without end
+            return None
+        if float(np.abs(step).max()) < 1e-13 * max(1.0, float(np.abs(beta).max())):
+            return beta
+    return beta if float(np.abs(step).max()) < 1e-8 else None
+
+
+def _read_at_zero(x: np.ndarray, y: np.ndarray, beta: np.ndarray, level: float) -> Estimate:
+    p = 1.0 / (1.0 + np.exp(-(x @ beta)))
+    bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x)
+    meat = (x * ((y - p) ** 2)[:, None]).T @ x
+    se_logit = sqrt(max(float((bread @ meat @ bread)[0, 0]), 0.0))
+    value = _sigmoid(float(beta[0]))
+    z = z_quantile(0.5 + level / 2)
+    low, high = (_sigmoid(float(beta[0]) + sign * z * se_logit) for sign in (-1, 1))
+    return Estimate(value, se_logit * value * (1 - value), low, high, len(y))
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + exp(-x)) if x > -700 else 0.0

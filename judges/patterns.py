@@ -1,0 +1,192 @@
+"""Ratings as counts of distinct rating patterns: a million items by five judges are a thousand rows.
+
+Every statistic of agreement depends on the items only through how often each pattern occurs, so it costs what the
+patterns cost, and a bootstrap over items is a multinomial draw over their counts.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_MOST_SMALL = 4096  # a scale of whole numbers up to this wide is encoded without sorting
+_MOST_COUNTS = 50_000_000  # patterns x categories: 400 MB
+_DENSE_KEYS = 1 << 22  # below this many possible patterns they are counted in an array, above by sorting
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Distinct patterns of ratings and how often each occurs. Items that nobody rated are left out.
+
+    Shapes (P patterns, R raters, K categories, N items): `codes` P x R, -1 where missing (None when made of counts);
+    `times` P; `values` K, the categories in order; `ratings_PK` how many raters gave each category; `pattern_of` N,
+    each item's row, -1 for one that nobody rated.
+    """
+
+    codes: np.ndarray | None
+    times: np.ndarray
+    values: np.ndarray
+    ratings_PK: np.ndarray | None
+    n_raters: int
+    pattern_of: np.ndarray | None = None
+
+
+def group(ratings: np.ndarray | Table, categories: Sequence[float] | None = None) -> Table:
+    """The patterns of an items x raters array, NaN for missing. `categories` adds ones that nobody used.
+
+    Raises:
+        ValueError: not two-dimensional, infinite, or outside of `categories`.
+    """
+    if isinstance(ratings, Table):
+        return ratings
+    ratings = np.asarray(ratings, dtype=float)
+    if ratings.ndim != 2:
+        raise ValueError(f"ratings must be items x raters, not of shape {ratings.shape}")
+    codes, values = _encode(ratings, categories)
+    keys, base = _keys(codes, len(values) + 1)
+    if keys is None:
+        unique, pattern_of, times = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+        pattern_of = pattern_of.reshape(-1)
+    else:
+        unique_keys, pattern_of, times = _count(keys, base ** codes.shape[1])
+        unique = _decode(unique_keys, base, codes.shape[1])
+    rated = (unique >= 0).any(axis=1) if unique.size else np.zeros(len(unique), dtype=bool)
+    renumbered = np.where(rated, np.cumsum(rated) - 1, -1).astype(np.int32)
+    unique, times = unique[rated].astype(np.int64), times[rated].astype(float)
+    few = unique.shape[0] * len(values) <= _MOST_COUNTS
+    counts = _category_counts(unique, len(values)) if few else None
+    n_raters = int((unique >= 0).any(axis=0).sum()) if unique.size else 0
+    return Table(unique, times, values, counts, n_raters, renumbered[pattern_of])
+
+
+def group_counts(counts: np.ndarray) -> Table:
+    """The patterns of an items x categories array of how many raters gave each category.
+
+    Raises:
+        ValueError: not two-dimensional, or negative or broken counts.
+    """
+    counts = np.asarray(counts, dtype=float)
+    if counts.ndim != 2:
+        raise ValueError(f"counts must be items x categories, not of shape {counts.shape}")
+    if not (np.isfinite(counts).all() and (counts >= 0).all() and (counts == np.floor(counts)).all()):
+        raise ValueError("counts must be whole numbers, 0 or more")
+    counts = counts[counts.sum(axis=1) > 0]
+    unique, times = np.unique(counts, axis=0, return_counts=True)
+    n_raters = int(unique.sum(axis=1).max()) if len(unique) else 0
+    return Table(None, times.astype(float), np.arange(counts.shape[1], dtype=float), unique, n_raters)
+
+
+def resample(table: Table, n: int, seed: int) -> np.ndarray:
+    """The patterns' counts in `n` resamples of the items. Shapes: n x P."""
+    total = int(table.times.sum())
+    return np.random.default_rng(seed).multinomial(total, table.times / total, size=n).astype(float)
+
+
+def category_weights(weights: str | np.ndarray | None, values: np.ndarray) -> np.ndarray:
+    """Agreement weights between categories: 1 on the diagonal. Shapes: K x K.
+
+    `identity`, `linear`, `quadratic` (over the categories' values), `ordinal` (Gwet's, over their ranks), or a
+    symmetric matrix of one's own.
+
+    Raises:
+        ValueError: an unknown name, or a matrix that is not K x K, symmetric, and 1 on its diagonal.
+    """
+    k = len(values)
+    if weights is None or (isinstance(weights, str) and weights == "identity"):
+        return np.eye(k)
+    if isinstance(weights, str):
+        distance = np.abs(values[:, None] - values[None, :])
+        span = distance.max() if k > 1 else 1.0
+        if weights == "linear":
+            return 1.0 - distance / span
+        if weights == "quadratic":
+            return 1.0 - (distance / span) ** 2
+        if weights == "ordinal":
+            between = np.abs(np.subtract.outer(np.arange(k), np.arange(k))) + 1.0
+            pairs = between * (between - 1) / 2
+            return 1.0 - pairs / max(float(pairs.max()), 1.0)
+        raise ValueError(f"unknown weights {weights!r}: identity, linear, quadratic, ordinal or a matrix")
+    matrix = np.asarray(weights, dtype=float)
+    if matrix.shape != (k, k) or not np.allclose(matrix, matrix.T) or not np.allclose(np.diag(matrix), 1.0):
+        raise ValueError(f"weights must be a symmetric {k} x {k} matrix with 1 on its diagonal ({k} categories)")
+    return matrix
+
+
+def _encode(ratings: np.ndarray, categories: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Each rating's place among the categories, -1 where missing, and the categories in order."""
+    low, high = (float(f.reduce(ratings, axis=None, initial=np.nan)) for f in (np.fmin, np.fmax))
+    if np.isnan(low):
+        values = np.unique(np.asarray(categories if categories is not None else [], dtype=float))
+        return np.full(ratings.shape, -1, dtype=np.int32), values
+    if not np.isfinite([low, high]).all():
+        raise ValueError("ratings must be finite, or NaN for missing")
+    shifted = _small_whole_numbers(ratings, low) if high - low < _MOST_SMALL else None
+    used = np.unique(ratings[~np.isnan(ratings)]) if shifted is None else np.flatnonzero(_tally(shifted)[1:]) + low
+    values = used
+    if categories is not None:
+        values = np.unique(np.asarray(categories, dtype=float))
+        if not np.isin(used, values).all():
+            raise ValueError(f"ratings outside of the categories: {sorted(set(used.tolist()) - set(values.tolist()))}")
+    if shifted is None:
+        codes = np.searchsorted(values, ratings).astype(np.int32)
+        codes[np.isnan(ratings)] = -1
+        return codes, values
+    place = np.full(_MOST_SMALL + 1, -1, dtype=np.int16)
+    place[(used - low).astype(np.int64) + 1] = np.searchsorted(values, used)
+    return place[shifted], values
+
+
+def _small_whole_numbers(ratings: np.ndarray, low: float) -> np.ndarray | None:
+    """The ratings minus `low` plus 1, 0 where missing; None when one of them is not whole. In cache-sized pieces."""
+    shifted = np.empty(ratings.shape, dtype=np.int16)
+    for start in range(0, len(ratings), 1 << 14):
+        piece = ratings[start : start + (1 << 14)] - (low - 1.0)
+        np.nan_to_num(piece, copy=False, nan=0.0)
+        out = shifted[start : start + (1 << 14)]
+        out[...] = piece
+        if (out != piece).any():
+            return None
+    return shifted
+
+
+def _tally(shifted: np.ndarray) -> np.ndarray:
+    step = 1 << 14
+    return sum(np.bincount(shifted[i : i + step].ravel(), minlength=_MOST_SMALL + 1)
+               for i in range(0, len(shifted), step))
+
+
+def _keys(codes: np.ndarray, base: int) -> tuple[np.ndarray | None, int]:
+    """Each row as one integer in base `base`, or None where 62 bits do not hold it."""
+    if codes.shape[1] * np.log2(max(base, 2)) >= 62:
+        return None, base
+    powers = (base ** np.arange(codes.shape[1] - 1, -1, -1, dtype=np.int64)).astype(np.int64)
+    keys = np.full(len(codes), powers.sum(), dtype=np.int64)
+    for start in range(0, len(codes), 1 << 14):
+        keys[start : start + (1 << 14)] += codes[start : start + (1 << 14)].astype(np.int64) @ powers
+    return keys, base
+
+
+def _count(keys: np.ndarray, possible: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if possible > _DENSE_KEYS:
+        return np.unique(keys, return_inverse=True, return_counts=True)
+    counts = np.bincount(keys, minlength=possible)
+    unique = np.flatnonzero(counts)
+    place = np.zeros(possible, dtype=np.int32)
+    place[unique] = np.arange(len(unique))
+    return unique, place[keys], counts[unique]
+
+
+def _decode(keys: np.ndarray, base: int, n_raters: int) -> np.ndarray:
+    codes = np.empty((len(keys), n_raters), dtype=np.int64)
+    for column in range(n_raters - 1, -1, -1):
+        keys, codes[:, column] = np.divmod(keys, base)
+    return codes - 1
+
+
+def _category_counts(codes: np.ndarray, k: int) -> np.ndarray:
+    counts = np.zeros((len(codes), k))
+    for column in codes.T:
+        rows = np.flatnonzero(column >= 0)
+        counts[rows, column[rows]] += 1.0
+    return counts
