@@ -6,12 +6,12 @@ from dataclasses import replace
 from math import exp
 
 import pytest
+from tinymodel import SPECIALS, build
 
 from factory.engines import make
 from factory.errors import EngineError
 from factory.keys import model_identity, request_key
 from factory.types import Message, Request, Sampling
-from tinymodel import SPECIALS, build
 
 torch = pytest.importorskip("torch")
 LABELS = ("A", "B", "T", " A", " B", " T")

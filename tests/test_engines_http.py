@@ -13,11 +13,11 @@ import orjson
 import pytest
 
 from factory.engines import config_class, make, resolve_model
-from factory.engines.chat import TopRead, _share, claim, log_add
-from factory.engines.http import Breaker, HttpConfig, Server, loads, retry_after
+from factory.engines.chat import Chat, TopRead, _share, claim, log_add
+from factory.engines.http import Breaker, HttpConfig, Rejected, Server, loads, retry_after
 from factory.errors import ConfigError, EngineError, TransportError
 from factory.keys import request_key
-from factory.types import Message, Request, Sampling
+from factory.types import Completion, Message, Request, Sampling
 
 LABELS = ("A", "B", " A", " B")
 
@@ -272,3 +272,26 @@ def test_scripted_rules():
     engine = make({"engine": "scripted", "rules": rules}, "s")
     read, text = run(engine, label_read("more polite?"), Request("m", (Message("user", "critique"),), Sampling(9)))
     assert exp(read.label_logps["A"]) == pytest.approx(0.9) and text.text == "None. Fine."
+
+
+@pytest.mark.parametrize(("message", "limit"), [
+    ("This model's maximum context length is 8,192 tokens. However, you requested 9000 tokens", 8192),
+    ("'max_tokens' is too large: 100. This model's maximum context length is 512 tokens and your request has", 512),
+    ("prompt is too long: 205000 tokens > 200000 maximum", 200000),
+    ("Input exceeds the context window of this model.", 77),
+])
+def test_what_too_long_sounds_like(message, limit):
+    assert _refusal(400, message) == Completion("", "context", limit=limit)
+
+
+def test_other_refusals_have_their_type():
+    assert _refusal(400, "filtered by Azure OpenAI's content management policy").finish == "refused"
+    assert _refusal(400, "no", {"code": "content_filter"}).finish == "refused"
+    with pytest.raises(TransportError, match="HTTP 400 temperature does not apply"):
+        _refusal(400, "temperature does not apply")
+
+
+def _refusal(status: int, message: str, detail=None) -> Completion:
+    chat = Chat(Server("http://x.invalid", HttpConfig()), "/chat/completions", "m", TopRead())
+    chat.max_model_len = 77
+    return asyncio.run(chat._refused(Rejected(status, message, detail or {})))

@@ -20,7 +20,7 @@ from factory.types import Completion, Exactness, Message, Request, Sampling
 
 FLUSH_AFTER_S = 0.002  # a label read waits this long for company while others are under way, and not at all otherwise
 _CONTEXT = re.compile(r"context[ _](?:length|window|size)|prompt is too long|max_model_len|too many tokens", re.I)
-_LIMIT = re.compile(r"(?:maximum|max)\D{0,60}?(\d[\d,]*)", re.I)
+_LIMIT = re.compile(r"(?:context[ _](?:length|window|size)\D{0,40}|tokens > )(\d[\d,]*)", re.I)
 _POLICY = re.compile(r"content[ _-]?(?:filter|policy|management)|responsible ?ai|safety (?:system|policy)", re.I)
 _FINISH = {"stop": "stop", "eos": "stop", "tool_calls": "stop", "length": "length", "content_filter": "refused"}
 

@@ -30,7 +30,7 @@ class Process:
     def __init__(self, config: Any, model: str, port: int, name: str, progress: Callable[[str], None] | None) -> None:
         self.config, self.model, self.port, self.name = config, model, port, name
         self.progress = progress or (lambda line: print(line, file=sys.stderr, flush=True))
-        self.log_file = config.log_file or Path(tempfile.mkdtemp(prefix="prefab-vllm-")) / f"{name}.log"
+        self.log_file: Path = config.log_file or Path(tempfile.gettempdir()) / f"prefab-vllm-{os.getpid()}-{name}.log"
         self.keeper: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
