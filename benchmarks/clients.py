@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,17 @@ def once(client: tuple, n: int, url: str, options: argparse.Namespace) -> dict[s
     """One run of one client: what it says, what the server saw, what it cost."""
     _, environment, script, variant, *_ = client
     python = f"{options.venvs}/{environment}/bin/python" if environment else sys.executable
-    if not options.quick:
-        common.wait_quiet()
-    common.get(url + "/reset", b"")
     command = [python, str(common.PEERS / f"{script}.py"), "--base-url", url + "/v1", "-n", str(n), "-c",
-               str(options.in_flight), "--variant", variant]
-    run = common.watched(command, timeout_s=240, cwd=options.venvs)
-    server = common.get(url + "/stats")
-    return {**run, "server": server}
+               str(options.in_flight), "--variant"]
+    with tempfile.TemporaryDirectory() as folder:
+        store = [] if environment else ["--store", folder]
+        if store:  # the peers are given their answers: Prefab's drafts are asked before it is measured
+            common.watched([*command, "drafts", *store], timeout_s=240, cwd=Path(folder))
+        if not options.quick:
+            common.wait_quiet()
+        common.get(url + "/reset", b"")
+        run = common.watched([*command, variant, *store], timeout_s=240, cwd=Path(folder))
+        return {**run, "server": common.get(url + "/stats")}
 
 
 def good(run: dict[str, Any]) -> bool:

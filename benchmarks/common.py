@@ -20,6 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
+RESULTS = HERE / "results"
 HERTZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -132,7 +133,8 @@ def median(values: Iterable[float | None]) -> float | None:
 
 def write(name: str, quick: bool, **results: Any) -> Path:
     """Write `results` with what they were measured on. A `--quick` run goes beside, and is not to be committed."""
-    path = HERE / (f"{name}.quick.json" if quick else f"{name}.json")
+    path = RESULTS / (f"{name}.quick.json" if quick else f"{name}.json")
+    RESULTS.mkdir(exist_ok=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     where = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(),
              "load_at_end": os.getloadavg()[0], "commit": commit.stdout.strip(),

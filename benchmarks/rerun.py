@@ -31,12 +31,12 @@ print("RESULT " + json.dumps({"seconds": time.perf_counter() - started, "rows": 
 CALLS_PER_JUDGMENT = 64 / 56  # of `peers/prefab_run.py`: 8 drafts, then 28 pairs in both orders
 
 
-def asked(url: str, folder: Path, calls: int, variant: str, timeout_s: float) -> dict[str, Any]:
+def asked(url: str, folder: Path, calls: int, timeout_s: float) -> dict[str, Any]:
     """One run of the pipeline in its own process, with its memory by calls asked so far."""
     common.get(url + "/reset", b"")
     n = round(calls / CALLS_PER_JUDGMENT)
     command = [sys.executable, str(common.PEERS / "prefab_run.py"), "--base-url", url + "/v1", "-n", str(n),
-               "--variant", variant, "--store", str(folder)]
+               "--variant", "batch", "--store", str(folder)]
     series, done = [], threading.Event()
     watcher = threading.Thread(target=_watch, args=(url, str(folder), series, done), daemon=True)
     watcher.start()
@@ -82,8 +82,8 @@ def files_mb(folder: Path) -> dict[str, float]:
 def measure(folder: Path, calls: int, low: int, python: str, port: int) -> dict[str, Any]:
     """All three steps in `folder`."""
     with common.mock(python, port, 0) as url:
-        first = asked(url, folder, calls, "batch", 1500)
-        again = asked(url, folder, calls, "rerun", 600)
+        first = asked(url, folder, calls, 1500)
+        again = asked(url, folder, calls, 600)
     (folder / "store" / "prefab.duckdb").unlink(missing_ok=True)
     rebuilt = common.watched([sys.executable, "-c", REBUILD, str(folder / "store")], 900, cwd=common.HERE.parent)
     return {"calls": first["server"]["calls"], "first_s": first.get("work_s"), "first_peak_mb": first["peak_rss_mb"],

@@ -1,8 +1,8 @@
 """Prefab itself on the peers' workload: `pipelines.run`, everything durable. Variants: "" (a POST a judgment) · batch
-(`batch: 32`, vLLM's batch endpoint) · rerun (in `--store`, again).
+(32 label reads a POST, by vLLM's batch endpoint) · drafts (ask for the drafts alone, into `--store`).
 
 Eight drafts a prompt from the mock policy, all 28 pairs in both orders under one principle as long as the peers' rules.
-Drafts are asked, kept and paid for in the same window, but only label reads count as judgments.
+The peers are given their answers, so `drafts` goes before the run that is measured, which then asks judgments alone.
 """
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ DRAFTS = 8
 PER_PROMPT = DRAFTS * (DRAFTS - 1)
 
 
-def write_pipeline(folder: Path, url: str, n: int, in_flight: int, batch: int) -> Path:
+def write_pipeline(folder: Path, url: str, n: int, in_flight: int, variant: str) -> Path:
     """A project in `folder` that asks `n` judgments, rounded up to whole prompts."""
+    recipe, batch = "cai" if variant == "drafts" else "rlaif", 32 if variant == "batch" else 1
     rules = json.dumps("Which answer is better by these rules?\n" + workload.RULES)
     (folder / "constitution.yaml").write_text(
         "id: peers\ntitle: The peers' rules\nlicence: CC0-1.0\nselection: sample_one\nprinciples:\n"
@@ -32,7 +33,7 @@ def write_pipeline(folder: Path, url: str, n: int, in_flight: int, batch: int) -
     (folder / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
     engine = {"engine": "openai", "base_url": url, "api_key_env": None, "max_in_flight": in_flight, "batch": batch}
     (folder / "pipeline.yaml").write_text(json.dumps({
-        "recipe": "rlaif", "name": "bench", "store": str(folder / "store"),
+        "recipe": recipe, "name": recipe, "store": str(folder / "store"),
         "constitution": str(folder / "constitution.yaml"), "prompts": {"source": str(folder / "prompts.jsonl")},
         "engines": {"policy": {**engine, "model": "mock-policy", "batch": 1}, "judge": {**engine, "model": "mock-ab"}},
         "policy": {"engine": "policy", "samples": DRAFTS, "temperature": 1.0, "max_tokens": 128},
@@ -52,14 +53,13 @@ def main() -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:8399/v1")
     parser.add_argument("-n", type=int, default=2000)
     parser.add_argument("-c", "--concurrency", type=int, default=64)
-    parser.add_argument("--variant", default="", choices=["", "batch", "rerun"])
+    parser.add_argument("--variant", default="", choices=["", "batch", "drafts"])
     parser.add_argument("--store", type=Path, help="a folder to keep; left out: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.store or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        batch = 1 if options.variant == "" else 32
-        path = write_pipeline(folder, options.base_url, options.n, options.concurrency, batch)
+        path = write_pipeline(folder, options.base_url, options.n, options.concurrency, options.variant)
         from pipelines import run
 
         started = time.perf_counter()

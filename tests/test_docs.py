@@ -1,0 +1,48 @@
+"""Every command in the README and in docs/ runs; every command there is, is told of; links lead somewhere.
+
+A block fenced ```sh is run, line by line in one shell and an empty folder; what needs a model or a GPU is ```console.
+"""
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pipelines.cli")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_run(page, tmp_path):
+    blocks = BLOCK.findall(page.read_text())
+    if not blocks:
+        pytest.skip("no commands")
+    prefab = f'prefab() {{ {shlex.quote(sys.executable)} -m pipelines.cli "$@"; }}\n'
+    done = subprocess.run(["bash", "-c", "set -ex\n" + prefab + "\n".join(blocks)], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_every_command_is_in_the_readme():
+    from typer.main import get_command
+
+    from pipelines.cli import app
+
+    readme = PAGES[0].read_text()
+    assert not [name for name in get_command(app).commands if f"`prefab {name}" not in readme]
+
+
+def test_links_lead_somewhere():
+    lost = []
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            if not (page.parent / link).exists():
+                lost.append(f"{page.name}: {link}")
+    assert not lost
