@@ -101,7 +101,6 @@ class _Window:
     workers: set[asyncio.Task] = field(default_factory=set)
     active: int = 0
     uncommitted: int = 0
-    room: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Ledger:
@@ -117,6 +116,7 @@ class Ledger:
         self._windows: dict[int, _Window] = {}
         self._flights: dict[bytes, _Flight] = {}
         self._arrived: list[_Batch] = []
+        self._outbox: list[Any] = []
         self._closed = False
 
     @classmethod
@@ -165,7 +165,7 @@ class Ledger:
     def note(self, use: Use) -> None:
         """Record a use that asks nothing (role `identical`); on disk at the latest when the ledger is closed."""
         self._check()
-        self._writer.put(([(use, b"")], ()))
+        self._writer.put([([(use, b"")], ())])
 
     async def ask(self, request: Request, use: Use, engine: Engine) -> Completion:
         """One question. Raises: TransportError, once that is recorded, when no answer came after all retries."""
@@ -212,8 +212,9 @@ class Ledger:
         uses: list[tuple[Use, bytes]] = []
         for batch in batches:
             uses += [(use, key) for (_, use), key in zip(batch.asks, batch.keys, strict=True)]
+        self._post((uses, batches))  # before any answer to them
+        for batch in batches:
             self._dispatch(batch, found)
-        self._writer.put((uses, batches))  # before any answer to them: workers have not run yet
 
     def _dispatch(self, batch: _Batch, found: dict[bytes, Completion]) -> None:
         limit = getattr(batch.window.engine, "max_model_len", None) or 0
@@ -235,8 +236,12 @@ class Ledger:
         self._staff(batch.window)
 
     def _staff(self, window: _Window) -> None:
-        """One task a place in the window while there is work, not one a question."""
-        for _ in range(min(len(window.queue), window.engine.max_in_flight - window.active)):
+        """One task a place in the window while there is work, not one a question.
+
+        None while a full window waits for the disk: a crash may not repeat more than promised.
+        """
+        most = window.engine.max_in_flight
+        for _ in range(min(len(window.queue), most - window.active) if window.uncommitted < most else 0):
             window.active += 1
             worker = asyncio.get_running_loop().create_task(self._work(window))
             window.workers.add(worker)
@@ -244,38 +249,40 @@ class Ledger:
 
     async def _work(self, window: _Window) -> None:
         try:
-            while window.queue:
-                if window.uncommitted >= window.engine.max_in_flight:
-                    window.room.clear()  # a disk slower than the engine: a crash may not repeat more than promised
-                    await window.room.wait()
-                else:
-                    await self._fly(window.queue.popleft())
+            while window.queue and window.uncommitted < window.engine.max_in_flight:
+                await self._fly(window.queue.popleft())
         finally:
             window.active -= 1
 
     async def _fly(self, flight: _Flight) -> None:
         self.stats.in_flight += 1
-        flight.window.uncommitted += 1
         try:
             completion = _clean(await flight.window.engine.complete(flight.key, flight.request))
-            self._writer.put(Answer(flight.key, flight.body, flight.request.model, completion, flight))
+            self._post(Answer(flight.key, flight.body, flight.request.model, completion, flight))
+            flight.window.uncommitted += 1
         except TransportError as error:
             first, i = flight.waiters[0]
-            self._writer.put(Failure(first.asks[i][1].run, flight.key, error, flight))
+            self._post(Failure(first.asks[i][1].run, flight.key, error, flight))
+            flight.window.uncommitted += 1
         except asyncio.CancelledError:
-            self._landed(flight)
+            self._flights.pop(flight.key, None)
             flight.fail(StoreError(f"{self.file}: closed before this was answered"))
             raise
         except Exception as error:  # for good: whoever asked learns it, and stops the run
-            self._landed(flight)
+            self._flights.pop(flight.key, None)
             flight.fail(error)
         finally:
             self.stats.in_flight -= 1
 
-    def _landed(self, flight: _Flight) -> None:
-        self._flights.pop(flight.key, None)
-        flight.window.uncommitted -= 1
-        flight.window.room.set()
+    def _post(self, item: Any) -> None:
+        """To the writer, at the end of this turn of the event loop: waking a thread for each would cost more."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._outbox.append(item)
+
+    def _send(self) -> None:
+        items, self._outbox = self._outbox, []
+        self._writer.put(items)
 
     def _committed(self, commit: Commit, error: StoreError | None) -> None:
         """On the writer's thread, after a commit."""
@@ -284,24 +291,25 @@ class Ledger:
 
     def _deliver(self, commit: Commit, error: StoreError | None) -> None:
         """Hand over what is on disk; when it is not, everything that waits learns why."""
-        for answer in commit.answers:
-            self._landed(answer.flight)
-            if error is None:
-                self.stats.asked += 1
-                self.stats.prompt_tokens += answer.completion.prompt_tokens
-                self.stats.completion_tokens += answer.completion.completion_tokens
-                answer.flight.land(answer.completion)
-        for failure in commit.failures:
-            self._landed(failure.flight)
-            if error is None:
-                self.stats.failed += 1
-                failure.flight.land(failure.error)
-        if error is None:
-            for _, batches in commit.uses:
-                for batch in batches:
-                    batch.settle()
-        else:
+        for item in (*commit.answers, *commit.failures):
+            self._flights.pop(item.key, None)
+            item.flight.window.uncommitted -= 1
+        if error is not None:
             self._stop(error, commit)
+            return
+        for answer in commit.answers:
+            self.stats.asked += 1
+            self.stats.prompt_tokens += answer.completion.prompt_tokens
+            self.stats.completion_tokens += answer.completion.completion_tokens
+            answer.flight.land(answer.completion)
+        for failure in commit.failures:
+            self.stats.failed += 1
+            failure.flight.land(failure.error)
+        for _, batches in commit.uses:
+            for batch in batches:
+                batch.settle()
+        for window in self._windows.values():
+            self._staff(window)
 
     def _stop(self, error: StoreError, commit: Commit) -> None:
         for flight in [item.flight for item in (*commit.answers, *commit.failures)] + list(self._flights.values()):
@@ -310,7 +318,6 @@ class Ledger:
             batch.fail(error)
         for window in self._windows.values():
             window.queue.clear()
-            window.room.set()
 
     async def close(self, drain: bool = True) -> None:
         """Wait for questions already asked (`drain`), drop the others, write, and shorten the WAL.
@@ -329,6 +336,7 @@ class Ledger:
             for worker in workers if not drain else ():
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+        self._send()
         self._reader.close()
         await asyncio.to_thread(self._writer.close)
         ledgerfile.kill_point("end")

@@ -257,21 +257,21 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="ledger-writer", daemon=True)
         self._thread.start()
 
-    def put(self, item: Any) -> None:
-        """Hand over an `Answer`, a `Failure`, or (uses, waiter)."""
-        self._arrivals.put(item)
+    def put(self, items: list[Any]) -> None:
+        """Hand over what is to be written together: `Answer`s, `Failure`s and (uses, waiters)."""
+        self._arrivals.put(items)
 
     def run(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
         """Do `work` in a transaction of its own and wait for it. Raises what it raised, after a rollback."""
         result: Future = Future()
-        self._arrivals.put((work, result))
+        self._arrivals.put([(work, result)])
         return result.result()
 
     def close(self) -> None:
         """Write what has arrived, copy the WAL into the file, end the thread. Raises: StoreError if that failed."""
         if not self._thread.is_alive():
             return
-        self._arrivals.put(None)
+        self._arrivals.put([None])
         self._thread.join()
         try:
             if self.broken is None:
@@ -284,9 +284,9 @@ class Writer:
     def _work(self) -> None:
         going = True
         while going:
-            items = [self._arrivals.get()]
+            items = list(self._arrivals.get())
             while not self._arrivals.empty():
-                items.append(self._arrivals.get())
+                items += self._arrivals.get()
             commit = Commit()
             for item in items:
                 if item is None:

@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -101,11 +102,12 @@ def test_kills_ask_nothing_committed_again_and_leave_the_same_store(tmp_path, ki
     asyncio.run(run(tmp_path / "whole", PROMPTS, MiniEngine()))
     fill(tmp_path / "whole")
     whole, luck, died, usual_s = rows(tmp_path / "whole"), random.Random(0), Counter(), 2.0
+    attempts = count()
     while died.total() < kills:
-        folder = tmp_path / f"killed {died.total()}"
+        folder = tmp_path / f"killed {next(attempts)}"
         with server() as port:
             for _ in range(8):
-                way = how(luck, died.total(), usual_s)
+                way = how(luck, next(attempts), usual_s)
                 if one_life(folder, port, way):
                     died[way.get("kill_at", "at random").partition(":")[0]] += 1
             began = time.monotonic()
