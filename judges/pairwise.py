@@ -141,6 +141,3 @@ def _variables(
         "question": principle.compare,
         "examples": examples,
     }
-
-
-requests = request  # the plural is what a recipe asks with: one a comparison, order and repeat
