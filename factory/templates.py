@@ -139,7 +139,7 @@ def fence(prompt_text: str, text: str, specials: tuple[str, ...] = ()) -> str:
     smallest i whose id is not in the text. The same in both orders and under every principle."""
     text = neutralise(text, specials)
     i = 0
-    while (tag := hashlib.sha256(f"{prompt_text}\0{text}\0{i}".encode()).hexdigest()[:6]) in text:
+    while (tag := hashlib.sha256(f"{prompt_text}\0{text}\0{i}".encode(errors="surrogatepass")).hexdigest()[:6]) in text:
         i += 1
     return f"<{tag}>\n{text}\n</{tag}>"
 

@@ -49,10 +49,10 @@ class Plan:
 
 
 PLANS = {
-    "tiny": Plan("prefab-tiny", 256, 5, 4, 640, 2200, 1.5e-3),
-    "nano": Plan("prefab-nano", 128, 4, 2, 336, 1000, 2.5e-3, noise_share=0.25),
+    "tiny": Plan("prefab-tiny", 256, 5, 4, 640, 1600, 1.5e-3),
+    "nano": Plan("prefab-nano", 128, 4, 4, 336, 900, 2.5e-3, noise_share=0.25),
 }
-HELPS = {"faults": 1.0, "asked": 0.3, "look": 0.5}
+HELPS = {"faults": 6.0, "asked": 0.5, "look": 0.5}
 
 
 def train_tokenizer(vocab: int = 1600):
@@ -136,7 +136,7 @@ def train(plan: Plan, state_dir: Path, log=print, minutes: float = 1e9, tokenize
     log(f"{plan.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {plan.steps} steps, from step {first}")
     started = saved = time.time()
     sums: dict[str, float] = {}
-    tokens = 0
+    tokens, told = 0, first
     for step, batch in enumerate(batches(plan, tokenizer, first), first):
         for group in optimizer.param_groups:
             group["lr"] = rate(plan, step)
@@ -151,11 +151,10 @@ def train(plan: Plan, state_dir: Path, log=print, minutes: float = 1e9, tokenize
         sums = {k: sums.get(k, 0.0) + float(v.detach()) for k, v in parts.items()}
         done = step + 1
         if done % 20 == 0 or done == plan.steps:
-            n = 20 if done % 20 == 0 else done % 20
             left = (time.time() - started) / (done - first) * (plan.steps - done)
-            said = "  ".join(f"{k} {v / n:.3f}" for k, v in sums.items())
+            said = "  ".join(f"{k} {v / (done - told):.3f}" for k, v in sums.items())
             log(f"{plan.name} {done}/{plan.steps}  {said}  {tokens / (time.time() - started):.0f} tokens/s  {left / 60:.0f} min left")
-            sums = {}
+            sums, told = {}, done
         if time.time() - saved > 180 or done == plan.steps:
             _save(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
             saved = time.time()

@@ -40,6 +40,7 @@ class Block(nn.Module):
         self.gate_up, self.down = nn.Linear(s.hidden, 2 * s.inner, bias=False), nn.Linear(s.inner, s.hidden, bias=False)
 
     def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], bias_B1TT: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output (B T D) and its attention (B H T T). `turn` is (cos, sin) of the positions' angles."""
         B, T, D = x_BTD.shape
         qkv = self.qkv(self.before(x_BTD)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = rotate(qkv[0], turn), rotate(qkv[1], turn), qkv[2]
