@@ -171,6 +171,8 @@ def _validate(document: yamlio.Document, base: Path, sets: Iterable[str]) -> tup
     if problems or parts:
         raise ConfigError(yamlio.tidy(problems + parts))
     config._base = base
+    if config.panel:   # every default spelt out: a run's verdicts are read again by these long after
+        config.panel.judges[:] = [judge.model_dump(mode="json") for judge in config.judges()]
     return config, config.model_dump(mode="json")
 
 
@@ -218,11 +220,12 @@ def _fill(value: Any) -> None:
     panel = value.get("panel") if isinstance(value, dict) else None
     judges = panel.get("judges") if isinstance(panel, dict) else None
     policy = value.get("policy") if isinstance(value, dict) else None
-    engine = policy.get("engine") if isinstance(policy, dict) else None
+    engine = str(policy.get("engine")) if isinstance(policy, dict) else None
     for judge in judges if isinstance(judges, list) else ():
         if not isinstance(judge, dict):
             continue
-        judge.setdefault("engine", engine)
+        if engine in _mapping(value, "engines"):
+            judge.setdefault("engine", engine)
         for name in ("min_label_mass", "repeats"):
             if name in panel:
                 judge.setdefault(name, panel[name])

@@ -20,6 +20,7 @@ from pipelines.config import MICROWORLD, PromptsConfig, locate
 
 KEPT_PROBLEMS = 20          # shown to people; all are counted
 MICROWORLD_PROMPTS = 256    # when a pipeline sets no limit
+MICROWORLD_MOST = 20_000
 COLUMNS = ("prompt", "messages", "conversations")
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant",
          "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
@@ -227,6 +228,9 @@ def _microworld(config: PromptsConfig) -> Iterator[Row]:
     from factory.microworld import grammar
 
     limit = config.limit or MICROWORLD_PROMPTS
+    if limit > MICROWORLD_MOST:   # drawing different ones takes ever longer as they run out
+        message = f"the microworld has not {limit:,} different prompts; at most {MICROWORLD_MOST:,} are drawn"
+        raise ConfigError([Problem("prompts.limit", 0, 0, "", message)])
     try:
         prompts = grammar.prompts(config.split or "train", limit, config.seed)
     except ValueError as error:
@@ -279,7 +283,7 @@ def _csv(path: Path, column: str | None) -> Iterator[Row]:
         if reader.fieldnames is None:
             return
         _column(path, column, list(reader.fieldnames), 1)
-        start, number = reader.line_num + 1, 0
+        number = 0
         while True:
             number += 1
             try:
@@ -287,10 +291,9 @@ def _csv(path: Path, column: str | None) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield number, start, ValueError(f"not CSV: {error}")
+                yield number, reader.line_num + 1, ValueError(f"not CSV: {error}")
             else:
-                yield number, start, _csv_row(row)
-            start = reader.line_num + 1
+                yield number, reader.line_num, _csv_row(row)   # the line where it ends
 
 
 def _csv_row(row: dict[Any, Any]) -> Any:
