@@ -253,6 +253,7 @@ def _scan_problems(document: Document, error: yaml.MarkedYAMLError) -> list[Prob
         "could not find expected ':'": 'expected "key: value"; longer text needs quotes or a block (|)',
         "but found another document": "a second document (---); one a file",
         "found unexpected end of stream": "a quote is opened and never closed",
+        "expected the node content": "a value is missing here",
         "expected <block end>": "wrong indentation, or a quote or bracket that ends too early",
         "expected ',' or ']'": "a list opened with [ is not closed before this",
         "expected ',' or '}'": "a mapping opened with { is not closed before this",
