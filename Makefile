@@ -18,10 +18,10 @@ demo: setup      ## the whole loop on the embedded world, with the truth beside 
 	@$(BIN)/prefab demo
 
 test: setup      ## every test but the slow ones
-	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: setup  ## the slow ones too
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest -n 2 --dist loadfile
 
 kill-test: setup ## 100 SIGKILLs and more, at random moments and at each named point
 	$(PY) -m pytest tests/test_kill.py -m "slow or not slow"

@@ -46,3 +46,7 @@ def test_links_lead_somewhere():
             if not (page.parent / link).exists():
                 lost.append(f"{page.name}: {link}")
     assert not lost
+
+
+def test_no_figure_is_left_open():
+    assert not [page.name for page in PAGES if "@@" in page.read_text()]
