@@ -253,11 +253,12 @@ def prompts(split: str, n: int, seed: int = 0) -> list[Prompt]:
     Raises:
         ValueError: the world has fewer different prompts than n in that split.
     """
-    rng, found = random.Random(f"prompts {split} {seed}"), {}
-    for _ in range(50 * n + 1000):
+    rng, found, dry = random.Random(f"prompts {split} {seed}"), {}, 0
+    while dry < 1000:  # that many repeats in a row: nearly all have been seen
         if len(found) == n:
             return list(found.values())
         prompt = situation(rng, split).prompt
+        dry = dry + 1 if prompt.id in found else 0
         found.setdefault(prompt.id, prompt)
     raise ValueError(f"the microworld has only about {len(found)} different prompts in split {split!r}, not {n}")
 
