@@ -9,8 +9,7 @@ import importlib
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,10 +21,11 @@ from factory.engines import make
 from factory.errors import BudgetError, ConfigError
 from factory.ledger import Ledger, Run
 from factory.templates import load as load_template
-from factory.types import Completion, Constitution, Engine, Prompt, Request
+from factory.types import Constitution, Engine, Prompt
 from pipelines.config import PipelineConfig, ReviseConfig, load_pipeline, make_pipeline
 from pipelines.context import Context, Stopped
 from pipelines.prompts import Prompts
+from pipelines.starting import lazily, started_engines
 
 MAX_AT_WORK = 2048          # prompts in work at once: bounds memory where a prompt asks one call
 READ_AHEAD = 256            # prompts recorded in one transaction
@@ -176,48 +176,6 @@ def make_engines(loaded: Loaded) -> dict[str, Engine]:
     return {name: lazily(make(config.engines[name], name)) for name in config.engines if name in used}
 
 
-def lazily(engine: Engine) -> Engine:
-    """An engine that would start a server of its own, and knows its tokenizer without it, starts at the first question:
-    when every answer is in the ledger, nothing is started."""
-    return Lazy(engine) if getattr(engine, "owns_server", False) and engine.special_tokens else engine
-
-
-class Lazy:
-    """An engine that is started when first asked. `starting_s` is the time that this took."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.starting_s = engine, 0.0
-        self._ready: asyncio.Task | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    async def start(self) -> None:
-        """Nothing yet."""
-
-    async def complete(self, key: bytes, request: Request) -> Completion:
-        """Start if need be, then answer. Raises: EngineError when it cannot start."""
-        if self._ready is None:
-            self._ready = asyncio.create_task(self._start())
-        if not self._ready.done() or self._ready.exception():
-            await asyncio.shield(self._ready)
-        return await self.engine.complete(key, request)
-
-    async def _start(self) -> None:
-        began = time.monotonic()
-        try:
-            await self.engine.start()
-        finally:
-            self.starting_s = time.monotonic() - began
-
-    async def stop(self) -> None:
-        """Stop what was started."""
-        if self._ready is not None:
-            self._ready.cancel()
-            await asyncio.gather(self._ready, return_exceptions=True)
-        await self.engine.stop()
-
-
 def run(source: str | Path | dict[str, Any], sets: Iterable[str] = (), quiet: bool = True,
         engines: dict[str, Engine] | None = None) -> RunResult:
     """Make the data that a pipeline describes; run it again to resume. `engines` stand in for those it would start.
@@ -291,22 +249,6 @@ def count_prompts(loaded: Loaded, quiet: bool = True) -> int | None:
             warn(str(problem))
         warn(prompts.summary())
     return total
-
-
-@asynccontextmanager
-async def started_engines(engines: dict[str, Engine], quiet: bool = True) -> AsyncIterator[None]:
-    """Start all engines at once, and stop every one of them whatever happens."""
-    for engine in engines.values() if quiet else ():
-        if hasattr(engine, "progress"):
-            getattr(engine, "engine", engine).progress = lambda line: None
-    try:
-        results = await asyncio.gather(*(engine.start() for engine in engines.values()), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        yield
-    finally:
-        await asyncio.shield(asyncio.gather(*(e.stop() for e in engines.values()), return_exceptions=True))
 
 
 def at_work(loaded: Loaded, engines: dict[str, Engine]) -> int:
