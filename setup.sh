@@ -15,8 +15,17 @@ done
 
 if nvidia-smi -L >/dev/null 2>&1; then file=requirements-gpu.txt need_gb=20; else file=requirements.txt need_gb=5; fi
 # The project is installed in place, so a moved checkout needs its environment made again.
-stamp="$("$python" -c 'import sys; print(sys.version.split()[0])') $(pwd) $(cat "$file" pyproject.toml | sha256sum | cut -c1-32)"
-[ "$(cat "$venv/.stamp" 2>/dev/null || true)" = "$stamp" ] && exit 0
+packages="$("$python" -c 'import sys; print(sys.version.split()[0])') $(pwd) $(sha256sum < "$file" | cut -c1-32)"
+project=$(sha256sum < pyproject.toml | cut -c1-32)
+stamp() { cat "$venv/.$1" 2>/dev/null || true; }
+pip="$venv/bin/python -m pip --disable-pip-version-check -qq"
+install_project() {
+    $pip install --no-deps --no-build-isolation --editable . && echo "$project" > "$venv/.project"
+}
+if [ "$(stamp packages)" = "$packages" ]; then
+    [ "$(stamp project)" = "$project" ] || install_project
+    exit 0
+fi
 
 "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "$python has no venv module.
   Debian or Ubuntu: apt install python3-venv"
@@ -27,10 +36,9 @@ command -v c++ >/dev/null 2>&1 || echo "prefab set-up: no C++ compiler (apt inst
 
 echo "prefab set-up: $("$python" -V) -> $venv, $(grep -c == "$file") packages of $file (a few minutes, once)"
 "$python" -m venv --clear "$venv"
-pip="$venv/bin/python -m pip --disable-pip-version-check -qq"
 $pip install --no-deps -r "$file" || fail "pip could not install $file (its reason is above).
   No 'torch==2.13.0+cpu'? PyTorch's CPU index serves it: pytorch.org, Get Started, Linux / Pip / CPU prints the address.
   Then: PIP_EXTRA_INDEX_URL=<that address> make setup"
-$pip install --no-deps --no-build-isolation --editable .
-echo "$stamp" > "$venv/.stamp"
+install_project
+echo "$packages" > "$venv/.packages"
 echo "prefab set-up: done; the command is $venv/bin/prefab"
