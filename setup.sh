@@ -32,7 +32,14 @@ fi
 mkdir -p "$venv"
 free_gb=$(($(df -Pk "$venv" | awk 'NR == 2 {print $4}') / 1048576))
 [ "$free_gb" -ge "$need_gb" ] || fail "needs $need_gb GB of free disk space for $venv, and there are $free_gb GB."
-command -v c++ >/dev/null 2>&1 || echo "prefab set-up: no C++ compiler (apt install g++): vLLM will run its models uncompiled."
+# On a CPU vLLM compiles each model it serves, against Python's headers.
+if [ "$file" = requirements.txt ]; then
+    command -v "${CXX:-g++}" >/dev/null 2>&1 || fail "needs a C++ compiler, ${CXX:-g++}: vLLM compiles models with it.
+  Debian or Ubuntu: apt install g++"
+    "$python" -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_paths()["include"], "Python.h"))' 2>/dev/null ||
+        fail "$python has no headers (Python.h), against which vLLM compiles models.
+  Debian or Ubuntu: apt install python3-dev"
+fi
 
 echo "prefab set-up: $("$python" -V) -> $venv, $(grep -c == "$file") packages of $file (a few minutes, once)"
 "$python" -m venv --clear "$venv"
