@@ -46,7 +46,7 @@ def opened(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """
     con = _connect(folder, read_only=False)
     try:
-        if con.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'meta'").fetchone()[0] == 0:
+        if con.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'meta'").fetchall() == [(0,)]:
             con.execute(f"BEGIN; {SCHEMA.read_text(encoding='utf-8')}; COMMIT")
         with _told(folder / FILE):
             yield con
@@ -140,8 +140,8 @@ def set_meta(con: duckdb.DuckDBPyConnection, values: dict[str, Any]) -> None:
 
 def watermark(con: duckdb.DuckDBPyConnection, source: str) -> int:
     """The last rowid of the ledger's table `source` that is in the store."""
-    row = con.execute("SELECT max(id) FROM watermarks WHERE source = ?", [source]).fetchone()
-    return row[0] or 0
+    rows = con.execute("SELECT max(id) FROM watermarks WHERE source = ?", [source]).fetchall()
+    return rows[0][0] or 0
 
 
 def set_watermark(con: duckdb.DuckDBPyConnection, source: str, rowid: int) -> None:

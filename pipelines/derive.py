@@ -20,7 +20,7 @@ Comparison = tuple[int, int]  # the indices of samples a and b
 Place = tuple[str, str, int, str]  # principle, judge, repeat, order: where in a comparison's readings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UseRow:
     """A use as the ledger keeps it, its names spelt out; `rowid` tells a later one from an earlier."""
 

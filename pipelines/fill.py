@@ -229,14 +229,21 @@ def _copy_calls(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, name
             if before is None or row[2] != "context" or (before[2] == "context" and row[6] > before[6]):
                 best[row[0]] = row
         with store.transaction(con):
-            short = dict(con.execute("SELECT call, limit_tokens FROM calls WHERE finish = 'context' AND call IN "
-                                     "(SELECT unnest(?))", [list(best)]).fetchall())
+            short = _too_long(con, best)
             best = {call: row for call, row in best.items() if row[2] != "context" or row[6] > short.get(call, -1)}
             _delete(con, ("calls",), "call", [call for call in short if call in best])
             store.insert(con, "calls", list(best.values()))
             _models(con, {models[row[2]] for row in page})
             store.set_watermark(con, "calls", page[-1][0])
         report.add("calls", len(best))
+
+
+def _too_long(con: duckdb.DuckDBPyConnection, calls: Iterable[str]) -> dict[str, int]:
+    """Those of `calls` that stand as "too long" in the store, with their limits."""
+    if con.execute("SELECT count(*) FROM calls WHERE finish = 'context'").fetchall()[0][0] == 0:
+        return {}
+    return dict(con.execute("SELECT call, limit_tokens FROM calls WHERE finish = 'context' AND call IN "
+                            "(SELECT unnest(?))", [list(calls)]).fetchall())
 
 
 def _models(con: duckdb.DuckDBPyConnection, models: set[str]) -> None:
@@ -279,12 +286,12 @@ def _find_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection) -> in
             con.execute("UPDATE work SET state = 'todo' WHERE state = 'open'")
         store.set_watermark(con, "calls when waiting", calls)
     mark = store.watermark(con, "uses")
-    first_time = mark == 0
+    known = {row[0] for row in con.execute("SELECT run FROM runs").fetchall()}  # others have no rows to be replaced
     while mark < last:
         top = min(mark + 10 * PAGE, last)
         pairs = ledger.execute("SELECT DISTINCT run, prompt FROM uses WHERE id > ? AND id <= ?", (mark, top)).fetchall()
         with store.transaction(con):
-            store.insert(con, "work", [(run, prompt, "new", first_time) for run, prompt in pairs])
+            store.insert(con, "work", [(run, prompt, "new", run not in known) for run, prompt in pairs])
             con.execute("UPDATE work SET state = 'todo' WHERE state = 'open' AND "
                         "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'new')")
             con.execute("DELETE FROM work WHERE state = 'new' AND "
