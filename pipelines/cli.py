@@ -150,7 +150,12 @@ def run(pipeline: Pipeline, sets: Sets = [], as_json: Json = False,
     from pipelines.runner import run as run_pipeline
 
     again = " ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)])
-    result = run_pipeline(_pipeline(pipeline), sets, quiet)
+    try:
+        result = run_pipeline(_pipeline(pipeline), sets, quiet)
+    except KeyboardInterrupt:
+        warn("stopped before anything was asked")
+        hint(again)
+        raise typer.Exit(STOPPED) from None
     if as_json:
         _json(result.summary())
     else:

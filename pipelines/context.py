@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from factory.errors import BudgetError, PrefabError
+from factory.errors import BudgetError, EngineError, PrefabError
 from factory.templates import neutralise
 from factory.types import Completion, Constitution, Engine, Message, Principle, Prompt, Request, Sampling, Use
 from judges import critique
 
 BUDGET_FROM = 200  # shares of a handful of answers say nothing
+NOTHING_FROM = 20  # so many failures and not one answer: there is no server
 Answer = Completion | Exception
 Ask = tuple[Request, Use]
 
@@ -71,6 +72,8 @@ class Context:
     judges: list[Any] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     stopping: bool = False
+    hurry: bool = False
+    last_failure: str = ""
     _examples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
 
     async def ask(self, asks: Sequence[Ask], engine: str) -> Sequence[Answer]:
@@ -88,6 +91,7 @@ class Context:
         for answer in answers:
             if isinstance(answer, Exception):
                 counts.failed += 1
+                self.last_failure = str(answer)
             else:
                 counts.tokens += answer.prompt_tokens + answer.completion_tokens
         return answers
@@ -97,6 +101,8 @@ class Context:
         if self.stopping:
             raise Stopped("stopped")
         counts, budget = self.counts, self.config.budget
+        if counts.failed >= NOTHING_FROM:
+            self.check_answered()
         if counts.answers >= BUDGET_FROM:
             for name, n, limit in (("unscored", counts.n_unscored, budget.unscored),
                                    ("failed", counts.failed, budget.failed)):
@@ -107,6 +113,11 @@ class Context:
             limit = getattr(budget, name, None)
             if limit is not None and n >= limit:
                 raise BudgetError(f"{n:,} {name} were used: the cap budget.{name} of {limit:,} is reached")
+
+    def check_answered(self) -> None:
+        """Raises: EngineError when not one question was answered: that is no accident, nobody is there."""
+        if self.counts.failed and self.counts.failed == self.counts.answers:
+            raise EngineError(f"none of {self.counts.failed:,} calls was answered: {self.last_failure}")
 
     def asked(self) -> int:
         """How many calls were really made, not found in the ledger."""

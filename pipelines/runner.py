@@ -216,7 +216,7 @@ async def run_async(loaded: Loaded, quiet: bool = True, engines: dict[str, Engin
     """As `run`, inside an event loop, for a loaded pipeline."""
     config = loaded.config
     total = count_prompts(loaded, quiet)
-    ledger = Ledger.open(Path(config.store))
+    ledger, ctx = Ledger.open(Path(config.store)), None
     try:
         made = engines or make_engines(loaded)
         record = ledger.begin_run(config.name, loaded.resolved, loaded.texts)
@@ -228,7 +228,7 @@ async def run_async(loaded: Loaded, quiet: bool = True, engines: dict[str, Engin
             starting = max((getattr(engine, "starting_s", 0.0) for engine in made.values()), default=0.0)
             seconds = time.monotonic() - began - starting
     finally:
-        await ledger.close()
+        await ledger.close(drain=not (ctx and ctx.hurry))
     behind = fill_store(Path(config.store), quiet)
     return _result(loaded, ctx, record, state, reason, seconds, behind)
 
@@ -279,10 +279,16 @@ async def _work(loaded: Loaded, ctx: Context, total: int | None, quiet: bool) ->
         workers = [asyncio.create_task(worker()) for _ in range(at_work(loaded, ctx.engines))]
         try:
             await asyncio.gather(*workers)
+        except asyncio.CancelledError:
+            if not ctx.hurry:
+                raise
+            asyncio.current_task().uncancel()
+            return "stopped", "stopped by Ctrl-C"
         finally:
             ticker.cancel()
             _show(progress, ctx, ctx.asked(), 0.0)
     if not first:
+        ctx.check_answered()
         return "done", ""
     if isinstance(first[0], BudgetError):
         return "budget", str(first[0])
@@ -318,7 +324,9 @@ class interruptible:  # noqa: N801
                 asyncio.get_running_loop().remove_signal_handler(number)
 
     def _told(self) -> None:
-        if self.ctx.stopping:
+        loading = any(getattr(engine, "starting", False) for engine in self.ctx.engines.values())
+        if self.ctx.stopping or loading:
+            self.ctx.hurry = self.ctx.stopping = True
             self.task.cancel()
             return
         self.ctx.stopping = True

@@ -26,6 +26,11 @@ class Lazy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
+    @property
+    def starting(self) -> bool:
+        """Whether the server is on its way up: nothing is in flight yet that would be worth waiting for."""
+        return self._ready is not None and not self._ready.done()
+
     async def start(self) -> None:
         """Nothing yet."""
 

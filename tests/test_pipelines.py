@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from factory.engines.scripted import Config, Scripted
-from factory.errors import ConfigError, TransportError
+from factory.errors import ConfigError, EngineError, TransportError
 from factory.types import Completion
 from pipelines import run
 from pipelines.context import policy_sampling
@@ -226,12 +226,17 @@ def test_plan_of_a_finished_run_asks_nothing(tmp_path):
     assert (told.ask, told.reused, told.resumes) == (0, result.asked + result.reused, True)
 
 
-def test_transport_errors_are_data_not_exceptions(tmp_path):
+def test_transport_errors_are_data_unless_nothing_is_answered(tmp_path):
     class Flaky(Scripted):
         async def complete(self, key, request):
-            if project.asked(request) == "sample":
-                raise TransportError("down")
+            if project.asked(request) in self.dead:
+                raise TransportError("the line is down")
             return await super().complete(key, request)
 
-    result = run(project.pipeline(tmp_path, budget={"failed": None}), engines={"local": Flaky(Config(), project.answer)})
-    assert (result.state, result.failed, result.asked) == ("done", 18, 0)
+    engine = Flaky(Config(), project.answer)
+    engine.dead = {"judge"}
+    result = run(project.pipeline(tmp_path, prompts=2, budget={"failed": None}), engines={"local": engine})
+    assert (result.state, result.failed, result.asked) == ("done", 24, 6)
+    engine.dead = {"sample", "judge"}
+    with pytest.raises(EngineError, match="none of 6 calls was answered: the line is down"):
+        run(project.pipeline(tmp_path, prompts=2, store=str(tmp_path / "b")), engines={"local": engine})
