@@ -52,7 +52,7 @@ def pipeline(options: argparse.Namespace, store: Path, url: str, judge: dict[str
             "prompts": {"source": options.prompts, "limit": options.n_prompts},
             "engines": {"policy": policy, "judge": judge},
             "policy": {"engine": "policy", "samples": 4, "temperature": 1.0, "max_tokens": 96},
-            "revise": {"rounds": 0}, "panel": {"judges": judges}, "budget": {"unscored": None, "failed": None}}
+            "revise": {"rounds": 0}, "panel": {"judges": judges, "selection": "sample_one"}, "budget": {"unscored": None, "failed": None}}
 
 
 def timed_engine(options: argparse.Namespace, url: str, name: str) -> Any:
@@ -228,6 +228,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="prefab-tiny")
+    parser.add_argument("--url", help="of a server that runs, with VLLM_SERVER_DEV_MODE=1; left out: starts one")
     parser.add_argument("--constitution", default=str(common.HERE.parent / "constitutions" / "microworld.yaml"))
     parser.add_argument("--prompts", default="microworld")
     parser.add_argument("--rounds", type=int, default=3)
@@ -246,10 +247,11 @@ def main() -> None:
     options = arguments()
     config = vllm.Config(model=options.model, env={"VLLM_SERVER_DEV_MODE": "1"})
     server = Process(config, resolve_model(options.model), free_port(), "bench", None)
+    url = options.url or f"http://127.0.0.1:{server.port}"
     with tempfile.TemporaryDirectory() as temporary:
-        asyncio.run(server.start())
-        url = f"http://127.0.0.1:{server.port}"
         try:
+            if not options.url:
+                asyncio.run(server.start())
             rounds = load(options, Path(temporary), url)
             blocks = order_of_blocks(options, Path(temporary), url)
         finally:
