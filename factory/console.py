@@ -135,6 +135,12 @@ class Progress:
         elif not self.quiet:
             self._line()
 
+    def restart(self) -> None:
+        """Time counts from now: what came before was getting ready."""
+        self._started = time.monotonic()
+        if self._bar is not None:
+            self._bar.reset(self._task, total=self.total, completed=self.done)
+
     def advance(self, n: int = 1) -> None:
         """n more are done."""
         self.done += n

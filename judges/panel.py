@@ -13,7 +13,7 @@ from typing import Literal
 
 from factory.types import Exactness, Order, Preference, Principle, UnscoredReason, Verdict
 
-AGGREGATION_VERSION = 1
+AGGREGATION_VERSION = 2
 _EPS = 1e-12  # 0.52 - 0.5 is a little more than 0.02 in floats; the margin is meant to be within
 _WEAKEST: tuple[Exactness, ...] = ("exact", "bounds", "hard")
 
@@ -57,7 +57,11 @@ def read(verdicts: Sequence[Verdict], weight: float = 1.0, principle: str = "", 
 
 
 def decide(readings: Sequence[Reading], rule: Rule = Rule(), prompt: str = "", a: int = 0, b: int = 1) -> Preference:
-    """What the readings of `a` and `b` say together: the weighted mean, over at least `min_scored` of the weight."""
+    """What the readings of `a` and `b` say together: the weighted mean, over at least `min_scored` of the weight.
+
+    A tie lies within the margin of a half, or has most of its mass on tie under every principle: one that does not
+    speak to a pair (of many, most do not) must not silence one that does.
+    """
     if rule.lexicographic:
         return _first_decided(readings, rule, prompt, a, b)
     scored = [r for r in readings if r.p_a is not None and r.weight > 0]
@@ -68,11 +72,20 @@ def decide(readings: Sequence[Reading], rule: Rule = Rule(), prompt: str = "", a
         return Preference(prompt, a, b, "unscored", None, None, None, len(scored), len(readings), exactness)
     p = sum(r.weight * r.p_a for r in scored) / weight
     spread = sqrt(sum(r.weight * (r.p_a - p) ** 2 for r in scored) / weight)
-    tie = sum(r.weight * r.tie for r in scored) / weight
     outcome: Literal["a", "b", "tie"] = "a" if p > 0.5 else "b"
-    if tie > 0.5 or abs(p - 0.5) <= rule.tie_margin + _EPS:
+    if abs(p - 0.5) <= rule.tie_margin + _EPS or all(tie > 0.5 for tie in _tie_by_principle(scored)):
         outcome = "tie"
     return Preference(prompt, a, b, outcome, p, max(p, 1.0 - p), spread, len(scored), len(readings), exactness)
+
+
+def _tie_by_principle(scored: Sequence[Reading]) -> list[float]:
+    """The weighted mean share of mass on tie, over the judges of each principle."""
+    sums: dict[str, list[float]] = {}
+    for r in scored:
+        total = sums.setdefault(r.principle, [0.0, 0.0])
+        total[0] += r.weight * r.tie
+        total[1] += r.weight
+    return [tie / weight for tie, weight in sums.values()]
 
 
 def identical(prompt: str = "", a: int = 0, b: int = 1) -> Preference:

@@ -324,8 +324,7 @@ class interruptible:  # noqa: N801
                 asyncio.get_running_loop().remove_signal_handler(number)
 
     def _told(self) -> None:
-        loading = any(getattr(engine, "starting", False) for engine in self.ctx.engines.values())
-        if self.ctx.stopping or loading:
+        if self.ctx.stopping or loading(self.ctx):
             self.ctx.hurry = self.ctx.stopping = True
             self.task.cancel()
             return
@@ -334,10 +333,18 @@ class interruptible:  # noqa: N801
             warn("stopping: waiting for what is in flight (Ctrl-C again does not wait)")
 
 
+def loading(ctx: Context) -> bool:
+    """Whether some engine's server is on its way up."""
+    return any(getattr(engine, "starting", False) for engine in ctx.engines.values())
+
+
 async def _tick(progress: Progress, ctx: Context) -> None:
     """Redraw twice a second; the rate is that of the last ten seconds."""
     past: list[tuple[float, int]] = []
     while True:
+        while loading(ctx):
+            await asyncio.sleep(0.5)  # the engine tells how far it is
+            progress.restart()
         past = [*past[-20:], (time.monotonic(), ctx.asked())]
         (t0, n0), (t1, n1) = past[0], past[-1]
         _show(progress, ctx, n1, (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0)

@@ -79,6 +79,14 @@ def test_tie_rules(p, tie, outcome):
     assert decide([Reading(p, tie)]).outcome == outcome
 
 
+def test_a_principle_that_does_not_speak_silences_none_that_does():
+    silent = [Reading(0.5, 0.95, principle=f"p{i}") for i in range(9)]
+    assert decide([*silent, Reading(0.95, 0.02, principle="respect")]).outcome == "a"
+    assert decide(silent).outcome == "tie"
+    judges = [Reading(0.5, 0.95), Reading(0.5, 0.95), Reading(0.9, 0.02)]
+    assert decide(judges).outcome == "tie"  # two of three judges of one principle call it a tie
+
+
 def test_identical_texts_are_a_tie_by_definition():
     assert (identical().outcome, identical().p_chosen, identical().n_readings) == ("tie", 0.5, 0)
 
