@@ -50,7 +50,7 @@ class Plan:
 
 PLANS = {
     "tiny": Plan("prefab-tiny", 256, 5, 4, 640, 1600, 1.5e-3),
-    "nano": Plan("prefab-nano", 128, 4, 4, 336, 900, 2.5e-3, noise_share=0.25),
+    "nano": Plan("prefab-nano", 128, 4, 4, 336, 700, 2.5e-3, noise_share=0.25),
 }
 HELPS = {"faults": 6.0, "asked": 0.5, "look": 0.5}
 
