@@ -38,8 +38,15 @@ def topic(messages: Sequence[Message]) -> tuple[str, str]:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, white space made plain."""
-    return [" ".join(s.split()) for s in _SENTENCE_END.split(text.strip()) if s.strip()]
+    """The sentences of a text, white space made plain. Words without a full stop do not hide the sentence after them."""
+    return [part for s in _SENTENCE_END.split(text.strip()) if s.strip() for part in _parted(" ".join(s.split()))]
+
+
+def _parted(sentence: str) -> list[str]:
+    if sentence in grammar.inventory():
+        return [sentence]
+    starts = [m.end() for m in re.finditer(" ", sentence)]
+    return next(([sentence[: i - 1], sentence[i:]] for i in starts if sentence[i:] in grammar.inventory()), [sentence])
 
 
 def read(messages: Sequence[Message], text: str, weights: Mapping[str, float] | None = None) -> Reading:
