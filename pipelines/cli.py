@@ -121,12 +121,34 @@ def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
     found = make_plan(path, sets)
     if as_json:
         return _json(found.data())
-    rows = [(r.role, r.principle, r.judge, r.reused, r.ask, r.estimated or None, r.prompt_tokens, r.completion_tokens,
-             "; ".join(r.why)) for r in found.rows]
-    table(f"{path} · {found.prompts:,} prompts", ("call", "principle", "judge", "reused", "to ask", "of them estimated",
-                                                  "prompt tokens", "new tokens", "why"), rows)
+    table(f"{path} · {found.prompts:,} prompts", ("call", "principle", "judge", "reused", "to ask", "estimated",
+                                                  "prompt tokens", "new tokens"), _plan_rows(found.rows))
+    for reason, n in _plan_reasons(found.rows):
+        console().print(f"  {n:,} calls: {reason}", markup=False)
     console().print(_plan_words(found), markup=False)
     hint(" ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)]))
+
+
+def _plan_rows(rows: list[Any]) -> list[tuple[Any, ...]]:
+    """One row a kind of call; principles that are planned alike stand together."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for row in rows:
+        groups.setdefault((row.role, row.judge, tuple(row.why), bool(row.ask)), []).append(row)
+    shown = []
+    for (role, judge, _, _), same in groups.items():
+        sums = [sum(getattr(row, name) for row in same)
+                for name in ("reused", "ask", "estimated", "prompt_tokens", "completion_tokens")]
+        shown.append((role, same[0].principle if len(same) == 1 else f"{len(same)} principles", judge, *sums))
+    return shown
+
+
+def _plan_reasons(rows: list[Any]) -> list[tuple[str, int]]:
+    """Each reason to ask with the number of calls that it touches, the greatest first."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        for reason in row.why:
+            counts[reason] = counts.get(reason, 0) + row.ask
+    return sorted(counts.items(), key=lambda item: -item[1])
 
 
 def _plan_words(found: Any) -> str:

@@ -21,7 +21,7 @@ from factory.keys import request_key
 from factory.types import Completion, Constitution, Request, Use
 from judges.critique import parse_critique
 from pipelines.context import Context
-from pipelines.runner import Loaded, load, make_engines
+from pipelines.runner import Loaded, load, make_engines, models
 
 STAND_IN = "\u2063not answered yet\u2063"  # invisible separators: no text of a person's has exactly this
 CHARS_PER_TOKEN = 4.0     # English in the tokenizers in use; only for a rough figure
@@ -149,8 +149,9 @@ async def _plan(loaded: Loaded, con: sqlite3.Connection | None) -> Plan:
     if loaded.revises:
         _estimate_revisions(looker)
     _shorten(looker)
-    before, resumes = _before(loaded, con)
-    changes = _changes(loaded, before) if before and not resumes else []
+    texts = {**loaded.texts, **models(engines)}
+    before, resumes = _before(loaded, texts, con)
+    changes = _changes(loaded, texts, before) if before and not resumes else []
     rows = sorted(looker.rows.values(), key=lambda row: (ROLES.index(row.role), row.principle, row.judge))
     for row in rows:
         row.why = _why(row, changes, before, rows) if row.ask else []
@@ -196,12 +197,12 @@ def _rate(con: sqlite3.Connection | None) -> float | None:
     return n / seconds if n >= 100 and seconds else None
 
 
-def _before(loaded: Loaded, con: sqlite3.Connection | None) -> tuple[recorded.RunRecord | None, bool]:
+def _before(loaded: Loaded, texts: dict[str, str], con: sqlite3.Connection | None) -> tuple[recorded.RunRecord | None, bool]:
     """The run of this name that ran last (else the store's last), and whether it is this very run."""
     records = recorded.runs(con) if con else []
     same = [r for r in records if r.name == loaded.config.name]
     for record in same:
-        if record.config == loaded.resolved and record.texts == loaded.texts:
+        if record.config == loaded.resolved and record.texts == texts:
             return record, True
     return max(same or records, key=lambda record: record.last_start, default=None), False
 
@@ -209,7 +210,7 @@ def _before(loaded: Loaded, con: sqlite3.Connection | None) -> tuple[recorded.Ru
 Change = tuple[str, str, str]  # role ("" for all), principle ("" for all), words
 
 
-def _changes(loaded: Loaded, before: recorded.RunRecord) -> list[Change]:
+def _changes(loaded: Loaded, texts: dict[str, str], before: recorded.RunRecord) -> list[Change]:
     """What differs from the run before, with what it touches."""
     found: list[Change] = []
     try:
@@ -219,7 +220,9 @@ def _changes(loaded: Loaded, before: recorded.RunRecord) -> list[Change]:
     if old is not None:
         found += _principle_changes(old, loaded.constitution)
     roles = {"critique": "critique", "revise": "revise"}
-    for name, text in loaded.texts.items():
+    for name, text in texts.items():
+        if name.startswith("model ") and before.texts.get(name, text) != text:
+            found.append(("", "", f"the {name} is another one than it was (other weights, name, or dtype)"))
         if name.startswith("template ") and before.texts.get(name) != text:
             role = roles.get(name.removeprefix("template "), "judge")
             what = "is new" if name not in before.texts else "changed"

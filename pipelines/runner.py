@@ -219,10 +219,10 @@ async def run_async(loaded: Loaded, quiet: bool = True, engines: dict[str, Engin
     ledger, ctx = Ledger.open(Path(config.store)), None
     try:
         made = engines or make_engines(loaded)
-        record = ledger.begin_run(config.name, loaded.resolved, loaded.texts)
-        ctx = Context(config, loaded.constitution, record.id, ledger, made, loaded.templates, loaded.critic,
-                      loaded.reviser, loaded.revise if loaded.revises else None, loaded.judges)
         async with started_engines(made, quiet):
+            record = ledger.begin_run(config.name, loaded.resolved, {**loaded.texts, **models(made)})
+            ctx = Context(config, loaded.constitution, record.id, ledger, made, loaded.templates, loaded.critic,
+                          loaded.reviser, loaded.revise if loaded.revises else None, loaded.judges)
             began = time.monotonic()
             state, reason = await _work(loaded, ctx, total, quiet)
             starting = max((getattr(engine, "starting_s", 0.0) for engine in made.values()), default=0.0)
@@ -231,6 +231,12 @@ async def run_async(loaded: Loaded, quiet: bool = True, engines: dict[str, Engin
         await ledger.close(drain=not (ctx and ctx.hurry))
     behind = fill_store(Path(config.store), quiet)
     return _result(loaded, ctx, record, state, reason, seconds, behind)
+
+
+def models(engines: dict[str, Engine]) -> dict[str, str]:
+    """The identity of each engine's model, as a run's texts: other weights under the same name are another version of
+    the run, so that one version never mixes two models' answers."""
+    return {f"model {name}": engine.identity for name, engine in engines.items()}
 
 
 def count_prompts(loaded: Loaded, quiet: bool = True) -> int | None:
