@@ -1,6 +1,6 @@
 """SIGKILL at random moments and at every named point: nothing committed is asked again, and the store comes out equal.
 
-Fifteen kills in an ordinary test run, a hundred more in `make kill-test`.
+Fifteen kills in an ordinary test run (`PREFAB_KILLS` says otherwise), a hundred more in `make kill-test`.
 """
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def one_life(folder: Path, port: int, way: dict) -> bool:
     return killed
 
 
-@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [int(os.environ.get("PREFAB_KILLS", "15")), pytest.param(100, marks=pytest.mark.slow)])
 def test_kills_ask_nothing_committed_again_and_leave_the_same_store(tmp_path, kills):
     asyncio.run(run(tmp_path / "whole", PROMPTS, MiniEngine()))
     fill(tmp_path / "whole")
