@@ -100,8 +100,11 @@ def command_line(process: Process) -> list[str]:
         "--block-size": None if has_gpu() else 32,  # the CPU's default of 128 never hits on shared prefixes below that
     }
     words = [str(part) for flag, value in flags.items() if value not in (None, "") for part in (flag, value)]
-    adapter = ["--enable-lora", "--lora-modules", f"adapter={c.adapter}"] if c.adapter else []
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *adapter, *c.args]
+    more = ["--enable-lora", "--lora-modules", f"adapter={c.adapter}"] if c.adapter else []
+    if not has_gpu():
+        # A prompt cut into chunks makes vLLM rewind a seeded request's generator, which a CPU's cannot: the server dies.
+        more = ["--no-enable-chunked-prefill", *more]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *more, *c.args]
 
 
 def environment(process: Process) -> dict[str, str]:
