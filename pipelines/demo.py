@@ -57,7 +57,7 @@ def demo(store: Path, prompts: int, sets: Sequence[str], as_json: bool, write: C
         markup=False)
     result = run(PRESET, chosen, quiet=False)
     if result.state != "done":
-        return ending(result, "prefab demo")
+        return ending(result, f"prefab demo --store {store} --prompts {prompts}")
     truth = measure(result)
     if as_json:
         write({"run": result.summary(), **truth})

@@ -122,7 +122,7 @@ def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, caps
 
 def test_an_empty_prompts_file_and_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
     value = project.pipeline(tmp_path, engines={"local": {"engine": "openai", "model": "m", "api_key_env": None,
-                                                          "base_url": "http://127.0.0.1:9/v1"}})
+                                                          "base_url": "http://127.0.0.1:9/v1", "retries": 1}})
     path = project.write(tmp_path, value)
     code, _, err = inside(monkeypatch, capsys, "run", str(path))
     assert code == 1 and "127.0.0.1:9" in err and "Traceback" not in err, err
