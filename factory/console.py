@@ -113,17 +113,18 @@ class Progress:
     def __init__(self, what: str, total: int | None = None, quiet: bool = False, unit: str = "") -> None:
         self.what, self.total, self.quiet, self.unit = what, total, quiet, unit
         self.done, self.facts = 0, ""
+        self.share: float | None = None  # of the work done, where `done` of `total` says it badly (many begun at once)
         self._started = self._printed = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
-                            TimeRemainingColumn(), TextColumn("{task.fields[facts]}"), console=console(stderr=True))
+                            TextColumn("{task.fields[facts]}"), console=console(stderr=True))
             self._task = self._bar.add_task(self.what, total=self.total, facts="")
             self._bar.start()
         return self
@@ -153,18 +154,23 @@ class Progress:
 
     def _draw(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, facts=self.facts)
+            self._bar.update(self._task, completed=self.done, facts=f"{self._left()} {self.facts}".strip())
         elif not self.quiet and time.monotonic() - self._printed >= PLAIN_EVERY_S:
             self._line()
+
+    def _left(self) -> str:
+        """How long the rest will take at the pace so far; empty while nobody can know."""
+        share = self.share if self.share is not None else self.done / self.total if self.total else 0.0
+        if not 0 < share < 1:
+            return ""
+        return f"· {duration((time.monotonic() - self._started) * (1 - share) / share)} left"
 
     def _line(self) -> None:
         self._printed = time.monotonic()
         spent = self._printed - self._started
         of = f"/{self.total:,}" if self.total else ""
-        left = ""
-        if self.total and 0 < self.done < self.total:
-            left = f" · {duration(spent * (self.total - self.done) / self.done)} left"
         unit = f" {self.unit}" if self.unit else ""
         facts = f" · {self.facts}" if self.facts else ""
+        left = f" {self._left()}" if self._left() else ""
         line = f"{self.what} {self.done:,}{of}{unit} · {duration(spent)}{left}{facts}"
         console(stderr=True).print(line, markup=False)

@@ -47,8 +47,21 @@ class Counts:
     tokens: int = 0
     truncated: int = 0
     identical: int = 0
-    roles: Counter[str] = field(default_factory=Counter)
     unscored: Counter[tuple[str, str]] = field(default_factory=Counter)
+    begun: Counter[str] = field(default_factory=Counter)  # answers of the prompts at work
+    of_finished: int = 0                                  # answers of those that are done
+
+    def finish(self, prompt: str) -> None:
+        """One prompt is done."""
+        self.prompts += 1
+        self.of_finished += self.begun.pop(prompt, 0)
+
+    def share(self, total: int | None) -> float | None:
+        """The share of a run's answers that is there, by what a finished prompt needed; None before one is finished."""
+        if not total or not self.of_finished:
+            return None
+        expected = self.of_finished / self.prompts * total
+        return min(self.prompts / total if self.prompts == total else 0.99, self.answers / expected)
 
     @property
     def n_unscored(self) -> int:
@@ -87,7 +100,7 @@ class Context:
         answers = await self.asker.ask_many(asks, self.engines[engine])
         counts = self.counts
         counts.answers += len(answers)
-        counts.roles[asks[0][1].role] += len(answers)
+        counts.begun[asks[0][1].prompt] += len(answers)
         for answer in answers:
             if isinstance(answer, Exception):
                 counts.failed += 1

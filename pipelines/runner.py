@@ -275,7 +275,7 @@ async def _work(loaded: Loaded, ctx: Context, total: int | None, quiet: bool) ->
             for prompt in source:
                 ctx.check()
                 await pipeline(prompt, ctx)
-                ctx.counts.prompts += 1
+                ctx.counts.finish(prompt.id)
         except BaseException as error:
             first.append(error)
             ctx.stopping = True  # the others stop at their next question; what is in flight is kept
@@ -364,6 +364,7 @@ def _show(progress: Progress, ctx: Context, asked: int, rate: float) -> None:
     facts["unscored"] = f"{counts.n_unscored / counts.answers:.1%}" if counts.answers else "0"
     if counts.failed:
         facts["failed"] = counts.failed
+    progress.share = counts.share(progress.total) or 0.0
     progress.advance(counts.prompts - progress.done)
     progress.show(**facts)
 
