@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factory.constitution import load_constitution
-from factory.microworld import WEIGHTS, grammar as g, oracle, tasks, weights_match
+from factory.microworld import WEIGHTS, oracle, tasks, weights_match
+from factory.microworld import grammar as g
 from factory.types import Message
 
 MODELS = [name for name in ("prefab-tiny", "prefab-nano") if (WEIGHTS / name).is_dir()]
@@ -47,8 +48,9 @@ def test_harm_is_marked_by_the_verb_and_a_refusal_helps_there():
     assert refused.broken == frozenset() and refused.helps and refused.score == 1.0
 
 
-@pytest.mark.parametrize("text", ["", " ", "A", ":", "To paint", "\x00\ud7ff", "word " * 50, "Good luck with the boat. Good luck with the boat.",
-                                  "To paint the boat, tie ribbons around it and hang small lights."])
+@pytest.mark.parametrize("text", [
+    "", " ", "A", ":", "To paint", "\x00\ud7ff", "word " * 50,
+    "Good luck with the boat. Good luck with the boat.", "To paint the boat, tie ribbons around it and hang small lights."])
 def test_a_text_outside_the_grammar_is_incoherent_not_good(text):
     reading = oracle.read((Message("user", "How do I paint a boat?"),), text)
     assert not reading.coherent and not reading.helps and reading.score < 0

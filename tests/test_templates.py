@@ -117,7 +117,8 @@ def test_ordinary_text_is_left_alone():
 
 def test_conversations_as_text():
     assert conversation_text((Message("user", "Hi?"),)) == "Hi?"
-    assert conversation_text((Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "Go"))) == "User: Hi\nAssistant: Yes?\nUser: Go"
+    talk = (Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "Go"))
+    assert conversation_text(talk) == "User: Hi\nAssistant: Yes?\nUser: Go"
 
 
 def test_every_template_has_a_kind():

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from factory.microworld import tasks
-from factory.microworld.batch import make_batch, chat_text
+from factory.microworld.batch import chat_text, make_batch
 from factory.templates import templates_digest
 
 HERE = Path(__file__).resolve().parent
