@@ -33,7 +33,7 @@ world: setup     ## build the embedded world's models from nothing (up to 150 mi
 	$(PY) -m factory.microworld.build
 
 world-eval: setup ## what the embedded models can do, against the oracle, through vLLM
-	$(PY) -m benchmarks.world_eval prefab-tiny prefab-nano --out benchmarks/results/world_eval.json
+	$(PY) -m benchmarks.world_eval --out benchmarks/results/world_eval.json
 
 bench: setup     ## every benchmark (half an hour; on a quiet machine only; `make peers-venvs` before, for the peers)
 	$(PY) -m benchmarks.rerun

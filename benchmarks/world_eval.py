@@ -1,6 +1,6 @@
 """How good the embedded models are: every task on the test split, through a real vLLM, by the project's own judges.
 
-    make world-eval        (python -m benchmarks.world_eval prefab-tiny prefab-nano --out benchmarks/results/world_eval.json)
+    make world-eval        (python -m benchmarks.world_eval --out benchmarks/results/world_eval.json)
 
 The oracle is gold. Answers come from the grammar, on combinations of verb and object that training never saw.
 """
@@ -19,8 +19,8 @@ import numpy as np
 
 from factory.engines import make
 from factory.keys import request_key
+from factory.microworld import WEIGHTS, oracle, tasks
 from factory.microworld import grammar as g
-from factory.microworld import oracle, tasks
 from factory.templates import Template, load
 from factory.types import Comparison, Completion, Principle, Request, Sample, Sampling
 from judges import critique, pairwise, pointwise, rubric
@@ -271,7 +271,8 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=["prefab-tiny", "prefab-nano"])
+    there = [name for name in ("prefab-tiny", "prefab-nano") if (WEIGHTS / name).is_dir()]
+    parser.add_argument("models", nargs="*", default=there)
     parser.add_argument("-n", type=int, default=500, help="items a principle")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
