@@ -20,7 +20,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        return f"{where} {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
+        place = f"{where} {self.path}".strip()
+        return f"{place}: {self.message}" if place else self.message
 
 
 class ConfigError(PrefabError, ValueError):
