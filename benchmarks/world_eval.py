@@ -275,9 +275,11 @@ def main() -> None:
     there = [name for name in ("prefab-tiny", "prefab-nano") if (WEIGHTS / name).is_dir()]
     parser.add_argument("models", nargs="*", default=there)
     parser.add_argument("-n", type=int, default=500, help="items a principle")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="keeps what it holds of models that are not measured now")
     args = parser.parse_args()
-    results = [asyncio.run(evaluate(name, args.n)) for name in args.models]
+    known = {r["model"]: r for r in json.loads(args.out.read_text())} if args.out and args.out.exists() else {}
+    known |= {name: asyncio.run(evaluate(name, args.n)) for name in args.models}
+    results = [known[name] for name in sorted(known, reverse=True)]
     print(table(results))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,23 +8,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import combinations
-from math import log, sqrt
+from math import exp, log, sqrt
 from typing import Literal
 
 from factory.types import Exactness, Order, Preference, Principle, UnscoredReason, Verdict
 
 AGGREGATION_VERSION = 2
+SUREST = 0.99  # of one principle in a sum of log-odds: two that are sure outweigh one that is surer still
 _EPS = 1e-12  # 0.52 - 0.5 is a little more than 0.02 in floats; the margin is meant to be within
 _WEAKEST: tuple[Exactness, ...] = ("exact", "bounds", "hard")
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How readings become a preference. `lexicographic`: the first principle, in order, whose readings decide."""
+    """How readings become a preference. `lexicographic`: the first principle, in order, whose readings decide.
+    `log_odds`: what principles say is added up as evidence, not averaged."""
 
     min_scored: float = 0.5
     tie_margin: float = 0.02
     lexicographic: bool = False
+    log_odds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ def read(verdicts: Sequence[Verdict], weight: float = 1.0, principle: str = "", 
 
 
 def decide(readings: Sequence[Reading], rule: Rule = Rule(), prompt: str = "", a: int = 0, b: int = 1) -> Preference:
-    """What the readings of `a` and `b` say together: the weighted mean, over at least `min_scored` of the weight.
+    """What the readings of `a` and `b` say together: the weighted mean (or the sum of log-odds), over at least
+    `min_scored` of the weight. `spread` is the readings' weighted standard deviation about their mean.
 
     A tie lies within the margin of a half, or has most of its mass on tie under every principle: one that does not
     speak to a pair (of many, most do not) must not silence one that does.
@@ -72,10 +76,25 @@ def decide(readings: Sequence[Reading], rule: Rule = Rule(), prompt: str = "", a
         return Preference(prompt, a, b, "unscored", None, None, None, len(scored), len(readings), exactness)
     p = sum(r.weight * r.p_a for r in scored) / weight
     spread = sqrt(sum(r.weight * (r.p_a - p) ** 2 for r in scored) / weight)
+    if rule.log_odds:
+        p = _added_up(scored)
     outcome: Literal["a", "b", "tie"] = "a" if p > 0.5 else "b"
     if abs(p - 0.5) <= rule.tie_margin + _EPS or all(tie > 0.5 for tie in _tie_by_principle(scored)):
         outcome = "tie"
     return Preference(prompt, a, b, outcome, p, max(p, 1.0 - p), spread, len(scored), len(readings), exactness)
+
+
+def _added_up(scored: Sequence[Reading]) -> float:
+    """The probability whose log-odds are the sum of the principles', each by its weight relative to their mean; judges of
+    one principle are averaged first, since what they say is not independent."""
+    sums: dict[str, list[float]] = {}
+    for r in scored:
+        total = sums.setdefault(r.principle, [0.0, 0.0])
+        total[0] += r.weight * r.p_a
+        total[1] += r.weight
+    mean = sum(weight for _, weight in sums.values()) / len(sums)
+    held = [(min(max(p / weight, 1 - SUREST), SUREST), weight / mean) for p, weight in sums.values()]
+    return 1 / (1 + exp(-sum(weight * log(p / (1 - p)) for p, weight in held)))
 
 
 def _tie_by_principle(scored: Sequence[Reading]) -> list[float]:
@@ -95,7 +114,7 @@ def identical(prompt: str = "", a: int = 0, b: int = 1) -> Preference:
 
 def _first_decided(readings: Sequence[Reading], rule: Rule, prompt: str, a: int, b: int) -> Preference:
     """Ties fall through to the next principle; an unscored principle does not, since it might have decided."""
-    flat = Rule(rule.min_scored, rule.tie_margin)
+    flat = Rule(rule.min_scored, rule.tie_margin, log_odds=rule.log_odds)
     by_principle: dict[str, list[Reading]] = {}
     for reading in readings:
         by_principle.setdefault(reading.principle, []).append(reading)

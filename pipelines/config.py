@@ -95,6 +95,9 @@ class PanelConfig(_Strict):
         None, description="Which principles judge a comparison; left out: as the constitution says.")
     orders: Literal["both", "random", "first"] = Field("both", description="Anything but both is said in every report.")
     min_label_mass: float = Field(0.5, gt=0, le=1, description="Below it a verdict is unscored.")
+    combine: Literal["mean", "log_odds"] = Field(
+        "mean", description="Of the principles' readings. mean: p_chosen is the mean share of the vote, near a half where "
+                            "one of many decides. log_odds: their evidence is added up, so that p_chosen says how surely.")
     tie_margin: float = Field(0.02, ge=0, lt=0.5, description="So close to a half is a tie.")
     min_scored: Share = Field(0.5, description="Share of the readings' weight that must be scored.")
     weights: dict[Id, Weight] = Field({}, description="By judge's name; default 1.")

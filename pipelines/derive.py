@@ -45,7 +45,8 @@ def rules(record: RunRecord, constitution: Constitution | None) -> Rules:
               if (kind := judge.get("kind", "pairwise")) not in kinds.NO_JUDGES}
     readers = {name: canonical(kinds.reader(judge)).decode() for name, judge in judges.items()}
     selection = settings.get("selection") or (constitution.selection if constitution else "all")
-    rule = panel.Rule(settings.get("min_scored", 0.5), settings.get("tie_margin", 0.02), selection == "lexicographic")
+    rule = panel.Rule(settings.get("min_scored", 0.5), settings.get("tie_margin", 0.02), selection == "lexicographic",
+                      settings.get("combine", "mean") == "log_odds")
     principles = constitution.principles if constitution else ()
     escalate = settings.get("escalate") or {}
     return Rules(record.id, judges, readers, settings.get("orders", "both"), config.get("seed", 0), rule,

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import sqrt
+from math import log, sqrt
 
 import pytest
 from hypothesis import given
@@ -31,6 +31,7 @@ PRINCIPLES = [principle(f"p{i}", weight=1.0 + i % 3) for i in range(8)]
 GOLDEN_EVEN = ["p7", "p2", "p2", "p0", "p5", "p5", "p7", "p7"]
 GOLDEN_WEIGHTED = ["p7", "p2", "p2", "p2", "p5", "p5", "p7", "p7"]
 UNREAD = Reading(None, reason="parse")
+ADDED = Rule(log_odds=True)
 
 
 def winners(principles, selection="sample_one", n=2000, **options):
@@ -38,6 +39,28 @@ def winners(principles, selection="sample_one", n=2000, **options):
 
 
 # --- readings and preferences ---
+
+
+def test_evidence_of_principles_adds_up_by_hand():
+    silent = [Reading(0.5, tie=0.9, principle=f"q{i}") for i in range(9)]
+    one = decide([Reading(0.8, principle="x"), *silent], ADDED)
+    assert one.p_a == pytest.approx(0.8) and one.outcome == "a"          # who says nothing takes nothing away
+    assert decide([Reading(0.8, principle="x"), *silent]).p_a == pytest.approx(0.53)
+    both = decide([Reading(0.8, principle="x"), Reading(0.6, principle="y")], ADDED)
+    assert both.p_a == pytest.approx(6 / 7)                              # odds 4 and 3/2
+    judges = decide([Reading(0.9, principle="x"), Reading(0.7, principle="x")], ADDED)
+    assert judges.p_a == pytest.approx(0.8)                              # two judges of one principle are no two principles
+    heavy = decide([Reading(0.8, weight=3.0, principle="x"), Reading(0.4, principle="y")], ADDED)
+    assert log(heavy.p_a / (1 - heavy.p_a)) == pytest.approx(1.5 * log(4) + 0.5 * log(2 / 3))
+    sure = [Reading(p, principle=name) for name, p in (("x", 1.0), ("y", 0.0), ("z", 0.0))]
+    assert decide(sure, ADDED).outcome == "b" and decide(sure, ADDED).p_a == pytest.approx(0.01)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from("xyz"), st.floats(0.1, 5)), min_size=1, max_size=8))
+def test_evidence_of_the_other_side_is_the_mirror_image(told):
+    ours, theirs = ([Reading(p if k else 1 - p, weight=w, principle=x) for p, x, w in told] for k in (1, 0))
+    assert decide(ours, ADDED).p_a + decide(theirs, ADDED).p_a == pytest.approx(1)
+
 
 def test_a_reading_is_the_mean_of_both_orders():
     reading = read([Verdict(0.9, "a", None, 0.8, 0.1), Verdict(0.6, "a", None, 0.9, 0.27)], 2.0, "kind", "tiny")

@@ -51,7 +51,7 @@ class Plan:
 
 
 PLANS = {
-    "tiny": Plan("prefab-tiny", 256, 5, 4, 640, 1800, 1.5e-3, late=1220, writing=400),
+    "tiny": Plan("prefab-tiny", 256, 5, 4, 640, 1800, 1.5e-3, late=1220, writing=700),
     "nano": Plan("prefab-nano", 128, 4, 4, 336, 400, 2.5e-3, noise_share=0.25),
 }
 HELPS = {"faults": 6.0, "asked": 0.5, "look": 0.5, "match": 0.5, "count": 0.5}
