@@ -6,7 +6,8 @@
 
 1. base answers prompts of train and val; revised by a sweep, compared by prefab-tiny (and once more by prefab-nano).
 2. per seed: SFT on the swept revisions; DPO of base on base's own pairs; a mixture of base and SFT answers, compared, and
-   DPO of SFT on that; reward models by judge (tiny, nano) and label (soft, hard), and DPO by the same.
+   DPO of SFT on that; a reward model. With --ablation, reward models and DPO by judge (tiny, nano) and label: the mean of
+   what principles say, their log-odds added up, and hard.
 3. everything on prompts of the test split, 2,000 answers a figure, intervals over prompts, paired; reward models on fresh
    test pairs against the oracle.
 Learning rate, beta and margin are arguments: choose them with `--split val`, then measure once with `--split test`.
@@ -51,8 +52,12 @@ class Mixed:
         await self.both[1].stop()
 
 
-def pipeline(args: argparse.Namespace, name: str, judge: str, revise: bool) -> dict[str, Any]:
-    """The data's configuration: every principle asked about, both orders, pairs of all samples of a prompt."""
+LABELS = {"log-odds": ("-odds", "soft"), "mean": ("", "soft"), "hard": ("", "hard")}  # the run's name ends so; labels
+CORE = ("tiny", "log-odds")
+
+
+def pipeline(args: argparse.Namespace, name: str, judge: str, revise: bool, combine: str) -> dict[str, Any]:
+    """The data's configuration: every principle asked about, both orders, each answer of a prompt with the next."""
     value: dict[str, Any] = {
         "recipe": "rlaif", "name": name, "store": str(args.folder / "store"), "constitution": "constitutions/microworld.yaml",
         "prompts": {"source": str(args.folder / "prompts.jsonl")},
@@ -62,7 +67,7 @@ def pipeline(args: argparse.Namespace, name: str, judge: str, revise: bool) -> d
         "critic": {"engine": "policy", "max_tokens": 32},
         "panel": {"judges": [{"name": judge, "kind": "pairwise",
                               "engine": "policy" if judge == BASE else "judge"}],
-                  "selection": "all"},
+                  "selection": "all", "combine": combine},
         "pairs": "adjacent", "budget": {"unscored": 0.5, "failed": 0.05}, "seed": 0}
     if revise:
         value["revise"] = {"rounds": 1, "select": "sweep", "temperature": 0.0}
@@ -70,12 +75,14 @@ def pipeline(args: argparse.Namespace, name: str, judge: str, revise: bool) -> d
 
 
 def prompts_file(args: argparse.Namespace) -> None:
-    """Prompts of train and val with their splits; the test split is never written here."""
+    """Prompts of train and val with their splits, every eleventh of val; the test split is never written here."""
     import orjson
 
     from factory.microworld import grammar
 
-    found = [*grammar.prompts("train", args.prompts, 7), *grammar.prompts("val", max(4, args.prompts // 10), 7)]
+    found = grammar.prompts("train", args.prompts, 7)
+    for k, prompt in enumerate(grammar.prompts("val", max(4, args.prompts // 10), 7)):
+        found.insert(11 * k, prompt)
     lines = [orjson.dumps({"id": p.id, "messages": [{"role": m.role, "content": m.content} for m in p.messages],
                            "tags": list(p.tags), "group": p.group, "split": p.split}) for p in found]
     (args.folder / "prompts.jsonl").write_bytes(b"\n".join(lines) + b"\n")
@@ -86,9 +93,10 @@ def data(args: argparse.Namespace) -> None:
     from pipelines.runner import run
 
     prompts_file(args)
-    for judge in (BASE, "prefab-nano"):
-        done = run(pipeline(args, f"base-{judge.removeprefix('prefab-')}", judge, judge == BASE), quiet=False)
-        assert done.state == "done", done.reason
+    for judge in (BASE, "prefab-nano") if args.ablation else (BASE,):
+        for end, combine in (("-odds", "log_odds"), ("", "mean")):  # the second asks nothing again
+            done = run(pipeline(args, f"base-{judge.removeprefix('prefab-')}{end}", judge, judge == BASE, combine), quiet=False)
+            assert done.state == "done", done.reason
 
 
 def mixture(args: argparse.Namespace, seed: int) -> str:
@@ -97,7 +105,7 @@ def mixture(args: argparse.Namespace, seed: int) -> str:
     from pipelines.runner import run
 
     name = f"mixed-{seed}"
-    value = pipeline(args, name, BASE, False)
+    value = pipeline(args, name, BASE, False, "log_odds")
     value["prompts"]["limit"] = args.mixed
     value["engines"]["judge"] = value["engines"]["policy"]
     value["panel"]["judges"][0]["engine"] = "judge"
@@ -130,14 +138,13 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
         sft = stage(args, "sft", f"sft-{seed}", "base-tiny", seed, learning_rate=args.sft_lr, epochs=args.sft_epochs, keep="best")
         policies.setdefault("SFT on revisions", []).append(sft)
         tune = {"learning_rate": args.dpo_lr, "beta": args.beta, "epochs": args.dpo_epochs, "margin": args.margin}
-        for judge in ("tiny", "nano"):
-            for labels in ("soft", "hard"):
-                what = f"{judge}, {labels}"
-                policies.setdefault(f"DPO of base ({what})", []).append(
-                    stage(args, "dpo", f"dpo-{judge}-{labels}-{seed}", f"base-{judge}", seed, labels=labels, **tune))
-                rewards.setdefault(what, []).append(
-                    stage(args, "reward", f"reward-{judge}-{labels}-{seed}", f"base-{judge}", seed, labels=labels,
-                          learning_rate=args.reward_lr, epochs=4, eval_every=20, patience=4))
+        for judge, label in ([(j, k) for j in ("tiny", "nano") for k in LABELS] if args.ablation else [CORE]):
+            end, labels = LABELS[label]
+            policies.setdefault(f"DPO of base ({judge}, {label})", []).append(
+                stage(args, "dpo", f"dpo-{judge}-{label}-{seed}", f"base-{judge}{end}", seed, labels=labels, **tune))
+            rewards.setdefault(f"{judge}, {label}", []).append(
+                stage(args, "reward", f"reward-{judge}-{label}-{seed}", f"base-{judge}{end}", seed, labels=labels,
+                      learning_rate=args.reward_lr, epochs=args.reward_epochs, eval_every=20, patience=4))
         mixed = mixture(args, seed)
         fill(args.folder / "store")
         policies.setdefault("SFT, then DPO", []).append(
@@ -217,7 +224,7 @@ def labels_measured(args: argparse.Namespace) -> dict[str, Any]:
     from pipelines.fill import query
 
     made: dict[str, Any] = {}
-    for judge in ("tiny", "nano"):
+    for judge in ("tiny", "tiny-odds", "nano", "nano-odds") if args.ablation else ("tiny", "tiny-odds"):
         rows = query(args.folder / "store", "SELECT * FROM pairs WHERE name = ? AND latest", [f"base-{judge}"])
         for margin in sorted({0.0, 0.03, 0.06, 0.1, args.margin}):
             right = []
@@ -236,9 +243,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--engine", default="vllm", choices=["vllm", "hf"])
     parser.add_argument("--do", default="all", choices=["data", "train", "all"], help="Go no further than this.")
+    parser.add_argument("--ablation", action="store_true", help="Also by judge and label.")
     parser.add_argument("--only", type=int, help="Train this seed alone.")
-    parser.add_argument("--prompts", type=int, default=600)
-    parser.add_argument("--mixed", type=int, default=300, help="Prompts of these whose answers by base and SFT are compared.")
+    parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--mixed", type=int, default=200, help="Prompts of these whose answers by base and SFT are compared.")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", default="test", choices=["test", "val"])
@@ -249,6 +257,7 @@ def main() -> None:
     parser.add_argument("--dpo-lr", type=float, default=1e-4)
     parser.add_argument("--dpo-epochs", type=float, default=1.0)
     parser.add_argument("--reward-lr", type=float, default=3e-4)
+    parser.add_argument("--reward-epochs", type=float, default=3.0)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--margin", type=float, default=0.03, help="Of 11 principles, one that decides makes about 0.045.")
     parser.add_argument("--threads", type=int, default=2)
