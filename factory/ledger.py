@@ -149,6 +149,10 @@ class Ledger:
         while some := list(islice(rest, 1000)):
             self._writer.run(lambda con, some=some: recorded.add_prompts(con, some))
 
+    def add_import(self, name: str, config: dict[str, Any], prompts: Sequence[tuple[Prompt, dict[str, Any]]]) -> Run:
+        """Record a file of preferences in one transaction (see `recorded.add_import`): all of it or nothing."""
+        return self._writer.run(lambda con: recorded.add_import(con, name, config, prompts))
+
     def add_human_label(self, label: dict[str, Any]) -> None:
         """Record what a person said: a JSON object with prompt, a, b (texts or sample ids), winner, annotator, note."""
         self._writer.run(lambda con: recorded.add_object(con, "human_labels", label))

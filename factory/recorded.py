@@ -1,4 +1,4 @@
-"""What the ledger records besides answers and their uses: runs, prompts and their splits, human labels, evaluations.
+"""What the ledger records besides answers and their uses: runs, prompts, splits, imports, human labels, evaluations.
 
 Each function takes a connection to `ledger.sqlite`; those that write are run by the ledger's writer, in a transaction.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -128,6 +128,35 @@ def add_object(con: sqlite3.Connection, table: str, value: dict[str, Any]) -> No
     """Record a JSON object in `human_labels` or `evals`; the same object twice is recorded once."""
     row = (digest(value), canonical(value).decode(), time.time())
     con.execute(f"INSERT OR IGNORE INTO {table}(digest, value, at) VALUES (?, ?, ?)", row)
+
+
+def add_import(con: sqlite3.Connection, name: str, config: dict[str, Any],
+               prompts: Sequence[tuple[Prompt, dict[str, Any]]]) -> Run:
+    """Record a file of preferences as a run, with the answers and pairs of each prompt; a file that is there adds nothing.
+
+    `config["origin"]["sha256"]` tells files apart. A prompt whose text is recorded already takes over its group and split.
+    Raises: ConfigError where a prompt's own split contradicts the recorded one.
+    """
+    for row in con.execute("SELECT id, name, version, config FROM runs ORDER BY id").fetchall():
+        if orjson.loads(row[3]).get("origin", {}).get("sha256") == config["origin"]["sha256"]:
+            return Run(*row[:3], resumed=True)
+    known = _sides(con, [prompt.messages for prompt, _ in prompts])
+    run = begin_run(con, name, config, {})
+    for prompt, value in prompts:
+        group, split = known.get(prompt.messages, (None, None))
+        if split and prompt.split and split != prompt.split:
+            raise ConfigError(f"{prompt.messages[-1].content[:60]!r} has the split {prompt.split!r}, but stands in this store "
+                              f"as {split!r}. What belongs together stays on one side: correct the file, or use a new store")
+        add_prompts(con, [replace(prompt, group=prompt.group or group, split=split or prompt.split)])
+        con.execute("INSERT INTO imports(run, prompt, value) VALUES (?, ?, ?)", (run.id, prompt.id, orjson.dumps(value).decode()))
+    return run
+
+
+def _sides(con: sqlite3.Connection, wanted: Sequence[tuple[Message, ...]]) -> dict[tuple[Message, ...], tuple[str | None, str]]:
+    """(group, split) of those prompts that are recorded already, whatever their id."""
+    texts = {orjson.dumps([[m.role, m.content] for m in messages]).decode(): messages for messages in wanted}
+    rows = con.execute("SELECT messages, grp, split FROM prompts ORDER BY id")
+    return {texts[text]: (group, split) for text, group, split in rows if text in texts}
 
 
 def request_json(con: sqlite3.Connection, key: bytes) -> dict[str, Any] | None:

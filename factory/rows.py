@@ -30,6 +30,7 @@ def find_run(folder: Path, read: Read, run: str = "") -> dict[str, Any]:
                           "with `prefab run`")
     rows = list(read("SELECT * FROM runs ORDER BY last_start", ()).iter_rows(named=True))
     name, at, version = run.partition("@")
+    rows = rows if name else [r for r in rows if r["recipe"] != "import"] or rows  # imports are asked for by name
     found = [r for r in rows if name in ("", r["name"]) and (not at or str(r["version"]) == version)]
     if not found:
         there = ", ".join(f"{r['name']}@{r['version']}" for r in rows) or "none"
@@ -63,6 +64,9 @@ def datasets(read: Read, record: dict[str, Any], notes: list[str], truncated: bo
         samples, preferences = _unmarked(read, record, samples, preferences, without, notes)
     if (judges or principles) and preferences.height:
         preferences = _decided_by(read, record, preferences, judges, principles)
+    if origin := config.get("origin"):
+        notes.append(f"{label} is imported from {origin['file']} ({origin['format']}, {origin['by']}, SHA-256 "
+                     f"{origin['sha256'][:16]}); its labels are the file's, no judge's of this store")
     frames = {}
     if preferences.height:
         _tell_left_out(preferences, notes)

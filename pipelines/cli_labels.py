@@ -83,6 +83,29 @@ def label(
     hint(f"{again} --answers {queue}" if queue else again if report.left else f"prefab agreement --store {store} --gold human")
 
 
+@app.command("import-preferences")
+def import_preferences(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="TRL, HH-RLHF or UltraFeedback rows: .jsonl, .parquet.")],
+    store: Store = Path("store"),
+    name: Annotated[str, typer.Option(help="Of the run they become; left out: the file's.")] = "",
+    by: Annotated[str, typer.Option(help="Who labelled them, such as people or gpt-4; it is kept with them.")] = "",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read, and count them.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pairs that others labelled, into a store with their origin, to train on beside a judge's own."""
+    from dataclasses import asdict
+
+    from pipelines.imports import import_files
+
+    done = import_files(store, files, name, by, skip_bad)
+    if as_json:
+        return print_json({"store": str(store), "imported": [asdict(report) for report in done]})
+    table(f"imported into {store}", ("file", "run", "format", "prompts", "pairs", "ties", "identical", "skipped", ""),
+          [(r.file, r.run, r.format, r.prompts, r.pairs, r.ties, r.identical, r.skipped, "" if r.new else "was there already")
+           for r in done])
+    hint(f"prefab export --store {store} --run {done[0].run} out")
+
+
 @audit_app.command("judge")
 def audit_judge(
     pipeline: Pipeline,

@@ -144,9 +144,10 @@ def _card(record: dict[str, Any], report: ExportReport, folder: Path) -> str:
     for name, splits in report.counts.items():
         lines += [f"- config_name: {name}", "  data_files:"]
         lines += [line for split in splits for line in (f"  - split: {split}", f"    path: {name}/{split}.parquet")]
-    lines += ["tags: [prefab, rlaif, preference]", "---", MARK, "", f"# {report.run}", "",
-              f"Made by Prefab's recipe `{record['recipe']}` under the constitution `{config.get('constitution')}`. "
-              "The answers, critiques and judgments are a model's, not people's.", "",
+    made = (f"Made by Prefab's recipe `{record['recipe']}` under the constitution `{config.get('constitution')}`. The answers, "
+            "critiques and judgments are a model's, not people's." if not config.get("origin") else
+            "Made elsewhere, and imported by Prefab: a line below says from what file.")
+    lines += ["tags: [prefab, rlaif, preference]", "---", MARK, "", f"# {report.run}", "", made, "",
               "| dataset | split | rows |", "|---|---|---|"]
     lines += [f"| {name} | {split} | {n:,} |" for name, split, n in report.rows()]
     lines += ["", *(f"- `{name}`: {_WHAT.get(name, 'a table of the store')}" for name in report.counts), ""]

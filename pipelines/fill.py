@@ -20,7 +20,7 @@ from factory import ledgerfile, recorded, store
 from factory.constitution import constitution_digest, parse_constitution, principle_digest
 from factory.errors import ConfigError
 from factory.types import Constitution
-from pipelines import derive
+from pipelines import derive, imports
 
 if TYPE_CHECKING:
     import duckdb
@@ -146,6 +146,7 @@ def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> N
         _runs(con, records, constitutions)
         _copy_prompts(con, ledger, report)
         _copy_calls(con, ledger, names, report)
+        imports.copy(con, ledger, report)
         _copy_rest(con, ledger, report)
         _derive_work(con, ledger, names, {r.id: derive.rules(r, constitutions[r.id]) for r in records}, report)
         ledgerfile.kill_point("end")

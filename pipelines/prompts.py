@@ -24,6 +24,7 @@ KEPT_PROBLEMS = 20          # shown to people; all are counted
 MICROWORLD_PROMPTS = 256    # when a pipeline sets no limit
 MICROWORLD_MOST = 20_000
 COLUMNS = ("prompt", "messages", "conversations")
+ANY = "*"                   # as a column: whatever there is, for readers of other rows
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant",
          "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
@@ -384,7 +385,7 @@ def _batches(batches: Any, start: int) -> Iterator[Row]:
 def _column(path: Path, column: str | None, names: list[str], line: int = 0) -> None:
     """The header has a column to read. Raises ConfigError: without one every row would be malformed alike."""
     wanted = (column,) if column else COLUMNS
-    if not any(name in names for name in wanted):
+    if column != ANY and not any(name in names for name in wanted):
         message = f"no column {' or '.join(wanted)}; the columns are: {', '.join(names)} (prompts.column names another)"
         raise ConfigError([Problem(str(path), line, line, "", message)])
 
