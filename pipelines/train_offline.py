@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from factory import store
-from pipelines.train_rl import load
+from pipelines.train_rl import catch_up, load
 
 STAGES = ("sft", "reward", "dpo", "kto")
 
@@ -21,13 +20,3 @@ def train(stage: str, path: Path, sets: Iterable[str] = (), quiet: bool = False)
     config = load(path, module.Config, sets)
     catch_up(source.store for source in config.data.sources)
     return module.run(config, quiet)
-
-
-def catch_up(folders: Iterable[str | None]) -> None:
-    """Bring stores up to their ledgers, where there is one. Raises: HeldError where another program keeps one from it."""
-    from pipelines.fill import fill
-
-    for folder in {f for f in folders if f and (Path(f) / "ledger.sqlite").exists()}:
-        report = fill(folder)
-        if report.held:
-            raise store.HeldError(f"{report.held}. The store is {report.behind:,} ledger rows behind")

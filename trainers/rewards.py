@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -23,19 +23,23 @@ from trainers.rollout import Prompt
 
 Reward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float | None]]
 Combine = Literal["mean", "min", "mean_minus_sd"]
+Maker = Callable[["RewardConfig"], Reward]   # of kinds that only the pipelines can make
 Scales = dict[str, list[tuple[float, float]]]   # of a source: (mean, deviation) of each member, then of the whole
 
 
 class RewardConfig(Strict):
     """One source of reward. Several `paths`, or a folder with several members, are an ensemble.
 
-    `model`: reward models. `file`: a Python file with a function `reward(prompts, completions)`. `oracle`: the embedded
-    world's truth, to measure with; a policy trained on it proves nothing.
+    `model`: reward models. `file`: a Python file with a function `reward(prompts, completions)`. `judge`: a pointwise
+    judge of the pipeline file in `paths` (direct RLAIF). `verifier`: a program that checks the answer. `oracle`: the
+    embedded world's truth, to measure with; a policy trained on it proves nothing.
     """
 
     name: str = Field(min_length=1)
-    kind: Literal["model", "file", "oracle"] = "model"
+    kind: Literal["model", "file", "judge", "verifier", "oracle"] = "model"
     paths: list[str] = []
+    judge: str = Field("", description="Of judge: its name in the pipeline; left out: the first pointwise one.")
+    verifier: dict[str, Any] = Field({}, description="Of verifier: check, reference and all else of such a judge.")
     weight: float = Field(1.0, allow_inf_nan=False)
     combine: Combine = "mean"
     lam: float = Field(1.0, ge=0, description="Of mean_minus_sd: how many deviations between the members.")
@@ -173,8 +177,8 @@ def _number(name: str, value: Any, text: str) -> float | None:
     return number
 
 
-def build(configs: Sequence[RewardConfig]) -> tuple[Source, ...]:
-    """The sources that a configuration names.
+def build(configs: Sequence[RewardConfig], makers: Mapping[str, Maker] = {}) -> tuple[Source, ...]:
+    """The sources that a configuration names. `makers` by kind: judges and verifiers come from `pipelines.judge_reward`.
 
     Raises: ConfigError for two of one name, a file that is not there or has no `reward`, a model that is none.
     """
@@ -182,12 +186,17 @@ def build(configs: Sequence[RewardConfig]) -> tuple[Source, ...]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"rewards: two are named {twice[0]}; each needs its own name")
-    return tuple(Source(c.name, tuple(_members(c)), c.weight, c.combine, c.lam) for c in configs)
+    return tuple(Source(c.name, tuple(_members(c, makers)), c.weight, c.combine, c.lam) for c in configs)
 
 
-def _members(config: RewardConfig) -> list[Reward]:
+def _members(config: RewardConfig, makers: Mapping[str, Maker]) -> list[Reward]:
     if config.kind == "oracle":
         return [oracle]
+    if config.kind in ("judge", "verifier"):
+        if config.kind not in makers:
+            raise ConfigError(f"rewards: {config.name}: a {config.kind} is made by pipelines.judge_reward.opened; give what "
+                              "it yields as sources")
+        return [makers[config.kind](config)]
     if not config.paths:
         raise ConfigError(f"rewards: {config.name}: name at least one {config.kind} in paths")
     if config.kind == "file":
