@@ -18,6 +18,7 @@ from typing import Any
 from factory.errors import EngineError
 
 TELL_EVERY_S = 4.0
+FEW_CORES = 8
 _PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
 _REASON = re.compile(r"^\s*(?:[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*:|.*\berror: )\s*\S")
 _STAGES = (("Application startup complete", "ready"), ("Warming up", "compiling"), ("Loading", "loading weights"),
@@ -108,13 +109,17 @@ def command_line(process: Process) -> list[str]:
 
 
 def environment(process: Process) -> dict[str, str]:
-    """The server's environment: no telemetry, no look at a hub for what lies in a folder, a small cache on a CPU."""
+    """The server's environment: no telemetry, no look at a hub for what lies in a folder, a small cache on a CPU. On a few
+    cores threads are not bound: vLLM would bind those of every server to the same ones."""
     c = process.config
     ours = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if Path(process.model).is_dir():
         ours["HF_HUB_OFFLINE"] = "1"
     if not has_gpu():
         ours["VLLM_CPU_KVCACHE_SPACE"] = f"{c.kv_cache_gib:g}"
+        cores = len(os.sched_getaffinity(0))
+        if cores <= FEW_CORES and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+            ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores - 1))}
     if c.threads:
         ours["VLLM_CPU_OMP_THREADS_BIND"] = c.threads
     return {**os.environ, **ours, **c.env}

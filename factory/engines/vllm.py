@@ -46,7 +46,7 @@ class Config(HttpConfig):
     kv_cache_gib: float = Field(1.0, gt=0)  # CPU only; 1 GiB holds 200,000 tokens of a model of 5M parameters
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     tensor_parallel: int = Field(1, ge=1)
-    threads: str | None = None  # VLLM_CPU_OMP_THREADS_BIND, e.g. "0-1"; vLLM leaves one core to the rest by itself
+    threads: str | None = None  # VLLM_CPU_OMP_THREADS_BIND, e.g. "0-1"; left out: one core is left to the rest
     port: int | None = None
     start_timeout_s: float = Field(1200.0, gt=0)
     log_file: Path | None = None
