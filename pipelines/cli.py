@@ -52,12 +52,13 @@ def demo(
     store: Store = Path("demo-store"),
     prompts: Annotated[int, typer.Option(min=2, help="Prompts from the embedded world.")] = 256,
     sets: Sets = [],
+    train: Annotated[bool, typer.Option(help="Train on the data, and measure what it made of the policy.")] = True,
     as_json: Json = False,
 ) -> None:
-    """The whole loop on the embedded world: data from a real vLLM, with the truth printed beside it."""
+    """The whole loop on the embedded world: data from a real vLLM, training on it, the truth printed beside both."""
     from pipelines.demo import demo as run_demo
 
-    raise typer.Exit(run_demo(store, prompts, sets, as_json, print_json))
+    raise typer.Exit(run_demo(store, prompts, sets, train, as_json, print_json))
 
 
 @app.command()

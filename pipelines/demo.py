@@ -1,4 +1,4 @@
-"""`prefab demo`: data from the embedded world on a real vLLM, and the oracle's truth beside it.
+"""`prefab demo`: data from the embedded world on a real vLLM, policies trained on it, and the oracle's truth beside both.
 
 The oracle reads text alone and nothing was trained against it, so these figures are measured, not claimed.
 """
@@ -45,9 +45,11 @@ class Accuracy:
     consistent: float | None
 
 
-def demo(store: Path, prompts: int, sets: Sequence[str], as_json: bool, write: Callable[[Any], None]) -> int:
-    """Run the preset, print the tables, give the exit code."""
+def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: bool, write: Callable[[Any], None]) -> int:
+    """Run the preset, train on what it made, print the tables, give the exit code."""
+    from pipelines import demo_training
     from pipelines.cli import ending, report
+    from pipelines.eval_policy import show as show_policies
     from pipelines.runner import run
 
     chosen = [f"store={store}", f"prompts.limit={prompts}", *sets]
@@ -59,11 +61,17 @@ def demo(store: Path, prompts: int, sets: Sequence[str], as_json: bool, write: C
     if result.state != "done":
         return ending(result, f"prefab demo --store {store} --prompts {prompts}")
     truth = measure(result)
-    if as_json:
-        write({"run": result.summary(), **truth})
-    else:
+    if not as_json:
         report(result)
         show(result, truth)
+    policies = None
+    if train:
+        models = demo_training.train(store, result.run, as_json)
+        policies = demo_training.measure(store, models, as_json)
+    if as_json:
+        write({"run": result.summary(), **truth, "policies": policies.data() if policies else None})
+    elif policies:
+        show_policies(policies)
     hint(f"prefab export --store {store} --format trl demo-out")
     hint(f'prefab sql --store {store} "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"')
     hint("prefab init my-project            a constitution, prompts and a real model of your own")

@@ -46,12 +46,22 @@ class Plan:
     warmup: int = 80
     late: int = 1 << 30  # from this step on, more grades of answers as a whole
     writing: int = 0  # more steps, after a warm restart of the rate, of mostly writing
+    settling: int = 0  # and after them, likewise, of grades again beside writing
     decay: float = 0.9  # the share of the steps over which the rate falls to zero
     seed: int = 1
 
+    @property
+    def last(self) -> int:
+        """How many steps there are."""
+        return self.steps + self.writing + self.settling
+
+    def phase(self, step: int) -> int:
+        """Which of `tasks.PHASES` a step belongs to."""
+        return (step >= self.late) + (step >= self.steps) + (step >= self.steps + self.writing)
+
 
 PLANS = {
-    "tiny": Plan("prefab-tiny", 256, 5, 4, 640, 1800, 1.5e-3, late=1220, writing=700),
+    "tiny": Plan("prefab-tiny", 256, 5, 4, 640, 1800, 1.5e-3, late=1220, writing=700, settling=200),
     "nano": Plan("prefab-nano", 128, 4, 4, 336, 400, 2.5e-3, noise_share=0.25),
 }
 HELPS = {"faults": 6.0, "asked": 0.5, "look": 0.5, "match": 0.5, "count": 0.5}
@@ -88,7 +98,9 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def rate(plan: Plan, step: int) -> float:
-    """The learning rate at a step: a short warm-up, a plateau, then a line to zero; in the writing phase a lower line."""
+    """The learning rate at a step: a short warm-up, a plateau, then a line to zero; in each later phase a lower line."""
+    if step >= plan.steps + plan.writing:
+        return 0.25 * plan.lr * (plan.last - step) / plan.settling
     if step >= plan.steps:
         return 0.4 * plan.lr * (plan.steps + plan.writing - step) / plan.writing
     start = plan.steps * (1 - plan.decay)
@@ -111,12 +123,12 @@ def batches(plan: Plan, tokenizer, first: int):
     ready: queue.Queue = queue.Queue(maxsize=4)
 
     def work() -> None:
-        for step in range(first, plan.steps + plan.writing):
+        for step in range(first, plan.last):
             ready.put(make_batch(f"{plan.seed} {step}", tokenizer, plan.rows, plan.width, 0.1, plan.noise_share,
-                                 (step >= plan.late) + (step >= plan.steps)))
+                                 plan.phase(step)))
 
     threading.Thread(target=work, daemon=True).start()
-    for _ in range(first, plan.steps + plan.writing):
+    for _ in range(first, plan.last):
         yield ready.get()
 
 
@@ -138,7 +150,7 @@ def train(plan: Plan, state_dir: Path, log=print, minutes: float = 1e9, tokenize
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    last = plan.steps + plan.writing
+    last = plan.last
     log(f"{plan.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {last} steps, from step {first}")
     started = saved = time.time()
     sums: dict[str, float] = {}
@@ -186,7 +198,7 @@ def write(model, tokenizer, plan: Plan, folder: Path) -> None:
     ids = {k: tokenizer.token_to_id(t) for k, t in
            (("pad_token_id", SPECIALS[0]), ("bos_token_id", SPECIALS[1]), ("eos_token_id", SPECIALS[2]))}
     save_tokenizer(tokenizer, folder)
-    export(model, folder, ids, {"templates": templates_digest(), "name": plan.name, "steps": str(plan.steps + plan.writing)})
+    export(model, folder, ids, {"templates": templates_digest(), "name": plan.name, "steps": str(plan.last)})
 
 
 def main() -> None:
