@@ -7,7 +7,7 @@ they say is gold for the statistics. This module only reads and makes such objec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal
@@ -79,27 +79,28 @@ def name_of(value: Mapping[str, Any]) -> str:
     return digest(dict(value))
 
 
-def latest(rows: Iterable[Mapping[str, Any]]) -> list[Label]:
+def latest(rows: Iterable[Mapping[str, Any]], placed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict) -> list[Label]:
     """What stands of all labels, oldest first: no undone ones, each person's last word on each comparison.
 
-    Rows that are no labels (another program's, without a winner or answers) are passed over.
+    `placed` gives a row with the names by which the reader knows answers and principle. Rows that are no labels then
+    (another program's, without a winner or answers) are passed over.
     """
     known = list(rows)
     undone = {value.get("undo") for value in known}
     found: dict[tuple[Place, str], Label] = {}
     for value in known:
-        label = _label(value)
+        label = _label(placed(value), name_of(value))
         if label is not None and label.digest not in undone:
             found.pop((label.place, label.annotator), None)  # the last word stands where it was last said
             found[label.place, label.annotator] = label
     return list(found.values())
 
 
-def _label(value: Mapping[str, Any]) -> Label | None:
+def _label(value: Mapping[str, Any], name: str) -> Label | None:
     prompt, a, b, winner = (value.get(name) for name in ("prompt", "a", "b", "winner"))
     if not isinstance(prompt, str) or a is None or b is None or winner not in (*WINNERS, "skip"):
         return None
-    return Label(name_of(value), prompt, str(a), str(b), str(value.get("principle") or ""), winner,
+    return Label(name, prompt, str(a), str(b), str(value.get("principle") or ""), winner,
                  str(value.get("annotator") or ""))
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ import orjson
 from factory.errors import ConfigError
 from factory.types import Comparison, Message, Principle, Prompt, Sample
 from judges import bias
+from pipelines.gold import people
 from pipelines.runner import Loaded
 
 Side = Literal["a", "b"]
@@ -72,8 +72,7 @@ def _comparison(prompt: Prompt, i: int, a: str, j: int, b: str) -> Comparison:
 
 
 STORED = """
-SELECT p.prompt, q.messages, q.tags, p.a, p.b, sa.text AS text_a, sb.text AS text_b, sa.sample AS name_a,
-    sb.sample AS name_b, r.principle, count(DISTINCT r.principle) OVER (PARTITION BY p.prompt, p.a, p.b) AS principles
+SELECT p.prompt, q.messages, q.tags, p.a, p.b, sa.text AS text_a, sb.text AS text_b, r.principle
 FROM preferences p
 JOIN (SELECT DISTINCT run, prompt, a, b, principle FROM verdicts
       WHERE p_a IS NOT NULL AND (judge = $judge OR $judge NOT IN (SELECT judge FROM verdicts WHERE run = $run))) r
@@ -90,21 +89,22 @@ def stored_cases(store: Path, run: Mapping[str, Any], principles: Sequence[Princ
                  ) -> list[Case]:
     """A run's decided preferences under each principle they were judged by, in a seeded order.
 
-    A person's label is truth where it speaks of that principle, or the pair was judged by one alone; else the judge.
+    What people said is truth where it speaks of that principle, or the pair was judged by one alone; else, and where
+    they are split, the judge. What they call a tie is left out.
     """
     from pipelines.fill import query
 
     by_id = {p.id: p for p in principles}
     sql = STORED.replace("$judge", "?").replace("$run", "?").replace("$seed", "?")
     rows = query(store, sql, [judge.name, judge.name, run["run"], run["run"], seed]).to_dicts()
-    labels = _labels(query(store, "SELECT value FROM human_labels"))
+    known = people(store, run["run"])
     found = []
     for row in rows:
         principle = by_id.get(row["principle"])
         if principle is None:
             continue  # gone from the constitution since
         prompt = Prompt(row["prompt"], _messages(row["messages"]), tuple(row["tags"] or ()))
-        said = _human(labels, row)
+        said = known.winner(row["prompt"], row["a"], row["b"], row["principle"])
         if said == "tie":
             continue
         pair = _comparison(prompt, row["a"], row["text_a"], row["b"], row["text_b"])
@@ -114,26 +114,3 @@ def stored_cases(store: Path, run: Mapping[str, Any], principles: Sequence[Princ
 
 def _messages(text: str) -> tuple[Message, ...]:
     return tuple(Message(role, content) for role, content in orjson.loads(text))
-
-
-def _labels(frame: Any) -> list[dict[str, Any]]:
-    return [orjson.loads(value) for value in frame["value"]]
-
-
-def _human(labels: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str | None:
-    """a, b or tie, as most people said of this pair under this principle; None where nobody did."""
-    votes: Counter[str] = Counter()
-    for label in labels:
-        principle, winner = label.get("principle"), label.get("winner")
-        if label.get("prompt") != row["prompt"] or winner not in ("a", "b", "tie"):
-            continue
-        if principle not in (None, "", row["principle"]) or not principle and row["principles"] > 1:
-            continue
-        sides = (label.get("a"), label.get("b"))
-        if sides in ((row["name_a"], row["name_b"]), (row["text_a"], row["text_b"])):
-            votes[winner] += 1
-        elif sides in ((row["name_b"], row["name_a"]), (row["text_b"], row["text_a"])):
-            votes[{"a": "b", "b": "a"}.get(winner, winner)] += 1
-    most = max(votes.values(), default=0)
-    said = [winner for winner, count in votes.items() if count == most]
-    return None if not votes else said[0] if len(said) == 1 else "tie"

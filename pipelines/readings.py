@@ -6,7 +6,6 @@ any of them is. Verdicts that were asked in no order (scores, rankings) are read
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from factory.errors import ConfigError
 from factory.yamlio import did_you_mean
+from pipelines.gold import find_gold
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,96 +225,3 @@ def _tagged(items: polars.DataFrame, selection: Selection) -> polars.DataFrame:
         principles, on="principle", how="left", maintain_order="left")
     tags = pl.concat_list(pl.col("ptags").fill_null(empty), pl.col("qtags").fill_null(empty)).list.unique()
     return joined.select(*items.columns, tags.alias("tags"), pl.col("group").fill_null(pl.col("prompt")))
-
-
-def find_gold(selection: Selection, items: polars.DataFrame, choice: str = "auto") -> tuple[np.ndarray, str]:
-    """What is true of each comparison (1 a, 0 b, 0.5 a tie, NaN unknown), and in words who says so.
-
-    Raises: ConfigError for an oracle where the prompts are not the embedded world's, or an unknown choice.
-    """
-    import numpy as np
-
-    if choice not in ("auto", "human", "oracle", "none"):
-        raise ConfigError(f"--gold {choice}: did you mean auto, human, oracle or none?")
-    microworld = (selection.config.get("prompts") or {}).get("source") == "microworld"
-    if choice == "oracle" and not microworld:
-        raise ConfigError(f"--gold oracle: the prompts of {selection.name} are not the embedded world's, which alone has an "
-                          "oracle")
-    if choice in ("auto", "human"):
-        labels, people = _human_labels(selection)
-        gold = np.array([_human(labels, *place) for place in items.select("prompt", "a", "b", "principle").iter_rows()],
-                        dtype=float)
-        if choice == "human" or not np.isnan(gold).all():
-            n = int((~np.isnan(gold)).sum())
-            return gold, f"{n:,} comparisons labelled by {people} {'person' if people == 1 else 'people'}"
-    if choice in ("auto", "oracle") and microworld:
-        return _oracle(selection, items), "the embedded world's oracle"
-    return np.full(items.height, np.nan), ""
-
-
-def _oracle(selection: Selection, items: polars.DataFrame) -> np.ndarray:
-    """As `factory.microworld.oracle.compare`, each text read once."""
-    import numpy as np
-
-    from factory.microworld import grammar, oracle
-    from factory.types import Message
-
-    talks = {prompt: tuple(Message(role, text) for role, text in json.loads(messages))
-             for prompt, messages in selection.query("SELECT prompt, messages FROM prompts").iter_rows()}
-    texts = selection.query('SELECT prompt, "index", text FROM samples WHERE run = $run')
-    broken = {(prompt, index): oracle.read(talks[prompt], text).broken if text is not None else None
-              for prompt, index, text in texts.iter_rows()}
-    gold = np.full(items.height, np.nan)
-    for row, (prompt, a, b, principle) in enumerate(items.select("prompt", "a", "b", "principle").iter_rows()):
-        of_a, of_b = broken.get((prompt, a)), broken.get((prompt, b))
-        if principle in grammar.PRINCIPLES and of_a is not None and of_b is not None:
-            gold[row] = 0.5 + 0.5 * ((principle in of_b) - (principle in of_a))
-    return gold
-
-
-def _human_labels(selection: Selection) -> tuple[dict[tuple, list[float]], int]:
-    """People's labels by (prompt, lower index, higher index, principle), as the lower's side; each person's last word.
-
-    A label names its answers by sample id, text or index; an undo names another label's digest. One without a principle
-    counts where the run judged the comparison under one alone: else nobody knows of which it speaks.
-    """
-    rows = selection.query("SELECT label, value FROM human_labels ORDER BY labelled_at, rowid")
-    values = [(label, json.loads(value)) for label, value in rows.iter_rows()]
-    if not values:
-        return {}, 0
-    index = _indices(selection)
-    only = {tuple(place): principle for *place, principle in selection.query(
-        "SELECT prompt, a, b, min(principle) FROM verdicts WHERE run = $run GROUP BY ALL "
-        "HAVING count(DISTINCT principle) = 1").iter_rows()}
-    undone = {value["undo"] for _, value in values if value.get("undo")}
-    last: dict[tuple, float] = {}
-    for label, value in values:
-        prompt, winner = value.get("prompt"), value.get("winner")
-        a, b = (index.get((prompt, value.get(side))) for side in ("a", "b"))
-        if label in undone or winner not in _SIDE or a is None or b is None:
-            continue
-        place = (prompt, min(a, b), max(a, b))
-        principle = value.get("principle") or only.get(place) or only.get((prompt, max(a, b), min(a, b)))
-        if principle is not None:
-            last[(*place, principle), value.get("annotator") or ""] = _SIDE[winner] if a < b else 1.0 - _SIDE[winner]
-    labels: dict[tuple, list[float]] = defaultdict(list)
-    for (place, _), side in last.items():
-        labels[place].append(side)
-    return labels, len({annotator for _, annotator in last})
-
-
-def _indices(selection: Selection) -> dict[tuple[str, Any], int]:
-    """A sample's index by its prompt and its id, its text, or the index itself."""
-    found: dict[tuple[str, Any], int] = {}
-    for prompt, index, name, text in selection.query(
-            'SELECT prompt, "index", sample, text FROM samples WHERE run = $run ORDER BY "index" DESC').iter_rows():
-        found[prompt, text] = found[prompt, name] = found[prompt, index] = index
-    return found
-
-
-def _human(labels: dict[tuple, list[float]], prompt: str, a: int, b: int, principle: str) -> float:
-    """The label that most people gave; NaN where there is none, or they are split."""
-    said = Counter(labels.get((prompt, min(a, b), max(a, b), principle), ())).most_common(2)
-    if not said or (len(said) == 2 and said[0][1] == said[1][1]):
-        return float("nan")
-    return said[0][0] if a < b else 1.0 - said[0][0]

@@ -15,7 +15,7 @@ from factory.engines.scripted import Config, Scripted
 from factory.errors import ConfigError, TransportError
 from factory.ledger import Ledger
 from factory.templates import load as load_template
-from judges import bias, listwise, pointwise, rubric
+from judges import bias, human, listwise, pointwise, rubric
 from pipelines import audit_judge, audit_pairs
 from pipelines.fill import query
 from pipelines.runner import load, run
@@ -196,6 +196,28 @@ def test_a_person_s_label_is_truth_where_it_speaks_of_the_principle(tmp_path):
     assert found["p1", 0, 1, "kind"].gold is None and found["p1", 0, 1, "brief"].gold is None
     report = audit_judge.audit(loaded, n=500, engines=engines, probes=["markdown"])
     assert report.truth == {"human": 2, "judge": 15} and report.right.value == 0.0  # the judge prefers the lower number
+
+
+def test_people_are_read_as_the_statistics_read_them(tmp_path):
+    """Each person's last word, nothing taken back, and nobody's where they are split: then the judge's own is truth."""
+    loaded, _ = stored(tmp_path)
+    one = {"prompt": "p0", "principle": "kind", "annotator": "ann", "winner": "b"}
+    rows = [one | {"a": 0, "b": 1}, one | {"a": 0, "b": 1, "annotator": "bob", "winner": "a"},     # split
+            one | {"a": 0, "b": 2, "winner": "a"}, one | {"a": 0, "b": 2},                         # a second thought
+            one | {"a": 1, "b": 2}]
+    rows.append(human.undo(human.name_of(rows[-1]), "ann", 1.0))
+
+    async def label():
+        ledger = Ledger.open(Path(loaded.config.store))
+        for row in rows:
+            ledger.add_human_label(row)
+        await ledger.close()
+    asyncio.run(label())
+    found = {(c.comparison.a.index, c.comparison.b.index): (c.gold, c.truth)
+             for c in audit_pairs.stored_cases(Path(loaded.config.store), {"run": 1}, loaded.constitution.principles,
+                                               loaded.judges[0])
+             if c.comparison.prompt.id == "p0" and c.principle.id == "kind"}
+    assert found == {(0, 1): (None, "judge"), (0, 2): ("b", "human"), (1, 2): (None, "judge")}
 
 
 def test_the_command(tmp_path):
