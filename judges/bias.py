@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from factory.stats import Estimate, bootstrap, undefined, wilson
+from factory.stats import Estimate, bootstrap, clustered_share, undefined
 from factory.types import Principle, Verdict
 from judges import panel
 
@@ -145,7 +145,8 @@ def edited(probe: Probe, text: str, k: int) -> str:
 class Tried:
     """One pair under one probe: verdicts in both orders before the edit, asked again without it, and after it.
 
-    All speak of the same a and b; `gold` is the side that is better, whose opponent was edited.
+    All speak of the same a and b; `gold` is the side that is better, whose opponent was edited. Pairs of one `prompt`
+    (empty: its own) are not independent, and intervals are as wide as that makes them.
     """
 
     gold: Literal["a", "b"]
@@ -153,11 +154,13 @@ class Tried:
     again: tuple[Verdict, Verdict]
     after: tuple[Verdict, Verdict]
     phrasing: str = ""
+    prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one probe did. `flips`, `again` (the same without an edit) and `one_order` are shares of right verdicts.
+    """What one probe did. `flips`, `again` (the same without an edit) and `one_order` are shares of right verdicts, of
+    pairs or (`one_order`) of their orders.
 
     `shift` is the mean change of P(edited side wins), over all pairs scored before and after; `ties` of the right
     verdicts became a tie, `silenced` unscored. `by_phrasing`: flips and right verdicts of each.
@@ -183,12 +186,12 @@ def find(probe: Probe, tried: Sequence[Tried]) -> Finding:
     after = [(t, _outcome(t.after)) for t in right]
     scored = [(t, o) for t, o in after if o != "unscored"]
     flipped = [(t, o == _loser(t)) for t, o in scored]
-    shifts = [q - p for t in tried if (p := _edited_side(t.before, t)) is not None
+    shifts = [(t, q - p) for t in tried if (p := _edited_side(t.before, t)) is not None
               and (q := _edited_side(t.after, t)) is not None]
     phrasings = {t.phrasing: (sum(f for x, f in flipped if x.phrasing == t.phrasing),
                               sum(x.phrasing == t.phrasing for x, _ in flipped)) for t, _ in flipped}
     return Finding(
-        probe.name, len(tried), len(right), _share(sum(f for _, f in flipped), len(flipped), tried),
+        probe.name, len(tried), len(right), _share(flipped, tried),
         _again(right, tried), _one_order(tried), _mean(shifts), sum(o == "tie" for _, o in after),
         len(after) - len(scored), tuple((text, *counts) for text, counts in sorted(phrasings.items())))
 
@@ -199,13 +202,11 @@ def _swapped(probe: Probe, tried: Sequence[Tried]) -> Finding:
     The mean of both orders cannot flip: exchanging them gives the same mean.
     """
     scored = [t for t in tried if all(v.p_a is not None for v in t.before)]
-    turns = [(t, x, y) for t in scored for x, y in (t.before, t.before[::-1]) if x.winner == t.gold]
-    flips = sum(y.winner == _loser(t) for t, _, y in turns)
-    pulls = [(ab.p_a + 1.0 - ba.p_a) / 2 - 0.5 for ab, ba in (t.before for t in scored)]
-    share = _share(flips / 2, len(turns) / 2, tried)
+    turns = [(t, y.winner == _loser(t)) for t in scored for x, y in (t.before, t.before[::-1]) if x.winner == t.gold]
+    pulls = [(t, (t.before[0].p_a + 1.0 - t.before[1].p_a) / 2 - 0.5) for t in scored]
     n_right = sum(_outcome(t.before) == t.gold for t in tried)
     return Finding(probe.name, len(tried), n_right, undefined("the mean of both orders does not know an order"),
-                   undefined("the mean of both orders does not know an order"), share, _mean(pulls))
+                   undefined("the mean of both orders does not know an order"), _share(turns, tried), _mean(pulls))
 
 
 def _outcome(verdicts: Sequence[Verdict]) -> str:
@@ -225,22 +226,28 @@ def _edited_side(verdicts: Iterable[Verdict], t: Tried) -> float | None:
 
 def _again(right: Sequence[Tried], tried: Sequence[Tried]) -> Estimate:
     outcomes = [(t, _outcome(t.again)) for t in right]
-    scored = [(t, o) for t, o in outcomes if o != "unscored"]
-    return _share(sum(o == _loser(t) for t, o in scored), len(scored), tried)
+    return _share([(t, o == _loser(t)) for t, o in outcomes if o != "unscored"], tried)
 
 
 def _one_order(tried: Sequence[Tried]) -> Estimate:
-    """Flips of single orders. Both orders of a pair count as half a pair each: they are not two independent ones."""
-    turns = [(t, y) for t in tried for x, y in zip(t.before, t.after, strict=True)
-             if x.winner == t.gold and y.winner is not None]
-    return _share(sum(y.winner == _loser(t) for t, y in turns) / 2, len(turns) / 2, tried)
+    """Flips of single orders."""
+    return _share([(t, y.winner == _loser(t)) for t in tried for x, y in zip(t.before, t.after, strict=True)
+                   if x.winner == t.gold and y.winner is not None], tried)
 
 
-def _share(flips: float, n: float, tried: Sequence[Tried]) -> Estimate:
-    if n:
-        return wilson(flips, n)
+def _share(flipped: Sequence[tuple[Tried, bool]], tried: Sequence[Tried]) -> Estimate:
+    """The share of flips; a pair's orders are one cluster, and so are the pairs of a prompt."""
+    if flipped:
+        return clustered_share([flip for _, flip in flipped], _clusters(flipped))
     return undefined("no verdict was right before and scored after" if tried else "no pair that this probe may be made of")
 
 
-def _mean(values: Sequence[float]) -> Estimate:
-    return bootstrap(values) if values else undefined("no pair was scored before and after")
+def _mean(values: Sequence[tuple[Tried, float]]) -> Estimate:
+    if not values:
+        return undefined("no pair was scored before and after")
+    return bootstrap([value for _, value in values], _clusters(values))
+
+
+def _clusters(some: Sequence[tuple[Tried, float]]) -> list[str]:
+    """What is not independent of what: pairs by their prompt, where it is known."""
+    return [t.prompt or str(id(t)) for t, _ in some]

@@ -20,7 +20,7 @@ from factory.console import Progress, warn
 from factory.engines import make
 from factory.errors import ConfigError
 from factory.ledger import Ledger
-from factory.stats import Estimate, wilson
+from factory.stats import Estimate, clustered_share
 from factory.types import Comparison, Completion, Engine, Principle, Request, Use, Verdict
 from factory.yamlio import did_you_mean
 from judges import bias, listwise, pairwise, panel, pointwise, rubric
@@ -149,7 +149,8 @@ async def _battery(judge: Any, plan: dict[bias.Probe, list[Case]], every: list[C
         after = [before[old] for _, old, _ in turns] if probe.place == "swap" else await ask(
             [Question(attacked(c, probe, k), c.principle) for c, _, k in turns])
         report.findings.append(bias.find(probe, [
-            bias.Tried(c.gold, before[old], again[old], edited, probe.phrasings[k % len(probe.phrasings)])
+            bias.Tried(c.gold, before[old], again[old], edited, probe.phrasings[k % len(probe.phrasings)],
+                       c.comparison.prompt.id)
             for (c, old, k), edited in zip(turns, after, strict=True)]))
     return report
 
@@ -161,10 +162,11 @@ def _turn(i: int, principles: int, phrasings: int) -> int:
 
 def _begin(judge: Any, every: Sequence[Case], before: Mapping[Case, Sequence[Verdict]], ctx: Context) -> Report:
     known = [(c, panel.decide([panel.read(before[c])]).outcome) for c in every if c.gold]
-    right, scored = sum(o == c.gold for c, o in known), sum(o != "unscored" for _, o in known)
+    scored = [(c, o == c.gold) for c, o in known if o != "unscored"]
+    right = clustered_share([hit for _, hit in scored], [c.comparison.prompt.id for c, _ in scored])
     unscored = sum(v.p_a is None for pair in before.values() for v in pair)
     return Report(judge.name, ctx.engines[judge.engine].identity, dict(Counter(c.truth for c in every)), len(every),
-                  wilson(right, scored), unscored)
+                  right, unscored)
 
 
 def _own(verdicts: Sequence[Verdict]) -> Side | None:
@@ -284,9 +286,9 @@ async def _listwise(questions: Sequence[Question], judge: listwise.Config, ctx: 
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 def share(e: Estimate) -> str:
-    """`1.5% (0.4-4.3)`, or a dash where there is none."""
-    if e.value is None:
-        return "-"
+    """`1.5% (0.4-4.3)`, a dash where there is none, and no interval where all pairs are of one prompt."""
+    if e.value is None or e.low is None:
+        return "-" if e.value is None else f"{e.value:.1%}"
     return f"{e.value:.1%} ({100 * e.low:.1f}-{100 * e.high:.1f})"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks import bias as ablation
 from factory.engines.scripted import Config, Scripted
 from factory.microworld import grammar, oracle, tasks
-from factory.stats import wilson
+from factory.stats import clustered_share
 from factory.templates import Template, fence, load
 from factory.types import Principle, Verdict
 from judges import bias
@@ -116,7 +116,7 @@ def test_flips_by_hand():
         tried("b", loses, wins), tried("a", loses, (sure("a"), UNREAD)), tried("b", wins, (sure("tie"), sure("tie")))])
     assert (found.n_pairs, found.n_right, found.ties, found.silenced) == (5, 4, 1, 1)
     assert (found.flips.value, found.flips.n_items) == (1 / 3, 3) and found.again.value == 0.0
-    assert (found.flips.low, found.flips.high) == (wilson(1, 3).low, wilson(1, 3).high)
+    assert found.flips == clustered_share([1, 0, 0], [1, 2, 3])
     assert found.one_order.value == pytest.approx(3 / 7)  # 2 of the first, 1 of the second, 0 of 1 and of 2
     shifts = [0.8, (0.1 + 0.6) / 2 - 0.1, 0.1 - 0.9, 0.5 - 0.1]
     assert found.shift.value == pytest.approx(sum(shifts) / 4) and found.shift.low < found.shift.value
@@ -136,6 +136,20 @@ def test_a_slot_picker_is_found_by_swapping():
     found = bias.find(PROBES["swap"], pairs)
     assert found.one_order.value == pytest.approx(3 / 13) and found.flips.value is None and found.flips.undefined
     assert found.shift.value == pytest.approx(3 / 8 * 0.4)
+
+
+def test_pairs_of_one_prompt_are_not_independent():
+    """40 pairs of which a fifth flips, four a prompt and alike: ten prompts tell as much as ten pairs."""
+    def tried(size):
+        right = (sure("a"),) * 2
+        return bias.find(PROBES["padding"], [
+            bias.Tried("a", right, right, (sure("b" if i < 8 else "a"),) * 2, "x", str(i // size)) for i in range(40)])
+    alone, found = tried(1), tried(4)
+    assert found.flips.value == found.one_order.value == alone.flips.value == 0.2
+    width = found.flips.high - found.flips.low
+    assert width > 1.7 * (alone.flips.high - alone.flips.low)
+    assert found.one_order.high - found.one_order.low == pytest.approx(width)  # an order more tells nothing new
+    assert found.shift.n_items == 10 and alone.shift.n_items == 40
 
 
 def test_nothing_to_measure_is_undefined():
