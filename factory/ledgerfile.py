@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY, name TEXT NOT NULL, ver
     UNIQUE (name, version), UNIQUE (name, digest));
 CREATE TABLE IF NOT EXISTS starts (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS prompts (id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, digest TEXT NOT NULL UNIQUE,
-    messages TEXT NOT NULL, tags TEXT NOT NULL, grp TEXT, split TEXT NOT NULL);
+    messages TEXT NOT NULL, tags TEXT NOT NULL, grp TEXT, split TEXT NOT NULL, rubric TEXT);
 CREATE INDEX IF NOT EXISTS prompts_of ON prompts (prompt);
 CREATE TABLE IF NOT EXISTS rubrics (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, rubric TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS splits (grp TEXT PRIMARY KEY, split TEXT NOT NULL) WITHOUT ROWID;
@@ -144,6 +144,8 @@ def create(file: Path) -> sqlite3.Connection:
         con.execute("BEGIN IMMEDIATE")
         for statement in TABLES.split(";")[:-1]:
             con.execute(statement)
+        if "rubric" not in {row[1] for row in con.execute("PRAGMA table_info(prompts)")}:  # an older ledger
+            con.execute("ALTER TABLE prompts ADD COLUMN rubric TEXT")
         con.execute("INSERT OR IGNORE INTO meta VALUES ('ledger', lower(hex(randomblob(16))))")
         con.execute(f"PRAGMA application_id={APPLICATION}")
         con.execute(f"PRAGMA user_version={SCHEMA}")

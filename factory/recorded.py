@@ -12,9 +12,9 @@ from typing import Any
 
 import orjson
 
-from factory import ledgerfile
+from factory import keys
 from factory.errors import ConfigError
-from factory.keys import canonical, digest, split_of
+from factory.keys import canonical, digest
 from factory.types import Message, Prompt
 
 Rubric = tuple[tuple[str, float], ...]
@@ -68,15 +68,18 @@ def runs(con: sqlite3.Connection) -> list[RunRecord]:
 def add_prompts(con: sqlite3.Connection, prompts: Sequence[Prompt]) -> None:
     """Record prompts. Raises: ConfigError where a prompt's own split contradicts the one its group has."""
     for prompt in prompts:
-        if prompt.rubric:
-            con.execute("INSERT OR IGNORE INTO rubrics VALUES (NULL, ?, ?)",
-                        (rubric_id(prompt.rubric), orjson.dumps(prompt.rubric).decode()))
-        text = orjson.dumps([[m.role, m.content] for m in prompt.messages]).decode()
-        split = _split(con, prompt, text)
+        rubric = orjson.dumps(prompt.rubric).decode() if prompt.rubric else None
+        if rubric:
+            con.execute("INSERT OR IGNORE INTO rubrics VALUES (NULL, ?, ?)", (rubric_id(prompt.rubric), rubric))
+        text, split = _text(prompt), _split(con, prompt)
         tags = orjson.dumps(list(prompt.tags)).decode()
-        identity = digest(prompt.id, text, tags, prompt.group is not None, prompt.group or "", split)
-        con.execute("INSERT OR IGNORE INTO prompts VALUES (NULL, ?, ?, ?, ?, ?, ?)",
-                    (prompt.id, identity, text, tags, prompt.group, split))
+        identity = digest(prompt.id, text, tags, prompt.group is not None, prompt.group or "", split, *filter(None, [rubric]))
+        con.execute("INSERT OR IGNORE INTO prompts VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)",
+                    (prompt.id, identity, text, tags, prompt.group, split, rubric))
+
+
+def _text(prompt: Prompt) -> str:
+    return orjson.dumps([[m.role, m.content] for m in prompt.messages]).decode()
 
 
 def rubric_id(rubric: Rubric) -> str:
@@ -96,32 +99,32 @@ def rubrics(con: sqlite3.Connection, names: Sequence[str]) -> dict[str, Rubric]:
     return found
 
 
-def _split(con: sqlite3.Connection, prompt: Prompt, text: str) -> str:
+def prompt_rows(con: sqlite3.Connection, after: int, limit: int) -> list[tuple]:
+    """The prompts recorded after this row: row, id, messages, tags, group, split and the prompt's own rubric, the
+    latest form of a prompt last. Messages, tags and rubric are JSON; no group and no rubric are None."""
+    columns = {row[1] for row in con.execute("PRAGMA table_info(prompts)")}
+    rubric = "rubric" if "rubric" in columns else "NULL"  # an older ledger, not yet opened for writing, has no such column
+    return con.execute(f"SELECT id, prompt, messages, tags, grp, split, {rubric} FROM prompts WHERE id > ? ORDER BY id "
+                       "LIMIT ?", (after, limit)).fetchall()
+
+
+def split_of(prompt: Prompt) -> str:
+    """The prompt's own split, else the one that its group has by digest, or its text when it has no group."""
+    return prompt.split or keys.split_of(_text(prompt) if prompt.group is None else prompt.group)
+
+
+def _split(con: sqlite3.Connection, prompt: Prompt) -> str:
     """The first split recorded for a prompt's group (without one: for its id) stands."""
     group = "group " + prompt.group if prompt.group is not None else "prompt " + prompt.id
     row = con.execute("SELECT split FROM splits WHERE grp=?", (group,)).fetchone()
     if row is None:
-        split = prompt.split or split_of(text if prompt.group is None else prompt.group)
+        split = split_of(prompt)
         con.execute("INSERT INTO splits VALUES (?, ?)", (group, split))
         return split
     if prompt.split is not None and prompt.split != row[0]:
         raise ConfigError(f"prompt {prompt.id}: split {prompt.split!r}, but {group!r} is recorded as {row[0]!r}. "
                           "What belongs together stays on one side: correct the prompts file, or use a new store")
     return row[0]
-
-
-def prompts_by_id(con: sqlite3.Connection, ids: Sequence[str]) -> dict[str, Prompt]:
-    """The latest recorded form of each prompt, with the split that stands."""
-    sql = "SELECT id, prompt, messages, tags, grp, split FROM prompts WHERE prompt IN"
-    rows = sorted(row for some in ledgerfile.select_in(con, sql, ids) for row in some)
-    return {row[1]: prompt_of(row[1:]) for row in rows}
-
-
-def prompt_of(row: Sequence[Any]) -> Prompt:
-    """A prompt from its columns: id, messages, tags, group, split."""
-    name, messages, tags, group, split = row
-    turns = tuple(Message(role, content) for role, content in orjson.loads(messages))
-    return Prompt(name, turns, tuple(orjson.loads(tags)), group, split)
 
 
 def add_object(con: sqlite3.Connection, table: str, value: dict[str, Any]) -> None:

@@ -15,7 +15,9 @@ CREATE TABLE constitutions (constitution VARCHAR, id VARCHAR, title VARCHAR, lic
 CREATE TABLE principles (constitution VARCHAR, principle VARCHAR, position INTEGER, digest VARCHAR, title VARCHAR,
     compare VARCHAR, critique VARCHAR, revise VARCHAR, criterion VARCHAR, weight DOUBLE, tags VARCHAR[],
     enabled BOOLEAN);
-CREATE TABLE prompts (prompt VARCHAR, text VARCHAR, messages VARCHAR, tags VARCHAR[], "group" VARCHAR, split VARCHAR);
+-- `messages` is JSON, [[role, text], ...], and so is `rubric`, the prompt's own: [[criterion, points], ...], NULL without.
+CREATE TABLE prompts (prompt VARCHAR, text VARCHAR, messages VARCHAR, tags VARCHAR[], "group" VARCHAR, split VARCHAR,
+    rubric VARCHAR);
 
 -- An answer of the policy. `parent` is the index of the answer it revises, -1 for a draft. `text` is NULL, with a
 -- `reason`, when the model gave none that can be read.

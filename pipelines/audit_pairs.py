@@ -72,7 +72,7 @@ def _comparison(prompt: Prompt, i: int, a: str, j: int, b: str) -> Comparison:
 
 
 STORED = """
-SELECT p.prompt, q.messages, q.tags, p.a, p.b, sa.text AS text_a, sb.text AS text_b, r.principle
+SELECT p.prompt, q.messages, q.tags, q.rubric, p.a, p.b, sa.text AS text_a, sb.text AS text_b, r.principle
 FROM preferences p
 JOIN (SELECT DISTINCT run, prompt, a, b, principle FROM verdicts
       WHERE p_a IS NOT NULL AND (judge = $judge OR $judge NOT IN (SELECT judge FROM verdicts WHERE run = $run))) r
@@ -103,7 +103,8 @@ def stored_cases(store: Path, run: Mapping[str, Any], principles: Sequence[Princ
         principle = by_id.get(row["principle"])
         if principle is None:
             continue  # gone from the constitution since
-        prompt = Prompt(row["prompt"], _messages(row["messages"]), tuple(row["tags"] or ()))
+        rubric = tuple((text, points) for text, points in orjson.loads(row["rubric"] or "[]"))
+        prompt = Prompt(row["prompt"], _messages(row["messages"]), tuple(row["tags"] or ()), rubric=rubric)
         said = known.winner(row["prompt"], row["a"], row["b"], row["principle"])
         if said == "tie":
             continue

@@ -205,11 +205,10 @@ def _runs(con: duckdb.DuckDBPyConnection, records: Sequence[recorded.RunRecord],
 
 def _copy_prompts(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport) -> None:
     """New prompts, and new forms of known ones in place of the old."""
-    sql = "SELECT id, prompt, messages, tags, grp, split FROM prompts WHERE id > ? ORDER BY id LIMIT ?"
-    while page := ledger.execute(sql, (store.watermark(con, "prompts"), PAGE // 4)).fetchall():
+    while page := recorded.prompt_rows(ledger, store.watermark(con, "prompts"), PAGE // 4):
         latest = {row[1]: row[1:] for row in page}
-        rows = [(prompt, orjson.loads(messages)[-1][1], messages, orjson.loads(tags), group, split)
-                for prompt, messages, tags, group, split in latest.values()]
+        rows = [(prompt, orjson.loads(messages)[-1][1], messages, orjson.loads(tags), *rest)
+                for prompt, messages, tags, *rest in latest.values()]
         with store.transaction(con):
             _delete(con, ("prompts",), "prompt", list(latest))
             store.insert(con, "prompts", rows)

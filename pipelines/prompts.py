@@ -12,10 +12,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from factory import keys, yamlio
 from factory.errors import ConfigError, Problem
+from factory.recorded import split_of
 from factory.types import Message, Prompt
 from pipelines.config import PromptsConfig
 from pipelines.config_checks import MICROWORLD, locate
@@ -91,12 +90,6 @@ class Prompts:
             message = f"none of {self.n_rows:,} rows has the split {self.config.split}"
             return [Problem(str(self.path), 0, 0, "", message)]
         return [Problem(str(self.path), 0, 0, "", "holds no prompts; write one a line, such as {\"prompt\": \"...\"}")]
-
-
-def split_of(prompt: Prompt) -> str:
-    """The prompt's own split, else the one that the ledger gives its group, or its text when it has no group."""
-    text = orjson.dumps([[m.role, m.content] for m in prompt.messages]).decode()
-    return prompt.split or keys.split_of(text if prompt.group is None else prompt.group)
 
 
 class _Ids:

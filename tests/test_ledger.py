@@ -225,9 +225,27 @@ def test_the_first_split_of_a_group_stands(tmp_path):
         ledger.add_human_label({"winner": "a", "prompt": "a"})
         ledger.add_eval({"name": "gold", "metrics": {"broken": 0.5}})
     using(tmp_path, work)
-    found = recorded.prompts_by_id(connect(tmp_path / "ledger.sqlite", readonly=True), ["a", "b", "c", "d"])
-    assert (found["a"].split, found["b"].split, found["c"].tags) == ("test", "test", ("x",)) and "d" not in found
+    rows = recorded.prompt_rows(connect(tmp_path / "ledger.sqlite", readonly=True), 0, 10)
+    found = {name: (tags, split) for _, name, _, tags, _, split, _ in rows}
+    assert (found["a"][1], found["b"][1], found["c"][0]) == ("test", "test", '["x"]') and "d" not in found
     assert count(tmp_path, "human_labels") == 1 and count(tmp_path, "evals") == 1 and count(tmp_path, "prompts") == 4
+
+
+def test_a_prompt_s_own_rubric_comes_back_also_into_an_older_ledger(tmp_path):
+    def prompt(*rubric):
+        return Prompt("a", (Message("user", "a"),), rubric=rubric)
+
+    async def work(ledger):
+        for form in (prompt(("It helps.", 3.0)), prompt(("It helps.", 3.0)), prompt(("It is rude.", -1.0))):
+            ledger.add_prompts([form])
+    using(tmp_path, work)
+    con = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+    assert [row[-1] for row in recorded.prompt_rows(con, 0, 10)] == ['[["It helps.",3.0]]', '[["It is rude.",-1.0]]']
+    con.execute("ALTER TABLE prompts DROP COLUMN rubric")  # as it was before prompts had rubrics
+    assert [row[-1] for row in recorded.prompt_rows(con, 0, 10)] == [None, None]
+    con.close()
+    using(tmp_path, work)
+    assert count(tmp_path, "prompts") == 2
 
 
 def test_uses_without_a_call_are_noted_once(tmp_path):

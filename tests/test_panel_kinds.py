@@ -114,6 +114,8 @@ def test_a_prompts_own_rubric_comes_before_the_principles(tmp_path):
     assert after.asked == 0                                     # the line itself was asked before: new points, no call
     assert scores.filter(scores["prompt"] == "p0")["points"].to_list() == [-2.0] * 3
     assert after.preferences.height == 9
+    kept = dict(query(tmp_path / "store", "SELECT prompt, rubric FROM prompts").iter_rows())
+    assert kept == {"p0": '[["It is rude.",-2.0]]', "p1": '[["It helps.",1.0]]', "p2": None}
     checked(tmp_path / "store")
 
 
