@@ -50,6 +50,11 @@ def templates(config: Any) -> dict[str, tuple[str, str]]:
     return {config.name: (config.template, config.kind)}
 
 
+def files(kind: str) -> tuple[str, ...]:
+    """The fields of this kind of judge that name files of the user's."""
+    return getattr(module(kind), "FILES", ())
+
+
 def labels(config: Any) -> tuple[str, ...]:
     """Every spelling that this judge reads; none for those that write text, and for programs."""
     found = None if is_program(config) else getattr(module(config.kind), "labels", None)

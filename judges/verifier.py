@@ -33,6 +33,7 @@ from judges import sandbox
 from judges.reading import JudgeConfig, Score, unwrap
 from judges.sandbox import patient
 
+FILES = ("reference_file", "references")
 PARSER_VERSION = 1
 CHECK_VERSION = 1  # of what the checks below do; part of every key
 PATTERN_TIMEOUT_S = 3.0
@@ -47,7 +48,8 @@ class Config(JudgeConfig):
 
     Without it: exact and regex take the whole answer, numeric its last number, json_schema and python the fenced code
     block (the longest one of Python's) where there is one. `references` is a JSONL file of `{"prompt": id or text,
-    "reference": ...}`. `tolerance` is relative, `absolute` absolute; a number is right within either.
+    "reference": ...}`; a pipeline's files are found from its own folder, as all that it names. `tolerance` is relative,
+    `absolute` absolute; a number is right within either.
     For python, `timeout_s` is of one test, five times that of all; an answer over a limit has failed.
     """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from factory import yamlio
 from factory.engines import resolve_model
+from judges import kinds
 from judges.kinds import NO_JUDGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +143,8 @@ def files(value: Any, base: Path) -> Found:
     """Files that are named exist."""
     named = [(("constitution",), value.get("constitution") if isinstance(value, dict) else None),
              (("prompts", "source"), mapping(value, "prompts").get("source"))]
+    named += [(("panel", "judges", index, field), judge.get(field)) for index, judge in judges(value)
+              if judge.get("kind") in modules("judges") for field in kinds.files(judge["kind"])]
     for path, name in named:
         if isinstance(name, str) and name != MICROWORLD and not locate(name, base).exists():
             yield path, f"no such file: {name}"

@@ -55,7 +55,7 @@ def load(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> Loade
     """
     config, resolved = make_pipeline(source, sets) if isinstance(source, dict) else load_pipeline(source, sets)
     constitution = load_constitution(config.locate(config.constitution))
-    judges = config.judges()
+    judges = [_located(config, judge) for judge in config.judges()]
     if config.recipe == "rlaif" and not judges:
         raise ConfigError("the recipe rlaif compares answers: name at least one judge under panel.judges")
     revise = config.revise or (ReviseConfig() if config.recipe == "cai" else None)
@@ -76,6 +76,12 @@ def _critics(config: PipelineConfig, revise: ReviseConfig) -> tuple[Any, Any]:
         critic = critic.model_copy(update={"temperature": revise.temperature})
     longest = revise.max_tokens or config.policy.max_tokens
     return critic, critic.model_copy(update={"temperature": revise.temperature, "max_tokens": longest})
+
+
+def _located(config: PipelineConfig, judge: Any) -> Any:
+    """The judge with its files as they are found from the pipeline file; the resolved configuration keeps their names."""
+    named = {field: getattr(judge, field) for field in kinds.files(judge.kind)}
+    return judge.model_copy(update={field: str(config.locate(name)) for field, name in named.items() if name is not None})
 
 
 def _template(config: PipelineConfig, name: str, kind: str) -> Any:

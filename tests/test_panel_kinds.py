@@ -10,10 +10,11 @@ import pytest
 from test_store import dump, same
 
 from factory.engines.scripted import Config, Scripted
-from factory.errors import EngineError
+from factory.errors import ConfigError, EngineError
 from factory.types import Completion
 from pipelines import run
 from pipelines.fill import fill, query, rebuild
+from pipelines.loading import load
 from pipelines.plan import plan
 
 KINDS = {
@@ -272,3 +273,22 @@ def test_every_label_is_seen_to_be_one_token_before_anything_is_asked(tmp_path, 
     with pytest.raises(EngineError, match="more than one token"):
         run(project.pipeline(tmp_path, prompts=1, panel=panel([name])), engines={"local": engine})
     assert engine.total == 0 and engine.seen[0] == {"pairwise": "A", "pointwise": "1", "rubric": "Yes"}[name]
+
+
+def test_a_verifiers_files_are_found_from_the_pipeline_file(tmp_path, monkeypatch):
+    """As its constitution and prompts are, wherever the command is typed; the run remembers the names as they stand."""
+    (tmp_path / "project").mkdir()
+    verifier = {"name": "right", "kind": "verifier", "check": "exact", "references": "right.jsonl"}
+    value = project.pipeline(tmp_path / "project", prompts=2, panel={"judges": [verifier]})
+    path = project.write(tmp_path / "project", value)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"panel.judges\[0\].references: no such file: right.jsonl"):
+        load(path)
+    rows = [{"prompt": f"p{i}", "reference": "good one"} for i in range(2)]
+    (tmp_path / "project" / "right.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load(path)
+    assert loaded.judges[0].references == str(tmp_path / "project" / "right.jsonl")
+    assert loaded.resolved["panel"]["judges"][0]["references"] == "right.jsonl"
+    result = run(path, engines=planted.engine())
+    assert result.state == "done" and set(result.frame("scores")["value"]) <= {0.0, 1.0}
+    assert not result.frame("scores")["reason"].drop_nulls().len()
