@@ -45,7 +45,7 @@ class Config(JudgeConfig):
     max_in_flight: int = Field(64, ge=1)
     max_model_len: int | None = Field(None, ge=1)
     start_timeout_s: float = Field(1200.0, gt=0)
-    kv_cache_gib: int = Field(1, ge=1)  # whole ones: vLLM 0.32 does not start with a fraction
+    kv_cache_gib: float = Field(1.0, gt=0, allow_inf_nan=False)
     args: list[str] = []
 
     @model_validator(mode="after")
@@ -267,6 +267,7 @@ class Served:
         self.special_tokens = _specials(config.model)
         self.max_model_len = config.max_model_len
         self.process: Process | None = None
+        self.log_folder: Path | None = None
         self.server: Server | None = None
         self._name = config.model
 
@@ -288,7 +289,7 @@ class Served:
         try:
             if url is None:
                 port = free_port()
-                self.process = Process(settings, self.path, port, c.name, None)
+                self.process = Process(settings, self.path, port, c.name, None, self.log_folder)
                 await self.process.start()
                 url = f"http://127.0.0.1:{port}"
             self.server = Server(url.rstrip("/").removesuffix("/v1"), settings)

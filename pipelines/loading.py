@@ -95,13 +95,21 @@ def make_engines(loaded: Loaded) -> dict[str, Engine]:
     used = {config.policy.engine}
     used |= {loaded.critic.engine} if loaded.revises else set()
     used |= {kinds.engine_of(judge) for judge in loaded.judges} if loaded.compares else set()
-    return {name: lazily(make(config.engines[name], name)) for name in config.engines if name in used}
+    return {name: lazily(_logged(config, make(config.engines[name], name))) for name in config.engines if name in used}
 
 
 def make_programs(loaded: Loaded) -> dict[str, Engine]:
     """The engines of the judges that are programs, each by the name `judge NAME`, not yet started."""
     programs = [judge for judge in loaded.judges if kinds.is_program(judge)] if loaded.compares else []
-    return {kinds.engine_of(judge): lazily(kinds.module(judge.kind).engine(judge)) for judge in programs}
+    return {kinds.engine_of(judge): lazily(_logged(loaded.config, kinds.module(judge.kind).engine(judge)))
+            for judge in programs}
+
+
+def _logged(config: PipelineConfig, engine: Any) -> Any:
+    """An engine whose server of its own writes its log beside the store, where there is one."""
+    if hasattr(engine, "log_folder") and Path(config.store).is_dir():
+        engine.log_folder = Path(config.store) / "logs"
+    return engine
 
 
 def labels(loaded: Loaded) -> dict[str, set[tuple[str, ...]]]:

@@ -18,9 +18,9 @@ import pytest
 
 import factory.engines.keeper
 from factory.engines import make
-from factory.engines.server import reason
+from factory.engines.server import Process, command_line, environment, free_port, has_gpu, reason
 from factory.engines.spread import Spread
-from factory.engines.vllm import IdRead
+from factory.engines.vllm import Config, IdRead
 from factory.errors import ConfigError, EngineError, TransportError
 from factory.keys import model_identity, request_key
 from factory.types import Message, Request, Sampling
@@ -264,6 +264,62 @@ def test_the_reason_is_the_root_cause():
     assert reason(log) == "ValueError: No available memory for the cache blocks."
     assert reason("x.py: error: argument --port: invalid int value: 'x'\n").endswith("invalid int value: 'x'")
     assert reason("") == "it wrote nothing"
+
+
+FAKE = """
+import http.server, sys
+if "--fail" in sys.argv:
+    print(*(f"line {i}" for i in range(20)), "ValueError: no memory", "the end", sep="\\n")
+    sys.exit(3)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_servers_log_goes_when_it_ended_well_and_stays_when_not(fails, tmp_path):
+    pytest.importorskip("vllm")
+    server = tmp_path / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    server.parent.mkdir(parents=True)
+    server.write_text(FAKE)
+    for folder in (tmp_path / "vllm", tmp_path / "vllm" / "entrypoints", server.parent):
+        (folder / "__init__.py").touch()
+    config = Config(model="m", env={"PYTHONPATH": str(tmp_path)}, args=["--fail"] if fails else [])
+    process = Process(config, "m", free_port(), "local", lambda line: None, tmp_path / "logs")
+
+    async def work():
+        try:
+            await process.start()
+            assert process.log_file.parent == tmp_path / "logs" and process.log_file.exists()
+        finally:
+            await process.stop()
+    if not fails:
+        asyncio.run(work())
+        assert not (tmp_path / "logs").exists()
+        return
+    with pytest.raises(EngineError) as told:
+        asyncio.run(work())
+    words = str(told.value)
+    assert words.startswith("vLLM ended (status 3): ValueError: no memory\n") and str(process.log_file) in words
+    assert "| line 19\n" in words and "| the end\n" in words and "line 1\n" not in words
+    assert process.log_file.read_text().startswith("line 0\n")
+
+
+def test_a_fraction_of_a_gib_is_asked_for_in_bytes(monkeypatch):
+    """vLLM reads VLLM_CPU_KVCACHE_SPACE as a whole number, and it would win over the command line."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    process = Process(Config(model="m", kv_cache_gib=0.25), "m", 1, "local", None)
+    words = command_line(process)
+    if not has_gpu():
+        assert words[words.index("--kv-cache-memory-bytes") + 1] == str(2**28)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(process)
+    more = Config(model="m", env={"VLLM_CPU_KVCACHE_SPACE": "2"})
+    assert environment(Process(more, "m", 1, "local", None))["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    with pytest.raises(ValueError, match="finite"):
+        Config(model="m", kv_cache_gib=float("inf"))
 
 
 def test_a_server_that_is_not_there_is_said_to_be():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -19,6 +20,7 @@ from factory.errors import EngineError
 
 TELL_EVERY_S = 4.0
 FEW_CORES = 8
+LAST_LINES, LINE = 8, 240  # of a log, shown when its server failed
 _PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
 _REASON = re.compile(r"^\s*(?:[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*:|.*\berror: )\s*\S")
 _STAGES = (("Application startup complete", "ready"), ("Warming up", "compiling"), ("Loading", "loading weights"),
@@ -26,14 +28,21 @@ _STAGES = (("Application startup complete", "ready"), ("Warming up", "compiling"
 
 
 class Process:
-    """One vLLM server on a loopback port, kept by `keeper.py`. `config` is the engine's (`vllm.Config`)."""
+    """One vLLM server on a loopback port, kept by `keeper.py`. `config` is the engine's (`vllm.Config`).
 
-    def __init__(self, config: Any, model: str, port: int, name: str, progress: Callable[[str], None] | None) -> None:
+    Its log is the configuration's `log_file`, which stays; else a file in `log_folder` (left out: the system's temporary
+    one), which goes when the server has ended well, and stays for whoever looks for the reason when it has not.
+    """
+
+    def __init__(self, config: Any, model: str, port: int, name: str, progress: Callable[[str], None] | None,
+                 log_folder: Path | None = None) -> None:
         self.config, self.model, self.port, self.name = config, model, port, name
         self.progress = progress or (lambda line: print(line, file=sys.stderr, flush=True))
-        self.log_file: Path = config.log_file or Path(tempfile.gettempdir()) / f"prefab-vllm-{os.getpid()}-{name}.log"
+        self._folder = log_folder
+        folder = log_folder or Path(tempfile.gettempdir())
+        self.log_file: Path = config.log_file or folder / f"prefab-vllm-{os.getpid()}-{name}.log"
         self.keeper: subprocess.Popen[bytes] | None = None
-        self._stopping = False
+        self._stopping = self._failed = False
 
     async def start(self) -> None:
         """Start and wait until it answers.
@@ -60,7 +69,7 @@ class Process:
             now = time.monotonic()
             if now - began > self.config.start_timeout_s:
                 limit = f"{self.config.start_timeout_s:.0f} s (`start_timeout_s`)"
-                raise EngineError(f"vLLM did not answer within {limit}; its log: {self.log_file}")
+                raise EngineError(self._told(f"vLLM did not answer within {limit}"))
             if now - told >= TELL_EVERY_S:
                 told = now
                 self.progress(f"vLLM: {self._stage()} {self.config.model}, {now - began:.0f} s")
@@ -75,18 +84,31 @@ class Process:
         """Why the server is no more, from its log; None while it runs."""
         if self.keeper is None or self.keeper.poll() is None or self._stopping:
             return None
-        return f"vLLM ended (status {self.keeper.returncode}): {reason(tail(self.log_file))}\nits log: {self.log_file}"
+        return self._told(f"vLLM ended (status {self.keeper.returncode}): {reason(tail(self.log_file))}")
+
+    def _told(self, what: str) -> str:
+        """What happened, the log's last lines, and where all of it is: it stays now."""
+        self._failed = True
+        last = [line[:LINE] for line in tail(self.log_file).splitlines() if line.strip()][-LAST_LINES:]
+        return "\n".join([what, *(f"  | {line}" for line in last), f"its log: {self.log_file}"])
 
     async def stop(self) -> None:
         """End the server and its children; back when they are gone."""
         self._stopping = True
         if self.keeper is None:
             return
+        well = self.keeper.poll() is None and not self._failed
         self.keeper.stdin.close()  # the keeper's sign
         try:
             await asyncio.shield(asyncio.to_thread(self.keeper.wait, 20))
         except subprocess.TimeoutExpired:
             self.keeper.terminate()
+            return
+        if well and self.config.log_file is None:
+            self.log_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other logs are in there
+                if self._folder is not None:
+                    self._folder.rmdir()
 
 
 def command_line(process: Process) -> list[str]:
@@ -98,6 +120,8 @@ def command_line(process: Process) -> list[str]:
         "--revision": c.revision, "--quantization": c.quantization, "--max-model-len": c.max_model_len,
         "--gpu-memory-utilization": c.gpu_memory_utilization, "--uvicorn-log-level": "warning",
         "--tensor-parallel-size": c.tensor_parallel if c.tensor_parallel > 1 else None,
+        # in bytes: the environment's VLLM_CPU_KVCACHE_SPACE takes whole GiB alone
+        "--kv-cache-memory-bytes": None if has_gpu() else int(c.kv_cache_gib * 2**30),
         "--block-size": None if has_gpu() else 32,  # the CPU's default of 128 never hits on shared prefixes below that
     }
     words = [str(part) for flag, value in flags.items() if value not in (None, "") for part in (flag, value)]
@@ -109,20 +133,21 @@ def command_line(process: Process) -> list[str]:
 
 
 def environment(process: Process) -> dict[str, str]:
-    """The server's environment: no telemetry, no look at a hub for what lies in a folder, a small cache on a CPU. On a few
-    cores threads are not bound: vLLM would bind those of every server to the same ones."""
+    """The server's environment: no telemetry, no look at a hub for what lies in a folder, no other size of the cache than
+    ours (VLLM_CPU_KVCACHE_SPACE would win). On a few cores threads are not bound: vLLM would bind those of every server to
+    the same ones."""
     c = process.config
     ours = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if Path(process.model).is_dir():
         ours["HF_HUB_OFFLINE"] = "1"
     if not has_gpu():
-        ours["VLLM_CPU_KVCACHE_SPACE"] = f"{c.kv_cache_gib:g}"
         cores = len(os.sched_getaffinity(0))
         if cores <= FEW_CORES and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores - 1))}
     if c.threads:
         ours["VLLM_CPU_OMP_THREADS_BIND"] = c.threads
-    return {**os.environ, **ours, **c.env}
+    given = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    return {**given, **ours, **c.env}
 
 
 def has_gpu() -> bool:

@@ -43,7 +43,7 @@ class Config(HttpConfig):
     batch: int = Field(32, ge=1, le=256)
     api_key_env: str | None = None
     max_model_len: int | None = Field(None, ge=1)
-    kv_cache_gib: float = Field(1.0, gt=0)  # CPU only; 1 GiB holds 200,000 tokens of a model of 5M parameters
+    kv_cache_gib: float = Field(1.0, gt=0, allow_inf_nan=False)  # CPU only; 1 GiB holds 200,000 tokens of a 5M model
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     tensor_parallel: int = Field(1, ge=1)
     threads: str | None = None  # VLLM_CPU_OMP_THREADS_BIND, e.g. "0-1"; left out: one core is left to the rest
@@ -132,6 +132,7 @@ class VLLM:
         self._urls = [u.rstrip("/").removesuffix("/v1") for u in config.urls or ([config.url] if config.url else [])]
         self.owns_server = not self._urls
         self.process: Process | None = None
+        self.log_folder: Path | None = None  # of its server's log, unless `log_file` says where; left out: temporary
         self._identity: str | None = None
         self._chats: list[Chat] = []
         self._spread = Spread(max(1, len(self._urls)))
@@ -190,7 +191,7 @@ class VLLM:
 
     async def _start_server(self) -> None:
         port = self.config.port or free_port()
-        self.process = Process(self.config, str(self.path), port, self.name, self.progress)
+        self.process = Process(self.config, str(self.path), port, self.name, self.progress, self.log_folder)
         await self.process.start()
         self._urls = [f"http://127.0.0.1:{port}"]
 
