@@ -35,7 +35,7 @@ class Finding:
 
 def examine(store: Path, pipeline: Path | None = None) -> list[Finding]:
     """Everything that can be looked at without asking a model anything."""
-    findings = [*_python(), *_torch(), *_server(), *_disk(store), *_weights(), *_store(store)]
+    findings = [*_python(), *_torch(), *_server(), *_sandbox(), *_disk(store), *_weights(), *_store(store)]
     if pipeline is not None:
         findings += _engines(pipeline)
     return findings
@@ -94,6 +94,20 @@ def _server() -> Iterator[Finding]:
     else:
         yield Finding("vllm", "note", "not installed: `make setup` installs it, or name a server's `url` in the pipeline")
     yield Finding("gpu", "ok" if gpu else "note", gpu or "none: models run on the CPU")
+
+
+def _sandbox() -> Iterator[Finding]:
+    """What keeps an answer's Python in, where a verifier runs it under tests: found by running some."""
+    from judges import sandbox
+
+    try:
+        isolated, words = sandbox.isolation()
+    except sandbox.NoSandbox as error:
+        yield Finding("verifier's sandbox", "note", f"no answer's Python can be run here: {error}")
+        return
+    limits = "limits of time, memory, file size and processes"
+    yield Finding("verifier's sandbox", "ok" if isolated else "note", f"{limits}; {words}" if isolated else (
+        f"{words}. A verifier with `isolation: required` refuses to run here"))
 
 
 def _disk(store: Path) -> Iterator[Finding]:
