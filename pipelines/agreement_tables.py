@@ -10,9 +10,14 @@ from factory.stats import Estimate
 _JUDGE = (("readings", "readings"), ("unscored", "verdicts unscored"), ("label_mass", "label mass, mean"),
           ("label_mass_low", "label mass, 5% quantile"), ("accuracy", "right, of those it decides"),
           ("exact", "right, ties included"), ("ties", "ties"), ("position_consistency", "both orders agree"),
-          ("first_slot_share", "first slot picked"), ("slot_lean", "lean when torn, -1 to +1"),
+          ("first_slot_share", "first slot picked"), ("slot_lean", "preference fairness: lean when torn, -1 to +1"),
           ("stability", "the same when asked again"))
 SHOWN = 12  # principles or tags in a table; --json has all
+ENOUGH = ((0.8, "enough to rely on (0.8)"), (0.667, "enough for tentative conclusions (0.667), not for firm ones (0.8)"))
+NAMES = {"percent": "share that agrees", "cohen_kappa": "Cohen's kappa", "conger_kappa": "Conger's kappa",
+         "fleiss_kappa": "Fleiss's kappa", "randolph_kappa": "Randolph's kappa", "brennan_prediger": "Brennan-Prediger",
+         "scott_pi": "Scott's pi", "krippendorff_alpha": "Krippendorff's alpha", "gwet_ac1": "Gwet's AC1",
+         "gwet_ac2": "Gwet's AC2"}
 
 
 def show(found: dict[str, Any], groups: int = 3) -> None:
@@ -20,6 +25,8 @@ def show(found: dict[str, Any], groups: int = 3) -> None:
     console().print(f"{found['run']}: {found['comparisons']:,} comparisons of {found['prompts']:,} prompts, "
                     f"{found['items']:,} with their principles"
                     + (f" · gold: {found['gold']}" if found["gold"] else ""), markup=False)
+    for line in in_brief(found):
+        console().print(f"  {line}", markup=False)
     _judges(found["judges"])
     if found["between"]:
         _between(found["between"])
@@ -34,6 +41,42 @@ def show(found: dict[str, Any], groups: int = 3) -> None:
     _divided(found["divided"], [row["name"] for row in found["principles"]][:groups])
     for words in found["unsaid"]:
         warn(words)
+
+
+def in_brief(found: dict[str, Any]) -> list[str]:
+    """What somebody who reads no further should know, in sentences; only what was measured.
+
+    Source: the bounds of alpha are Krippendorff's (Content Analysis, 2004, p. 241).
+    """
+    lines = []
+    for row in found["judges"]:
+        right, same = row["accuracy"], row["position_consistency"]
+        told = [f"is right in {_share(right)} of what it decides" if right.value is not None else "",
+                f"says the same in both orders in {_share(same)}" if same.value is not None else "",
+                f"could not be read in {row['unscored']:.1%} of {row['verdicts']:,} verdicts" if row["unscored"] else ""]
+        if any(told):
+            lines.append(f"{row['judge']} " + ", ".join(filter(None, told)))
+    alpha = (found["coefficients"] or {}).get("krippendorff_alpha nominal")
+    if alpha is not None and alpha.value is not None:
+        lines.append(f"between the judges Krippendorff's alpha is {_alpha(alpha)}")
+    best = found["accuracy"] and found["accuracy"]["over_best"].get("mean probability")
+    if best is not None and best.value is not None and best.low is not None:
+        over = "more often right than" if best.low > 0 else "less often right than" if best.high < 0 else (
+            "neither more nor less often right, as far as can be told, than")
+        lines.append(f"the panel (mean probability) is {over} its best judge, {found['accuracy']['best']}")
+    return lines
+
+
+def _share(e: Estimate) -> str:
+    return f"{e.value:.1%}" + (f" ({100 * e.low:.1f}-{100 * e.high:.1f})" if e.low is not None else "")
+
+
+def _alpha(e: Estimate) -> str:
+    low = e.boot_low if e.boot_low is not None else e.low
+    if low is not None and low <= 0 and e.value < ENOUGH[-1][0]:
+        return f"{e.value:.3f}: they agree no more than by chance, as far as can be told"
+    above = next((words for bound, words in ENOUGH if e.value >= bound), None)
+    return f"{e.value:.3f}: " + (above or "they agree more than by chance, but too little for even tentative conclusions (0.667)")
 
 
 def estimate(e: Estimate | None, boot: bool = False) -> str | None:
@@ -54,10 +97,21 @@ def _judges(rows: Sequence[dict[str, Any]]) -> None:
     reasons = [f"{row['judge']}: " + ", ".join(f"{reason} {n:,}" for reason, n in row["unscored_reasons"].items())
                for row in rows if row["unscored_reasons"]]
     inexact = [f"{row['judge']}: {row['inexact']:,} verdicts without exact probabilities" for row in rows if row["inexact"]]
-    missing = [f"{row['judge']}: {words}: {row[name].undefined}" for row in rows for name, words in _JUDGE
-               if isinstance(row[name], Estimate) and row[name].undefined and name not in ("accuracy", "exact")]
     table("Judges", ("", *(row["judge"] for row in rows)), lines,
-          note="\n".join([*(f"unscored, {x}" for x in reasons), *inexact, *missing]))
+          note="\n".join([*(f"unscored, {x}" for x in reasons), *inexact, *_missing(rows)]))
+
+
+def _missing(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What could not be said of judges, and why: a line a reason."""
+    why: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        of: dict[str, list[str]] = {}
+        for name, words in _JUDGE:
+            if isinstance(row[name], Estimate) and row[name].undefined and name not in ("accuracy", "exact"):
+                of.setdefault(row[name].undefined, []).append(words)
+        for reason, words in of.items():
+            why.setdefault((", ".join(words), reason), []).append(row["judge"])
+    return [f"{', '.join(judges)}: {words}: {reason}" for (words, reason), judges in why.items()]
 
 
 def _between(found: dict[str, Any]) -> None:
@@ -69,12 +123,25 @@ def _between(found: dict[str, Any]) -> None:
 
 
 def _coefficients(found: dict[str, Estimate]) -> None:
-    rows = [(name.replace("_", " "), e.value, e.se, f"{e.low:.3f} to {e.high:.3f}" if e.low is not None else "",
-             f"{e.boot_low:.3f} to {e.boot_high:.3f}" if e.boot_low is not None else "", e.n_items, e.undefined or "")
-            for name, e in found.items()]
-    table("The panel's agreement on a, b or tie", ("", "value", "SE", "95%", "95%, over prompts", "n", "undefined"), rows,
-          note="n: comparisons with two readings or more. The bootstrap draws whole prompts, whose comparisons are not "
-               "independent: believe it where the two intervals differ")
+    rows = [(_named(name), e.value, e.se, f"{e.low:.3f} to {e.high:.3f}" if e.low is not None else "",
+             f"{e.boot_low:.3f} to {e.boot_high:.3f}" if e.boot_low is not None else "", e.n_items)
+            for name, e in found.items() if e.value is not None]
+    undefined: dict[str, list[str]] = {}
+    for name, e in found.items():
+        if e.undefined:
+            undefined.setdefault(e.undefined, []).append(_named(name))
+    table("The panel's agreement on a, b or tie", ("", "value", "SE", "95%", "95%, over prompts", "n"), rows,
+          note="\n".join([
+              "1: they always agree; 0 (but of the share): as often as by chance, of which each has its own idea.",
+              "n: comparisons with two readings or more. The second interval is a bootstrap of whole prompts, whose "
+              "comparisons are not independent: believe it where the two differ.",
+              *(f"undefined: {', '.join(names)}: {reason}" for reason, names in undefined.items())]))
+
+
+def _named(name: str) -> str:
+    """A coefficient as people call it: its name and its weights or metric."""
+    plain, _, more = name.partition(" ")
+    return f"{NAMES.get(plain, plain)} {more}".rstrip()
 
 
 def _accuracy(found: dict[str, Any]) -> None:

@@ -15,9 +15,12 @@ from factory.engines.scripted import Config, Scripted
 from factory.errors import ConfigError
 from factory.ledger import Ledger
 from factory.microworld import oracle
+from factory.stats import Estimate, undefined
 from factory.types import Completion, Message
+from pipelines import agreement_tables as tables
 from pipelines import run
 from pipelines.agreement import UnscoredError, aggregates, calibrate, gain, measure
+from pipelines.agreement_tables import in_brief
 from pipelines.cli import main
 from pipelines.fill import query
 from pipelines.readings import load, select
@@ -45,6 +48,36 @@ def found(world):
 
 def row(rows, name, key="judge"):
     return next(r for r in rows if r[key] == name)
+
+
+# --- in sentences ---
+
+def test_the_sentences_say_what_the_figures_say(found):
+    lines = in_brief(found)
+    assert any(line.startswith("good is right in ") and "both orders in 100.0%" in line for line in lines)
+    slot = row(found["judges"], "slot")
+    assert any(line.startswith(f"slot is right in {slot['accuracy'].value:.1%} (") for line in lines)
+    assert sum("alpha" in line for line in lines) == 1 and f"{found['accuracy']['best']}" in lines[-1]
+    alone = {"judges": [{**slot, "accuracy": undefined("no gold"), "position_consistency": undefined("x"), "unscored": 0.25,
+                         "verdicts": 40}], "coefficients": None, "accuracy": None}
+    assert in_brief(alone) == ["slot could not be read in 25.0% of 40 verdicts"]
+
+
+@pytest.mark.parametrize(("value", "low", "words"), [
+    (0.9, 0.8, "rely on"), (0.7, 0.6, "tentative conclusions (0.667), not"), (0.3, 0.1, "more than by chance, but"),
+    (0.3, -0.1, "no more than by chance"), (-0.2, -0.3, "no more than by chance")])
+def test_what_an_alpha_is_enough_for(value, low, words):
+    alpha = Estimate(value, boot_low=low, boot_high=1.0)
+    told = {"judges": [], "coefficients": {"krippendorff_alpha nominal": alpha}, "accuracy": None}
+    assert words in in_brief(told)[0] and f"{value:.3f}" in in_brief(told)[0]
+
+
+def test_what_is_undefined_is_told_once_a_reason(capsys):
+    why = undefined("Cohen's kappa is for two raters, not 3: use conger_kappa")
+    tables._coefficients({"percent": Estimate(0.5, 0.1, 0.3, 0.7, 9, 3), "cohen_kappa": why, "cohen_kappa linear": why})
+    shown = capsys.readouterr().out
+    assert "undefined: Cohen's kappa, Cohen's kappa linear: Cohen's kappa is for two raters, not 3: use conger_kappa" in shown
+    assert "share that agrees" in shown and shown.count("two raters") == 1
 
 
 # --- against a count by hand, in plain SQL and plain Python ---
