@@ -2,23 +2,37 @@
 
 A label is a JSON object in the ledger, which only grows: correcting oneself adds a label, an undo adds
 `{"undo": digest of the label, ...}`. People are asked apart from runs (`prefab label`), blind to what judges said; what
-they say is gold for the statistics. This module only reads and makes such objects.
+they say is gold for the statistics, and in a panel the word of its stronger judge of kind `human`: a run takes what was
+said of an answer's text, and leaves open what was not.
 """
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal
 
-from factory.keys import digest
-from factory.types import Order, Verdict, Winner
+import orjson
+
+from factory.keys import canonical, digest
+from factory.types import Completion, Message, Order, Request, Sampling, Verdict, Winner
+from judges.reading import JudgeConfig
+
+PARSER_VERSION = 1
+MODEL = "human"  # the identity under which a run keeps people's word
 
 KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip"}  # what a person types, by what it says of the answers as shown
 WINNERS = ("a", "b", "tie")
 Said = Literal["a", "b", "tie", "skip"]
 Place = tuple[str, str, str, str]  # prompt, answer, the other answer (the lesser name first), principle
+
+
+class Config(JudgeConfig):
+    """People, where a panel's other judges are in doubt (`escalate.to`). `annotators`: whose labels count; none: all."""
+
+    kind: Literal["human"] = "human"
+    annotators: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +134,82 @@ def _most(counts: Counter[str]) -> Any:
 
 def verdict(label: Label) -> Verdict | None:
     """A label as a verdict: hard, with no probability but 0, a half or 1; None for a skip, which says nothing."""
-    if label.winner == "skip":
+    return None if label.winner == "skip" else _verdict(label.winner)
+
+
+def _verdict(winner: Winner) -> Verdict:
+    return Verdict({"a": 1.0, "b": 0.0, "tie": 0.5}[winner], winner, None, 1.0, float(winner == "tie"), "hard")
+
+
+# --- in a panel -------------------------------------------------------------------------------------------------------
+
+def text_name(text: str) -> str:
+    """How an answer is named by its text alone: what a person says of it holds in every run."""
+    return digest("text", text)
+
+
+Word = tuple[Winner | None, tuple[str, ...]]
+
+
+def answers(rows: Iterable[Mapping[str, Any]], annotators: Sequence[str] = ()) -> dict[Place, Word]:
+    """What most people (or most of these) say now, by place with the answers' `text_name`s; None where they are split, have
+    skipped, or took back what they had said. With it the digests of all that was ever said there."""
+    known = [row for row in rows if not annotators or row.get("annotator") in annotators]
+    ever: dict[Place, set[str]] = {}
+    for row in known:
+        label = _label(_by_text(row), name_of(row))
+        if label is not None:
+            ever.setdefault(label.place, set()).add(label.digest)
+    said = gold(latest(known, _by_text))
+    return {place: (said.get(place), tuple(sorted(names))) for place, names in ever.items()}
+
+
+def _by_text(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A label that names its answers by their texts' digests (`prefab label` writes those), or by the texts themselves."""
+    texts = value.get("texts")
+    if isinstance(texts, Mapping):
+        return {**value, **{side: texts.get(side) for side in "ab"}}
+    return {**value, **{side: text_name(text) for side in "ab" if isinstance(text := value.get(side), str)}}
+
+
+def request(known: Mapping[Place, Word], prompt: str, a: str, b: str, principle: str) -> Request | None:
+    """The question to which `known` has people's answer about the texts `a` and `b`; None where nobody ever spoke.
+
+    It holds the labels, so that after one is corrected or taken back it is another question.
+    """
+    names = text_name(a), text_name(b)
+    place = place_of(prompt, *names, principle)
+    if place not in known:
         return None
-    return Verdict({"a": 1.0, "b": 0.0, "tie": 0.5}[label.winner], label.winner, None, 1.0,
-                   float(label.winner == "tie"), "hard")
+    winner, labels = known[place]
+    said = "" if winner is None else winner if names[0] == place[1] else swapped(winner)
+    job = {"prompt": prompt, "principle": principle, "a": names[0], "b": names[1], "said": said, "labels": list(labels)}
+    return Request(MODEL, (Message("user", canonical(job).decode()),), Sampling(max_tokens=1))
+
+
+def parse(completion: Completion) -> Verdict | None:
+    """People's word of a comparison's a and b; None where none stands. Never raises."""
+    if not completion.text:
+        return None
+    return _verdict(completion.text) if completion.text in WINNERS else Verdict(None, None, "parse")
+
+
+class Clerk:
+    """The engine (see `types.Engine`): each request holds what people have said."""
+
+    identity, max_in_flight, special_tokens = MODEL, 1024, ()
+
+    async def start(self) -> None:
+        """Nothing."""
+
+    async def complete(self, key: bytes, request: Request) -> Completion:
+        """What people have said."""
+        return Completion(orjson.loads(request.messages[-1].content)["said"], "stop", None, "hard")
+
+    async def stop(self) -> None:
+        """Nothing."""
+
+
+def engine(config: Config) -> Clerk:
+    """The engine of this judge."""
+    return Clerk()

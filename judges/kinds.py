@@ -1,7 +1,7 @@
 """What one question of each kind of judge shows: a pair of answers, one answer, or all of them.
 
 A kind that is not named here is a program (`verifier`, `reward_model`): it reads one answer, needs no principle, and
-its module makes the engine that runs it.
+its module makes the engine that runs it. People (`human`) are shown pairs apart from runs, in no order that counts.
 """
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import importlib
 from functools import lru_cache
 from typing import Any, Literal
 
-SHOWS: dict[str, Literal["pair", "one", "all"]] = {
-    "pairwise": "pair", "pointwise": "one", "rubric": "one", "listwise": "all"}
-NO_JUDGES = ("critique", "human")  # modules with a Config that no panel asks: a critic, and people's labels
+Shows = Literal["pair", "one", "all", "apart"]
+SHOWS: dict[str, Shows] = {"pairwise": "pair", "pointwise": "one", "rubric": "one", "listwise": "all", "human": "apart"}
+NO_JUDGES = ("critique",)  # modules with a Config that no panel asks
 
 
 @lru_cache
@@ -20,7 +20,7 @@ def module(kind: str) -> Any:
     return importlib.import_module(f"judges.{kind}")
 
 
-def shows(config: Any) -> Literal["pair", "one", "all"]:
+def shows(config: Any) -> Shows:
     """What one question of this judge shows. Only those that show a pair are asked in two orders."""
     return SHOWS.get(config.kind, "one")
 
@@ -30,19 +30,24 @@ def is_program(config: Any) -> bool:
     return config.kind not in SHOWS
 
 
+def has_own_engine(config: Any) -> bool:
+    """Whether its module makes the engine that answers it: a program, and people."""
+    return is_program(config) or config.kind == "human"
+
+
 def engine_of(config: Any) -> str:
-    """The name of the engine that answers this judge; a program is its own."""
-    return f"judge {config.name}" if is_program(config) else config.engine
+    """The name of the engine that answers this judge; a program's, and people's, is their own."""
+    return f"judge {config.name}" if has_own_engine(config) else config.engine
 
 
 def repeats(config: Any) -> int:
     """How often this judge is asked the same; a program says the same each time."""
-    return 1 if is_program(config) else config.repeats
+    return 1 if has_own_engine(config) else config.repeats
 
 
 def templates(config: Any) -> dict[str, tuple[str, str]]:
     """By the role under which a run keeps it: the template's file and its kind."""
-    if is_program(config):
+    if has_own_engine(config):
         return {}
     if config.kind == "pairwise" and config.reasoning:
         return {config.name: (config.scored_template, "pairwise_scored"),

@@ -191,7 +191,8 @@ def _escalated(result: Any) -> list[tuple[str, int]]:
     return [(f"escalated ({', '.join(reasons)})", sum(told.get(why, 0) for why in ("unsure", "divided", "unscored"))),
             ("in doubt, over max_share", told.get("budget", 0)),
             ("the stronger judges' calls", told.get("calls", 0)),
-            ("... if they were asked everything", told.get("calls_if_all", 0))]
+            ("... if they were asked everything", told.get("calls_if_all", 0)),
+            ("labels that people have not given yet", result.awaited)]
 
 
 def ending(result: Any, again: str) -> int:
@@ -206,6 +207,10 @@ def ending(result: Any, again: str) -> int:
         return fail(BudgetError(result.reason))
     if result.failed:
         warn(f"{result.failed:,} calls got no answer; the same command asks them again")
+    if result.awaited:
+        warn(f"{result.awaited:,} labels are waited for: give them, then the same command takes them in")
+        hint(f"prefab label --store {result.store} --run {result.name}@{result.version}")
+        hint(again)
     hint(f"prefab export --store {result.store} --format trl out")
     return 0
 

@@ -253,7 +253,7 @@ def _fill(value: Any) -> None:
         if not isinstance(judge, dict):
             continue
         fields = _fields(judge.get("kind"))
-        if engine in checks.mapping(value, "engines") and judge.get("kind") in kinds.SHOWS:
+        if engine in checks.mapping(value, "engines") and judge.get("kind") in kinds.SHOWS and judge["kind"] != "human":
             judge.setdefault("engine", engine)
         for name in ("min_label_mass", "repeats"):
             if name in panel and name in fields:

@@ -67,9 +67,11 @@ def modules_of_judges(value: Any) -> Found:
     """Every judge is of a kind that there is, has a name of its own, and the weights name judges."""
     names: dict[str, int] = {}
     known = [kind for kind in modules("judges") if kind not in NO_JUDGES]
+    strong = mapping(mapping(value, "panel"), "escalate").get("to")
     for index, judge in judges(value):
-        if judge.get("kind") == "human":
-            yield ("panel", "judges", index, "kind"), "people label apart from runs (`prefab label`); a run asks no one"
+        if judge.get("kind") == "human" and judge.get("name") not in (strong if isinstance(strong, list) else ()):
+            yield ("panel", "judges", index, "kind"), (
+                "people label apart from runs (`prefab label`), what others are in doubt about: name it in panel.escalate.to")
         else:
             yield from _kind(("panel", "judges", index, "kind"), judge.get("kind"), known, "kind of judge")
         name = judge.get("name")

@@ -6,7 +6,7 @@ look-up and one write a list; running it again is how a crashed run resumes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,6 +50,7 @@ class Counts:
     identical: int = 0
     unscored: Counter[tuple[str, str]] = field(default_factory=Counter)
     escalation: Counter[str] = field(default_factory=Counter)  # comparisons by why, and the stronger judges' calls
+    awaited: int = 0                                      # labels that people have not given yet
     begun: Counter[str] = field(default_factory=Counter)  # answers of the prompts at work
     of_finished: int = 0                                  # answers of those that are done
 
@@ -89,6 +90,7 @@ class Context:
     stopping: bool = False
     hurry: bool = False
     last_failure: str = ""
+    people: Mapping[str, Any] = field(default_factory=dict)  # by judge of kind human, what people said (`human.answers`)
     rules: Any = None  # how the store will read the answers, once somebody wants to know
     _examples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
 

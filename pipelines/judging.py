@@ -11,12 +11,13 @@ from typing import Any
 
 from factory.recorded import rubric_id
 from factory.types import Comparison, Completion, Principle, Prompt, Sample, Use
-from judges import kinds, listwise, pairwise, panel
+from judges import human, kinds, listwise, pairwise, panel
 from judges import rubric as rubrics
 from pipelines.context import Ask, Context
 
 Question = tuple[Comparison, list[Principle]]
 Heard = list[tuple[Use, Completion]]  # what was answered, and for what
+NO_ORDER = "-"
 NO_PRINCIPLE = Principle("", "", "", "", "", "")
 
 
@@ -37,13 +38,17 @@ async def judge(config: Any, questions: Sequence[Question], ctx: Context) -> Hea
         return await _pairs(config, questions, ctx)
     if shows == "all":
         return await _rankings(config, questions, ctx)
+    if shows == "apart":
+        return await _people(config, questions, ctx)
     return await _scores(config, questions, ctx)
 
 
 def n_calls(config: Any, questions: Sequence[Question], ctx: Context) -> int:
-    """How many calls these questions are to one judge."""
+    """How many calls these questions are to one judge; labels, to people."""
     if not questions:
         return 0
+    if kinds.shows(config) == "apart":
+        return sum(len(principles) for _, principles in questions)
     if kinds.shows(config) == "pair":
         return sum(1 for _ in _readings(config, questions, ctx)) * (2 if config.reasoning else 1)
     if kinds.shows(config) == "all":
@@ -145,6 +150,22 @@ async def _rankings(config: listwise.Config, questions: Sequence[Question], ctx:
     heard = await _ask(asks, config, ctx)
     for use, answer in heard:
         ctx.unscored("rank", listwise.parse(answer, tuple(map(int, use.order.split(",")))).reason)
+    return heard
+
+
+async def _people(config: human.Config, questions: Sequence[Question], ctx: Context) -> Heard:
+    """What people have said of these comparisons; the others wait for them, and are counted."""
+    known, asks = ctx.people.get(config.name, {}), []
+    for comparison, principles in questions:
+        for principle in principles:
+            prompt, a, b = comparison.prompt.id, comparison.a.text, comparison.b.text
+            request = human.request(known, prompt, a, b, principle.id)
+            if request is None:
+                ctx.counts.awaited += 1
+            else:
+                asks.append((request, _use("judge", comparison, principle, NO_ORDER, 0, config, ctx)))
+    heard = await _ask(asks, config, ctx)
+    ctx.counts.awaited += sum(not answer.text for _, answer in heard)  # split, skipped, or taken back
     return heard
 
 

@@ -36,11 +36,12 @@ WITH judged AS (
     SELECT prompt, a, b, principle, avg(p_a) AS p, stddev_pop(p_a) AS between, avg(abs(p_ab - p_ba)) AS slots
     FROM readings WHERE run = ? GROUP BY ALL)
 SELECT j.prompt, j.a, j.b, j.principle, x.sample AS sample_a, x.text AS text_a, y.sample AS sample_b, y.text AS text_b,
-    q.messages, r.compare, {order} AS rank
+    q.messages, r.compare, {order} AS rank, f.preference IS NOT NULL AS settled
 FROM judged j
 JOIN samples x ON x.run = ? AND x.prompt = j.prompt AND x."index" = j.a
 JOIN samples y ON y.run = ? AND y.prompt = j.prompt AND y."index" = j.b
 JOIN prompts q ON q.prompt = j.prompt
+LEFT JOIN preferences f ON f.run = x.run AND f.prompt = j.prompt AND f.a = j.a AND f.b = j.b
 LEFT JOIN principles r ON r.constitution = ? AND r.principle = j.principle
 WHERE x.text IS NOT NULL AND y.text IS NOT NULL
 """
@@ -106,7 +107,8 @@ class Report:
 
 def tasks(store: Path, run: str, annotator: str, first: First = "unsure", seed: int = 0,
           principles: Sequence[str] = ()) -> list[Task]:
-    """Every comparison of a run that judges were asked about, in the order in which people should be.
+    """Every comparison of a run that judges were asked about, in the order in which people should be: what the run waits
+    for, where people are in its panel, unless the order is random; then as `first` says.
 
     Raises: ConfigError for a run or a principle that is not there, or a run without comparisons.
     """
@@ -123,7 +125,9 @@ def tasks(store: Path, run: str, annotator: str, first: First = "unsure", seed: 
     if not rows:
         raise ConfigError(f"{name} has no comparisons to label: its recipe has no panel, or nothing was judged yet")
     rows = [row for row in rows if not principles or row["principle"] in principles]
-    rows.sort(key=lambda row: (row["rank"], _luck(seed, row)))
+    judges = (orjson.loads(record["config"]).get("panel") or {}).get("judges", ())
+    waits = first != "random" and any(judge.get("kind") == "human" for judge in judges)
+    rows.sort(key=lambda row: (waits and row["settled"], row["rank"], _luck(seed, row)))
     return [_task(name, row, seed, annotator) for row in rows]
 
 
@@ -151,6 +155,13 @@ def recorded(store: Path) -> list[dict[str, Any]]:
         con.close()
 
 
+def people(loaded: Any) -> dict[str, Any]:
+    """By each judge of kind `human` in a loaded pipeline, what people have said so far (`human.answers`)."""
+    judges, store = [judge for judge in loaded.judges if judge.kind == "human"], Path(loaded.config.store)
+    rows = recorded(store) if judges and (store / ledgerfile.FILE).exists() else []
+    return {judge.name: human.answers(rows, judge.annotators) for judge in judges}
+
+
 class Desk:
     """One person's labels of a list of tasks: what is to do, what was done, each step recorded before the next."""
 
@@ -169,7 +180,8 @@ class Desk:
         """Record what was said of a task (the next one) as shown."""
         task = self.todo[0] if task is None else task
         value = human.row(task.prompt, task.a, task.b, task.principle, said, order or task.order, self.annotator,
-                          self.clock(), run=task.run, seed=self.seed)
+                          self.clock(), run=task.run, seed=self.seed,
+                          texts={"a": human.text_name(task.text_a), "b": human.text_name(task.text_b)})
         self.record(value)
         self.report.count(said)
         self.done = [known for known in self.done if known[0].place != task.place]

@@ -99,8 +99,8 @@ def make_engines(loaded: Loaded) -> dict[str, Engine]:
 
 
 def make_programs(loaded: Loaded) -> dict[str, Engine]:
-    """The engines of the judges that are programs, each by the name `judge NAME`, not yet started."""
-    programs = [judge for judge in loaded.judges if kinds.is_program(judge)] if loaded.compares else []
+    """The engines of the judges that have their own, each by the name `judge NAME`, not yet started."""
+    programs = [judge for judge in loaded.judges if kinds.has_own_engine(judge)] if loaded.compares else []
     return {kinds.engine_of(judge): lazily(_logged(loaded.config, kinds.module(judge.kind).engine(judge)))
             for judge in programs}
 

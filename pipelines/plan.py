@@ -23,6 +23,7 @@ from factory.types import Completion, Constitution, Request, Use
 from judges.critique import parse_critique
 from pipelines.context import STAND_IN, Context
 from pipelines.escalation import GUESS
+from pipelines.label import people
 from pipelines.loading import Loaded, load, make_engines, make_programs, models
 from pipelines.verdicts import DECISIONS
 
@@ -159,7 +160,7 @@ async def _plan(loaded: Loaded, con: sqlite3.Connection | None) -> Plan:
     free = loaded.config.budget.model_copy(update={"unscored": None, "failed": None, "calls": None, "tokens": None})
     ctx = Context(loaded.config.model_copy(update={"budget": free}), loaded.constitution, 0, looker, engines,
                   loaded.templates, loaded.critic, loaded.reviser, loaded.revise if loaded.revises else None,
-                  loaded.judges)
+                  loaded.judges, people=people(loaded))
     pipeline = importlib.import_module(f"pipelines.{loaded.config.recipe}").pipeline
     prompts = 0
     for prompt in loaded.prompts:

@@ -184,7 +184,9 @@ def load(selection: Selection, gold: str = "auto") -> tuple[Readings, str]:
     import numpy as np
     import polars as pl
 
-    rows = selection.query(_READINGS)
+    panel = selection.config.get("panel") or {}
+    people = [judge["name"] for judge in panel.get("judges", ()) if judge.get("kind") == "human"]  # they are gold
+    rows = selection.query(_READINGS).filter(~pl.col("judge").is_in(people))
     place = ["prompt", "a", "b", "principle"]
     items = rows.select(place).unique(maintain_order=True).with_row_index("i")
     judges = tuple(rows["judge"].unique().sort())
@@ -202,7 +204,6 @@ def load(selection: Selection, gold: str = "auto") -> tuple[Readings, str]:
     won = {name: rows[name].replace_strict(list(_SIDE), list(_SIDE.values()), default=None, return_dtype=pl.Float64)
            for name in ("won_ab", "won_ba")}
     items = _tagged(items.drop("i"), selection)
-    panel = selection.config.get("panel") or {}
     weight = {judge["name"]: float(judge.get("weight", 1.0)) for judge in panel.get("judges", ())}
     known, source = find_gold(selection, items, gold)
     readings = Readings(

@@ -20,6 +20,7 @@ from factory.errors import BudgetError
 from factory.ledger import Ledger, Run
 from factory.types import Engine, Prompt
 from pipelines.context import Context, Stopped
+from pipelines.label import people
 from pipelines.loading import Loaded, labels, load, make_engines, make_programs, models
 from pipelines.starting import started_engines
 
@@ -51,6 +52,7 @@ class RunResult:
     malformed: int
     seconds: float
     escalation: dict[str, int] = field(default_factory=dict)  # comparisons by why, and the stronger judges' calls
+    awaited: int = 0                # labels that the panel's people have not given yet
     behind: int = 0                 # calls that the store does not show yet, because another program holds it
     _frames: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -134,7 +136,7 @@ async def run_async(loaded: Loaded, quiet: bool = True, engines: dict[str, Engin
         async with started_engines(made, quiet, labels(loaded)):
             record = ledger.begin_run(config.name, loaded.resolved, {**loaded.texts, **models(made)})
             ctx = Context(config, loaded.constitution, record.id, ledger, made, loaded.templates, loaded.critic,
-                          loaded.reviser, loaded.revise if loaded.revises else None, loaded.judges)
+                          loaded.reviser, loaded.revise if loaded.revises else None, loaded.judges, people=people(loaded))
             began = time.monotonic()
             state, reason = await _work(loaded, ctx, total, quiet)
             starting = max((getattr(engine, "starting_s", 0.0) for engine in made.values()), default=0.0)
@@ -297,4 +299,4 @@ def _result(loaded: Loaded, ctx: Context, record: Run, state: str, reason: str, 
         reused=stats.reused, failed=counts.failed, truncated=counts.truncated, identical=counts.identical,
         prompt_tokens=stats.prompt_tokens, completion_tokens=stats.completion_tokens, unscored=unscored,
         malformed=loaded.prompts.n_malformed, seconds=seconds, escalation=dict(sorted(counts.escalation.items())),
-        behind=behind)
+        awaited=counts.awaited, behind=behind)

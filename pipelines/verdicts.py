@@ -11,10 +11,10 @@ from typing import Any
 
 from factory.keys import digest
 from factory.types import Completion, Preference, Verdict
-from judges import kinds, listwise, pairwise, panel, pointwise, rubric
+from judges import human, kinds, listwise, pairwise, panel, pointwise, rubric
 from judges.reading import Score
+from pipelines.judging import NO_ORDER
 
-NO_ORDER = "-"
 Pair = tuple[int, int]             # the indices of samples a and b
 Place = tuple[str, str, int, str]  # principle, judge, repeat, order: where in a comparison's readings
 Asked = tuple[str, str, int]       # judge, principle, repeat
@@ -154,7 +154,7 @@ def verdicts(prompt: str, pair: Pair, heard: Heard, answers: Mapping[bytes, Comp
     for place, uses in heard.pairs.get(pair, {}).items():
         if place[1] in rules.judges:
             found[place] = _of_pair(uses, place[3], rules.judges[place[1]], answers)
-    unordered = [name for name, config in rules.judges.items() if kinds.shows(config) != "pair"]
+    unordered = [name for name, config in rules.judges.items() if kinds.shows(config) in ("one", "all")]
     for place in expected(prompt, pair, heard, rules, unordered):
         principle, judge, repeat, _ = place
         config, asked = rules.judges[judge], (judge, principle, repeat)
@@ -171,7 +171,9 @@ def _of_pair(uses: Mapping[str, UseRow], order: str, config: Any, answers: Mappi
     judged = uses.get("judge")
     if judged is not None:
         answer = answers.get(judged.key)
-        return None if answer is None else _found(pairwise.parse(answer, order, config), judged)
+        read = None if answer is None else human.parse(answer) if config.kind == "human" else (
+            pairwise.parse(answer, order, config))
+        return None if read is None else _found(read, judged)
     reasoned = uses["reason"]
     answer = answers.get(reasoned.key)
     if answer is None:
