@@ -232,8 +232,8 @@ async def evaluate(name: str, n: int, log=print) -> dict:
     await engine.start()
     try:
         ask, out, started = Asker(engine), {"model": name}, time.time()
-        for part, work in (("revision", revisions(ask, max(2 * n, 220))), ("policy", policy(ask, 4 * n)), ("pairwise", pairs(ask, n)),
-                           ("held_out", pairs(ask, n, held_out=True)), ("ties", ties(ask, n // 4)), ("singles", singles(ask, n)),
+        for part, work in (("revision", revisions(ask, max(2 * n, 220))), ("policy", policy(ask, 4 * n)), ("singles", singles(ask, n)),
+                           ("pairwise", pairs(ask, n)), ("held_out", pairs(ask, n, held_out=True)), ("ties", ties(ask, n // 4)),
                            ("probes", probes(ask, max(n // 10, 10)))):
             out[part] = await work
             log(f"{name} {part}: {json.dumps({k: v for k, v in out[part].items() if not isinstance(v, dict)})}")

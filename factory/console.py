@@ -69,16 +69,18 @@ def hint(command: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = "") -> None:
-    """A table on stdout, its note in lines of their own below; columns whose every cell is a number are set right."""
+    """A table on stdout, title and note in lines of their own; columns whose every cell is a number are set right."""
     from rich.table import Table
 
     rows = [list(row) for row in rows]
-    view = Table(title=title or None, title_justify="left")
+    view = Table()
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
         view.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         view.add_row(*(escape(cell(value)) for value in row))
+    if title:  # as the table's own it would be broken to its width
+        console().print(title, markup=False, style="italic")
     # The console's soft wrap would let rich crop the table's frame.
     console().print(view, soft_wrap=False)
     if note:  # as a caption it would be broken to the width of the table

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from factory.console import console, duration, hint, table
+from factory.console import console, duration, hint, table, warn
+from factory.errors import ConfigError
 from factory.types import Message
 
 PRESET = Path(__file__).with_name("demo.yaml")
@@ -66,8 +67,10 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
         show(result, truth)
     policies = None
     if train:
-        models = demo_training.train(store, result.run, as_json)
-        policies = demo_training.measure(store, models, as_json)
+        try:
+            policies = demo_training.measure(store, demo_training.train(store, result.run, as_json), as_json)
+        except ConfigError as error:  # so few prompts that a split is empty
+            warn(f"no training: {error}. Ask for more --prompts, or say --no-train")
     if as_json:
         write({"run": result.summary(), **truth, "policies": policies.data() if policies else None})
     elif policies:

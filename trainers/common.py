@@ -162,7 +162,12 @@ def load_reward(model: str, attention: Attention = "auto", dtype: str = "float32
 
 @contextmanager
 def _loading(model: str) -> Iterator[None]:
-    """What transformers raises for a model that cannot be loaded, as a mistake that can be mended."""
+    """What transformers raises for a model that cannot be loaded, as a mistake that can be mended. It no longer tells
+    what we know: that it reads and writes weights, that a new head is new, that tied weights are stored once."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     except ConfigError:

@@ -303,7 +303,7 @@ def graded_unit(rng: random.Random, split: str, shots: float, noise_share: float
 MIX = ((pair_unit, 0.34), (single_unit, 0.18), (revise_unit, 0.32), (policy_unit, 0.16))
 LATE = ((pair_unit, 0.28), (graded_unit, 0.32), (revise_unit, 0.26), (policy_unit, 0.14))
 WRITING = ((pair_unit, 0.14), (graded_unit, 0.10), (revise_unit, 0.42), (partial(policy_unit, answers=8), 0.34))
-SETTLING = ((pair_unit, 0.14), (graded_unit, 0.40), (revise_unit, 0.34), (policy_unit, 0.12))
+SETTLING = ((pair_unit, 0.12), (graded_unit, 0.28), (revise_unit, 0.36), (partial(policy_unit, answers=8), 0.24))
 PHASES = (MIX, LATE, WRITING, SETTLING)  # writing takes the longest to learn, and grades are forgotten meanwhile
 
 
