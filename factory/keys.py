@@ -22,7 +22,8 @@ SCHEMA = 1
 MAX_EXACT_INT = 2**53 - 1  # RFC 8785 numbers are IEEE doubles; beyond this two integers would share a text
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 WORDS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # configuration, tokenizer, chat template
-NOT_THE_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
+NOT_THE_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth",
+                 "training.json")  # the record of a training tells when and where it ran
 
 
 def canonical(obj: Any) -> bytes:

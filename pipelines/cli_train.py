@@ -93,6 +93,31 @@ def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> 
     hint(f"prefab serve {done['policy']}")
 
 
+@train_app.command()
+def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
+    """Rounds of sample, judge, train (dpo, ppo or grpo), with judge and constitution fixed; goes on where it was stopped."""
+    from pipelines.online import train
+
+    again = " ".join(["prefab train online", str(config), *(f"--set {text}" for text in sets)])
+    try:
+        done = train(config, sets, quiet or as_json)
+    except KeyboardInterrupt:
+        warn("stopped; the same command goes on from here")
+        hint(again)
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(done)
+    else:
+        table(f"online, in {done['store']}", ("round", "run", "sampled from", "calls", "comparisons", "decided", "trained"),
+              [(row["round"], row["run"], row["weights"][:12], row["asked"], row["comparisons"], row["pairs"],
+                row["trained"][:12]) for row in done["rounds"]], f"The last policy is in {done['policy']}")
+    if done["stopped"]:
+        warn(f"stopped in round {len(done['rounds'])}: {done['stopped']}")
+        raise typer.Exit(1)
+    named = ", ".join(f"round-{row['round']}: {row['policy']}" for row in done["rounds"])
+    hint(f"prefab eval policy --set 'policies={{first: {done['rounds'][0]['sampled']}, {named}}}'")
+
+
 @eval_app.command("policy")
 def eval_policy(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Or all of it by --set.")] = None,

@@ -115,6 +115,7 @@ def test_a_folders_identity_follows_what_decides_its_answers(tmp_path, monkeypat
     assert keys.model_identity(first) == keys.model_identity(second)
     assert keys.model_identity(first) != keys.model_identity(first, dtype="float32")
     (tmp_path / "two" / "README.md").write_text("not the model")
+    (tmp_path / "two" / "training.json").write_text('{"seconds": 7.2}')
     assert keys.model_identity(first) == keys.model_identity(second)
     (tmp_path / "two" / "chat_template.jinja").write_text("x")
     assert keys.model_identity(first) != keys.model_identity(second)
