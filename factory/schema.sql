@@ -73,11 +73,13 @@ JOIN samples j ON j.run = p.run AND j.prompt = p.prompt AND j."index" = p.reject
 LEFT JOIN prompts q ON q.prompt = p.prompt;
 
 -- One judge under one principle: both orders of a comparison side by side, for position consistency. Where nothing was
--- asked in an order (scores, rankings) both sides are NULL: such a judge is neither consistent nor inconsistent.
+-- asked in an order (scores, rankings) both sides are NULL, and `winner` is what they say together: such a judge is
+-- neither consistent nor inconsistent.
 CREATE VIEW readings AS
 SELECT run, prompt, a, b, principle, judge, repeat,
     max(p_a) FILTER (WHERE "order" = 'ab') AS p_ab, max(p_a) FILTER (WHERE "order" = 'ba') AS p_ba,
     max(winner) FILTER (WHERE "order" = 'ab') AS winner_ab, max(winner) FILTER (WHERE "order" = 'ba') AS winner_ba,
+    max(winner) FILTER (WHERE "order" = '-') AS winner,
     CASE WHEN count(*) = count(p_a) THEN avg(p_a) END AS p_a
 FROM verdicts GROUP BY ALL;
 

@@ -13,8 +13,10 @@ from typing import Any
 
 from factory.console import console, duration, hint, table, warn
 from factory.errors import ConfigError
-from factory.types import Message
+from factory.types import Message, Winner
+from pipelines.gold import truth
 
+NO_PRINCIPLE = "(none: the gold score)"
 PRESET = Path(__file__).with_name("demo.yaml")
 
 
@@ -34,7 +36,8 @@ class Told:
 class Accuracy:
     """Labels of one principle against the oracle's: `right` of `decided` pairs, `ties_seen` of `ties`.
 
-    `consistent` is the share of readings in which both orders say the same.
+    `consistent` is the share of readings in which both orders say the same, None where none was asked in orders. Of a
+    principle that the oracle does not know no pair is decided and none is a tie.
     """
 
     principle: str
@@ -61,10 +64,10 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
     result = run(PRESET, chosen, quiet=False)
     if result.state != "done":
         return ending(result, f"prefab demo --store {store} --prompts {prompts}")
-    truth = measure(result)
+    measured = measure(result)
     if not as_json:
         report(result)
-        show(result, truth)
+        show(result, measured)
     policies = None
     if train:
         try:
@@ -72,7 +75,7 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
         except ConfigError as error:  # so few prompts that a split is empty
             warn(f"no training: {error}. Ask for more --prompts, or say --no-train")
     if as_json:
-        write({"run": result.summary(), **truth, "policies": policies.data() if policies else None})
+        write({"run": result.summary(), **measured, "policies": policies.data() if policies else None})
     elif policies:
         show_policies(policies)
     hint(f"prefab export --store {store} --format trl demo-out")
@@ -128,23 +131,24 @@ def _accuracy(readings: Any, prompts: dict[str, Any], samples: dict[tuple[str, i
     """By principle, in the order they come; the last row is all of them together."""
     from factory.microworld import oracle
 
-    groups: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    known = {(prompt, index): oracle.read(prompts[prompt], row["text"]) for (prompt, index), row in samples.items()
+             if row["text"] is not None}
+    groups: dict[str, list[tuple[Winner | None, dict[str, Any]]]] = defaultdict(list)
     for row in readings:
-        a, b = (samples[row["prompt"], row[side]]["text"] for side in ("a", "b"))
-        gold = oracle.compare(prompts[row["prompt"]], a, b, row["principle"])
-        groups[row["principle"]].append((gold, row))
+        a, b = (known[row["prompt"], row[side]] for side in ("a", "b"))
+        groups[row["principle"] or NO_PRINCIPLE].append((truth(a, b, row["principle"]), row))
     everything = [pair for pairs in groups.values() for pair in pairs]
     return [_score(name, pairs) for name, pairs in (*sorted(groups.items()), ("all", everything))]
 
 
-def _score(principle: str, pairs: Sequence[tuple[str, dict[str, Any]]]) -> Accuracy:
-    scored = [(gold, row) for gold, row in pairs if row["p_a"] is not None]
+def _score(principle: str, pairs: Sequence[tuple[Winner | None, dict[str, Any]]]) -> Accuracy:
+    scored = [(gold, row) for gold, row in pairs if row["p_a"] is not None and gold is not None]
     decided = [(gold, row["p_a"]) for gold, row in scored if gold != "tie"]
     ties = [row for gold, row in scored if gold == "tie"]
-    both = [row for _, row in scored if row["winner_ab"] is not None and row["winner_ba"] is not None]
+    both = [row for _, row in pairs if row["winner_ab"] is not None and row["winner_ba"] is not None]
     return Accuracy(
         principle, len(pairs), len(decided), _share([(p > 0.5) == (gold == "a") and p != 0.5 for gold, p in decided]),
-        len(ties), _share([row["winner_ab"] == row["winner_ba"] == "tie" for row in ties]),
+        len(ties), _share([row["winner"] == "tie" or row["winner_ab"] == row["winner_ba"] == "tie" for row in ties]),
         _share([row["winner_ab"] == row["winner_ba"] for row in both]))
 
 
@@ -169,19 +173,19 @@ def _preferences(rows: Any, prompts: dict[str, Any], samples: dict[tuple[str, in
     return {"outcomes": dict(outcomes), "gold_decided": len(right), "right": _share(right)}
 
 
-def show(result: Any, truth: dict[str, Any]) -> None:
+def show(result: Any, measured: dict[str, Any]) -> None:
     """The tables that the demo ends with."""
-    drafts, revised = truth["drafts"], truth["revised"]
+    drafts, revised = measured["drafts"], measured["revised"]
     rows = [(what, getattr(drafts, name), getattr(revised, name)) for what, name in (
         ("break at least one principle", "broken"), ("principles broken, mean", "faults"), ("help", "helps"),
         ("coherent", "coherent"), ("words, mean", "words"))]
-    table(f"The oracle on {drafts.n:,} drafts ({truth['changed']:,} of them revised)",
+    table(f"The oracle on {drafts.n:,} drafts ({measured['changed']:,} of them revised)",
           ("", "drafts", "after revision"), rows)
     table("Labels against the oracle, both orders together", (
         "principle", "readings", "decided", "right", "ties", "seen as ties", "both orders agree"),
-        [(a.principle, a.readings, a.decided, a.right, a.ties, a.ties_seen, a.consistent) for a in truth["accuracy"]],
+        [(a.principle, a.readings, a.decided, a.right, a.ties, a.ties_seen, a.consistent) for a in measured["accuracy"]],
         note="decided: the oracle finds the fault in one of the two answers; right: the label says which")
-    told = truth["preferences"]
+    told = measured["preferences"]
     words = ", ".join(f"{name}: {n:,}" for name, n in sorted(told["outcomes"].items()))
     if told["right"] is not None:
         words += f"; right on {told['right']:.1%} of the {told['gold_decided']:,} that the gold score decides"

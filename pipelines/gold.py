@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     import numpy as np
     import polars
 
+    from factory.microworld import oracle
     from pipelines.readings import Selection
 
 CHOICES = ("auto", "human", "oracle", "none")
+_EPS = 1e-9  # of gold scores, whose weights may be summed in another order
 _SIDE = {"a": 1.0, "b": 0.0, "tie": 0.5, None: float("nan")}
 
 
@@ -88,21 +90,35 @@ def find_gold(selection: Selection, items: polars.DataFrame, choice: str = "auto
     return np.full(items.height, np.nan), ""
 
 
+def truth(a: oracle.Reading, b: oracle.Reading, principle: str) -> Winner | None:
+    """What the oracle says of two answers under a principle, and without one (a program's word) by the gold score.
+
+    None for a principle that is not of its world.
+    """
+    from factory.microworld import grammar
+
+    if principle in grammar.PRINCIPLES:
+        difference = (principle in b.broken) - (principle in a.broken)
+    elif principle:
+        return None
+    else:
+        difference = a.score - b.score if abs(a.score - b.score) > _EPS else 0
+    return "tie" if difference == 0 else "a" if difference > 0 else "b"
+
+
 def _oracle(selection: Selection, items: polars.DataFrame) -> np.ndarray:
-    """As `factory.microworld.oracle.compare`, each text read once."""
+    """As `truth`, each text read once."""
     import numpy as np
 
-    from factory.microworld import grammar, oracle
+    from factory.microworld import oracle
     from factory.types import Message
 
     talks = {prompt: tuple(Message(role, text) for role, text in json.loads(messages))
              for prompt, messages in selection.query("SELECT prompt, messages FROM prompts").iter_rows()}
-    texts = selection.query('SELECT prompt, "index", text FROM samples WHERE run = $run')
-    broken = {(prompt, index): oracle.read(talks[prompt], text).broken if text is not None else None
-              for prompt, index, text in texts.iter_rows()}
+    texts = selection.query('SELECT prompt, "index", text FROM samples WHERE run = $run AND text IS NOT NULL')
+    known = {(prompt, index): oracle.read(talks[prompt], text) for prompt, index, text in texts.iter_rows()}
     gold = np.full(items.height, np.nan)
     for row, (prompt, a, b, principle) in enumerate(items.select("prompt", "a", "b", "principle").iter_rows()):
-        of_a, of_b = broken.get((prompt, a)), broken.get((prompt, b))
-        if principle in grammar.PRINCIPLES and of_a is not None and of_b is not None:
-            gold[row] = 0.5 + 0.5 * ((principle in of_b) - (principle in of_a))
+        if (prompt, a) in known and (prompt, b) in known:
+            gold[row] = _SIDE[truth(known[prompt, a], known[prompt, b], principle)]
     return gold

@@ -1,13 +1,16 @@
 """The demo's figures, on answers whose truth is known by hand, by a judge and a critic that are right by construction."""
 from __future__ import annotations
 
+import json
 from math import log
 
 import pytest
 
 from factory.engines.scripted import Config, Scripted
-from factory.types import Completion
-from pipelines.demo import PRESET, measure
+from factory.microworld import oracle
+from factory.types import Completion, Message
+from pipelines.demo import NO_PRINCIPLE, PRESET, measure
+from pipelines.gold import truth
 from pipelines.runner import run
 
 GOOD = "To paint the boat, sand the surface and add two thin coats."
@@ -49,3 +52,23 @@ def test_the_truth_beside_the_labels(prompts):
     assert (by["respect"].decided, by["respect"].right, by["respect"].consistent) == (6, 1.0, 1.0)
     assert (by["privacy"].ties, by["privacy"].ties_seen) == (6, 1.0)
     assert truth["preferences"] == {"outcomes": {"a": 4, "b": 2}, "gold_decided": 6, "right": 1.0}
+
+
+@pytest.mark.parametrize("judge", [
+    {"name": "long", "kind": "verifier", "check": "regex", "reference": "too slow"},  # wrong by construction
+    {"name": "rude", "kind": "verifier", "check": "regex", "reference": "^To"}], ids=lambda j: j["name"])
+def test_a_judge_without_a_principle_is_measured_by_the_gold_score(prompts, tmp_path, judge):
+    sets = [f"store={tmp_path / 'store'}", f"prompts={{source: '{prompts}'}}", f"panel.judges=[{json.dumps(judge)}]",
+            "pairs=all"]
+    told = measure(run(PRESET, sets, engines={"local": Scripted(Config(), knows)}))["accuracy"]
+    assert [row.principle for row in told] == [NO_PRINCIPLE, "all"]
+    row = told[0]
+    assert (row.readings, row.decided, row.ties) == (8, 8, 0)  # equal drafts are not compared
+    assert row.right == float(judge["name"] == "rude") and row.consistent is None and row.ties_seen is None
+
+
+def test_no_truth_is_made_up_of_principles_that_the_oracle_does_not_know():
+    kind, rude = (oracle.read((Message("user", "How do I paint a boat?"),), text) for text in ANSWERS)
+    assert truth(kind, rude, "respect") == truth(kind, rude, "") == "a" and truth(rude, kind, "") == "b"
+    assert truth(kind, rude, "privacy") == truth(kind, kind, "") == "tie"
+    assert truth(kind, rude, "modesty") is None
