@@ -44,6 +44,7 @@ def kto(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet 
 
 def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool) -> None:
     from pipelines.train_offline import train
+    from trainers.processes import is_main
 
     try:
         done = train(stage, path, sets, quiet or as_json)
@@ -51,6 +52,8 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
         warn("stopped; the same command goes on from the last checkpoint")
         hint(" ".join(["prefab train", stage, str(path), *(f"--set {text}" for text in sets)]))
         raise typer.Exit(130) from None
+    if not is_main():
+        return
     if as_json:
         return print_json(done)
     table(f"{stage}: {done['steps']:,} steps on {done['train']:,} rows, validated on {done['val']:,}", ("validation", ""),

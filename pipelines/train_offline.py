@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.train_rl import catch_up, load
+from trainers import processes
 
 STAGES = ("sft", "reward", "dpo", "kto")
 
@@ -18,5 +19,5 @@ def train(stage: str, path: Path, sets: Iterable[str] = (), quiet: bool = False)
     """
     module = importlib.import_module(f"trainers.{stage}")
     config = load(path, module.Config, sets)
-    catch_up(source.store for source in config.data.sources)
+    processes.main_alone(lambda: catch_up(source.store for source in config.data.sources))
     return module.run(config, quiet)

@@ -50,7 +50,7 @@ def trainer_class() -> Any:
                 loss_B = loss_B - c.sft_weight * chosen.logps_B / chosen.tokens_B
             implied_B = losses.implied_probability(chosen, rejected, c.beta)
             return losses.weighted_mean(loss_B, batch["weight"]), {
-                "accuracy": (implied_B > 0.5).float() + 0.5 * (implied_B == 0.5).float(),
+                "loss": loss_B * batch["weight"], "accuracy": (implied_B > 0.5).float() + 0.5 * (implied_B == 0.5).float(),
                 "margin": c.beta * (chosen.ratio_B - rejected.ratio_B), "implied_off": (implied_B - batch["target"]).abs(),
                 "logps_chosen": chosen.logps_B, "logps_rejected": rejected.logps_B}
 
@@ -86,7 +86,8 @@ def prepare(config: Config) -> tuple[Any, data.Rows, Any]:
     args = loop.arguments(config, DPOConfig, "eval_loss", False, precompute_ref_log_probs=True, max_length=None,
                           beta=config.beta)
     model, share = loop.ready_model(load_policy(config.model, config.attention), config)
-    train, val = with_reference(config, model, tokenizer, train), with_reference(config, model, tokenizer, val)
+    with args.main_process_first(local=False):  # the others read what it cached
+        train, val = with_reference(config, model, tokenizer, train), with_reference(config, model, tokenizer, val)
     trainer = trainer_class()(model=model, peft_config=lora_config(config.lora, "CAUSAL_LM"), args=args, train_dataset=train,
                               eval_dataset=val, processing_class=tokenizer,
                               data_collator=layout.pair_collator(tokenizer.pad_token_id, share))

@@ -44,13 +44,14 @@ def trainer_class() -> Any:
             logps, _tokens = layout.answer_logps(model, {**batch, **_at(batch, mine, 0, B, numbers)}, dtype)
             with torch.no_grad():
                 kl_logps, _tokens = layout.answer_logps(model, {**batch, **_at(batch, other, B, 2 * B, numbers)}, dtype)
-            kl = losses.kto_reference(self.accelerator.gather_for_metrics(kl_logps),
-                                      self.accelerator.gather_for_metrics(batch["ref_kl_logps"]))
+            kept_B = self.accelerator.gather(batch["weight"]) > 0
+            kl = losses.kto_reference(self.accelerator.gather(kl_logps)[kept_B],
+                                      self.accelerator.gather(batch["ref_kl_logps"])[kept_B])
             ratio_B = logps - batch["ref_logps"]
             loss_B = losses.kto(ratio_B, batch["label"], kl, self.stage.beta, *self.weights)
             right_B = (ratio_B > kl) == (batch["label"] > 0.5)
             return losses.weighted_mean(loss_B, batch["weight"]), {
-                "accuracy": right_B, "kl_reference": kl.expand(B), "reward": self.stage.beta * ratio_B}
+                "loss": loss_B * batch["weight"], "accuracy": right_B, "kl_reference": kl.expand(B), "reward": self.stage.beta * ratio_B}
 
     return Trainer
 
@@ -87,7 +88,8 @@ def prepare(config: Config) -> tuple[Any, data.Rows, Any]:
     args = loop.arguments(config, KTOConfig, "eval_loss", False, precompute_ref_log_probs=True, max_length=None,
                           beta=config.beta)
     model, _ = loop.ready_model(load_policy(config.model, config.attention), config)
-    train, val = (with_reference(config, model, tokenizer, mismatched(part, config.seed)) for part in (train, val))
+    with args.main_process_first(local=False):  # the others read what it cached
+        train, val = (with_reference(config, model, tokenizer, mismatched(part, config.seed)) for part in (train, val))
     trainer = trainer_class()(model=model, peft_config=lora_config(config.lora, "CAUSAL_LM"), args=args, train_dataset=train,
                               eval_dataset=val, processing_class=tokenizer,
                               data_collator=layout.single_collator(tokenizer.pad_token_id))

@@ -59,7 +59,8 @@ def _stacked(columns: dict[str, list[list[int]]], scored: list[tuple[int, int, i
     fill = {"input_ids": pad, "position_ids": 0, "tree": -1, "branch": 0}
     made = {name: torch.tensor([ids + [fill[name]] * (longest - len(ids)) for ids in columns[name]]) for name in PLACES}
     made["attention_mask"] = (made["tree"] >= 0).long()
-    made |= dict(zip(("row", "place", "token", "answer"), torch.tensor(scored).T.contiguous(), strict=True))
+    places = torch.tensor(scored, dtype=torch.long).reshape(-1, 4).T.contiguous()
+    made |= dict(zip(("row", "place", "token", "answer"), places, strict=True))
     return made
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pydantic import Field
 
 from factory.console import Progress
 from factory.errors import ConfigError
-from trainers import layout
+from trainers import layout, processes
 from trainers.card import write_card
 from trainers.common import (
     Attention,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECORD = "training.json"   # in the output folder: what is trained, and how it ended
+WAIT_S = 86_400            # for the main process, which computes reference log-probabilities alone
 SCHEDULES = {"constant": "constant_with_warmup"}
 NOT_IDENTITY = {"out", "threads", "report_to", "store", "keep_checkpoints"}  # fields that change nothing that is learnt
 
@@ -85,7 +85,7 @@ def result_store(config: StageConfig) -> str | None:
 
 def arguments(config: StageConfig, kind: Any, metric: str, greater: bool, **more: Any) -> Any:
     """The stage's settings as the arguments of a TRL trainer; `kind` is its configuration class."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = processes.world_size()
     if config.batch_size % world:
         raise ConfigError(f"batch_size: {config.batch_size} rows cannot be shared by {world} processes")
     mine = config.batch_size // world
@@ -103,32 +103,33 @@ def arguments(config: StageConfig, kind: Any, metric: str, greater: bool, **more
         eval_strategy="steps", eval_steps=steps, save_strategy="steps", save_steps=steps,
         save_total_limit=config.keep_checkpoints, load_best_model_at_end=config.keep == "best" or config.patience is not None,
         metric_for_best_model=metric, greater_is_better=greater, report_to=config.report_to or "none",
-        logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
+        ddp_timeout=WAIT_S, logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=default_device() != "cpu", **more)
 
 
 class Order:
     """A sampler whose order is a function of seed and epoch alone (see `layout.buckets`)."""
 
-    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+    def __init__(self, lengths: list[int], batch: int, seed: int, extra: int = 0) -> None:
+        self.lengths, self.batch, self.seed, self.epoch, self.extra = lengths, batch, seed, 0, extra
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch, and after a resume."""
         self.epoch = epoch
 
     def __iter__(self) -> Any:
-        return layout.buckets(self.lengths, self.batch, self.seed, self.epoch)
+        yield from layout.buckets(self.lengths, self.batch, self.seed, self.epoch)
+        yield from range(len(self.lengths), len(self))  # after the last, smaller batch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.extra
 
 
 class Loop:
     """Mixed into a TRL trainer: tokens come ready, batches in buckets, checkpoints are marked, a NaN stops it.
 
     A class, because transformers' Trainer is extended by overriding; it holds nothing but what those hooks need. A stage
-    gives `losses(model, batch) -> (loss, {name: values a row})`.
+    gives `losses(model, batch) -> (loss, {name: values a row})`, among which `loss`, the rows' own losses.
     """
 
     names: list[str] = []          # of the rows of train, for messages
@@ -141,7 +142,13 @@ class Loop:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = train_dataset if train_dataset is not None else self.train_dataset
-        return Order(data["length"], self.args.per_device_train_batch_size * self.args.world_size, self.args.seed)
+        plain, extra = (data.dataset, data.extra) if isinstance(data, processes.Padded) else (data, 0)
+        return Order(plain["length"], self.args.per_device_train_batch_size * self.args.world_size, self.args.seed, extra)
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        world = self.args.world_size
+        even = processes.Padded(dataset, batch_size * world) if world > 1 else dataset
+        return super()._get_dataloader(even, description, batch_size, *args, **kwargs)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Ours is written at the end, with lineage."""
@@ -149,14 +156,17 @@ class Loop:
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
 
-    def note(self, **values_B: Tensor) -> None:
-        """Metrics a row, summed over rows and processes, so that a smaller last batch does not count as a whole one."""
-        mode = "train" if self.model.training else "eval"
-        for name, values in values_B.items():
-            gathered = self.accelerator.gather_for_metrics(values.detach().float())
+    def note(self, kept_B: Tensor, values: dict[str, Tensor]) -> None:
+        """Metrics a row, summed over rows, so that a smaller last batch does not count as a whole one. Rows that are not
+        `kept_B` stand for nothing; values of other length than B or 2 B (tokens) have none of those."""
+        mode, B = "train" if self.model.training else "eval", len(kept_B)
+        for name, found in values.items():
+            found = found.detach().float()
+            if not kept_B.all() and len(found) in (B, 2 * B):
+                found = found[kept_B.repeat(len(found) // B)]
             sums = self.sums[mode][name]
-            sums[0] += gathered.sum().item()
-            sums[1] += gathered.numel()
+            sums[0] += found.sum().item()
+            sums[1] += found.numel()
 
     @property
     def sums(self) -> dict[str, Any]:
@@ -167,9 +177,14 @@ class Loop:
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The stage's loss, with its metrics noted."""
-        self.rows_now = inputs["rows"].tolist()
+        import torch
+
+        self.rows_now, kept_B = inputs["rows"].tolist(), inputs["weight"] > 0
         loss, values = self.losses(model, inputs, num_items_in_batch)
-        self.note(**values)
+        rows_loss = values.pop("loss")
+        self.note(kept_B, values if self.model.training else {**values, "loss": rows_loss})
+        if self.args.world_size > 1 and num_items_in_batch is None:  # a mean over the rows that are kept, wherever they are
+            loss = loss * torch.numel(kept_B) / self.accelerator.reduce(kept_B.sum().float(), "mean").clamp(min=1e-9)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Any, None, None]:
@@ -192,10 +207,16 @@ class Loop:
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of what was noted."""
+        """Adds the means of what was noted, over all processes. `eval_loss` is a mean over rows (SFT: tokens)."""
+        import torch
+
         mode = "train" if self.model.training else "eval"
-        prefix = "" if mode == "train" else "eval_"
-        logs.update({prefix + name: total / n for name, (total, n) in self.sums[mode].items() if n})
+        prefix, names = "" if mode == "train" else "eval_", list(self.sums[mode])
+        if names:
+            sums = torch.tensor([self.sums[mode][name] for name in names], dtype=torch.float64)
+            if self.args.world_size > 1:
+                sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
+            logs.update({prefix + name: total / n for name, (total, n) in zip(names, sums.tolist(), strict=True) if n})
         self.sums[mode].clear()
         super().log(logs, start_time)
 
@@ -206,6 +227,7 @@ class Loop:
             raise TrainError(f"weights that are no numbers at step {self.state.global_step}; the last whole checkpoint is "
                              "kept. Lower learning_rate, or use precision: fp32")
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
@@ -254,9 +276,12 @@ def fit(trainer: Any, config: StageConfig, stage: str, found: Rows, tokenizer: A
     out, main = Path(config.out), trainer.is_world_process_zero()
     identity = {**_identity(config, stage)}
     record = {"identity": identity, "data": data_digest(trainer.train_dataset), "lineage": found.lineage, "notes": found.notes}
-    file = out / RECORD
+    file, sharded = out / RECORD, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and config.lora and config.merge_lora:
+        raise ConfigError("merge_lora: adapters cannot be merged into weights that lie on several devices; write merge_lora: false")
     if file.exists() and json.loads(file.read_text())["data"] != record["data"]:
         raise ConfigError(f"out: {out} holds an unfinished training on other data. Name a new folder, or delete it")
+    trainer.accelerator.wait_for_everyone()  # all have read what stands there
     if main:
         out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(record, indent=1))
@@ -269,25 +294,38 @@ def fit(trainer: Any, config: StageConfig, stage: str, found: Rows, tokenizer: A
                   "val": len(trainer.eval_dataset), "seconds": round(time.monotonic() - began, 1),
                   "metrics": {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")
                               and not k.endswith(("runtime", "per_second"))}}
-        result |= finish(trainer.model) if finish else {}
+        if sharded:
+            trainer.save_model(str(out))
         if main:
-            _write(trainer, config, tokenizer, out)
+            model = _written(trainer, out) if sharded else trainer.model
+            result |= finish(model) if finish else {}
+            _write(trainer, config, tokenizer, out, sharded)
             record["result"] = result
             write_card(out, stage, config, result, record, trainer.state.log_history)
             file.write_text(json.dumps(record, indent=1))
             record_eval(result_store(config), f"train {stage}", str(out), result["metrics"], steps=result["steps"],
                         data=record["data"], weights=identity["weights"], seed=config.seed,
                         history=[h for h in trainer.state.log_history if "eval_loss" in h])
+        trainer.accelerator.wait_for_everyone()
     return result
 
 
-def _write(trainer: Any, config: StageConfig, tokenizer: Any, out: Path) -> None:
+def _written(trainer: Any, out: Path) -> Any:
+    """A sharded model as it was saved, whole, on this process's device."""
+    model = type(trainer.accelerator.unwrap_model(trainer.model)).from_pretrained(out).to(trainer.accelerator.device)
+    layout.add_scored_forward(model)
+    return model
+
+
+def _write(trainer: Any, config: StageConfig, tokenizer: Any, out: Path, sharded: bool = False) -> None:
+    tokenizer.save_pretrained(out)
+    if sharded:
+        return
     model = trainer.accelerator.unwrap_model(trainer.model)
     if config.lora and config.merge_lora:
         model = model.merge_and_unload()
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def _callbacks(trainer: Any, config: StageConfig, stage: str, quiet: bool) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from factory.errors import ConfigError
 from factory.templates import neutralise
-from trainers import data, layout, loop, losses
+from trainers import data, layout, loop, losses, processes
 from trainers.common import conversation_ids, load_reward, load_tokenizer, lora_config, record_eval, seed_everything
 from trainers.loop import StageConfig
 
@@ -56,11 +56,13 @@ def trainer_class() -> Any:
             chosen, rejected = layout.answer_scores(model, batch, next(model.parameters()).dtype).chunk(2)
             margin = self.stage.margin * (2 * batch["p"] - 1)
             loss_B = losses.bradley_terry(chosen, rejected, batch["target"], margin)
-            loss = losses.weighted_mean(loss_B + self.stage.centre * losses.centring(chosen, rejected), batch["weight"])
+            whole_B = loss_B + self.stage.centre * losses.centring(chosen, rejected)
             implied_B = torch.sigmoid(chosen - rejected)
-            return loss, {"accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
-                          "margin": chosen - rejected, "reward": torch.cat([chosen, rejected]),
-                          "implied_off": (implied_B - batch["target"]).abs(), "cross_entropy": loss_B}
+            return losses.weighted_mean(whole_B, batch["weight"]), {
+                "loss": whole_B * batch["weight"],
+                "accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(), "margin": chosen - rejected,
+                "reward": torch.cat([chosen, rejected]), "implied_off": (implied_B - batch["target"]).abs(),
+                "cross_entropy": loss_B}
 
     return Trainer
 
@@ -78,12 +80,13 @@ def run(config: Config, quiet: bool = False) -> dict[str, Any]:
         results.append(_member(config.model_copy(update=changes), quiet))
     names = [f"member-{k}" for k in range(config.members)]
     settings = {"members": names, "combine": config.combine, "deviations": config.deviations, "mean": 0.0, "deviation": 1.0}
-    (out / FILE).write_text(json.dumps(settings, indent=1))
     accuracies = [r["metrics"]["accuracy"] for r in results]
     result = {"stage": "reward", "model": str(out), "members": results, "steps": results[-1]["steps"],
               "train": results[-1]["train"], "val": results[-1]["val"], "seconds": sum(r["seconds"] for r in results),
               "metrics": {"accuracy": sum(accuracies) / len(accuracies), "accuracy_worst": min(accuracies)}}
-    record_eval(loop.result_store(config), "train reward ensemble", str(out), result["metrics"], members=len(results))
+    if processes.is_main():
+        (out / FILE).write_text(json.dumps(settings, indent=1))
+        record_eval(loop.result_store(config), "train reward ensemble", str(out), result["metrics"], members=len(results))
     return result
 
 

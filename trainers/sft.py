@@ -35,8 +35,8 @@ def trainer_class() -> Any:
             total = (-logps_N * weight_N).sum()
             if self.model.training and num_items is not None:
                 # DDP averages gradients over processes, and num_items counts the tokens of all of them
-                return total / num_items * self.accelerator.num_processes, {"nll": -logps_N}
-            return total / len(logps_N), {"nll": -logps_N}
+                return total / num_items * self.accelerator.num_processes, {"loss": -logps_N * weight_N, "nll": -logps_N}
+            return total / max(len(logps_N), 1), {"loss": -logps_N * weight_N, "nll": -logps_N}
 
     return Trainer
 

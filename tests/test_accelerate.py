@@ -1,0 +1,98 @@
+"""Two CPU processes under `accelerate launch` train as one does; the shipped configurations are what accelerate takes."""
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trained
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "trainers/accelerate").glob("*.yaml"))
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("accelerate")
+    return trained.make_store(root), trained.make_model(root / "model")
+
+
+def losses(out: Path) -> list[float]:
+    states = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name[11:]))
+    return [h["loss"] for h in json.loads(states[-1].read_text())["log_history"] if "loss" in h]
+
+
+@pytest.mark.parametrize("stage", ["dpo", *(pytest.param(s, marks=pytest.mark.slow) for s in ("sft", "reward", "kto"))])
+def test_two_processes_train_as_one(world, tmp_path, stage):
+    """54 rows or so in steps of 10 over two epochs: the last step of each is smaller, and is shared all the same."""
+    store, model = world
+    config = {"model": str(model), "data": trained.data(store), "batch_size": 10, "micro_batch": None, "learning_rate": 2e-3,
+              "epochs": 2, "eval_every": 5, "keep": "last", "share_prompt": False}
+    if stage == "reward":
+        config["patience"] = None
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({**config, "out": str(tmp_path / name)}))
+    module = importlib.import_module(f"trainers.{stage}")
+    one = module.run(module.Config.model_validate(json.loads((tmp_path / "one.yaml").read_text())), quiet=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "trainers/accelerate/cpu.yaml"),
+              "-m", "pipelines.cli", "train", stage, str(tmp_path / "two.yaml"), "--json"]
+    done = subprocess.run(launch, env=ENV, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads(done.stdout)                                       # one process printed
+    assert one["train"] % 10 and two["steps"] == one["steps"] == 2 * -(-one["train"] // 10)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert len(set(losses(tmp_path / "two"))) > 2
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
+    from safetensors.torch import load_file
+
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_accelerates_own_classes_take_the_shipped_files(file, monkeypatch):
+    """Unknown keys are refused by ClusterConfig; what the launcher would hand on is what the plugins read."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    found = load_config_from_file(str(file))
+    assert found.num_processes >= 2 and not found.use_cpu
+    if file.stem == "fsdp":
+        for name, value in found.fsdp_config.items():
+            monkeypatch.setenv(name.upper(), str(value))
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+        assert "FULL_STATE_DICT" in str(plugin.state_dict_type) and not plugin.cpu_ram_efficient_loading
+        known = set(FullyShardedDataParallelPlugin.__dataclass_fields__)
+        assert {name.removeprefix("fsdp_") for name in found.fsdp_config} - {"version", "offload_params"} <= known
+    if file.stem == "zero3":
+        assert found.deepspeed_config["zero_stage"] == 3 and found.deepspeed_config["zero3_save_16bit_model"] is True
+        launch = (Path(torch.__file__).parents[1] / "accelerate/commands/launch.py").read_text()
+        assert all(f"--{name}" in launch for name in found.deepspeed_config)
+
+
+def test_every_shipped_configuration_is_told_of():
+    page = (ROOT / "docs/training.md").read_text()
+    assert [f.name for f in FILES] == ["cpu.yaml", "fsdp.yaml", "zero3.yaml"]
+    assert all(re.search(rf"trainers/accelerate/{f.name}", page) for f in FILES)
+
+
+def test_rows_that_fill_a_step_teach_nothing():
+    from datasets import Dataset
+
+    from trainers.processes import Padded
+
+    pairs = Padded(Dataset.from_list([{"weight": 2.0, "x": i} for i in range(5)]), 4)
+    assert len(pairs) == 8 and pairs[4] == {"weight": 2.0, "x": 4} and pairs[5] == pairs[7] == {"weight": 0.0, "x": 0}
+    talks = Padded(Dataset.from_list([{"weight": 1.0, "labels": [-100, 7]}]), 2)
+    assert talks[1] == {"weight": 1.0, "labels": [-100, -100]}
+    packed = Padded(Dataset.from_list([{"weight": [1.0], "labels": [[-100, 7], [3]]}]), 2)
+    assert packed[1]["labels"] == [[-100, -100], [-100]] and len(Padded(Dataset.from_list([{"weight": 1.0}] * 4), 2)) == 4

@@ -1,0 +1,58 @@
+"""Several processes under `accelerate launch`: who writes, who waits, and rows that are even for all.
+
+Each process reads all data and takes its share of every step's rows, so that a step is the same however many there are.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+def world_size() -> int:
+    """How many processes train together, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main_alone(work: Callable[[], None]) -> None:
+    """Do `work` in the main process while the others wait for it."""
+    if world_size() == 1:
+        return work()
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if is_main():
+        work()
+    state.wait_for_everyone()
+
+
+class Padded:
+    """A dataset whose length is a multiple of `batch`: rows past its end are its first row with nothing to learn.
+
+    Without it accelerate fills the last, smaller step with rows of the epoch's beginning, which would then count twice.
+    """
+
+    def __init__(self, dataset: Any, batch: int) -> None:
+        self.dataset = dataset
+        self.extra = -len(dataset) % batch
+        self.blank = blank(dataset[0])
+
+    def __len__(self) -> int:
+        return len(self.dataset) + self.extra
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.dataset[i] if i < len(self.dataset) else self.blank
+
+
+def blank(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without a label (SFT, packed or not), or of weight 0."""
+    def nothing(labels: list[Any]) -> list[Any]:
+        return [nothing(one) if isinstance(one, list) else -100 for one in labels]
+
+    return {**row, "labels": nothing(row["labels"])} if "labels" in row else {**row, "weight": 0.0}
