@@ -127,7 +127,8 @@ def eval_policy(
     sets: Sets = [], as_json: Json = False, quiet: Quiet = False,
 ) -> None:
     """Checkpoints on held-out prompts: gold or proxy, win rate over decided pairs, KL, length, diversity, refusals."""
-    from pipelines.eval_policy import run, show
+    from pipelines.eval_policy import run
+    from pipelines.eval_report import show
 
     report = run(config, sets, quiet or as_json)
     if as_json:

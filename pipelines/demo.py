@@ -53,7 +53,7 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
     """Run the preset, train on what it made, print the tables, give the exit code."""
     from pipelines import demo_training
     from pipelines.cli import ending, report
-    from pipelines.eval_policy import show as show_policies
+    from pipelines.eval_report import show as show_policies
     from pipelines.runner import run
 
     chosen = [f"store={store}", f"prompts.limit={prompts}", *sets]

@@ -4,7 +4,6 @@ In the embedded world the oracle gives the gold score; elsewhere there is none, 
 """
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,17 +12,15 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from factory import yamlio
-from factory.console import Progress, console, table
+from factory.console import Progress
 from factory.errors import ConfigError
 from factory.types import Prompt
+from pipelines import charts
 from pipelines.config import PromptsConfig
 from pipelines.config_checks import MICROWORLD
 from trainers import evaluate
 from trainers.common import Strict, load_policy, load_tokenizer, model_folder, record_eval, seed_everything
 from trainers.evaluate import Against, Answer
-
-SHOWN = ("gold", "broken", "helps_harmless", "coherent", "proxy", "kl", "entropy", "words", "ended", "refuses_harmless",
-         "complies_harmful", "distinct_2", "self_bleu")
 
 
 class HeldOut(PromptsConfig):
@@ -53,7 +50,7 @@ class Config(Strict):
     judge_samples: int = Field(1, ge=1, description="Answers to each prompt that the judge compares.")
     constitution: str | None = Field(None, description="Whose weights the gold score takes; left out: all weigh the same.")
     store: str | None = Field(None, description="Where the results are recorded.")
-    out: str | None = Field(None, description="A folder for answers.jsonl and report.html.")
+    out: str | None = Field(None, description="A folder for answers.jsonl, report.html and report.png.")
     template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -95,6 +92,8 @@ def run(path: Path | None, sets: Iterable[str] = (), quiet: bool = False) -> Rep
 
 def evaluate_policies(config: Config, quiet: bool = False) -> Report:
     """Sample, measure, compare, record."""
+    if config.out:
+        charts.ready()
     prompts = held_out(config)
     names = list(config.policies)
     report = Report(config.baseline or names[0], len(prompts), config.samples)
@@ -242,70 +241,10 @@ def _record(config: Config, report: Report, prompts: Sequence[Prompt], found: di
         record_eval(config.store, "eval policy", folder or name, metrics, policy=name, prompts=len(prompts),
                     samples=report.samples, seed=config.seed, weights=model_identity(model_folder(folder)) if folder else None)
     if config.out:
+        from pipelines.eval_report import write_report
+
         write_report(Path(config.out), report, prompts, found)
 
 
 def _bounds(value: Any) -> Any:
     return value if isinstance(value, float) else {"value": value.value, "low": value.low, "high": value.high}
-
-
-def write_report(out: Path, report: Report, prompts: Sequence[Prompt], found: dict[str, list[Answer]]) -> None:
-    """answers.jsonl (every answer with its numbers) and report.html (the tables, and gold against KL drawn)."""
-    import orjson
-
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "answers.jsonl", "wb") as file:
-        for name, some in found.items():
-            for a in some:
-                file.write(orjson.dumps({"policy": name, "prompt": prompts[a.prompt].id, **{
-                    k: getattr(a, k) for k in Answer.__dataclass_fields__ if k != "prompt"}}) + b"\n")
-    rows = "".join(f"<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{_cell(f.get(k))}</td>" for k in SHOWN) + "</tr>"
-                   for name, f in report.policies.items())
-    head = "".join(f"<th>{k}</th>" for k in SHOWN)
-    (out / "report.html").write_text(
-        "<!doctype html><meta charset=utf-8><title>Policies</title><style>body{font:14px sans-serif}td,th{padding:4px 8px;"
-        "text-align:right}th{text-align:left}</style>"
-        f"<h1>Policies on {report.prompts:,} held-out prompts, {report.samples} answers each</h1><table><tr><th></th>{head}"
-        f"</tr>{rows}</table>{_drawn(report)}" + "".join(f"<p>{html.escape(n)}</p>" for n in report.notes), encoding="utf-8")
-
-
-def _drawn(report: Report) -> str:
-    """Value against KL as SVG, with intervals; nothing where either is unknown."""
-    points = [(name, f["kl"], f[report.value]) for name, f in report.policies.items()
-              if "kl" in f and report.value in f and f["kl"].value is not None]
-    if len(points) < 2:
-        return ""
-    most = max(max(kl.value for _, kl, _ in points), 1e-9)
-    low, high = min(v.low for _, _, v in points), max(v.high for _, _, v in points)
-    span = max(high - low, 1e-9)
-
-    def y(v: float) -> float:
-        return 220 - 200 * (v - low) / span
-
-    marks = "".join(
-        f'<line x1="{x}" x2="{x}" y1="{y(v.low):.1f}" y2="{y(v.high):.1f}" stroke="black"/>'
-        f'<circle cx="{x}" cy="{y(v.value):.1f}" r="3"/><text x="{x + 6}" y="{y(v.value):.1f}">{html.escape(name)}</text>'
-        for name, kl, v in points for x in (round(40 + 480 * max(kl.value, 0) / most, 1),))
-    return (f'<svg width="640" height="260" font-size="12"><text x="40" y="250">KL from the reference, 0 to {most:.1f} nats an '
-            f'answer; {report.value} from {low:.2f} to {high:.2f}</text>{marks}</svg>')
-
-
-def _cell(estimate: Any) -> str:
-    if estimate is None or estimate.value is None:
-        return ""
-    return f"{estimate.value:.3f}" + (f" ({estimate.low:.3f} to {estimate.high:.3f})" if estimate.low is not None else "")
-
-
-def show(report: Report) -> None:
-    """The tables on the console."""
-    names = [k for k in SHOWN if any(k in f for f in report.policies.values())]
-    table(f"{report.prompts:,} held-out prompts, {report.samples} answers each, intervals over prompts", ("", *report.policies),
-          [(k, *(_cell(f.get(k)) for f in report.policies.values())) for k in names],
-          "kl and entropy in nats an answer; broken: at least one principle, by the oracle" if report.value == "gold" else "")
-    if report.against:
-        table(f"Against {report.baseline}, by {report.value}", ("", "decided", "win rate of decided", "length-controlled",
-                                                                "difference", "p (paired)"),
-              [(name, _cell(a.decided), _cell(a.win_rate), _cell(a.length_controlled), _cell(a.difference), a.p)
-               for name, a in report.against.items()])
-    for note in report.notes:
-        console().print(note, markup=False)

@@ -107,7 +107,9 @@ def test_the_command_in_the_embedded_world(folders, tmp_path):
     assert report["policies"]["same"]["gold"]["value"] == report["policies"]["one"]["gold"]["value"]   # the same draws
     assert report["against"]["same"]["p"] == 1.0 and report["policies"]["two"]["kl"]["value"] > 0
     rows = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
-    assert len(rows) == 36 and "<svg" in (tmp_path / "out/report.html").read_text()
+    page = (tmp_path / "out/report.html").read_text()
+    assert len(rows) == 36 and page.count("<svg") == 1 and "By checkpoint" in page and "over its square root" in page
+    assert (tmp_path / "out/report.png").read_bytes()[:4] == b"\x89PNG"
     evals = [json.loads(v) for (v,) in sqlite3.connect(tmp_path / "store/ledger.sqlite").execute("SELECT value FROM evals")]
     assert [e["policy"] for e in evals] == ["one", "two", "same"] and evals[0]["metrics"]["gold"]["n"] == 6
 
