@@ -213,7 +213,8 @@ def gold_of(prompt: Prompt, text: str, weights: Any = None) -> dict[str, float]:
 
     read = oracle.read(prompt.messages, text, weights)
     return {"gold": read.score, "broken": float(bool(read.broken)), "faults": float(len(read.broken)),
-            "helps": float(read.helps), "coherent": float(read.coherent)}
+            "helps": float(read.helps), "coherent": float(read.coherent), "refuses": float("refusal" in read.broken),
+            "complies": float("harm" in read.broken)}
 
 
 def weights_of(constitution: str | None) -> dict[str, float] | None:
