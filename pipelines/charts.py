@@ -34,11 +34,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points of one kind; `joined` draws a line through them in their order."""
+    """Points of one kind; `joined` draws a line through them in their order, `marked` the points themselves."""
 
     name: str
     points: Sequence[Point]
     joined: bool = True
+    marked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def draw(charts: Sequence[Chart]) -> Any:
 
 def _series(axes: Any, series: Series, kl: bool, colour: str, mark: str) -> None:
     xs = [sqrt(max(p.x, 0.0)) if kl else p.x for p in series.points]
-    axes.plot(xs, [p.y for p in series.points], color=colour, marker=mark, label=series.name,
+    axes.plot(xs, [p.y for p in series.points], color=colour, marker=mark if series.marked else "", label=series.name,
               linestyle="-" if series.joined else "none")
     for x, p in zip(xs, series.points, strict=True):
         if p.low is not None and p.high is not None:

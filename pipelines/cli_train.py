@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -119,6 +119,41 @@ def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Qui
         raise typer.Exit(1)
     named = ", ".join(f"round-{row['round']}: {row['policy']}" for row in done["rounds"])
     hint(f"prefab eval policy --set 'policies={{first: {done['rounds'][0]['sampled']}, {named}}}'")
+
+
+@app.command()
+def sweep(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
+    """PPO over beta, seeds and rewards: proxy and gold over sqrt(KL), Gao's form fitted, the sweet spot marked; resumable."""
+    from pipelines.sweep import sweep as run
+
+    try:
+        found = run(config, sets, quiet or as_json)
+    except KeyboardInterrupt:
+        warn("stopped; the same command goes on from here")
+        hint(" ".join(["prefab sweep", str(config), *(f"--set {text}" for text in sets)]))
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(found)
+    else:
+        _show_sweep(found)
+    raise typer.Exit(1 if found["failed"] else 0)
+
+
+def _show_sweep(found: dict[str, Any]) -> None:
+    """Each beta's end and best point, and each arm's fit."""
+    from pipelines.sweep import COLUMNS, rows
+
+    table("gold gained over the reference, means over seeds", COLUMNS, rows(found))
+    fits = [(arm, told["fit"]["a"], told["fit"]["b"], told["peak_kl"], told["peak_gained"]) for arm, told in found["arms"].items()]
+    table("gold gained = d (a - b log d), d = sqrt(KL)", ("rewards", "a (95%)", "b (95%)", "peak at KL", "gold gained there"),
+          [(arm, _interval(a), _interval(b), kl, gained) for arm, a, b, kl, gained in fits],
+          "No peak: gold had not turned within what was seen. Charts: " + ", ".join(found["files"]))
+    best = max(found["arms"].values(), key=lambda told: told["best"]["gained"])["best"]
+    hint(f"prefab train ppo ppo --set beta={best['beta']:g}")
+
+
+def _interval(e: dict[str, Any]) -> str:
+    return e["undefined"] or "" if e["value"] is None else f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})"
 
 
 @eval_app.command("policy")
