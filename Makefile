@@ -41,11 +41,13 @@ bench: setup     ## every benchmark (half an hour; on a quiet machine only; `mak
 	$(PY) -m benchmarks.vllm_load
 	$(PY) -m benchmarks.agreement
 
-peers-venvs:     ## environments of the peers that benchmarks/clients.py compares with
+peers-venvs:     ## environments of the peers that benchmarks/clients.py and benchmarks/ppo_speed.py compare with
 	python3 -m venv peers-venvs/core
 	peers-venvs/core/bin/pip install -q aiohttp uvloop orjson httptools
 	python3 -m venv peers-venvs/distilabel
 	peers-venvs/distilabel/bin/pip install -q 'distilabel[openai]==1.5.3' requests
+	python3 -m venv peers-venvs/trl
+	peers-venvs/trl/bin/pip install -q torch==2.13.0 trl==1.9.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0
 
 # Resolves without pip's configuration: where the CPU build of torch is, say with UV_FIND_LINKS or UV_EXTRA_INDEX_URL.
 COMPILE = $(UV) pip compile --quiet --python-version 3.11 --no-header --no-annotate --extra serve --extra train --extra dev
