@@ -37,9 +37,9 @@ def project_in(folder: Path, **changes) -> Path:
     judge, and the rounds' configuration beside it."""
     model = trained.make_model(folder / "model")
     value = project.pipeline(
-        folder, 4, policy={"engine": "here", "samples": 2, "temperature": 1.0, "max_tokens": 6}, budget={"unscored": None},
+        folder, 10, policy={"engine": "here", "samples": 2, "temperature": 1.0, "max_tokens": 6}, budget={"unscored": None},
         engines={"here": {"engine": "hf", "model": str(model), "batch": 1}, "local": {"engine": "scripted"}},
-        panel={"judges": [{"name": "judge", "kind": "pairwise", "engine": "local", "min_label_mass": 0.1}]})
+        panel={"judges": [{"name": "judge", "kind": "pairwise", "engine": "local", "min_label_mass": 0.1}], "tie_margin": 0.0})
     project.write(folder, value)
     config = {"pipeline": str(folder / "pipeline.yaml"), "out": str(folder / "out"), "rounds": 2, "source": {"truncated": True},
               "train": DPO, **changes}
