@@ -10,10 +10,10 @@ import argparse
 import asyncio
 import json
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,11 +57,10 @@ class Asker:
     """Puts requests to one engine, at most `max_in_flight` at a time."""
 
     def __init__(self, engine) -> None:
-        self.engine, self.gate, self.calls = engine, asyncio.Semaphore(engine.max_in_flight), 0
+        self.engine, self.gate = engine, asyncio.Semaphore(engine.max_in_flight)
 
     async def all(self, requests: Sequence[Request]) -> list[Completion]:
         """The answers, in order."""
-        self.calls += len(requests)
         return list(await asyncio.gather(*(self._one(r) for r in requests)))
 
     async def _one(self, request: Request) -> Completion:
@@ -226,18 +225,24 @@ async def probes(ask: Asker, n: int) -> dict:
     return found | {"free words": free["mean"], "free words, by principle": free["by_principle"]}
 
 
-async def evaluate(name: str, n: int, log=print) -> dict:
-    """All of it for one model."""
+def parts(ask: Asker, n: int) -> dict[str, Callable[[], Coroutine[Any, Any, dict]]]:
+    """What is measured, by name; n items a principle where one is judged or mended, fewer for the probes."""
+    return {"revision": lambda: revisions(ask, n * len(g.PRINCIPLES)), "policy": lambda: policy(ask, 4 * n),
+            "singles": lambda: singles(ask, n), "pairwise": lambda: pairs(ask, n), "held_out": lambda: pairs(ask, n, held_out=True),
+            "ties": lambda: ties(ask, n), "probes": lambda: probes(ask, max(n // 10, 10))}
+
+
+async def evaluate(name: str, n: int, wanted: Sequence[str] = (), log=print) -> dict:
+    """All of it, or the parts that are wanted, for one model."""
     engine = make({"engine": "vllm", "model": name, "max_in_flight": 64}, name)
     await engine.start()
     try:
-        ask, out, started = Asker(engine), {"model": name}, time.time()
-        for part, work in (("revision", revisions(ask, max(2 * n, 220))), ("policy", policy(ask, 4 * n)), ("singles", singles(ask, n)),
-                           ("pairwise", pairs(ask, n)), ("held_out", pairs(ask, n, held_out=True)), ("ties", ties(ask, n // 4)),
-                           ("probes", probes(ask, max(n // 10, 10)))):
-            out[part] = await work
-            log(f"{name} {part}: {json.dumps({k: v for k, v in out[part].items() if not isinstance(v, dict)})}")
-        return out | {"calls": ask.calls, "seconds": round(time.time() - started, 1)}
+        out: dict[str, Any] = {"model": name}
+        for part, work in parts(Asker(engine), n).items():
+            if not wanted or part in wanted:
+                out[part] = await work()
+                log(f"{name} {part}: {json.dumps({k: v for k, v in out[part].items() if not isinstance(v, dict)})}")
+        return out
     finally:
         await engine.stop()
 
@@ -275,10 +280,12 @@ def main() -> None:
     there = [name for name in ("prefab-tiny", "prefab-nano") if (WEIGHTS / name).is_dir()]
     parser.add_argument("models", nargs="*", default=there)
     parser.add_argument("-n", type=int, default=500, help="items a principle")
-    parser.add_argument("--out", type=Path, help="keeps what it holds of models that are not measured now")
+    parser.add_argument("--out", type=Path, help="keeps what it holds of what is not measured now")
+    parser.add_argument("--parts", nargs="*", default=[], choices=list(parts(None, 0)), help="these alone")
     args = parser.parse_args()
     known = {r["model"]: r for r in json.loads(args.out.read_text())} if args.out and args.out.exists() else {}
-    known |= {name: asyncio.run(evaluate(name, args.n)) for name in args.models}
+    for name in args.models:
+        known[name] = known.get(name, {}) | asyncio.run(evaluate(name, args.n, args.parts))
     results = [known[name] for name in sorted(known, reverse=True)]
     print(table(results))
     if args.out:

@@ -23,7 +23,7 @@ from pipelines import train_rl
 from pipelines.config import Id, PipelineConfig
 from pipelines.config_checks import locate
 from pipelines.loading import Loaded, load
-from trainers.common import Strict, model_folder, record_eval
+from trainers.common import Strict, model_folder, record_eval, write_json
 
 ENGINE = "round-policy"   # the engine of a policy that was trained; judges and critic keep theirs
 LOADS = ("vllm", "hf")    # engines that load weights from a folder
@@ -105,15 +105,7 @@ def claim(config: Config, loaded: Loaded) -> None:
         if changed := sorted(k for k in {*wanted, *there} if wanted.get(k) != there.get(k)):
             raise ConfigError(f"out: {config.out} holds rounds of another configuration (other {', '.join(changed)}). Name "
                               "another folder, or delete this one to begin anew")
-    write(file, wanted)
-
-
-def write(file: Path, value: dict[str, Any]) -> None:
-    """A JSON file that is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(file.name + ".new")
-    new.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2))
-    new.replace(file)
+    write_json(file, wanted)
 
 
 def ended(config: Config, round: int) -> dict[str, Any] | None:
@@ -160,7 +152,7 @@ def sample(config: Config, pipeline: PipelineConfig, file: Path, round: int, pol
     row = {"round": round, "run": f"{result.name}@{result.version}", "sampled": policy,
            "weights": model_identity(model_folder(policy)), "asked": result.asked, "reused": result.reused,
            "failed": result.failed, "comparisons": result.preferences.height, "pairs": pairs}
-    write(made, row)
+    write_json(made, row)
     return row
 
 
@@ -211,5 +203,5 @@ def one_round(config: Config, pipeline: PipelineConfig, file: Path, round: int, 
     row["trained"] = model_identity(model_folder(row["policy"]))
     record_eval(pipeline.store, "online", row["run"], row["metrics"], method=config.method, round=round,
                 weights=row["weights"], trained=row["trained"])
-    write(_folder(config, round) / "round.json", row)
+    write_json(_folder(config, round) / "round.json", row)
     return row

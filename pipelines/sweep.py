@@ -23,10 +23,9 @@ from factory.errors import ConfigError
 from factory.stats import t_quantile
 from pipelines import charts, train_rl
 from pipelines.judge_reward import opened
-from pipelines.online import write
 from trainers import monitors, ppo, rewards, rollout
 from trainers.actor import as_reference
-from trainers.common import Strict, TrainError
+from trainers.common import Strict, TrainError, write_json
 from trainers.resume import METRICS, read_metrics
 from trainers.rewards import RewardConfig
 
@@ -97,7 +96,7 @@ def sweep(path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str
     found = measured(points, alarms) | {"failed": failed}
     out = Path(config.out)
     found["files"] = [str(p) for p in drawn(out, found)]
-    write(out / "sweep.json", found)
+    write_json(out / "sweep.json", found)
     return found
 
 
@@ -150,7 +149,7 @@ def trained(config: ppo.Config, name: str, quiet: bool) -> dict[str, Any]:
     rows = [m for m in read_metrics(Path(config.out) / METRICS) if "eval/gold" in m]
     done = {"config": wanted, "start": start, "stopped": state["stopped"], "alarm": next((m["alarm"] for m in rows if m["alarm"]), ""),
             "evaluations": [{"step": m["step"], "kl": m["eval/kl"], "proxy": m["eval/proxy"], "gold": m["eval/gold"]} for m in rows]}
-    write(file, done)
+    write_json(file, done)
     return done
 
 
@@ -181,7 +180,7 @@ def measured(points: Sequence[Point], alarms: dict[tuple[str, float], list[bool]
         furthest = sqrt(max(max(p.kl for p in some), 0.0))
         peak = fit.peak if fit.peak is not None and fit.peak <= furthest else None   # beyond what was seen is a guess
         arms[arm] = {"best": asdict(best), "fit": asdict(fit), "peak_kl": None if peak is None else peak**2,
-                     "peak_gained": None if peak is None else curve(fit, peak)}
+                     "peak_gained": None if peak is None else curve(fit.a.value, fit.b.value, peak)}
     last = {(m.arm, m.beta): m for m in sorted(means, key=lambda m: m.step)}
     best = {key: max((m for m in means if (m.arm, m.beta) == key), key=lambda m: (m.gained, -m.kl)) for key in last}
     table = [{"arm": arm, "beta": beta, "seeds": last[arm, beta].seeds, "end": asdict(last[arm, beta]), "best": asdict(best[arm, beta]),
@@ -214,7 +213,7 @@ def drawn(out: Path, found: dict[str, Any]) -> list[Path]:
         furthest = sqrt(max(max(m["kl"] for m in found["means"] if m["arm"] == arm), 0.0))
         if fit["a"]["value"] is not None and furthest > 0:
             ds = [furthest * (k + 1) / 100 for k in range(100)]
-            line = [charts.Point(d * d, d * (fit["a"]["value"] - fit["b"]["value"] * log(d))) for d in ds]
+            line = [charts.Point(d * d, curve(fit["a"]["value"], fit["b"]["value"], d)) for d in ds]
             gold.append(charts.Series(f"{arm}: fit", line, marked=False))
         if told["peak_kl"] is not None:
             gold.append(charts.Series(f"{arm}: the fit's peak", [charts.Point(told["peak_kl"], told["peak_gained"])], joined=False))
@@ -227,9 +226,9 @@ def drawn(out: Path, found: dict[str, Any]) -> list[Path]:
     return sorted(files, reverse=True)
 
 
-def curve(fit: monitors.Fit, d: float) -> float:
-    """Gold gained at distance d = sqrt(KL), by the fit: d (a - b log d)."""
-    return 0.0 if d <= 0 else d * (fit.a.value - fit.b.value * log(d))
+def curve(a: float, b: float, d: float) -> float:
+    """Gold gained at distance d = sqrt(KL): d (a - b log d)."""
+    return 0.0 if d <= 0 else d * (a - b * log(d))
 
 
 def over_seeds(points: Sequence[Point]) -> list[Mean]:

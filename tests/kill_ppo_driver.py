@@ -4,14 +4,13 @@
 """
 from __future__ import annotations
 
-import os
 import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from killer import until_done  # noqa: E402
 
 from benchmarks.answer_world import World  # noqa: E402
 from trainers import ppo, rewards  # noqa: E402
@@ -40,33 +39,6 @@ def train(settings: ppo.Config) -> None:
     ppo.run(settings, prompts, rewards.single(noisy), rewards.Source("gold", (WORLD.reward,)), prompts)
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    draw, killed, tries = random.Random(seed), 0, 0
-    while True:
-        tries += 1
-        child = os.fork()
-        if child == 0:
-            train(config(folder, "killed", store=str(folder / "store")))
-            os._exit(0)
-        deadline = time.monotonic() + (draw.uniform(0.1, 1.5) if killed < kills else 600)
-        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if done == (0, 0):
-            os.kill(child, signal.SIGKILL)
-            done = os.waitpid(child, 0)
-        if os.WIFSIGNALED(done[1]):
-            killed += 1
-        elif os.WEXITSTATUS(done[1]):
-            sys.exit(f"try {tries} failed")
-        else:
-            print(f"{killed} killed")
-            return
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    until_done(lambda: train(config(folder, "killed", store=str(folder / "store"))), kills, seed, 1.5)

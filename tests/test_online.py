@@ -3,11 +3,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import project
@@ -151,38 +148,7 @@ def test_a_policy_that_was_changed_by_hand_is_told(tmp_path):
         ended(config, 1)
 
 
-def main(file: Path, kills: int, seed: int) -> None:
-    """Run the rounds in children that are killed with SIGKILL at random moments, until one gets to the end."""
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    draw, killed = random.Random(seed), 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            train(file, quiet=True)
-            os._exit(0)
-        # CPU seconds, not those of the clock: on a busy machine a try would otherwise never get anywhere
-        limit = draw.uniform(0.2, 4.0) if killed < kills else 1e9
-        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and cpu_s(child) < limit:
-            time.sleep(0.01)
-        if done == (0, 0):
-            os.kill(child, signal.SIGKILL)
-            done = os.waitpid(child, 0)
-        if os.WIFSIGNALED(done[1]):
-            killed += 1
-        elif os.WEXITSTATUS(done[1]):
-            sys.exit("a try failed")
-        else:
-            return print(f"{killed} killed")
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    from killer import until_done
+
+    until_done(lambda: train(Path(sys.argv[1]), quiet=True), int(sys.argv[2]), int(sys.argv[3]), 4.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
+from pathlib import Path
 
 import pytest
 import tinymodel
@@ -111,6 +112,27 @@ def test_a_checkpoint_cut_off_while_written_is_not_the_last(tmp_path):
     assert common.last_checkpoint(tmp_path).name == "checkpoint-10"
     assert not (tmp_path / "checkpoint-12").exists()
     assert common.last_checkpoint(tmp_path / "none") is None
+
+
+def test_a_record_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "new" / "training.json"
+    common.write_json(file, {"steps": 1})
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # as a kill just before
+    with pytest.raises(KeyboardInterrupt):
+        common.write_json(file, {"steps": 2})
+    assert json.loads(file.read_text()) == {"steps": 1}
+
+
+def test_a_kill_while_the_first_record_is_written_leaves_a_folder_to_go_on_in(tmp_path):
+    from trainers import loop, sft
+
+    config = sft.Config(model="prefab-nano", out=str(tmp_path / "out"), data={"sources": [{"store": "x"}]})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / (loop.RECORD + common.NEW)).write_text('{"iden')
+    assert loop.finished(config, "sft") is None
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds no training"):
+        loop.finished(config, "sft")
 
 
 def test_evaluations_reach_the_ledger(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from factory.engines import resolve_model
 from factory.errors import ConfigError, PrefabError, StoreError
 
 COMPLETE = "prefab-complete"  # stands in a checkpoint once everything else does
+NEW = ".new"  # how a file ends that is being written
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 Turns = Sequence[Mapping[str, str]]
 
@@ -158,6 +160,14 @@ def load_reward(model: str, attention: Attention = "auto", dtype: str = "float32
     if not is_reward:
         torch.nn.init.normal_(loaded.score.weight, std=(loaded.score.weight.shape[1] + 1) ** -0.5)
     return loaded.to(device)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """A JSON file that is there whole or not at all, whenever the process is killed. Its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(file.name + NEW)
+    new.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    new.replace(file)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from factory.errors import ConfigError
 from trainers import layout, processes
 from trainers.card import write_card
 from trainers.common import (
+    NEW,
     Attention,
     Lora,
     Strict,
@@ -31,6 +32,7 @@ from trainers.common import (
     model_folder,
     record_eval,
     told,
+    write_json,
 )
 from trainers.data import DataConfig, Rows
 
@@ -240,7 +242,7 @@ def finished(config: StageConfig, stage: str) -> dict[str, Any] | None:
     out = Path(config.out)
     file = out / RECORD
     if not file.exists():
-        if out.exists() and any(p for p in out.iterdir() if p.name not in ("reference", "README.md")):
+        if out.exists() and any(p for p in out.iterdir() if p.name not in ("reference", "README.md", RECORD + NEW)):
             raise ConfigError(f"out: {out} is there already and holds no training; name a new folder")
         return None
     record = json.loads(file.read_text())
@@ -283,8 +285,7 @@ def fit(trainer: Any, config: StageConfig, stage: str, found: Rows, tokenizer: A
         raise ConfigError(f"out: {out} holds an unfinished training on other data. Name a new folder, or delete it")
     trainer.accelerator.wait_for_everyone()  # all have read what stands there
     if main:
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=1))
+        write_json(file, record)
     _callbacks(trainer, config, stage, quiet or not main)
     began = time.monotonic()
     with told(out):
@@ -302,7 +303,7 @@ def fit(trainer: Any, config: StageConfig, stage: str, found: Rows, tokenizer: A
             _write(trainer, config, tokenizer, out, sharded)
             record["result"] = result
             write_card(out, stage, config, result, record, trainer.state.log_history)
-            file.write_text(json.dumps(record, indent=1))
+            write_json(file, record)
             record_eval(result_store(config), f"train {stage}", str(out), result["metrics"], steps=result["steps"],
                         data=record["data"], weights=identity["weights"], seed=config.seed,
                         history=[h for h in trainer.state.log_history if "eval_loss" in h])

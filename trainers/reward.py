@@ -15,7 +15,15 @@ from pydantic import Field
 from factory.errors import ConfigError
 from factory.templates import neutralise
 from trainers import data, layout, loop, losses, processes
-from trainers.common import conversation_ids, load_reward, load_tokenizer, lora_config, record_eval, seed_everything
+from trainers.common import (
+    conversation_ids,
+    load_reward,
+    load_tokenizer,
+    lora_config,
+    record_eval,
+    seed_everything,
+    write_json,
+)
 from trainers.loop import StageConfig
 
 if TYPE_CHECKING:
@@ -85,7 +93,7 @@ def run(config: Config, quiet: bool = False) -> dict[str, Any]:
               "train": results[-1]["train"], "val": results[-1]["val"], "seconds": sum(r["seconds"] for r in results),
               "metrics": {"accuracy": sum(accuracies) / len(accuracies), "accuracy_worst": min(accuracies)}}
     if processes.is_main():
-        (out / FILE).write_text(json.dumps(settings, indent=1))
+        write_json(out / FILE, settings)
         record_eval(loop.result_store(config), "train reward ensemble", str(out), result["metrics"], members=len(results))
     return result
 
@@ -97,7 +105,7 @@ def _member(config: Config, quiet: bool) -> dict[str, Any]:
 
     def finish(model: Any) -> dict[str, Any]:
         mean, deviation = normalisation(model, made.train_dataset, tokenizer.pad_token_id, config.batch_size)
-        (Path(config.out) / FILE).write_text(json.dumps({"mean": mean, "deviation": deviation}, indent=1))
+        write_json(Path(config.out) / FILE, {"mean": mean, "deviation": deviation})
         return {"reward_mean": mean, "reward_deviation": deviation}
 
     return loop.fit(made, config, "reward", found, tokenizer, quiet, finish)

@@ -19,7 +19,7 @@ from typing import Any
 from factory.errors import EngineError
 
 TELL_EVERY_S = 4.0
-FEW_CORES = 8
+FEW_CORES = 8    # up to so many, servers share them as the system sees fit
 LAST_LINES, LINE = 8, 240  # of a log, shown when its server failed
 _PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
 _REASON = re.compile(r"^\s*(?:[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*:|.*\berror: )\s*\S")
