@@ -7,7 +7,8 @@
 1. base answers prompts of train and val; revised by a sweep, compared by prefab-tiny (and once more by prefab-nano).
 2. per seed: SFT on the swept revisions; DPO of base on base's own pairs; a mixture of base and SFT answers, compared, and
    DPO of SFT on that; a reward model. With --ablation, reward models and DPO by judge (tiny, nano) and label: the mean of
-   what principles say, their log-odds added up, and hard.
+   what principles say, their log-odds added up, and hard. With --online, PPO and GRPO against that reward model, from base
+   and from SFT, and DPO of base at a smaller beta, for the gold of each method at equal KL.
 3. everything on prompts of the test split, 2,000 answers a figure, intervals over prompts, paired; reward models on fresh
    test pairs against the oracle.
 Learning rate, beta and margin are arguments: choose them with `--split val`, then measure once with `--split test`.
@@ -52,6 +53,7 @@ class Mixed:
         await self.both[1].stop()
 
 
+FAR = "DPO of base, far"
 LABELS = {"log-odds": ("-odds", "soft"), "mean": ("", "soft"), "hard": ("", "hard")}  # the run's name ends so; labels
 CORE = ("tiny", "log-odds")
 
@@ -149,7 +151,27 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
         fill(args.folder / "store")
         policies.setdefault("SFT, then DPO", []).append(
             stage(args, "dpo", f"sft-dpo-{seed}", mixed, seed, model=sft, **tune))
+        if args.online:
+            far = {**tune, "beta": args.beta / 4, "epochs": 3 * args.dpo_epochs}
+            policies.setdefault(FAR, []).append(stage(args, "dpo", f"dpo-far-{seed}", "base-tiny-odds", seed, **far))
+            for method in ("ppo", "grpo"):
+                for name, start in ((f"SFT, then {method.upper()}", sft), (f"{method.upper()} of base", BASE)):
+                    policies.setdefault(name, []).append(online(args, method, start, rewards[", ".join(CORE)][-1], seed))
     return policies, rewards
+
+
+def online(args: argparse.Namespace, method: str, start: str, reward: str, seed: int) -> str:
+    """PPO or GRPO against a reward model, by its preset; gives the policy's folder."""
+    from pipelines.demo_training import overrides, watched
+    from pipelines.train_rl import train
+
+    out = args.folder / f"{method}-{'base' if start == BASE else 'sft'}-{seed}"
+    train(method, Path(method), overrides(
+        model=start, out=str(out), store=None, seed=seed, threads=args.threads, steps=args.rl_steps, beta=args.rl_beta,
+        eval_every=max(1, args.rl_steps // 10), rewards=[{"name": "preference", "kind": "model", "paths": [reward]}],
+        data__sources=[{"store": str(args.folder / "store"), "run": "base-tiny"},
+                       {"files": str(watched(args.folder))}]), quiet=False)
+    return str(out / "policy")
 
 
 def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, Any]:
@@ -170,7 +192,7 @@ def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[
         made[name] = {"figures": evaluate.figures(pooled, harmful), "seeds": [
             {k: v.value for k, v in evaluate.figures(some, harmful).items()} for some in per]}
         others = {"base": [found["base"]] * len(per)} if name != "base" else {}
-        if name == "SFT, then DPO":
+        if name.startswith("SFT, then"):
             others["SFT on revisions"] = [found[f"SFT on revisions #{k}"] for k in range(len(per))]
         for other, theirs in others.items():
             pool = [a for some in theirs for a in some]
@@ -178,6 +200,43 @@ def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[
                                                               lambda a: a.gold["gold"])
             made[name][f"broken against {other}"] = evaluate.against(_in_order(pooled), _in_order(pool),
                                                                      lambda a: -a.gold["broken"]).difference
+    return made
+
+
+def at_equal_kl(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, Any]:
+    """Gold gained over base at the same KL by method, on the same prompts of the validation split, over seeds.
+
+    PPO and GRPO tell it all along their way; DPO has two ends. Between points a straight line over sqrt(KL), from no gain
+    at no distance. An interval is Student's over seeds; a distance that a seed did not reach is left out.
+    """
+    import numpy as np
+
+    from factory.stats import t_quantile
+    from pipelines.eval_policy import Config, held_out, sample_all
+    from trainers.resume import METRICS, read_metrics
+
+    ends = [name for name in policies if name.startswith("DPO of base (tiny") or name == FAR]
+    flat = {"base": BASE} | {f"{name} #{k}": folder for name in ends for k, folder in enumerate(policies[name])}
+    config = Config.model_validate({"policies": flat, "samples": 2, "threads": args.threads,
+                                    "prompts": {"source": "microworld", "split": "val", "limit": 256, "seed": 1}})
+    mean = {name: (float(np.mean([a.logp - a.ref_logp for a in some])), float(np.mean([a.gold["gold"] for a in some])))
+            for name, some in sample_all(config, held_out(config)).items()}
+    paths: dict[str, list[list[tuple[float, float]]]] = {"DPO of base": [
+        [(0.0, 0.0)] + [(mean[f"{name} #{k}"][0], mean[f"{name} #{k}"][1] - mean["base"][1]) for name in ends]
+        for k in range(len(policies[FAR]))]}
+    for method in ("PPO", "GRPO"):
+        told = [[m for m in read_metrics(Path(p).parent / METRICS) if "eval/gold" in m] for p in policies[f"{method} of base"]]
+        paths[f"{method} of base"] = [[(m["eval/kl"], m["eval/gold"] - run[0]["eval/gold"]) for m in run] for run in told]
+    made: dict[str, Any] = {}
+    for name, runs in paths.items():
+        for kl in (0.1, 0.2, 0.5, 1.0, 2.0):
+            if min(max(k for k, _ in run) for run in runs) < kl:
+                continue
+            gains = [float(np.interp(kl**0.5, *zip(*sorted((max(k, 0.0) ** 0.5, g) for k, g in run), strict=True)))
+                     for run in runs]
+            half = t_quantile(0.975, len(gains) - 1) * np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else np.nan
+            made[f"{name} at {kl} nats"] = {"gold gained": float(np.mean(gains)), "half of interval": float(half),
+                                            "seeds": len(gains)}
     return made
 
 
@@ -244,6 +303,9 @@ def main() -> None:
     parser.add_argument("--engine", default="vllm", choices=["vllm", "hf"])
     parser.add_argument("--do", default="all", choices=["data", "train", "all"], help="Go no further than this.")
     parser.add_argument("--ablation", action="store_true", help="Also by judge and label.")
+    parser.add_argument("--online", action="store_true", help="Also PPO and GRPO.")
+    parser.add_argument("--rl-steps", type=int, default=60)
+    parser.add_argument("--rl-beta", type=float, default=0.05)
     parser.add_argument("--only", type=int, help="Train this seed alone.")
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--mixed", type=int, default=200, help="Prompts of these whose answers by base and SFT are compared.")
@@ -265,7 +327,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.prompts, args.samples, args.seeds, args.test, args.answers, args.margin = 16, 2, 1, 16, 2, 0.0
-        args.mixed = 16
+        args.mixed, args.rl_steps = 16, 2
     args.folder.mkdir(parents=True, exist_ok=True)
     data(args)
     if args.do == "data":
@@ -276,8 +338,11 @@ def main() -> None:
     labels = labels_measured(args)
     found, scores = evaluated(args, policies), rewards_measured(args, rewards)
     show(labels, found, scores)
+    equal = at_equal_kl(args, policies) if args.online else {}
+    table(["at equal KL", "gold gained over base", "half of the interval over seeds"],
+          [[n, x["gold gained"], x["half of interval"]] for n, x in equal.items()])
     write("policies", args.quick, arguments={k: str(v) for k, v in vars(args).items() if k != "folder"}, labels=labels,
-          policies={n: {k: _plain(v) for k, v in some.items()} for n, some in found.items()},
+          equal_kl=equal, policies={n: {k: _plain(v) for k, v in some.items()} for n, some in found.items()},
           rewards={n: {k: _plain(v) for k, v in some.items()} for n, some in scores.items()})
 
 

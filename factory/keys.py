@@ -24,6 +24,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 WORDS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # configuration, tokenizer, chat template
 NOT_THE_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth",
                  "training.json")  # the record of a training tells when and where it ran
+_KNOWN_KWARGS: dict[str, bytes] = {}
 
 
 def canonical(obj: Any) -> bytes:
@@ -93,7 +94,7 @@ def request_bytes(request: Request) -> bytes:
         messages = orjson.dumps([{"content": m.content, "role": m.role} for m in request.messages])
     except TypeError as error:
         raise ValueError("a message holds a lone surrogate or something that is not text") from error
-    kwargs = canonical(dict(request.template_kwargs)) if request.template_kwargs else b"{}"
+    kwargs = _kwargs(request.template_kwargs) if request.template_kwargs else b"{}"
     repeat = b"[%s]" % b",".join(b"%d" % int(i) for i in request.repeat)
     return b'{"labels":%s,"messages":%s,"model":%s,"repeat":%s,"sampling":%s,"template_kwargs":%s,"v":%d}' % (
         _labels(request.labels), messages, _model(request.model), repeat, _sampling(request.sampling), kwargs, SCHEMA)
@@ -123,6 +124,15 @@ def _sampling(sampling: Sampling) -> bytes:
 @lru_cache(maxsize=256)
 def _labels(labels: tuple[str, ...]) -> bytes:
     return canonical(labels)
+
+
+def _kwargs(kwargs: tuple[tuple[str, Any], ...]) -> bytes:
+    told = repr(kwargs)  # by its text: 1, 1.0 and True are equal, and other questions; values may be unhashable
+    if told not in _KNOWN_KWARGS:
+        if len(_KNOWN_KWARGS) >= 256:
+            _KNOWN_KWARGS.clear()
+        _KNOWN_KWARGS[told] = canonical(dict(kwargs))
+    return _KNOWN_KWARGS[told]
 
 
 @lru_cache(maxsize=64)

@@ -58,6 +58,7 @@ class Template:
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:32]
         compiled = _compile(kind, text, file or name)
         self._blocks = [(role, compiled.blocks[block]) for block, role in ROLES.items() if block in compiled.blocks]
+        compiled.globals = dict(compiled.globals)  # jinja's is a ChainMap, which each context would walk twice
         self._new_context = compiled.new_context
 
     def render(self, **variables: Any) -> tuple[Message, ...]:

@@ -53,11 +53,16 @@ class Chart:
     kl: bool = False
 
 
-def ready() -> None:
-    """Raises: ConfigError where matplotlib is not installed, before anything is measured that would be drawn."""
+def can() -> bool:
+    """Whether matplotlib is installed."""
     from importlib.util import find_spec
 
-    if find_spec("matplotlib") is None:
+    return find_spec("matplotlib") is not None
+
+
+def ready() -> None:
+    """Raises: ConfigError where matplotlib is not installed, before anything is measured that would be drawn."""
+    if not can():
         raise ConfigError("charts need matplotlib: pip install -e '.[train]', or leave `out` away")
 
 

@@ -75,7 +75,7 @@ def grpo(config: StageFile, sets: Sets = [], as_json: Json = False) -> None:
 
 
 def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> None:
-    from pipelines.train_rl import train
+    from pipelines.train_rl import show_gold, train
 
     try:
         done = train(stage, path, sets, as_json)
@@ -90,6 +90,7 @@ def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> 
         names = [name for name in last if isinstance(last[name], int | float) and name in first and name != "step"]
         table(f"{stage}, {done['steps']} steps", ("", "first", "last"), [(n, float(first[n]), float(last[n])) for n in names],
               f"The policy is in {done['policy']}" + (f", the best by gold in {done['best']}" if done["best"] else ""))
+        show_gold(done)
     if done["stopped"]:
         warn(f"stopped before its last step: {done['stopped']}")
         raise typer.Exit(1)

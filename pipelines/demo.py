@@ -55,6 +55,7 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
     from pipelines.cli import ending, report
     from pipelines.eval_report import show as show_policies
     from pipelines.runner import run
+    from pipelines.train_rl import show_gold
 
     chosen = [f"store={store}", f"prompts.limit={prompts}", *sets]
     console(stderr=True).print(
@@ -68,16 +69,18 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
     if not as_json:
         report(result)
         show(result, measured)
-    policies = None
+    policies = told = None
     if train:
         try:
-            policies = demo_training.measure(store, demo_training.train(store, result.run, as_json), as_json)
+            models, told = demo_training.train(store, result.run, as_json)
+            policies = demo_training.measure(store, models, as_json)
         except ConfigError as error:  # so few prompts that a split is empty
             warn(f"no training: {error}. Ask for more --prompts, or say --no-train")
     if as_json:
-        write({"run": result.summary(), **measured, "policies": policies.data() if policies else None})
+        write({"run": result.summary(), **measured, "policies": policies.data() if policies else None, "ppo": told})
     elif policies:
         show_policies(policies)
+        show_gold(told)
     hint(f"prefab export --store {store} --format trl demo-out")
     hint(f'prefab sql --store {store} "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"')
     hint("prefab init my-project            a constitution, prompts and a real model of your own")

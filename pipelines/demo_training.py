@@ -9,24 +9,44 @@ STAGES = ("sft", "reward", "dpo")
 BASE = "prefab-tiny"
 PROMPTS, SAMPLES = 100, 4
 DPO_MARGIN = 0.03  # one of eleven principles that decides makes about 0.045
+PPO = {"steps": 40, "eval_every": 8, "eval_prompts": 256, "save_every": 40}
 
 
-def train(store: Path, run: int, quiet: bool) -> dict[str, Path]:
-    """Train each stage by its preset on a run of the store; give the models' folders. What has ended is not run again.
+def train(store: Path, run: int, quiet: bool) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Train each stage by its preset on a run of the store; the models' folders, and what PPO told on the way.
 
-    Raises: as `pipelines.train_offline.train`.
+    What has ended is not run again. Raises: as `pipelines.train_offline.train`.
     """
-    from pipelines import train_offline
+    from pipelines import train_offline, train_rl
     from pipelines.fill import query
 
     name, version = query(store, "SELECT name, version FROM runs WHERE run = ?", [run]).row(0)
-    found = {}
+    out, source = store / "trained" / f"{name}-{version}", {"store": str(store), "run": f"{name}@{version}"}
+    found = {stage: out / stage for stage in STAGES}
     for stage in STAGES:
-        found[stage] = store / "trained" / f"{name}-{version}" / stage
-        source = {"store": str(store), "run": f"{name}@{version}", **({"margin": DPO_MARGIN} if stage == "dpo" else {})}
-        sets = [f"out={json.dumps(str(found[stage]))}", f"data.sources={json.dumps([source])}"]
-        train_offline.train(stage, Path(stage), sets, quiet)
-    return found
+        sources = [{**source, "margin": DPO_MARGIN} if stage == "dpo" else source]
+        train_offline.train(stage, Path(stage), overrides(out=str(found[stage]), data__sources=sources), quiet)
+    rewards = [{"name": "preference", "kind": "model", "paths": [str(found["reward"])]}]
+    told = train_rl.train("ppo", Path("ppo"), overrides(
+        model=str(found["sft"]), out=str(out / "ppo"), store=str(store), rewards=rewards,
+        data__sources=[source, {"files": str(watched(out))}], **PPO), quiet)
+    return {**found, "ppo": Path(told["policy"])}, told
+
+
+def overrides(**values: Any) -> list[str]:
+    """Values as `--set` takes them; JSON is YAML, whatever a path holds. Two underscores stand for a point."""
+    return [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in values.items()]
+
+
+def watched(out: Path) -> Path:
+    """A file of prompts of the validation split, on which gold is watched while PPO trains."""
+    from factory.microworld import grammar
+
+    rows = [{"prompt": [{"role": m.role, "content": m.content} for m in p.messages], "split": "val"}
+            for p in grammar.prompts("val", PPO["eval_prompts"], 1)]
+    file = out / "watched.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def measure(store: Path, models: dict[str, Path], quiet: bool) -> Any:

@@ -22,11 +22,8 @@ from factory.console import cell, warn
 from factory.errors import ConfigError
 from factory.stats import t_quantile
 from pipelines import charts, train_rl
-from pipelines.judge_reward import opened
-from trainers import monitors, ppo, rewards, rollout
-from trainers.actor import as_reference
+from trainers import monitors, ppo
 from trainers.common import Strict, TrainError, write_json
-from trainers.resume import METRICS, read_metrics
 from trainers.rewards import RewardConfig
 
 
@@ -88,8 +85,9 @@ def sweep(path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str
             failed[name] = str(error)
             warn(f"{name}: {error}")
             continue
-        points += [Point(arm, run.beta, run.seed, e["step"], e["kl"], e["proxy"], e["gold"], e["gold"] - done["start"]["gold"])
-                   for e in done["evaluations"]]
+        start, *later = done["evaluations"]
+        points += [Point(arm, run.beta, run.seed, e["step"], e["kl"], e["proxy"], e["gold"], e["gold"] - start["gold"])
+                   for e in later]
         alarms.setdefault((arm, run.beta), []).append(bool(done["alarm"]))
     if not points:
         raise TrainError("no run came as far as its first evaluation" + "".join(f"; {n}: {e}" for n, e in failed.items()))
@@ -113,6 +111,7 @@ def settings(config: Config) -> list[tuple[str, str, ppo.Config]]:
         ("gold: a sweep sets proxy against gold: name a score that nothing trains on", base.gold is None),
         ("data: no prompts are named", base.data is None),
         ("kl: beta is what is swept: it must be fixed", base.kl != "fixed"),
+        ("reference: gains are measured from where the policy begins: leave it out", base.reference is not None),
         ("eval_every: must be at most steps, or nothing is evaluated", base.eval_every > base.steps),
         ("betas: must be at least 0", min(config.betas) < 0), ("betas, seeds: name each once",
          len({*config.betas}) < len(config.betas) or len({*config.seeds}) < len(config.seeds)),
@@ -144,29 +143,10 @@ def trained(config: ppo.Config, name: str, quiet: bool) -> dict[str, Any]:
         return done
     if not quiet:
         warn(name)
-    start = at_start(config, quiet)
-    state = train_rl.fit("ppo", config, quiet)
-    rows = [m for m in read_metrics(Path(config.out) / METRICS) if "eval/gold" in m]
-    done = {"config": wanted, "start": start, "stopped": state["stopped"], "alarm": next((m["alarm"] for m in rows if m["alarm"]), ""),
-            "evaluations": [{"step": m["step"], "kl": m["eval/kl"], "proxy": m["eval/proxy"], "gold": m["eval/gold"]} for m in rows]}
+    found = train_rl.fit("ppo", config, quiet)
+    done = {"config": wanted, **{name: found[name] for name in ("stopped", "alarm", "evaluations")}}
     write_json(file, done)
     return done
-
-
-def at_start(config: ppo.Config, quiet: bool = True) -> dict[str, float]:
-    """Mean proxy and gold of the reference's own answers to the held-out prompts, drawn and scaled as the run's are."""
-    prompts, watched = rollout.prompts_of(config.data, config.eval_prompts)
-    with opened(config, quiet) as (sources, gold):
-        t = ppo.load(config, prompts, sources)
-        if config.normalise == "reference":
-            t.state.scales = ppo.calibrate(t)
-        ids = rollout.encode(t.tokenizer, watched, t.room, config.template_kwargs)
-        with as_reference(t) as reference:
-            _, texts = ppo.sample(t, ids, "evaluate", reference)
-        proxy, truth = (rewards.score(some, watched, texts, t.state.scales).total for some in (sources, [gold]))
-    if None in truth:
-        raise TrainError(f"gold {gold.name}: {truth.count(None)} of {len(truth)} answers have no score; gold must score all")
-    return {"proxy": fmean(x for x in proxy if x is not None), "gold": fmean(truth)}
 
 
 def measured(points: Sequence[Point], alarms: dict[tuple[str, float], list[bool]]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from factory import store, yamlio
-from factory.console import Progress
+from factory.console import Progress, table, warn
+from pipelines import charts
 from pipelines.config import _override as override
 
 PRESETS = Path(__file__).resolve().parent.parent / "trainers"
@@ -50,10 +51,41 @@ def fit(stage: str, config: Any, quiet: bool) -> dict[str, Any]:
             progress.show(**{name.rpartition("/")[2]: metrics[name] for name in SHOWN if metrics.get(name) is not None})
 
         state = module.run(config, sources=sources, gold=gold, on_step=show)
-    steps = read_metrics(Path(config.out) / METRICS)
-    return {"stage": stage, "policy": str(Path(config.out) / "policy"), "steps": state.step, "stopped": state.stopped,
-            "first": steps[0] if steps else {}, "last": steps[-1] if steps else {},
-            "best": str(Path(config.out) / "best") if state.evaluations else None}
+    out = Path(config.out)
+    steps = read_metrics(out / METRICS)
+    trained = [m for m in steps if m["step"] > 0]
+    evaluations = [{"step": m["step"], "kl": m["eval/kl"], "proxy": m["eval/proxy"], "gold": m["eval/gold"]}
+                   for m in steps if "eval/gold" in m]
+    return {"stage": stage, "policy": str(out / "policy"), "steps": state.step, "stopped": state.stopped,
+            "first": trained[0] if trained else {}, "last": trained[-1] if trained else {},
+            "best": str(out / "best") if evaluations else None, "evaluations": evaluations,
+            "alarm": next((m["alarm"] for m in steps if m.get("alarm")), ""),
+            "charts": [str(file) for file in drawn(out, stage, evaluations)]}
+
+
+def drawn(out: Path, stage: str, evaluations: Sequence[dict[str, float]]) -> list[Path]:
+    """Proxy and gold of a run over the square root of its KL, as a page and a PNG; nothing where gold was not asked."""
+    if len(evaluations) < 2 or not charts.can():
+        return []
+    def chart(what: str, title: str) -> charts.Chart:
+        points = [charts.Point(e["kl"], e[what], label=f"{e['step']:.0f}") for e in evaluations]
+        return charts.Chart(f"{title} (numbers: steps)", "KL to the reference, nats an answer", what,
+                            [charts.Series(what, points)], kl=True)
+
+    return charts.write(out, "gold", f"{stage}: {out}", [chart("proxy", "What is trained on"),
+                                                         chart("gold", "What nothing is trained on")])
+
+
+def show_gold(done: dict[str, Any]) -> None:
+    """Proxy and gold at each evaluation, the alarm, and where the chart is; nothing where gold was not asked."""
+    if done["evaluations"]:
+        names = ("step", "kl", "proxy", "gold")
+        table(f"{done['stage'].upper()} on prompts that it is not trained on", ("step", "KL, nats", "proxy", "gold"),
+              [[e[name] for name in names] for e in done["evaluations"]],
+              f"charts: {', '.join(done['charts'])}" if done["charts"] else "")
+    if done["alarm"]:
+        warn(done["alarm"])
+
 
 def catch_up(folders: Iterable[str | None]) -> None:
     """Bring stores up to their ledgers, where there is one. Raises: HeldError where another program keeps one from it."""

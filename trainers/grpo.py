@@ -119,8 +119,11 @@ def run(config: Config, prompts: Sequence[Prompt] | None = None, sources: Sequen
             t.state.scales = ppo.calibrate(t)   # before any update, by the same seed: the same after a kill
         if last:
             resume.restore_state(t, orjson.loads((last / STATE).read_bytes()))
-        resume.forget_after(Path(config.out) / resume.METRICS, t.state.step)
-        trainer = _trainer(t, watch(t, gold, eval_prompts, on_step))
+        resume.forget_after(Path(config.out) / resume.METRICS, t.state.step if last else -1)
+        eval_ids = rollout.encode(t.tokenizer, eval_prompts, t.room, config.template_kwargs) if gold else []
+        if t.state.step == 0:
+            ppo.start(t, gold, eval_prompts, eval_ids, config.method)
+        trainer = _trainer(t, watch(t, gold, eval_prompts, eval_ids, on_step))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         resume.finish(t)
         return t.state
@@ -208,13 +211,12 @@ def reward_for(t: Run) -> Callable[..., list[float | None]]:
     return reward
 
 
-def watch(t: Run, gold: Source | None, eval_prompts: Sequence[Prompt], on_step: Callable[[dict[str, Any]], None] | None,
-          ) -> Any:
+def watch(t: Run, gold: Source | None, eval_prompts: Sequence[Prompt], ids: list[list[int]],
+          on_step: Callable[[dict[str, Any]], None] | None) -> Any:
     """The callback that records every step, watches KL, loss and gold, and marks checkpoints that are whole."""
     from transformers import TrainerCallback
 
     c = t.config
-    ids = rollout.encode(t.tokenizer, eval_prompts, t.room, c.template_kwargs) if gold else []
 
     class Watch(TrainerCallback):
         """What happens at TRL's steps, logs and saves."""

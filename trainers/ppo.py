@@ -125,6 +125,7 @@ def run(config: Config, prompts: Sequence[Prompt] | None = None, sources: Sequen
         if config.normalise == "reference" and not t.state.scales:
             t.state.scales = calibrate(t)
         if t.state.step == 0:
+            start(t, gold, eval_prompts, eval_ids)
             resume.save(t)   # where a stop by KL at the second step goes back to
         while t.state.step < config.steps and not t.state.stopped:
             metrics = step(t)
@@ -312,8 +313,14 @@ def _minibatch(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:
 
 
 def evaluated_at(config: Config) -> range:
-    """The steps after which gold is asked."""
-    return range(config.eval_every, config.steps + 1, config.eval_every)
+    """The steps after which gold is asked; 0 is before any training."""
+    return range(0, config.steps + 1, config.eval_every)
+
+
+def start(t: Run, gold: Source | None, prompts: Sequence[Prompt], ids: list[list[int]], stage: str = "ppo") -> None:
+    """Proxy, gold and KL before any training: what gains and losses are measured from."""
+    if gold and not t.state.evaluations:
+        resume.record(t, {"step": 0, **evaluate(t, gold, prompts, ids)}, stage)
 
 
 def evaluate(t: Run, gold: Source, prompts: Sequence[Prompt], ids: list[list[int]]) -> dict[str, Any]:

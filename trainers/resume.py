@@ -57,7 +57,7 @@ def load(t: Run) -> None:
     folder = claim(t)
     if folder is not None:
         _restore(t, folder)
-    forget_after(Path(t.config.out) / METRICS, t.state.step)
+    forget_after(Path(t.config.out) / METRICS, t.state.step if folder else -1)
 
 
 def claim(t: Run) -> Path | None:
