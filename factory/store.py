@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FILE = "prefab.duckdb"
 SCHEMA = Path(__file__).with_name("schema.sql")
-# 256 MB hold every batch; the automatic checkpoint at 16 MiB halves the speed, one at 2 GB costs 340 MB a million rows.
+# 144 MB hold every batch; the automatic checkpoint at 16 MiB halves the speed, one at 2 GB costs 340 MB a million rows.
 SETTINGS = {"memory_limit": "144MB", "threads": 1, "checkpoint_threshold": "64MB", "preserve_insertion_order": False}
 DERIVED = ("samples", "critiques", "scores", "rankings", "verdicts", "preferences", "strengths")
 TABLES = ("runs", "models", "constitutions", "principles", "prompts", *DERIVED, "calls", "failures", "human_labels",
