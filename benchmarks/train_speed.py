@@ -109,7 +109,7 @@ def _reference_s(trainer: Any, rows: list[Any], batch: int) -> float:
 
     pairs = [(row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
     began = time.perf_counter()
-    compute_logps(trainer.model, pairs, batch, trainer.processing_class.pad_token_id)
+    compute_logps(trainer.model, pairs, 2 * batch, trainer.processing_class.pad_token_id)
     return time.perf_counter() - began
 
 

@@ -80,7 +80,7 @@ def test_trls_advantages_are_ours(make):
 
         t = grpo.load(make(method=method, beta=0.0, micro_batch=16, normalise="none", unfinished_score=None), PROMPTS,
                       rewards.single(reward))
-        trainer = grpo._trainer(t, grpo.watch(t, None, [], None))
+        trainer = grpo._trainer(t, grpo.watch(t, None, [], [], None))
         batch = trainer._generate_and_score_completions([{"prompt": [{"role": "user", "content": p}]}
                                                          for p in PROMPTS * 2 for _ in range(4)])
         ours = policy_gradient.group_advantages(torch.tensor(given).view(-1, 4), method)
@@ -106,7 +106,7 @@ def test_it_is_recorded_watched_and_goes_on_where_it_was_stopped(make, tmp_path)
         train(config, dies, gold=gold, eval_prompts=PROMPTS * 8)
     assert (tmp_path / "stopped/checkpoint-2" / COMPLETE).exists()
     state, _ = train(config, gold=gold, eval_prompts=PROMPTS * 8)
-    assert [e.step for e in state.evaluations] == [2, 4] and state.step == 4
+    assert [e.step for e in state.evaluations] == [0, 2, 4] and state.step == 4
     assert same(weights(tmp_path / "whole/policy"), weights(tmp_path / "stopped/policy"))
     told = [[{k: v for k, v in m.items() if k != "times"} for m in resume.read_metrics(tmp_path / f / resume.METRICS)]
             for f in ("whole", "stopped")]

@@ -118,11 +118,11 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(models):
         assert all(torch.equal(a[name], b[name]) for name in a)
     steps = [[{k: v for k, v in m.items() if k != "times"} for m in resume.read_metrics(f / resume.METRICS)]
              for f in (killed, whole)]
-    assert steps[0] == steps[1] and [m["step"] for m in steps[0]] == list(range(1, 13))
+    assert steps[0] == steps[1] and [m["step"] for m in steps[0]] == list(range(13))
     import sqlite3
 
     rows = sqlite3.connect(models / "store" / "ledger.sqlite").execute("SELECT count(*) FROM evals").fetchone()
-    assert rows == (12,)   # a step done again is the same evaluation
+    assert rows == (13,)   # a step done again is the same evaluation
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(make, tmp_path):
@@ -324,13 +324,14 @@ def test_prompts_that_leave_no_room_are_told(make):
 
 
 def test_the_alarm_stops_a_run_whose_gold_falls_while_its_proxy_rises(make, tmp_path):
-    """The reward is the opposite of gold: the first evaluations are the best, and are kept."""
+    """The reward is the opposite of gold: the policy as it began is the best, and is kept."""
     def against(prompts, completions):
         return [-r for r in WORLD.reward(prompts, completions)]
 
     config = make(steps=40, eval_every=4, beta=0.0, kl="fixed", stop_on_alarm=True, batch_size=64, normalise="none",
                   unfinished_score=None)
-    state, seen = train(config, against, gold=rewards.Source("gold", (WORLD.reward,)), eval_prompts=PROMPTS * 12)
-    evaluated = [m for m in seen if "eval/gold" in m]
-    assert "over-optimisation" in state.stopped and len(evaluated) < 10 and (tmp_path / "out/best").is_dir()
+    state, _ = train(config, against, gold=rewards.Source("gold", (WORLD.reward,)), eval_prompts=PROMPTS * 12)
+    evaluated = [m for m in resume.read_metrics(tmp_path / "out" / resume.METRICS) if "eval/gold" in m]
+    assert "over-optimisation" in state.stopped and 2 < len(evaluated) < 10 and evaluated[0]["step"] == 0
+    assert same(weights(tmp_path / "out" / "best"), weights(config.model))
     assert evaluated[-1]["eval/gold"] < evaluated[0]["eval/gold"] and evaluated[-1]["eval/proxy"] > evaluated[0]["eval/proxy"]

@@ -7,8 +7,8 @@ import trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers import common, layout
-from trainers.reference import reference_logps
+from trainers import common, layout, reference
+from trainers.reference import compute_logps, reference_logps
 
 PROMPTS, CHOSEN, REJECTED = [[5, 6, 7], [8, 9, 10, 11, 12]], [[20, 21, 22, 2], [23, 2]], [[24, 2], [25, 26, 27, 28, 2]]
 
@@ -113,8 +113,34 @@ def test_buckets_waste_little():
     assert [lengths[order[k]] for k in range(0, 320, 16)] != sorted(lengths[order[k]] for k in range(0, 320, 16))
 
 
-def test_reference_is_computed_once_by_content(folder, tmp_path):
+def test_answers_to_one_prompt_share_it_in_the_reference_and_are_as_apart(folder):
+    model = common.load_policy(folder, "sdpa")
+    layout.add_scored_forward(model)
+    pairs = [(p, a) for p, a in zip(PROMPTS * 2, CHOSEN + REJECTED, strict=True)] + [(PROMPTS[0], [5])]
+    rows = []
+    inner = model.forward
+    model.forward = lambda *a, **k: rows.append(len(k["input_ids"])) or inner(*a, **k)
+    found = compute_logps(model, pairs, 64, 0)
+    assert rows[-1] == len(PROMPTS)
+    model.forward = inner
+    assert found == pytest.approx([float(plain_logps(model, p, a).detach()) for p, a in pairs], abs=1e-4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=40), st.integers(1, 12), st.booleans())
+def test_groups_of_pairs_hold_each_once_within_twice_the_longest(shape, batch, share):
+    pairs = [([p] * (3 * p + 1), [0] * n) for p, n in shape]
+    groups = reference._groups(pairs, share)
+    assert sorted(i for group in groups for i in group) == list(range(len(pairs)))
+    longest = max(len(p) + len(a) for p, a in pairs)
+    assert all(len({pairs[i][0][0] for i in group}) == 1 for group in groups) and (share or max(map(len, groups)) == 1)
+    assert all(len(pairs[g[0]][0]) + sum(len(pairs[i][1]) for i in g) <= 2 * longest for g in groups)
+    cut = list(reference._batches(groups, batch))
+    assert [g for some in cut for g in some] == groups and all(len(some) == 1 or sum(map(len, some)) <= batch for some in cut)
+
+
+def test_reference_is_computed_once_by_content(folder, tmp_path, monkeypatch):
     model = common.load_policy(folder, "eager")
+    monkeypatch.setattr(layout, "can_share", lambda *_: False)
     layout.add_scored_forward(model)
     pairs = [(p, a) for p, a in zip(PROMPTS * 2, CHOSEN + REJECTED, strict=True)]
     first = reference_logps(model, "m", pairs, tmp_path, 3, 0)

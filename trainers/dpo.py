@@ -108,9 +108,7 @@ def with_reference(config: Config, model: Any, tokenizer: Any, dataset: Any) -> 
         layout.add_scored_forward(model)
     identity = model_identity(model_folder(name), str(model_dtype(model)))
     cache = Path(config.reference_cache) if config.reference_cache else Path(config.out).parent / "reference"
-    for side in ("chosen", "rejected"):
-        pairs = list(zip(dataset["prompt_ids"], dataset[f"{side}_ids"], strict=True))
-        logps = reference_logps(model, identity, pairs, cache, config.micro_batch or config.batch_size,
-                                tokenizer.pad_token_id)
-        dataset = dataset.add_column(f"ref_{side}_logps", logps)
-    return dataset
+    pairs = [pair for side in ("chosen_ids", "rejected_ids") for pair in zip(dataset["prompt_ids"], dataset[side], strict=True)]
+    logps = reference_logps(model, identity, pairs, cache, 2 * (config.micro_batch or config.batch_size), tokenizer.pad_token_id)
+    n = len(dataset)
+    return dataset.add_column("ref_chosen_logps", logps[:n]).add_column("ref_rejected_logps", logps[n:])

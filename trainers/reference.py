@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +38,55 @@ def _key(pair: Pair) -> str:
 def compute_logps(model: Any, pairs: Sequence[Pair], batch: int, pad: int) -> list[float]:
     """The summed log-probability of each answer after its prompt, without gradient, in the order of `pairs`.
 
-    The longest first, so that memory that does not suffice is met at once.
+    About `batch` answers a forward; those to one prompt share it where the model can. The longest first, so that memory
+    that does not suffice is met at once.
     """
     import torch
 
-    device, was = next(model.parameters()).device, model.training
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    device, dtype, was = next(model.parameters()).device, next(model.parameters()).dtype, model.training
+    share = layout.can_share(model, getattr(model.config, "_attn_implementation", ""), device)
     found = [0.0] * len(pairs)
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(order), batch):
-            some = order[start : start + batch]
-            laid = layout.lay_out([[(pairs[i][0], [(k, pairs[i][1])])] for k, i in enumerate(some)], pad)
+        for groups in _batches(_groups(pairs, share), batch):
+            order = [i for group in groups for i in group]
+            at = {i: k for k, i in enumerate(order)}
+            laid = layout.lay_out([[(pairs[group[0]][0], [(at[i], pairs[i][1]) for i in group])] for group in groups], pad)
             laid = {name: value.to(device) for name, value in laid.items()}
-            logps, _ = layout.answer_logps(model, laid, next(model.parameters()).dtype)
-            for i, value in zip(some, logps.tolist(), strict=True):
+            logps, _ = layout.answer_logps(model, laid, dtype)
+            for i, value in zip(order, logps.tolist(), strict=True):
                 found[i] = value
     model.train(was)
     return found
+
+
+def _groups(pairs: Sequence[Pair], share: bool) -> list[list[int]]:
+    """Numbers of pairs that stand in one row, the longest row first: answers to one prompt, no more than make the row
+    twice as long as the longest pair, since its mask is that length squared."""
+    most = 2 * max(len(prompt) + len(answer) for prompt, answer in pairs)
+    groups: list[list[int]] = []
+    lengths: list[int] = []
+    open_at: dict[tuple[int, ...], int] = {}
+    for i, (prompt, answer) in enumerate(pairs):
+        at = open_at.get(tuple(prompt)) if share else None
+        if at is None or lengths[at] + len(answer) > most:
+            at = open_at[tuple(prompt)] = len(groups)
+            groups.append([])
+            lengths.append(len(prompt))
+        groups[at].append(i)
+        lengths[at] += len(answer)
+    return [groups[k] for k in sorted(range(len(groups)), key=lambda k: -lengths[k])]
+
+
+def _batches(groups: Sequence[list[int]], batch: int) -> Iterator[list[list[int]]]:
+    """Rows of about `batch` pairs together, at least one."""
+    some: list[list[int]] = []
+    for group in groups:
+        if some and sum(map(len, some)) + len(group) > batch:
+            yield some
+            some = []
+        some.append(group)
+    yield from [some] if some else []
 
 
 def _read(file: Path) -> dict[str, float]:
