@@ -140,7 +140,7 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
         sft = stage(args, "sft", f"sft-{seed}", "base-tiny", seed, learning_rate=args.sft_lr, epochs=args.sft_epochs, keep="best")
         policies.setdefault("SFT on revisions", []).append(sft)
         tune = {"learning_rate": args.dpo_lr, "beta": args.beta, "epochs": args.dpo_epochs, "margin": args.margin}
-        for judge, label in ([(j, k) for j in ("tiny", "nano") for k in LABELS] if args.ablation else [CORE]):
+        for judge, label in ([(j, k) for j in ("tiny", "nano") for k in args.labels] if args.ablation else [CORE]):
             end, labels = LABELS[label]
             policies.setdefault(f"DPO of base ({judge}, {label})", []).append(
                 stage(args, "dpo", f"dpo-{judge}-{label}-{seed}", f"base-{judge}{end}", seed, labels=labels, **tune))
@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--engine", default="vllm", choices=["vllm", "hf"])
     parser.add_argument("--do", default="all", choices=["data", "train", "all"], help="Go no further than this.")
     parser.add_argument("--ablation", action="store_true", help="Also by judge and label.")
+    parser.add_argument("--labels", nargs="+", default=list(LABELS), choices=list(LABELS), help="Of the ablation.")
     parser.add_argument("--online", action="store_true", help="Also PPO and GRPO.")
     parser.add_argument("--rl-steps", type=int, default=60)
     parser.add_argument("--rl-beta", type=float, default=0.05)
