@@ -15,9 +15,8 @@ import typer
 from factory.console import console, duration, fail, hint, table, warn
 from factory.errors import ConfigError, PrefabError, StoreError
 from pipelines import cli_labels, cli_train
-from pipelines.options import Json, Pipeline, Sets, Store, existing_store, pipeline_path, print_json
+from pipelines.options import STOPPED, Json, Pipeline, Sets, Store, existing_store, pipeline_path, print_json, resumable
 
-STOPPED = 130
 app = typer.Typer(name="prefab", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
                   help="A preference-data factory: constitutions in YAML, judges on vLLM, judgments that are kept.")
@@ -58,7 +57,9 @@ def demo(
     """The whole loop on the embedded world: data from a real vLLM, training on it, the truth printed beside both."""
     from pipelines.demo import demo as run_demo
 
-    raise typer.Exit(run_demo(store, prompts, sets, train, as_json, print_json))
+    with resumable():
+        code = run_demo(store, prompts, sets, train, as_json, print_json)
+    raise typer.Exit(code)
 
 
 @app.command()

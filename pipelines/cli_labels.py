@@ -8,7 +8,7 @@ import typer
 
 from factory.console import hint, table, warn
 from factory.errors import ConfigError
-from pipelines.options import Json, Pipeline, Sets, Store, existing_store, pipeline_path, print_json
+from pipelines.options import Json, Pipeline, Sets, Store, existing_store, pipeline_path, print_json, resumable
 
 app = typer.Typer()
 audit_app = typer.Typer(no_args_is_help=True, help="Gates: how a judge can be fooled, what is wrong with data.")
@@ -125,7 +125,8 @@ def audit_judge(
     from pipelines.runner import load
 
     loaded = load(pipeline_path(pipeline), sets)
-    report = audit.audit(loaded, judge, n, store, run, probe, seed, quiet=as_json)
+    with resumable():
+        report = audit.audit(loaded, judge, n, store, run, probe, seed, quiet=as_json)
     if as_json:
         print_json(report.data())
     else:
@@ -207,7 +208,8 @@ def eval_judge(
     if verdicts is not None:
         found = evaluation.score_saved(bench, verdicts)
     else:
-        found = evaluation.evaluate(load(pipeline_path(pipeline), sets), bench, judge, principle, store, out, quiet=as_json)
+        with resumable():
+            found = evaluation.evaluate(load(pipeline_path(pipeline), sets), bench, judge, principle, store, out, quiet=as_json)
     if as_json:
         return print_json(found.data())
     title = f"{found.judge} on {benchmark}: {len(bench.items):,} items"

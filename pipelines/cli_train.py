@@ -8,7 +8,7 @@ import typer
 
 from factory.console import hint, table, warn
 from pipelines.cli_labels import eval_app
-from pipelines.options import Json, Sets, print_json
+from pipelines.options import Json, Sets, print_json, resumable
 
 app = typer.Typer()
 train_app = typer.Typer(no_args_is_help=True, help="Train from the store.")
@@ -46,12 +46,8 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
     from pipelines.train_offline import train
     from trainers.processes import is_main
 
-    try:
+    with resumable():
         done = train(stage, path, sets, quiet or as_json)
-    except KeyboardInterrupt:
-        warn("stopped; the same command goes on from the last checkpoint")
-        hint(" ".join(["prefab train", stage, str(path), *(f"--set {text}" for text in sets)]))
-        raise typer.Exit(130) from None
     if not is_main():
         return
     if as_json:
@@ -77,12 +73,8 @@ def grpo(config: StageFile, sets: Sets = [], as_json: Json = False) -> None:
 def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> None:
     from pipelines.train_rl import show_gold, train
 
-    try:
+    with resumable():
         done = train(stage, path, sets, as_json)
-    except KeyboardInterrupt:
-        warn("stopped; the same command goes on from the last checkpoint")
-        hint(" ".join(["prefab train", stage, str(path), *(f"--set {text}" for text in sets)]))
-        raise typer.Exit(130) from None
     if as_json:
         print_json(done)
     else:
@@ -102,13 +94,8 @@ def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Qui
     """Rounds of sample, judge, train (dpo, ppo or grpo), with judge and constitution fixed; goes on where it was stopped."""
     from pipelines.online import train
 
-    again = " ".join(["prefab train online", str(config), *(f"--set {text}" for text in sets)])
-    try:
+    with resumable():
         done = train(config, sets, quiet or as_json)
-    except KeyboardInterrupt:
-        warn("stopped; the same command goes on from here")
-        hint(again)
-        raise typer.Exit(130) from None
     if as_json:
         print_json(done)
     else:
@@ -127,12 +114,8 @@ def sweep(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quie
     """PPO over beta, seeds and rewards: proxy and gold over sqrt(KL), Gao's form fitted, the sweet spot marked; resumable."""
     from pipelines.sweep import sweep as run
 
-    try:
+    with resumable():
         found = run(config, sets, quiet or as_json)
-    except KeyboardInterrupt:
-        warn("stopped; the same command goes on from here")
-        hint(" ".join(["prefab sweep", str(config), *(f"--set {text}" for text in sets)]))
-        raise typer.Exit(130) from None
     if as_json:
         print_json(found)
     else:

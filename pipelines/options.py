@@ -1,19 +1,35 @@
 """What the command line's files share: options, JSON on stdout, a pipeline by name, a store that exists."""
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from factory.console import hint, warn
 from factory.errors import ConfigError
 
+STOPPED = 130
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")]
 Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE",
                                          help="Override a field, such as policy.samples=8.")]
 Pipeline = Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="A pipeline file, or a preset's name.")]
 Store = Annotated[Path, typer.Option("--store", help="The folder of ledger.sqlite and prefab.duckdb.")]
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C is told, with the command that goes on from there: this one; the exit code is 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        warn("stopped; the same command goes on from here")
+        hint(shlex.join(["prefab", *sys.argv[1:]]))
+        raise typer.Exit(STOPPED) from None
 
 
 def print_json(value: Any) -> None:
