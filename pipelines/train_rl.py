@@ -54,7 +54,7 @@ def fit(stage: str, config: Any, quiet: bool) -> dict[str, Any]:
     out = Path(config.out)
     steps = read_metrics(out / METRICS)
     trained = [m for m in steps if m["step"] > 0]
-    evaluations = [{"step": m["step"], "kl": m["eval/kl"], "proxy": m["eval/proxy"], "gold": m["eval/gold"]}
+    evaluations = [{"step": m["step"], "alarm": m["alarm"], **{name: m[f"eval/{name}"] for name in ("kl", "proxy", "gold")}}
                    for m in steps if "eval/gold" in m]
     return {"stage": stage, "policy": str(out / "policy"), "steps": state.step, "stopped": state.stopped,
             "first": trained[0] if trained else {}, "last": trained[-1] if trained else {},
