@@ -17,7 +17,7 @@ from factory.errors import ConfigError
 from factory.types import Prompt
 from pipelines import charts
 from pipelines.config import PromptsConfig
-from pipelines.config_checks import MICROWORLD
+from pipelines.config_checks import MICROWORLD, locate
 from trainers import evaluate
 from trainers.common import Strict, load_policy, load_tokenizer, model_folder, record_eval, seed_everything
 from trainers.evaluate import Against, Answer
@@ -38,6 +38,8 @@ class Config(Strict):
     baseline: str = Field("", description="The name of the policy that the others are set against; left out: the first.")
     reference: str | None = Field(None, description="The model that KL is measured from; left out: the baseline's.")
     prompts: HeldOut = HeldOut()
+    sampler: Literal["transformers", "vllm"] = Field("transformers", description="vllm: each policy is served in turn.")
+    vllm: dict[str, Any] = Field({}, description="More of the engine's fields for sampler: vllm, such as tensor_parallel.")
     samples: int = Field(4, ge=1, le=64)
     max_new_tokens: int = Field(96, ge=1)
     seed: int = 0
@@ -60,6 +62,8 @@ class Config(Strict):
                              f"{yamlio.did_you_mean(self.baseline, self.policies)}")
         if self.best_of and (self.reward is None or max(self.best_of) > self.samples):
             raise ValueError("best_of needs a reward model, and as many samples as the largest of its numbers")
+        if self.vllm and self.sampler != "vllm":
+            raise ValueError("vllm: says how policies are served, which needs sampler: vllm")
         return self
 
 
@@ -178,6 +182,12 @@ def sample_all(config: Config, prompts: Sequence[Prompt], quiet: bool = False) -
 
     seed_everything(config.seed, config.threads)
     turns = [[{"role": m.role, "content": m.content} for m in p.messages] for p in prompts]
+    questions = [turns]
+    drawn: dict[str, Any] = {}
+    if config.sampler == "vllm":  # before any model is loaded here: one accelerator holds one thing at a time
+        from pipelines.eval_served import draw_all
+
+        drawn = draw_all(config, questions, quiet)
     reference = load_policy(config.reference or config.policies[config.baseline or next(iter(config.policies))])
     layout.add_scored_forward(reference.eval())
     score = scorer(config.reward, config.batch) if config.reward else None
@@ -186,11 +196,11 @@ def sample_all(config: Config, prompts: Sequence[Prompt], quiet: bool = False) -
         for name, folder in config.policies.items():
             tokenizer, model = load_tokenizer(folder), load_policy(folder)
             layout.add_scored_forward(model)
-            if model.config.vocab_size != reference.config.vocab_size:
-                raise ConfigError(f"policies.{name}: another vocabulary than the reference's; KL cannot be told. Name a "
-                                  "reference of the same family")
-            some = evaluate.answers(model, tokenizer, turns, config.samples, config.max_new_tokens, config.seed, reference,
-                                    config.batch, config.template_kwargs)
+            evaluate.same_vocabulary(name, model.config.vocab_size, reference.config.vocab_size)
+            mine = drawn.pop(name, None) or [
+                evaluate.draw(model, tokenizer, some, config.samples, config.max_new_tokens, config.seed, config.batch,
+                              config.template_kwargs) for some in questions]
+            some = evaluate.measured(model, tokenizer, mine[0], config.samples, reference, config.batch)
             found[name] = with_truth(some, prompts, turns, score, config)
             progress.advance()
     return found
@@ -222,7 +232,6 @@ def weights_of(constitution: str | None) -> dict[str, float] | None:
     if constitution is None:
         return None
     from factory.constitution import load_constitution
-    from pipelines.config_checks import locate
 
     loaded = load_constitution(locate(constitution, Path.cwd()))
     return {p.id: p.weight for p in loaded.principles if p.enabled}
@@ -240,7 +249,8 @@ def _record(config: Config, report: Report, prompts: Sequence[Prompt], found: di
                             for k in Against.__dataclass_fields__}
         folder = config.policies.get(name)
         record_eval(config.store, "eval policy", folder or name, metrics, policy=name, prompts=len(prompts),
-                    samples=report.samples, seed=config.seed, weights=model_identity(model_folder(folder)) if folder else None)
+                    samples=report.samples, seed=config.seed, sampler=config.sampler,
+                    weights=model_identity(model_folder(folder)) if folder else None)
     if config.out:
         from pipelines.eval_report import write_report
 

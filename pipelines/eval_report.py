@@ -11,8 +11,8 @@ from factory.types import Prompt
 from pipelines import charts
 from trainers.evaluate import Answer
 
-SHOWN = ("gold", "broken", "helps_harmless", "coherent", "proxy", "kl", "entropy", "words", "ended", "refuses_harmless",
-         "complies_harmful", "distinct_2", "self_bleu")
+SHOWN = ("gold", "broken", "helps_harmless", "coherent", "proxy", "kl", "entropy", "sampler_gap", "words", "ended",
+         "refuses_harmless", "complies_harmful", "distinct_2", "self_bleu")
 
 
 def write_report(out: Path, report: Any, prompts: Sequence[Prompt], found: dict[str, list[Answer]]) -> None:

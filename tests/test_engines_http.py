@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from factory.engines import config_class, make, resolve_model
-from factory.engines.chat import Chat, TopRead, _share, claim, log_add
+from factory.engines.chat import Chat, Malformed, TopRead, _drawn, _share, claim, log_add
 from factory.engines.http import Breaker, HttpConfig, Rejected, Server, loads, retry_after
 from factory.errors import ConfigError, EngineError, TransportError
 from factory.keys import request_key
@@ -78,6 +78,19 @@ def test_label_reads_and_text(url):
     assert read.exactness == "bounds" and set(read.label_logps) == {"A", "B"}  # the server's top k has no " A"
     assert 0 < sum(map(exp, read.label_logps.values())) < 1
     assert text.label_logps is None and text.finish == "stop" and text.text
+
+
+def test_a_server_without_token_ids_is_told():
+    """What is drawn is known by its ids; an answer without them, or with others than it has numbers for, is none."""
+    answer = {"prompt_token_ids": [1, 2], "choices": [{"finish_reason": "length", "token_ids": [3, 4], "logprobs": {
+        "content": [{"logprob": -0.5}, {"logprob": -0.25}]}}]}
+    assert _drawn(answer) == ([1, 2], [3, 4], [-0.5, -0.25], False)
+    for place, value in (("token_ids", None), ("token_ids", ["3", "4"]), ("token_ids", [3]), ("token_ids", []), ("logprobs", None),
+                         ("logprobs", {"content": [{"logprob": nan}, {"logprob": -1.0}]})):
+        with pytest.raises(Malformed, match="token ids"):
+            _drawn({**answer, "choices": [{**answer["choices"][0], place: value}]})
+    with pytest.raises(Malformed):
+        _drawn({"choices": answer["choices"]})
 
 
 def test_batches_equal_single_reads(url):

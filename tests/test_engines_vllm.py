@@ -139,6 +139,40 @@ def test_a_drawn_answer_depends_on_its_key_alone(engine, runner):
 
 
 @pytest.mark.vllm
+def test_policies_answers_are_the_token_ids_drawn(server, folder):
+    """`prefab eval policy` by both samplers: the forward agrees with the server about the tokens that the server drew."""
+    from pipelines.eval_policy import Config as Eval
+    from pipelines.eval_policy import evaluate_policies
+
+    config = {"policies": {"tiny": str(folder)}, "prompts": {"source": "microworld", "split": "test", "limit": 20}, "samples": 4,
+              "max_new_tokens": 12, "threads": 1}
+    ours = evaluate_policies(Eval.model_validate(config), True).policies["tiny"]
+    served = evaluate_policies(Eval.model_validate({**config, "sampler": "vllm", "vllm": {"url": server[1]}}), True).policies["tiny"]
+    assert served["sampler_gap"].value < 1e-3 and abs(served["kl"].value) < 1e-6
+    assert served["entropy"].low < ours["entropy"].high and ours["entropy"].low < served["entropy"].high
+    assert served["tokens"].value > 6
+
+
+@pytest.mark.vllm
+def test_a_draw_ends_at_its_stops_and_is_the_same_again(server, folder):
+    engine = make({"engine": "vllm", "model": str(folder), "url": server[1]}, "again")
+    asked = [request("go", (), (i,), max_tokens=60, temperature=1.0, seed=0) for i in range(3)]
+
+    async def twice(stops):
+        await engine.start()
+        try:
+            return [await asyncio.gather(*(engine.draw(request_key(r), r, stops) for r in asked)) for _ in range(2)]
+        finally:
+            await engine.stop()
+
+    first, second = asyncio.run(twice([2]))
+    assert [d.ids for d in first] == [d.ids for d in second] and len({tuple(d.ids) for d in first}) == 3
+    token = first[0].ids[5]                                       # stopped at this one, it is the last and is there
+    cut = asyncio.run(twice([token]))[0][0]
+    assert cut.ended and cut.ids == first[0].ids[: first[0].ids.index(token) + 1] and len(cut.logps) == len(cut.ids)
+
+
+@pytest.mark.vllm
 def test_one_that_is_too_long_is_typed_and_spoils_no_other(engine, runner):
     asked = [request("fox " * (600 if i == 2 else 3), LABELS) for i in range(6)]
     answers = runner.run(ask(engine, *asked))

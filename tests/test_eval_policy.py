@@ -11,7 +11,9 @@ import torch
 import trained
 from typer.testing import CliRunner
 
+from factory.engines.chat import Drawn
 from factory.errors import ConfigError
+from pipelines import eval_served
 from pipelines.eval_policy import Config, evaluate_policies, gold_of
 from trainers import common, evaluate, layout
 from trainers.evaluate import Answer
@@ -106,12 +108,81 @@ def test_the_command_in_the_embedded_world(folders, tmp_path):
     assert report["policies"]["one"]["kl"]["value"] == pytest.approx(0, abs=1e-4)
     assert report["policies"]["same"]["gold"]["value"] == report["policies"]["one"]["gold"]["value"]   # the same draws
     assert report["against"]["same"]["p"] == 1.0 and report["policies"]["two"]["kl"]["value"] > 0
+    assert report["policies"]["one"]["sampler_gap"]["value"] < 1e-5
     rows = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
     page = (tmp_path / "out/report.html").read_text()
     assert len(rows) == 36 and page.count("<svg") == 1 and "By checkpoint" in page and "over its square root" in page
     assert (tmp_path / "out/report.png").read_bytes()[:4] == b"\x89PNG"
     evals = [json.loads(v) for (v,) in sqlite3.connect(tmp_path / "store/ledger.sqlite").execute("SELECT value FROM evals")]
     assert [e["policy"] for e in evals] == ["one", "two", "same"] and evals[0]["metrics"]["gold"]["n"] == 6
+
+
+class Scripted:
+    """Stands in for a served checkpoint: draws ids that no tokenizer would make of their text."""
+
+    identity, max_in_flight = "scripted", 3
+
+    def __init__(self, tokenizer, template=lambda ids: ids, ids=(40, 41)):
+        self.tokenizer, self.template, self.ids, self.asked = tokenizer, template, list(ids), []
+
+    async def start(self):
+        """Nothing to start."""
+
+    async def stop(self):
+        """Nothing to stop."""
+
+    async def draw(self, key, request, stops):
+        """The same ids each time, with the prompt's as the template makes them."""
+        self.asked.append((key, request.sampling.temperature, request.repeat, list(stops)))
+        turns = [{"role": m.role, "content": m.content} for m in request.messages]
+        prompt = common.prompt_ids(self.tokenizer, turns, dict(request.template_kwargs))
+        return Drawn(self.template(prompt), [*self.ids, stops[0]], [-1.0] * (len(self.ids) + 1), True)
+
+
+def test_served_answers_are_measured_on_the_very_ids_drawn(folders):
+    tokenizer, model = common.load_tokenizer(folders["1"]), common.load_policy(folders["1"])
+    layout.add_scored_forward(model)
+    halves = tokenizer.encode("do", add_special_tokens=False)
+    ids = [tokenizer.convert_tokens_to_ids(c) for c in "do"]                      # made anew they are other ids
+    assert ids != halves and tokenizer.decode(ids) == "do"
+    config = Config.model_validate({"policies": {"a": folders["1"]}, "sampler": "vllm", "samples": 2, "max_new_tokens": 8,
+                                    "template_kwargs": {"enable_thinking": True}})
+    questions = [[[{"role": "user", "content": f"Question {i}?"}] for i in some] for some in ((1, 2, 3), (4,))]
+    engine = Scripted(tokenizer, ids=ids)
+    main, more = eval_served.draw("a", folders["1"], questions, config, True, engine)
+    assert len(main) == 6 and len(more) == 2 and len({key for key, *_ in engine.asked}) == 8     # a seed for each
+    assert {t for _, t, *_ in engine.asked} == {1.0} and engine.asked[0][3] == [tokenizer.eos_token_id]
+    assert main[0].prompt == common.prompt_ids(tokenizer, questions[0][0], config.template_kwargs)
+    found = evaluate.measured(model, tokenizer, main, 2, model)
+    assert [a.prompt for a in found] == [0, 0, 1, 1, 2, 2] and {a.text for a in found} == {"do"} and found[0].tokens == 3
+    logits = model(input_ids=torch.tensor([main[0].prompt + main[0].ids])).logits[0].detach().log_softmax(-1)
+    exact = sum(float(logits[len(main[0].prompt) + k - 1, i]) for k, i in enumerate(main[0].ids))
+    assert found[0].logp == pytest.approx(exact, abs=1e-4) == found[0].ref_logp and found[0].sampler_logp == -3.0
+    assert evaluate.figures(found)["sampler_gap"].value == pytest.approx(np.mean([abs(-3 - a.logp) / 3 for a in found]))
+
+
+def test_a_server_that_reads_another_prompt_or_vocabulary_is_told(folders, tmp_path):
+    from transformers import AutoConfig
+
+    tokenizer = common.load_tokenizer(folders["1"])
+    config = Config.model_validate({"policies": {"a": folders["1"]}, "sampler": "vllm", "max_new_tokens": 8})
+    questions = [[[{"role": "user", "content": "Question 1?"}]]]
+    with pytest.raises(ConfigError, match="policies.a: the server reads a prompt as other tokens .* and another one at 0"):
+        eval_served.draw("a", folders["1"], questions, config, True, Scripted(tokenizer, lambda ids: [7, *ids]))
+    with pytest.raises(ConfigError, match="leave no room to answer"):
+        eval_served.draw("a", folders["1"], questions, config.model_copy(update={"max_new_tokens": 250}), True, Scripted(tokenizer))
+    other = AutoConfig.from_pretrained(folders["1"])
+    other.vocab_size += 1
+    other.save_pretrained(tmp_path / "other")
+    both = config.model_copy(update={"policies": {"a": folders["1"], "b": str(tmp_path / "other")}})
+    with pytest.raises(ConfigError, match="policies.b: another vocabulary than the reference's"):
+        eval_served.draw_all(both, questions, True)                                # before any server starts
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="an adapter alone"):
+        eval_served.draw_all(config.model_copy(update={"policies": {"a": str(tmp_path / "lora")}}), questions, True)
+    with pytest.raises(ValueError, match="needs sampler: vllm"):
+        Config.model_validate({"policies": {"a": folders["1"]}, "vllm": {"dtype": "bfloat16"}})
 
 
 def test_gold_is_the_oracles():

@@ -96,7 +96,7 @@ def load_tokenizer(model: str, chat_template: str | None = None, pad_token: str 
     """
     from transformers import AutoTokenizer
 
-    with _loading(model):
+    with loading(model):
         tokenizer = AutoTokenizer.from_pretrained(model_folder(model))
     if chat_template:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -124,7 +124,7 @@ def load_policy(model: str, attention: Attention = "auto", dtype: str = "float32
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, device = model_folder(model), device or default_device()
-    with _loading(model):
+    with loading(model):
         found = AutoConfig.from_pretrained(folder) if (Path(folder) / "config.json").exists() else None
         kinds = list(getattr(found, "architectures", None) or ())
         if any("Classification" in kind for kind in kinds):
@@ -146,7 +146,7 @@ def load_reward(model: str, attention: Attention = "auto", dtype: str = "float32
     from trl.trainer.reward_trainer import suppress_seqcls_warning
 
     folder, device = model_folder(model), device or default_device()
-    with _loading(model), suppress_seqcls_warning():
+    with loading(model), suppress_seqcls_warning():
         found = AutoConfig.from_pretrained(folder)
         is_reward = any("Classification" in kind for kind in found.architectures or ())
         if is_reward and found.num_labels != 1:
@@ -171,7 +171,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 @contextmanager
-def _loading(model: str) -> Iterator[None]:
+def loading(model: str) -> Iterator[None]:
     """What transformers raises for a model that cannot be loaded, as a mistake that can be mended. It no longer tells
     what we know: that it reads and writes weights, that a new head is new, that tied weights are stored once."""
     from transformers.utils import logging

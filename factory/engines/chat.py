@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import orjson
@@ -76,6 +76,16 @@ class TopRead:
         return found, "exact" if len(found) == len(labels) else "bounds"
 
 
+class Drawn(NamedTuple):
+    """A sampled answer as token ids: the prompt's as the server's template wrote it, the answer's with its end token, and
+    the log-probability of each of these when it was drawn. `ended`: by an end token, not by its length."""
+
+    prompt: list[int]
+    ids: list[int]
+    logps: list[float]
+    ended: bool
+
+
 class Group(NamedTuple):
     """What label reads that may share one POST have in common: the body before its messages, and the labels."""
 
@@ -109,6 +119,22 @@ class Chat:
         finally:
             self.in_flight -= 1
 
+    async def draw(self, key: bytes, request: Request, stops: Sequence[int]) -> Drawn:
+        """The answer to one request as token ids (`return_token_ids`, which vLLM has), ended by any token of `stops`.
+
+        Raises: TransportError; EngineError for a request that the server refuses.
+        """
+        self.in_flight += 1
+        try:
+            group, messages = await self._group(request), message_bytes(request.messages)
+            more = orjson.dumps({"return_token_ids": True, "logprobs": True, "stop_token_ids": list(stops),
+                                 "seed": derived_seed(key)})
+            return await self._parsed(b"%b%b,%b" % (group.head, messages, more[1:]), _drawn)
+        except Rejected as refusal:
+            raise EngineError(f"{self.server.url}{self.path}: HTTP {refusal.status} {refusal.message}") from refusal
+        finally:
+            self.in_flight -= 1
+
     async def _group(self, request: Request) -> Group:
         """The head of the body, serialised once for all requests of one kind."""
         kwargs = orjson.dumps(dict(request.template_kwargs)) if request.template_kwargs else b""
@@ -136,15 +162,22 @@ class Chat:
         return plain | more_fields | ({"stop": list(s.stop)} if s.stop or self.extended else {})
 
     async def _single(self, group: Group, messages: bytes, seed: bytes) -> Completion:
-        body = b"%b%b%b}" % (group.head, messages, seed)
+        try:
+            return await self._parsed(b"%b%b%b}" % (group.head, messages, seed), lambda answer: self._completion(
+                _choices(answer, 1)[0], group.labels, *_usage(answer)))
+        except Rejected as refusal:
+            return await self._refused(refusal)
+
+    async def _parsed(self, body: bytes, parse: Callable[[dict[str, Any]], Any]) -> Any:
+        """What `parse` finds in the answer to `body`, which is asked thrice where it finds nothing of the kind.
+
+        Raises: Rejected, TransportError, EngineError.
+        """
         for _ in range(3):
             try:
-                answer = await self.server.post(self.path, body)
-                return self._completion(_choices(answer, 1)[0], group.labels, *_usage(answer))
+                return parse(await self.server.post(self.path, body))
             except Malformed as error:
                 problem = error
-            except Rejected as refusal:
-                return await self._refused(refusal)
         raise TransportError(f"{self.server.url}{self.path}: {problem}")
 
     async def _refused(self, refusal: Rejected) -> Completion:
@@ -312,6 +345,20 @@ def _choices(answer: dict[str, Any], n: int) -> list[Any]:
             raise Malformed("the choices' indices are not those of the conversations")
         return [by_index[i] for i in range(n)]
     return choices
+
+
+def _drawn(answer: dict[str, Any]) -> Drawn:
+    choice = _choices(answer, 1)[0]
+    try:
+        prompt, ids = answer["prompt_token_ids"], choice["token_ids"]
+        logps = [log_probability(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+        if not all(type(i) is int for i in [*prompt, *ids]):
+            raise TypeError("token ids that are no numbers")
+    except (KeyError, TypeError) as error:
+        raise Malformed(f"no token ids ({type(error).__name__}: {error}); vLLM 0.32 gives them") from error
+    if not ids or len(logps) != len(ids) or None in logps:
+        raise Malformed(f"{len(ids)} token ids with {len(logps)} log-probabilities")
+    return Drawn(prompt, ids, logps, choice.get("finish_reason") == "stop")
 
 
 def _usage(answer: dict[str, Any]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import orjson
 from pydantic import Field, model_validator
 
 from factory.engines import folder_specials, max_length, resolve_model
-from factory.engines.chat import Chat, LabelRead, claim, log_add, log_probability, wrong_model
+from factory.engines.chat import Chat, Drawn, LabelRead, claim, log_add, log_probability, wrong_model
 from factory.engines.http import HttpConfig, Rejected, Server
 from factory.engines.openai import KNOWN_SPECIALS
 from factory.engines.server import Process, default_dtype, free_port
@@ -217,13 +217,20 @@ class VLLM:
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """Answer one request; when its replica is down, another one does. Raises: TransportError, EngineError."""
+        return await self._from_any(request, lambda chat: chat.complete(key, request))
+
+    async def draw(self, key: bytes, request: Request, stops: Sequence[int]) -> Drawn:
+        """An answer as the token ids drawn (see `Chat.draw`). Raises: TransportError, EngineError."""
+        return await self._from_any(request, lambda chat: chat.draw(key, request, stops))
+
+    async def _from_any(self, request: Request, ask: Callable[[Chat], Awaitable[Any]]) -> Any:
         if len(self._chats) == 1:
-            return await self._chats[0].complete(key, request)
+            return await ask(self._chats[0])
         usable = [i for i, chat in enumerate(self._chats) if not chat.server.breaker.open]
         while True:
             at = self._pick(request, usable)
             try:
-                return await self._chats[at].complete(key, request)
+                return await ask(self._chats[at])
             except TransportError:
                 usable = [i for i in usable if i != at]
                 if not usable:
