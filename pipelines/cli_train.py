@@ -145,7 +145,7 @@ def eval_policy(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Or all of it by --set.")] = None,
     sets: Sets = [], as_json: Json = False, quiet: Quiet = False,
 ) -> None:
-    """Checkpoints on held-out prompts: gold or proxy, win rate over decided pairs, KL, length, diversity, refusals."""
+    """Checkpoints on held-out prompts: gold or proxy, win rate over decided pairs, KL, length, diversity, refusals, sycophancy."""
     from pipelines.eval_policy import run
     from pipelines.eval_report import show
 

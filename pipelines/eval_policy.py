@@ -18,6 +18,7 @@ from factory.types import Prompt
 from pipelines import charts
 from pipelines.config import PromptsConfig
 from pipelines.config_checks import MICROWORLD, locate
+from pipelines.sycophancy import Probe, load
 from trainers import evaluate
 from trainers.common import Strict, load_policy, load_tokenizer, model_folder, record_eval, seed_everything
 from trainers.evaluate import Against, Answer
@@ -54,6 +55,8 @@ class Config(Strict):
     store: str | None = Field(None, description="Where the results are recorded.")
     out: str | None = Field(None, description="A folder for answers.jsonl, report.html and report.png.")
     template_kwargs: dict[str, Any] = {}
+    sycophancy: str | None = Field(None, description="A file of questions with two choices (prompts/sycophancy.jsonl), asked "
+                                                     "plainly and with an opinion before them.")
 
     @model_validator(mode="after")
     def _names(self) -> Config:
@@ -104,7 +107,8 @@ def evaluate_policies(config: Config, quiet: bool = False) -> Report:
     loose = sum(p.split is None for p in prompts)
     if loose and not config.prompts.split:
         report.notes.append(f"{loose:,} prompts have no split: whether a policy was trained on them is not known")
-    found = sample_all(config, prompts, quiet)
+    probe = Probe(load(locate(config.sycophancy, Path.cwd()))) if config.sycophancy else None
+    found = sample_all(config, prompts, quiet, probe)
     harmful = [("harmful" in p.tags) for p in prompts] if any("harmful" in p.tags for p in prompts) else None
     if config.best_of:
         for n in config.best_of:
@@ -122,9 +126,15 @@ def evaluate_policies(config: Config, quiet: bool = False) -> Report:
             base = found[report.baseline]
             base = base if len(some) == len(base) else [a for i, a in enumerate(base) if i % config.samples == 0]
             report.against[name] = evaluate.against(some, base, value_of(report.value), config.seed)
+    if probe:
+        for name in config.policies:
+            report.policies[name] |= probe.figures(name, report.baseline, config.seed)
+            report.notes += probe.notes(name)
     if config.judge:
         _by_judge(config, report, prompts, found, quiet)
     _record(config, report, prompts, found)
+    if probe and config.out:
+        probe.write(Path(config.out) / "sycophancy.jsonl")
     return report
 
 
@@ -175,14 +185,18 @@ def held_out(config: Config) -> list[Prompt]:
     return prompts
 
 
-def sample_all(config: Config, prompts: Sequence[Prompt], quiet: bool = False) -> dict[str, list[Answer]]:
-    """Every policy's answers to every prompt, with gold where the oracle knows the world and proxy where there is one."""
+def sample_all(config: Config, prompts: Sequence[Prompt], quiet: bool = False, probe: Probe | None = None,
+               ) -> dict[str, list[Answer]]:
+    """Every policy's answers to every prompt, with gold where the oracle knows the world and proxy where there is one.
+
+    A `probe` hears each policy's answers to its own questions.
+    """
     from trainers import layout
     from trainers.reward import scorer
 
     seed_everything(config.seed, config.threads)
     turns = [[{"role": m.role, "content": m.content} for m in p.messages] for p in prompts]
-    questions = [turns]
+    questions = [turns, probe.turns] if probe else [turns]
     drawn: dict[str, Any] = {}
     if config.sampler == "vllm":  # before any model is loaded here: one accelerator holds one thing at a time
         from pipelines.eval_served import draw_all
@@ -202,6 +216,9 @@ def sample_all(config: Config, prompts: Sequence[Prompt], quiet: bool = False) -
                               config.template_kwargs) for some in questions]
             some = evaluate.measured(model, tokenizer, mine[0], config.samples, reference, config.batch)
             found[name] = with_truth(some, prompts, turns, score, config)
+            if probe:
+                probe.hear(name, [(tokenizer.decode(a.ids, skip_special_tokens=True), a.ended) for a in mine[1]],
+                           config.samples)
             progress.advance()
     return found
 
@@ -224,7 +241,7 @@ def gold_of(prompt: Prompt, text: str, weights: Any = None) -> dict[str, float]:
     read = oracle.read(prompt.messages, text, weights)
     return {"gold": read.score, "broken": float(bool(read.broken)), "faults": float(len(read.broken)),
             "helps": float(read.helps), "coherent": float(read.coherent), "refuses": float("refusal" in read.broken),
-            "complies": float("harm" in read.broken)}
+            "complies": float("harm" in read.broken), "flatters": float("flattery" in read.broken)}
 
 
 def weights_of(constitution: str | None) -> dict[str, float] | None:

@@ -12,7 +12,8 @@ from pipelines import charts
 from trainers.evaluate import Answer
 
 SHOWN = ("gold", "broken", "helps_harmless", "coherent", "proxy", "kl", "entropy", "sampler_gap", "words", "ended",
-         "refuses_harmless", "complies_harmful", "distinct_2", "self_bleu")
+         "refuses_harmless", "complies_harmful", "flatters", "sycophancy", "sycophancy_over_baseline", "right_plain",
+         "right_told_right", "right_told_wrong", "unread", "distinct_2", "self_bleu")
 
 
 def write_report(out: Path, report: Any, prompts: Sequence[Prompt], found: dict[str, list[Answer]]) -> None:

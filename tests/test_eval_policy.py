@@ -101,7 +101,8 @@ def test_the_command_in_the_embedded_world(folders, tmp_path):
     from pipelines.cli import app
 
     sets = [f"policies={{one: {folders['1']}, two: {folders['2']}, same: {folders['1']}}}", "prompts.limit=6", "samples=2",
-            "max_new_tokens=8", f"store={tmp_path / 'store'}", f"out={tmp_path / 'out'}", "threads=1"]
+            "max_new_tokens=8", f"store={tmp_path / 'store'}", f"out={tmp_path / 'out'}", "threads=1",
+            "sycophancy=prompts/sycophancy.jsonl"]
     done = CliRunner().invoke(app, ["eval", "policy", "--json", *(x for s in sets for x in ("--set", s))], catch_exceptions=False)
     assert done.exit_code == 0
     report = json.loads(done.stdout)
@@ -109,6 +110,10 @@ def test_the_command_in_the_embedded_world(folders, tmp_path):
     assert report["policies"]["same"]["gold"]["value"] == report["policies"]["one"]["gold"]["value"]   # the same draws
     assert report["against"]["same"]["p"] == 1.0 and report["policies"]["two"]["kl"]["value"] > 0
     assert report["policies"]["one"]["sampler_gap"]["value"] < 1e-5
+    asked = report["policies"]["two"]
+    assert asked["unread"]["n_items"] == 36 and (asked["sycophancy"]["undefined"] or asked["sycophancy"]["n_items"] < 36)
+    said = [json.loads(line) for line in (tmp_path / "out/sycophancy.jsonl").read_text().splitlines()]
+    assert len(said) == 3 * 36 * 3 * 2 and said[2]["told"] == 0 and any("sycophancy of one: unread" in n for n in report["notes"])
     rows = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
     page = (tmp_path / "out/report.html").read_text()
     assert len(rows) == 36 and page.count("<svg") == 1 and "By checkpoint" in page and "over its square root" in page
@@ -189,6 +194,7 @@ def test_gold_is_the_oracles():
     from factory.microworld import grammar
 
     prompt = next(p for p in grammar.prompts("test", 20) if "harmful" in p.tags)
+    assert gold_of(prompt, "What a splendid question!")["flatters"] == 1.0
     read = gold_of(prompt, "nonsense")
     assert read["coherent"] == 0.0 and read["helps"] == 0.0 and read["gold"] <= 0
 
