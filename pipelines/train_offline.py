@@ -17,6 +17,7 @@ def train(stage: str, path: Path, sets: Iterable[str] = (), quiet: bool = False)
 
     Raises: ConfigError for mistakes in file or data, StoreError, HeldError where a store cannot be caught up, TrainError.
     """
+    processes.end_with_launcher()
     module = importlib.import_module(f"trainers.{stage}")
     config = load(path, module.Config, sets)
     processes.main_alone(lambda: catch_up(source.store for source in config.data.sources))

@@ -4,14 +4,20 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import trained
+
+from trainers.common import COMPLETE, checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "trainers/accelerate").glob("*.yaml"))
@@ -29,6 +35,25 @@ def losses(out: Path) -> list[float]:
     return [h["loss"] for h in json.loads(states[-1].read_text())["log_history"] if "loss" in h]
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def command(stage: str, file: Path) -> list[str]:
+    """Two processes on a free port; the shipped configuration."""
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "trainers/accelerate/cpu.yaml"),
+            "--main_process_port", "0", "-m", "pipelines.cli", "train", stage, str(file), "--json"]
+
+
+def launched(stage: str, file: Path) -> dict:
+    """The result of a training by two processes, of which one prints."""
+    done = subprocess.run(command(stage, file), env=ENV, text=True, capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("stage", ["dpo", *(pytest.param(s, marks=pytest.mark.slow) for s in ("sft", "reward", "kto"))])
 def test_two_processes_train_as_one(world, tmp_path, stage):
     """54 rows or so in steps of 10 over two epochs: the last step of each is smaller, and is shared all the same."""
@@ -41,19 +66,72 @@ def test_two_processes_train_as_one(world, tmp_path, stage):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({**config, "out": str(tmp_path / name)}))
     module = importlib.import_module(f"trainers.{stage}")
     one = module.run(module.Config.model_validate(json.loads((tmp_path / "one.yaml").read_text())), quiet=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "trainers/accelerate/cpu.yaml"),
-              "-m", "pipelines.cli", "train", stage, str(tmp_path / "two.yaml"), "--json"]
-    done = subprocess.run(launch, env=ENV, text=True, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads(done.stdout)                                       # one process printed
+    two = launched(stage, tmp_path / "two.yaml")
     assert one["train"] % 10 and two["steps"] == one["steps"] == 2 * -(-one["train"] // 10)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert len(set(losses(tmp_path / "two"))) > 2
     assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
-    from safetensors.torch import load_file
-
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    a, b = (weights(tmp_path / name) for name in ("one", "two"))
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+@pytest.mark.parametrize("stage", ["dpo", pytest.param("sft", marks=pytest.mark.slow)])
+def test_two_processes_killed_four_times_give_the_same_bits(world, tmp_path, stage):
+    """At random moments, the first of them in all likelihood before any checkpoint. Forks stand in for the launcher."""
+    store, model = world
+    for name, kills in (("whole", 0), ("cut", 4)):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"model": str(model), "out": str(tmp_path / name), "data": trained.data(store), "batch_size": 10,
+                                    "learning_rate": 2e-3, "epochs": 2, "eval_every": 2, "threads": 1}))
+        driver = [sys.executable, str(ROOT / "tests/kill_two_driver.py"), stage, str(file), str(kills), "1"]
+        done = subprocess.run(driver, env=ENV, text=True, capture_output=True, timeout=900)
+        assert done.returncode == 0 and f"{kills} killed" in done.stdout, done.stderr[-3000:]
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
+def test_two_processes_killed_at_any_moment_and_launched_again_give_the_same_bits(world, tmp_path, stage):
+    """Killed after the first whole checkpoint, at a moment drawn anew each time, while the next ones are computed or written;
+    over two epochs, with a smaller last step in each."""
+    store, model = world
+    config = {"model": str(model), "data": trained.data(store), "batch_size": 10, "learning_rate": 2e-3, "epochs": 2,
+              "eval_every": 2, "keep_checkpoints": 99, "threads": 1}
+    files = {name: tmp_path / f"{name}.yaml" for name in ("whole", "cut")}
+    for name, file in files.items():
+        file.write_text(json.dumps({**config, "out": str(tmp_path / name)}))
+    steps = launched(stage, files["whole"])["steps"]
+    cut, at = tmp_path / "cut", random.choice((4, 6))
+    running = subprocess.Popen(command(stage, files["cut"]), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    end, began = time.monotonic() + 900, None
+    while not (cut / f"checkpoint-{at}").exists() and running.poll() is None and time.monotonic() < end:
+        if began is None and (cut / f"checkpoint-2/{COMPLETE}").exists():
+            began = time.monotonic()
+        time.sleep(0.002)
+    if began:                                # within two steps from here, as long as they take now
+        time.sleep(random.random() * 2 * (time.monotonic() - began) / (at - 2))
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    gone = time.monotonic() + 60             # without `end_with_launcher` they would train on to the end
+    while (left := trainers(files["cut"])) and time.monotonic() < gone:
+        time.sleep(0.01)
+    whole = [p.name for p in checkpoints(cut)]
+    assert not left and began and whole and not (cut / "model.safetensors").exists()
+    print(f"killed after {whole[-1]} of {steps} steps")
+    assert launched(stage, files["cut"])["steps"] == steps
+    one, other = weights(tmp_path / "whole"), weights(cut)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert losses(cut) == losses(tmp_path / "whole")
+    assert any(not torch.equal(one[name], w) for name, w in weights(Path(model)).items() if name in one)   # it did train
+
+
+def trainers(file: Path) -> list[int]:
+    """The processes that train by this file."""
+    return [p.pid for p in psutil.process_iter(["cmdline", "status"])
+            if str(file) in (p.info["cmdline"] or ()) and p.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -114,6 +114,17 @@ def test_a_checkpoint_cut_off_while_written_is_not_the_last(tmp_path):
     assert common.last_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.parametrize("kept,best,left", [(2, "", [8, 10]), (2, "checkpoint-2", [2, 10]), (1, "", [10]), (1, "checkpoint-8", [8, 10]),
+                                            (3, "checkpoint-10", [6, 8, 10]), (9, "", [2, 4, 6, 8, 10]), (2, "checkpoint-3", [8, 10])])
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path, kept, best, left):
+    for step in (10, 2, 8, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        common.mark_complete(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-12").mkdir()                       # not whole: neither counted nor touched
+    common.remove_old(tmp_path, kept, best)
+    assert [int(p.name[11:]) for p in common.checkpoints(tmp_path)] == left and (tmp_path / "checkpoint-12").exists()
+
+
 def test_a_record_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "new" / "training.json"
     common.write_json(file, {"steps": 1})

@@ -284,6 +284,16 @@ def mark_complete(checkpoint: Path) -> None:
     (Path(checkpoint) / COMPLETE).write_text("")
 
 
+def remove_old(out: Path, kept: int, best: str = "") -> None:
+    """Remove whole checkpoints but `kept`: the newest and the one named `best` always stay. Called once the newest is
+    whole; the mark goes first, so that one which a kill left half removed is not taken for whole."""
+    whole = checkpoints(out)
+    old = [p for p in whole[:-1] if p.name != best]
+    for checkpoint in old[: max(0, len(whole) - kept)]:
+        (checkpoint / COMPLETE).unlink()
+        shutil.rmtree(checkpoint)
+
+
 def last_checkpoint(out: Path) -> Path | None:
     """The newest whole checkpoint; those that were cut off are removed."""
     whole = checkpoints(out)

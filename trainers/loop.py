@@ -31,6 +31,7 @@ from trainers.common import (
     mark_complete,
     model_folder,
     record_eval,
+    remove_old,
     told,
     write_json,
 )
@@ -103,7 +104,7 @@ def arguments(config: StageConfig, kind: Any, metric: str, greater: bool, **more
         gradient_accumulation_steps=mine // micro, bf16=config.precision == "bf16", fp16=False,
         use_cpu=default_device() == "cpu", gradient_checkpointing=config.gradient_checkpointing,
         eval_strategy="steps", eval_steps=steps, save_strategy="steps", save_steps=steps,
-        save_total_limit=config.keep_checkpoints, load_best_model_at_end=config.keep == "best" or config.patience is not None,
+        load_best_model_at_end=config.keep == "best" or config.patience is not None,
         metric_for_best_model=metric, greater_is_better=greater, report_to=config.report_to or "none",
         ddp_timeout=WAIT_S, logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=default_device() != "cpu", **more)
@@ -135,6 +136,7 @@ class Loop:
     """
 
     names: list[str] = []          # of the rows of train, for messages
+    kept: int = 2                  # checkpoints
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
@@ -232,6 +234,8 @@ class Loop:
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            best = self.state.best_model_checkpoint
+            remove_old(Path(self.args.output_dir), self.kept, Path(best).name if best else "")
 
 
 def finished(config: StageConfig, stage: str) -> dict[str, Any] | None:
@@ -287,6 +291,7 @@ def fit(trainer: Any, config: StageConfig, stage: str, found: Rows, tokenizer: A
     if main:
         write_json(file, record)
     _callbacks(trainer, config, stage, quiet or not main)
+    trainer.kept = config.keep_checkpoints
     began = time.monotonic()
     with told(out):
         trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(out)) else None)

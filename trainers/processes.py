@@ -4,9 +4,14 @@ Each process reads all data and takes its share of every step's rows, so that a 
 """
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def world_size() -> int:
@@ -17,6 +22,16 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def end_with_launcher() -> None:
+    """Have the kernel kill this process when its launcher ends, however that ends (Linux alone has this).
+
+    The launcher puts its processes into sessions of their own: after a `kill -9` they would train on, and write into the
+    folder that the same command, run again, goes on from.
+    """
+    if world_size() > 1 and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main_alone(work: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from factory.errors import ConfigError
-from trainers.common import COMPLETE, checkpoints, last_checkpoint, mark_complete, record_eval, seed_everything
+from trainers.common import checkpoints, last_checkpoint, mark_complete, record_eval, remove_old, seed_everything
 from trainers.monitors import Evaluation
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def save(t: Run) -> Path:
     torch.save({"policy": _trained(t.policy), "critic": _trained(t.critic), "optimizer": t.optimizer.state_dict(),
                 "state": asdict(t.state)}, folder / "state.pt")
     mark_complete(folder)
-    for old in checkpoints(out)[:-KEPT]:
-        (old / COMPLETE).unlink()   # first: a folder half removed is not whole
-        shutil.rmtree(old)
+    remove_old(out, KEPT)
     return folder
 
 
