@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainers.ppo import Config
+    from trainers.rollout_vllm import Sampler
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Run:
     prompt_ids: list[list[int]]
     sources: Sequence[Source]
     state: State
+    sampler: Sampler | None = None   # vLLM's; None: transformers samples
 
 
 def load(config: Config, prompts: Sequence[Prompt], sources: Sequence[Source]) -> Run:

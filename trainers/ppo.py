@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from trainers import monitors, resume, rewards, rollout
+from trainers import monitors, resume, rewards, rollout, rollout_vllm
 from trainers import policy_gradient as pg
 from trainers.actor import Run, State, as_reference, load, policy_kl, values_of
 from trainers.common import Attention, Lora, Strict, TrainError, told
@@ -51,6 +51,10 @@ class Config(Strict):
     sample_batch: int = Field(64, ge=1, description="Prompts answered together.")
     max_new_tokens: int = Field(128, ge=1)
     temperature: float = Field(1.0, gt=0, le=10, description="In sampling and in log-probabilities alike.")
+    sampler: Literal["transformers", "vllm"] = Field(
+        "transformers", description="vllm: a server of its own, to which the weights are pushed after each update. The "
+                                    "reference, and answers that gold is asked of, are sampled by transformers.")
+    vllm: rollout_vllm.Settings = rollout_vllm.Settings()
 
     learning_rate: float = Field(1e-5, gt=0)
     value_learning_rate: float = Field(1e-5, gt=0)
@@ -113,7 +117,8 @@ def run(config: Config, prompts: Sequence[Prompt] | None = None, sources: Sequen
     """Train, or go on from the last checkpoint in `out`; the policy lands in `out`/policy.
 
     What is left out is taken from the configuration. `on_step` sees each step's metrics.
-    Raises: ConfigError for what cannot be trained from, TrainError when training cannot go on; what is saved is kept.
+    Raises: ConfigError for what cannot be trained from, TrainError when training cannot go on, EngineError where vLLM does
+    not start; what is saved is kept.
     """
     with told(Path(config.out), "micro_batch or batch_size"):
         if prompts is None:
@@ -127,15 +132,16 @@ def run(config: Config, prompts: Sequence[Prompt] | None = None, sources: Sequen
         if t.state.step == 0:
             start(t, gold, eval_prompts, eval_ids)
             resume.save(t)   # where a stop by KL at the second step goes back to
-        while t.state.step < config.steps and not t.state.stopped:
-            metrics = step(t)
-            if gold and not t.state.stopped and t.state.step in evaluated_at(config):
-                metrics |= evaluate(t, gold, eval_prompts, eval_ids)
-            resume.record(t, metrics)
-            if t.state.step % config.save_every == 0 or t.state.step == config.steps:
-                resume.save(t)
-            if on_step:
-                on_step(metrics)
+        with rollout_vllm.sampler(t) as t.sampler:
+            while t.state.step < config.steps and not t.state.stopped:
+                metrics = step(t)
+                if gold and not t.state.stopped and t.state.step in evaluated_at(config):
+                    metrics |= evaluate(t, gold, eval_prompts, eval_ids)
+                resume.record(t, metrics)
+                if t.state.step % config.save_every == 0 or t.state.step == config.steps:
+                    resume.save(t)
+                if on_step:
+                    on_step(metrics)
         resume.finish(t)
         return t.state
 
@@ -143,9 +149,12 @@ def run(config: Config, prompts: Sequence[Prompt] | None = None, sources: Sequen
 def sample(t: Run, ids: Sequence[list[int]], purpose: str, model: Any = None) -> tuple[list[Answer], list[str]]:
     """Answers to prompts and their texts, by the policy or another model."""
     seed = resume.seed_step(t.config.seed, t.state.step, purpose)
-    with t.accelerator.autocast():
-        answers = rollout.sample(model or t.policy, ids, t.config.max_new_tokens, t.config.temperature, t.ends, seed,
-                                 t.config.sample_batch)
+    if t.sampler is not None and purpose == "sample":
+        answers = t.sampler.sample(ids, seed)
+    else:
+        with t.accelerator.autocast():
+            answers = rollout.sample(model or t.policy, ids, t.config.max_new_tokens, t.config.temperature, t.ends, seed,
+                                     t.config.sample_batch)
     return answers, t.tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
 
 
@@ -240,6 +249,8 @@ def estimate(t: Run, answers: list[Answer], scores: list[float], metrics: dict[s
     rewarded = pg.penalised_rewards(torch.tensor(scores, device=k1.device), k1, mask, t.state.beta)
     advantages, returns = pg.gae(rewarded, values, mask, t.config.gamma, t.config.lam)
     gap, largest = rollout.sampler_gap(answers, logps, mask)
+    if t.sampler is not None:
+        t.sampler.check(gap)
     metrics |= {"kl": kl, "kl_k3": float(pg.masked_sum(k3, mask)) / len(answers),
                 "entropy": float(pg.masked_mean(entropy, mask)), "sampler_gap": gap, "sampler_gap_largest": largest,
                 "explained_variance": pg.explained_variance(values, returns, mask),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 KEPT = 2                        # checkpoints; the older one is what a stop by KL goes back to
-FREE = ("store", "save_every")  # settings that may differ when a run goes on
+FREE = ("store", "save_every", "vllm")  # settings that may differ when a run goes on
 
 
 def seed_step(seed: int, step: int, purpose: str, threads: int | None = None) -> int:
