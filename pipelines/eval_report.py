@@ -14,6 +14,7 @@ from trainers.evaluate import Answer
 SHOWN = ("gold", "broken", "helps_harmless", "coherent", "proxy", "kl", "entropy", "sampler_gap", "words", "ended",
          "refuses_harmless", "complies_harmful", "flatters", "sycophancy", "sycophancy_over_baseline", "right_plain",
          "right_told_right", "right_told_wrong", "unread", "distinct_2", "self_bleu")
+TO_BE_TOLD = 5e-4   # of a sampler's gap, on the console: below it is rounding, and a row of zeros
 
 
 def write_report(out: Path, report: Any, prompts: Sequence[Prompt], found: dict[str, list[Answer]]) -> None:
@@ -68,7 +69,8 @@ def cell(estimate: Any) -> str:
 
 def show(report: Any) -> None:
     """The tables on the console."""
-    names = [k for k in SHOWN if any(k in f for f in report.policies.values())]
+    names = [k for k in SHOWN if any(k in f for f in report.policies.values()) and (
+        k != "sampler_gap" or any((f[k].value or 0.0) > TO_BE_TOLD for f in report.policies.values() if k in f))]
     table(f"{report.prompts:,} held-out prompts, {report.samples} answers each, intervals over prompts", ("", *report.policies),
           [(k, *(cell(f.get(k)) for f in report.policies.values())) for k in names],
           "kl and entropy in nats an answer; broken: at least one principle, by the oracle" if report.value == "gold" else "")
