@@ -19,14 +19,6 @@ WORLD = aw.World(length=2)
 PROMPTS = list(WORLD.prompts)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    aw.build(folder / "policy", 1)
-    aw.build(folder / "reference", 2)
-    return folder
-
-
 @pytest.fixture
 def make(models, tmp_path):
     def settings(**changes) -> grpo.Config:

@@ -25,14 +25,6 @@ WORLD = aw.World(length=3)
 PROMPTS = list(WORLD.prompts) * 5
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    aw.build(folder / "policy", 1)
-    aw.build(folder / "reference", 2)
-    return folder
-
-
 @pytest.fixture
 def make(models, tmp_path):
     def settings(out: str | Path = tmp_path / "out", **changes) -> ppo.Config:

@@ -100,14 +100,6 @@ def answer(body, ids=None, logps=None):
     return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logps or [-1.0] * len(ids)}}]}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    aw.build(folder / "policy", 1)
-    aw.build(folder / "reference", 2)
-    return folder
-
-
 @pytest.fixture
 def make(models, tmp_path):
     """A run, and what samples for it by a script."""
