@@ -23,7 +23,7 @@ BETAS, STARTS, LENGTHS = (0.5, 1.0, 2.0), (1, 2, 3), (1, 2)
 # optima, and these stand 0.1 apart: what is never visited cannot be learned, and what is alike cannot be told apart.
 REFERENCE, DRAW, SPREAD = 101, 29, 0.2
 GROUP, BATCH, GOAL = 8, 512, 0.03
-STEPS = {"ppo": {1: 60, 2: 100}, "rloo": {1: 80, 2: 140}, "grpo reverse": {1: 80, 2: 140}, "grpo forward": {1: 80, 2: 140}}
+STEPS = {"ppo": {1: 60, 2: 100}, "rloo": {1: 80, 2: 140}, "grpo reverse": {1: 80, 2: 400}, "grpo forward": {1: 80, 2: 400}}
 
 
 def run_one(folder: Path, method: str, length: int, beta: float, start: int, steps: int | None = None) -> dict[str, Any]:

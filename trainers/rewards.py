@@ -90,7 +90,8 @@ def score(sources: Sequence[Source], prompts: Sequence[Prompt], completions: Seq
                   for row, (mean, sd) in zip(rows, scale, strict=False)]
         raw[source.name] = [_mean(column) for column in zip(*rows, strict=True)]
         combined = [combine(column, source.combine, source.lam) for column in zip(*scaled, strict=True)]
-        apart[source.name] = [pstdev(column) for column in zip(*scaled, strict=True) if None not in column]
+        apart[source.name] = [pstdev(column) if len(column) > 1 else 0.0  # as it would be, in a hundredth of the time
+                              for column in zip(*scaled, strict=True) if None not in column]
         mean, sd = scale[-1]
         total = [None if old is None or new is None else old + source.weight * (new - mean) / sd
                  for old, new in zip(total, combined, strict=True)]
