@@ -56,6 +56,7 @@ class Mixed:
 FAR = "DPO of base, far"
 LABELS = {"log-odds": ("-odds", "soft"), "mean": ("", "soft"), "hard": ("", "hard")}  # the run's name ends so; labels
 CORE = ("tiny", "log-odds")
+MORE, REWARD = "more-tiny-odds", "tiny, log-odds, more and mixed pairs"
 
 
 def pipeline(args: argparse.Namespace, name: str, judge: str, revise: bool, combine: str) -> dict[str, Any]:
@@ -76,25 +77,38 @@ def pipeline(args: argparse.Namespace, name: str, judge: str, revise: bool, comb
     return value
 
 
-def prompts_file(args: argparse.Namespace) -> None:
-    """Prompts of train and val with their splits, every eleventh of val; the test split is never written here."""
+def prompts_files(args: argparse.Namespace) -> None:
+    """Prompts of train and val with their splits, every eleventh of val; the test split is never written here.
+
+    `more.jsonl` goes on where `prompts.jsonl` ends.
+    """
     import orjson
 
     from factory.microworld import grammar
 
-    found = grammar.prompts("train", args.prompts, 7)
-    for k, prompt in enumerate(grammar.prompts("val", max(4, args.prompts // 10), 7)):
-        found.insert(11 * k, prompt)
-    lines = [orjson.dumps({"id": p.id, "messages": [{"role": m.role, "content": m.content} for m in p.messages],
-                           "tags": list(p.tags), "group": p.group, "split": p.split}) for p in found]
-    (args.folder / "prompts.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    train, val = (grammar.prompts("train", args.prompts + args.more, 7),
+                  grammar.prompts("val", max(4, args.prompts // 10) + max(4, args.more // 10), 7))
+    middle = max(4, args.prompts // 10)
+    for name, found, others in (("prompts", train[: args.prompts], val[:middle]), ("more", train[args.prompts :], val[middle:])):
+        for k, prompt in enumerate(others):
+            found.insert(11 * k, prompt)
+        lines = [orjson.dumps({"id": p.id, "messages": [{"role": m.role, "content": m.content} for m in p.messages],
+                               "tags": list(p.tags), "group": p.group, "split": p.split}) for p in found]
+        (args.folder / f"{name}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
 
 
 def data(args: argparse.Namespace) -> None:
-    """Base's answers with revisions and labels by tiny, then the same answers by nano: only judgments are asked anew."""
+    """Base's answers with revisions and labels by tiny, then the same answers by nano: only judgments are asked anew.
+
+    And labels by tiny of answers to more prompts, for the reward model.
+    """
     from pipelines.runner import run
 
-    prompts_file(args)
+    prompts_files(args)
+    more = pipeline(args, MORE, BASE, False, "log_odds")
+    more["prompts"]["source"] = str(args.folder / "more.jsonl")
+    done = run(more, quiet=False)
+    assert done.state == "done", done.reason
     for judge in (BASE, "prefab-nano") if args.ablation else (BASE,):
         for end, combine in (("-odds", "log_odds"), ("", "mean")):  # the second asks nothing again
             done = run(pipeline(args, f"base-{judge.removeprefix('prefab-')}{end}", judge, judge == BASE, combine), quiet=False)
@@ -118,12 +132,13 @@ def mixture(args: argparse.Namespace, seed: int) -> str:
     return name
 
 
-def stage(args: argparse.Namespace, kind: str, name: str, run: str, seed: int, **more: Any) -> str:
+def stage(args: argparse.Namespace, kind: str, name: str, runs: Sequence[str], seed: int, **more: Any) -> str:
     """One training, not repeated when it has ended; gives its folder."""
     module = importlib.import_module(f"trainers.{kind}")
-    source = {"store": str(args.folder / "store"), "run": run, "margin": more.pop("margin", 0.0)}
+    margin = more.pop("margin", 0.0)
+    sources = [{"store": str(args.folder / "store"), "run": run, "margin": margin} for run in runs]
     config = {"model": BASE, "out": str(args.folder / name), "seed": seed, "batch_size": 32, "schedule": "cosine",
-              "data": {"sources": [source], "labels": more.pop("labels", "soft"), "max_length": 512, "too_long": "drop"},
+              "data": {"sources": sources, "labels": more.pop("labels", "soft"), "max_length": 512, "too_long": "drop"},
               "threads": args.threads, **more}
     module.run(module.Config.model_validate(config))
     return str(args.folder / name)
@@ -137,26 +152,28 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
     rewards: dict[str, list[str]] = {}
     for seed in range(args.seeds) if args.only is None else [args.only]:
         fill(args.folder / "store")
-        sft = stage(args, "sft", f"sft-{seed}", "base-tiny", seed, learning_rate=args.sft_lr, epochs=args.sft_epochs, keep="best")
+        sft = stage(args, "sft", f"sft-{seed}", ["base-tiny"], seed, learning_rate=args.sft_lr, epochs=args.sft_epochs, keep="best")
         policies.setdefault("SFT on revisions", []).append(sft)
         tune = {"learning_rate": args.dpo_lr, "beta": args.beta, "epochs": args.dpo_epochs, "margin": args.margin}
+        reward = {"learning_rate": args.reward_lr, "epochs": args.reward_epochs, "eval_every": 20, "patience": 4}
         for judge, label in ([(j, k) for j in ("tiny", "nano") for k in args.labels] if args.ablation else [CORE]):
             end, labels = LABELS[label]
             policies.setdefault(f"DPO of base ({judge}, {label})", []).append(
-                stage(args, "dpo", f"dpo-{judge}-{label}-{seed}", f"base-{judge}{end}", seed, labels=labels, **tune))
+                stage(args, "dpo", f"dpo-{judge}-{label}-{seed}", [f"base-{judge}{end}"], seed, labels=labels, **tune))
             rewards.setdefault(f"{judge}, {label}", []).append(
-                stage(args, "reward", f"reward-{judge}-{label}-{seed}", f"base-{judge}{end}", seed, labels=labels,
-                      learning_rate=args.reward_lr, epochs=args.reward_epochs, eval_every=20, patience=4))
+                stage(args, "reward", f"reward-{judge}-{label}-{seed}", [f"base-{judge}{end}"], seed, labels=labels, **reward))
         mixed = mixture(args, seed)
         fill(args.folder / "store")
+        rewards.setdefault(REWARD, []).append(
+            stage(args, "reward", f"reward-{seed}", ("base-tiny-odds", MORE, mixed), seed, **reward))
         policies.setdefault("SFT, then DPO", []).append(
-            stage(args, "dpo", f"sft-dpo-{seed}", mixed, seed, model=sft, **tune))
+            stage(args, "dpo", f"sft-dpo-{seed}", [mixed], seed, model=sft, **tune))
         if args.online:
             far = {**tune, "beta": args.beta / 4, "epochs": 3 * args.dpo_epochs}
-            policies.setdefault(FAR, []).append(stage(args, "dpo", f"dpo-far-{seed}", "base-tiny-odds", seed, **far))
+            policies.setdefault(FAR, []).append(stage(args, "dpo", f"dpo-far-{seed}", ["base-tiny-odds"], seed, **far))
             for method in ("ppo", "grpo"):
                 for name, start in ((f"SFT, then {method.upper()}", sft), (f"{method.upper()} of base", BASE)):
-                    policies.setdefault(name, []).append(online(args, method, start, rewards[", ".join(CORE)][-1], seed))
+                    policies.setdefault(name, []).append(online(args, method, start, rewards[REWARD][-1], seed))
     return policies, rewards
 
 
@@ -309,6 +326,7 @@ def main() -> None:
     parser.add_argument("--rl-beta", type=float, default=0.05)
     parser.add_argument("--only", type=int, help="Train this seed alone.")
     parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--more", type=int, default=500, help="Further prompts, for the reward model alone.")
     parser.add_argument("--mixed", type=int, default=200, help="Prompts of these whose answers by base and SFT are compared.")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
@@ -328,7 +346,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.prompts, args.samples, args.seeds, args.test, args.answers, args.margin = 16, 2, 1, 16, 2, 0.0
-        args.mixed, args.rl_steps = 16, 2
+        args.more, args.mixed, args.rl_steps = 16, 16, 2
     args.folder.mkdir(parents=True, exist_ok=True)
     data(args)
     if args.do == "data":

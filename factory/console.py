@@ -4,18 +4,20 @@ Results go to stdout, so that they can be piped; progress, hints and errors go t
 """
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
 from factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
 
+T = TypeVar("T")
 PLAIN_EVERY_S = 5.0   # a line in a log, where there is no terminal to redraw
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -145,6 +147,22 @@ class Progress:
         self._started = time.monotonic()
         if self._bar is not None:
             self._bar.reset(self._task, total=self.total, completed=self.done)
+
+    async def over(self, items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> None:
+        """`work` on every item, that many at once, each told when done. One that fails cancels the others."""
+        rest = iter(items)
+
+        async def worker() -> None:
+            for item in rest:
+                await work(item)
+                self.advance()
+
+        workers = [asyncio.create_task(worker()) for _ in range(at_once)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for task in workers:
+                task.cancel()
 
     def advance(self, n: int = 1) -> None:
         """n more are done."""

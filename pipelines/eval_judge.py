@@ -188,20 +188,9 @@ def _config(loaded: Loaded, judge: Any) -> Any:
 
 async def _judged(bench: Bench, judge: Any, principle: Principle, ctx: Context, quiet: bool) -> Judged:
     """Every item's pairs to the judge, some items at once."""
-    judged, rest = Judged(), iter(bench.items.values())
-
-    async def worker() -> None:
-        for item in rest:
-            await _ask(item, bench.name, judge, principle, ctx, judged)
-            progress.advance()
-
+    judged = Judged()
     with Progress(f"{judge.name} on {bench.name}", len(bench.items), quiet, "items") as progress:
-        workers = [asyncio.create_task(worker()) for _ in range(AT_WORK)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for task in workers:
-                task.cancel()
+        await progress.over(bench.items.values(), lambda item: _ask(item, bench.name, judge, principle, ctx, judged), AT_WORK)
     return judged
 
 

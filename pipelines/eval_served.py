@@ -94,24 +94,17 @@ def _request(identity: str, turns: Turns, sample: int, config: Any) -> Request:
 
 async def _draw(name: str, engine: Any, asked: Sequence[Asked], stops: Sequence[int], quiet: bool) -> list[rollout.Answer]:
     found: list[Any] = [None] * len(asked)
-    rest = iter(enumerate(asked))
 
-    async def worker() -> None:
-        for i, a in rest:
-            drawn = await engine.draw(request_key(a.request), a.request, stops)
-            if drawn.prompt != a.prompt:
-                raise ConfigError(_other(name, a.prompt, drawn.prompt))
-            found[i] = rollout.Answer(a.prompt, drawn.ids, drawn.logps, drawn.ended)
-            progress.advance()
+    async def draw(item: tuple[int, Asked]) -> None:
+        i, a = item
+        drawn = await engine.draw(request_key(a.request), a.request, stops)
+        if drawn.prompt != a.prompt:
+            raise ConfigError(_other(name, a.prompt, drawn.prompt))
+        found[i] = rollout.Answer(a.prompt, drawn.ids, drawn.logps, drawn.ended)
 
     async with started_engines({SAMPLER: engine}, quiet):
         with Progress(f"answering: {name}", len(asked), quiet, "answers") as progress:
-            workers = [asyncio.create_task(worker()) for _ in range(min(engine.max_in_flight, len(asked)))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for task in workers:
-                    task.cancel()
+            await progress.over(enumerate(asked), draw, engine.max_in_flight)
     return found
 
 
