@@ -22,8 +22,8 @@ BETAS, STARTS, LENGTHS = (0.5, 1.0, 2.0), (1, 2, 3), (1, 2)
 # This reference and this draw of rewards are taken because every state is come to by 5% of the answers under each of the
 # optima, and these stand 0.1 apart: what is never visited cannot be learned, and what is alike cannot be told apart.
 REFERENCE, DRAW, SPREAD = 101, 29, 0.2
-GROUP, BATCH, GOAL = 8, 512, 0.03
-STEPS = {"ppo": {1: 60, 2: 100}, "rloo": {1: 80, 2: 140}, "grpo reverse": {1: 80, 2: 400}, "grpo forward": {1: 80, 2: 400}}
+GROUP, BATCH, GOAL = 8, 256, 0.03
+STEPS = {"ppo": {1: 100, 2: 200}, "rloo": {1: 120, 2: 400}, "grpo reverse": {1: 250, 2: 700}, "grpo forward": {1: 250, 2: 700}}
 
 
 def run_one(folder: Path, method: str, length: int, beta: float, start: int, steps: int | None = None) -> dict[str, Any]:
@@ -65,10 +65,10 @@ def _train(method: str, world: aw.World, beta: float, model: str, reference: str
 
     prompts, sources = list(world.prompts) * (BATCH // 2), rewards.single(world.reward)
     shared = dict(model=model, reference=reference, out=out, steps=steps, batch_size=BATCH, micro_batch=BATCH,
-                  max_new_tokens=world.length, learning_rate=1e-2, beta=beta, kl_stop=None, normalise="none",
+                  max_new_tokens=world.length, learning_rate=5e-3, beta=beta, kl_stop=None, normalise="none",
                   unfinished_score=None, threads=1, save_every=10_000)
     if method == "ppo":
-        ppo.run(ppo.Config(**shared, value_learning_rate=1e-2, sample_batch=BATCH, epochs=2, value_clip=None), prompts, sources)
+        ppo.run(ppo.Config(**shared, value_learning_rate=5e-3, sample_batch=BATCH, epochs=2, value_clip=None), prompts, sources)
     else:
         kind, _, form = method.partition(" ")
         grpo.run(grpo.Config(**shared, method=kind, group=GROUP, kl=form or "reverse"), prompts, sources)

@@ -5,10 +5,11 @@
     python -m benchmarks.policies --folder bench-policies --do train --only 1 --threads 1     # one seed beside another
 
 1. base answers prompts of train and val; revised by a sweep, compared by prefab-tiny (and once more by prefab-nano).
-2. per seed: SFT on the swept revisions; DPO of base on base's own pairs; a mixture of base and SFT answers, compared, and
-   DPO of SFT on that; a reward model. With --ablation, reward models and DPO by judge (tiny, nano) and label: the mean of
-   what principles say, their log-odds added up, and hard. With --online, PPO and GRPO against that reward model, from base
-   and from SFT, and DPO of base at a smaller beta, for the gold of each method at equal KL.
+2. per seed: SFT on the swept revisions, and one three times as long; DPO of base on base's own pairs; a mixture of base and
+   SFT answers, compared; DPO of SFT, and a reward model, on base's pairs and those. With --ablation, reward models and DPO
+   by judge (tiny, nano) and label: the mean of what principles say, their log-odds added up, and hard. With --online, PPO
+   and GRPO against that reward model, from base and from SFT, and DPO of base at a smaller beta, for the gold of each
+   method at equal KL.
 3. everything on prompts of the test split, 2,000 answers a figure, intervals over prompts, paired; reward models on fresh
    test pairs against the oracle.
 Learning rate, beta and margin are arguments: choose them with `--split val`, then measure once with `--split test`.
@@ -53,7 +54,7 @@ class Mixed:
         await self.both[1].stop()
 
 
-FAR = "DPO of base, far"
+FAR, SFT, LONG = "DPO of base, far", "SFT on revisions", "SFT on revisions, longer"
 LABELS = {"log-odds": ("-odds", "soft"), "mean": ("", "soft"), "hard": ("", "hard")}  # the run's name ends so; labels
 CORE = ("tiny", "log-odds")
 MORE, REWARD = "more-tiny-odds", "tiny, log-odds, more and mixed pairs"
@@ -152,8 +153,11 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
     rewards: dict[str, list[str]] = {}
     for seed in range(args.seeds) if args.only is None else [args.only]:
         fill(args.folder / "store")
-        sft = stage(args, "sft", f"sft-{seed}", ["base-tiny"], seed, learning_rate=args.sft_lr, epochs=args.sft_epochs, keep="best")
-        policies.setdefault("SFT on revisions", []).append(sft)
+        for name, where, epochs in ((SFT, "sft", args.sft_epochs), (LONG, "sft-long", 3 * args.sft_epochs)):
+            policies.setdefault(name, []).append(
+                stage(args, "sft", f"{where}-{seed}", ["base-tiny"], seed, learning_rate=args.sft_lr, epochs=epochs,
+                      keep="best"))
+        sft = policies[SFT][-1]
         tune = {"learning_rate": args.dpo_lr, "beta": args.beta, "epochs": args.dpo_epochs, "margin": args.margin}
         reward = {"learning_rate": args.reward_lr, "epochs": args.reward_epochs, "eval_every": 20, "patience": 4}
         for judge, label in ([(j, k) for j in ("tiny", "nano") for k in args.labels] if args.ablation else [CORE]):
@@ -167,7 +171,8 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
         rewards.setdefault(REWARD, []).append(
             stage(args, "reward", f"reward-{seed}", ("base-tiny-odds", MORE, mixed), seed, **reward))
         policies.setdefault("SFT, then DPO", []).append(
-            stage(args, "dpo", f"sft-dpo-{seed}", [mixed], seed, model=sft, **tune))
+            stage(args, "dpo", f"sft-dpo-{seed}", ("base-tiny-odds", MORE, mixed), seed, model=sft,
+                  **{**tune, "learning_rate": args.sft_dpo_lr, "beta": args.sft_dpo_beta}))
         if args.online:
             far = {**tune, "beta": args.beta / 4, "epochs": 3 * args.dpo_epochs}
             policies.setdefault(FAR, []).append(stage(args, "dpo", f"dpo-far-{seed}", ["base-tiny-odds"], seed, **far))
@@ -210,7 +215,7 @@ def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[
             {k: v.value for k, v in evaluate.figures(some, harmful).items()} for some in per]}
         others = {"base": [found["base"]] * len(per)} if name != "base" else {}
         if name.startswith("SFT, then"):
-            others["SFT on revisions"] = [found[f"SFT on revisions #{k}"] for k in range(len(per))]
+            others[SFT] = [found[f"{SFT} #{k}"] for k in range(len(per))]
         for other, theirs in others.items():
             pool = [a for some in theirs for a in some]
             made[name][f"against {other}"] = evaluate.against(_in_order(pooled), _in_order(pool),
@@ -327,14 +332,16 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="Train this seed alone.")
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--more", type=int, default=500, help="Further prompts, for the reward model alone.")
-    parser.add_argument("--mixed", type=int, default=200, help="Prompts of these whose answers by base and SFT are compared.")
+    parser.add_argument("--mixed", type=int, default=100, help="Prompts of these whose answers by base and SFT are compared.")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", default="test", choices=["test", "val"])
     parser.add_argument("--test", type=int, default=500, help="Held-out prompts.")
     parser.add_argument("--answers", type=int, default=4, help="To each of them, a policy and seed.")
     parser.add_argument("--sft-lr", type=float, default=5e-4)
-    parser.add_argument("--sft-epochs", type=float, default=3.0)
+    parser.add_argument("--sft-epochs", type=float, default=1.0, help="Before DPO, PPO and GRPO; the longer one has three times.")
+    parser.add_argument("--sft-dpo-lr", type=float, default=3e-5)
+    parser.add_argument("--sft-dpo-beta", type=float, default=0.5)
     parser.add_argument("--dpo-lr", type=float, default=1e-4)
     parser.add_argument("--dpo-epochs", type=float, default=1.0)
     parser.add_argument("--reward-lr", type=float, default=3e-4)
