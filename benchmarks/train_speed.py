@@ -5,9 +5,10 @@
 
 Each contender takes the same batches from the same weights with the same AdamW; the losses of every step are compared,
 because a faster step that learns something else is no step. `trl` is TRL as it comes (sdpa, gradient checkpointing, the
-reference model beside the policy), but in fp32; `trl, no checkpointing` without that. Reference log-probabilities that
-ours computes beforehand are paid for: their time over just these batches is added to ours in `times_trl`. Peak memory is
-taken in a process of each contender's own, from the start of Python to the last step.
+reference model beside the policy), but in fp32; `trl, no checkpointing` without that; `ours, halves` holds half a batch at
+once (`micro_batch`). Reference log-probabilities that ours computes beforehand are paid for: their time over just these
+batches is added to ours in `times_trl`. Peak memory is taken in a process of each contender's own, from the start of Python
+to the last step.
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from typing import Any
 
 from benchmarks.common import write
 
-CONTENDERS = {"dpo": ("trl", "trl, no checkpointing", "ours"), "reward": ("trl", "trl, no checkpointing", "ours")}
+CONTENDERS = {stage: ("trl", "trl, no checkpointing", "ours", "ours, halves") for stage in ("dpo", "reward")}
 LEARNING_RATE = 1e-4
 
 
@@ -47,7 +48,8 @@ def pairs_file(folder: Path, n: int) -> Path:
 class Contender:
     """A trainer, its batches, and an AdamW of the same settings; a step is forward, backward, clip, update."""
 
-    def __init__(self, trainer: Any, batches: list[Any], before_s: float = 0.0) -> None:
+    def __init__(self, trainer: Any, batches: list[list[Any]], before_s: float = 0.0) -> None:
+        """Each batch is in parts, whose gradients are added up."""
         import torch
 
         self.trainer, self.batches, self.before_s = trainer, batches, before_s
@@ -60,28 +62,32 @@ class Contender:
         """One step on batch k, timed."""
         import torch
 
-        batch = {name: value.clone() for name, value in self.batches[k].items()}
-        began = time.perf_counter()
-        loss = self.trainer.compute_loss(self.model, batch)
-        loss.backward()
+        parts = [{name: value.clone() for name, value in part.items()} for part in self.batches[k]]
+        began, whole = time.perf_counter(), 0.0
+        for part in parts:
+            loss = self.trainer.compute_loss(self.model, part) / len(parts)
+            loss.backward()
+            whole += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.seconds.append(time.perf_counter() - began)
-        self.losses.append(float(loss.detach()))
+        self.losses.append(whole)
 
 
 def contender(stage: str, name: str, folder: Path, model: str, steps: int, batch: int) -> Contender:
     """One side, ready to step. The rows and their order are those of our buckets, for both; see `token_rows`."""
     rows = json.loads((folder / f"{stage}.json").read_text())
     cut = [rows[k : k + batch] for k in range(0, len(rows), batch)]
-    if name != "ours":
+    if name.startswith("trl"):
         theirs = _trl(stage, name, folder, model, rows[:2], batch)
-        return Contender(theirs, [theirs.data_collator([_plain(row) for row in some]) for some in cut])
+        return Contender(theirs, [[theirs.data_collator([_plain(row) for row in some])] for some in cut])
     trainer, before_s = _ours(stage, folder, model, batch)[0], 0.0
     if stage == "dpo":
         before_s = _reference_s(trainer, rows, batch)
-    side = Contender(trainer, [trainer.data_collator(some) for some in cut], before_s)
+    part = batch // 2 if name == "ours, halves" else batch
+    side = Contender(trainer, [[trainer.data_collator(some[k : k + part]) for k in range(0, len(some), part)] for some in cut],
+                     before_s)
     if stage == "reward":
         import torch
 
@@ -178,7 +184,7 @@ def compare(stage: str, folder: Path, model: str, steps: int, batch: int, rounds
     gap = max(abs(a - b) for name in sides for side in sides[name] for a, b in zip(side.losses, theirs, strict=True))
     seconds = {name: [sum(side.seconds[1:]) for side in some] for name, some in sides.items()}
     before = statistics.median(side.before_s for side in sides["ours"]) * (steps - 1) / steps
-    ratio = {name: statistics.median(a / (b + (before if name == "ours" else 0)) for a, b in zip(seconds["trl"], s, strict=True))
+    ratio = {name: statistics.median(a / (b + (before if name.startswith("ours") else 0)) for a, b in zip(seconds["trl"], s, strict=True))
              for name, s in seconds.items()}
     return {"stage": stage, "steps": steps, "batch": batch, "rounds": rounds, "losses_differ_by_at_most": gap,
             "first_loss": theirs[0], "last_loss": theirs[-1], "seconds": seconds,
