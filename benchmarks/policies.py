@@ -190,9 +190,10 @@ def online(args: argparse.Namespace, method: str, start: str, reward: str, seed:
     out = args.folder / f"{method}-{'base' if start == BASE else 'sft'}-{seed}"
     train(method, Path(method), overrides(
         model=start, out=str(out), store=None, seed=seed, threads=args.threads, steps=args.rl_steps, beta=args.rl_beta,
-        eval_every=max(1, args.rl_steps // 10), rewards=[{"name": "preference", "kind": "model", "paths": [reward]}],
+        eval_every=max(1, args.rl_steps // 6), rewards=[{"name": "preference", "kind": "model", "paths": [reward]}],
         data__sources=[{"store": str(args.folder / "store"), "run": "base-tiny"},
-                       {"files": str(watched(args.folder))}]), quiet=False)
+                       {"files": str(watched(args.folder))}], **({"epochs": 2, "value": "shared"} if method == "ppo" else {})),
+          quiet=False)
     return str(out / "policy")
 
 
@@ -327,8 +328,8 @@ def main() -> None:
     parser.add_argument("--ablation", action="store_true", help="Also by judge and label.")
     parser.add_argument("--labels", nargs="+", default=list(LABELS), choices=list(LABELS), help="Of the ablation.")
     parser.add_argument("--online", action="store_true", help="Also PPO and GRPO.")
-    parser.add_argument("--rl-steps", type=int, default=60)
-    parser.add_argument("--rl-beta", type=float, default=0.05)
+    parser.add_argument("--rl-steps", type=int, default=24)
+    parser.add_argument("--rl-beta", type=float, default=0.3)
     parser.add_argument("--only", type=int, help="Train this seed alone.")
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--more", type=int, default=500, help="Further prompts, for the reward model alone.")
