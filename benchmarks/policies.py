@@ -8,7 +8,7 @@
 2. per seed: SFT on the swept revisions, and one three times as long; DPO of base on base's own pairs; a mixture of base and
    SFT answers, compared; DPO of SFT, and a reward model, on base's pairs and those. With --ablation, reward models and DPO
    by judge (tiny, nano) and label: the mean of what principles say, their log-odds added up, and hard. With --online, PPO
-   and GRPO against that reward model, from base and from SFT, and DPO of base at a smaller beta, for the gold of each
+   of SFT and of base and GRPO of base against that reward model, and DPO of base at a smaller beta, for the gold of each
    method at equal KL.
 3. everything on prompts of the test split, 2,000 answers a figure, intervals over prompts, paired; reward models on fresh
    test pairs against the oracle.
@@ -176,9 +176,9 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
         if args.online:
             far = {**tune, "beta": args.beta / 4, "epochs": 3 * args.dpo_epochs}
             policies.setdefault(FAR, []).append(stage(args, "dpo", f"dpo-far-{seed}", ["base-tiny-odds"], seed, **far))
-            for method in ("ppo", "grpo"):
-                for name, start in ((f"SFT, then {method.upper()}", sft), (f"{method.upper()} of base", BASE)):
-                    policies.setdefault(name, []).append(online(args, method, start, rewards[REWARD][-1], seed))
+            for name, method, start in (("SFT, then PPO", "ppo", sft), ("PPO of base", "ppo", BASE),
+                                        ("GRPO of base", "grpo", BASE)):
+                policies.setdefault(name, []).append(online(args, method, start, rewards[REWARD][-1], seed))
     return policies, rewards
 
 
