@@ -234,8 +234,9 @@ def at_equal_kl(args: argparse.Namespace, policies: dict[str, list[str]]) -> dic
     """
     import numpy as np
 
-    from factory.stats import t_quantile
+    from factory.stats import student
     from pipelines.eval_policy import Config, held_out, sample_all
+    from trainers.monitors import gained_at
     from trainers.resume import METRICS, read_metrics
 
     ends = [name for name in policies if name.startswith("DPO of base (tiny") or name == FAR]
@@ -245,7 +246,7 @@ def at_equal_kl(args: argparse.Namespace, policies: dict[str, list[str]]) -> dic
     mean = {name: (float(np.mean([a.logp - a.ref_logp for a in some])), float(np.mean([a.gold["gold"] for a in some])))
             for name, some in sample_all(config, held_out(config)).items()}
     paths: dict[str, list[list[tuple[float, float]]]] = {"DPO of base": [
-        [(0.0, 0.0)] + [(mean[f"{name} #{k}"][0], mean[f"{name} #{k}"][1] - mean["base"][1]) for name in ends]
+        [(mean[f"{name} #{k}"][0], mean[f"{name} #{k}"][1] - mean["base"][1]) for name in ends]
         for k in range(len(policies[FAR]))]}
     for method in ("PPO", "GRPO"):
         told = [[m for m in read_metrics(Path(p).parent / METRICS) if "eval/gold" in m] for p in policies[f"{method} of base"]]
@@ -253,13 +254,9 @@ def at_equal_kl(args: argparse.Namespace, policies: dict[str, list[str]]) -> dic
     made: dict[str, Any] = {}
     for name, runs in paths.items():
         for kl in (0.1, 0.2, 0.5, 1.0, 2.0):
-            if min(max(k for k, _ in run) for run in runs) < kl:
-                continue
-            gains = [float(np.interp(kl**0.5, *zip(*sorted((max(k, 0.0) ** 0.5, g) for k, g in run), strict=True)))
-                     for run in runs]
-            half = t_quantile(0.975, len(gains) - 1) * np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else np.nan
-            made[f"{name} at {kl} nats"] = {"gold gained": float(np.mean(gains)), "half of interval": float(half),
-                                            "seeds": len(gains)}
+            gains = [gained_at(run, kl) for run in runs]
+            if None not in gains:
+                made[f"{name} at {kl} nats"] = student(gains)
     return made
 
 
@@ -366,10 +363,9 @@ def main() -> None:
     found, scores = evaluated(args, policies), rewards_measured(args, rewards)
     show(labels, found, scores)
     equal = at_equal_kl(args, policies) if args.online else {}
-    table(["at equal KL", "gold gained over base", "half of the interval over seeds"],
-          [[n, x["gold gained"], x["half of interval"]] for n, x in equal.items()])
+    table(["at equal KL", "gold gained over base (over seeds)"], [[n, words(e)] for n, e in equal.items()])
     write("policies", args.quick, arguments={k: str(v) for k, v in vars(args).items() if k != "folder"}, labels=labels,
-          equal_kl=equal, policies={n: {k: _plain(v) for k, v in some.items()} for n, some in found.items()},
+          equal_kl=_plain(equal), policies={n: {k: _plain(v) for k, v in some.items()} for n, some in found.items()},
           rewards={n: {k: _plain(v) for k, v in some.items()} for n, some in scores.items()})
 
 
@@ -379,11 +375,15 @@ def _plain(value: Any) -> Any:
     return asdict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
+def words(e: Any) -> str:
+    """An estimate with its interval, where it has one."""
+    if e is None or e.value is None:
+        return ""
+    return f"{e.value:.3f}" + ("" if e.low is None else f" ({e.low:.3f} to {e.high:.3f})")
+
+
 def show(labels: dict[str, Any], found: dict[str, Any], scores: dict[str, Any]) -> None:
     """The tables, as they stand in the README."""
-    def words(e: Any) -> str:
-        return "" if e is None or e.value is None else f"{e.value:.3f} ({e.low:.3f} to {e.high:.3f})"
-
     table(["labels", "agree with gold", "decided"], [[n, x["right"], x["decided"]] for n, x in labels.items()])
     names = ["broken", "gold", "helps_harmless", "coherent", "words", "kl", "self_bleu"]
     table(["policy", *names], [[n, *(words(some["figures"].get(k)) for k in names)] for n, some in found.items()])

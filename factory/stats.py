@@ -96,6 +96,22 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
     return front * value
 
 
+def student(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """A mean with Student's interval, for a few independent values such as seeds; no bounds for a single one.
+
+    Source: Student 1908.
+    """
+    n = len(values)
+    if n == 0:
+        return undefined("no values")
+    mean = float(np.mean(values))
+    if n == 1:
+        return Estimate(mean, None, None, None, 1)
+    se = float(np.std(values, ddof=1)) / n**0.5
+    half = t_quantile(0.5 + level / 2, n - 1) * se
+    return Estimate(mean, se, mean - half, mean + half, n)
+
+
 def wilson(successes: float, n: float, level: float = 0.95) -> Estimate:
     """A share with Wilson's score interval, which stays inside [0, 1] and is never empty at 0 or n.
 

@@ -132,12 +132,18 @@ def _show_sweep(found: dict[str, Any]) -> None:
     table("gold gained = d (a - b log d), d = sqrt(KL)", ("rewards", "a (95%)", "b (95%)", "peak at KL", "gold gained there"),
           [(arm, _interval(a), _interval(b), kl, gained) for arm, a, b, kl, gained in fits],
           "No peak: gold had not turned within what was seen. Charts: " + ", ".join(found["files"]))
+    if len(found["arms"]) > 1 and found["equal_kl"]:
+        table("gold gained at equal KL", ("KL", "rewards", "gold gained (95% over seeds)", "more than the first, by seed"),
+              [(row["kl"], row["arm"], _interval(row["gained"]), row["more"] and _interval(row["more"]))
+               for row in found["equal_kl"]])
     best = max(found["arms"].values(), key=lambda told: told["best"]["gained"])["best"]
     hint(f"prefab train ppo ppo --set beta={best['beta']:g}")
 
 
 def _interval(e: dict[str, Any]) -> str:
-    return e["undefined"] or "" if e["value"] is None else f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})"
+    if e["value"] is None:
+        return e["undefined"] or ""
+    return f"{e['value']:.3f}" + ("" if e["low"] is None else f" ({e['low']:.3f} to {e['high']:.3f})")
 
 
 @eval_app.command("policy")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import log, sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import orjson
@@ -20,7 +20,7 @@ from pydantic import Field
 from factory import yamlio
 from factory.console import cell, warn
 from factory.errors import ConfigError
-from factory.stats import t_quantile
+from factory.stats import student
 from pipelines import charts, train_rl
 from trainers import monitors, ppo
 from trainers.common import Strict, TrainError, write_json
@@ -165,7 +165,8 @@ def measured(points: Sequence[Point], alarms: dict[tuple[str, float], list[bool]
     best = {key: max((m for m in means if (m.arm, m.beta) == key), key=lambda m: (m.gained, -m.kl)) for key in last}
     table = [{"arm": arm, "beta": beta, "seeds": last[arm, beta].seeds, "end": asdict(last[arm, beta]), "best": asdict(best[arm, beta]),
               "alarms": sum(alarms.get((arm, beta), []))} for arm, beta in sorted(last)]
-    return {"points": [asdict(p) for p in points], "means": [asdict(m) for m in means], "arms": arms, "table": table}
+    return {"points": [asdict(p) for p in points], "means": [asdict(m) for m in means], "arms": arms, "table": table,
+            "equal_kl": at_equal_kl(points)}
 
 
 COLUMNS = ("rewards", "beta", "seeds", "KL at the end", "proxy", "gold gained", "most gold gained", "at KL", "at step", "alarms")
@@ -218,9 +219,34 @@ def over_seeds(points: Sequence[Point]) -> list[Mean]:
         groups.setdefault((p.arm, p.beta, p.step), []).append(p)
     means = []
     for (arm, beta, step), some in groups.items():
-        gained = [p.gained for p in some]
-        half = t_quantile(0.975, len(some) - 1) * stdev(gained) / sqrt(len(some)) if len(some) > 1 else None
-        middle = fmean(gained)
-        means.append(Mean(arm, beta, step, len(some), fmean(p.kl for p in some), fmean(p.proxy for p in some), middle,
-                          None if half is None else middle - half, None if half is None else middle + half))
+        gained = student([p.gained for p in some])
+        means.append(Mean(arm, beta, step, len(some), fmean(p.kl for p in some), fmean(p.proxy for p in some), gained.value,
+                          gained.low, gained.high))
     return means
+
+
+def at_equal_kl(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Gold gained by each arm at a quarter, half and all of the KL to which every arm came with every seed.
+
+    With several betas an arm's gain is the mean over those runs of a seed that came so far. `more` is the gain less the
+    first arm's, paired by seed. Both are means over seeds with Student's intervals (`factory.stats.student`).
+    """
+    paths: dict[tuple[str, int], dict[float, list[tuple[float, float]]]] = {}
+    for p in points:
+        paths.setdefault((p.arm, p.seed), {}).setdefault(p.beta, []).append((p.kl, p.gained))
+    arms, seeds = list(dict.fromkeys(arm for arm, _ in paths)), sorted({seed for _, seed in paths})
+    if len(paths) < len(arms) * len(seeds):   # a run failed: seeds cannot be paired
+        return []
+    reach = min(max(kl for path in runs.values() for kl, _ in path) for runs in paths.values())
+
+    def gain(arm: str, seed: int, kl: float) -> float:
+        return fmean(g for path in paths[arm, seed].values() if (g := monitors.gained_at(path, kl)) is not None)
+
+    rows = []
+    for share in (0.25, 0.5, 1.0) if reach > 0 else ():
+        first = [gain(arms[0], seed, share * reach) for seed in seeds]
+        for arm in arms:
+            gains = [gain(arm, seed, share * reach) for seed in seeds]
+            more = student([a - b for a, b in zip(gains, first, strict=True)]) if arm != arms[0] else None
+            rows.append({"kl": share * reach, "arm": arm, "gained": asdict(student(gains)), "more": more and asdict(more)})
+    return rows

@@ -120,3 +120,11 @@ def test_best_of_n_and_distinct():
     assert monitors.bon_kl(1) == 0 and monitors.bon_kl(4) == pytest.approx(log(4) - 0.75)
     assert monitors.distinct(["a b a", "b a"], 1) == 2 / 5 and monitors.distinct(["a b a", "b a"], 2) == 2 / 3
     assert monitors.distinct(["a", ""], 2) is None
+
+
+def test_gold_at_a_distance_is_read_off_straight_lines_over_its_square_root():
+    path = [(4.0, 3.0), (1.0, 1.0)]           # in whatever order; nothing is gained at no distance
+    assert monitors.gained_at(path, 0.25) == pytest.approx(0.5)
+    assert monitors.gained_at(path, 1.0) == pytest.approx(1.0)
+    assert monitors.gained_at(path, 2.25) == pytest.approx(2.0)
+    assert monitors.gained_at(path, 4.1) is None and monitors.gained_at([], 0.1) is None

@@ -11,6 +11,7 @@ from factory.stats import (
     clustered_share,
     length_controlled_win_rate,
     paired_difference,
+    student,
     t_quantile,
     wilson,
     z_quantile,
@@ -147,3 +148,12 @@ def test_where_all_hit_the_clusters_count():
     assert none.low == 0.0 and none.high == pytest.approx(wilson(0, 20).high)
     assert clustered_share([1.0, 0.0], [7, 7]).low is None and clustered_share([], []).undefined == "no trials"
     assert clustered_share([1.0, 0.0, 1.0]) == wilson(2, 3)
+
+
+def test_students_interval_by_hand_and_none_for_one_value():
+    e = student([1.0, 2.0, 3.0])   # deviation 1, se 1/sqrt(3), t of two degrees of freedom 4.302653
+    assert e.value == pytest.approx(2) and e.se == pytest.approx(3**-0.5) and e.n_items == 3
+    assert (e.low, e.high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
+    alone = student([0.25])
+    assert (alone.value, alone.low, alone.high) == (0.25, None, None)
+    assert student([]).value is None and student([]).undefined

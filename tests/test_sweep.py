@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from factory.errors import ConfigError
 from pipelines.cli import app
-from pipelines.sweep import Config, Point, measured, over_seeds, settings
+from pipelines.sweep import Config, Point, at_equal_kl, measured, over_seeds, settings
 from pipelines.sweep import sweep as run
 
 A, B = 1.2, 0.8
@@ -46,6 +46,19 @@ def test_the_fit_finds_what_the_points_were_made_of_and_marks_the_peak():
     rows = {(row["arm"], row["beta"]): row for row in found["table"]}
     assert rows["single", 0.1]["alarms"] == 2 and rows["ensemble", 0.1]["alarms"] == 1 and rows["single", 0.5]["alarms"] == 0
     assert rows["ensemble", 0.1]["end"]["kl"] == pytest.approx(16) and rows["ensemble", 0.1]["best"]["step"] == 2
+
+
+def test_arms_at_equal_kl_are_paired_by_seed():
+    rows = at_equal_kl(points(0.1))     # both seeds reach 16 nats at beta .1, and 2.25 at .5
+    assert [(row["kl"], row["arm"]) for row in rows] == [(kl, arm) for kl in (4.0, 8.0, 16.0) for arm in ("single", "ensemble")]
+    half, whole = rows[0], rows[1]
+    assert half["more"] is None and half["gained"]["value"] == pytest.approx(gained(2) / 2)   # 2.25 nats are too near
+    assert whole["gained"]["value"] == pytest.approx(gained(2)) and whole["gained"]["low"] < gained(2) - 0.1
+    assert whole["more"]["value"] == pytest.approx(gained(2) / 2)
+    assert whole["more"]["low"] == pytest.approx(whole["more"]["high"])      # the seeds differ in both arms alike
+    near = at_equal_kl([p for p in points() if p.beta == 0.5 or p.kl <= 1])
+    assert near[-1]["kl"] == pytest.approx(2.25) and near[-1]["gained"]["value"] == pytest.approx(gained(1.5))
+    assert at_equal_kl([p for p in points() if (p.arm, p.seed) != ("ensemble", 1)]) == []   # a run failed: no pairs
 
 
 def test_a_peak_beyond_what_was_seen_is_none():

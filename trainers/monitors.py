@@ -125,6 +125,17 @@ def gao_fit(kl: Sequence[float], gold: Sequence[float], form: Literal["bon", "rl
     return Fit(form, a, b, _peak(form, float(coefficients[0]), float(coefficients[1])), sqrt(float(np.mean(errors**2))))
 
 
+def gained_at(path: Sequence[tuple[float, float]], kl: float) -> float | None:
+    """Gold gained at `kl` nats, from (KL, gold gained) along a run; None beyond the furthest.
+
+    Straight lines over sqrt(KL) between what was measured, from nothing gained at no distance.
+    """
+    if kl > max((k for k, _ in path), default=0.0):
+        return None
+    d, gained = zip(*sorted([(0.0, 0.0), *((sqrt(max(k, 0.0)), g) for k, g in path)]), strict=True)
+    return float(np.interp(sqrt(kl), d, gained))
+
+
 def _peak(form: str, a: float, b: float) -> float | None:
     if b <= 0 or (form == "bon" and a <= 0):
         return None
