@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,14 @@ def _options() -> str:
 def _cpu() -> str:
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return found[1] if found else platform.machine()
+
+
+def words(e: Any) -> str:
+    """An estimate, or one as a mapping, with its interval where it has one."""
+    found = e if isinstance(e, dict) else asdict(e) if e is not None else {}
+    if found.get("value") is None:
+        return ""
+    return f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")
 
 
 def table(columns: list[str], rows: list[list[Any]]) -> None:

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import table, write
+from benchmarks.common import table, words, write
 from factory.keys import digest
 from factory.types import Completion, Engine, Request
 
@@ -373,13 +373,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return asdict(value) if hasattr(value, "__dataclass_fields__") else value
-
-
-def words(e: Any) -> str:
-    """An estimate with its interval, where it has one."""
-    if e is None or e.value is None:
-        return ""
-    return f"{e.value:.3f}" + ("" if e.low is None else f" ({e.low:.3f} to {e.high:.3f})")
 
 
 def show(labels: dict[str, Any], found: dict[str, Any], scores: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alarm import all_but
-from benchmarks.common import table, write
+from benchmarks.common import table, words, write
 from factory.stats import bootstrap
 
 
@@ -47,8 +47,8 @@ def main() -> None:
     for epochs, seeds in found.items():
         told[epochs] = {name: asdict(over_prompts([s[name] for s in seeds])) for name in seeds[0] if name not in ("ece", "loss")}
         told[epochs] |= {name: [s[name] for s in seeds] for name in ("ece", "loss")}
-        rows.append([epochs, *(f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})" for e in told[epochs].values()
-                               if isinstance(e, dict)), *(f"{np.mean(told[epochs][n]):.3f}" for n in ("ece", "loss"))])
+        rows.append([epochs, *(words(e) for e in told[epochs].values() if isinstance(e, dict)),
+                     *(f"{np.mean(told[epochs][n]):.3f}" for n in ("ece", "loss"))])
     names = [n for n, e in next(iter(told.values())).items() if isinstance(e, dict)]
     table(["epochs", *names, "calibration error", "log loss"], rows)
     write("reward_fit", args.quick, arguments={k: str(v) for k, v in vars(args).items() if k not in ("store", "folder")},

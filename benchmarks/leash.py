@@ -1,0 +1,118 @@
+"""Does adaptive KL hold its target, and is an ensemble of reward models safer than one? PPO of base in the embedded world.
+
+    python -m benchmarks.leash --store demo-store            # an hour or two on two cores; run again to go on
+    python -m benchmarks.leash --store demo-store --quick    # the machinery
+
+Adaptive: the mean KL of the steps behind the first quarter, against the target, for each seed. Ensemble: reward models that
+differ by seed alone, on the same few pairs; one of them, and all of them by mean minus deviation, at the same beta; gold on
+the same prompts at equal KL (`pipelines.sweep.at_equal_kl`), paired by seed. Each seed has pairs of its own.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.alarm import all_but
+from benchmarks.common import table, words, write
+
+GOAL = 0.2   # of the target
+
+
+def shared(args: argparse.Namespace) -> dict[str, Any]:
+    """What all runs have in common."""
+    from pipelines.demo_training import watched
+
+    return {"model": "prefab-tiny", "store": None, "threads": args.threads, "steps": args.steps, "epochs": 2, "value": "shared",
+            "data__sources": [{"store": str(args.store), "run": args.run}, {"files": str(watched(args.folder))}]}
+
+
+def reward_models(args: argparse.Namespace, seed: int, pairs: int, members: int) -> list[str]:
+    """Folders of an ensemble on `pairs` pairs that the seed draws."""
+    from trainers import reward
+
+    out = args.folder / f"reward-{pairs}-{members}-{seed}"
+    args.pairs = pairs
+    reward.run(reward.Config.model_validate({
+        "model": "prefab-tiny", "out": str(out), "seed": 100 * seed, "learning_rate": 3e-4, "batch_size": 16, "epochs": 3,
+        "members": members, "threads": args.threads,
+        "data": {"sources": [{"store": str(args.store), "run": args.run, "exclude": str(all_but(args, seed))}],
+                 "max_length": 512}}), quiet=True)
+    return [str(out / f"member-{k}") for k in range(members)] if members > 1 else [str(out)]
+
+
+def adaptive(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """By seed: the KL that was held, and beta's way."""
+    from pipelines.demo_training import overrides
+    from pipelines.train_rl import train
+    from trainers.resume import METRICS, read_metrics
+
+    found = []
+    for seed in range(args.seeds):
+        out = args.folder / f"adaptive-{seed}"
+        rewards = [{"name": "preference", "kind": "model", "paths": reward_models(args, seed, args.many, 1)}]
+        train("ppo", Path("ppo"), overrides(**shared(args), out=str(out), seed=seed, kl="adaptive", kl_target=args.target,
+                                            kl_horizon=args.horizon, gold=None, rewards=rewards), quiet=False)
+        steps = [m for m in read_metrics(out / METRICS) if m["step"] > 0]
+        late = [m["kl"] for m in steps if m["step"] > args.steps / 4]
+        found.append({"kl": fmean(late), "off": fmean(late) / args.target - 1, "by_step": [m["kl"] for m in steps],
+                      "beta": [m["beta"] for m in steps]})
+    return found
+
+
+def ensembles(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Gold at equal KL, one reward model against an ensemble on the same pairs."""
+    from pipelines.demo_training import overrides
+    from pipelines.sweep import Point, at_equal_kl, trained
+    from pipelines.train_rl import load
+    from trainers import ppo
+
+    points = []
+    for seed in range(args.seeds):
+        paths = reward_models(args, seed, args.few, args.members)
+        arms = {"one reward model": {"paths": paths[:1]}, f"ensemble of {args.members}": {"paths": paths, "combine": "mean_minus_sd"}}
+        for arm, some in arms.items():
+            out = args.folder / f"{len(some['paths'])}-members-{seed}"
+            config = load(Path("ppo"), ppo.Config, overrides(
+                **shared(args), out=str(out), seed=seed, beta=args.beta, eval_every=max(1, args.steps // 8),
+                rewards=[{"name": "preference", "kind": "model", **some}]))
+            start, *later = trained(config, f"{arm}, seed {seed}", quiet=False)["evaluations"]
+            points += [Point(arm, args.beta, seed, e["step"], e["kl"], e["proxy"], e["gold"], e["gold"] - start["gold"])
+                       for e in later]
+    return at_equal_kl(points)
+
+
+def main() -> None:
+    """Train, tell, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", type=Path, default=Path("demo-store"))
+    parser.add_argument("--run", default="demo")
+    parser.add_argument("--folder", type=Path, default=Path("bench-leash"))
+    parser.add_argument("--only", choices=["adaptive", "ensemble"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--target", type=float, default=0.5, help="Nats an answer, of adaptive KL.")
+    parser.add_argument("--horizon", type=float, default=320.0, help="Answers; the preset's 10,000 is for longer runs.")
+    parser.add_argument("--beta", type=float, default=0.05, help="Of the ensemble's runs.")
+    parser.add_argument("--few", type=int, default=96, help="Pairs of the ensemble's reward models.")
+    parser.add_argument("--many", type=int, default=10**6, help="Pairs of adaptive KL's reward model.")
+    parser.add_argument("--members", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.steps, args.few, args.many, args.members = 2, 4, 32, 32, 2
+    args.folder.mkdir(parents=True, exist_ok=True)
+    held = adaptive(args) if args.only != "ensemble" else []
+    table(["adaptive KL, seed", "mean after the first quarter", f"off the target of {args.target}", "beta at the end"],
+          [[k, h["kl"], f"{h['off']:+.1%}", h["beta"][-1]] for k, h in enumerate(held)])
+    equal = ensembles(args) if args.only != "adaptive" else []
+    table(["KL", "reward", "gold gained", "more than one model"],
+          [[f"{r['kl']:.2f}", r["arm"], words(r["gained"]), words(r["more"])] for r in equal])
+    write("leash", args.quick, goal=GOAL, arguments=json.loads(json.dumps(vars(args), default=str)), adaptive=held, equal_kl=equal)
+
+
+if __name__ == "__main__":
+    main()
