@@ -174,8 +174,8 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
             stage(args, "dpo", f"sft-dpo-{seed}", ("base-tiny-odds", MORE, mixed), seed, model=sft,
                   **{**tune, "learning_rate": args.sft_dpo_lr, "beta": args.sft_dpo_beta}))
         if args.online:
-            far = {**tune, "beta": args.beta / 4, "epochs": 3 * args.dpo_epochs}
-            policies.setdefault(FAR, []).append(stage(args, "dpo", f"dpo-far-{seed}", ["base-tiny-odds"], seed, **far))
+            policies.setdefault(FAR, []).append(
+                stage(args, "dpo", f"dpo-far-{seed}", ["base-tiny-odds"], seed, **{**tune, "beta": args.beta / 4}))
             for name, method, start in (("SFT, then PPO", "ppo", sft), ("PPO of base", "ppo", BASE),
                                         ("GRPO of base", "grpo", BASE)):
                 policies.setdefault(name, []).append(online(args, method, start, rewards[REWARD][-1], seed))
