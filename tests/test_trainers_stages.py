@@ -262,8 +262,6 @@ def test_an_ensemble_and_its_scores(world, tmp_path):
         assert scores.mean() == pytest.approx(0, abs=1e-3) and scores.std() == pytest.approx(1, abs=1e-3)
     both = reward_stage.scorer(tmp_path / "out")(talks)
     assert np.allclose(both, np.minimum(*each), atol=1e-5)
-    lower = reward_stage.combined(np.array([[1.0, 2.0], [3.0, 2.0]]), "mean_minus_deviation", 0.5)
-    assert lower.tolist() == [1.5, 2.0]
     plain = AutoModelForSequenceClassification.from_pretrained(members[0])     # an ordinary classifier, no code of ours
     tokenizer = common.load_tokenizer(str(members[0]))
     batch = tokenizer([tokenizer.apply_chat_template(t, tokenize=False) for t in talks[:4]], return_tensors="pt", padding=True,

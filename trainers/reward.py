@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FILE = "reward.json"
-Combine = Literal["mean", "min", "mean_minus_deviation"]
+Combine = Literal["mean", "min", "mean_minus_sd"]
 
 
 class Config(StageConfig):
@@ -45,7 +46,7 @@ class Config(StageConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="Of attention, while training.")
     members: int = Field(1, ge=1, le=64, description="Models in the ensemble, seeds from `seed` on.")
     combine: Combine = "mean"
-    deviations: float = Field(1.0, ge=0, description="How many are taken off the mean by mean_minus_deviation.")
+    lam: float = Field(1.0, ge=0, description="Of mean_minus_sd: how many deviations between the members.")
 
 
 def trainer_class() -> Any:
@@ -87,7 +88,7 @@ def run(config: Config, quiet: bool = False) -> dict[str, Any]:
         changes = {"out": str(out / f"member-{k}"), "seed": config.seed + k, "members": 1}
         results.append(_member(config.model_copy(update=changes), quiet))
     names = [f"member-{k}" for k in range(config.members)]
-    settings = {"members": names, "combine": config.combine, "deviations": config.deviations, "mean": 0.0, "deviation": 1.0}
+    settings = {"members": names, "combine": config.combine, "lam": config.lam, "mean": 0.0, "deviation": 1.0}
     accuracies = [r["metrics"]["accuracy"] for r in results]
     result = {"stage": "reward", "model": str(out), "members": results, "steps": results[-1]["steps"],
               "train": results[-1]["train"], "val": results[-1]["val"], "seconds": sum(r["seconds"] for r in results),
@@ -162,15 +163,18 @@ def raw_scores(model: Any, rows: Sequence[list[int]], pad: int, batch: int) -> l
     return found
 
 
-def combined(scores_MN: np.ndarray, how: Combine = "mean", deviations: float = 1.0) -> np.ndarray:
-    """One score an answer from an ensemble's. Shapes: members x answers to answers.
+def combine(members: Sequence[float | None], how: Combine, lam: float = 1.0) -> float | None:
+    """One score from an ensemble's: the mean, the worst, or the mean minus `lam` deviations (of the population).
 
-    Source: Coste et al. 2023 (2310.02743), worst case and uncertainty-weighted.
+    None where a member has none. Source: Coste et al. 2024 (2310.02743), worst-case and uncertainty-weighted.
     """
+    if any(x is None for x in members):
+        return None
+    if how == "mean":
+        return fmean(members)
     if how == "min":
-        return scores_MN.min(0)
-    mean = scores_MN.mean(0)
-    return mean - deviations * scores_MN.std(0) if how == "mean_minus_deviation" else mean
+        return min(members)
+    return fmean(members) - lam * pstdev(members)
 
 
 def scorer(folder: str | Path, batch: int = 32, device: str | None = None, kwargs: Mapping[str, Any] | None = None
@@ -185,7 +189,8 @@ def scorer(folder: str | Path, batch: int = 32, device: str | None = None, kwarg
     told = json.loads((folder / FILE).read_text()) if (folder / FILE).exists() else {"mean": 0.0, "deviation": 1.0}
     if members := told.get("members"):
         each = [scorer(folder / name, batch, device, kwargs) for name in members]
-        return lambda talks: combined(np.stack([score(talks) for score in each]), told["combine"], told["deviations"])
+        return lambda talks: np.array([combine(column, told["combine"], told["lam"])
+                                       for column in zip(*(score(talks) for score in each), strict=True)])
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no reward model here; train one with `prefab train reward`")
     model, tokenizer = load_reward(str(folder), device=device), load_tokenizer(str(folder))

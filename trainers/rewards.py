@@ -19,10 +19,10 @@ from pydantic import Field
 from factory.errors import ConfigError
 from trainers import reward as reward_model
 from trainers.common import Strict, TrainError
+from trainers.reward import Combine, combine
 from trainers.rollout import Prompt
 
 Reward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float | None]]
-Combine = Literal["mean", "min", "mean_minus_sd"]
 Maker = Callable[["RewardConfig"], Reward]   # of kinds that only the pipelines can make
 Scales = dict[str, list[tuple[float, float]]]   # of a source: (mean, deviation) of each member, then of the whole
 
@@ -96,20 +96,6 @@ def score(sources: Sequence[Source], prompts: Sequence[Prompt], completions: Seq
         total = [None if old is None or new is None else old + source.weight * (new - mean) / sd
                  for old, new in zip(total, combined, strict=True)]
     return Scores(total, raw, apart)
-
-
-def combine(members: Sequence[float | None], how: Combine, lam: float = 1.0) -> float | None:
-    """One score from an ensemble's: the mean, the worst, or the mean minus `lam` deviations (of the population).
-
-    None where a member has none. Source: Coste et al. 2024 (2310.02743), worst-case and uncertainty-weighted.
-    """
-    if any(x is None for x in members):
-        return None
-    if how == "mean":
-        return fmean(members)
-    if how == "min":
-        return min(members)
-    return fmean(members) - lam * pstdev(members)
 
 
 def _mean(members: Sequence[float | None]) -> float | None:
