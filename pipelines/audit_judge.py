@@ -26,7 +26,7 @@ from factory.yamlio import did_you_mean
 from judges import bias, listwise, pairwise, panel, pointwise, rubric
 from pipelines.audit_pairs import Case, Side, cases
 from pipelines.context import Context
-from pipelines.runner import Loaded
+from pipelines.loading import Loaded, find_judge
 from pipelines.starting import lazily, started_engines
 
 CHUNK = 256  # questions that are looked up and shown as progress together
@@ -79,25 +79,12 @@ def audit(loaded: Loaded, judge: str = "", n: int = 200, store: Path | None = No
     `store` (and `run`) takes the pairs from a run's decided preferences. `engines` stand in for those it would start.
     Raises: ConfigError (no such judge, probe or pairs), EngineError, StoreError.
     """
-    config = find_judge(loaded, judge)
+    config = find_judge(loaded, judge, KINDS)
     chosen = find_probes(probes)
     folder = Path(store or loaded.config.store)
     plan = cases(loaded, config, chosen, n, store, run, seed)
     made = dict(engines or {config.engine: lazily(make(loaded.config.engines[config.engine], config.engine))})
     return asyncio.run(_audit(loaded, config, plan, folder, made, quiet))
-
-
-def find_judge(loaded: Loaded, name: str) -> Any:
-    """The judge of this name; without one, the panel's first. Raises: ConfigError."""
-    names = [judge.name for judge in loaded.judges]
-    if not names:
-        raise ConfigError("this pipeline has no panel.judges to audit")
-    if name and name not in names:
-        raise ConfigError(f'no judge is named "{name}"; {did_you_mean(name, names)}')
-    judge = loaded.judges[names.index(name) if name else 0]
-    if judge.kind not in KINDS:
-        raise ConfigError(f"{judge.name!r} is of kind {judge.kind}; the battery asks judges of kind {', '.join(KINDS)}")
-    return judge
 
 
 def find_probes(names: Sequence[str | bias.Probe]) -> list[bias.Probe]:

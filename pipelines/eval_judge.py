@@ -24,7 +24,7 @@ from judges.metaeval import Item, Judged
 from pipelines import judging, tables
 from pipelines.config import BudgetConfig, PanelConfig
 from pipelines.context import Context
-from pipelines.loading import Loaded
+from pipelines.loading import Loaded, find_judge
 from pipelines.starting import lazily, started_engines
 
 KINDS = ("pairwise", "pointwise", "rubric")
@@ -127,23 +127,10 @@ def evaluate(loaded: Loaded, bench: Bench, judge: str = "", principle: str = "",
     `principle` is one of the constitution's, left out: which answer is better overall. `out` is a file for the verdicts.
     `engines` stand in for those it would start. Raises: ConfigError, EngineError, StoreError.
     """
-    config = find_judge(loaded, judge)
+    config = find_judge(loaded, judge, KINDS).model_copy(update={"repeats": 1})
     under = _principle(loaded, principle)
     made = dict(engines or {config.engine: lazily(make(loaded.config.engines[config.engine], config.engine))})
     return asyncio.run(_evaluate(loaded, bench, config, under, Path(store or loaded.config.store), out, made, quiet))
-
-
-def find_judge(loaded: Loaded, name: str) -> Any:
-    """The judge of this name (without one, the panel's first), asked once. Raises: ConfigError."""
-    names = [judge.name for judge in loaded.judges]
-    if not names:
-        raise ConfigError("this pipeline has no panel.judges to evaluate")
-    if name and name not in names:
-        raise ConfigError(f'no judge is named "{name}"; {did_you_mean(name, names)}')
-    judge = loaded.judges[names.index(name) if name else 0]
-    if judge.kind not in KINDS:
-        raise ConfigError(f"{judge.name!r} is of kind {judge.kind}; benchmarks are put to judges of kind {', '.join(KINDS)}")
-    return judge.model_copy(update={"repeats": 1})
 
 
 def _principle(loaded: Loaded, name: str) -> Principle:

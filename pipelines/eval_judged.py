@@ -17,9 +17,9 @@ from factory.errors import ConfigError
 from factory.ledger import Ledger
 from factory.types import Comparison, Engine, Prompt, Sample
 from judges import panel
-from pipelines.audit_judge import Question, find_judge, judged
+from pipelines.audit_judge import KINDS, Question, judged
 from pipelines.context import Context
-from pipelines.loading import load
+from pipelines.loading import find_judge, load
 from pipelines.starting import lazily, started_engines
 
 
@@ -38,7 +38,7 @@ def judge_pairs(pipeline: str, pairs: Sequence[tuple[Prompt, str, str]], folder:
     Raises: ConfigError where the judge's model also made the labels that a policy was trained on (`trained_on`).
     """
     loaded = load(Path(pipeline), ())
-    judge = find_judge(loaded, "")
+    judge = find_judge(loaded, "", KINDS)
     made = engines or {judge.engine: lazily(make(loaded.config.engines[judge.engine], judge.engine))}
     if made[judge.engine].identity in trained_on:
         raise ConfigError(f"judge: {judge.name} of {pipeline} labelled data that a policy was trained on: it would judge its "

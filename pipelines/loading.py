@@ -11,6 +11,7 @@ from factory.engines import make
 from factory.errors import ConfigError
 from factory.templates import load as load_template
 from factory.types import Constitution, Engine
+from factory.yamlio import did_you_mean
 from judges import kinds
 from pipelines.config import PipelineConfig, ReviseConfig, load_pipeline, make_pipeline
 from pipelines.prompts import Prompts
@@ -125,3 +126,16 @@ def models(engines: dict[str, Engine]) -> dict[str, str]:
     """The identity of each engine's model, as a run's texts: other weights under the same name are another version of
     the run, so that one version never mixes two models' answers."""
     return {f"model {name}": engine.identity for name, engine in engines.items()}
+
+
+def find_judge(loaded: Loaded, name: str, kinds: tuple[str, ...]) -> Any:
+    """The judge of this name (without one, the panel's first), which must be of one of `kinds`. Raises: ConfigError."""
+    names = [judge.name for judge in loaded.judges]
+    if not names:
+        raise ConfigError("this pipeline has no panel.judges to ask")
+    if name and name not in names:
+        raise ConfigError(f'no judge is named "{name}"; {did_you_mean(name, names)}')
+    judge = loaded.judges[names.index(name) if name else 0]
+    if judge.kind not in kinds:
+        raise ConfigError(f"{judge.name!r} is of kind {judge.kind}; asked here are judges of kind {', '.join(kinds)}")
+    return judge
