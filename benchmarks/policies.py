@@ -7,9 +7,9 @@
 1. base answers prompts of train and val; revised by a sweep, compared by prefab-tiny (and once more by prefab-nano).
 2. per seed: SFT on the swept revisions, and one three times as long; DPO of base on base's own pairs; a mixture of base and
    SFT answers, compared; DPO of SFT, and a reward model, on base's pairs and those. With --ablation, reward models and DPO
-   by judge (tiny, nano) and label: the mean of what principles say, their log-odds added up, and hard. With --online, PPO
-   of SFT and of base and GRPO of base against that reward model, and DPO of base at a smaller beta, for the gold of each
-   method at equal KL.
+   by judge (tiny, nano) and label: the mean of what principles say, their log-odds added up, and these made hard. With
+   --online, PPO of SFT and of base and GRPO of base against that reward model, and DPO of base at a smaller beta, for the
+   gold of each method at equal KL.
 3. everything on prompts of the test split, 2,000 answers a figure, intervals over prompts, paired; reward models on fresh
    test pairs against the oracle.
 Learning rate, beta and margin are arguments: choose them with `--split val`, then measure once with `--split test`.
@@ -55,7 +55,7 @@ class Mixed:
 
 
 FAR, SFT, LONG = "DPO of base, far", "SFT on revisions", "SFT on revisions, longer"
-LABELS = {"log-odds": ("-odds", "soft"), "mean": ("", "soft"), "hard": ("", "hard")}  # the run's name ends so; labels
+LABELS = {"log-odds": ("-odds", "soft"), "mean": ("", "soft"), "hard": ("-odds", "hard")}  # the run's name ends so; labels
 CORE = ("tiny", "log-odds")
 MORE, REWARD = "more-tiny-odds", "tiny, log-odds, more and mixed pairs"
 
