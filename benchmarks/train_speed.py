@@ -5,10 +5,10 @@
 
 Each contender takes the same batches from the same weights with the same AdamW; the losses of every step are compared,
 because a faster step that learns something else is no step. `trl` is TRL as it comes (sdpa, gradient checkpointing, the
-reference model beside the policy), but in fp32; `trl, no checkpointing` without that; `ours, halves` holds half a batch at
-once (`micro_batch`). Reference log-probabilities that ours computes beforehand are paid for: their time over just these
-batches is added to ours in `times_trl`. Peak memory is taken in a process of each contender's own, from the start of Python
-to the last step.
+reference model beside the policy), but in fp32; `trl, no checkpointing` without that; `ours, quarters` holds a quarter of
+a batch at once (`micro_batch`, as in the presets). Reference log-probabilities that ours computes beforehand are paid for:
+their time over just these batches is added to ours in `times_trl`. Peak memory is taken in a process of each contender's
+own, from the start of Python to the last step.
 """
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from typing import Any
 
 from benchmarks.common import write
 
-CONTENDERS = {stage: ("trl", "trl, no checkpointing", "ours", "ours, halves") for stage in ("dpo", "reward")}
+PARTS = {"ours": 1, "ours, halves": 2, "ours, quarters": 4}   # of a batch; the presets hold a quarter at once
+CONTENDERS = {stage: ("trl", "trl, no checkpointing", *PARTS) for stage in ("dpo", "reward")}
 LEARNING_RATE = 1e-4
 
 
@@ -85,7 +86,7 @@ def contender(stage: str, name: str, folder: Path, model: str, steps: int, batch
     trainer, before_s = _ours(stage, folder, model, batch)[0], 0.0
     if stage == "dpo":
         before_s = _reference_s(trainer, rows, batch)
-    part = batch // 2 if name == "ours, halves" else batch
+    part = batch // PARTS[name]
     side = Contender(trainer, [[trainer.data_collator(some[k : k + part]) for k in range(0, len(some), part)] for some in cut],
                      before_s)
     if stage == "reward":
