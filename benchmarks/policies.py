@@ -120,14 +120,15 @@ def mixture(args: argparse.Namespace, seed: int) -> str:
     """Answers of base and of this seed's SFT to the same prompts, compared by tiny; gives the run's name."""
     from factory.engines import make
     from pipelines.runner import run
+    from pipelines.starting import lazily
 
     name = f"mixed-{seed}"
     value = pipeline(args, name, BASE, False, "log_odds")
     value["prompts"]["limit"] = args.mixed
     value["engines"]["judge"] = value["engines"]["policy"]
     value["panel"]["judges"][0]["engine"] = "judge"
-    base = make(value["engines"]["policy"], "base")
-    tuned = make({**value["engines"]["policy"], "model": str(args.folder / f"sft-{seed}")}, "tuned")
+    base = lazily(make(value["engines"]["policy"], "base"))
+    tuned = lazily(make({**value["engines"]["policy"], "model": str(args.folder / f"sft-{seed}")}, "tuned"))
     done = run(value, quiet=False, engines={"policy": Mixed(base, tuned), "judge": base})
     assert done.state == "done", done.reason
     return name
