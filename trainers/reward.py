@@ -35,7 +35,7 @@ Combine = Literal["mean", "min", "mean_minus_sd"]
 
 
 class Config(StageConfig):
-    """As every stage. Stops by validation accuracy: a slightly underfit reward model is the safer one."""
+    """As every stage. Stops by validation accuracy: training on makes a reward model surer, not better (docs/training.md)."""
 
     learning_rate: float = Field(2e-5, gt=0)
     weight_decay: float = Field(0.01, ge=0)
