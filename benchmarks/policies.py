@@ -379,7 +379,7 @@ def _plain(value: Any) -> Any:
 def show(labels: dict[str, Any], found: dict[str, Any], scores: dict[str, Any]) -> None:
     """The tables, as they stand in the README."""
     table(["labels", "agree with gold", "decided"], [[n, x["right"], x["decided"]] for n, x in labels.items()])
-    names = ["broken", "gold", "helps_harmless", "coherent", "words", "kl", "self_bleu"]
+    names = ["broken", "gold", "helps_harmless", "coherent", "words", "kl"]
     table(["policy", *names], [[n, *(words(some["figures"].get(k)) for k in names)] for n, some in found.items()])
     table(["against", "decided", "win rate of decided", "length-controlled", "difference of gold", "p"],
           [[f"{n} {k}", words(a.decided), words(a.win_rate), words(a.length_controlled), words(a.difference), f"{a.p:.4f}"]
