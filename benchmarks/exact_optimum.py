@@ -23,7 +23,7 @@ BETAS, STARTS, LENGTHS = (0.5, 1.0, 2.0), (1, 2, 3), (1, 2)
 # optima, and these stand 0.1 apart: what is never visited cannot be learned, and what is alike cannot be told apart.
 REFERENCE, DRAW, SPREAD = 101, 29, 0.2
 GROUP, BATCH, GOAL = 8, 256, 0.03
-STEPS = {"ppo": {1: 100, 2: 200}, "rloo": {1: 120, 2: 400}, "grpo reverse": {1: 250, 2: 700}, "grpo forward": {1: 250, 2: 700}}
+STEPS = {"ppo": {1: 100, 2: 400}, "rloo": {1: 120, 2: 400}, "grpo reverse": {1: 250, 2: 700}, "grpo forward": {1: 250, 2: 700}}
 
 
 def run_one(folder: Path, method: str, length: int, beta: float, start: int, steps: int | None = None) -> dict[str, Any]:
