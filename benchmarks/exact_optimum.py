@@ -22,7 +22,7 @@ BETAS, STARTS, LENGTHS = (0.5, 1.0, 2.0), (1, 2, 3), (1, 2)
 # This reference and this draw of rewards are taken because every state is come to by 5% of the answers under each of the
 # optima, and these stand 0.1 apart: what is never visited cannot be learned, and what is alike cannot be told apart.
 REFERENCE, DRAW, SPREAD = 101, 29, 0.2
-GROUP, BATCH, GOAL = 8, 256, 0.03
+GROUP, BATCH, LEARNING_RATE, GOAL = 8, 256, 5e-3, 0.03
 STEPS = {"ppo": {1: 100, 2: 400}, "rloo": {1: 120, 2: 400}, "grpo reverse": {1: 250, 2: 700}, "grpo forward": {1: 250, 2: 700}}
 
 
@@ -34,13 +34,14 @@ def run_one(folder: Path, method: str, length: int, beta: float, start: int, ste
     reference = aw.build(folder / "reference", REFERENCE, spread=SPREAD)
     first = aw.build(folder / f"start-{start}", start, spread=SPREAD)
     out = folder / f"{method}-{length}-{beta}-{start}".replace(" ", "-")
-    _train(method, world, beta, str(first), str(reference), str(out), steps or STEPS[method][length])
+    steps = steps or STEPS[method][length]
+    _train(method, world, beta, str(first), str(reference), str(out), steps)
     p_ref = aw.table(world, load_policy(str(reference)))
     optimum = optimum_of(method, world, p_ref, beta)
     tv = {name: aw.total_variation(aw.table(world, load_policy(str(where))), optimum)
           for name, where in (("start", first), ("end", out / "policy"))}
     others = {name: max(aw.total_variation(optimum, other).values()) for name, other in _others(world, p_ref, beta).items()}
-    return {"method": method, "length": length, "beta": beta, "start": start, "tv_start": max(tv["start"].values()),
+    return {"method": method, "length": length, "beta": beta, "start": start, "steps": steps, "tv_start": max(tv["start"].values()),
             "tv_end": max(tv["end"].values()), "states": len(tv["end"]),
             "seldomest_state": min(aw.visits(world, optimum).values()), "tv_to_other_optima": others,
             "seconds": round(time.monotonic() - began, 1)}
@@ -65,10 +66,10 @@ def _train(method: str, world: aw.World, beta: float, model: str, reference: str
 
     prompts, sources = list(world.prompts) * (BATCH // 2), rewards.single(world.reward)
     shared = dict(model=model, reference=reference, out=out, steps=steps, batch_size=BATCH, micro_batch=BATCH,
-                  max_new_tokens=world.length, learning_rate=5e-3, beta=beta, kl_stop=None, normalise="none",
+                  max_new_tokens=world.length, learning_rate=LEARNING_RATE, beta=beta, kl_stop=None, normalise="none",
                   unfinished_score=None, threads=1, save_every=10_000)
     if method == "ppo":
-        ppo.run(ppo.Config(**shared, value_learning_rate=5e-3, sample_batch=BATCH, epochs=2, value_clip=None), prompts, sources)
+        ppo.run(ppo.Config(**shared, value_learning_rate=LEARNING_RATE, sample_batch=BATCH, epochs=2, value_clip=None), prompts, sources)
     else:
         kind, _, form = method.partition(" ")
         grpo.run(grpo.Config(**shared, method=kind, group=GROUP, kl=form or "reverse"), prompts, sources)
@@ -79,7 +80,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=METHODS, help="one method")
     only = parser.parse_args().only
-    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    settings = {"goal": GOAL, "batch": BATCH, "group": GROUP, "learning_rate": LEARNING_RATE}
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    rows = [r for r in found.get("rows", ()) if r["steps"] == STEPS[r["method"]][r["length"]]
+            and all(found.get(k) == v for k, v in settings.items())]   # what was made otherwise is made anew
     have = {(r["method"], r["length"], r["beta"], r["start"]) for r in rows}
     with tempfile.TemporaryDirectory() as folder:
         for start, beta, length, method in product(STARTS, BETAS, LENGTHS, [only] if only else METHODS):
@@ -87,7 +91,7 @@ def main() -> None:
                 continue
             rows.append(run_one(Path(folder), method, length, beta, start))
             print({k: v for k, v in rows[-1].items() if k != "tv_to_other_optima"}, flush=True)
-            RESULT.write_text(json.dumps({"goal": GOAL, "batch": BATCH, "group": GROUP, "summary": summary(rows),
+            RESULT.write_text(json.dumps({"command": "python -m benchmarks.exact_optimum", **settings, "summary": summary(rows),
                                           "rows": rows}, indent=1) + "\n")
 
 
