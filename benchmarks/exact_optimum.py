@@ -24,24 +24,28 @@ BETAS, STARTS, LENGTHS = (0.5, 1.0, 2.0), (1, 2, 3), (1, 2)
 REFERENCE, DRAW, SPREAD = 101, 29, 0.2
 GROUP, BATCH, LEARNING_RATE, GOAL = 8, 256, 5e-3, 0.03
 STEPS = {"ppo": {1: 100, 2: 400}, "rloo": {1: 120, 2: 400}, "grpo reverse": {1: 250, 2: 700}, "grpo forward": {1: 250, 2: 700}}
+# A run that has not arrived is made again with so many times the steps at that part of the learning rate, and its row tells
+# where the first one ended (`first`). A policy this small can come to read two states alike, and then leaves slowly.
+PATIENCE = 3
 
 
-def run_one(folder: Path, method: str, length: int, beta: float, start: int, steps: int | None = None) -> dict[str, Any]:
+def run_one(folder: Path, method: str, length: int, beta: float, start: int, patience: int = 1) -> dict[str, Any]:
     """Train one policy; its total variation from the method's optimum at start and end, the largest over all states."""
     from trainers.common import load_policy
 
     world, began = aw.World(length=length, draw=DRAW), time.monotonic()
+    steps, rate = patience * STEPS[method][length], LEARNING_RATE / patience
     reference = aw.build(folder / "reference", REFERENCE, spread=SPREAD)
     first = aw.build(folder / f"start-{start}", start, spread=SPREAD)
-    out = folder / f"{method}-{length}-{beta}-{start}".replace(" ", "-")
-    steps = steps or STEPS[method][length]
-    _train(method, world, beta, str(first), str(reference), str(out), steps)
+    out = folder / f"{method}-{length}-{beta}-{start}-{steps}".replace(" ", "-")
+    _train(method, world, beta, str(first), str(reference), str(out), steps, rate)
     p_ref = aw.table(world, load_policy(str(reference)))
     optimum = optimum_of(method, world, p_ref, beta)
     tv = {name: aw.total_variation(aw.table(world, load_policy(str(where))), optimum)
           for name, where in (("start", first), ("end", out / "policy"))}
     others = {name: max(aw.total_variation(optimum, other).values()) for name, other in _others(world, p_ref, beta).items()}
-    return {"method": method, "length": length, "beta": beta, "start": start, "steps": steps, "tv_start": max(tv["start"].values()),
+    return {"method": method, "length": length, "beta": beta, "start": start, "steps": steps, "learning_rate": rate,
+            "tv_start": max(tv["start"].values()),
             "tv_end": max(tv["end"].values()), "states": len(tv["end"]),
             "seldomest_state": min(aw.visits(world, optimum).values()), "tv_to_other_optima": others,
             "seconds": round(time.monotonic() - began, 1)}
@@ -61,15 +65,15 @@ def _others(world: aw.World, p_ref: aw.Table, beta: float) -> dict[str, aw.Table
             **{m: optimum_of(m, world, p_ref, beta) for m in ("grpo reverse", "grpo forward")}}
 
 
-def _train(method: str, world: aw.World, beta: float, model: str, reference: str, out: str, steps: int) -> None:
+def _train(method: str, world: aw.World, beta: float, model: str, reference: str, out: str, steps: int, rate: float) -> None:
     from trainers import grpo, ppo, rewards
 
     prompts, sources = list(world.prompts) * (BATCH // 2), rewards.single(world.reward)
     shared = dict(model=model, reference=reference, out=out, steps=steps, batch_size=BATCH, micro_batch=BATCH,
-                  max_new_tokens=world.length, learning_rate=LEARNING_RATE, beta=beta, kl_stop=None, normalise="none",
+                  max_new_tokens=world.length, learning_rate=rate, beta=beta, kl_stop=None, normalise="none",
                   unfinished_score=None, threads=1, save_every=10_000)
     if method == "ppo":
-        ppo.run(ppo.Config(**shared, value_learning_rate=LEARNING_RATE, sample_batch=BATCH, epochs=2, value_clip=None), prompts, sources)
+        ppo.run(ppo.Config(**shared, value_learning_rate=rate, sample_batch=BATCH, epochs=2, value_clip=None), prompts, sources)
     else:
         kind, _, form = method.partition(" ")
         grpo.run(grpo.Config(**shared, method=kind, group=GROUP, kl=form or "reverse"), prompts, sources)
@@ -82,17 +86,23 @@ def main() -> None:
     only = parser.parse_args().only
     settings = {"goal": GOAL, "batch": BATCH, "group": GROUP, "learning_rate": LEARNING_RATE}
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    rows = [r for r in found.get("rows", ()) if r["steps"] == STEPS[r["method"]][r["length"]]
-            and all(found.get(k) == v for k, v in settings.items())]   # what was made otherwise is made anew
-    have = {(r["method"], r["length"], r["beta"], r["start"]) for r in rows}
+    rows = [r for r in found.get("rows", ()) if all(found.get(k) == v for k, v in settings.items())]   # otherwise: made anew
+    have = {(r["method"], r["length"], r["beta"], r["start"]): r for r in rows}
     with tempfile.TemporaryDirectory() as folder:
         for start, beta, length, method in product(STARTS, BETAS, LENGTHS, [only] if only else METHODS):
-            if (method, length, beta, start) in have:
-                continue
-            rows.append(run_one(Path(folder), method, length, beta, start))
-            print({k: v for k, v in rows[-1].items() if k != "tv_to_other_optima"}, flush=True)
-            RESULT.write_text(json.dumps({"command": "python -m benchmarks.exact_optimum", **settings, "summary": summary(rows),
-                                          "rows": rows}, indent=1) + "\n")
+            for patience in (1, PATIENCE):
+                row = have.get((method, length, beta, start))
+                if row and (row["tv_end"] <= GOAL or row["steps"] >= patience * STEPS[method][length]):
+                    continue
+                made = run_one(Path(folder), method, length, beta, start, patience)
+                if row:
+                    rows.remove(row)
+                    made["first"] = {k: row[k] for k in ("steps", "learning_rate", "tv_end")}
+                rows.append(made)
+                have[method, length, beta, start] = made
+                print({k: v for k, v in made.items() if k != "tv_to_other_optima"}, flush=True)
+                RESULT.write_text(json.dumps({"command": "python -m benchmarks.exact_optimum", **settings, "patience": PATIENCE,
+                                              "summary": summary(rows), "rows": rows}, indent=1) + "\n")
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ MARKS = "prefab.marks"  # how far the last filling came, readable while another 
 FIRST_BATCH = 64  # prompts; later batches are as large as `USES_PAGE` allows
 PAGE = 20_000  # rows of a plain table a batch
 USES_PAGE = 8_192  # uses a batch of derivation: their answers' texts are in memory together
+PATIENCE_S = 2.0  # of a query while another command has the store open
 CONSTITUTION = "constitution"  # the name under which a run's texts hold it
 
 
@@ -95,12 +96,21 @@ def rebuild(folder: str | Path) -> FillReport:
 def query(folder: str | Path, sql: str, parameters: Sequence[Any] = ()) -> polars.DataFrame:
     """The rows of a query over a store that is up to date with its ledger.
 
+    Another command that asks the same store holds it for a moment; that much is waited for.
     Raises: HeldError when another program keeps it from catching up, ConfigError when the query is wrong.
     """
-    report = fill(folder)
-    if report.held:
-        raise store.HeldError(f"{report.held}. The store is {report.behind:,} ledger rows behind")
-    return store.read(Path(folder), sql, parameters)
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            report = fill(folder)
+            if report.held:
+                behind = f". The store is {report.behind:,} ledger rows behind" if report.behind else ""
+                raise store.HeldError(f"{report.held}{behind}")
+            return store.read(Path(folder), sql, parameters)
+        except store.HeldError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def versions(ledger: sqlite3.Connection) -> dict[str, Any]:

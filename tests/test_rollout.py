@@ -1,6 +1,7 @@
 """Sampling and log-probabilities against the plainest forward there is: one row, no padding, no cache."""
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from math import isclose
 
@@ -100,6 +101,17 @@ def test_sampling_follows_the_distribution(model):
 
 def test_the_same_seed_gives_the_same_answers_and_another_does_not(model):
     assert answers(model, seed=4) == answers(model, seed=4) != answers(model, seed=5)
+
+
+def test_policies_that_are_alike_answer_alike_under_the_same_seed(model):
+    """Also where other rows end earlier and leave the batch."""
+    near = copy.deepcopy(model)
+    with torch.no_grad():
+        near.lm_head.weight[END] += 0.3
+    before, after, luck = (rollout.sample(m, PROMPTS * 80, 12, 0.7, [END, 3, 7], seed, 32)
+                           for m, seed in ((model, 0), (near, 0), (near, 1)))
+    alike, by_chance = (sum(a.ids == b.ids for a, b in zip(before, other, strict=True)) / 400 for other in (after, luck))
+    assert 0.9 < alike < 1 and by_chance < 0.2, (alike, by_chance)
 
 
 def test_rows_that_leave_the_batch_change_nothing_for_those_that_stay(model):

@@ -5,6 +5,7 @@ import asyncio
 import random
 import subprocess
 import sys
+import threading
 
 import duckdb
 import pytest
@@ -168,6 +169,8 @@ def test_a_held_store_lets_the_run_go_on_and_says_how_far_it_is_behind(tmp_path)
             query(tmp_path, "SELECT 1")
         with pytest.raises(store.HeldError):
             rebuild(tmp_path)
+        threading.Timer(0.5, holder.stdin.close).start()     # held for a moment only: that much is waited for
+        assert query(tmp_path, "SELECT count(*) FROM calls").item() > len(before["calls"])
     finally:
         holder.stdin.close()
         holder.wait(10)

@@ -148,7 +148,7 @@ def run(config: Config, prompts: Sequence[Prompt] | None = None, sources: Sequen
 
 def sample(t: Run, ids: Sequence[list[int]], purpose: str, model: Any = None) -> tuple[list[Answer], list[str]]:
     """Answers to prompts and their texts, by the policy or another model."""
-    seed = resume.seed_step(t.config.seed, t.state.step, purpose)
+    seed = resume.seed_step(t.config.seed, 0 if purpose == "evaluate" else t.state.step, purpose)
     if t.sampler is not None and purpose == "sample":
         answers = t.sampler.sample(ids, seed)
     else:
@@ -335,7 +335,8 @@ def start(t: Run, gold: Source | None, prompts: Sequence[Prompt], ids: list[list
 
 
 def evaluate(t: Run, gold: Source, prompts: Sequence[Prompt], ids: list[list[int]]) -> dict[str, Any]:
-    """Proxy, gold and KL on the same held-out prompts as ever; the best policy by gold is kept in `out`/best."""
+    """Proxy, gold and KL on the same held-out prompts with the same luck as ever; the best policy by gold is kept in
+    `out`/best."""
     answers, texts = sample(t, ids, "evaluate")
     proxy = [x for x in rewards.score(t.sources, prompts, texts, t.state.scales).total if x is not None]
     truth = rewards.score([gold], prompts, texts).total

@@ -93,16 +93,20 @@ def sample(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, temper
     """One answer to each prompt, in the order of the prompts, drawn from the whole distribution at `temperature`.
 
     Prompts of like length are answered together; rows that have ended leave the batch as soon as half of them have.
-    The answers are a function of weights, prompts, seed and batch.
+    The answers are a function of weights, prompts, seed and batch. The luck is a function of prompts, seed and batch
+    alone: policies that are alike answer most prompts alike, so that a difference between them is seen with fewer prompts.
     """
     import torch
 
     device = next(model.parameters()).device
-    draw = torch.Generator(device=device).manual_seed(seed)
+    draw = torch.Generator(device=device)
     answers: list[Any] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    starts = range(0, len(order), batch)
+    seeds = torch.randint(2**62, (len(starts),), generator=torch.Generator().manual_seed(seed)).tolist()
     with torch.no_grad():
-        for start in range(0, len(order), batch):
+        for start, batch_seed in zip(starts, seeds, strict=True):
+            draw.manual_seed(batch_seed)
             rows = order[start : start + batch]
             done = _sample_batch(model, [prompts[i] for i in rows], max_new_tokens, temperature, list(ends), draw)
             for i, answer in zip(rows, done, strict=True):
@@ -112,7 +116,10 @@ def sample(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, temper
 
 def _sample_batch(model: Any, prompts: list[list[int]], most: int, temperature: float, ends: list[int],
                   draw: Any) -> list[Answer]:
-    """Token by token with a cache. `alive` are the rows still in the batch, by their place in `prompts`."""
+    """Token by token with a cache. `alive` are the rows still in the batch, by their place in `prompts`.
+
+    A token is drawn as the largest p / noise with exponential noise, which those rows that have left go on drawing too.
+    """
     import torch
 
     device, cache = draw.device, None
@@ -126,7 +133,8 @@ def _sample_batch(model: Any, prompts: list[list[int]], most: int, temperature: 
                     use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
         all_BV = (out.logits[:, -1].float() / temperature).log_softmax(-1)
-        tokens = torch.multinomial(all_BV.exp(), 1, generator=draw)
+        noise_BV = torch.empty(len(prompts), all_BV.shape[1], device=device).exponential_(generator=draw)[alive]
+        tokens = (all_BV.exp() / noise_BV).argmax(-1, keepdim=True)
         new_BT[alive, t], logps_BT[alive, t] = tokens[:, 0], all_BV.gather(1, tokens)[:, 0]
         ended_B[alive] |= torch.isin(tokens[:, 0], stops)
         keep = (~ended_B[alive]).nonzero()[:, 0]
