@@ -5,6 +5,7 @@ The oracle reads text alone and nothing was trained against it, so these figures
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
     from pipelines.runner import run
     from pipelines.train_rl import show_gold
 
-    chosen = [f"store={store}", f"prompts.limit={prompts}", *sets]
+    chosen, began, took = [f"store={store}", f"prompts.limit={prompts}", *sets], time.monotonic(), {}
     console(stderr=True).print(
         f"{prompts:,} prompts of the embedded world: sampled, criticised, revised and compared by a small model on "
         "vLLM.\nA laboratory, not a product: it knows this world alone. Starting the server takes a minute.",
@@ -65,6 +66,7 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
     result = run(PRESET, chosen, quiet=False)
     if result.state != "done":
         return ending(result, f"prefab demo --store {store} --prompts {prompts}")
+    took["data"] = time.monotonic() - began
     measured = measure(result)
     if not as_json:
         report(result)
@@ -73,14 +75,19 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
     if train:
         try:
             models, told = demo_training.train(store, result.run, as_json)
+            took["training"] = time.monotonic() - began - took["data"]
             policies = demo_training.measure(store, models, as_json)
         except ConfigError as error:  # so few prompts that a split is empty
             warn(f"no training: {error}. Ask for more --prompts, or say --no-train")
+    took["in all"] = time.monotonic() - began
     if as_json:
-        write({"run": result.summary(), **measured, "policies": policies.data() if policies else None, "ppo": told})
+        write({"run": result.summary(), **measured, "policies": policies.data() if policies else None, "ppo": told,
+               "seconds": took})
     elif policies:
         show_policies(policies)
         show_gold(told)
+    if not as_json:
+        console().print(" · ".join(f"{part} {duration(seconds)}" for part, seconds in took.items()))
     hint(f"prefab export --store {store} --format trl demo-out")
     hint(f'prefab sql --store {store} "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"')
     hint("prefab init my-project            a constitution, prompts and a real model of your own")

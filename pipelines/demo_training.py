@@ -38,12 +38,12 @@ def overrides(**values: Any) -> list[str]:
     return [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in values.items()]
 
 
-def watched(out: Path) -> Path:
+def watched(out: Path, n: int = PPO["eval_prompts"]) -> Path:
     """A file of prompts of the validation split, on which gold is watched while PPO trains."""
     from factory.microworld import grammar
 
     rows = [{"prompt": [{"role": m.role, "content": m.content} for m in p.messages], "split": "val"}
-            for p in grammar.prompts("val", PPO["eval_prompts"], 1)]
+            for p in grammar.prompts("val", n, 1)]
     file = out / "watched.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

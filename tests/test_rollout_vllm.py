@@ -261,15 +261,16 @@ def test_server_and_weights_go_with_the_run(make):
 
 
 @pytest.mark.vllm
-def test_the_served_policy_is_the_trained_one(tmp_path):
+@pytest.mark.parametrize("lora", [None, pytest.param(Lora(rank=8), marks=pytest.mark.slow)])
+def test_the_served_policy_is_the_trained_one(tmp_path, lora):
     """Two updates so large that nobody could take one policy for the next, on a model whose head is tied to its embedding."""
     pytest.importorskip("vllm")
     from factory.microworld import grammar
 
     prompts = [[{"role": m.role, "content": m.content} for m in p.messages] for p in grammar.prompts("train", 16, 3)]
     config = ppo.Config(model="prefab-nano", out=str(tmp_path / "out"), sampler="vllm", steps=2, batch_size=16, epochs=1,
-                        max_new_tokens=24, temperature=0.8, learning_rate=3e-3, value_learning_rate=1e-3, kl_stop=None,
-                        normalise="none", threads=1, vllm={"kv_cache_gib": 0.1})
+                        max_new_tokens=24, temperature=0.8, learning_rate=3e-2 if lora else 3e-3, value_learning_rate=1e-3,
+                        kl_stop=None, lora=lora, normalise="none", threads=1, vllm={"kv_cache_gib": 0.1})
     t = ppo.load(config, prompts, rewards.single(lambda prompts, texts: [float(len(text)) for text in texts]))
     policies, gaps = [], []
     with rollout_vllm.sampler(t) as t.sampler:
