@@ -1,6 +1,6 @@
 """Does adaptive KL hold its target, and is an ensemble of reward models safer than one? PPO of base in the embedded world.
 
-    python -m benchmarks.leash --store demo-store            # an hour or two on two cores; run again to go on
+    python -m benchmarks.leash --store demo-store --threads 1    # an hour and a half on a core; run again to go on
     python -m benchmarks.leash --store demo-store --quick    # the machinery
 
 Adaptive: the mean KL of the steps behind the first quarter, against the target, for each seed. Ensemble: reward models that
@@ -21,12 +21,10 @@ from benchmarks.common import table, words, write
 GOAL = 0.2   # of the target
 
 
-def shared(args: argparse.Namespace) -> dict[str, Any]:
+def shared(args: argparse.Namespace, prompts: Path) -> dict[str, Any]:
     """What all runs have in common."""
-    from pipelines.demo_training import watched
-
-    return {"model": "prefab-tiny", "store": None, "threads": args.threads, "steps": args.steps, "epochs": 2, "value": "shared",
-            "data__sources": [{"store": str(args.store), "run": args.run}, {"files": str(watched(args.folder))}]}
+    return {"model": "prefab-tiny", "store": None, "threads": args.threads, "epochs": 2, "value": "shared",
+            "data__sources": [{"store": str(args.store), "run": args.run}, {"files": str(prompts)}]}
 
 
 def reward_models(args: argparse.Namespace, seed: int, pairs: int, members: int) -> list[str]:
@@ -45,16 +43,17 @@ def reward_models(args: argparse.Namespace, seed: int, pairs: int, members: int)
 
 def adaptive(args: argparse.Namespace) -> list[dict[str, Any]]:
     """By seed: the KL that was held, and beta's way."""
-    from pipelines.demo_training import overrides
+    from pipelines.demo_training import overrides, watched
     from pipelines.train_rl import train
     from trainers.resume import METRICS, read_metrics
 
-    found = []
+    found, prompts = [], watched(args.folder)
     for seed in range(args.seeds):
         out = args.folder / f"adaptive-{seed}"
         rewards = [{"name": "preference", "kind": "model", "paths": reward_models(args, seed, args.many, 1)}]
-        train("ppo", Path("ppo"), overrides(**shared(args), out=str(out), seed=seed, kl="adaptive", kl_target=args.target,
-                                            kl_horizon=args.horizon, gold=None, rewards=rewards), quiet=False)
+        train("ppo", Path("ppo"), overrides(
+            **shared(args, prompts), out=str(out), seed=seed, steps=args.steps, kl="adaptive", kl_target=args.target,
+            kl_horizon=args.horizon, gold=None, rewards=rewards), quiet=False)
         steps = [m for m in read_metrics(out / METRICS) if m["step"] > 0]
         late = [m["kl"] for m in steps if m["step"] > args.steps / 4]
         found.append({"kl": fmean(late), "off": fmean(late) / args.target - 1, "by_step": [m["kl"] for m in steps],
@@ -64,19 +63,22 @@ def adaptive(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def ensembles(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Gold at equal KL, one reward model against an ensemble on the same pairs."""
-    from pipelines.demo_training import overrides
+    from pipelines.demo_training import overrides, watched
     from pipelines.sweep import Point, at_equal_kl, trained
     from pipelines.train_rl import load
     from trainers import ppo
 
-    points = []
+    points, folder = [], args.folder / "ensemble"
+    folder.mkdir(exist_ok=True)
+    prompts = watched(folder, args.prompts)
     for seed in range(args.seeds):
         paths = reward_models(args, seed, args.few, args.members)
         arms = {"one reward model": {"paths": paths[:1]}, f"ensemble of {args.members}": {"paths": paths, "combine": "mean_minus_sd"}}
         for arm, some in arms.items():
-            out = args.folder / f"{len(some['paths'])}-members-{seed}"
+            out = folder / f"{len(some['paths'])}-members-{seed}"
             config = load(Path("ppo"), ppo.Config, overrides(
-                **shared(args), out=str(out), seed=seed, beta=args.beta, eval_every=max(1, args.steps // 8),
+                **shared(args, prompts), out=str(out), seed=seed, steps=args.ensemble_steps, beta=args.beta, eval_prompts=args.prompts,
+                eval_every=max(1, args.ensemble_steps // 8),
                 rewards=[{"name": "preference", "kind": "model", **some}]))
             start, *later = trained(config, f"{arm}, seed {seed}", quiet=False)["evaluations"]
             points += [Point(arm, args.beta, seed, e["step"], e["kl"], e["proxy"], e["gold"], e["gold"] - start["gold"])
@@ -92,7 +94,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("bench-leash"))
     parser.add_argument("--only", choices=["adaptive", "ensemble"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=72, help="Of adaptive KL's runs.")
+    parser.add_argument("--ensemble-steps", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=700, help="On which gold is watched.")
     parser.add_argument("--target", type=float, default=0.5, help="Nats an answer, of adaptive KL.")
     parser.add_argument("--horizon", type=float, default=320.0, help="Answers; the preset's 10,000 is for longer runs.")
     parser.add_argument("--beta", type=float, default=0.05, help="Of the ensemble's runs.")
@@ -103,7 +107,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.steps, args.few, args.many, args.members = 2, 4, 32, 32, 2
+        args.seeds, args.steps, args.ensemble_steps, args.prompts, args.few, args.many, args.members = 2, 4, 4, 64, 32, 32, 2
     args.folder.mkdir(parents=True, exist_ok=True)
     held = adaptive(args) if args.only != "ensemble" else []
     table(["adaptive KL, seed", "mean after the first quarter", f"off the target of {args.target}", "beta at the end"],
