@@ -126,7 +126,7 @@ def as_reference(t: Run) -> Iterator[Any]:
         yield t.policy if t.reference is None else t.reference
 
 
-def policy_kl(t: Run, answers: list[Answer], critic: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def policy_kl(t: Run, answers: list[Answer]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask, log-probabilities, reference's, entropies, values) of answers, each B T, by the forward that trains."""
     import torch
 
@@ -139,8 +139,20 @@ def policy_kl(t: Run, answers: list[Answer], critic: bool = True) -> tuple[Tenso
             n = packed.mask_BT.shape[1]
             mask[rows, :n] = packed.mask_BT
             logps[rows, :n], entropy[rows, :n], states = rollout.forward(t.policy, packed, t.config.temperature,
-                                                                         hidden=critic and "trunk" not in t.critic)
-            values[rows, :n] = values_of(t, packed, states) if critic else 0.0
+                                                                         hidden="trunk" not in t.critic)
+            values[rows, :n] = values_of(t, packed, states)
             with as_reference(t) as reference:
                 reference_logps[rows, :n] = rollout.forward(reference, packed, t.config.temperature)[0]
     return mask, logps, reference_logps, entropy, values
+
+
+def sampled_kl(t: Run, answers: list[Answer]) -> float:
+    """KL to the reference in nats an answer, from the log-probabilities with which transformers sampled the answers."""
+    import torch
+
+    total = sum(sum(a.sampler_logps) for a in answers)
+    with torch.no_grad(), t.accelerator.autocast(), as_reference(t) as reference:
+        for rows in rollout.in_batches(answers, range(len(answers)), t.config.micro_batch):
+            packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
+            total -= float(rollout.forward(reference, packed, t.config.temperature)[0][packed.mask_BT].double().sum())
+    return total / len(answers)

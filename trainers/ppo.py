@@ -19,7 +19,7 @@ from pydantic import Field
 
 from trainers import monitors, resume, rewards, rollout, rollout_vllm
 from trainers import policy_gradient as pg
-from trainers.actor import Run, State, as_reference, load, policy_kl, values_of
+from trainers.actor import Run, State, as_reference, load, policy_kl, sampled_kl, values_of
 from trainers.common import Attention, Lora, Strict, TrainError, told
 from trainers.data import DataConfig
 from trainers.monitors import Evaluation
@@ -342,8 +342,7 @@ def evaluate(t: Run, gold: Source, prompts: Sequence[Prompt], ids: list[list[int
     truth = rewards.score([gold], prompts, texts).total
     if None in truth or not proxy:
         raise TrainError(f"gold {gold.name}: {truth.count(None)} of {len(truth)} answers have no score; gold must score all")
-    mask, logps, reference_logps, *_ = policy_kl(t, answers, critic=False)
-    kl = float(pg.masked_sum(logps - reference_logps, mask)) / len(answers)
+    kl = sampled_kl(t, answers)
     t.state.evaluations.append(Evaluation(t.state.step, kl, fmean(proxy), tuple(truth)))
     fired = monitors.alarm(t.state.evaluations, len(evaluated_at(t.config)))
     if monitors.best(t.state.evaluations).step == t.state.step:
