@@ -29,12 +29,13 @@ STEPS = {"ppo": {1: 100, 2: 400}, "rloo": {1: 120, 2: 400}, "grpo reverse": {1: 
 PATIENCE = 3
 
 
-def run_one(folder: Path, method: str, length: int, beta: float, start: int, patience: int = 1) -> dict[str, Any]:
+def run_one(folder: Path, method: str, length: int, beta: float, start: int, steps: int | None = None,
+            rate: float = LEARNING_RATE) -> dict[str, Any]:
     """Train one policy; its total variation from the method's optimum at start and end, the largest over all states."""
     from trainers.common import load_policy
 
     world, began = aw.World(length=length, draw=DRAW), time.monotonic()
-    steps, rate = patience * STEPS[method][length], LEARNING_RATE / patience
+    steps = steps or STEPS[method][length]
     reference = aw.build(folder / "reference", REFERENCE, spread=SPREAD)
     first = aw.build(folder / f"start-{start}", start, spread=SPREAD)
     out = folder / f"{method}-{length}-{beta}-{start}-{steps}".replace(" ", "-")
@@ -94,7 +95,7 @@ def main() -> None:
                 row = have.get((method, length, beta, start))
                 if row and (row["tv_end"] <= GOAL or row["steps"] >= patience * STEPS[method][length]):
                     continue
-                made = run_one(Path(folder), method, length, beta, start, patience)
+                made = run_one(Path(folder), method, length, beta, start, patience * STEPS[method][length], LEARNING_RATE / patience)
                 if row:
                     rows.remove(row)
                     made["first"] = {k: row[k] for k in ("steps", "learning_rate", "tv_end")}
