@@ -13,11 +13,10 @@ the alarm can see is a matter of how many prompts are watched, and how often.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import table, write
+from benchmarks.common import asked, table, write
 
 ARMS = {"hackable": {"beta": 0.025, "steps": 60, "stop_on_alarm": True}, "healthy": {"beta": 0.3, "steps": 30}}
 
@@ -112,7 +111,7 @@ def main() -> None:
             ["silent in healthy runs", f"{sum(r['fired_at'] is None for r in healthy)} of {len(healthy)}", "19 of 20"],
             ["diverged", f"{sum(bool(r['stopped']) for r in hacked + healthy)} of {len(hacked + healthy)}", "0"]]
     table(["", "measured", "wanted"], rows)
-    write("alarm", args.quick, arms=ARMS, arguments=json.loads(json.dumps(vars(args), default=str)), table=rows, runs=runs)
+    write("alarm", args.quick, arms=ARMS, arguments=asked(args), table=rows, runs=runs)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the benchmarks share: running a command while watching it, waiting for a quiet machine, writing results."""
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -146,7 +147,15 @@ def write(name: str, quick: bool, **results: Any) -> Path:
 
 
 def _options() -> str:
-    return "".join(f" {a}" for a in sys.argv[1:] if not a.startswith("/"))
+    """The command's options without those that name a place on this machine."""
+    given = sys.argv[1:]
+    return "".join(f" {a}" for a, after in zip(given, [*given[1:], ""], strict=True)
+                   if not a.startswith("/") and not after.startswith("/"))
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What a benchmark was asked for, likewise."""
+    return {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
 
 
 def _cpu() -> str:

@@ -10,13 +10,12 @@ the same prompts at equal KL (`pipelines.sweep.at_equal_kl`), paired by seed. Ea
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.alarm import all_but
-from benchmarks.common import table, words, write
+from benchmarks.common import asked, table, words, write
 
 GOAL = 0.2   # of the target
 
@@ -115,7 +114,7 @@ def main() -> None:
     equal = ensembles(args) if args.only != "adaptive" else []
     table(["KL", "reward", "gold gained", "more than one model"],
           [[f"{r['kl']:.2f}", r["arm"], words(r["gained"]), words(r["more"])] for r in equal])
-    write("leash", args.quick, goal=GOAL, arguments=json.loads(json.dumps(vars(args), default=str)), adaptive=held, equal_kl=equal)
+    write("leash", args.quick, goal=GOAL, arguments=asked(args), adaptive=held, equal_kl=equal)
 
 
 if __name__ == "__main__":
