@@ -1,7 +1,7 @@
 """The alarm for over-optimisation in the embedded world: with a reward model that can be hacked it must fire in time, in
 healthy runs it must stay silent.
 
-    python -m benchmarks.alarm --store demo-store            # two hours on two cores; run again to go on
+    python -m benchmarks.alarm --store demo-store            # six hours on a core; run again to go on
     python -m benchmarks.alarm --store demo-store --only healthy --threads 1     # beside the other arm; then again without
     python -m benchmarks.alarm --store demo-store --quick    # the machinery
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--healthy", type=int, default=20)
     parser.add_argument("--only", choices=list(ARMS), help="Train one arm, tell nothing.")
     parser.add_argument("--prompts", type=int, default=1024, help="On which gold is watched.")
-    parser.add_argument("--every", type=int, default=3, help="Steps between evaluations.")
+    parser.add_argument("--every", type=int, default=2, help="Steps between evaluations.")
     parser.add_argument("--batch", type=int, default=32, help="Answers a step.")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--threads", type=int, default=2)

@@ -327,3 +327,5 @@ def test_the_alarm_stops_a_run_whose_gold_falls_while_its_proxy_rises(make, tmp_
     assert "over-optimisation" in state.stopped and 2 < len(evaluated) < 10 and evaluated[0]["step"] == 0
     assert same(weights(tmp_path / "out" / "best"), weights(config.model))
     assert evaluated[-1]["eval/gold"] < evaluated[0]["eval/gold"] and evaluated[-1]["eval/proxy"] > evaluated[0]["eval/proxy"]
+    first, second = evaluated[-2]["step"], evaluated[-1]["step"]     # once seen, it is looked at again after the next step
+    assert first % 4 == 0 and second == first + 1

@@ -234,7 +234,7 @@ def watch(t: Run, gold: Source | None, eval_prompts: Sequence[Prompt], ids: list
             metrics = measured(logs) | {"step": t.state.step, "beta": c.beta}
             if c.kl_stop is not None and metrics["kl"] > c.kl_stop:
                 t.state.stopped = f"KL {metrics['kl']:.1f} nats an answer, beyond kl_stop ({c.kl_stop:g}). Raise beta or kl_stop"
-            elif gold and t.state.step in ppo.evaluated_at(c):
+            elif gold and ppo.due(t):
                 t.policy.eval()
                 metrics |= ppo.evaluate(t, gold, eval_prompts, ids)
                 t.policy.train()

@@ -135,7 +135,7 @@ def run(config: Config, prompts: Sequence[Prompt] | None = None, sources: Sequen
         with rollout_vllm.sampler(t) as t.sampler:
             while t.state.step < config.steps and not t.state.stopped:
                 metrics = step(t)
-                if gold and not t.state.stopped and t.state.step in evaluated_at(config):
+                if gold and not t.state.stopped and due(t):
                     metrics |= evaluate(t, gold, eval_prompts, eval_ids)
                 resume.record(t, metrics)
                 if t.state.step % config.save_every == 0 or t.state.step == config.steps:
@@ -324,8 +324,15 @@ def _minibatch(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:
 
 
 def evaluated_at(config: Config) -> range:
-    """The steps after which gold is asked; 0 is before any training."""
+    """The steps after which gold is to be asked; 0 is before any training."""
     return range(0, config.steps + 1, config.eval_every)
+
+
+def due(t: Run) -> bool:
+    """Whether gold is asked after this step: as planned, and at once again where it was just seen to have fallen, so that
+    the second look of the alarm need not wait."""
+    planned, seen = evaluated_at(t.config), t.state.evaluations
+    return t.state.step in planned or (monitors.fallen(seen, len(planned)) and not monitors.alarm(seen, len(planned)))
 
 
 def start(t: Run, gold: Source | None, prompts: Sequence[Prompt], ids: list[list[int]], stage: str = "ppo") -> None:
