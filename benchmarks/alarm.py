@@ -1,7 +1,7 @@
 """The alarm for over-optimisation in the embedded world: with a reward model that can be hacked it must fire in time, in
 healthy runs it must stay silent.
 
-    python -m benchmarks.alarm --store demo-store            # six hours on a core; run again to go on
+    python -m benchmarks.alarm --store demo-store          # three hours on a core; run again to go on
     python -m benchmarks.alarm --store demo-store --only healthy --threads 1     # beside the other arm; then again without
     python -m benchmarks.alarm --store demo-store --quick    # the machinery
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.common import asked, table, write
 
-ARMS = {"hackable": {"beta": 0.025, "steps": 60, "stop_on_alarm": True}, "healthy": {"beta": 0.3, "steps": 30}}
+ARMS = {"hackable": {"beta": 0.025, "steps": 72, "stop_on_alarm": True}, "healthy": {"beta": 0.3, "steps": 30}}
 
 
 def reward_model(args: argparse.Namespace, arm: str, seed: int) -> str:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1024, help="On which gold is watched.")
     parser.add_argument("--every", type=int, default=2, help="Steps between evaluations.")
     parser.add_argument("--batch", type=int, default=32, help="Answers a step.")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, default=4e-5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()

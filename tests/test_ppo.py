@@ -329,3 +329,18 @@ def test_the_alarm_stops_a_run_whose_gold_falls_while_its_proxy_rises(make, tmp_
     assert evaluated[-1]["eval/gold"] < evaluated[0]["eval/gold"] and evaluated[-1]["eval/proxy"] > evaluated[0]["eval/proxy"]
     first, second = evaluated[-2]["step"], evaluated[-1]["step"]     # once seen, it is looked at again after the next step
     assert first % 4 == 0 and second == first + 1
+
+
+def test_an_evaluation_asks_only_about_answers_that_changed_and_tells_what_asking_anew_tells(make, tmp_path):
+    asked, config = [], make(steps=4, eval_every=1, learning_rate=1e-3)
+    def gold(prompts, completions):
+        asked.append(len(completions))
+        return WORLD.reward(prompts, completions)
+
+    state, _ = train(config, WORLD.reward, gold=rewards.Source("gold", (gold,)), eval_prompts=PROMPTS * 12)
+    assert asked[0] == len(PROMPTS * 12) and 0 < sum(asked[1:]) < 2 * asked[0], asked
+    anew = make(model=str(tmp_path / "out" / "policy"), reference=config.model, out=str(tmp_path / "anew"), steps=1,
+                learning_rate=1e-9)
+    again, _ = train(anew, WORLD.reward, gold=rewards.Source("gold", (WORLD.reward,)), eval_prompts=PROMPTS * 12)
+    last, first = state.evaluations[-1], again.evaluations[0]
+    assert last.gold == first.gold and last.kl == pytest.approx(first.kl, abs=1e-5)

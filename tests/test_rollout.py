@@ -114,6 +114,22 @@ def test_policies_that_are_alike_answer_alike_under_the_same_seed(model):
     assert 0.9 < alike < 1 and by_chance < 0.2, (alike, by_chance)
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.3, 3.0])
+def test_answers_found_by_one_forward_are_those_drawn_token_by_token(model, shift):
+    """Policies like the former one, and one that has left it far behind; also from another batch."""
+    near, calls = copy.deepcopy(model), []
+    with torch.no_grad():
+        near.lm_head.weight[END] += shift
+    before = rollout.sample(model, PROMPTS * 20, 12, 0.7, [END, 3, 7], 0, 32)
+    drawn = rollout.sample(near, PROMPTS * 20, 12, 0.7, [END, 3, 7], 0, 16)
+    near.register_forward_hook(lambda *_: calls.append(1))
+    found = rollout.sample(near, PROMPTS * 20, 12, 0.7, [END, 3, 7], 0, 32, [a.ids for a in before], 50)
+    assert [(a.prompt, a.ids, a.ended) for a in found] == [(a.prompt, a.ids, a.ended) for a in drawn]
+    for one, other in zip(found, drawn, strict=True):
+        assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=2e-5)
+    assert (len(calls) == 2) == (shift == 0), calls
+
+
 def test_rows_that_leave_the_batch_change_nothing_for_those_that_stay(model):
     """Greedy enough that draws do not matter: rows end at different times, and each reads as if it were alone."""
     together = rollout.sample(model, PROMPTS * 3, 12, 1e-4, [END, 3, 7], 0, 15)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from factory.errors import ConfigError
 from trainers import resume, rewards, rollout
 from trainers.common import Lora, load_policy, load_tokenizer, with_lora
-from trainers.monitors import Evaluation
+from trainers.monitors import Evaluation, Seen
 from trainers.rewards import Source
 from trainers.rollout import Answer, Packed, Prompt
 
@@ -31,6 +31,7 @@ class State:
     bad: int = 0
     unfinished_in_a_row: int = 0
     evaluations: list[Evaluation] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
     stopped: str = ""
 
 
@@ -146,13 +147,15 @@ def policy_kl(t: Run, answers: list[Answer]) -> tuple[Tensor, Tensor, Tensor, Te
     return mask, logps, reference_logps, entropy, values
 
 
-def sampled_kl(t: Run, answers: list[Answer]) -> float:
-    """KL to the reference in nats an answer, from the log-probabilities with which transformers sampled the answers."""
+def reference_logps(t: Run, answers: Sequence[Answer]) -> list[float]:
+    """Log-probability of each whole answer to the model that KL is charged to, in nats."""
     import torch
 
-    total = sum(sum(a.sampler_logps) for a in answers)
+    found = [0.0] * len(answers)
     with torch.no_grad(), t.accelerator.autocast(), as_reference(t) as reference:
         for rows in rollout.in_batches(answers, range(len(answers)), t.config.micro_batch):
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
-            total -= float(rollout.forward(reference, packed, t.config.temperature)[0][packed.mask_BT].double().sum())
-    return total / len(answers)
+            logps = rollout.forward(reference, packed, t.config.temperature)[0].double()
+            for b, sum_ in zip(rows, (logps * packed.mask_BT).sum(-1).tolist(), strict=True):
+                found[b] = sum_
+    return found

@@ -34,6 +34,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What the last evaluation saw of one prompt: the answer's tokens, their log-probability to the reference, scores."""
+
+    ids: list[int]
+    reference_logp: float
+    proxy: float | None
+    gold: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Alarm:
     """Gold has fallen below its best (at `best_step`) while the proxy rose. `lost` is the mean paired difference."""
 

@@ -19,10 +19,10 @@ from pydantic import Field
 
 from trainers import monitors, resume, rewards, rollout, rollout_vllm
 from trainers import policy_gradient as pg
-from trainers.actor import Run, State, as_reference, load, policy_kl, sampled_kl, values_of
+from trainers.actor import Run, State, as_reference, load, policy_kl, reference_logps, values_of
 from trainers.common import Attention, Lora, Strict, TrainError, told
 from trainers.data import DataConfig
-from trainers.monitors import Evaluation
+from trainers.monitors import Evaluation, Seen
 from trainers.rewards import RewardConfig, Source
 from trainers.rollout import Answer, Prompt
 
@@ -154,7 +154,8 @@ def sample(t: Run, ids: Sequence[list[int]], purpose: str, model: Any = None) ->
     else:
         with t.accelerator.autocast():
             answers = rollout.sample(model or t.policy, ids, t.config.max_new_tokens, t.config.temperature, t.ends, seed,
-                                     t.config.sample_batch)
+                                     t.config.sample_batch, [s.ids for s in t.state.seen] if purpose == "evaluate" else (),
+                                     t.config.micro_batch)
     return answers, t.tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
 
 
@@ -343,13 +344,23 @@ def start(t: Run, gold: Source | None, prompts: Sequence[Prompt], ids: list[list
 
 def evaluate(t: Run, gold: Source, prompts: Sequence[Prompt], ids: list[list[int]]) -> dict[str, Any]:
     """Proxy, gold and KL on the same held-out prompts with the same luck as ever; the best policy by gold is kept in
-    `out`/best."""
+    `out`/best. Rewards, gold and reference are asked only about answers that are not those of the last evaluation."""
     answers, texts = sample(t, ids, "evaluate")
-    proxy = [x for x in rewards.score(t.sources, prompts, texts, t.state.scales).total if x is not None]
-    truth = rewards.score([gold], prompts, texts).total
-    if None in truth or not proxy:
+    former = t.state.seen or [None] * len(answers)
+    new = [b for b, (a, seen) in enumerate(zip(answers, former, strict=True)) if seen is None or a.ids != seen.ids]
+    asked, said = [prompts[b] for b in new], [texts[b] for b in new]
+    truth = rewards.score([gold], asked, said).total
+    if None in truth:
         raise TrainError(f"gold {gold.name}: {truth.count(None)} of {len(truth)} answers have no score; gold must score all")
-    kl = sampled_kl(t, answers)
+    scored = zip(new, reference_logps(t, [answers[b] for b in new]),
+                 rewards.score(t.sources, asked, said, t.state.scales).total, truth, strict=True)
+    found = {b: Seen(answers[b].ids, *scores) for b, *scores in scored}
+    t.state.seen = [found.get(b, seen) for b, seen in enumerate(former)]
+    proxy = [s.proxy for s in t.state.seen if s.proxy is not None]
+    if not proxy:
+        raise TrainError(f"rewards could score none of the {len(answers)} answers that gold is asked of")
+    truth = [s.gold for s in t.state.seen]
+    kl = fmean(sum(a.sampler_logps) - s.reference_logp for a, s in zip(answers, t.state.seen, strict=True))
     t.state.evaluations.append(Evaluation(t.state.step, kl, fmean(proxy), tuple(truth)))
     fired = monitors.alarm(t.state.evaluations, len(evaluated_at(t.config)))
     if monitors.best(t.state.evaluations).step == t.state.step:

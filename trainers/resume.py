@@ -15,7 +15,7 @@ import orjson
 
 from factory.errors import ConfigError
 from trainers.common import checkpoints, last_checkpoint, mark_complete, record_eval, remove_old, seed_everything
-from trainers.monitors import Evaluation
+from trainers.monitors import Evaluation, Seen
 
 if TYPE_CHECKING:
     from trainers.actor import Run
@@ -107,6 +107,7 @@ def restore_state(t: Run, saved: dict[str, Any]) -> None:
         setattr(t.state, name, value)
     t.state.scales = {name: [tuple(pair) for pair in pairs] for name, pairs in t.state.scales.items()}
     t.state.evaluations = [Evaluation(**{**e, "gold": tuple(e["gold"])}) for e in t.state.evaluations]
+    t.state.seen = [Seen(**one) for one in t.state.seen]
 
 
 def _trained(model: Any) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def score(sources: Sequence[Source], prompts: Sequence[Prompt], completions: Seq
     raw: dict[str, list[float | None]] = {}
     apart: dict[str, list[float]] = {}
     total: list[float | None] = [0.0] * len(completions)
-    for source in sources:
+    for source in sources if completions else ():
         rows = [call(source, member, prompts, completions) for member in source.members]
         scale = (scales or {}).get(source.name) or [(0.0, 1.0)] * (len(rows) + 1)
         scaled = [[None if x is None else (x - mean) / sd for x in row]

@@ -5,7 +5,7 @@ kernels or another precision they differ, and a ratio built on them would be wro
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from trainers.common import prompt_ids
 from trainers.data import DataConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 Prompt = str | Sequence[Mapping[str, str]]   # one user turn, or a conversation that waits for the assistant
 
@@ -89,40 +89,71 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def sample(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, ends: Sequence[int],
-           seed: int, batch: int = 64) -> list[Answer]:
+           seed: int, batch: int = 64, former: Sequence[list[int]] = (), micro_batch: int = 16) -> list[Answer]:
     """One answer to each prompt, in the order of the prompts, drawn from the whole distribution at `temperature`.
 
     Prompts of like length are answered together; rows that have ended leave the batch as soon as half of them have.
-    The answers are a function of weights, prompts, seed and batch. The luck is a function of prompts, seed and batch
-    alone: policies that are alike answer most prompts alike, so that a difference between them is seen with fewer prompts.
+    The luck is a function of seed and place alone: policies that are alike answer most prompts alike, so that a difference
+    between them is seen with fewer prompts. `former` are answers drawn with the same seed, by a policy like this one:
+    those that come again are found by one forward, `micro_batch` at a time, and the others alone drawn token by token.
     """
     import torch
 
-    device = next(model.parameters()).device
-    draw = torch.Generator(device=device)
+    seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed)).tolist()
     answers: list[Any] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    starts = range(0, len(order), batch)
-    seeds = torch.randint(2**62, (len(starts),), generator=torch.Generator().manual_seed(seed)).tolist()
     with torch.no_grad():
-        for start, batch_seed in zip(starts, seeds, strict=True):
-            draw.manual_seed(batch_seed)
+        for i, answer in _drawn_again(model, prompts, former, temperature, ends, seeds, micro_batch) if former else ():
+            answers[i] = answer
+        order = sorted((i for i, a in enumerate(answers) if a is None), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            done = _sample_batch(model, [prompts[i] for i in rows], max_new_tokens, temperature, list(ends), draw)
+            done = _sample_batch(model, [prompts[i] for i in rows], max_new_tokens, temperature, list(ends),
+                                 [seeds[i] for i in rows])
             for i, answer in zip(rows, done, strict=True):
                 answers[i] = answer
     return answers
 
 
-def _sample_batch(model: Any, prompts: list[list[int]], most: int, temperature: float, ends: list[int],
-                  draw: Any) -> list[Answer]:
-    """Token by token with a cache. `alive` are the rows still in the batch, by their place in `prompts`.
-
-    A token is drawn as the largest p / noise with exponential noise, which those rows that have left go on drawing too.
-    """
+def _drawn_again(model: Any, prompts: Sequence[list[int]], former: Sequence[list[int]], temperature: float,
+                 ends: Sequence[int], seeds: Sequence[int], batch: int) -> Iterator[tuple[int, Answer]]:
+    """Those of the `former` answers that this model draws too, with their places."""
     import torch
 
-    device, cache = draw.device, None
+    device = next(model.parameters()).device
+    answers = [Answer(prompt, ids, [], ids[-1] in ends) for prompt, ids in zip(prompts, former, strict=True)]
+    for rows in in_batches(answers, range(len(answers)), batch):
+        all_BTV, _ = _predicted(model, pack([answers[i] for i in rows], device), temperature)
+        for i, padded_TV in zip(rows, all_BTV, strict=True):
+            ids_T = torch.tensor(former[i], device=device)
+            all_TV, draw = padded_TV[-len(ids_T) :], torch.Generator(device).manual_seed(seeds[i])
+            noise_TV = torch.cat([_noise([draw], all_TV.shape[1]) for _ in ids_T])
+            if torch.equal(_draw(all_TV, noise_TV), ids_T):
+                logps = all_TV.gather(1, ids_T[:, None])[:, 0].tolist()
+                yield i, Answer(prompts[i], former[i], logps, answers[i].ended)
+
+
+def _noise(draws: Sequence[Generator], n: int) -> Tensor:
+    """Exponential noise, a row of `n` from each generator."""
+    import torch
+
+    noise = torch.empty(len(draws), n, device=draws[0].device)
+    for row, draw in zip(noise, draws, strict=True):
+        row.exponential_(generator=draw)
+    return noise
+
+
+def _draw(logps: Tensor, noise: Tensor) -> Tensor:
+    """Tokens with the probabilities e^logps, ... V to ...: the largest p / noise."""
+    return (logps.exp() / noise).argmax(-1)
+
+
+def _sample_batch(model: Any, prompts: list[list[int]], most: int, temperature: float, ends: list[int],
+                  seeds: Sequence[int]) -> list[Answer]:
+    """Token by token with a cache. `alive` are the rows still in the batch, by their place in `prompts`."""
+    import torch
+
+    device, cache = next(model.parameters()).device, None
+    draws = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     ids, attention, positions = _left_padded(prompts, device)
     stops, alive = torch.tensor(ends, device=device), torch.arange(len(prompts), device=device)
     new_BT = torch.zeros(len(prompts), most, dtype=torch.long, device=device)
@@ -133,8 +164,7 @@ def _sample_batch(model: Any, prompts: list[list[int]], most: int, temperature: 
                     use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
         all_BV = (out.logits[:, -1].float() / temperature).log_softmax(-1)
-        noise_BV = torch.empty(len(prompts), all_BV.shape[1], device=device).exponential_(generator=draw)[alive]
-        tokens = (all_BV.exp() / noise_BV).argmax(-1, keepdim=True)
+        tokens = _draw(all_BV, _noise(draws, all_BV.shape[1]))[:, None]
         new_BT[alive, t], logps_BT[alive, t] = tokens[:, 0], all_BV.gather(1, tokens)[:, 0]
         ended_B[alive] |= torch.isin(tokens[:, 0], stops)
         keep = (~ended_B[alive]).nonzero()[:, 0]
@@ -143,6 +173,7 @@ def _sample_batch(model: Any, prompts: list[list[int]], most: int, temperature: 
         if len(keep) <= len(alive) // 2:
             cache.batch_select_indices(keep)
             alive, tokens, attention, positions = alive[keep], tokens[keep], attention[keep], positions[keep]
+            draws = [draws[b] for b in keep.tolist()]
         ids, positions = tokens, positions[:, -1:] + 1
         attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
     mask_BT, ended_B = pg.answer_mask(new_BT[:, : t + 1], ends)
@@ -192,14 +223,19 @@ def forward(model: Any, packed: Packed, temperature: float, hidden: bool = False
     import torch
 
     T = packed.mask_BT.shape[1]
-    out = model(input_ids=packed.ids_BL, attention_mask=packed.attention_BL, position_ids=packed.positions_BL,
-                use_cache=False, logits_to_keep=T + 1, output_hidden_states=hidden)
-    all_BTV = (out.logits[:, :-1].float() / temperature).log_softmax(-1)
+    all_BTV, states = _predicted(model, packed, temperature, hidden)
     logps_BT = all_BTV.gather(-1, packed.ids_BL[:, -T:, None])[..., 0]
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
         entropy_BT = pg.entropy(all_BTV)
-    states_BTD = left(out.hidden_states[-1][:, -T - 1 : -1], packed) if hidden else None
+    states_BTD = left(states[-1][:, -T - 1 : -1], packed) if hidden else None
     return left(logps_BT, packed), left(entropy_BT, packed), states_BTD
+
+
+def _predicted(model: Any, packed: Packed, temperature: float, hidden: bool = False) -> tuple[Tensor, Any]:
+    """(log-probabilities of all tokens at each of the last T columns, B T V; hidden states where asked)."""
+    out = model(input_ids=packed.ids_BL, attention_mask=packed.attention_BL, position_ids=packed.positions_BL,
+                use_cache=False, logits_to_keep=packed.mask_BT.shape[1] + 1, output_hidden_states=hidden)
+    return (out.logits[:, :-1].float() / temperature).log_softmax(-1), out.hidden_states
 
 
 def in_batches(answers: Sequence[Answer], rows: Sequence[int], batch: int) -> list[list[int]]:
