@@ -144,6 +144,11 @@ def test_bad_sources_are_told(store, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "hello"}\n')
     with pytest.raises(ConfigError, match="prompt, chosen, rejected; there are: text"):
         data.read("preference", config({"files": str(tmp_path / "x.jsonl")}))
+    with pytest.raises(ConfigError, match="none.jsonl: no such file"):
+        data.read("preference", config({"files": str(tmp_path / "none.jsonl")}))
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ConfigError, match="the file is empty"):
+        data.read("preference", config({"files": str(tmp_path / "empty.jsonl")}))
     (tmp_path / "x.parquet").write_text("junk")
     with pytest.raises(ConfigError, match="cannot be read"):
         data.read("preference", config({"files": str(tmp_path / "x.parquet")}))

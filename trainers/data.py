@@ -155,6 +155,8 @@ def _from_files(kind: Kind, source: Source) -> tuple[polars.DataFrame, set[str]]
     if place.is_file():
         frame = _file(place)
         return _needed(kind, frame if "split" in frame.columns else frame.with_columns(split=pl.lit("train")), place), set()
+    if not place.is_dir():
+        raise ConfigError(f"{place}: no such file or folder")
     folder = place / kind if (place / kind).is_dir() else place
     parts = {split: _file(folder / f"{name}.parquet") for split, name in HUB.items() if (folder / f"{name}.parquet").exists()}
     if "train" not in parts:
@@ -169,6 +171,8 @@ def _from_files(kind: Kind, source: Source) -> tuple[polars.DataFrame, set[str]]
 def _file(path: Path) -> polars.DataFrame:
     import polars as pl
 
+    if not path.stat().st_size:
+        raise ConfigError(f"{path}: the file is empty")
     try:
         return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_ndjson(path, infer_schema_length=None)
     except (pl.exceptions.PolarsError, OSError) as error:
