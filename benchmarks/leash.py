@@ -10,12 +10,16 @@ the same prompts at equal KL (`pipelines.sweep.at_equal_kl`), paired by seed. Ea
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.alarm import all_but
 from benchmarks.common import asked, table, words, write
+
+if TYPE_CHECKING:
+    from pipelines.sweep import Point
 
 GOAL = 0.2   # of the target
 
@@ -60,10 +64,10 @@ def adaptive(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def ensembles(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Gold at equal KL, one reward model against an ensemble on the same pairs."""
+def ensembles(args: argparse.Namespace) -> list[Point]:
+    """Every evaluation of one reward model's runs and of an ensemble's on the same pairs."""
     from pipelines.demo_training import overrides, watched
-    from pipelines.sweep import Point, at_equal_kl, trained
+    from pipelines.sweep import Point, trained
     from pipelines.train_rl import load
     from trainers import ppo
 
@@ -82,11 +86,13 @@ def ensembles(args: argparse.Namespace) -> list[dict[str, Any]]:
             start, *later = trained(config, f"{arm}, seed {seed}", quiet=False)["evaluations"]
             points += [Point(arm, args.beta, seed, e["step"], e["kl"], e["proxy"], e["gold"], e["gold"] - start["gold"])
                        for e in later]
-    return at_equal_kl(points)
+    return points
 
 
 def main() -> None:
     """Train, tell, write."""
+    from pipelines.sweep import at_equal_kl
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("demo-store"))
     parser.add_argument("--run", default="demo")
@@ -111,10 +117,14 @@ def main() -> None:
     held = adaptive(args) if args.only != "ensemble" else []
     table(["adaptive KL, seed", "mean after the first quarter", f"off the target of {args.target}", "beta at the end"],
           [[k, h["kl"], f"{h['off']:+.1%}", h["beta"][-1]] for k, h in enumerate(held)])
-    equal = ensembles(args) if args.only != "adaptive" else []
+    points = ensembles(args) if args.only != "adaptive" else []
+    equal = at_equal_kl(points) if points else []
     table(["KL", "reward", "gold gained", "more than one model"],
           [[f"{r['kl']:.2f}", r["arm"], words(r["gained"]), words(r["more"])] for r in equal])
-    write("leash", args.quick, goal=GOAL, arguments=asked(args), adaptive=held, equal_kl=equal)
+    table(["at the end", "seed", "gold", "gained", "KL"],
+          [[p.arm, p.seed, p.gold, p.gained, p.kl] for p in points if p.step == args.ensemble_steps])
+    write("leash", args.quick, goal=GOAL, arguments=asked(args), adaptive=held, equal_kl=equal,
+          ensembles=[asdict(p) for p in points])
 
 
 if __name__ == "__main__":
