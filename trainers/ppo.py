@@ -344,10 +344,11 @@ def start(t: Run, gold: Source | None, prompts: Sequence[Prompt], ids: list[list
 
 def evaluate(t: Run, gold: Source, prompts: Sequence[Prompt], ids: list[list[int]]) -> dict[str, Any]:
     """Proxy, gold and KL on the same held-out prompts with the same luck as ever; the best policy by gold is kept in
-    `out`/best. Rewards, gold and reference are asked only about answers that are not those of the last evaluation."""
+    `out`/best. Rewards, gold and reference are asked only about answers that the last evaluation has not scored."""
     answers, texts = sample(t, ids, "evaluate")
     former = t.state.seen or [None] * len(answers)
-    new = [b for b, (a, seen) in enumerate(zip(answers, former, strict=True)) if seen is None or a.ids != seen.ids]
+    new = [b for b, (a, seen) in enumerate(zip(answers, former, strict=True))
+           if seen is None or a.ids != seen.ids or seen.proxy is None]
     asked, said = [prompts[b] for b in new], [texts[b] for b in new]
     truth = rewards.score([gold], asked, said).total
     if None in truth:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 
-def main(folder: Path, checkpointing: bool) -> None:
+def main(folder: Path) -> None:
     """Train as `settings.json` in the folder says."""
     import torch
     from datasets import Dataset
@@ -53,14 +53,12 @@ def main(folder: Path, checkpointing: bool) -> None:
         num_mini_batches=s["minibatches"], num_ppo_epochs=s["epochs"], total_episodes=s["batch"] * s["steps"],
         local_rollout_forward_batch_size=s["batch"], response_length=s["max_new_tokens"], stop_token="eos", missing_eos_penalty=1.0,
         learning_rate=s["learning_rate"], kl_coef=s["beta"], num_sample_generations=0, report_to="none", save_strategy="no",
-        logging_steps=1000, disable_tqdm=True, bf16=False, use_cpu=not torch.cuda.is_available(), seed=0,
-        gradient_checkpointing=checkpointing)
+        logging_steps=1000, disable_tqdm=True, bf16=False, use_cpu=not torch.cuda.is_available(), seed=0, temperature=1.0)
     trainer = PPOTrainer(args, tokenizer, policy, reference, reward, Dataset.from_list([{"input_ids": ids} for ids in rows]), value,
                          callbacks=[Turns()])
-    if checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    print(f"gradient checkpointing: {policy.is_gradient_checkpointing}", file=sys.stderr)
     trainer.train()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "checkpointing")
+    main(Path(sys.argv[1]))
