@@ -18,7 +18,8 @@ from typing import Any
 
 from benchmarks.common import asked, table, write
 
-ARMS = {"hackable": {"beta": 0.025, "steps": 144, "stop_on_alarm": True}, "healthy": {"beta": 0.3, "steps": 48}}
+ARMS = {"hackable": {"beta": 0.025, "steps": 144, "learning_rate": 2.5e-5, "schedule": "constant", "stop_on_alarm": True},
+        "healthy": {"beta": 0.3, "steps": 48, "learning_rate": 4e-5}}
 
 
 def reward_model(args: argparse.Namespace, arm: str, seed: int) -> str:
@@ -76,10 +77,9 @@ def main() -> None:
     parser.add_argument("--hackable", type=int, default=10, help="Seeds.")
     parser.add_argument("--healthy", type=int, default=20)
     parser.add_argument("--only", choices=list(ARMS), help="Train one arm, tell nothing.")
-    parser.add_argument("--prompts", type=int, default=2048, help="On which gold is watched.")
+    parser.add_argument("--prompts", type=int, default=1536, help="On which gold is watched.")
     parser.add_argument("--every", type=int, default=3, help="Steps between evaluations.")
     parser.add_argument("--batch", type=int, default=32, help="Answers a step.")
-    parser.add_argument("--learning-rate", type=float, default=4e-5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
@@ -94,8 +94,8 @@ def main() -> None:
             paths = [reward_model(args, arm, seed if arm == "hackable" else 0)]
             config = load(Path("ppo"), ppo.Config, overrides(
                 model="prefab-tiny", out=str(args.folder / f"{arm}-{seed}"), store=None, seed=seed, threads=args.threads,
-                eval_every=args.every, eval_prompts=args.prompts, batch_size=args.batch, learning_rate=args.learning_rate,
-                epochs=1, value="shared", kl_stop=None, rewards=[{"name": "preference", "kind": "model", "paths": paths}],
+                eval_every=args.every, eval_prompts=args.prompts, batch_size=args.batch, epochs=1,
+                value="shared", kl_stop=None, rewards=[{"name": "preference", "kind": "model", "paths": paths}],
                 data__sources=[{"store": str(args.store), "run": args.run}, {"files": str(watched(args.folder, args.prompts))}],
                 **changes | ({"steps": 4} if args.quick else {})))
             done = trained(config, f"{arm}, seed {seed}", quiet=False)

@@ -65,7 +65,7 @@ def test_training_forward_is_a_plain_forward_whatever_the_batch(model):
     for rows in rollout.in_batches(done, range(len(done)), 4):
         packed = rollout.pack([done[i] for i in rows], None)
         with torch.no_grad():
-            logps, entropy, states = rollout.forward(model, packed, 0.7, hidden=True)
+            logps, entropy, states = rollout.forward(model, packed, 0.7, hidden=True, entropy=True)
         assert packed.mask_BT.sum(-1).tolist() == [len(done[i].ids) for i in rows]
         for b, i in enumerate(rows):
             n, at = len(done[i].ids), len(done[i].prompt) - 1

@@ -140,7 +140,7 @@ def policy_kl(t: Run, answers: list[Answer]) -> tuple[Tensor, Tensor, Tensor, Te
             n = packed.mask_BT.shape[1]
             mask[rows, :n] = packed.mask_BT
             logps[rows, :n], entropy[rows, :n], states = rollout.forward(t.policy, packed, t.config.temperature,
-                                                                         hidden="trunk" not in t.critic)
+                                                                         "trunk" not in t.critic, entropy=True)
             values[rows, :n] = values_of(t, packed, states)
             with as_reference(t) as reference:
                 reference_logps[rows, :n] = rollout.forward(reference, packed, t.config.temperature)[0]

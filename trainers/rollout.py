@@ -214,21 +214,17 @@ def left(x_BT: Tensor, packed: Packed) -> Tensor:
     return x_BT[torch.arange(len(x_BT), device=x_BT.device)[:, None], columns_BT]
 
 
-def forward(model: Any, packed: Packed, temperature: float, hidden: bool = False, entropy_grad: bool = False,
-            ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(log-probability B T, entropy B T, last hidden state B T D or None) at each token of the answers, left-aligned.
+def forward(model: Any, packed: Packed, temperature: float, hidden: bool = False, entropy: bool = False,
+            ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(log-probability B T, entropy B T or None, last hidden state B T D or None) at each token of the answers, left-aligned.
 
     The state at a token is the one that predicts it: the token itself is not in it yet.
     """
-    import torch
-
     T = packed.mask_BT.shape[1]
     all_BTV, states = _predicted(model, packed, temperature, hidden)
     logps_BT = all_BTV.gather(-1, packed.ids_BL[:, -T:, None])[..., 0]
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropy_BT = pg.entropy(all_BTV)
-    states_BTD = left(states[-1][:, -T - 1 : -1], packed) if hidden else None
-    return left(logps_BT, packed), left(entropy_BT, packed), states_BTD
+    entropy_BT = left(pg.entropy(all_BTV), packed) if entropy else None
+    return left(logps_BT, packed), entropy_BT, left(states[-1][:, -T - 1 : -1], packed) if hidden else None
 
 
 def _predicted(model: Any, packed: Packed, temperature: float, hidden: bool = False) -> tuple[Tensor, Any]:
