@@ -83,7 +83,7 @@ def load(config: Config, prompts: Sequence[Prompt], sources: Sequence[Source]) -
             checkpointed.enable_input_require_grads()
     groups = [{"params": [p for p in policy.parameters() if p.requires_grad], "lr": config.learning_rate},
               {"params": [p for p in critic.parameters() if p.requires_grad], "lr": config.value_learning_rate}]
-    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=config.weight_decay, fused=True)
     room = (getattr(policy.config, "max_position_embeddings", None) or 2**31) - config.max_new_tokens
     ids = rollout.encode(tokenizer, prompts, room, config.template_kwargs)
     ends = rollout.end_ids(policy, tokenizer)
