@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--hackable", type=int, default=10, help="Seeds.")
     parser.add_argument("--healthy", type=int, default=20)
     parser.add_argument("--only", choices=list(ARMS), help="Train one arm, tell nothing.")
+    parser.add_argument("--finished", action="store_true", help="Train nothing, tell of the runs that have ended.")
     parser.add_argument("--prompts", type=int, default=1536, help="On which gold is watched.")
     parser.add_argument("--every", type=int, default=3, help="Steps between evaluations.")
     parser.add_argument("--batch", type=int, default=32, help="Answers a step.")
@@ -86,11 +87,13 @@ def main() -> None:
     if args.quick:
         args.hackable, args.healthy, args.prompts, args.every = 1, 1, 16, 1
     args.folder.mkdir(parents=True, exist_ok=True)
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for arm, changes in ARMS.items():
         if args.only not in (None, arm):
             continue
         for seed in range(getattr(args, arm)):
+            if args.finished and not (args.folder / f"{arm}-{seed}" / "evaluations.json").exists():
+                continue
             paths = [reward_model(args, arm, seed if arm == "hackable" else 0)]
             config = load(Path("ppo"), ppo.Config, overrides(
                 model="prefab-tiny", out=str(args.folder / f"{arm}-{seed}"), store=None, seed=seed, threads=args.threads,
@@ -99,7 +102,7 @@ def main() -> None:
                 data__sources=[{"store": str(args.store), "run": args.run}, {"files": str(watched(args.folder, args.prompts))}],
                 **changes | ({"steps": 4} if args.quick else {})))
             done = trained(config, f"{arm}, seed {seed}", quiet=False)
-            runs.setdefault(arm, []).append(told(done["evaluations"], done["stopped"]))
+            runs[arm].append({"seed": seed} | told(done["evaluations"], done["stopped"]))
             print(arm, seed, {k: v for k, v in runs[arm][-1].items() if k != "evaluations"}, flush=True)
     if args.only:
         return

@@ -64,14 +64,14 @@ def adaptive(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def ensembles(args: argparse.Namespace) -> list[Point]:
-    """Every evaluation of one reward model's runs and of an ensemble's on the same pairs."""
+def ensembles(args: argparse.Namespace) -> tuple[list[Point], list[dict[str, Any]]]:
+    """Every evaluation of one reward model's runs and of an ensemble's on the same pairs; and how each run ended."""
     from pipelines.demo_training import overrides, watched
     from pipelines.sweep import Point, trained
     from pipelines.train_rl import load
     from trainers import ppo
 
-    points, folder = [], args.folder / "ensemble"
+    points, ends, folder = [], [], args.folder / "ensemble"
     folder.mkdir(exist_ok=True)
     prompts = watched(folder, args.prompts)
     for seed in range(args.seeds):
@@ -86,7 +86,9 @@ def ensembles(args: argparse.Namespace) -> list[Point]:
             start, *later = trained(config, f"{arm}, seed {seed}", quiet=False)["evaluations"]
             points += [Point(arm, args.beta, seed, e["step"], e["kl"], e["proxy"], e["gold"], e["gold"] - start["gold"])
                        for e in later]
-    return points
+            ends.append({"reward": arm, "seed": seed, "gold": later[-1]["gold"], "gained": later[-1]["gold"] - start["gold"],
+                         "kl": later[-1]["kl"], "alarm at": next((e["step"] for e in later if e["alarm"]), None)})
+    return points, ends
 
 
 def main() -> None:
@@ -117,14 +119,13 @@ def main() -> None:
     held = adaptive(args) if args.only != "ensemble" else []
     table(["adaptive KL, seed", "mean after the first quarter", f"off the target of {args.target}", "beta at the end"],
           [[k, h["kl"], f"{h['off']:+.1%}", h["beta"][-1]] for k, h in enumerate(held)])
-    points = ensembles(args) if args.only != "adaptive" else []
+    points, ends = ensembles(args) if args.only != "adaptive" else ([], [])
     equal = at_equal_kl(points) if points else []
     table(["KL", "reward", "gold gained", "more than one model"],
           [[f"{r['kl']:.2f}", r["arm"], words(r["gained"]), words(r["more"])] for r in equal])
-    table(["at the end", "seed", "gold", "gained", "KL"],
-          [[p.arm, p.seed, p.gold, p.gained, p.kl] for p in points if p.step == args.ensemble_steps])
+    table(list(ends[0]) if ends else [], [list(end.values()) for end in ends])
     write("leash", args.quick, goal=GOAL, arguments=asked(args), adaptive=held, equal_kl=equal,
-          ensembles=[asdict(p) for p in points])
+          ends=ends, ensembles=[asdict(p) for p in points])
 
 
 if __name__ == "__main__":
