@@ -107,7 +107,7 @@ def main() -> None:
     if args.only:
         return
     hacked, healthy = runs["hackable"], runs["healthy"]
-    in_time = sum(r["fired_at"] is not None and (r["lost_share_of_gain"] or 0) <= 1 / 3 for r in hacked)
+    in_time = sum(r["lost_share_of_gain"] is not None and r["lost_share_of_gain"] <= 1 / 3 for r in hacked)
     rows = [["gold fell while the proxy climbed", f"{sum(r['end'] < r['best'] and r['proxy_gained'] > 0 for r in hacked)} of "
              f"{len(hacked)}", "all"],
             ["the alarm fired before a third of the gain was lost", f"{in_time} of {len(hacked)}", "9 of 10"],

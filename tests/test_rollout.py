@@ -6,6 +6,8 @@ from collections import Counter
 from math import isclose
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -17,7 +19,7 @@ from trainers import policy_gradient as pg  # noqa: E402
 from trainers import rollout  # noqa: E402
 
 torch.set_num_threads(1)
-END = 2
+END, CPU = 2, torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_the_samplers_log_probabilities_are_those_of_a_plain_forward(model):
 
 def test_training_forward_is_a_plain_forward_whatever_the_batch(model):
     done = answers(model)
-    for rows in rollout.in_batches(done, range(len(done)), 4):
+    for rows in rollout.in_batches(done, range(len(done)), 4, CPU):
         packed = rollout.pack([done[i] for i in rows], None)
         with torch.no_grad():
             logps, entropy, states = rollout.forward(model, packed, 0.7, hidden=True, entropy=True)
@@ -75,8 +77,25 @@ def test_training_forward_is_a_plain_forward_whatever_the_batch(model):
             assert torch.allclose(states[b, :n], out.hidden_states[-1][0, at : at + n], atol=2e-5)
             expected = torch.distributions.Categorical(logits=out.logits[0, at : at + n] / 0.7).entropy()
             assert torch.allclose(entropy[b, :n], expected, atol=2e-5)
-    batches = rollout.in_batches(done, [3, 0, 2, 7], 3)
-    assert sorted(i for rows in batches for i in rows) == [0, 2, 3, 7]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=9), st.integers(1, 4))
+def test_batches_hold_every_row_and_no_way_to_cut_them_is_cheaper(lengths, most):
+    done = [rollout.Answer([1], [2] * n, [], True) for n in lengths]
+    batches = rollout.in_batches(done, range(len(done)), most, CPU)
+    assert sorted(i for rows in batches for i in rows) == list(range(len(done)))
+    assert max(map(len, batches)) <= most
+    order = [i for rows in batches for i in rows]
+    assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
+
+    def cost(sizes):
+        ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+        return sum(rollout.CALL["cpu"] + (1 + lengths[order[end - n]]) * n for n, end in zip(sizes, ends, strict=True))
+
+    def ways(n):
+        return [[]] if n == 0 else [[k, *rest] for k in range(1, min(n, most) + 1) for rest in ways(n - k)]
+
+    assert cost([len(rows) for rows in batches]) == min(map(cost, ways(len(done))))
 
 
 def test_the_gap_is_measured(model):
@@ -127,7 +146,7 @@ def test_answers_found_by_one_forward_are_those_drawn_token_by_token(model, shif
     assert [(a.prompt, a.ids, a.ended) for a in found] == [(a.prompt, a.ids, a.ended) for a in drawn]
     for one, other in zip(found, drawn, strict=True):
         assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=2e-5)
-    assert (len(calls) == 2) == (shift == 0), calls
+    assert (len(calls) == len(rollout.in_batches(before, range(len(before)), 50, CPU))) == (shift == 0), calls
 
 
 def test_rows_that_leave_the_batch_change_nothing_for_those_that_stay(model):

@@ -114,9 +114,8 @@ def values_of(t: Run, packed: Packed, states_BTD: Tensor | None) -> Tensor:
     """The value before each token of the answers, B T."""
     if "trunk" in t.critic:
         T = packed.mask_BT.shape[1]
-        out = t.critic["trunk"](input_ids=packed.ids_BL, attention_mask=packed.attention_BL, use_cache=False,
-                                position_ids=packed.positions_BL, logits_to_keep=1, output_hidden_states=True)
-        states_BTD = rollout.left(out.hidden_states[-1][:, -T - 1 : -1], packed)
+        out = t.critic["trunk"](**packed.inputs(), logits_to_keep=1, output_hidden_states=True)
+        states_BTD = rollout.left(out.hidden_states[-1][:, -T:], packed)
     return t.critic["head"](states_BTD).float()[..., 0]
 
 
@@ -135,7 +134,7 @@ def policy_kl(t: Run, answers: list[Answer]) -> tuple[Tensor, Tensor, Tensor, Te
     mask = torch.zeros(len(answers), T, dtype=torch.bool, device=t.accelerator.device)
     logps, reference_logps, entropy, values = (torch.zeros_like(mask, dtype=torch.float32) for _ in range(4))
     with torch.no_grad(), t.accelerator.autocast():
-        for rows in rollout.in_batches(answers, range(len(answers)), t.config.micro_batch):
+        for rows in rollout.in_batches(answers, range(len(answers)), t.config.micro_batch, t.accelerator.device):
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
             n = packed.mask_BT.shape[1]
             mask[rows, :n] = packed.mask_BT
@@ -153,7 +152,7 @@ def reference_logps(t: Run, answers: Sequence[Answer]) -> list[float]:
 
     found = [0.0] * len(answers)
     with torch.no_grad(), t.accelerator.autocast(), as_reference(t) as reference:
-        for rows in rollout.in_batches(answers, range(len(answers)), t.config.micro_batch):
+        for rows in rollout.in_batches(answers, range(len(answers)), t.config.micro_batch, t.accelerator.device):
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
             logps = rollout.forward(reference, packed, t.config.temperature)[0].double()
             for b, sum_ in zip(rows, (logps * packed.mask_BT).sum(-1).tolist(), strict=True):

@@ -47,7 +47,7 @@ class Config(Strict):
     batch_size: int = Field(64, ge=2, description="Answers a step.")
     minibatches: int = Field(2, ge=1)
     epochs: int = Field(4, ge=1)
-    micro_batch: int = Field(16, ge=1, description="Answers a forward; gradients add up to the minibatch.")
+    micro_batch: int = Field(16, ge=1, description="Answers a forward at most; gradients add up to the minibatch.")
     sample_batch: int = Field(64, ge=1, description="Prompts answered together.")
     max_new_tokens: int = Field(128, ge=1)
     temperature: float = Field(1.0, gt=0, le=10, description="In sampling and in log-probabilities alike.")
@@ -299,7 +299,7 @@ def _minibatch(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:
     c, sums = t.config, dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "shift"), 0.0)
     tokens = int(batch.mask[rows].sum())
     t.optimizer.zero_grad(set_to_none=True)
-    for some in rollout.in_batches(batch.answers, rows, c.micro_batch):
+    for some in rollout.in_batches(batch.answers, rows, c.micro_batch, t.accelerator.device):
         packed = rollout.pack([batch.answers[b] for b in some], t.accelerator.device)
         mask, n = packed.mask_BT, packed.mask_BT.shape[1]
         old, old_values, advantages, returns = (x[some, :n] for x in (batch.logps, batch.values, batch.advantages,

@@ -19,6 +19,8 @@ from trainers.data import DataConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+CALL = {"cpu": 64}   # columns that the overhead of a forward is worth, measured; elsewhere thousands: launching kernels
+
 Prompt = str | Sequence[Mapping[str, str]]   # one user turn, or a conversation that waits for the assistant
 
 
@@ -45,6 +47,11 @@ class Packed:
     positions_BL: Tensor
     mask_BT: Tensor
     shift_B: Tensor
+
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with, B L-1: each token is predicted from those before it, the last predicts none."""
+        return {"input_ids": self.ids_BL[:, :-1], "attention_mask": self.attention_BL[:, :-1],
+                "position_ids": self.positions_BL[:, :-1], "use_cache": False}
 
 
 def prompts_of(config: DataConfig | None, watched: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -121,7 +128,7 @@ def _drawn_again(model: Any, prompts: Sequence[list[int]], former: Sequence[list
 
     device = next(model.parameters()).device
     answers = [Answer(prompt, ids, [], ids[-1] in ends) for prompt, ids in zip(prompts, former, strict=True)]
-    for rows in in_batches(answers, range(len(answers)), batch):
+    for rows in in_batches(answers, range(len(answers)), batch, device):
         all_BTV, _ = _predicted(model, pack([answers[i] for i in rows], device), temperature)
         for i, padded_TV in zip(rows, all_BTV, strict=True):
             ids_T = torch.tensor(former[i], device=device)
@@ -224,20 +231,31 @@ def forward(model: Any, packed: Packed, temperature: float, hidden: bool = False
     all_BTV, states = _predicted(model, packed, temperature, hidden)
     logps_BT = all_BTV.gather(-1, packed.ids_BL[:, -T:, None])[..., 0]
     entropy_BT = left(pg.entropy(all_BTV), packed) if entropy else None
-    return left(logps_BT, packed), entropy_BT, left(states[-1][:, -T - 1 : -1], packed) if hidden else None
+    return left(logps_BT, packed), entropy_BT, left(states[-1][:, -T:], packed) if hidden else None
 
 
 def _predicted(model: Any, packed: Packed, temperature: float, hidden: bool = False) -> tuple[Tensor, Any]:
     """(log-probabilities of all tokens at each of the last T columns, B T V; hidden states where asked)."""
-    out = model(input_ids=packed.ids_BL, attention_mask=packed.attention_BL, position_ids=packed.positions_BL,
-                use_cache=False, logits_to_keep=packed.mask_BT.shape[1] + 1, output_hidden_states=hidden)
-    return (out.logits[:, :-1].float() / temperature).log_softmax(-1), out.hidden_states
+    out = model(**packed.inputs(), logits_to_keep=packed.mask_BT.shape[1], output_hidden_states=hidden)
+    return (out.logits.float() / temperature).log_softmax(-1), out.hidden_states
 
 
-def in_batches(answers: Sequence[Answer], rows: Sequence[int], batch: int) -> list[list[int]]:
-    """`rows` (places in `answers`) in batches of like length, the longest first: what does not fit fails at once."""
+def in_batches(answers: Sequence[Answer], rows: Sequence[int], batch: int, device: Any) -> list[list[int]]:
+    """`rows` (places in `answers`) in batches of at most `batch`, the longest first: what does not fit fails at once.
+
+    Rows of like length are together, cut where all is cheapest: columns, padding too, and the overhead of each forward.
+    """
+    call = CALL.get(device.type, 2048)
     order = sorted(rows, key=lambda i: -len(answers[i].prompt) - len(answers[i].ids))
-    return [order[start : start + batch] for start in range(0, len(order), batch)]
+    length = [len(answers[i].prompt) + len(answers[i].ids) for i in order]
+    cheapest = [(0, 0)]   # for the first n rows: (their cost, where the last of their batches begins)
+    for n in range(1, len(order) + 1):
+        cheapest.append(min((cheapest[k][0] + call + length[k] * (n - k), k) for k in range(max(0, n - batch), n)))
+    found, n = [], len(order)
+    while n:
+        found.append(order[cheapest[n][1] : n])
+        n = cheapest[n][1]
+    return found[::-1]
 
 
 def sampler_gap(answers: Sequence[Answer], logps_BT: Tensor, mask_BT: Tensor) -> tuple[float, float]:
