@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.common import asked, table, write
 
-ARMS = {"hackable": {"beta": 0.025, "steps": 144, "learning_rate": 2.5e-5, "schedule": "constant", "stop_on_alarm": True},
+ARMS = {"hackable": {"beta": 0.025, "steps": 240, "learning_rate": 2.5e-5, "schedule": "constant", "stop_on_alarm": True},
         "healthy": {"beta": 0.3, "steps": 48, "learning_rate": 4e-5}}
 
 

@@ -135,6 +135,18 @@ def test_another_configuration_does_not_go_on_from_this_one(make):
         train(make(beta=0.3), prompts=PROMPTS[:3])
 
 
+def test_a_run_of_constant_learning_rate_may_go_on_for_longer(make, tmp_path):
+    train(make(steps=2, schedule="constant"))
+    train(make(steps=4, schedule="constant"))
+    train(make(tmp_path / "whole", steps=4, schedule="constant"))
+    assert same(*(weights(tmp_path / name / "policy") for name in ("out", "whole")))
+    with pytest.raises(ConfigError, match="differs in steps"):   # it has gone further than that
+        train(make(steps=3, schedule="constant"))
+    train(make(tmp_path / "linear"))
+    with pytest.raises(ConfigError, match="differs in steps"):   # its learning rate ended at 0
+        train(make(tmp_path / "linear", steps=4))
+
+
 # --- what the parts do in the loop
 
 def test_small_batches_add_up_to_the_same_update(make, tmp_path):

@@ -59,7 +59,7 @@ def load(t: Run) -> None:
 
 
 def claim(t: Run) -> Path | None:
-    """The newest whole checkpoint in `out`, which is now this run's.
+    """The newest whole checkpoint in `out`, which is now this run's. Under a constant learning rate it may have more steps.
 
     Raises: ConfigError when the folder holds a run of another configuration or other prompts.
     """
@@ -68,7 +68,9 @@ def claim(t: Run) -> Path | None:
     origin, now = out / "origin.json", orjson.dumps(_origin(t))
     if origin.exists():
         saved, now_ = orjson.loads(origin.read_bytes()), orjson.loads(now)
-        other = sorted(name for name in now_.keys() | saved.keys() if now_.get(name) != saved.get(name))
+        more = now_["schedule"] == "constant" and now_["steps"] > saved.get("steps", now_["steps"])
+        other = sorted(name for name in now_.keys() | saved.keys() if now_.get(name) != saved.get(name)
+                       and not (more and name == "steps"))
         if other:
             raise ConfigError(f"{out}: holds a run that differs in {', '.join(other)}. Name another folder with out, or "
                               "delete this one to begin anew")
