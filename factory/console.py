@@ -18,6 +18,7 @@ from rich.markup import escape
 from factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
 
 T = TypeVar("T")
+LONGEST_NAME = 20     # characters of a first column that is not broken
 PLAIN_EVERY_S = 5.0   # a line in a log, where there is no terminal to redraw
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -75,10 +76,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], not
     from rich.table import Table
 
     rows = [list(row) for row in rows]
-    view = Table()
+    view, name = Table(), max((len(cell(row[0])) for row in rows), default=0)
+    whole = name <= LONGEST_NAME and console().width - name > 11 * len(columns)   # there is room for it
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
-        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        view.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=whole and index == 0)
     for row in rows:
         view.add_row(*(escape(cell(value)) for value in row))
     if title:  # as the table's own it would be broken to its width

@@ -75,7 +75,7 @@ def show(report: Any) -> None:
           [(k, *(cell(f.get(k)) for f in report.policies.values())) for k in names],
           "kl and entropy in nats an answer; broken: at least one principle, by the oracle" if report.value == "gold" else "")
     if report.against:
-        table(f"Against {report.baseline}, by {report.value}", ("", "decided", "win rate of decided", "length-controlled",
+        table(f"Against {report.baseline}, by {report.value}", ("", "decided", "win rate of decided", "length controlled",
                                                                 "difference", "p (paired)"),
               [(name, cell(a.decided), cell(a.win_rate), cell(a.length_controlled), cell(a.difference), a.p)
                for name, a in report.against.items()])

@@ -192,6 +192,18 @@ def test_tables_and_cells():
     assert isinstance(console.console(), Console)
 
 
+@pytest.mark.parametrize(("width", "whole"), [(61, True), (60, False)])
+def test_a_narrow_table_keeps_names_whole_where_there_is_room_and_loses_nothing(monkeypatch, capsys, width, whole):
+    monkeypatch.setenv("COLUMNS", str(width))
+    console.console.cache_clear()
+    interval = "0.764 (0.723 to 0.802)"
+    console.table("", ["", "base", "sft", "dpo"], [["complies_harmful", interval, interval, "x" * 100]])
+    lines = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in lines} == {width}
+    assert ("complies_harmful" in lines[3]) == whole and sum(line.count("x") for line in lines) == 100
+    console.console.cache_clear()
+
+
 def test_progress_without_a_terminal_is_plain_lines(capsys):
     console.console.cache_clear()
     with console.Progress("judging", 10, unit="prompts") as progress:
