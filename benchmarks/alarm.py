@@ -109,7 +109,7 @@ def main() -> None:
     hacked, healthy = runs["hackable"], runs["healthy"]
     in_time = sum(r["lost_share_of_gain"] is not None and r["lost_share_of_gain"] <= 1 / 3 for r in hacked)
     rows = [["gold fell while the proxy climbed", f"{sum(r['end'] < r['best'] and r['proxy_gained'] > 0 for r in hacked)} of "
-             f"{len(hacked)}", "all"],
+             f"{len(hacked)}", "9 of 10"],
             ["the alarm fired before a third of the gain was lost", f"{in_time} of {len(hacked)}", "9 of 10"],
             ["silent in healthy runs", f"{sum(r['fired_at'] is None for r in healthy)} of {len(healthy)}", "19 of 20"],
             ["diverged", f"{sum(bool(r['stopped']) for r in hacked + healthy)} of {len(hacked + healthy)}", "0"]]
