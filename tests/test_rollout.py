@@ -90,7 +90,7 @@ def test_batches_hold_every_row_and_no_way_to_cut_them_is_cheaper(lengths, most)
 
     def cost(sizes):
         ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-        return sum(rollout.CALL["cpu"] + (1 + lengths[order[end - n]]) * n for n, end in zip(sizes, ends, strict=True))
+        return sum(rollout.CALL_CPU + (1 + lengths[order[end - n]]) * n for n, end in zip(sizes, ends, strict=True))
 
     def ways(n):
         return [[]] if n == 0 else [[k, *rest] for k in range(1, min(n, most) + 1) for rest in ways(n - k)]

@@ -19,7 +19,9 @@ from trainers.data import DataConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-CALL = {"cpu": 64}   # columns that the overhead of a forward is worth, measured; elsewhere thousands: launching kernels
+# Columns that the overhead of a forward is worth: measured on a CPU, elsewhere a guess (a GPU computes thousands of columns
+# in the time it takes to launch a small model's kernels).
+CALL_CPU, CALL = 64, 2048
 
 Prompt = str | Sequence[Mapping[str, str]]   # one user turn, or a conversation that waits for the assistant
 
@@ -245,7 +247,7 @@ def in_batches(answers: Sequence[Answer], rows: Sequence[int], batch: int, devic
 
     Rows of like length are together, cut where all is cheapest: columns, padding too, and the overhead of each forward.
     """
-    call = CALL.get(device.type, 2048)
+    call = CALL_CPU if device.type == "cpu" else CALL
     order = sorted(rows, key=lambda i: -len(answers[i].prompt) - len(answers[i].ids))
     length = [len(answers[i].prompt) + len(answers[i].ids) for i in order]
     cheapest = [(0, 0)]   # for the first n rows: (their cost, where the last of their batches begins)
