@@ -166,21 +166,22 @@ class Progress:
             for task in workers:
                 task.cancel()
 
-    def advance(self, n: int = 1) -> None:
-        """n more are done."""
+    def advance(self, n: int = 1, **facts: Any) -> None:
+        """n more are done; see `show` for the facts, which stay as they are where there are none."""
         self.done += n
+        if facts:
+            self.facts = " · ".join(f"{name.replace('_', ' ')} {cell(value)}" for name, value in facts.items())
         self._draw()
 
     def show(self, **facts: Any) -> None:
         """Facts beside the bar: calls a second, answers reused, unscored."""
-        self.facts = " · ".join(f"{name.replace('_', ' ')} {cell(value)}" for name, value in facts.items())
-        self._draw()
+        self.advance(0, **facts)
 
     def _draw(self) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, facts=f"{self._left()} {self.facts}".strip())
-        elif not self.quiet and time.monotonic() - self._printed >= PLAIN_EVERY_S:
-            self._line()
+        elif not self.quiet and self.done != self.total and time.monotonic() - self._printed >= PLAIN_EVERY_S:
+            self._line()   # the last one is written at the end
 
     def _left(self) -> str:
         """How long the rest will take at the pace so far; empty while nobody can know."""

@@ -273,8 +273,7 @@ def _show(progress: Progress, ctx: Context, asked: int, rate: float) -> None:
     if counts.failed:
         facts["failed"] = counts.failed
     progress.share = counts.share(progress.total) or 0.0
-    progress.advance(counts.prompts - progress.done)
-    progress.show(**facts)
+    progress.advance(counts.prompts - progress.done, **facts)
 
 
 def fill_store(folder: Path, quiet: bool = True) -> int:

@@ -47,8 +47,8 @@ def fit(stage: str, config: Any, quiet: bool) -> dict[str, Any]:
     module = importlib.import_module(f"trainers.{stage}")
     with opened(config, quiet) as (sources, gold), Progress(stage, config.steps, quiet, "steps") as progress:
         def show(metrics: dict[str, Any]) -> None:
-            progress.advance(metrics["step"] - progress.done)
-            progress.show(**{name.rpartition("/")[2]: metrics[name] for name in SHOWN if metrics.get(name) is not None})
+            facts = {name.rpartition("/")[2]: metrics[name] for name in SHOWN if metrics.get(name) is not None}
+            progress.advance(metrics["step"] - progress.done, **facts)
 
         state = module.run(config, sources=sources, gold=gold, on_step=show)
     out = Path(config.out)

@@ -211,10 +211,13 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
         progress.show(calls=1200, unscored="0.4%")
         progress._printed -= console.PLAIN_EVERY_S
         progress.advance(1)
-        progress.advance(5)
+        progress._printed -= console.PLAIN_EVERY_S
+        progress.advance(4, calls=1300)
+        progress._printed -= console.PLAIN_EVERY_S
+        progress.advance(1, calls=1400)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["judging 5/10 prompts · 0 s · 0 s left · calls 1,200 · unscored 0.4%",
-                     "judging 10/10 prompts · 0 s · calls 1,200 · unscored 0.4%"]
+                     "judging 9/10 prompts · 0 s · 0 s left · calls 1,300", "judging 10/10 prompts · 0 s · calls 1,400"]
     console.console.cache_clear()
     with console.Progress("x", quiet=True) as progress:
         progress.advance()
