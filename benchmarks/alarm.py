@@ -1,7 +1,7 @@
 """The alarm for over-optimisation in the embedded world: with a reward model that can be hacked it must fire in time, in
 healthy runs it must stay silent.
 
-    python -m benchmarks.alarm --store demo-store          # five hours on a core; run again to go on
+    python -m benchmarks.alarm --store demo-store          # six hours on a core; run again to go on
     python -m benchmarks.alarm --store demo-store --only healthy --threads 1     # beside the other arm; then again without
     python -m benchmarks.alarm --store demo-store --quick    # the machinery
 
