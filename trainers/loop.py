@@ -353,11 +353,7 @@ def _callbacks(trainer: Any, config: StageConfig, stage: str, quiet: bool) -> No
             if self.progress is not None:
                 kept = ("loss", "accuracy", "eval_loss", "eval_accuracy")
                 self.facts |= {k: float(v) for k, v in (logs or {}).items() if k in kept}
-                self.progress.show(**self.facts)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if self.progress is not None:
-                self.progress.advance()
+                self.progress.advance(state.global_step - self.progress.done, **self.facts)   # every step is logged
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             if self.progress is not None:
