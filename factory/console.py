@@ -73,10 +73,11 @@ def hint(command: str) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = "") -> None:
     """A table on stdout, title and note in lines of their own; columns whose every cell is a number are set right."""
+    from rich.cells import cell_len
     from rich.table import Table
 
     rows = [list(row) for row in rows]
-    view, name = Table(), max((len(cell(row[0])) for row in rows), default=0)
+    view, name = Table(), max((cell_len(cell(row[0])) for row in (columns, *rows) if row), default=0)
     whole = name <= LONGEST_NAME and console().width - name > 11 * len(columns)   # there is room for it
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
@@ -115,7 +116,7 @@ def duration(seconds: float) -> str:
 class Progress:
     """Progress of long work: a bar on a terminal, elsewhere a plain line every few seconds, nothing when quiet.
 
-    `with Progress("judging", total) as p: p.advance(3); p.show(reused=12, unscored="0.4%")`
+    `with Progress("judging", total) as p: p.advance(3, reused=12, unscored="0.4%")`
     """
 
     def __init__(self, what: str, total: int | None = None, quiet: bool = False, unit: str = "") -> None:
@@ -167,15 +168,11 @@ class Progress:
                 task.cancel()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
-        """n more are done; see `show` for the facts, which stay as they are where there are none."""
+        """n more are done. Facts beside the bar (calls a second, answers reused, unscored) stay where none are given."""
         self.done += n
         if facts:
             self.facts = " · ".join(f"{name.replace('_', ' ')} {cell(value)}" for name, value in facts.items())
         self._draw()
-
-    def show(self, **facts: Any) -> None:
-        """Facts beside the bar: calls a second, answers reused, unscored."""
-        self.advance(0, **facts)
 
     def _draw(self) -> None:
         if self._bar is not None:

@@ -207,8 +207,7 @@ def test_a_narrow_table_keeps_names_whole_where_there_is_room_and_loses_nothing(
 def test_progress_without_a_terminal_is_plain_lines(capsys):
     console.console.cache_clear()
     with console.Progress("judging", 10, unit="prompts") as progress:
-        progress.advance(4)
-        progress.show(calls=1200, unscored="0.4%")
+        progress.advance(4, calls=1200, unscored="0.4%")
         progress._printed -= console.PLAIN_EVERY_S
         progress.advance(1)
         progress._printed -= console.PLAIN_EVERY_S
