@@ -24,6 +24,10 @@ FILE = "prefab.duckdb"
 SCHEMA = Path(__file__).with_name("schema.sql")
 # 144 MB hold every batch; the automatic checkpoint at 16 MiB halves the speed, one at 2 GB costs 340 MB a million rows.
 SETTINGS = {"memory_limit": "144MB", "threads": 1, "checkpoint_threshold": "64MB", "preserve_insertion_order": False}
+# A query reads the store and no other file: without these, `COPY (SELECT 1) TO 'store/ledger.sqlite'` destroys the ledger
+# through a read-only connection. (`temp_directory` is left to DuckDB, which takes prefab.duckdb.tmp: it may not be set here.)
+GUARD = {"enable_external_access": False, "autoinstall_known_extensions": False, "autoload_known_extensions": False,
+         "lock_configuration": True}
 DERIVED = ("samples", "critiques", "scores", "rankings", "verdicts", "preferences", "strengths")
 TABLES = ("runs", "models", "constitutions", "principles", "prompts", *DERIVED, "calls", "failures", "human_labels",
           "evals", "marks")
@@ -57,7 +61,7 @@ def opened(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 def read(folder: Path, sql: str, parameters: Sequence[Any] = ()) -> polars.DataFrame:
     """The rows of a query over the store as it lies, read-only (`pipelines.fill.query` catches up first).
 
-    Raises: StoreError when there is no store or it is held, ConfigError when the query is wrong.
+    Raises: StoreError when there is no store or it is held, ConfigError when the query is wrong or no single SELECT.
     """
     import duckdb
 
@@ -65,14 +69,47 @@ def read(folder: Path, sql: str, parameters: Sequence[Any] = ()) -> polars.DataF
         raise StoreError(f"{Path(folder) / FILE}: no store here yet. `prefab store rebuild` makes it from the ledger")
     con = _connect(Path(folder), read_only=True)
     try:
+        _refuse_all_but_select(con, sql)
         result = con.sql(sql, params=list(parameters)) if parameters else con.sql(sql)
-        if result is None:
-            raise ConfigError("this statement gives no rows; the store is read-only, write a SELECT")
         return result.pl()
+    except duckdb.PermissionException as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}. A query reads the tables of the store only. {READ_ONLY}") from error
     except duckdb.Error as error:
         raise ConfigError(f"{error}") from error
     finally:
         con.close()
+
+
+# What a SELECT may not hold: since DuckDB 2.0 a WITH clause takes COPY, INSERT, UPDATE and DELETE, and the guard lets a
+# query write the store's own files. The function would run such a statement from a text.
+_WRITES = re.compile(r'"type":"(\w+)_QUERY_NODE"|"function_name":"(json_execute_serialized_sql)"', re.IGNORECASE)
+_EXPLAIN = re.compile(r"\s*EXPLAIN\b(\s+ANALYZE\b)?(\s*\(\s*(ANALYZE|FORMAT)\b[^)]*\))?", re.IGNORECASE)
+READ_ONLY = "Write one SELECT, DESCRIBE, SHOW or SUMMARIZE; for a file, use `prefab sql \"SELECT ...\" --json > FILE`"
+
+
+def _refuse_all_but_select(con: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Let one SELECT pass, and what DuckDB takes for one (DESCRIBE, SHOW, SUMMARIZE), or the EXPLAIN of one.
+
+    Raises: ConfigError for any other statement, for several and for none, duckdb.Error for a wrong one.
+    """
+    import duckdb
+
+    statements = con.extract_statements(sql)
+    if len(statements) != 1:
+        raise ConfigError(f"there are {len(statements)} statements in this query, and it takes one. {READ_ONLY}")
+    kind = statements[0].type
+    if kind == duckdb.StatementType.MULTI:
+        raise ConfigError("a PIVOT must name its values, such as PIVOT t ON c IN ('a', 'b'). The store is read-only")
+    explained = kind == duckdb.StatementType.EXPLAIN
+    if not explained and kind != duckdb.StatementType.SELECT:
+        raise ConfigError(f"a statement of the kind {kind.name} is refused: the store is read-only. {READ_ONLY}")
+    body = _EXPLAIN.sub("", sql, count=1) if explained else sql
+    tree = con.execute("SELECT json_serialize_sql(?::VARCHAR)", [body]).fetchall()[0][0]
+    if tree.startswith('{"error":true'):
+        raise ConfigError(f"only a SELECT can be {'explained' if explained else 'asked'} here: the store is read-only. "
+                          f"{READ_ONLY}")
+    if found := _WRITES.search(tree):
+        raise ConfigError(f"{found[1] or found[2]} within a SELECT is refused: the store is read-only. {READ_ONLY}")
 
 
 def _connect(folder: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
@@ -80,7 +117,9 @@ def _connect(folder: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
 
     file = Path(folder) / FILE
     with _told(file):
-        con = duckdb.connect(str(file), read_only=read_only, config={**SETTINGS, "temp_directory": f"{file}.tmp"})
+        if read_only:
+            return duckdb.connect(str(file), read_only=True, config={**SETTINGS, **GUARD})
+        con = duckdb.connect(str(file), config={**SETTINGS, "temp_directory": f"{file}.tmp"})
         con.execute("SET enable_progress_bar=false")
         return con
 

@@ -218,7 +218,7 @@ def ending(result: Any, again: str) -> int:
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder, or an earlier export.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder; an earlier export is replaced, other files stay.")],
     store: Store = Path("store"),
     format: Annotated[str, typer.Option(help="trl or parquet.")] = "trl",
     run: Annotated[str, typer.Option(help="NAME or NAME@VERSION; left out: the run that ran last.")] = "",
@@ -245,7 +245,7 @@ def sql(
     store: Store = Path("store"),
     as_json: Json = False,
 ) -> None:
-    """Query the store (DuckDB, read-only), caught up with its ledger first."""
+    """Query the store (DuckDB), caught up with its ledger first: one SELECT, which reads the store and nothing else."""
     from pipelines.fill import query as ask
 
     frame = ask(existing_store(store), query)

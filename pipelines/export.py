@@ -6,8 +6,7 @@ off by length are left out unless asked for. Everything that is left out is coun
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from factory import rows
 from factory.errors import ConfigError
+from pipelines.export_files import replacing
 
 if TYPE_CHECKING:
     import polars
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FORMATS = ("trl", "parquet")
 SPLITS = ("train", "val", "test")
 HUB_SPLIT = {"train": "train", "val": "validation", "test": "test"}  # as `datasets` users expect them
-MARK = "<!-- written by prefab export -->"
+CARD = "README.md"
 
 
 @dataclass(slots=True)
@@ -51,16 +51,19 @@ class ExportReport:
 def export(folder: str | Path, out: str | Path, format: str = "trl", run: str = "", truncated: bool = False,
            without: Sequence[str] = ()) -> ExportReport:
     """Write one run of a store to `out`; `run` is NAME or NAME@VERSION, left out: the run that ran last. `without` are
-    rules of `prefab audit data`, whose marks are left out.
+    rules of `prefab audit data`, whose marks are left out. An earlier export in `out` is replaced, and stays as it is
+    when this one fails; other files in `out` are left alone.
 
-    Raises: ConfigError for an unknown format or run, a folder that holds something else, rules that no audit has looked
-    for, or nothing to write.
+    Raises: ConfigError for an unknown format or run, a file in the way that no export wrote, an `out` within the store,
+    rules that no audit has looked for, or nothing to write.
     """
     from pipelines.fill import query
 
     folder, out = Path(folder), Path(out)
     if format not in FORMATS:
         raise ConfigError(f"there is no export format {format!r} yet; there are: {', '.join(FORMATS)}")
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ConfigError(f"{out} is in the store {folder}, which holds Prefab's own files only. Choose a folder outside it")
     record = find_run(folder, run)
     report = ExportReport(f"{record['name']}@{record['version']}", format, out)
     read = partial(query, folder)
@@ -68,12 +71,13 @@ def export(folder: str | Path, out: str | Path, format: str = "trl", run: str = 
         raise ConfigError("parquet has the store's tables as they are, `marks` among them: leave rows out by joining that")
     frames = (_tables(folder, record) if format == "parquet"
               else rows.datasets(read, record, report.notes, truncated, without=without))
-    _make_room(out)
-    for name, frame in frames.items():
-        _write(out, name, frame, report)
-    if not report.counts:
+    files = {file: part for name, frame in frames.items() for file, part in _parts(name, frame, report)}
+    if not files:
         raise ConfigError(f"{report.run} has nothing to export yet: {'; '.join(report.notes) or 'no rows'}")
-    (out / "README.md").write_text(_card(record, report, folder), encoding="utf-8")
+    with replacing(out, [*files, CARD]) as stage:
+        for file, part in files.items():
+            part.write_parquet(stage / file)
+        (stage / CARD).write_text(_card(record, report, folder), encoding="utf-8")
     return report
 
 
@@ -87,30 +91,17 @@ def find_run(folder: Path, run: str = "") -> dict[str, Any]:
     return rows.find_run(folder, partial(query, folder), run)
 
 
-def _make_room(out: Path) -> None:
-    """An earlier export is replaced; anything else that stands there is left alone."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        card = out / "README.md"
-        if not (card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")):
-            raise ConfigError(f"{out} is there already and no earlier export; name a new folder")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def _write(out: Path, name: str, frame: polars.DataFrame, report: ExportReport) -> None:
-    """One file a split; tables without a split are one file."""
+def _parts(name: str, frame: polars.DataFrame, report: ExportReport) -> Iterator[tuple[str, polars.DataFrame]]:
+    """A file's path and its rows: one file a split; tables without a split are one file."""
     import polars as pl
 
-    if frame.is_empty():
-        return
     parts = {split: frame.filter(pl.col("split") == split) for split in SPLITS} if "split" in frame.columns else {}
     if name == "prompts" and report.format == "parquet" or not parts:
         parts = {"train": frame}
-    (out / name).mkdir()
     for split, part in parts.items():
         if not part.is_empty():
-            part.write_parquet(out / name / f"{HUB_SPLIT[split]}.parquet")
             report.counts.setdefault(name, {})[HUB_SPLIT[split]] = part.height
+            yield f"{name}/{HUB_SPLIT[split]}.parquet", part
 
 
 def _tables(folder: Path, record: dict[str, Any]) -> dict[str, polars.DataFrame]:
@@ -147,7 +138,7 @@ def _card(record: dict[str, Any], report: ExportReport, folder: Path) -> str:
     made = (f"Made by Prefab's recipe `{record['recipe']}` under the constitution `{config.get('constitution')}`. The answers, "
             "critiques and judgments are a model's, not people's." if not config.get("origin") else
             "Made elsewhere, and imported by Prefab: a line below says from what file.")
-    lines += ["tags: [prefab, rlaif, preference]", "---", MARK, "", f"# {report.run}", "", made, "",
+    lines += ["tags: [prefab, rlaif, preference]", "---", "", f"# {report.run}", "", made, "",
               "| dataset | split | rows |", "|---|---|---|"]
     lines += [f"| {name} | {split} | {n:,} |" for name, split, n in report.rows()]
     lines += ["", *(f"- `{name}`: {_WHAT.get(name, 'a table of the store')}" for name in report.counts), ""]

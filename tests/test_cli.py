@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,8 +17,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from factory.store import read as store_read
 from pipelines import run
 from pipelines.cli import app, main
+from pipelines.fill import query as ask
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
@@ -118,6 +121,54 @@ def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, caps
     names = {"pipeline": made / "pipeline.yaml", "store": made / "store"}
     code, _, err = inside(monkeypatch, capsys, *(word.format(**names) for word in words))
     assert code == 2 and told in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(("query", "told"), [
+    ("COPY (SELECT 1 AS x) TO '{ledger}'", "COPY"),
+    ("COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (FORMAT csv, USE_TMP_FILE false)", "COPY"),
+    ("WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (FORMAT csv, USE_TMP_FILE false)) FROM a", "COPY"),
+    ("FROM json_execute_serialized_sql('{{}}')", "json_execute_serialized_sql"),
+    ("EXPLAIN ANALYZE COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
+    ("EXPLAIN (ANALYZE) COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
+    ("explain /* */ analyze COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
+    ("EXPLAIN ANALYZE WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (USE_TMP_FILE false)) FROM a", "COPY"),
+    ("EXPLAIN ANALYZE INSERT INTO meta VALUES ('a', 'b')", "explained"),
+    ("ATTACH '{store}/other.duckdb' AS other", "ATTACH"),
+    ("INSTALL httpfs", "LOAD"),
+    ("LOAD httpfs", "LOAD"),
+    ("SET enable_external_access=true", "SET"),
+    ("PRAGMA database_list", "PRAGMA"),
+    ("EXPORT DATABASE '{store}/all'", "EXPORT"),
+    ("INSERT INTO meta VALUES ('a', 'b')", "INSERT"),
+    ("DELETE FROM runs", "DELETE"),
+    ("WITH a AS (DELETE FROM runs RETURNING *) FROM a", "DELETE"),
+    ("SELECT * FROM read_text('/etc/hostname')", "/etc/hostname"),
+    ("SELECT * FROM '/etc/hostname'", ""),
+    ("SELECT 1; DELETE FROM runs", "2 statements"),
+    ("", "0 statements"),
+    ("PIVOT runs ON name", "PIVOT t ON c IN"),
+])
+def test_sql_reads_the_store_and_nothing_else(made, tmp_path, monkeypatch, capsys, query, told):
+    store = shutil.copytree(made / "store", tmp_path / "store")
+    rows = ask(store, "SELECT * FROM summary").rows()
+    ledger, names = (store / "ledger.sqlite").read_bytes(), sorted(path.name for path in store.iterdir())
+    query = query.format(ledger=store / "ledger.sqlite", store=store)
+    code, out, err = inside(monkeypatch, capsys, "sql", query, "--store", str(store), "--json")
+    assert code == 2 and told in err and "Traceback" not in err, err
+    assert told == "" or len(json.loads(out)["problems"]) == 1 and "\n" not in json.loads(out)["problems"][0]
+    assert (store / "ledger.sqlite").read_bytes() == ledger and sorted(path.name for path in store.iterdir()) == names
+    assert store_read(store, "SELECT * FROM summary").rows() == rows
+
+
+@pytest.mark.parametrize("query", [
+    "FROM runs", "SHOW TABLES", "DESCRIBE runs", "SUMMARIZE runs", "VALUES (1);", "EXPLAIN SELECT 1",
+    "explain analyze SELECT count(*) FROM runs", "EXPLAIN (FORMAT json) SELECT 1", "EXPLAIN (SELECT 1)",
+    "WITH a AS (SELECT 1 AS x) FROM a -- one; statement", "PIVOT runs ON version IN (1) USING count(*)",
+    'SELECT \'"type":"COPY_QUERY_NODE"\' AS x', "SELECT config->>'$.name' FROM runs",
+])
+def test_sql_takes_what_only_reads(made, monkeypatch, capsys, query):
+    code, out, err = inside(monkeypatch, capsys, "sql", query, "--store", str(made / "store"), "--json")
+    assert code == 0 and json.loads(out), err
 
 
 def test_an_empty_prompts_file_and_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """Exports, read back as their users do: with `datasets`, and by TRL's own trainers on a tiny random model."""
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import polars as pl
 import project
@@ -87,17 +89,114 @@ def test_refusals_say_what_there_is(store, tmp_path):
         export(store, tmp_path / "out", run="smal")
     with pytest.raises(ConfigError, match="no store here"):
         export(tmp_path / "nothing", tmp_path / "out")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="no earlier export"):
-        export(store, tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_an_earlier_export_is_replaced(store, tmp_path):
-    export(store, tmp_path / "out", format="parquet")
-    export(store, tmp_path / "out")
-    assert not (tmp_path / "out/verdicts").exists() and (tmp_path / "out/sft").exists()
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def lay(folder: Path, files: dict[str, str]) -> dict[str, bytes]:
+    """Write files of somebody else's."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return tree(folder)
+
+
+def test_an_earlier_export_is_replaced_and_other_files_stay(store, tmp_path):
+    out = tmp_path / "out"
+    mine = lay(out, {".git/HEAD": "ref", ".gitattributes": "*.parquet filter=lfs", "verdicts/notes.txt": "mine"})
+    export(store, out, format="parquet")
+    assert (out / "scores").exists() is False and (out / "verdicts/train.parquet").exists()
+    export(store, out)
+    assert mine.items() <= tree(out).items() and not (out / "samples").exists()
+    listed = json.loads((out / "prefab-export.json").read_text())["files"]
+    assert set(tree(out)) == {*mine, *listed, "prefab-export.json"} and "sft/train.parquet" in listed
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [".git", ".gitattributes", "README.md", "prefab-export.json", "preference", "prompts", "sft", "unpaired", "verdicts"])
+
+
+def test_a_file_that_no_export_wrote_is_not_overwritten(store, tmp_path):
+    card = tree_of_export(store, tmp_path / "card")["README.md"].decode()
+    for name, files in {"project": {"README.md": card, "constitution.yaml": "id: x", "store/ledger.sqlite": "calls"},
+                        "marked": {"README.md": "<!-- written by prefab export -->", "model.safetensors": "weights"},
+                        "data": {"sft/train.parquet": "mine"}, "folder": {"README.md/x": "mine"}, "file": {"sft": "mine"},
+                        "empty": {"prefab-export.json": "{"}, "list": {"prefab-export.json": "[]"}}.items():
+        before = lay(tmp_path / name, files)
+        with pytest.raises(ConfigError, match="Choose another folder") as told:
+            export(store, tmp_path / name)
+        assert str(tmp_path / name) in str(told.value) and tree(tmp_path / name) == before
+        assert not [path for path in (tmp_path / name).iterdir() if path.name.startswith(".")]
+    (tmp_path / "thesis").write_text("mine")
+    with pytest.raises(ConfigError, match="not a folder"):
+        export(store, tmp_path / "thesis")
+
+
+def tree_of_export(store: Path, out: Path) -> dict[str, bytes]:
+    export(store, out)
+    return tree(out)
+
+
+@pytest.mark.parametrize("name", ["/{other}", "../other/mine.txt", "sft/../../other/mine.txt", "constitution.yaml",
+                                  ".git/HEAD", 7])
+def test_a_list_that_names_what_no_export_writes_is_refused(store, tmp_path, name):
+    before = lay(tmp_path, {"other/mine.txt": "x", "out/constitution.yaml": "x", "out/.git/HEAD": "x"})
+    name = name.format(other=tmp_path / "other/mine.txt") if isinstance(name, str) else name
+    (tmp_path / "out/prefab-export.json").write_text(json.dumps({"files": [name]}))
+    with pytest.raises(ConfigError, match="prefab-export.json"):
+        export(store, tmp_path / "out")
+    assert before.items() <= tree(tmp_path).items()
+
+
+def test_nothing_is_written_or_removed_through_a_link(store, tmp_path):
+    before = lay(tmp_path / "other", {"train.parquet": "mine", "README.md": "mine"})
+    for name, target in {"sft": tmp_path / "other", "README.md": tmp_path / "other/README.md", "old": tmp_path / "other",
+                         "prompts": tmp_path / "nowhere", "prefab-export.json": tmp_path / "list"}.items():
+        out = tmp_path / f"out-{name}"
+        lay(out, {"prefab-export.json": json.dumps({"files": ["old/train.parquet", "README.md", "sft/train.parquet"]})})
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(target)
+        with pytest.raises(ConfigError, match="Choose another folder"):
+            export(store, out)
+    assert tree(tmp_path / "other") == before
+
+
+def test_a_folder_in_the_store_is_refused(store, tmp_path):
+    before = tree(store)
+    (tmp_path / "link").symlink_to(store)
+    for out in (store, store / "out", tmp_path / "link" / "out"):
+        with pytest.raises(ConfigError, match="in the store"):
+            export(store, out)
+    assert tree(store) == before
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(store, tmp_path, monkeypatch):
+    out, before = tmp_path / "out", tree_of_export(store, tmp_path / "out")
+    write, written = pl.DataFrame.write_parquet, []
+
+    def full(frame: pl.DataFrame, file: Path) -> None:
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        written.append(file)
+        write(frame, file)
+
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", full)
+    for again, kept in ((out, before), (tmp_path / "new", None)):
+        written.clear()
+        with pytest.raises(OSError, match="No space"):
+            export(store, again, format="parquet")
+        assert tree(again) == kept if kept else not again.exists()
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_run_with_nothing_to_export_leaves_the_earlier_export(store, tmp_path):
+    before = tree_of_export(store, tmp_path / "out")
+    broken = {"local": Scripted(Config(), lambda request: Completion("cut", "length"))}
+    run(project.pipeline(tmp_path, prompts=2, budget={"unscored": 1.0, "failed": 1.0}), engines=broken)
+    with pytest.raises(ConfigError, match="nothing to export"):
+        export(tmp_path / "store", tmp_path / "out")
+    assert tree(tmp_path / "out") == before
 
 
 def test_datasets_reads_it_and_trl_trains_on_it(store, tmp_path):
