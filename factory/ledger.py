@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -116,6 +117,7 @@ class Ledger:
         self._windows: dict[int, _Window] = {}
         self._flights: dict[bytes, _Flight] = {}
         self._arrived: list[_Batch] = []
+        self._waiting: set[_Batch] = set()  # every batch whose future somebody awaits, wherever it is
         self._outbox: list[Any] = []
         self._closed = False
 
@@ -181,8 +183,8 @@ class Ledger:
     async def ask_many(self, asks: Sequence[tuple[Request, Use]], engine: Engine) -> list[Completion | TransportError]:
         """Answers in the order of `asks`, all of them on disk; a question that got none gives its `TransportError`.
 
-        Raises: StoreError when the ledger cannot write any more, EngineError when the engine failed for good,
-        ValueError for a text that cannot be asked (a lone surrogate).
+        Raises: StoreError when the ledger cannot write any more, or when an answer in it cannot be read; EngineError
+        when the engine failed for good; ValueError for a text that cannot be asked (a lone surrogate).
         """
         self._check()
         if not asks:
@@ -195,7 +197,11 @@ class Ledger:
         if not self._arrived:
             self._loop.call_soon(self._look_up)
         self._arrived.append(batch)
-        return await batch.future
+        self._waiting.add(batch)
+        try:
+            return await batch.future
+        finally:
+            self._waiting.discard(batch)
 
     def _check(self) -> None:
         if self._writer.broken:
@@ -209,16 +215,19 @@ class Ledger:
         try:
             wanted = {key for batch in batches for key in batch.keys} - self._flights.keys()
             found = self.lookup(list(wanted))
-        except StoreError as error:
+        except Exception as error:  # in a callback of the loop: it reaches nobody but through the futures
             for batch in batches:
-                batch.fail(error)
+                batch.fail(self._told(error))
             return
-        uses: list[tuple[Use, bytes]] = []
-        for batch in batches:
-            uses += [(use, key) for (_, use), key in zip(batch.asks, batch.keys, strict=True)]
-        self._post((uses, batches))  # before any answer to them
-        for batch in batches:
-            self._dispatch(batch, found)
+        try:
+            uses: list[tuple[Use, bytes]] = []
+            for batch in batches:
+                uses += [(use, key) for (_, use), key in zip(batch.asks, batch.keys, strict=True)]
+            self._post((uses, batches))  # before any answer to them
+            for batch in batches:
+                self._dispatch(batch, found)
+        except Exception as error:
+            self._stop(self._told(error))
 
     def _dispatch(self, batch: _Batch, found: dict[bytes, Completion]) -> None:
         limit = getattr(batch.window.engine, "max_model_len", None) or 0
@@ -255,6 +264,8 @@ class Ledger:
         try:
             while window.queue and window.uncommitted < window.engine.max_in_flight:
                 await self._fly(window.queue.popleft())
+        except Exception as error:  # nobody awaits this task
+            self._stop(self._told(error))
         finally:
             window.active -= 1
 
@@ -290,17 +301,24 @@ class Ledger:
 
     def _committed(self, commit: Commit, error: StoreError | None) -> None:
         """On the writer's thread, after a commit."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, commit, error)
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                self._loop.call_soon_threadsafe(self._deliver, commit, error)
 
     def _deliver(self, commit: Commit, error: StoreError | None) -> None:
         """Hand over what is on disk; when it is not, everything that waits learns why."""
-        for item in (*commit.answers, *commit.failures):
-            self._flights.pop(item.key, None)
-            item.flight.window.uncommitted -= 1
-        if error is not None:
-            self._stop(error, commit)
-            return
+        try:
+            for item in (*commit.answers, *commit.failures):
+                self._flights.pop(item.key, None)
+                item.flight.window.uncommitted -= 1
+            if error is None:
+                self._land(commit)
+            else:
+                self._stop(error)
+        except Exception as bug:
+            self._stop(self._told(bug))
+
+    def _land(self, commit: Commit) -> None:
         for answer in commit.answers:
             self.stats.asked += 1
             self.stats.prompt_tokens += answer.completion.prompt_tokens
@@ -315,13 +333,21 @@ class Ledger:
         for window in self._windows.values():
             self._staff(window)
 
-    def _stop(self, error: StoreError, commit: Commit) -> None:
-        for flight in [item.flight for item in (*commit.answers, *commit.failures)] + list(self._flights.values()):
-            flight.fail(error)
-        for batch in [batch for _, batches in commit.uses for batch in batches]:
-            batch.fail(error)
+    def _told(self, error: Exception) -> StoreError:
+        """The error as one that names the ledger."""
+        if isinstance(error, StoreError):
+            return error
+        told = StoreError(f"{self.file}: {type(error).__name__}: {error}")
+        told.__cause__ = error
+        return told
+
+    def _stop(self, error: StoreError) -> None:
+        """Everything that waits learns why no answer comes. Questions in flight are still written when answered."""
         for window in self._windows.values():
             window.queue.clear()
+        self._flights.clear()
+        for batch in self._waiting:
+            batch.fail(error)
 
     async def close(self, drain: bool = True) -> None:
         """Wait for questions already asked (`drain`), drop the others, write, and shorten the WAL.
@@ -342,7 +368,10 @@ class Ledger:
             await asyncio.gather(*workers, return_exceptions=True)
         self._send()
         self._reader.close()
-        await asyncio.to_thread(self._writer.close)
+        try:
+            await asyncio.to_thread(self._writer.close)
+        finally:
+            self._stop(StoreError(f"{self.file}: closed before this was answered"))
         ledgerfile.kill_point("end")
         if self._writer.broken:
             raise self._writer.broken

@@ -175,22 +175,54 @@ def insert_rows(con: sqlite3.Connection, into: str, width: int, flat: list[Any])
 
 
 def lookup(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Completion]:
-    """The answers there are. Where a prompt was too long for one server, the best: an answer, else the widest limit."""
+    """The answers there are. Where a prompt was too long for one server, the best: an answer, else the widest limit.
+
+    Raises: StoreError naming the ledger and the key of a row that cannot be read.
+    """
     found: dict[bytes, Completion] = {}
-    for rows in select_in(con, f"SELECT {ANSWER} FROM calls WHERE key IN", keys):
-        for key, text, finish, logps, exactness, prompt_tokens, completion_tokens, limit in rows:
-            before = found.get(key)
-            if before is None or finish != "context" or (before.finish == "context" and limit > before.limit):
-                found[key] = Completion(text, finish, logps and _logps(logps), exactness, prompt_tokens,
-                                        completion_tokens, limit)
+    sql, key = f"SELECT {ANSWER} FROM calls WHERE key IN", b""
+    try:
+        for rows in select_in(con, sql, keys):
+            for key, text, finish, logps, exactness, prompt_tokens, completion_tokens, limit in rows:
+                if not (isinstance(text, str) and isinstance(prompt_tokens, int) and isinstance(completion_tokens, int)
+                        and isinstance(limit, int)):
+                    raise TypeError("a column holds a value of a wrong type")
+                before = found.get(key)
+                if before is None or finish != "context" or (before.finish == "context" and limit > before.limit):
+                    found[key] = Completion(text, finish, logps and _logps(logps), exactness, prompt_tokens,
+                                            completion_tokens, limit)
+    except (TypeError, ValueError) as error:
+        raise _unreadable(con, key, error) from error
+    except sqlite3.OperationalError as error:
+        if "decode" not in str(error):
+            raise
+        raise _unreadable(con, _undecodable(con, sql, keys), error) from error
     return found
 
 
 def _logps(text: str) -> dict[str, float]:
     values = orjson.loads(text)
-    if "null" in text:  # JSON has no infinity; a label of probability 0 is a fact all the same
-        values = {label: float("-inf") if logp is None else logp for label, logp in values.items()}
-    return values
+    if not isinstance(values, dict):
+        raise TypeError("label_logps is not a JSON object")
+    # JSON has no infinity; a label of probability 0 is a fact all the same
+    return {label: float("-inf") if logp is None else float(logp) for label, logp in values.items()}
+
+
+def _undecodable(con: sqlite3.Connection, sql: str, keys: Sequence[bytes]) -> bytes:
+    """The key of the first row whose text is not UTF-8: SQLite does not tell it."""
+    for key in keys:
+        try:
+            con.execute(f"{sql} (?)", [key]).fetchall()
+        except sqlite3.OperationalError:
+            return key
+    return b""
+
+
+def _unreadable(con: sqlite3.Connection, key: bytes, error: Exception) -> StoreError:
+    file, bad = con.execute("PRAGMA database_list").fetchone()[2], f"FROM calls WHERE key = x'{key.hex()}'"
+    return StoreError(f"{file}: the answer with the key {key.hex()} cannot be read ({error}). Restore the ledger from a copy; "
+                      f"or delete the answer, run again, which asks it again, and then `prefab store rebuild`: sqlite3 {file} "
+                      f"\"DELETE FROM requests WHERE id IN (SELECT id {bad}); DELETE {bad}\"")
 
 
 class Names:

@@ -195,6 +195,76 @@ def test_a_full_disk_fails_what_waits_stops_the_run_and_loses_nothing(tmp_path):
     assert again.asked == []
 
 
+@pytest.mark.parametrize("damage", ["label_logps = '{\"A\"#-0.5}'", "label_logps = '[-0.5]'", "text = CAST(x'ff' AS TEXT)",
+                                    "text = x'00'", "finish = 'context', limit_tokens = 'many'"])
+def test_a_row_that_cannot_be_read_is_named_to_all_who_wait(tmp_path, damage):
+    asks = [(request(f"q{i}"), use(i)) for i in range(40)]
+    using(tmp_path, lambda ledger: ledger.ask_many(asks, Engine()))
+    bad = request_key(asks[7][0])
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as con:
+        con.execute(f"UPDATE calls SET {damage} WHERE key = ?", [bad])
+
+    async def work(ledger: Ledger) -> list[str]:
+        waiting = asyncio.gather(*(ledger.ask(*ask, Engine()) for ask in asks), return_exceptions=True)
+        errors = await asyncio.wait_for(waiting, 5)
+        assert all(isinstance(error, StoreError) for error in errors)
+        assert (await ledger.ask(*asks[8], Engine())).text == "re q8"
+        return [str(error) for error in errors]
+
+    for told in using(tmp_path, work):
+        assert str(tmp_path / "ledger.sqlite") in told and bad.hex() in told and "cannot be read" in told
+
+
+@pytest.mark.parametrize("reading", range(12))
+def test_an_error_in_any_callback_reaches_all_who_wait(tmp_path, reading):
+    class Odd(Engine):
+        """The size of its window cannot be read at one moment: in the look-up, in a worker, or after a commit."""
+
+        readings = 0
+
+        @property
+        def max_in_flight(self) -> int:
+            self.readings += 1
+            if self.readings == reading + 1:
+                raise ArithmeticError("no number")
+            return 2
+
+        @max_in_flight.setter
+        def max_in_flight(self, value: int) -> None:
+            pass
+
+    engine = Odd(delay_s=0.01)
+
+    async def work(ledger: Ledger) -> None:
+        waiting = [asyncio.create_task(ledger.ask(request(f"q{i}"), use(i), engine)) for i in range(3)]
+        await asyncio.sleep(0)
+        waiting += [asyncio.create_task(ledger.ask(request(f"q{i}"), use(i), engine)) for i in range(2, 7)]
+        errors = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        assert engine.readings > reading
+        told = [str(error) for error in errors if isinstance(error, StoreError)]
+        assert told and all("ledger.sqlite" in text and "ArithmeticError: no number" in text for text in told)
+        again = [ledger.ask(request(f"q{i}"), use(i), engine) for i in range(7)]
+        assert [a.text for a in await asyncio.wait_for(asyncio.gather(*again), 5)] == [f"re q{i}" for i in range(7)]
+
+    using(tmp_path, work)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2])
+def test_a_question_asked_while_the_ledger_closes_ends_too(tmp_path, turns):
+    async def main() -> None:
+        ledger, engine = Ledger.open(tmp_path), Engine(delay_s=0.05)
+        asking = [asyncio.create_task(ledger.ask(request("early"), use(1), engine))]
+        await asyncio.sleep(0.01)
+        asking.append(asyncio.create_task(ledger.ask(request("late"), use(2), engine)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await ledger.close(drain=False)
+        results = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 5)
+        assert all(isinstance(result, StoreError) and "closed" in str(result) for result in results)
+
+    asyncio.run(main())
+
+
 def test_a_lone_surrogate_in_a_question_is_refused_before_it_is_asked(tmp_path):
     async def work(ledger):
         with pytest.raises(ValueError, match="surrogate"):
