@@ -123,7 +123,7 @@ class ExportConfig(_Strict):
 
 
 class BudgetConfig(_Strict):
-    """When a run stops by itself. Shares count from 200 answers on."""
+    """When a run stops by itself. Shares are checked from 200 answers on, and at the end over all answers."""
 
     unscored: Share | None = Field(0.05, description="Share of unscored verdicts and critiques.")
     failed: Share | None = Field(0.01, description="Share of calls that failed in transport.")

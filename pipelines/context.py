@@ -15,7 +15,7 @@ from factory.templates import neutralise
 from factory.types import Completion, Constitution, Engine, Message, Principle, Prompt, Request, Sampling, Use
 from judges import critique
 
-BUDGET_FROM = 200  # shares of a handful of answers say nothing
+BUDGET_FROM = 200  # during a run, shares of a handful of answers say nothing; at its end they count whatever their number
 NOTHING_FROM = 20  # so many failures and not one answer: there is no server
 STAND_IN = "\u2063not answered yet\u2063"  # in a plan; invisible separators: no text of a person's has exactly this
 Answer = Completion | Exception
@@ -122,15 +122,19 @@ class Context:
         if counts.failed >= NOTHING_FROM:
             self.check_answered()
         if counts.answers >= BUDGET_FROM:
-            for name, n, limit in (("unscored", counts.n_unscored, budget.unscored),
-                                   ("failed", counts.failed, budget.failed)):
-                if limit is not None and n > limit * counts.answers:
-                    raise BudgetError(f"{n:,} of {counts.answers:,} answers {_WHAT[name]}: more than the "
-                                      f"budget.{name} of {limit:.1%} allows{self._reasons(name)}")
+            self.check_shares()
         for name, n in (("calls", self.asked()), ("tokens", self.tokens())):
             limit = getattr(budget, name, None)
             if limit is not None and n >= limit:
                 raise BudgetError(f"{n:,} {name} were used: the cap budget.{name} of {limit:,} is reached")
+
+    def check_shares(self) -> None:
+        """Raises: BudgetError when more answers are unscored, or failed, than their share of all answers so far allows."""
+        counts, budget = self.counts, self.config.budget
+        for name, n, limit in (("unscored", counts.n_unscored, budget.unscored), ("failed", counts.failed, budget.failed)):
+            if limit is not None and n > limit * counts.answers:
+                raise BudgetError(f"{n:,} of {counts.answers:,} answers {_WHAT[name]}: more than the "
+                                  f"budget.{name} of {limit:.1%} allows{self._reasons(name)}")
 
     def check_answered(self) -> None:
         """Raises: EngineError when not one question was answered: that is no accident, nobody is there."""

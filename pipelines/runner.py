@@ -203,6 +203,10 @@ async def _work(loaded: Loaded, ctx: Context, total: int | None, quiet: bool) ->
             _show(progress, ctx, ctx.asked(), 0.0)
     if not first:
         ctx.check_answered()
+        try:
+            ctx.check_shares()
+        except BudgetError as error:
+            return "budget", str(error)
         return "done", ""
     if isinstance(first[0], BudgetError):
         return "budget", str(first[0])

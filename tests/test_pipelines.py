@@ -3,18 +3,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 
 import project
 import pytest
 import yaml
 
 from factory.engines.scripted import Config, Scripted
-from factory.errors import ConfigError, EngineError, TransportError
-from factory.types import Completion
+from factory.errors import ConfigError, EngineError, StoreError, TransportError
+from factory.types import Completion, Request
 from pipelines import run
 from pipelines.context import policy_sampling
 from pipelines.plan import plan
-from pipelines.runner import at_work, load
+from pipelines.runner import at_work, load, run_async
 
 
 def test_rlaif_asks_every_pair_in_both_orders_and_keeps_probabilities(tmp_path):
@@ -161,6 +162,45 @@ def test_budgets_stop_a_run_and_what_was_answered_is_kept(tmp_path):
     assert capped.state == "budget" and 100 <= capped.asked < 300
     freed = run(project.pipeline(tmp_path, store=str(tmp_path / "capped"), prompts=60), engines=project.engine())
     assert freed.state == "done" and freed.reused >= capped.asked
+
+
+def test_shares_are_checked_at_the_end_of_a_short_run_and_its_answers_kept(tmp_path):
+    value = project.pipeline(tmp_path, prompts=4, pairs="adjacent", panel={
+        "judges": [{"name": "judge", "kind": "pairwise"}], "orders": "random"})
+    value["policy"]["samples"] = 2
+    failing = run(value, engines=project.engine(fail_every=2))
+    n = failing.asked + failing.failed
+    assert n < 30 and failing.state == "budget" and failing.prompts == 4
+    assert failing.reason.startswith(f"{failing.failed} of {n} answers failed: more than the budget.failed of 1.0%")
+    assert failing.samples.height and failing.asked >= 4
+    healed = run(value, engines=project.engine())
+    assert healed.state == "done" and healed.reused == failing.asked
+
+    def mute(request: Request) -> Completion:
+        return Completion("", "length", {label: -9.0 for label in request.labels}) if request.labels else project.answer(request)
+
+    unread = run({**value, "store": str(tmp_path / "unread")}, engines={"local": Scripted(Config(), mute)})
+    assert unread.state == "budget" and "8 of 16 answers are unscored" in unread.reason and "low_label_mass" in unread.reason
+    assert run({**value, "store": str(tmp_path / "unread"), "budget": {"unscored": 0.5}}).state == "done"
+
+
+def test_an_answer_that_cannot_be_read_ends_the_run_and_never_hangs(tmp_path):
+    value = project.pipeline(tmp_path)
+    run(value, engines=project.engine())
+    with sqlite3.connect(tmp_path / "store" / "ledger.sqlite") as con:
+        con.execute("UPDATE calls SET label_logps = replace(label_logps, ':', '#') WHERE id = "
+                    "(SELECT max(id) FROM calls WHERE label_logps IS NOT NULL)")
+
+    async def again() -> None:
+        await asyncio.wait_for(run_async(load(value), engines=project.engine()), 20)
+
+    with pytest.raises(StoreError, match="ledger.sqlite.*cannot be read") as told:
+        asyncio.run(again())
+    remedy = str(told.value).split('"')[-2]
+    with sqlite3.connect(tmp_path / "store" / "ledger.sqlite") as con:
+        con.executescript(remedy)
+    mended = run(value, engines=project.engine())
+    assert (mended.state, mended.asked, mended.verdicts.height) == ("done", 1, 72)
 
 
 def test_the_window_keeps_the_engine_full_and_no_fuller(tmp_path):
