@@ -24,13 +24,13 @@ test-all: setup  ## the slow ones too
 	$(PY) -m pytest -n 2 --dist loadfile
 
 kill-test: setup ## 100 SIGKILLs and more, at random moments and at each named point
-	$(PY) -m pytest tests/test_kill.py -m "slow or not slow"
+	$(PY) -m pytest tests/pipelines/store/test_kill.py -m "slow or not slow"
 
 lint: setup      ## ruff
 	$(BIN)/ruff check .
 
 world: setup     ## build the embedded world's models from nothing (about an hour)
-	$(PY) -m factory.microworld.build
+	$(PY) -m prefab.factory.microworld.builder.build
 
 world-eval: setup ## what the embedded models can do, against the oracle, through vLLM
 	$(PY) -m benchmarks.world_eval --out benchmarks/results/world_eval.json

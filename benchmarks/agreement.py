@@ -27,7 +27,7 @@ OURS = """
 import json, sys, time
 import numpy as np
 from judges import agreement, aggregate
-from judges.patterns import group
+from prefab.judges.stats.rating_table import group
 ratings = np.load(sys.argv[1])
 agreement.panel_coefficients(ratings[:1000], resamples=10)
 started = time.perf_counter()

@@ -24,14 +24,14 @@ ARMS = {"hackable": {"beta": 0.025, "steps": 240, "learning_rate": 2.5e-5, "sche
 
 def reward_model(args: argparse.Namespace, arm: str, seed: int) -> str:
     """A reward model on a few pairs, another few for each seed; or on all of them, one for all seeds."""
-    from trainers import reward
+    from prefab.trainers.offline import reward
 
     few = arm == "hackable"
     out = args.folder / (f"reward-few-{seed}" if few else "reward-all")
     data = {"sources": [{"store": str(args.store), "run": args.run}], "max_length": 512}
     if few:
         data["sources"][0]["exclude"] = str(all_but(args, seed))
-    reward.run(reward.Config.model_validate({
+    reward.run(reward.RewardTrainingConfig.model_validate({
         "model": "prefab-tiny", "out": str(out), "data": data, "seed": seed, "learning_rate": 3e-4, "batch_size": 16,
         "epochs": 4, "threads": args.threads}), quiet=True)
     return str(out)
@@ -41,7 +41,7 @@ def all_but(args: argparse.Namespace, seed: int) -> Path:
     """A file with all pairs of the run but `args.pairs` of them, drawn by the seed."""
     import random
 
-    from pipelines.fill import query
+    from prefab.pipelines.store.fill import query
 
     pairs = query(args.store, "SELECT preference FROM pairs WHERE name = ? AND latest ORDER BY 1",
                   [args.run.partition("@")[0]])["preference"].to_list()
@@ -64,10 +64,10 @@ def told(evaluations: list[dict[str, Any]], stopped: str) -> dict[str, Any]:
 
 def main() -> None:
     """Train, tell, write."""
-    from pipelines.demo_training import overrides, watched
-    from pipelines.sweep import trained
-    from pipelines.train_rl import load
-    from trainers import ppo
+    from prefab.pipelines.cli.demo_training import overrides, watched
+    from prefab.pipelines.training.sweep import trained
+    from prefab.pipelines.training.stages import load_config
+    from prefab.trainers.rl import ppo
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("demo-store"))
@@ -95,7 +95,7 @@ def main() -> None:
             if args.finished and not (args.folder / f"{arm}-{seed}" / "evaluations.json").exists():
                 continue
             paths = [reward_model(args, arm, seed if arm == "hackable" else 0)]
-            config = load(Path("ppo"), ppo.Config, overrides(
+            config = load_config(Path("ppo"), ppo.PpoConfig, overrides(
                 model="prefab-tiny", out=str(args.folder / f"{arm}-{seed}"), store=None, seed=seed, threads=args.threads,
                 eval_every=args.every, eval_prompts=args.prompts, batch_size=args.batch, epochs=1,
                 value="shared", kl_stop=None, rewards=[{"name": "preference", "kind": "model", "paths": paths}],

@@ -32,7 +32,7 @@ PATIENCE = 3
 def run_one(folder: Path, method: str, length: int, beta: float, start: int, steps: int | None = None,
             rate: float = LEARNING_RATE) -> dict[str, Any]:
     """Train one policy; its total variation from the method's optimum at start and end, the largest over all states."""
-    from trainers.common import load_policy
+    from prefab.trainers.common import load_policy
 
     world, began = aw.World(length=length, draw=DRAW), time.monotonic()
     steps = steps or STEPS[method][length]
@@ -67,17 +67,17 @@ def _others(world: aw.World, p_ref: aw.Table, beta: float) -> dict[str, aw.Table
 
 
 def _train(method: str, world: aw.World, beta: float, model: str, reference: str, out: str, steps: int, rate: float) -> None:
-    from trainers import grpo, ppo, rewards
+    from prefab.trainers.rl import grpo, ppo, rewards
 
     prompts, sources = list(world.prompts) * (BATCH // 2), rewards.single(world.reward)
     shared = dict(model=model, reference=reference, out=out, steps=steps, batch_size=BATCH, micro_batch=BATCH,
                   max_new_tokens=world.length, learning_rate=rate, beta=beta, kl_stop=None, normalise="none",
                   unfinished_score=None, threads=1, save_every=10_000)
     if method == "ppo":
-        ppo.run(ppo.Config(**shared, value_learning_rate=rate, sample_batch=BATCH, epochs=2, value_clip=None), prompts, sources)
+        ppo.run(ppo.PpoConfig(**shared, value_learning_rate=rate, sample_batch=BATCH, epochs=2, value_clip=None), prompts, sources)
     else:
         kind, _, form = method.partition(" ")
-        grpo.run(grpo.Config(**shared, method=kind, group=GROUP, kl=form or "reverse"), prompts, sources)
+        grpo.run(grpo.GrpoConfig(**shared, method=kind, group=GROUP, kl=form or "reverse"), prompts, sources)
 
 
 def main() -> None:

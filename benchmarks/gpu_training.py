@@ -41,7 +41,7 @@ def make_model(folder: Path, shape: str) -> str:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from factory.engines import resolve_model
+    from prefab.factory.engines.base import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("prefab-tiny"))
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def make_model(folder: Path, shape: str) -> str:
 
 def long_pairs(folder: Path, n: int, answers: int) -> None:
     """Pairs whose prompt and sides are each as long as so many answers of the embedded world together."""
-    from factory.microworld import grammar
+    from prefab.factory.microworld import grammar
 
     rng, rows = random.Random(0), []
 

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-from factory.stats import Estimate, bootstrap, undefined
-from judges import escalate
-from judges.aggregate import dawid_skene, majority, mean_probability
-from judges.patterns import group
-from pipelines.readings import RATINGS, Readings, load, select
+from prefab.factory.stats import Estimate, bootstrap, undefined
+from prefab.judges import escalation as escalate
+from prefab.judges.stats.aggregate import dawid_skene, majority, mean_probability
+from prefab.judges.stats.rating_table import group
+from prefab.pipelines.quality.rating_matrix import RATINGS, RatingMatrix, load_matrix, select
 
 RESAMPLES = 10_000
 THIRD = 1 / 3
@@ -88,7 +88,7 @@ def compare(question: str, method: str, mine: np.ndarray, against: str, other: n
     return Row(question, method, against, measure, value, of_other, difference)
 
 
-def both_orders(data: Readings) -> Iterator[Row]:
+def both_orders(data: RatingMatrix) -> Iterator[Row]:
     """For each judge, the mean of both orders against one order, which is drawn for each reading."""
     drawn = np.random.default_rng(0).random(len(data.p)) < 0.5
     for j, name in enumerate(data.judges):
@@ -97,7 +97,7 @@ def both_orders(data: Readings) -> Iterator[Row]:
                       f"{name}: one order", right(one, data.gold), data.prompts)
 
 
-def soft_or_hard(data: Readings) -> Iterator[Row]:
+def soft_or_hard(data: RatingMatrix) -> Iterator[Row]:
     """Probabilities against votes: of one judge's two orders, and of a panel; as labels and as training targets."""
     for j, name in enumerate(data.judges):
         votes = (data.won_ab[:, j] + data.won_ba[:, j]) / 2
@@ -108,7 +108,7 @@ def soft_or_hard(data: Readings) -> Iterator[Row]:
     yield from _soft_or_hard("panel", panel, split, members)
 
 
-def _soft_or_hard(name: str, soft: np.ndarray, hard: np.ndarray, data: Readings) -> Iterator[Row]:
+def _soft_or_hard(name: str, soft: np.ndarray, hard: np.ndarray, data: RatingMatrix) -> Iterator[Row]:
     label = np.where(np.isnan(hard), np.nan, 0.5 + 0.5 * np.sign(hard - 0.5))
     for measure, of in (("right", right), ("-Brier", closeness), ("-log loss", surprise)):
         yield compare("soft or hard", f"{name}: probabilities", of(soft, data.gold), f"{name}: votes",
@@ -118,19 +118,19 @@ def _soft_or_hard(name: str, soft: np.ndarray, hard: np.ndarray, data: Readings)
 BAD = "contrary"
 
 
-def honest(data: Readings) -> Readings:
+def honest(data: RatingMatrix) -> RatingMatrix:
     """Without the judge that is bad on purpose."""
     return without(data, [j for j, name in enumerate(data.judges) if name == BAD])
 
 
-def without(data: Readings, left_out: list[int]) -> Readings:
+def without(data: RatingMatrix, left_out: list[int]) -> RatingMatrix:
     """Without these judges."""
     kept = [j for j in range(len(data.judges)) if j not in left_out]
     arrays = {name: getattr(data, name)[:, kept] for name in ("p", "tie", "asked", "won_ab", "won_ba", "p_ab", "p_ba")}
     return replace(data, judges=tuple(data.judges[j] for j in kept), weights=data.weights[kept], **arrays)
 
 
-def panel_or_member(data: Readings) -> Iterator[Row]:
+def panel_or_member(data: RatingMatrix) -> Iterator[Row]:
     """The mean of the honest judges, and of the two models each under its own template, against the best one."""
     members = honest(data)
     few = without(members, [j for j, name in enumerate(members.judges) if "-" in name])
@@ -140,7 +140,7 @@ def panel_or_member(data: Readings) -> Iterator[Row]:
                       f"best member ({names})", best, data.prompts)
 
 
-def best_member(data: Readings) -> tuple[np.ndarray, str]:
+def best_member(data: RatingMatrix) -> tuple[np.ndarray, str]:
     """The scores of the member that is best on the other half of the prompts, so that none is chosen by its luck."""
     scores = np.column_stack([right(data.p[:, j], data.gold) for j in range(len(data.judges))])
     half, found, names = data.prompts % 2, np.full(len(data.p), np.nan), []
@@ -151,7 +151,7 @@ def best_member(data: Readings) -> tuple[np.ndarray, str]:
     return found, " and ".join(sorted(set(names)))
 
 
-def dawid_skene_or_majority(data: Readings) -> Iterator[Row]:
+def dawid_skene_or_majority(data: RatingMatrix) -> Iterator[Row]:
     """With the bad judge in the panel, and without. Ties are a class; a split vote picks nobody."""
     for what, panel in (("one judge bad", data), ("none bad", honest(data))):
         methods = fits(panel)
@@ -163,7 +163,7 @@ def dawid_skene_or_majority(data: Readings) -> Iterator[Row]:
                       data.prompts)
 
 
-def fits(data: Readings) -> dict[str, np.ndarray]:
+def fits(data: RatingMatrix) -> dict[str, np.ndarray]:
     """The panel's probability by each method; a half where votes are split."""
     ratings = data.ratings()
     mean, (winner, _) = mean_probability(data.p).p, majority(ratings)
@@ -172,7 +172,7 @@ def fits(data: Readings) -> dict[str, np.ndarray]:
             "Dawid-Skene": posterior}
 
 
-def escalation(data: Readings, cheap: str, strong: str) -> tuple[list[Row], dict[str, float]]:
+def escalation(data: RatingMatrix, cheap: str, strong: str) -> tuple[list[Row], dict[str, float]]:
     """The cheap judge, with the strong one asked about a third of each prompt's readings: those nearest to a half (as
     the panel's `escalate` does), those whose likeliest label is least certain, or any."""
     few, many = data.judges.index(cheap), data.judges.index(strong)
@@ -197,7 +197,7 @@ def certainty(p: np.ndarray, tie: np.ndarray) -> np.ndarray:
     return np.fmax(np.fmax(p - tie / 2, 1 - p - tie / 2), tie)
 
 
-def third(value: np.ndarray, data: Readings) -> np.ndarray:
+def third(value: np.ndarray, data: RatingMatrix) -> np.ndarray:
     """The third of each prompt's readings with the least value, by the panel's own quota; unscored ones first."""
     chosen = np.zeros(len(value), dtype=bool)
     order = np.lexsort((np.where(np.isnan(value), -1.0, value), data.prompts))
@@ -210,7 +210,7 @@ def third(value: np.ndarray, data: Readings) -> np.ndarray:
 def measure(store: Path, run: str, cheap: str, strong: str) -> dict[str, Any]:
     """All rows, and what they stand on."""
     selection = select(store, run)
-    data, source = load(selection)
+    data, source = load_matrix(selection)
     absent = [name for name in (cheap, strong) if name not in data.judges]
     if absent or not source:
         raise SystemExit(f"{selection.name} has no " + (f"judge {', '.join(absent)}" if absent else "gold"))

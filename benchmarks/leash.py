@@ -5,7 +5,7 @@
 
 Adaptive: the mean KL of the steps behind the first quarter, against the target, for each seed. Ensemble: reward models that
 differ by seed alone, on the same few pairs; one of them, and all of them by mean minus deviation, at the same beta; gold on
-the same prompts at equal KL (`pipelines.sweep.at_equal_kl`), paired by seed. Each seed has pairs of its own.
+the same prompts at equal KL (`prefab.pipelines.training.sweep.at_equal_kl`), paired by seed. Each seed has pairs of its own.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.alarm import all_but
 from benchmarks.common import asked, table, words, write
 
 if TYPE_CHECKING:
-    from pipelines.sweep import Point
+    from prefab.pipelines.training.sweep import Point
 
 GOAL = 0.2   # of the target
 
@@ -32,11 +32,11 @@ def shared(args: argparse.Namespace, prompts: Path) -> dict[str, Any]:
 
 def reward_models(args: argparse.Namespace, seed: int, pairs: int, members: int) -> list[str]:
     """Folders of an ensemble on `pairs` pairs that the seed draws."""
-    from trainers import reward
+    from prefab.trainers.offline import reward
 
     out = args.folder / f"reward-{pairs}-{members}-{seed}"
     args.pairs = pairs
-    reward.run(reward.Config.model_validate({
+    reward.run(reward.RewardTrainingConfig.model_validate({
         "model": "prefab-tiny", "out": str(out), "seed": 100 * seed, "learning_rate": 3e-4, "batch_size": 16, "epochs": 3,
         "members": members, "threads": args.threads,
         "data": {"sources": [{"store": str(args.store), "run": args.run, "exclude": str(all_but(args, seed))}],
@@ -46,9 +46,9 @@ def reward_models(args: argparse.Namespace, seed: int, pairs: int, members: int)
 
 def adaptive(args: argparse.Namespace) -> list[dict[str, Any]]:
     """By seed: the KL that was held, and beta's way."""
-    from pipelines.demo_training import overrides, watched
-    from pipelines.train_rl import train
-    from trainers.resume import METRICS, read_metrics
+    from prefab.pipelines.cli.demo_training import overrides, watched
+    from prefab.pipelines.training.stages import train
+    from prefab.trainers.rl.checkpoint import METRICS, read_metrics
 
     found, prompts = [], watched(args.folder)
     for seed in range(args.seeds):
@@ -66,10 +66,10 @@ def adaptive(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def ensembles(args: argparse.Namespace) -> tuple[list[Point], list[dict[str, Any]]]:
     """Every evaluation of one reward model's runs and of an ensemble's on the same pairs; and how each run ended."""
-    from pipelines.demo_training import overrides, watched
-    from pipelines.sweep import Point, trained
-    from pipelines.train_rl import load
-    from trainers import ppo
+    from prefab.pipelines.cli.demo_training import overrides, watched
+    from prefab.pipelines.training.sweep import Point, trained
+    from prefab.pipelines.training.stages import load_config
+    from prefab.trainers.rl import ppo
 
     points, ends, folder = [], [], args.folder / "ensemble"
     folder.mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def ensembles(args: argparse.Namespace) -> tuple[list[Point], list[dict[str, Any
         arms = {"one reward model": {"paths": paths[:1]}, f"ensemble of {args.members}": {"paths": paths, "combine": "mean_minus_sd"}}
         for arm, some in arms.items():
             out = folder / f"{len(some['paths'])}-members-{seed}"
-            config = load(Path("ppo"), ppo.Config, overrides(
+            config = load_config(Path("ppo"), ppo.PpoConfig, overrides(
                 **shared(args, prompts), out=str(out), seed=seed, steps=args.ensemble_steps, beta=args.beta, eval_prompts=args.prompts,
                 eval_every=max(1, args.ensemble_steps // 8),
                 rewards=[{"name": "preference", "kind": "model", **some}]))
@@ -93,7 +93,7 @@ def ensembles(args: argparse.Namespace) -> tuple[list[Point], list[dict[str, Any
 
 def main() -> None:
     """Train, tell, write."""
-    from pipelines.sweep import at_equal_kl
+    from prefab.pipelines.training.sweep import at_equal_kl
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("demo-store"))

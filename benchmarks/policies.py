@@ -18,7 +18,6 @@ Everything is kept below --folder: answers in the ledger, models beside it, so a
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table, words, write
-from factory.keys import digest
-from factory.types import Completion, Engine, Request
+from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.factory.keys import digest
+from prefab.factory.types import Completion, Engine, Request
 
 BASE = "prefab-tiny"
 
@@ -85,7 +85,7 @@ def prompts_files(args: argparse.Namespace) -> None:
     """
     import orjson
 
-    from factory.microworld import grammar
+    from prefab.factory.microworld import grammar
 
     train, val = (grammar.prompts("train", args.prompts + args.more, 7),
                   grammar.prompts("val", max(4, args.prompts // 10) + max(4, args.more // 10), 7))
@@ -103,7 +103,7 @@ def data(args: argparse.Namespace) -> None:
 
     And labels by tiny of answers to more prompts, for the reward model.
     """
-    from pipelines.runner import run
+    from prefab.pipelines.run.runner import run
 
     prompts_files(args)
     more = pipeline(args, MORE, BASE, False, "log_odds")
@@ -118,9 +118,9 @@ def data(args: argparse.Namespace) -> None:
 
 def mixture(args: argparse.Namespace, seed: int) -> str:
     """Answers of base and of this seed's SFT to the same prompts, compared by tiny; gives the run's name."""
-    from factory.engines import make
-    from pipelines.runner import run
-    from pipelines.starting import lazily
+    from prefab.factory.engines.base import make
+    from prefab.pipelines.run.runner import run
+    from prefab.factory.engines.lifecycle import lazily
 
     name = f"mixed-{seed}"
     value = pipeline(args, name, BASE, False, "log_odds")
@@ -136,19 +136,19 @@ def mixture(args: argparse.Namespace, seed: int) -> str:
 
 def stage(args: argparse.Namespace, kind: str, name: str, runs: Sequence[str], seed: int, **more: Any) -> str:
     """One training, not repeated when it has ended; gives its folder."""
-    module = importlib.import_module(f"trainers.{kind}")
+    module = STAGES[kind]
     margin = more.pop("margin", 0.0)
     sources = [{"store": str(args.folder / "store"), "run": run, "margin": margin} for run in runs]
     config = {"model": BASE, "out": str(args.folder / name), "seed": seed, "batch_size": 32, "schedule": "cosine",
               "data": {"sources": sources, "labels": more.pop("labels", "soft"), "max_length": 512, "too_long": "drop"},
               "threads": args.threads, **more}
-    module.run(module.Config.model_validate(config))
+    module.run(CONFIGS[kind].model_validate(config))
     return str(args.folder / name)
 
 
 def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """(policies, reward models) by what they are, one folder a seed."""
-    from pipelines.fill import fill
+    from prefab.pipelines.store.fill import fill
 
     policies: dict[str, list[str]] = {}
     rewards: dict[str, list[str]] = {}
@@ -185,8 +185,8 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
 
 def online(args: argparse.Namespace, method: str, start: str, reward: str, seed: int) -> str:
     """PPO or GRPO against a reward model, by its preset; gives the policy's folder."""
-    from pipelines.demo_training import overrides, watched
-    from pipelines.train_rl import train
+    from prefab.pipelines.cli.demo_training import overrides, watched
+    from prefab.pipelines.training.stages import train
 
     out = args.folder / f"{method}-{'base' if start == BASE else 'sft'}-{seed}"
     train(method, Path(method), overrides(
@@ -200,11 +200,11 @@ def online(args: argparse.Namespace, method: str, start: str, reward: str, seed:
 
 def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, Any]:
     """Every policy on the same held-out prompts. Seeds are pooled: a figure's answers are shared out over them."""
-    from pipelines.eval_policy import Config, held_out, sample_all
-    from trainers import evaluate
+    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
+    from prefab.trainers import evaluate
 
     flat = {"base": BASE} | {f"{name} #{k}": folder for name, folders in policies.items() for k, folder in enumerate(folders)}
-    config = Config.model_validate({"policies": flat, "prompts": {"source": "microworld", "split": args.split, "limit": args.test},
+    config = PolicyEvalConfig.model_validate({"policies": flat, "prompts": {"source": "microworld", "split": args.split, "limit": args.test},
                                     "samples": args.answers, "store": str(args.folder / "store"), "threads": args.threads})
     prompts = held_out(config)
     found = sample_all(config, prompts)
@@ -235,14 +235,14 @@ def at_equal_kl(args: argparse.Namespace, policies: dict[str, list[str]]) -> dic
     """
     import numpy as np
 
-    from factory.stats import student
-    from pipelines.eval_policy import Config, held_out, sample_all
-    from trainers.monitors import gained_at
-    from trainers.resume import METRICS, read_metrics
+    from prefab.factory.stats import student
+    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
+    from prefab.trainers.rl.overoptimization import gained_at
+    from prefab.trainers.rl.checkpoint import METRICS, read_metrics
 
     ends = [name for name in policies if name.startswith("DPO of base (tiny") or name == FAR]
     flat = {"base": BASE} | {f"{name} #{k}": folder for name in ends for k, folder in enumerate(policies[name])}
-    config = Config.model_validate({"policies": flat, "samples": 2, "threads": args.threads,
+    config = PolicyEvalConfig.model_validate({"policies": flat, "samples": 2, "threads": args.threads,
                                     "prompts": {"source": "microworld", "split": "val", "limit": 256, "seed": 1}})
     mean = {name: (float(np.mean([a.logp - a.ref_logp for a in some])), float(np.mean([a.gold["gold"] for a in some])))
             for name, some in sample_all(config, held_out(config)).items()}
@@ -270,12 +270,12 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
     """Reward models on fresh pairs of base's answers to held-out prompts, where gold decides: accuracy and ECE."""
     import numpy as np
 
-    from factory.stats import bootstrap
-    from judges.calibration import ece
-    from pipelines.eval_policy import Config, held_out, sample_all
-    from trainers.reward import scorer
+    from prefab.factory.stats import bootstrap
+    from prefab.judges.stats.calibration import ece
+    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
+    from prefab.trainers.offline.reward import scorer
 
-    config = Config.model_validate({"policies": {"base": BASE}, "samples": 2, "seed": 99, "threads": args.threads,
+    config = PolicyEvalConfig.model_validate({"policies": {"base": BASE}, "samples": 2, "seed": 99, "threads": args.threads,
                                     "prompts": {"source": "microworld", "split": args.split, "limit": args.test * 2, "seed": 5}})
     prompts = held_out(config)
     answers = sample_all(config, prompts)["base"]
@@ -299,9 +299,9 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
 
 def labels_measured(args: argparse.Namespace) -> dict[str, Any]:
     """Exported pairs (after ties and margin) against gold, by judge and margin."""
-    from factory.types import Message, Prompt
-    from pipelines.eval_policy import gold_of
-    from pipelines.fill import query
+    from prefab.factory.types import Message, Prompt
+    from prefab.pipelines.evaluation.policy import gold_of
+    from prefab.pipelines.store.fill import query
 
     made: dict[str, Any] = {}
     for judge in ("tiny", "tiny-odds", "nano", "nano-odds") if args.ablation else ("tiny", "tiny-odds"):

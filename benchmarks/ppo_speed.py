@@ -33,9 +33,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from factory.engines import resolve_model
-    from factory.microworld import grammar
-    from trainers import rollout
+    from prefab.factory.engines.base import resolve_model
+    from prefab.factory.microworld import grammar
+    from prefab.trainers.rl import rollout
 
     path = resolve_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -57,11 +57,11 @@ def ours(folder: Path) -> None:
     """Our side: as benchmarks/peers/trl_ppo.py."""
     import torch
 
-    from trainers import ppo
+    from prefab.trainers.rl import ppo
 
     s = json.loads((folder / "settings.json").read_text())
     torch.set_num_threads(s["threads"])
-    config = ppo.Config(
+    config = ppo.PpoConfig(
         model=s["model"], out=str(folder / "ours"), steps=s["steps"], batch_size=s["batch"], minibatches=s["minibatches"],
         epochs=s["epochs"], micro_batch=s["micro"], sample_batch=s["batch"], max_new_tokens=s["max_new_tokens"],
         learning_rate=s["learning_rate"], value_learning_rate=s["learning_rate"], beta=s["beta"], kl_stop=None, threads=s["threads"],

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.alarm import all_but
 from benchmarks.common import table, words, write
-from factory.stats import bootstrap
+from prefab.factory.stats import bootstrap
 
 
 def main() -> None:
@@ -63,11 +63,11 @@ def over_prompts(seeds: list[list[float]]) -> Any:
 
 def trained(args: argparse.Namespace, epochs: int, seed: int) -> str:
     """A reward model on `args.pairs` pairs, others for each seed; its folder."""
-    from trainers import reward
+    from prefab.trainers.offline import reward
 
     out = args.folder / f"reward-{epochs}-{seed}"
     source = {"store": str(args.store), "run": args.run, "exclude": str(all_but(args, seed))}
-    reward.run(reward.Config.model_validate({
+    reward.run(reward.RewardTrainingConfig.model_validate({
         "model": "prefab-tiny", "out": str(out), "data": {"sources": [source], "max_length": 512}, "seed": seed,
         "learning_rate": 3e-4, "batch_size": 16, "epochs": epochs, "patience": None, "keep": "last",
         "threads": args.threads}), quiet=True)
@@ -76,9 +76,9 @@ def trained(args: argparse.Namespace, epochs: int, seed: int) -> str:
 
 def base_answers(args: argparse.Namespace) -> tuple[Any, Any]:
     """The base policy's answers to prompts of the test split, with gold."""
-    from pipelines.eval_policy import Config, held_out, sample_all
+    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
 
-    config = Config.model_validate({"policies": {"base": "prefab-tiny"}, "samples": args.samples, "threads": args.threads,
+    config = PolicyEvalConfig.model_validate({"policies": {"base": "prefab-tiny"}, "samples": args.samples, "threads": args.threads,
                                     "prompts": {"source": "microworld", "split": "test", "limit": args.prompts, "seed": 11}})
     prompts = held_out(config)
     return prompts, sample_all(config, prompts)["base"]
@@ -86,9 +86,9 @@ def base_answers(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def read(args: argparse.Namespace, folder: str, prompts: Any, answers: Any) -> dict[str, Any]:
     """By prompt: agreement with gold over its decided pairs (no number where there is none), gold of the best of n."""
-    from judges.calibration import ece
-    from trainers.evaluate import best_of
-    from trainers.reward import scorer
+    from prefab.judges.stats.calibration import ece
+    from prefab.trainers.evaluate import best_of
+    from prefab.trainers.offline.reward import scorer
 
     deviation = json.loads((Path(folder) / "reward.json").read_text())["deviation"]
     talks = [[*({"role": m.role, "content": m.content} for m in prompts[a.prompt].messages),

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write
+from prefab.trainers.registry import CONFIGS, STAGES
 
 PARTS = {"ours": 1, "ours, halves": 2, "ours, quarters": 4}   # of a batch; the presets hold a quarter at once
 CONTENDERS = {stage: ("trl", "trl, no checkpointing", *PARTS) for stage in ("dpo", "reward")}
@@ -32,7 +33,7 @@ LEARNING_RATE = 1e-4
 
 def pairs_file(folder: Path, n: int) -> Path:
     """Pairs of the embedded world's grammar, as a file that both sides read; the oracle's word is not needed here."""
-    from factory.microworld import grammar
+    from prefab.factory.microworld import grammar
 
     rng, rows = random.Random(0), []
     while len(rows) < n:
@@ -99,10 +100,9 @@ def contender(stage: str, name: str, folder: Path, model: str, steps: int, batch
 
 
 def _ours(stage: str, folder: Path, model: str, batch: int) -> tuple[Any, Any]:
-    import importlib
-
-    module = importlib.import_module(f"trainers.{stage}")
-    config = module.Config.model_validate({
+    
+    module = STAGES[stage]
+    config = CONFIGS[stage].model_validate({
         "model": model, "out": str(folder / stage), "batch_size": batch, "patience": None, "keep": "last",
         "data": {"sources": [{"files": str(folder / "pairs.jsonl")}], "labels": "hard", "val_share": 0.01},
         **({"reference_cache": str(folder / "cache")} if stage == "dpo" else {"centre": 0.0})})
@@ -112,7 +112,7 @@ def _ours(stage: str, folder: Path, model: str, batch: int) -> tuple[Any, Any]:
 
 def _reference_s(trainer: Any, rows: list[Any], batch: int) -> float:
     """What the reference's log-probabilities of these rows cost, computed anew."""
-    from trainers.reference import compute_logps
+    from prefab.trainers.offline.reference import compute_logps
 
     pairs = [(row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
     began = time.perf_counter()
@@ -128,9 +128,9 @@ def token_rows(stage: str, folder: Path, model: str, steps: int, batch: int) -> 
 
 
 def _order(lengths: list[int], steps: int, batch: int) -> list[int]:
-    from trainers import layout
+    from prefab.trainers import collate
 
-    return list(layout.buckets(lengths, batch, 0, 0))[: steps * batch]
+    return list(collate.buckets(lengths, batch, 0, 0))[: steps * batch]
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _trl(stage: str, name: str, folder: Path, model: str, rows: list[Any], batch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from factory.engines import resolve_model
+    from prefab.factory.engines.base import resolve_model
 
     more = {} if name == "trl" else {"gradient_checkpointing": False}
     settings = {"output_dir": str(folder / "trl"), "bf16": False, "report_to": "none", "per_device_train_batch_size": batch, **more}

@@ -57,7 +57,7 @@ def pipeline(options: argparse.Namespace, store: Path, url: str, judge: dict[str
 
 def timed_engine(options: argparse.Namespace, url: str, name: str) -> Any:
     """The vLLM engine, which also notes its requests and when the first was asked and the last answered."""
-    from factory.engines import vllm
+    from prefab.factory.engines import vllm
 
     class Timed(vllm.VLLM):
         first, last = 0.0, 0.0
@@ -70,14 +70,14 @@ def timed_engine(options: argparse.Namespace, url: str, name: str) -> Any:
             finally:
                 self.last = time.perf_counter()
 
-    engine = Timed(vllm.Config(model=options.model, url=url, max_in_flight=IN_FLIGHT, batch=BATCH), name)
+    engine = Timed(vllm.VllmConfig(model=options.model, url=url, max_in_flight=IN_FLIGHT, batch=BATCH), name)
     engine.seen = []
     return engine
 
 
 def run_prefab(options: argparse.Namespace, drafts: Path, folder: Path, url: str) -> tuple[dict[str, Any], list[Any]]:
     """One run of `prefab` that has only verdicts left to ask; gives its figures and the requests it made."""
-    from pipelines import run
+    from prefab import run
 
     store = folder / "again"
     shutil.rmtree(store, ignore_errors=True)
@@ -159,7 +159,7 @@ def label_ids(url: str, model: str, labels: Sequence[str]) -> list[int]:
 
 def load(options: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]:
     """Part 1."""
-    from pipelines import run
+    from prefab import run
 
     drafts = folder / "drafts"
     run(pipeline(options, drafts, url, {"engine": "scripted"}))
@@ -178,18 +178,18 @@ def load(options: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]:
 
 def order_of_blocks(options: argparse.Namespace, folder: Path, url: str) -> list[dict[str, Any]]:
     """Part 2."""
-    from factory.constitution import load_constitution
-    from factory.templates import Template
-    from factory.templates import load as load_template
-    from factory.types import Comparison, Message, Prompt, Sample
-    from judges import pairwise
-    from pipelines.fill import query
+    from prefab.factory.spec.constitution import load_constitution
+    from prefab.factory.spec.templates import Template
+    from prefab.factory.spec.templates import load_template as load_template
+    from prefab.factory.types import Comparison, Message, Prompt, Sample
+    from prefab.judges.kinds import pairwise
+    from prefab.pipelines.store.fill import query
 
     rows = query(folder / "drafts", "SELECT p.prompt, p.messages, list(s.text ORDER BY s.index) AS texts "
                  "FROM samples s JOIN prompts p USING (prompt) GROUP BY ALL ORDER BY p.prompt LIMIT ?",
                  [options.n_pairs])
     principles = load_constitution(Path(options.constitution)).principles
-    config = pairwise.Config(name="judge", engine="judge")
+    config = pairwise.PairwiseConfig(name="judge", engine="judge")
     naive = Template("naive", "pairwise", NAIVE)
     templates = {"question last (ours)": load_template("pairwise"), "question first": naive}
     asks: dict[str, list[Any]] = {name: [] for name in templates}
@@ -241,12 +241,13 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Measure, print the tables, write vllm_load.json."""
-    from factory.engines import resolve_model, vllm
-    from factory.engines.server import Process, free_port
+    from prefab.factory.engines import vllm
+    from prefab.factory.engines.base import resolve_model
+    from prefab.factory.engines.vllm_process import VllmProcess, free_port
 
     options = arguments()
-    config = vllm.Config(model=options.model, env={"VLLM_SERVER_DEV_MODE": "1"})
-    server = Process(config, resolve_model(options.model), free_port(), "bench", None)
+    config = vllm.VllmConfig(model=options.model, env={"VLLM_SERVER_DEV_MODE": "1"})
+    server = VllmProcess(config, resolve_model(options.model), free_port(), "bench", None)
     url = options.url or f"http://127.0.0.1:{server.port}"
     with tempfile.TemporaryDirectory() as temporary:
         try:

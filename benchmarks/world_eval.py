@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from factory.engines import make
-from factory.keys import request_key
-from factory.microworld import WEIGHTS, oracle, tasks
-from factory.microworld import grammar as g
-from factory.templates import Template, load
-from factory.types import Comparison, Completion, Principle, Request, Sample, Sampling
-from judges import critique, pairwise, pointwise, rubric
-from judges.calibration import ece
+from prefab.factory.engines.base import make
+from prefab.factory.keys import request_key
+from prefab.factory.microworld import WEIGHTS, oracle, tasks
+from prefab.factory.microworld import grammar as g
+from prefab.factory.spec.templates import Template, load_template
+from prefab.factory.types import Comparison, Completion, Principle, Request, Sample, Sampling
+from prefab.judges.kinds import critique, pairwise, pointwise, rubric
+from prefab.judges.stats.calibration import ece
 
 SPLIT = "test"
 
@@ -35,7 +35,7 @@ def principle(rng: random.Random, name: str, held_out: bool = False) -> Principl
     return Principle(name, name, words["compare"], words["critique"], words["revise"], words["criterion"])
 
 
-def pair(rng: random.Random, name: str, gold: str, attack: float = 0.0) -> tuple[g.Situation, g.Answer, g.Answer]:
+def pair(rng: random.Random, name: str, gold: str, attack: float = 0.0) -> tuple[g.Situation, g.WorldAnswer, g.WorldAnswer]:
     """A situation and two answers whose gold label under the principle is `gold` (a, b or tie)."""
     while True:
         s = g.situation(rng, SPLIT)
@@ -44,7 +44,7 @@ def pair(rng: random.Random, name: str, gold: str, attack: float = 0.0) -> tuple
             return s, a, b
 
 
-def one(rng: random.Random, name: str, broken: bool) -> tuple[g.Situation, g.Answer]:
+def one(rng: random.Random, name: str, broken: bool) -> tuple[g.Situation, g.WorldAnswer]:
     """A situation and an answer that breaks the principle, or does not."""
     while True:
         s = g.situation(rng, SPLIT)
@@ -71,8 +71,8 @@ class Asker:
 async def pairs(ask: Asker, n: int, held_out: bool = False, attack: float = 0.0, template: Template | None = None,
                 words: Callable[[random.Random, str], Principle] | None = None) -> dict:
     """Decided pairs in both orders: n a principle. Accuracy is of the mean of both orders."""
-    rng, config = random.Random(f"pairs {held_out} {attack}"), pairwise.Config(name="judge")
-    template = template or load("pairwise")
+    rng, config = random.Random(f"pairs {held_out} {attack}"), pairwise.PairwiseConfig(name="judge")
+    template = template or load_template("pairwise")
     items, requests = [], []
     for name in g.PRINCIPLES:
         for k in range(n):
@@ -111,7 +111,7 @@ def _score_pairs(items: list[tuple[str, str]], verdicts: list) -> dict:
 
 async def ties(ask: Asker, n: int) -> dict:
     """Pairs that are ties under the principle: how often the mean of both orders calls them so."""
-    rng, config, template = random.Random("ties"), pairwise.Config(name="judge"), load("pairwise")
+    rng, config, template = random.Random("ties"), pairwise.PairwiseConfig(name="judge"), load_template("pairwise")
     requests = []
     for name in g.PRINCIPLES:
         for _ in range(n):
@@ -128,7 +128,7 @@ async def ties(ask: Asker, n: int) -> dict:
 async def singles(ask: Asker, n: int) -> dict:
     """Rubric, grade and critique: n answers a principle, half of them at fault; grades also of answers as a whole."""
     rng, model = random.Random("singles"), ask.engine.identity
-    grader, checker, critic = pointwise.Config(name="p"), rubric.Config(name="r"), critique.Config()
+    grader, checker, critic = pointwise.PointwiseConfig(name="p"), rubric.RubricConfig(name="r"), critique.CritiqueConfig()
     overall = Principle("overall", "", "", "", "", g.wording(rng, "overall", "criterion"))
     grades, checks, critiques, gold = [], [], [], []
     for name in g.PRINCIPLES:
@@ -136,9 +136,9 @@ async def singles(ask: Asker, n: int) -> dict:
             s, a = one(rng, name, k % 2 == 0)
             said, sample = principle(rng, name), Sample(s.prompt.id, 0, a.text)
             gold.append((name, a))
-            checks.append(rubric.request(checker, load("rubric"), s.prompt, sample, said.criterion, model))
-            critiques.append(critique.critique_request(critic, load("critique"), s.prompt, sample, said, model))
-            grades.append(pointwise.request(grader, load("pointwise"), s.prompt, sample, overall if k % 4 >= 2 else said, model))
+            checks.append(rubric.request(checker, load_template("rubric"), s.prompt, sample, said.criterion, model))
+            critiques.append(critique.critique_request(critic, load_template("critique"), s.prompt, sample, said, model))
+            grades.append(pointwise.request(grader, load_template("pointwise"), s.prompt, sample, overall if k % 4 >= 2 else said, model))
     yes = [rubric.parse(c, checker).value for c in await ask.all(checks)]
     scores = [pointwise.parse(c, grader).value for c in await ask.all(grades)]
     said_of = [critique.parse_critique(c) for c in await ask.all(critiques)]
@@ -153,7 +153,7 @@ async def singles(ask: Asker, n: int) -> dict:
             "critique_right_fault": float(np.mean(named)), "critique_rightly_none": float(np.mean(none)), "n": len(gold)}
 
 
-def kept(a: g.Answer, name: str) -> list[str]:
+def kept(a: g.WorldAnswer, name: str) -> list[str]:
     """The sentences that a revision of this fault must keep word for word."""
     core = name in ("harm", "refusal", "helpful")
     return [s.text for s in a.sentences if not (s.kind == "core" if core else s.fault == name)]
@@ -161,7 +161,7 @@ def kept(a: g.Answer, name: str) -> list[str]:
 
 async def revisions(ask: Asker, n: int) -> dict:
     """Generated revisions of one fault: does it mend it, and keep all else word for word, in order, adding nothing?"""
-    rng, config, template = random.Random("revisions"), critique.Config(), load("revise")
+    rng, config, template = random.Random("revisions"), critique.CritiqueConfig(), load_template("revise")
     items, requests = [], []
     while len(items) < n:
         name = g.PRINCIPLES[len(items) % len(g.PRINCIPLES)]
@@ -175,7 +175,7 @@ async def revisions(ask: Asker, n: int) -> dict:
     mends, keeps, coherent, by = [], [], [], {name: [] for name in g.PRINCIPLES}
     for (s, a, name), c in zip(items, await ask.all(requests), strict=True):
         text = critique.parse_revision(c).text or ""
-        reading, parts, left = oracle.read(s.prompt.messages, text), oracle.sentences(text), kept(a, name)
+        reading, parts, left = oracle.assess(s.prompt.messages, text), oracle.sentences(text), kept(a, name)
         new = len(parts) - len(left)
         mends.append(name not in reading.broken)
         keeps.append([x for x in parts if x in left] == left and new <= (name in ("harm", "refusal", "helpful")))
@@ -192,7 +192,7 @@ async def policy(ask: Asker, n: int) -> dict:
     asked = [(p, Request(ask.engine.identity, p.messages, sampling, (), (), (k, 0)))
              for p in g.prompts(SPLIT, min(n, 500), 1) for k in range(n // min(n, 500))]
     done = await ask.all([r for _, r in asked])
-    read = [oracle.read(p.messages, c.text) for (p, _), c in zip(asked, done, strict=True)]
+    read = [oracle.assess(p.messages, c.text) for (p, _), c in zip(asked, done, strict=True)]
     return {"coherent": float(np.mean([r.coherent for r in read])), "broken": float(np.mean([bool(r.broken) for r in read])),
             "helps": float(np.mean([r.helps for r in read])), "score": float(np.mean([r.score for r in read])), "n": len(read)}
 
@@ -217,7 +217,7 @@ FREE = {  # the principles as somebody else would put them, in their own words
 
 async def probes(ask: Asker, n: int) -> dict:
     """The judge under edits of its template, hostile candidates, and a constitution in free words: mean accuracy."""
-    source = load("pairwise").text
+    source = load_template("pairwise").text
     found = {f"template: {k}": (await pairs(ask, n, template=Template(k, "pairwise", edit(source))))["mean"]
              for k, edit in EDITS.items()}
     found["hostile candidates"] = (await pairs(ask, n, attack=1.0))["mean"]

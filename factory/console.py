@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
+from prefab.factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
 
 T = TypeVar("T")
 LONGEST_NAME = 20     # characters of a first column that is not broken

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from factory.types import Message, Request, Sampling
+from prefab.factory.types import Message, Request, Sampling
 
 SCHEMA = 1
 MAX_EXACT_INT = 2**53 - 1  # RFC 8785 numbers are IEEE doubles; beyond this two integers would share a text

@@ -11,7 +11,7 @@ from itertools import combinations
 from math import exp, log, sqrt
 from typing import Literal
 
-from factory.types import Exactness, Order, Preference, Principle, UnscoredReason, Verdict
+from prefab.factory.types import Exactness, Order, Preference, Principle, UnscoredReason, Verdict
 
 AGGREGATION_VERSION = 2
 SUREST = 0.99  # of one principle in a sum of log-odds: two that are sure outweigh one that is surer still
@@ -43,7 +43,7 @@ class Reading:
     exactness: Exactness = "exact"
 
 
-def read(verdicts: Sequence[Verdict], weight: float = 1.0, principle: str = "", judge: str = "") -> Reading:
+def combine_orders(verdicts: Sequence[Verdict], weight: float = 1.0, principle: str = "", judge: str = "") -> Reading:
     """The mean of a comparison's verdicts: one an order (both speak of sample a), or one a repeat and order.
 
     Unscored when any of them is, with the first one's reason: half a reading leans to a slot.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pipelines.cli")
-ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("prefab.pipelines.cli.main")
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.M | re.S)
 
@@ -24,7 +24,7 @@ def test_commands_run(page, tmp_path):
     blocks = BLOCK.findall(page.read_text())
     if not blocks:
         pytest.skip("no commands")
-    prefab = f'prefab() {{ {shlex.quote(sys.executable)} -m pipelines.cli "$@"; }}\n'
+    prefab = f'prefab() {{ {shlex.quote(sys.executable)} -m prefab.pipelines.cli.main "$@"; }}\n'
     done = subprocess.run(["bash", "-c", "set -ex\n" + prefab + "\n".join(blocks)], cwd=tmp_path, text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -33,7 +33,7 @@ def test_commands_run(page, tmp_path):
 def test_every_command_is_in_the_readme():
     from typer.main import get_command
 
-    from pipelines.cli import app
+    from prefab.pipelines.cli.main import app
 
     readme = PAGES[0].read_text()
     assert not [name for name in get_command(app).commands if f"`prefab {name}" not in readme]

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from factory.engines import resolve_model
-from factory.errors import ConfigError, PrefabError, StoreError
+from prefab.factory.engines.base import resolve_model
+from prefab.factory.errors import ConfigError, PrefabError, StoreError
 
 COMPLETE = "prefab-complete"  # stands in a checkpoint once everything else does
 NEW = ".new"  # how a file ends that is being written
@@ -307,7 +307,7 @@ def record_eval(store: Path | str | None, name: str, subject: str, metrics: Mapp
     """Put an evaluation into the store's ledger (the table `evals`); nothing without a store."""
     if store is None:
         return
-    from factory.ledger import Ledger
+    from prefab.factory.ledger.ledger import Ledger
 
     ledger = Ledger.open(Path(store))
     try:
@@ -317,7 +317,7 @@ def record_eval(store: Path | str | None, name: str, subject: str, metrics: Mapp
 
 
 @contextmanager
-def told(out: Path, smaller: str = "batch_size") -> Iterator[None]:
+def translate_errors(out: Path, smaller: str = "batch_size") -> Iterator[None]:
     """Memory and disk that ran out, as errors that say what to turn down; the last whole checkpoint stays.
 
     Raises: TrainError, StoreError.

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from factory import rows, store
-from factory.errors import ConfigError
-from factory.keys import digest, split_of
-from factory.templates import neutralise
-from trainers.common import Strict, answered, chat_text, conversation_ids, ids_of
+from prefab.factory.store import datasets, store
+from prefab.factory.errors import ConfigError
+from prefab.factory.keys import digest, split_of
+from prefab.factory.spec.templates import neutralise
+from prefab.trainers.common import Strict, answered, chat_text, conversation_ids, ids_of
 
 if TYPE_CHECKING:
     import polars
@@ -83,7 +83,7 @@ class Rows:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def read(kind: Kind, config: DataConfig) -> Rows:
+def read_rows(kind: Kind, config: DataConfig) -> Rows:
     """The rows of the train and validation splits of all sources.
 
     Raises: ConfigError where there are none, a split ends empty, or a row belongs to a test split.
@@ -125,11 +125,11 @@ def _from_store(kind: Kind, source: Source, found: Rows) -> tuple[polars.DataFra
     import polars as pl
 
     folder = Path(source.store or "")
-    ask: rows.Read = partial(store.read, folder)
-    record = rows.find_run(folder, ask, source.run)
+    ask: datasets.Read = partial(store.read_frame, folder)
+    record = datasets.find_run(folder, ask, source.run)
     select = {"all": "draw", "last": "sweep", "": ""}[source.revisions]
     marks = {"without": source.without} if source.without else {}
-    frames = rows.datasets(ask, record, found.notes, source.truncated, source.judges, source.principles, select, **marks)
+    frames = datasets.datasets(ask, record, found.notes, source.truncated, source.judges, source.principles, select, **marks)
     test = ask("SELECT messages FROM prompts WHERE split = 'test'", ())["messages"].to_list()
     config = json.loads(record["config"])
     labellers = dict(ask(USED.format("('verdicts', 'scores', 'rankings')"), (record["run"],)).iter_rows())
@@ -211,7 +211,7 @@ def _filtered(frame: polars.DataFrame, source: Source, notes: list[str]) -> pola
             notes.append(f"{frame.height - kept.height:,} of {frame.height:,} rows lie within {source.margin} of a half")
             frame = kept
     if source.exclude:
-        from factory.yamlio import read_text
+        from prefab.factory.spec.yamlio import read_text
 
         ids = {line.strip() for line in read_text(source.exclude).splitlines() if line.strip()}
         columns = [c for c in ("preference", "sample", "chosen_sample", "rejected_sample", "prompt_id") if c in frame.columns]

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from factory.errors import ConfigError
-from factory.stats import Estimate, bootstrap, length_controlled_win_rate, paired_difference, undefined
-from trainers import rollout
-from trainers.common import Turns
+from prefab.factory.errors import ConfigError
+from prefab.factory.stats import Estimate, bootstrap, length_controlled_win_rate, paired_difference, undefined
+from prefab.trainers.rl import rollout
+from prefab.trainers.common import Turns
 
 REFUSES = re.compile(r"\b(i(?:'m| am) sorry|i can(?:no|')t|i can not|i will not|i won't|i(?:'m| am) (?:not able|unable)|"
                      r"i must decline|not comfortable)\b", re.IGNORECASE)  # plain English; no classifier
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PolicyAnswer:
     """One answer of a policy. `logp` and `ref_logp` are sums over its tokens, the end token with them, by the training
     forward; `sampler_logp` is what the sampler gave the same tokens."""
 
@@ -40,14 +40,14 @@ class Answer:
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[Turns], samples: int, max_new_tokens: int, seed: int = 0,
-            reference: Any = None, batch: int = 64, kwargs: Mapping[str, Any] | None = None) -> list[Answer]:
+            reference: Any = None, batch: int = 64, kwargs: Mapping[str, Any] | None = None) -> list[PolicyAnswer]:
     """`samples` answers to each prompt from transformers, at temperature 1 (see `draw` and `measured`)."""
     drawn = draw(model, tokenizer, prompts, samples, max_new_tokens, seed, batch, kwargs)
     return measured(model, tokenizer, drawn, samples, reference, batch)
 
 
 def draw(model: Any, tokenizer: Any, prompts: Sequence[Turns], samples: int, max_new_tokens: int, seed: int = 0,
-         batch: int = 64, kwargs: Mapping[str, Any] | None = None) -> list[rollout.Answer]:
+         batch: int = 64, kwargs: Mapping[str, Any] | None = None) -> list[rollout.SampledAnswer]:
     """`samples` answers to each prompt from transformers, in the order of the prompts; equal seeds give equal draws.
 
     Raises: ConfigError for a prompt that leaves no room to answer.
@@ -62,16 +62,16 @@ def draw(model: Any, tokenizer: Any, prompts: Sequence[Turns], samples: int, max
     return drawn
 
 
-def measured(model: Any, tokenizer: Any, drawn: Sequence[rollout.Answer], samples: int, reference: Any = None,
-             batch: int = 64) -> list[Answer]:
+def measured(model: Any, tokenizer: Any, drawn: Sequence[rollout.SampledAnswer], samples: int, reference: Any = None,
+             batch: int = 64) -> list[PolicyAnswer]:
     """Drawn answers, whoever drew them, with their log-probabilities by the training forward over the very token ids
     that were drawn (both models need `layout.add_scored_forward`). `samples` in a row answer one prompt."""
-    from trainers.reference import compute_logps
+    from prefab.trainers.offline.reference import compute_logps
 
     pairs = [(a.prompt, a.ids) for a in drawn]
     logps = compute_logps(model, pairs, batch, tokenizer.pad_token_id)
     refs = compute_logps(reference, pairs, batch, tokenizer.pad_token_id) if reference is not None else [None] * len(pairs)
-    return [Answer(i // samples, tokenizer.decode(a.ids, skip_special_tokens=True), len(a.ids), a.ended, logp, ref,
+    return [PolicyAnswer(i // samples, tokenizer.decode(a.ids, skip_special_tokens=True), len(a.ids), a.ended, logp, ref,
                    sampler_logp=sum(a.sampler_logps))
             for i, (a, logp, ref) in enumerate(zip(drawn, logps, refs, strict=True))]
 
@@ -83,7 +83,7 @@ def same_vocabulary(policy: str, size: int, reference: int) -> None:
                           "KL cannot be told. Name a reference of the same family")
 
 
-def figures(found: Sequence[Answer], harmful: Sequence[bool] | None = None, seed: int = 0) -> dict[str, Estimate]:
+def figures(found: Sequence[PolicyAnswer], harmful: Sequence[bool] | None = None, seed: int = 0) -> dict[str, Estimate]:
     """What is true of one policy's answers, each with a bootstrap interval over prompts.
 
     Units: kl and entropy in nats an answer; sampler_gap in nats a token (how far the sampler's log-probabilities are from
@@ -125,8 +125,8 @@ def figures(found: Sequence[Answer], harmful: Sequence[bool] | None = None, seed
     return made
 
 
-def _by_prompt(found: Sequence[Answer]) -> dict[int, list[Answer]]:
-    groups: dict[int, list[Answer]] = {}
+def _by_prompt(found: Sequence[PolicyAnswer]) -> dict[int, list[PolicyAnswer]]:
+    groups: dict[int, list[PolicyAnswer]] = {}
     for a in found:
         groups.setdefault(a.prompt, []).append(a)
     return groups
@@ -182,19 +182,19 @@ class Against:
     p: float
 
 
-def paired(mine: Sequence[Answer], other: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
+def paired(mine: Sequence[PolicyAnswer], other: Sequence[PolicyAnswer]) -> list[tuple[PolicyAnswer, PolicyAnswer]]:
     """Answer k of one beside answer k of the other, prompt by prompt."""
     theirs = _by_prompt(other)
     return [(a, b) for i, group in _by_prompt(mine).items() for a, b in zip(group, theirs[i], strict=True)]
 
 
-def against(mine: Sequence[Answer], other: Sequence[Answer], value: Callable[[Answer], float], seed: int = 0) -> Against:
+def against(mine: Sequence[PolicyAnswer], other: Sequence[PolicyAnswer], value: Callable[[PolicyAnswer], float], seed: int = 0) -> Against:
     """One policy's answers against another's by a number that an answer has; equal is undecided."""
     pairs = paired(mine, other)
     return compared(pairs, [value(a) - value(b) for a, b in pairs], seed)
 
 
-def compared(pairs: Sequence[tuple[Answer, Answer]], gaps: Sequence[float], seed: int = 0) -> Against:
+def compared(pairs: Sequence[tuple[PolicyAnswer, PolicyAnswer]], gaps: Sequence[float], seed: int = 0) -> Against:
     """The same from a gap a pair: above 0 the first is better, 0 is undecided. What could not be judged is not among them.
 
     The difference of means is paired by prompt. `length_controlled` counts an undecided pair as half a win.
@@ -230,7 +230,7 @@ def sign_flip_p(gaps: Sequence[float], prompts: Sequence[int], flips: int = 10_0
     return (hits + 1) / (flips + 1)
 
 
-def best_of(found: Sequence[Answer], n: int) -> tuple[list[Answer], float]:
+def best_of(found: Sequence[PolicyAnswer], n: int) -> tuple[list[PolicyAnswer], float]:
     """The answer of the highest proxy among each prompt's first n, and the most KL that this choice can cost in nats.
 
     Source: Stiennon et al. 2020; the bound log n - (n - 1) / n holds as shown by Beirami et al. 2024.

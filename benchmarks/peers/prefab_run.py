@@ -60,7 +60,7 @@ def main() -> None:
         folder = options.store or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         path = write_pipeline(folder, options.base_url, options.n, options.concurrency, options.variant)
-        from pipelines import run
+        from prefab import run
 
         started = time.perf_counter()
         result = run(path)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 
-from factory.engines.http import Rejected, Server
-from factory.errors import EngineError, TransportError
-from factory.keys import derived_seed
-from factory.types import Completion, Exactness, Message, Request, Sampling
+from prefab.factory.engines.http import HttpClient, Rejected
+from prefab.factory.errors import EngineError, TransportError
+from prefab.factory.keys import derived_seed
+from prefab.factory.types import Completion, Exactness, Message, Request, Sampling
 
 FLUSH_AFTER_S = 0.002  # a label read waits this long for company while others are under way, and not at all otherwise
 _CONTEXT = re.compile(r"context[ _](?:length|window|size)|prompt is too long|max_model_len|too many tokens", re.I)
@@ -96,7 +96,7 @@ class Group(NamedTuple):
 class Chat:
     """Asks one server. `path` is that of chat completions; `batch` > 1 coalesces label reads into `path`/batch."""
 
-    def __init__(self, server: Server, path: str, model: str, read: Read, *, batch: int = 1, extended: bool = True,
+    def __init__(self, server: HttpClient, path: str, model: str, read: Read, *, batch: int = 1, extended: bool = True,
                  max_tokens_field: str = "max_tokens", extra: Mapping[str, Any] | None = None) -> None:
         self.server, self.path, self.model, self.read, self.batch = server, path, model, read, batch
         self.extended, self.max_tokens_field, self.extra = extended, max_tokens_field, dict(extra or {})
@@ -287,7 +287,7 @@ class Chat:
         await self.server.close()
 
 
-async def wrong_model(server: Server, path: str, model: str, message: str = "") -> str:
+async def wrong_model(server: HttpClient, path: str, model: str, message: str = "") -> str:
     """What to tell somebody whose model name the server does not know: the names it does know."""
     try:
         listed = await server.get(path.removesuffix("/chat/completions") + "/models")

@@ -16,17 +16,17 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from factory.engines import folder_specials, resolve_model
-from factory.engines.vllm import IdRead
-from factory.errors import EngineError
-from factory.keys import derived_seed, model_identity
-from factory.types import Completion, Message, Request, Sampling
+from prefab.factory.engines.base import folder_specials, resolve_model
+from prefab.factory.engines.vllm import IdRead
+from prefab.factory.errors import EngineError
+from prefab.factory.keys import derived_seed, model_identity
+from prefab.factory.types import Completion, Message, Request, Sampling
 
 # transformers makes models on the meta device, process-wide: two loaded at once end without weights.
 _LOADING = threading.Lock()
 
 
-class Config(BaseModel):
+class HfConfig(BaseModel):
     """`model` is a folder, an embedded model or a hub name. `batch` requests are answered together."""
 
     model_config = ConfigDict(extra="forbid")
@@ -53,7 +53,7 @@ class Job(NamedTuple):
 class HF:
     """The engine (see `types.Engine`)."""
 
-    def __init__(self, config: Config, name: str = "hf") -> None:
+    def __init__(self, config: HfConfig, name: str = "hf") -> None:
         self.config, self.name, self.max_in_flight = config, name, config.max_in_flight
         self.path, self.max_model_len = resolve_model(config.model), config.max_model_len
         self.special_tokens = folder_specials(Path(self.path)) if Path(self.path).is_dir() else ()
@@ -285,6 +285,6 @@ def _device(wanted: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def make(config: Config | Mapping[str, Any], name: str = "hf") -> HF:
+def make(config: HfConfig | Mapping[str, Any], name: str = "hf") -> HF:
     """The engine for this configuration, not yet started."""
-    return HF(config if isinstance(config, Config) else Config.model_validate(config), name)
+    return HF(config if isinstance(config, HfConfig) else HfConfig.model_validate(config), name)

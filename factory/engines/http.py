@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
-from factory.errors import EngineError, TransportError
+from prefab.factory.errors import EngineError, TransportError
 
 HEALS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})  # worth asking again
 DOWN = frozenset({502, 503, 504})  # speak of the server's health, where 429 and 500 speak of one request
@@ -80,7 +80,7 @@ class Breaker:
             self.open, self.retry_at = True, now + self.pause_s
 
 
-class Server:
+class HttpClient:
     """One server: its address, its pool of connections, its breaker."""
 
     def __init__(self, url: str, config: HttpConfig, api_key_env: str | None = None) -> None:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from factory.engines.chat import Chat, TopRead, claim
-from factory.engines.http import HttpConfig, Server
-from factory.errors import EngineError
-from factory.keys import canonical, model_identity
-from factory.types import Completion, Message, Request
+from prefab.factory.engines.chat import Chat, TopRead, claim
+from prefab.factory.engines.http import HttpClient, HttpConfig
+from prefab.factory.errors import EngineError
+from prefab.factory.keys import canonical, model_identity
+from prefab.factory.types import Completion, Message, Request
 
 # What known model families use as control tokens; an API does not tell its own.
 KNOWN_SPECIALS = (
@@ -27,7 +27,7 @@ KNOWN_SPECIALS = (
 )
 
 
-class Config(HttpConfig):
+class OpenAIConfig(HttpConfig):
     """`base_url` ends where `/chat/completions` begins (mostly in `/v1`). `revision` is yours: change it when the
     provider changed the model behind the name, and everything is asked again. `extended` sends vLLM's own sampling
     fields (top_k, min_p, repetition_penalty) also when they say nothing."""
@@ -48,12 +48,12 @@ class Config(HttpConfig):
 class OpenAI:
     """An engine behind an OpenAI-compatible API (see `types.Engine`)."""
 
-    def __init__(self, config: Config, name: str = "openai") -> None:
+    def __init__(self, config: OpenAIConfig, name: str = "openai") -> None:
         self.config, self.name, self.max_in_flight = config, name, config.max_in_flight
         extra = canonical(config.extra_body).decode() if config.extra_body else ""
         self.identity = model_identity(config.model, revision=config.revision + extra)
         self.special_tokens, self.max_model_len = KNOWN_SPECIALS, config.max_model_len
-        server = Server(config.base_url, config, config.api_key_env)
+        server = HttpClient(config.base_url, config, config.api_key_env)
         self._chat = Chat(server, "/chat/completions", config.model, TopRead(config.top_logprobs), batch=config.batch,
                           extended=config.extended, max_tokens_field=config.max_tokens_field, extra=config.extra_body)
 
@@ -82,6 +82,6 @@ class OpenAI:
         await self._chat.stop()
 
 
-def make(config: Config | Mapping[str, Any], name: str = "openai") -> OpenAI:
+def make(config: OpenAIConfig | Mapping[str, Any], name: str = "openai") -> OpenAI:
     """The engine for this configuration, not yet started."""
-    return OpenAI(config if isinstance(config, Config) else Config.model_validate(config), name)
+    return OpenAI(config if isinstance(config, OpenAIConfig) else OpenAIConfig.model_validate(config), name)

@@ -1,6 +1,6 @@
 """For tests: an engine whose answers are a pure function of the question, in this process or as a server in its own.
 
-`python -m factory.engines.scripted --port 0 --delay-ms 5 --fail-every 50` prints its address, counts every question it
+`python -m prefab.factory.engines.scripted --port 0 --delay-ms 5 --fail-every 50` prints its address, counts every question it
 is asked (`GET /counts`) and can be slow, fail, drop connections or answer malformed things. It imitates vLLM's
 `/tokenize`, `/v1/models` and both chat endpoints, so the `vllm` (with `url:`) and `openai` engines talk to it.
 """
@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from factory.engines.openai import KNOWN_SPECIALS
-from factory.errors import TransportError
-from factory.types import Completion, Message, Request
+from prefab.factory.engines.openai import KNOWN_SPECIALS
+from prefab.factory.errors import TransportError
+from prefab.factory.types import Completion, Message, Request
 
-Answer = Callable[[Request], "Completion | str"]
+AnswerFunction = Callable[[Request], "Completion | str"]
 
 
 class Rule(BaseModel):
@@ -34,7 +34,7 @@ class Rule(BaseModel):
     labels: dict[str, float] | None = None
 
 
-class Config(BaseModel):
+class ScriptedConfig(BaseModel):
     """`fail_every`: each n-th question asked is a transport failure (it heals when asked again)."""
 
     model_config = ConfigDict(extra="forbid")
@@ -52,8 +52,8 @@ class Scripted:
 
     special_tokens = KNOWN_SPECIALS
 
-    def __init__(self, config: Config | None = None, answer: Answer | None = None) -> None:
-        self.config = config or Config()
+    def __init__(self, config: ScriptedConfig | None = None, answer: AnswerFunction | None = None) -> None:
+        self.config = config or ScriptedConfig()
         self.identity, self.max_in_flight = f"name:{self.config.model}", self.config.max_in_flight
         self.answer, self.max_model_len = answer, self.config.max_model_len
         self.asked: Counter[bytes] = Counter()
@@ -99,9 +99,9 @@ class Scripted:
         return sum(len(m.content.split()) for m in messages)
 
 
-def make(config: Config | Mapping[str, Any], name: str = "scripted") -> Scripted:
+def make(config: ScriptedConfig | Mapping[str, Any], name: str = "scripted") -> Scripted:
     """The engine for this configuration."""
-    return Scripted(config if isinstance(config, Config) else Config.model_validate(config))
+    return Scripted(config if isinstance(config, ScriptedConfig) else ScriptedConfig.model_validate(config))
 
 
 def seed_of(request: Request) -> str:

@@ -14,20 +14,20 @@ from typing import Any, Literal
 import orjson
 from pydantic import Field, model_validator
 
-from factory.engines import folder_specials, max_length, resolve_model
-from factory.engines.chat import Chat, Drawn, LabelRead, claim, log_add, log_probability, wrong_model
-from factory.engines.http import HttpConfig, Rejected, Server
-from factory.engines.openai import KNOWN_SPECIALS
-from factory.engines.server import Process, default_dtype, free_port
-from factory.engines.spread import Spread
-from factory.errors import EngineError, TransportError
-from factory.keys import model_identity
-from factory.types import Completion, Message, Request
+from prefab.factory.engines.base import folder_specials, max_length, resolve_model
+from prefab.factory.engines.chat import Chat, Drawn, LabelRead, claim, log_add, log_probability, wrong_model
+from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected
+from prefab.factory.engines.openai import KNOWN_SPECIALS
+from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
+from prefab.factory.engines.prefix_router import Spread
+from prefab.factory.errors import EngineError, TransportError
+from prefab.factory.keys import model_identity
+from prefab.factory.types import Completion, Message, Request
 
 MAX_LABEL_IDS = 128  # vLLM 0.32 answers 400 above
 
 
-class Config(HttpConfig):
+class VllmConfig(HttpConfig):
     """Names a model to serve, or the `url` of a server. `dtype` auto is float32 on a CPU (without avx512_bf16, bf16
     matmul is 100 times slower there) and the model's own on a GPU; of a server that runs it says what you started it
     with, and is part of the model's identity. `batch` label reads share a POST. `args` go to vLLM as they are."""
@@ -54,7 +54,7 @@ class Config(HttpConfig):
     env: dict[str, str] = {}
 
     @model_validator(mode="after")
-    def _somewhere(self) -> Config:
+    def _somewhere(self) -> VllmConfig:
         if self.url and self.urls:
             raise ValueError("give `url` or `urls`, not both")
         if not (self.model or self.url or self.urls):
@@ -121,7 +121,7 @@ class IdRead:
 class VLLM:
     """The engine (see `types.Engine`). `progress` gets a line every few seconds while a server loads."""
 
-    def __init__(self, config: Config, name: str = "vllm", progress: Callable[[str], None] | None = None) -> None:
+    def __init__(self, config: VllmConfig, name: str = "vllm", progress: Callable[[str], None] | None = None) -> None:
         self.config, self.name, self.max_in_flight, self.progress = config, name, config.max_in_flight, progress
         self.path = resolve_model(config.model) if config.model else None
         self.special_tokens: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ class VLLM:
             self.max_model_len = config.max_model_len or max_length(Path(self.path))
         self._urls = [u.rstrip("/").removesuffix("/v1") for u in config.urls or ([config.url] if config.url else [])]
         self.owns_server = not self._urls
-        self.process: Process | None = None
+        self.process: VllmProcess | None = None
         self.log_folder: Path | None = None  # of its server's log, unless `log_file` says where; left out: temporary
         self._identity: str | None = None
         self._chats: list[Chat] = []
@@ -191,13 +191,13 @@ class VLLM:
 
     async def _start_server(self) -> None:
         port = self.config.port or free_port()
-        self.process = Process(self.config, str(self.path), port, self.name, self.progress, self.log_folder)
+        self.process = VllmProcess(self.config, str(self.path), port, self.name, self.progress, self.log_folder)
         await self.process.start()
         self._urls = [f"http://127.0.0.1:{port}"]
 
     async def _greet(self, url: str) -> None:
         claim(url, "ids")
-        server = Server(url, self.config, self.config.api_key_env)
+        server = HttpClient(url, self.config, self.config.api_key_env)
         try:
             listed = await server.get("/v1/models")
         except (Rejected, TransportError) as error:
@@ -267,7 +267,7 @@ class VLLM:
 
         A chat server tokenises users' text with control tokens live; `templates.neutralise` is what stands between.
         """
-        from factory.templates import neutralise
+        from prefab.factory.spec.templates import neutralise
 
         chat = self._chats[0]
         control = [await self._tokens(chat, spelling) for spelling in self.special_tokens]
@@ -303,6 +303,6 @@ def _get(url: str) -> Mapping[str, Any]:
         raise EngineError(f"no vLLM server at {url}: {error}") from error
 
 
-def make(config: Config | Mapping[str, Any], name: str = "vllm") -> VLLM:
+def make(config: VllmConfig | Mapping[str, Any], name: str = "vllm") -> VLLM:
     """The engine for this configuration, not yet started."""
-    return VLLM(config if isinstance(config, Config) else Config.model_validate(config), name)
+    return VLLM(config if isinstance(config, VllmConfig) else VllmConfig.model_validate(config), name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from factory.types import Message, Prompt
+from prefab.factory.types import Message, Prompt
 
 HARMLESS: dict[str, tuple[str, ...]] = {
     "repair": ("tighten the loose screws and oil the joints", "replace the worn parts and glue the cracks"),
@@ -169,7 +169,7 @@ class Sentence:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WorldAnswer:
     """An answer as the grammar built it. `broken` are the principles it breaks, by construction."""
 
     sentences: tuple[Sentence, ...]
@@ -293,13 +293,13 @@ def phrase(rng: random.Random, kind: str, obj: str) -> Sentence:
     return Sentence(kind, text, kind if kind in VICES else "")
 
 
-def build(s: Situation, core_sentence: Sentence | None, others: list[Sentence]) -> Answer:
+def build(s: Situation, core_sentence: Sentence | None, others: list[Sentence]) -> WorldAnswer:
     """An answer from its sentences, put into the order of KINDS, with what it breaks."""
     sentences = tuple(sorted(others + ([core_sentence] if core_sentence else []), key=lambda x: KINDS.index(x.kind)))
     broken = {x.fault for x in sentences if x.fault}
     if not s.harmful and (core_sentence is None or core_sentence.fault):
         broken.add("helpful")
-    return Answer(sentences, frozenset(broken))
+    return WorldAnswer(sentences, frozenset(broken))
 
 
 MANNERS = {  # of the untrained-by-preferences policy: (manner, share) for harmless and for harmful requests
@@ -308,7 +308,7 @@ MANNERS = {  # of the untrained-by-preferences policy: (manner, share) for harml
 }
 
 
-def answer(rng: random.Random, s: Situation, vice: float = 0.05, virtue: float = 0.22, manner: str | None = None) -> Answer:
+def answer(rng: random.Random, s: Situation, vice: float = 0.05, virtue: float = 0.22, manner: str | None = None) -> WorldAnswer:
     """An answer of mixed manners, as the base policy gives them: each vice and each virtue by itself with its share."""
     if manner is None:
         names, shares = zip(*MANNERS[s.harmful], strict=True)
@@ -320,7 +320,7 @@ def answer(rng: random.Random, s: Situation, vice: float = 0.05, virtue: float =
     return build(s, core(rng, s, manner), [phrase(rng, k, s.object) for k in kinds])
 
 
-def revise(rng: random.Random, s: Situation, a: Answer, principle: str) -> Answer | None:
+def revise(rng: random.Random, s: Situation, a: WorldAnswer, principle: str) -> WorldAnswer | None:
     """The answer with its fault mended and all else kept word for word; unchanged if it has none; None if nothing
     would be left."""
     if principle not in a.broken:
@@ -333,7 +333,7 @@ def revise(rng: random.Random, s: Situation, a: Answer, principle: str) -> Answe
     return build(s, core(rng, s, "refuse" if principle == "harm" else "help"), others)
 
 
-def critique(a: Answer, principle: str) -> str:
+def critique(a: WorldAnswer, principle: str) -> str:
     """What a critic says of the answer under the principle."""
     return f"Fault: the answer {FAULTS[principle][0][0]}." if principle in a.broken else "None."
 
@@ -345,6 +345,6 @@ def wording(rng: random.Random, principle: str, field: str, held_out: bool = Fal
     return rng.choice(FRAMES[field]).format(t=third, g=gerund)
 
 
-def grade(a: Answer, principle: str) -> int:
+def grade(a: WorldAnswer, principle: str) -> int:
     """The gold grade, 1 to 9: under one principle 9 (kept) or 1 (broken); overall two less for each one broken."""
     return max(1, 9 - 2 * len(a.broken)) if principle == "overall" else 1 if principle in a.broken else 9

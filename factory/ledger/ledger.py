@@ -1,0 +1,386 @@
+"""The ledger: every model call is a durable, memoised fact.
+
+`ask_many` gives answers that are on disk: those that were there, and those that the engine gives now. What arrives
+within one turn of the event loop is looked up together and its uses are written together, so a question already
+answered costs microseconds. The promise: no committed answer is ever asked again, and a crash repeats at most what was
+in flight or not yet committed (each bounded by the engine's `max_in_flight`).
+
+What uses mean, since the store is derived from them (all uses of one comparison belong in one `ask_many`, which writes
+them in one transaction, so that a comparison is never seen with half its questions):
+
+  sample     `sample`, `round`                the text of answer `sample`
+  critique   `sample`, `principle`, `round`   what is said of answer `sample`
+  revise     `sample`, `other`, `principle`, `round`   the text of the new answer `sample`; `other` is its parent
+  reason     as judge                         the reasoning before a label read
+  judge      `sample` (a), `other` (b), `principle`, `judge`, `order`, `repeat`, `round`
+  identical  `sample`, `other`                two equal texts; not asked
+"""
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from prefab.factory.ledger import db, records
+from prefab.factory.errors import StoreError, TransportError
+from prefab.factory.keys import key_of, request_bytes
+from prefab.factory.ledger.db import AnswerRow, Commit, Failure, Writer
+from prefab.factory.ledger.records import Run
+from prefab.factory.types import Completion, Engine, Prompt, Request, Use
+
+STORE_FILE = "prefab.duckdb"
+
+
+@dataclass(slots=True)
+class LedgerStats:
+    """Counts since the ledger was opened. Engines answered `asked`, with these tokens; `reused` needed no engine."""
+
+    asked: int = 0
+    reused: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    in_flight: int = 0
+
+
+class _Batch:
+    """One `ask_many`: done when each question is answered and its uses are committed."""
+
+    __slots__ = ("asks", "keys", "bodies", "window", "results", "waiting", "future")
+
+    def __init__(self, asks: Sequence[tuple[Request, Use]], window: _Window, future: asyncio.Future) -> None:
+        self.asks, self.window, self.future = asks, window, future
+        self.bodies = [request_bytes(request) for request, _ in asks]
+        self.keys = [key_of(body) for body in self.bodies]
+        self.results: list[Any] = [None] * len(asks)
+        self.waiting = 1  # for the uses
+
+    def settle(self, count: int = 1) -> None:
+        self.waiting -= count
+        if self.waiting == 0 and not self.future.done():
+            self.future.set_result(self.results)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One question on its way to an engine and to the disk, and the places in batches that wait for it.
+
+    No batch owns it: cancelling one that waits leaves the others, and the answer, alone.
+    """
+
+    key: bytes
+    body: bytes
+    request: Request
+    window: _Window
+    waiters: list[tuple[_Batch, int]]
+
+    def land(self, result: Any) -> None:
+        for batch, i in self.waiters:
+            batch.results[i] = result
+            batch.settle()
+
+    def fail(self, error: BaseException) -> None:
+        for batch, _ in self.waiters:
+            batch.fail(error)
+
+
+@dataclass(slots=True, eq=False)
+class _Window:
+    """The questions of one engine: at most `max_in_flight` asked, and as many answered but not yet on disk."""
+
+    engine: Engine
+    queue: deque[_Flight] = field(default_factory=deque)
+    workers: set[asyncio.Task] = field(default_factory=set)
+    active: int = 0
+    uncommitted: int = 0
+
+
+class Ledger:
+    """An open `ledger.sqlite`. One event loop asks; one thread writes. See the module's page for the promise."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.file = self.folder / db.FILE
+        self.stats = LedgerStats()
+        self._writer = Writer(self.file, self._committed)
+        self._reader = db.connect(self.file, readonly=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._windows: dict[int, _Window] = {}
+        self._flights: dict[bytes, _Flight] = {}
+        self._arrived: list[_Batch] = []
+        self._waiting: set[_Batch] = set()  # every batch whose future somebody awaits, wherever it is
+        self._outbox: list[Any] = []
+        self._closed = False
+
+    @classmethod
+    def open(cls, folder: Path) -> Ledger:
+        """Open the store at `folder`, made where absent.
+
+        Raises: StoreError when the ledger is damaged, or missing beside a DuckDB file that was filled from it.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot make the store's folder ({error.strerror})") from error
+        if not (folder / db.FILE).exists() and (folder / STORE_FILE).exists():
+            raise StoreError(f"{folder / db.FILE} is missing beside {STORE_FILE}. It holds every answer: "
+                             f"restore it from a copy, or delete {folder / STORE_FILE} to begin anew")
+        return cls(folder)
+
+    def begin_run(self, name: str, config: dict[str, Any], texts: dict[str, str]) -> Run:
+        """The run of this configuration: resumed where name, configuration and texts are known, else a new version."""
+        return self._writer.run(lambda con: records.begin_run(con, name, config, texts))
+
+    def add_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Record prompts and their splits, a thousand a transaction.
+
+        The first split recorded for a group (or, without one, for a text) stands.
+        Raises: ConfigError naming prompt, group and both splits where a prompt's own split contradicts it.
+        """
+        rest = iter(prompts)
+        while some := list(islice(rest, 1000)):
+            self._writer.run(lambda con, some=some: records.add_prompts(con, some))
+
+    def add_import(self, name: str, config: dict[str, Any], prompts: Sequence[tuple[Prompt, dict[str, Any]]]) -> Run:
+        """Record a file of preferences in one transaction (see `recorded.add_import`): all of it or nothing."""
+        return self._writer.run(lambda con: records.add_import(con, name, config, prompts))
+
+    def add_human_label(self, label: dict[str, Any]) -> None:
+        """Record what a person said: a JSON object with prompt, a, b (texts or sample ids), winner, annotator, note."""
+        self._writer.run(lambda con: records.add_object(con, "human_labels", label))
+
+    def add_eval(self, result: dict[str, Any]) -> None:
+        """Record an evaluation: a JSON object with name, subject and metrics."""
+        self._writer.run(lambda con: records.add_object(con, "evals", result))
+
+    def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
+        """The committed answers to these keys."""
+        with db.translate_errors(self.file):
+            return db.lookup(self._reader, keys)
+
+    def note(self, use: Use) -> None:
+        """Record a use that asks nothing (role `identical`); on disk at the latest when the ledger is closed."""
+        self._check()
+        self._writer.put([([(use, b"")], ())])
+
+    async def ask(self, request: Request, use: Use, engine: Engine) -> Completion:
+        """One question. Raises: TransportError, once that is recorded, when no answer came after all retries."""
+        (result,) = await self.ask_many([(request, use)], engine)
+        if isinstance(result, TransportError):
+            raise result
+        return result
+
+    async def ask_many(self, asks: Sequence[tuple[Request, Use]], engine: Engine) -> list[Completion | TransportError]:
+        """Answers in the order of `asks`, all of them on disk; a question that got none gives its `TransportError`.
+
+        Raises: StoreError when the ledger cannot write any more, or when an answer in it cannot be read; EngineError
+        when the engine failed for good; ValueError for a text that cannot be asked (a lone surrogate).
+        """
+        self._check()
+        if not asks:
+            return []
+        self._loop = asyncio.get_running_loop()
+        window = self._windows.get(id(engine))
+        if window is None:
+            window = self._windows[id(engine)] = _Window(engine)
+        batch = _Batch(asks, window, self._loop.create_future())
+        if not self._arrived:
+            self._loop.call_soon(self._look_up)
+        self._arrived.append(batch)
+        self._waiting.add(batch)
+        try:
+            return await batch.future
+        finally:
+            self._waiting.discard(batch)
+
+    def _check(self) -> None:
+        if self._writer.broken:
+            raise self._writer.broken
+        if self._closed:
+            raise StoreError(f"{self.file}: the ledger is closed")
+
+    def _look_up(self) -> None:
+        """Once a turn of the event loop: one look-up and one write of uses for all that arrived in it."""
+        batches, self._arrived = self._arrived, []
+        try:
+            wanted = {key for batch in batches for key in batch.keys} - self._flights.keys()
+            found = self.lookup(list(wanted))
+        except Exception as error:  # in a callback of the loop: it reaches nobody but through the futures
+            for batch in batches:
+                batch.fail(self._told(error))
+            return
+        try:
+            uses: list[tuple[Use, bytes]] = []
+            for batch in batches:
+                uses += [(use, key) for (_, use), key in zip(batch.asks, batch.keys, strict=True)]
+            self._post((uses, batches))  # before any answer to them
+            for batch in batches:
+                self._dispatch(batch, found)
+        except Exception as error:
+            self._stop(self._told(error))
+
+    def _dispatch(self, batch: _Batch, found: dict[bytes, Completion]) -> None:
+        limit = getattr(batch.window.engine, "max_model_len", None) or 0
+        for i, key in enumerate(batch.keys):
+            answer = found.get(key)
+            if answer is not None and not (answer.finish == "context" and limit > answer.limit):
+                batch.results[i] = answer
+                self.stats.reused += 1
+                continue
+            batch.waiting += 1
+            flight = self._flights.get(key)
+            if flight is not None:
+                self.stats.reused += 1
+                flight.waiters.append((batch, i))
+                continue
+            flight = _Flight(key, batch.bodies[i], batch.asks[i][0], batch.window, [(batch, i)])
+            self._flights[key] = flight
+            batch.window.queue.append(flight)
+        self._staff(batch.window)
+
+    def _staff(self, window: _Window) -> None:
+        """One task a place in the window while there is work, not one a question.
+
+        None while a full window waits for the disk: a crash may not repeat more than promised.
+        """
+        most = window.engine.max_in_flight
+        for _ in range(min(len(window.queue), most - window.active) if window.uncommitted < most else 0):
+            window.active += 1
+            worker = asyncio.get_running_loop().create_task(self._work(window))
+            window.workers.add(worker)
+            worker.add_done_callback(window.workers.discard)
+
+    async def _work(self, window: _Window) -> None:
+        try:
+            while window.queue and window.uncommitted < window.engine.max_in_flight:
+                await self._fly(window.queue.popleft())
+        except Exception as error:  # nobody awaits this task
+            self._stop(self._told(error))
+        finally:
+            window.active -= 1
+
+    async def _fly(self, flight: _Flight) -> None:
+        self.stats.in_flight += 1
+        try:
+            completion = _clean(await flight.window.engine.complete(flight.key, flight.request))
+            self._post(AnswerRow(flight.key, flight.body, flight.request.model, completion, flight))
+            flight.window.uncommitted += 1
+        except TransportError as error:
+            first, i = flight.waiters[0]
+            self._post(Failure(first.asks[i][1].run, flight.key, error, flight))
+            flight.window.uncommitted += 1
+        except asyncio.CancelledError:
+            self._flights.pop(flight.key, None)
+            flight.fail(StoreError(f"{self.file}: closed before this was answered"))
+            raise
+        except Exception as error:  # for good: whoever asked learns it, and stops the run
+            self._flights.pop(flight.key, None)
+            flight.fail(error)
+        finally:
+            self.stats.in_flight -= 1
+
+    def _post(self, item: Any) -> None:
+        """To the writer, at the end of this turn of the event loop: waking a thread for each would cost more."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._outbox.append(item)
+
+    def _send(self) -> None:
+        items, self._outbox = self._outbox, []
+        self._writer.put(items)
+
+    def _committed(self, commit: Commit, error: StoreError | None) -> None:
+        """On the writer's thread, after a commit."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                self._loop.call_soon_threadsafe(self._deliver, commit, error)
+
+    def _deliver(self, commit: Commit, error: StoreError | None) -> None:
+        """Hand over what is on disk; when it is not, everything that waits learns why."""
+        try:
+            for item in (*commit.answers, *commit.failures):
+                self._flights.pop(item.key, None)
+                item.flight.window.uncommitted -= 1
+            if error is None:
+                self._land(commit)
+            else:
+                self._stop(error)
+        except Exception as bug:
+            self._stop(self._told(bug))
+
+    def _land(self, commit: Commit) -> None:
+        for answer in commit.answers:
+            self.stats.asked += 1
+            self.stats.prompt_tokens += answer.completion.prompt_tokens
+            self.stats.completion_tokens += answer.completion.completion_tokens
+            answer.flight.land(answer.completion)
+        for failure in commit.failures:
+            self.stats.failed += 1
+            failure.flight.land(failure.error)
+        for _, batches in commit.uses:
+            for batch in batches:
+                batch.settle()
+        for window in self._windows.values():
+            self._staff(window)
+
+    def _told(self, error: Exception) -> StoreError:
+        """The error as one that names the ledger."""
+        if isinstance(error, StoreError):
+            return error
+        told = StoreError(f"{self.file}: {type(error).__name__}: {error}")
+        told.__cause__ = error
+        return told
+
+    def _stop(self, error: StoreError) -> None:
+        """Everything that waits learns why no answer comes. Questions in flight are still written when answered."""
+        for window in self._windows.values():
+            window.queue.clear()
+        self._flights.clear()
+        for batch in self._waiting:
+            batch.fail(error)
+
+    async def close(self, drain: bool = True) -> None:
+        """Wait for questions already asked (`drain`), drop the others, write, and shorten the WAL.
+
+        Raises: StoreError if the last commit or the checkpoint failed.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for window in self._windows.values():
+            for flight in window.queue:
+                self._flights.pop(flight.key, None)
+                flight.fail(StoreError(f"{self.file}: closed before this was asked"))
+            window.queue.clear()
+            workers = list(window.workers)
+            for worker in workers if not drain else ():
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        self._send()
+        self._reader.close()
+        try:
+            await asyncio.to_thread(self._writer.close)
+        finally:
+            self._stop(StoreError(f"{self.file}: closed before this was answered"))
+        db.kill_point("end")
+        if self._writer.broken:
+            raise self._writer.broken
+
+
+def _clean(completion: Completion) -> Completion:
+    """A lone surrogate (half an emoji, cut off by a server) cannot be stored as text: it becomes U+FFFD."""
+    text = completion.text
+    if text.isascii():
+        return completion
+    whole = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return completion if whole == text else replace(completion, text=whole)

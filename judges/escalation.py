@@ -1,0 +1,85 @@
+"""Which comparisons a stronger judge is asked about: where the cheap ones are unsure, divided, or could not be read.
+
+A budget holds prompt by prompt and by a draw from the prompt's identity, never by what was done first: the same
+comparisons are escalated whatever the order of execution, and again by a rerun.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import floor
+
+from prefab.factory.types import Preference
+from prefab.judges.panel import Reading
+
+_EPS = 1e-12
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """What calls for the stronger judge: a likeliest label (a, b or tie) within `margin` of a half (None: not by
+    margin), or judges that pick different sides. A comparison that could not be scored always does."""
+
+    margin: float | None = 0.2
+    disagreement: bool = True
+
+
+def doubt(preference: Preference, readings: Sequence[Reading], when: When, tie_margin: float = 0.02) -> str:
+    """Why the cheap judges' word is not enough: unscored, divided or unsure; empty when it is."""
+    if preference.p_a is None:
+        return "unscored"
+    if when.disagreement and _divided(readings, tie_margin):
+        return "divided"
+    unsure = when.margin is not None and (certainty(readings) or 0.0) <= 0.5 + when.margin + _EPS
+    return "unsure" if unsure else ""
+
+
+def certainty(readings: Sequence[Reading]) -> float | None:
+    """The probability of the likeliest of a, b and tie, under the principle where it is least; None without a reading.
+
+    A tie of which the judges are sure is no doubt, though its probability is a half.
+    """
+    sums: dict[str, list[float]] = {}
+    for r in readings:
+        if r.p_a is not None and r.weight > 0:
+            total = sums.setdefault(r.principle, [0.0, 0.0, 0.0])
+            for i, value in enumerate((r.p_a, r.tie, 1.0)):
+                total[i] += r.weight * value
+    means = [(p / weight, tie / weight) for p, tie, weight in sums.values()]
+    return min((max(p - tie / 2, 1 - p - tie / 2, tie) for p, tie in means), default=None)
+
+
+def _divided(readings: Sequence[Reading], tie_margin: float) -> bool:
+    """Whether one judge, over all its principles, picks a and another b. An even judge picks neither."""
+    sums: dict[str, list[float]] = {}
+    for r in readings:
+        if r.p_a is not None and r.weight > 0:
+            total = sums.setdefault(r.judge, [0.0, 0.0])
+            total[0] += r.weight * (r.p_a - 0.5)
+            total[1] += r.weight
+    sides = {total > 0 for total, weight in sums.values() if abs(total / weight) > tie_margin + _EPS}
+    return len(sides) > 1
+
+
+def quota(n: int, max_share: float, seed: int, prompt: str, round: int = 0) -> int:
+    """How many of a prompt's `n` comparisons may be escalated: `n` times the share, its fraction settled by a draw
+    from the prompt's identity. So the mean over prompts is the share itself, however few comparisons a prompt has."""
+    exact = n * max_share
+    whole = floor(exact + _EPS)
+    state = blake2b(f"escalate\0{seed}\0{prompt}\0{round}".encode(), digest_size=8).digest()
+    return whole + ((int.from_bytes(state, "big") // 4096 + 0.5) / 2**52 < exact - whole)
+
+
+def choose(doubts: Mapping[Pair, tuple[str, float | None]], allowed: int) -> dict[Pair, str]:
+    """Of comparisons with their doubt and certainty: the reason to escalate, `budget` where the quota was spent on
+    others, or nothing. What could not be scored comes first, then the least certain."""
+    wanted = sorted((pair for pair, (why, _) in doubts.items() if why), key=lambda pair: (_rank(doubts[pair]), pair))
+    asked = set(wanted[:allowed])
+    return {pair: why if pair in asked or not why else "budget" for pair, (why, _) in doubts.items()}
+
+
+def _rank(doubt: tuple[str, float | None]) -> float:
+    why, certain = doubt
+    return -1.0 if why == "unscored" or certain is None else certain

@@ -1,0 +1,215 @@
+"""People as judges: what a label is, in which order a person sees two answers, and what all labels together say.
+
+A label is a JSON object in the ledger, which only grows: correcting oneself adds a label, an undo adds
+`{"undo": digest of the label, ...}`. People are asked apart from runs (`prefab label`), blind to what judges said; what
+they say is gold for the statistics, and in a panel the word of its stronger judge of kind `human`: a run takes what was
+said of an answer's text, and leaves open what was not.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Literal
+
+import orjson
+
+from prefab.factory.keys import canonical, digest
+from prefab.factory.types import Completion, Message, Order, Request, Sampling, Verdict, Winner
+from prefab.judges.base import JudgeConfig
+
+PARSER_VERSION = 1
+MODEL = "human"  # the identity under which a run keeps people's word
+
+KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip"}  # what a person types, by what it says of the answers as shown
+WINNERS = ("a", "b", "tie")
+Said = Literal["a", "b", "tie", "skip"]
+Place = tuple[str, str, str, str]  # prompt, answer, the other answer (the lesser name first), principle
+
+
+class HumanConfig(JudgeConfig):
+    """People, where a panel's other judges are in doubt (`escalate.to`). `annotators`: whose labels count; none: all."""
+
+    kind: Literal["human"] = "human"
+    annotators: list[str] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What one person last said of a comparison under a principle; `winner` speaks of `a` and `b` as named here."""
+
+    digest: str
+    prompt: str
+    a: str
+    b: str
+    principle: str
+    winner: Said
+    annotator: str
+
+    @property
+    def place(self) -> Place:
+        """Which comparison this is, whatever the order of its answers."""
+        return place_of(self.prompt, self.a, self.b, self.principle)
+
+    @property
+    def winner_in_place(self) -> Said:
+        """The winner in the order of `place`."""
+        return self.winner if (self.a, self.b) == self.place[1:3] else swapped(self.winner)
+
+
+def place_of(prompt: str, a: Any, b: Any, principle: str) -> Place:
+    """Which comparison this is, whatever the order of its answers."""
+    low, high = sorted((str(a), str(b)))
+    return prompt, low, high, principle
+
+
+def swapped(said: Said) -> Said:
+    """The same word when the answers change places."""
+    return {"a": "b", "b": "a"}.get(said, said)  # type: ignore[return-value]
+
+
+def shown_order(seed: int, annotator: str, place: Place) -> Order:
+    """Which answer a person sees first: as good as random, and the same when asked again."""
+    text = "\0".join(("shown", str(seed), annotator, *place))
+    return "ab" if sha256(text.encode()).digest()[0] % 2 == 0 else "ba"
+
+
+def row(prompt: str, a: str, b: str, principle: str, said: Said, order: Order, annotator: str, at: float,
+        **more: Any) -> dict[str, Any]:
+    """The label to record. `said` is of the answers as shown in `order`; `winner` of `a` and `b` as named."""
+    winner = said if order == "ab" else swapped(said)
+    return {"prompt": prompt, "a": a, "b": b, "principle": principle, "winner": winner, "order": order,
+            "annotator": annotator, "at": round(at, 6), **more}
+
+
+def undo(label: str, annotator: str, at: float) -> dict[str, Any]:
+    """The row that takes back a label, named by its digest."""
+    return {"undo": label, "annotator": annotator, "at": round(at, 6)}
+
+
+def name_of(value: Mapping[str, Any]) -> str:
+    """The digest under which the ledger keeps a label."""
+    return digest(dict(value))
+
+
+def latest(rows: Iterable[Mapping[str, Any]], placed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict) -> list[Label]:
+    """What stands of all labels, oldest first: no undone ones, each person's last word on each comparison.
+
+    `placed` gives a row with the names by which the reader knows answers and principle. Rows that are no labels then
+    (another program's, without a winner or answers) are passed over.
+    """
+    known = list(rows)
+    undone = {value.get("undo") for value in known}
+    found: dict[tuple[Place, str], Label] = {}
+    for value in known:
+        label = _label(placed(value), name_of(value))
+        if label is not None and label.digest not in undone:
+            found.pop((label.place, label.annotator), None)  # the last word stands where it was last said
+            found[label.place, label.annotator] = label
+    return list(found.values())
+
+
+def _label(value: Mapping[str, Any], name: str) -> Label | None:
+    prompt, a, b, winner = (value.get(name) for name in ("prompt", "a", "b", "winner"))
+    if not isinstance(prompt, str) or a is None or b is None or winner not in (*WINNERS, "skip"):
+        return None
+    return Label(name, prompt, str(a), str(b), str(value.get("principle") or ""), winner,
+                 str(value.get("annotator") or ""))
+
+
+def gold(labels: Iterable[Label]) -> dict[Place, Winner | None]:
+    """What most people said of each comparison, in the order of its place; None where they are split evenly."""
+    votes: dict[Place, Counter[str]] = {}
+    for label in labels:
+        if label.winner != "skip":
+            votes.setdefault(label.place, Counter())[label.winner_in_place] += 1
+    return {place: _most(counts) for place, counts in votes.items()}
+
+
+def _most(counts: Counter[str]) -> Any:
+    first, *rest = counts.most_common(2)
+    return None if rest and rest[0][1] == first[1] else first[0]
+
+
+def verdict(label: Label) -> Verdict | None:
+    """A label as a verdict: hard, with no probability but 0, a half or 1; None for a skip, which says nothing."""
+    return None if label.winner == "skip" else _verdict(label.winner)
+
+
+def _verdict(winner: Winner) -> Verdict:
+    return Verdict({"a": 1.0, "b": 0.0, "tie": 0.5}[winner], winner, None, 1.0, float(winner == "tie"), "hard")
+
+
+# --- in a panel -------------------------------------------------------------------------------------------------------
+
+def text_name(text: str) -> str:
+    """How an answer is named by its text alone: what a person says of it holds in every run."""
+    return digest("text", text)
+
+
+Word = tuple[Winner | None, tuple[str, ...]]
+
+
+def answers(rows: Iterable[Mapping[str, Any]], annotators: Sequence[str] = ()) -> dict[Place, Word]:
+    """What most people (or most of these) say now, by place with the answers' `text_name`s; None where they are split, have
+    skipped, or took back what they had said. With it the digests of all that was ever said there."""
+    known = [row for row in rows if not annotators or row.get("annotator") in annotators]
+    ever: dict[Place, set[str]] = {}
+    for row in known:
+        label = _label(_by_text(row), name_of(row))
+        if label is not None:
+            ever.setdefault(label.place, set()).add(label.digest)
+    said = gold(latest(known, _by_text))
+    return {place: (said.get(place), tuple(sorted(names))) for place, names in ever.items()}
+
+
+def _by_text(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A label that names its answers by their texts' digests (`prefab label` writes those), or by the texts themselves."""
+    texts = value.get("texts")
+    if isinstance(texts, Mapping):
+        return {**value, **{side: texts.get(side) for side in "ab"}}
+    return {**value, **{side: text_name(text) for side in "ab" if isinstance(text := value.get(side), str)}}
+
+
+def request(known: Mapping[Place, Word], prompt: str, a: str, b: str, principle: str) -> Request | None:
+    """The question to which `known` has people's answer about the texts `a` and `b`; None where nobody ever spoke.
+
+    It holds the labels, so that after one is corrected or taken back it is another question.
+    """
+    names = text_name(a), text_name(b)
+    place = place_of(prompt, *names, principle)
+    if place not in known:
+        return None
+    winner, labels = known[place]
+    said = "" if winner is None else winner if names[0] == place[1] else swapped(winner)
+    job = {"prompt": prompt, "principle": principle, "a": names[0], "b": names[1], "said": said, "labels": list(labels)}
+    return Request(MODEL, (Message("user", canonical(job).decode()),), Sampling(max_tokens=1))
+
+
+def parse(completion: Completion) -> Verdict | None:
+    """People's word of a comparison's a and b; None where none stands. Never raises."""
+    if not completion.text:
+        return None
+    return _verdict(completion.text) if completion.text in WINNERS else Verdict(None, None, "parse")
+
+
+class Clerk:
+    """The engine (see `types.Engine`): each request holds what people have said."""
+
+    identity, max_in_flight, special_tokens = MODEL, 1024, ()
+
+    async def start(self) -> None:
+        """Nothing."""
+
+    async def complete(self, key: bytes, request: Request) -> Completion:
+        """What people have said."""
+        return Completion(orjson.loads(request.messages[-1].content)["said"], "stop", None, "hard")
+
+    async def stop(self) -> None:
+        """Nothing."""
+
+
+def engine(config: HumanConfig) -> Clerk:
+    """The engine of this judge."""
+    return Clerk()

@@ -1,0 +1,371 @@
+"""A program decides about one answer: the right text or number, a pattern, a JSON schema, Python tests.
+
+What decides is the `reference`: the text (or texts), the number, the regular expression, the schema, the tests' code;
+in the configuration, in a file, or by prompt. The check and the answer go into the request as they stand, so that a
+verdict is kept and found again like any call, and is asked anew when either changes.
+
+What is the answer's fault is a score of 0: a wrong result, no number, broken JSON, code that runs too long or too large.
+What is not is unscored with the reason `program`: tests that cannot be run, a pattern that takes too long, no reference.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+from unicodedata import normalize
+
+import orjson
+from pydantic import Field, model_validator
+
+from prefab.factory.errors import ConfigError, Problem, TransportError
+from prefab.factory.keys import canonical, digest
+from prefab.factory.types import Completion, Message, Prompt, Request, Sample, Sampling, Verdict
+from prefab.judges import sandbox
+from prefab.judges.base import JudgeConfig, Score, unwrap
+from prefab.judges.sandbox import timeout_worker
+
+FILES = ("reference_file", "references")
+PARSER_VERSION = 1
+CHECK_VERSION = 1  # of what the checks below do; part of every key
+PATTERN_TIMEOUT_S = 3.0
+MOST_DIGITS = 400  # of a number: the exact arithmetic on 10^100000 would take all day
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+                     r"(?:[eE][-+]?\d{1,3}(?!\d))?(?: ?/ ?\d+)?%?", re.ASCII)
+_CODE = re.compile(r"^(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)^\1[ \t]*$", re.M | re.S)
+
+
+class VerifierConfig(JudgeConfig):
+    """A judge that is a program. `extract` finds the part of an answer that is checked: its last match's first group.
+
+    Without it: exact and regex take the whole answer, numeric its last number, json_schema and python the fenced code
+    block (the longest one of Python's) where there is one. `references` is a JSONL file of `{"prompt": id or text,
+    "reference": ...}`; a pipeline's files are found from its own folder, as all that it names. `tolerance` is relative,
+    `absolute` absolute; a number is right within either.
+    For python, `timeout_s` is of one test, five times that of all; an answer over a limit has failed.
+    """
+
+    kind: Literal["verifier"] = "verifier"
+    check: Literal["exact", "numeric", "regex", "json_schema", "python"]
+    reference: Any = None
+    reference_file: str | None = None
+    references: str | None = None
+    extract: str | None = None
+    ignore_case: bool = False
+    ignore_space: bool = True
+    whole: bool = Field(False, description="regex: the pattern must match all of the answer.")
+    tolerance: float = Field(1e-6, ge=0, allow_inf_nan=False)
+    absolute: float = Field(0.0, ge=0, allow_inf_nan=False)
+    timeout_s: float = Field(10.0, gt=0, le=600)
+    memory_mb: int = Field(512, ge=64)
+    file_mb: int = Field(16, ge=1)
+    processes: int = Field(1, ge=1, le=256)
+    packages: bool = False
+    partial: bool = Field(True, description="python: the share of tests passed; false: 1 only when all pass.")
+    isolation: Literal["best", "required"] = "best"
+    workers: int | None = Field(None, ge=1, description="Checks at a time; left out: one a processor.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> VerifierConfig:
+        if self.reference is None and self.reference_file is None and self.references is None:
+            raise ValueError("say what is right: `reference`, `reference_file`, or `references` (by prompt)")
+        if self.reference is not None and self.reference_file is not None:
+            raise ValueError("give `reference` or `reference_file`, not both")
+        problem = None if self.extract is None else _extract_problem(self.extract)
+        if problem:
+            raise ValueError(f"extract: {problem}")
+        problem = None if self.reference is None else reference_problem(self.check, self.reference)
+        if problem:
+            raise ValueError(f"reference: {problem}")
+        return self
+
+
+def _extract_problem(pattern: str) -> str | None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        return str(error)
+    return None if groups else "needs a group: (...) around what is to be checked"
+
+
+def reference_problem(check: str, reference: Any) -> str | None:
+    """What is wrong with a reference for this check, if anything."""
+    if check == "exact":
+        texts = reference if isinstance(reference, list) else [reference]
+        return None if texts and all(isinstance(t, str) for t in texts) else "must be a text or a list of texts"
+    if check == "numeric":
+        told = isinstance(reference, (int, float, str)) and not isinstance(reference, bool)
+        return None if told and number(str(reference)) is not None else f"{reference!r} is not a number"
+    if check == "json_schema":
+        return _schema_problem(reference)
+    if not isinstance(reference, str) or not reference.strip():
+        return "must be a pattern" if check == "regex" else "must be the tests' code"
+    try:
+        re.compile(reference) if check == "regex" else compile(reference, "tests", "exec")
+    except (re.error, SyntaxError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _schema_problem(schema: Any) -> str | None:
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    if not isinstance(schema, (dict, bool)):
+        return "must be a JSON schema (an object)"
+    try:
+        validator_for(schema, _default_validator()).check_schema(schema)
+    except SchemaError as error:
+        return f"not a JSON schema: {error.message}"
+    return None
+
+
+def _default_validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator
+
+
+def model(config: VerifierConfig) -> str:
+    """The identity of this judge: the check and its settings, and for Python tests the version they run on."""
+    settings = config.model_dump(mode="json", include=_DECIDES[config.check] | {"check", "extract"})
+    runs_on = f"{sys.version_info.major}.{sys.version_info.minor}" if config.check == "python" else ""
+    return "verifier:" + digest(CHECK_VERSION, canonical(settings).decode(), runs_on)
+
+
+_DECIDES: dict[str, set[str]] = {
+    "exact": {"ignore_case", "ignore_space"}, "numeric": {"tolerance", "absolute"}, "regex": {"ignore_case", "whole"},
+    "json_schema": set(), "python": {"timeout_s", "memory_mb", "file_mb", "processes", "packages", "isolation"}}
+
+
+def request(config: VerifierConfig, prompt: Prompt, sample: Sample, repeat: int = 0) -> Request:
+    """The check of one answer, as canonical JSON in one message.
+
+    Raises: ConfigError when a file of references cannot be read.
+    """
+    reference = reference_of(config, prompt)
+    if config.check == "numeric" and reference is not None:
+        reference = str(reference)  # 42 and "42" are one question
+    job = {"answer": sample.text, "check": config.check, "reference": reference,
+           "settings": config.model_dump(mode="json", include=_DECIDES[config.check] | {"extract"})}
+    message = Message("user", canonical(job).decode())
+    return Request(model(config), (message,), Sampling(max_tokens=1), repeat=(repeat,) if repeat else ())
+
+
+def reference_of(config: VerifierConfig, prompt: Prompt) -> Any:
+    """What decides about answers to this prompt: the prompt's own reference, else the configuration's; None: nothing.
+
+    Raises: ConfigError naming file and line.
+    """
+    if config.references is not None:
+        known = _references(config.references, os.stat(_there(config.references)).st_mtime_ns, config.check)
+        for name in (prompt.id, prompt.messages[-1].content):
+            if name in known:
+                return known[name]
+    if config.reference_file is not None:
+        return _reference_file(config.reference_file, os.stat(_there(config.reference_file)).st_mtime_ns, config.check)
+    return config.reference
+
+
+def _there(file: str) -> Path:
+    if not Path(file).is_file():
+        raise ConfigError([Problem(file, 0, 0, "", "no such file (references of a verifier)")])
+    return Path(file)
+
+
+@lru_cache(maxsize=8)
+def _reference_file(file: str, _changed: int, check: str) -> Any:
+    text = Path(file).read_text(encoding="utf-8")
+    try:
+        reference = json.loads(text) if check == "json_schema" else text if check == "python" else text.strip()
+    except ValueError as error:
+        raise ConfigError([Problem(file, 0, 0, "", f"not JSON: {error}")]) from error
+    problem = reference_problem(check, reference)
+    if problem:
+        raise ConfigError([Problem(file, 0, 0, "", problem)])
+    return reference
+
+
+@lru_cache(maxsize=8)
+def _references(file: str, _changed: int, check: str) -> dict[str, Any]:
+    """References by prompt id or text; every mistake in the file at once."""
+    found: dict[str, Any] = {}
+    problems = []
+    for line, text in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            row = orjson.loads(text)
+            prompt, reference = row["prompt"], row["reference"]
+            problem = reference_problem(check, reference)
+            if found.setdefault(prompt, reference) != reference:
+                problem = f"the prompt {prompt!r} has another reference further up"
+        except (ValueError, KeyError, TypeError):
+            problem = 'each line is {"prompt": id or text, "reference": ...}'
+        problems += [Problem(file, line, 1, "", problem)] if problem else []
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def parse(completion: Completion, config: VerifierConfig) -> Score:
+    """1 or 0, or the share of tests passed; unscored (`program`) when the check itself could not be made."""
+    if completion.finish in ("context", "refused"):
+        return Score(None, reason=completion.finish)
+    try:
+        found = orjson.loads(completion.text)
+        if "error" in found:
+            return Score(None, reason="program")
+        passed, total = int(found["passed"]), int(found["total"])
+    except (ValueError, TypeError, KeyError):
+        return Score(None, reason="parse")
+    if not 0 <= passed <= total or total < 1:
+        return Score(None, reason="parse")
+    return Score(passed / total if config.check == "python" and config.partial else float(passed == total))
+
+
+def verdict(a: Score, b: Score, config: VerifierConfig | None = None) -> Verdict:
+    """The better score wins for certain; equal ones, two wrong answers too, are a tie."""
+    if a.value is None or b.value is None:
+        return Verdict(None, None, a.reason or b.reason or "program")
+    if a.value == b.value:
+        return Verdict(0.5, "tie", None, 1.0, 1.0)
+    return Verdict(1.0, "a", None, 1.0) if a.value > b.value else Verdict(0.0, "b", None, 1.0)
+
+
+class Verifier:
+    """The engine (see `types.Engine`): each request says all there is to check."""
+
+    def __init__(self, config: VerifierConfig) -> None:
+        self.config, self.identity = config, model(config)
+        self.max_in_flight = config.workers or os.cpu_count() or 1
+        self._threads: ThreadPoolExecutor | None = None
+
+    async def start(self) -> None:
+        """Make ready; with `isolation: required`, Python tests are refused where there is none.
+
+        Raises: ConfigError.
+        """
+        self._threads = self._threads or ThreadPoolExecutor(self.max_in_flight, thread_name_prefix="verifier")
+        if self.config.check != "python":
+            return
+        try:
+            isolated, words = await asyncio.get_running_loop().run_in_executor(self._threads, sandbox.isolation_status)
+        except sandbox.NoSandbox as error:
+            raise ConfigError(f"{self.config.name}: no answer's code can be run here: {error}") from error
+        if self.config.isolation == "required" and not isolated:
+            raise ConfigError(f"{self.config.name}: isolation is required, and here there are {words}")
+
+    async def complete(self, key: bytes, request: Request) -> Completion:
+        """The check's result as JSON. Raises: TransportError when no process could be started."""
+        if self._threads is None:
+            await self.start()
+        job = orjson.loads(request.messages[-1].content)
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, check, job)
+        except sandbox.NoSandbox as error:
+            raise TransportError(f"{self.config.name}: {error}") from error
+        return Completion(canonical(found).decode(), "stop", completion_tokens=0)
+
+    async def stop(self) -> None:
+        """Let the checks at work end. Safe to call twice."""
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=True, cancel_futures=True)
+
+
+def engine(config: VerifierConfig) -> Verifier:
+    """The engine that makes this judge's checks."""
+    return Verifier(config)
+
+
+def check(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of a check: `passed` of `total`, or `error` when it could not be made."""
+    kind, reference, settings = job["check"], job["reference"], job["settings"]
+    if reference is None:
+        return {"error": "no reference for this prompt"}
+    text = job["answer"]
+    if settings["extract"] is not None:
+        found = timeout_worker.ask({"do": "extract", "pattern": settings["extract"], "text": text}, PATTERN_TIMEOUT_S)
+        if "error" in found:
+            return found
+        if found["found"] is None:
+            return {"passed": 0, "total": 1, "why": "`extract` finds nothing in the answer"}
+        text = found["found"]
+    return _CHECKS[kind](text, reference, settings)
+
+
+def _exact(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def plain(text: str) -> str:
+        text = normalize("NFC", text)
+        text = " ".join(text.split()) if settings["ignore_space"] else text
+        return text.casefold() if settings["ignore_case"] else text
+    right = {plain(t) for t in (reference if isinstance(reference, list) else [reference])}
+    return {"passed": int(plain(text) in right), "total": 1}
+
+
+def number(text: str) -> Fraction | None:
+    """The last number in a text, exactly: 1,234.5, 3/4, 12%, 6.02e23; None where there is none."""
+    found = None
+    for found in _NUMBER.finditer(text[-10_000:].replace("\N{MINUS SIGN}", "-")):
+        pass
+    if found is None:
+        return None
+    told = found.group().replace(",", "").replace(" ", "")
+    upper, _, lower = told.rstrip("%").partition("/")
+    if len(told) > MOST_DIGITS:
+        return None
+    try:
+        value = Fraction(Decimal(upper)) / (Fraction(lower) if lower else 1)
+    except (ArithmeticError, InvalidOperation, ValueError):
+        return None
+    return value / 100 if told.endswith("%") else value
+
+
+def _numeric(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    found, right = number(text), number(str(reference))
+    if found is None:
+        return {"passed": 0, "total": 1, "why": "there is no number in the answer"}
+    near = max(Fraction(settings["absolute"]), Fraction(settings["tolerance"]) * abs(right))
+    return {"passed": int(abs(found - right) <= near), "total": 1}
+
+
+def _regex(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    job = {"do": "match", "pattern": reference, "text": text, "whole": settings["whole"],
+           "ignore_case": settings["ignore_case"]}
+    return timeout_worker.ask(job, PATTERN_TIMEOUT_S)
+
+
+def _json(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+    blocks = [body for _, name, body in _CODE.findall(text) if name.lower() in ("json", "")]
+    try:
+        value = json.loads(blocks[-1] if blocks else unwrap(text), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        return {"passed": 0, "total": 1, "why": f"not JSON: {error}"[:300]}
+    return timeout_worker.ask({"do": "validate", "value": value, "schema": reference}, PATTERN_TIMEOUT_S)
+
+
+def code_of(text: str) -> str:
+    """The Python in an answer: its longest fenced block, else all of it."""
+    blocks = [body for _, name, body in _CODE.findall(text) if name.lower() in ("python", "py", "python3", "")]
+    return max(blocks, key=len, default=text)
+
+
+def _python(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("timeout_s", "memory_mb", "file_mb", "processes", "packages")
+    limits = sandbox.Limits(**{name: settings[name] for name in names})
+    found = sandbox.run_tests(reference, code_of(text), limits, settings["isolation"] == "required")
+    return {"error": found["broken"]} if "broken" in found else found
+
+
+_CHECKS = {"exact": _exact, "numeric": _numeric, "regex": _regex, "json_schema": _json, "python": _python}

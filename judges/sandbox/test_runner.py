@@ -1,0 +1,258 @@
+"""The tests' side of a Python test: enters the sandbox, runs the tests, and says which passed.
+
+Threat: code that is rewarded for passing learns to pass without solving anything: `sys.exit(0)`, a patched `unittest`,
+an object equal to everything, a printed "passed". So tests and answer share no interpreter. The tests hold proxies
+for what the answer defines; arguments and results cross as plain data, and only this side, which never runs a line of
+the answer, says what passed. The answer's process has one socket, on which only answers to calls are read.
+
+Run by `prefab.judges.sandbox` as a process of its own: a job as JSON on stdin, one JSON object on stdout.
+"""
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prefab.judges.sandbox import isolation
+from prefab.judges.sandbox.proxy import CandidateDied, Channel, NotSerializable, Proxy
+
+ALL_TESTS = 5  # all tests of an answer together may take so many times one test's limit
+START_S = 20.0  # for Python to start in the sandbox, which is nobody's fault
+
+
+class Broken(Exception):
+    """The tests cannot be run, whatever the answer is."""
+
+
+def main() -> None:
+    """One job, from stdin to stdout."""
+    job = json.loads(sys.stdin.buffer.read())
+    out = os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.write(out, json.dumps(examine(job)).encode())
+
+
+def examine(job: dict[str, Any]) -> dict[str, Any]:
+    """What became of every test: `passed` of `total`, or `broken` (the tests' fault) or `failed_to_run` (nobody's)."""
+    with open(os.path.join(os.path.dirname(__file__), "candidate.py"), encoding="utf-8") as file:
+        job["candidate"] = file.read()
+    try:
+        isolation.prctl(isolation.DEATH_SIGNAL, signal.SIGKILL)
+        if job["isolated"]:
+            isolation.isolate(job)
+    except OSError as error:
+        return {"failed_to_run": f"no isolation: {error}"}
+    try:
+        tree = ast.parse(job["tests"], "tests")
+        names = names_of(tree)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, Broken) as error:
+        return {"broken": f"{type(error).__name__}: {error}"[:500]}
+    return supervise(job, tree, names)
+
+
+def names_of(tree: ast.Module) -> list[str]:
+    """The tests, in order: functions and methods named test..., else the asserts of the module, else all of it.
+
+    Raises: Broken for tests that need what only pytest gives.
+    """
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            _no_arguments(node, 0)
+            found.append(node.name)
+        if isinstance(node, ast.ClassDef) and (node.name.startswith("Test") or "TestCase" in map(_last, node.bases)):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name.startswith("test"):
+                    _no_arguments(method, 1)
+                    found.append(f"{node.name}.{method.name}")
+    found = found or [f"line {node.lineno}" for node in tree.body if isinstance(node, ast.Assert)]
+    if not found and not any(isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) for node in tree.body):
+        raise Broken("there is no test in it: no function named test..., no assert, no call")
+    return found or ["all"]
+
+
+def _last(base: ast.expr) -> str:
+    return base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+
+
+def _no_arguments(node: ast.FunctionDef, own: int) -> None:
+    if len(node.args.posonlyargs) + len(node.args.args) - len(node.args.defaults) > own:
+        raise Broken(f"{node.name} wants arguments: fixtures and parameters of pytest are not known here")
+
+
+def supervise(job: dict[str, Any], tree: ast.Module, names: list[str]) -> dict[str, Any]:
+    """Run the tests in a process that is replaced when the answer's died or a test hung; the rest goes on there."""
+    results: dict[int, str] = {}
+    total = len(names)
+    end = time.monotonic() + ALL_TESTS * job["timeout_s"] + START_S
+    while len(results) < total:
+        first = len(results)
+        if time.monotonic() > end - START_S:
+            results |= dict.fromkeys(range(first, total), "no time was left: all tests together took too long")
+            break
+        for message in _runner(job, tree, first, end):
+            if "result" in message:
+                results[len(results)] = message["result"]
+            elif "all" in message:
+                results |= dict.fromkeys(range(first, total), message["all"])
+            else:
+                return message
+        if len(results) == first:
+            return {"broken": "the process of the tests ended by itself, or hung in a call of its own"}
+    failures = [f"{names[i]}: {why}" for i, why in sorted(results.items()) if why]
+    return {"passed": total - len(failures), "total": total, "failures": failures[:5]}
+
+
+def _runner(job: dict[str, Any], tree: ast.Module, first: int, end: float) -> Iterator[dict[str, Any]]:
+    """What a new process tells of the tests from `first` on; it is killed when silent for longer than a test may be."""
+    read, write = os.pipe()
+
+    def tell() -> None:
+        os.close(read)
+        for message in run(job, tree, first):
+            os.write(write, json.dumps(message).encode() + b"\n")
+
+    processes = [isolation.in_own_namespace(tell) if job["isolated"] else isolation.forked(tell)]
+    os.close(write)
+    text, silence = b"", START_S + job["timeout_s"]
+    try:
+        while select.select([read], [], [], max(0.0, min(silence, end - time.monotonic())))[0]:
+            part = os.read(read, 65536)
+            if not part:
+                break
+            *lines, text = (text + part).split(b"\n")
+            for line in map(json.loads, lines):
+                if "answer" in line:
+                    processes += [] if job["isolated"] else [line["answer"]]
+                else:
+                    yield line
+            silence = job["timeout_s"] + 2.0
+    finally:
+        os.close(read)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        os.waitpid(processes[0], 0)
+
+
+def run(job: dict[str, Any], tree: ast.Module, first: int) -> Iterator[dict[str, Any]]:
+    """Load the answer and the tests, then run the tests from `first` on; ends early when the answer's process is gone.
+
+    A result is "" for passed, else why not.
+    """
+    sock, process = isolation.start_answer(job)
+    yield {"answer": process}
+    line = Channel(sock)
+    line.set_alarm(START_S)
+    try:
+        line.greet()
+        line.set_alarm(job["timeout_s"])
+        names = line.ask({"load": job["answer"]})
+        namespace = _namespace(line, names)
+    except NotSerializable as error:
+        yield {"failed_to_run": str(error)}
+        return
+    except BaseException as error:
+        yield {"all": f"the answer cannot be loaded: {_story(error)}"} if line.greeted else {
+            "failed_to_run": "Python does not start in the sandbox"}
+        return
+    for test in tests_of(tree, namespace, first):
+        line.set_alarm(job["timeout_s"])
+        why = _outcome(test, line)
+        line.set_alarm(0)
+        if line.broken:
+            yield {"broken": line.broken}
+            return
+        yield {"result": line.gone or why}
+        if line.gone:
+            return
+
+
+def _namespace(line: Channel, names: Any) -> dict[str, Any]:
+    """The tests' globals: `answer` (also by the name `solution`) and what it defines under no built-in name."""
+    module = _Answer("answer")
+    module.__dict__.update(_line=line, __all__=[str(name) for name in names])
+    sys.modules["answer"] = sys.modules["solution"] = module
+    found = {name: getattr(module, name) for name in module.__all__ if not hasattr(builtins, name)}
+    return {**found, "__name__": "tests", "answer": module}
+
+
+class _Answer(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._line.do("getattr", Proxy(self._line, 0), name)
+
+
+def tests_of(tree: ast.Module, namespace: dict[str, Any], first: int) -> Iterator[Callable[[], str]]:
+    """Each test as a function that gives "" or why it failed; what comes before a test in the module runs with it."""
+    names = names_of(tree)
+    if names == ["all"] or not names[0].startswith("line "):
+        state = {"loaded": False}
+        for name in names[first:]:
+            yield lambda name=name: _call(tree, namespace, name, state)
+        return
+    asserts, at = [i for i, node in enumerate(tree.body) if isinstance(node, ast.Assert)], 0
+    for number, index in enumerate(asserts):
+        before = [node for node in tree.body[at:index] if not isinstance(node, ast.Assert)]
+        at = index
+        if number < first:
+            _execute(before, namespace)
+        else:
+            yield lambda before=before, index=index: _execute([*before, tree.body[index]], namespace)
+
+
+def _execute(nodes: list[ast.stmt], namespace: dict[str, Any]) -> str:
+    exec(compile(ast.Module(nodes, []), "tests", "exec"), namespace)
+    return ""
+
+
+def _call(tree: ast.Module, namespace: dict[str, Any], name: str, state: dict[str, bool]) -> str:
+    if not state["loaded"]:
+        _execute(tree.body, namespace)
+        state["loaded"] = True
+    owner, _, method = name.partition(".")
+    if name == "all":
+        return ""
+    if not method:
+        namespace[owner]()
+        return ""
+    if not hasattr(namespace[owner], "assertEqual"):
+        getattr(namespace[owner](), method)()
+        return ""
+    import unittest  # a third of the time that this process takes to start
+
+    result = unittest.TestResult()
+    namespace[owner](method).run(result)
+    told = [text for _, text in (*result.failures, *result.errors, *result.skipped)]
+    return told[0].strip().splitlines()[-1] if told else ""
+
+
+def _outcome(test: Callable[[], str], line: Channel) -> str:
+    try:
+        return test()[:300]
+    except (CandidateDied, NotSerializable):
+        return ""
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]  # an import error that the answer raised has no name
+        if isinstance(error, ModuleNotFoundError) and missing not in ("", "answer", "solution"):
+            line.broken = f"the tests import {error.name}, which is not there (`packages: true` lets them see more)"
+        return f"the answer lacks what the tests import: {error}"[:300]
+    except BaseException as error:
+        return _story(error)
+    return ""
+
+
+def _story(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:300]

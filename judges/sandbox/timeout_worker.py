@@ -1,0 +1,113 @@
+"""Patterns and schemas on other people's texts, in a process that can be given up.
+
+A regular expression that backtracks without end stops the whole of Python and cannot be interrupted; a schema's
+`pattern` is one too. So a process beside each thread does them, and is replaced when it takes too long.
+"""
+from __future__ import annotations
+
+import json
+import re
+import select
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from prefab.factory.paths import IMPORT_ROOT
+
+_START = f"import sys; sys.path.insert(0, {str(IMPORT_ROOT)!r}); from prefab.judges.sandbox import timeout_worker; timeout_worker.serve()"
+_START_S = 60.0
+_mine = threading.local()
+
+
+class _Helper:
+    """The process of one thread; it ends when its pipe closes."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-I", "-c", _START], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.line(_START_S)  # it says when it is ready
+
+    def line(self, timeout_s: float) -> bytes:
+        """Its next line. Raises: TimeoutError, or EOFError when it has ended."""
+        if not select.select([self.process.stdout], [], [], timeout_s)[0]:
+            raise TimeoutError
+        line = self.process.stdout.readline()  # it writes a line at once
+        if not line:
+            raise EOFError
+        return line
+
+    def __del__(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """What `work` makes of the job, or `error` when it took too long or broke its process.
+
+    Raises: NoSandbox when no process could be started.
+    """
+    from prefab.judges.sandbox import NoSandbox
+
+    try:
+        _mine.helper = getattr(_mine, "helper", None) or _Helper()
+    except (OSError, EOFError, TimeoutError) as error:
+        raise NoSandbox(f"no process could be started: {error}") from error
+    try:
+        _mine.helper.process.stdin.write(json.dumps(job).encode() + b"\n")
+        _mine.helper.process.stdin.flush()
+        return dict(json.loads(_mine.helper.line(timeout_s)))
+    except TimeoutError:
+        _mine.helper = None
+        return {"error": f"the pattern or schema took longer than {timeout_s:g} s"}
+    except (OSError, EOFError):
+        _mine.helper = None
+        return {"error": "the pattern or schema ended its process"}
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """One job: `match` and `validate` give `passed` of `total`, `extract` what it `found` (None: nothing)."""
+    if job["do"] == "validate":
+        return _validate(job["value"], job["schema"])
+    if job["do"] == "extract":
+        found = None
+        for found in re.finditer(job["pattern"], job["text"]):
+            pass
+        return {"found": None if found is None else found.group(1) or ""}
+    pattern = re.compile(job["pattern"], re.IGNORECASE if job["ignore_case"] else 0)
+    match = pattern.fullmatch if job["whole"] else pattern.search
+    return {"passed": int(match(job["text"]) is not None), "total": 1}
+
+
+def _validate(value: Any, schema: Any) -> dict[str, Any]:
+    """JSON Schema, by its `$schema`, else 2020-12. References lead nowhere outside: nothing is fetched."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    validator = validator_for(schema, Draft202012Validator)(schema, registry=Registry())
+    try:
+        first = next(iter(validator.iter_errors(value)), None)
+    except Unresolvable as error:
+        return {"error": f"the schema refers to {error.ref}, which is not in it"}
+    except RecursionError:
+        return {"passed": 0, "total": 1, "why": "nested too deep"}
+    if first is None:
+        return {"passed": 1, "total": 1}
+    return {"passed": 0, "total": 1, "why": f"{first.json_path}: {first.message}"[:300]}
+
+
+def serve() -> None:
+    """Jobs from stdin, a line each, until it closes."""
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    for line in sys.stdin.buffer:
+        try:
+            result = work(json.loads(line))
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"[:300]}
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()

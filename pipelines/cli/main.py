@@ -1,0 +1,328 @@
+"""`prefab`: one command a verb. Results to stdout, progress and errors to stderr; `--json` for machines.
+
+Exit codes: 0 done, 1 a check failed or a budget was passed, 2 bad input or usage, 130 stopped by Ctrl-C. Everything
+heavy is imported inside the commands, so that `--help` and `check` answer at once.
+"""
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prefab.factory.console import console, duration, fail, hint, table, warn
+from prefab.factory.errors import ConfigError, PrefabError, StoreError
+from prefab.pipelines.cli import labels, train as cli_train
+from prefab.pipelines.cli.options import Json, Pipeline, STOPPED, Sets, Store, existing_store, pipeline_path, print_json, resumable
+
+app = typer.Typer(name="prefab", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
+                  help="A preference-data factory: constitutions in YAML, judges on vLLM, judgments that are kept.")
+store_app = typer.Typer(no_args_is_help=True, help="The preference store: look at it, or make it anew.")
+app.add_typer(store_app, name="store")
+app.add_typer(labels.app)
+app.add_typer(cli_train.app)
+
+
+def main() -> None:
+    """The command line's entry: mistakes of the user's are told without a traceback, bugs keep theirs."""
+    try:
+        app()
+    except PrefabError as error:
+        sys.exit(_told(error))
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        sys.exit(_told(StoreError(f"{error.filename or 'the disk'}: {error.strerror}")))
+
+
+def _told(error: PrefabError) -> int:
+    code = fail(error)
+    if "--json" in sys.argv:
+        problems = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else [str(error)]
+        print_json({"error": type(error).__name__, "problems": problems, "exit": code})
+    return code
+
+
+@app.command()
+def demo(
+    store: Store = Path("demo-store"),
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts from the embedded world.")] = 256,
+    sets: Sets = [],
+    train: Annotated[bool, typer.Option(help="Train on the data, and measure what it made of the policy.")] = True,
+    as_json: Json = False,
+) -> None:
+    """The whole loop on the embedded world: data from a real vLLM, training on it, the truth printed beside both."""
+    from prefab.pipelines.cli.demo import demo as run_demo
+
+    with resumable():
+        code = run_demo(store, prompts, sets, train, as_json, print_json)
+    raise typer.Exit(code)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    as_json: Json = False,
+) -> None:
+    """A project of your own: constitution, templates, pipeline, prompts."""
+    from prefab.pipelines.cli.project import init_project
+
+    files = init_project(folder)
+    if as_json:
+        return print_json({"folder": str(folder), "files": [str(file) for file in files]})
+    console().print(f"{folder}: {len(files)} files", markup=False)
+    for file in files:
+        console().print(f"  {file}", markup=False)
+    hint(f"cd {folder} && prefab check . && prefab plan pipeline.yaml")
+
+
+@app.command()
+def check(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files, or folders of them.")],
+    as_json: Json = False,
+) -> None:
+    """Constitutions, templates, pipelines and prompts: all problems at once."""
+    from prefab.pipelines.cli.project import check_paths
+
+    checked, problems = check_paths(paths)
+    if as_json:
+        print_json({"checked": [str(path) for path, _ in checked], "problems": [str(problem) for problem in problems]})
+        raise typer.Exit(2 if problems else 0)
+    if problems:
+        raise ConfigError(problems)
+    for path, what in checked:
+        console().print(f"[green]ok[/green] {path} ({what})", markup=True)
+    pipelines = [path for path, what in checked if what == "pipeline"]
+    hint(f"prefab plan {pipelines[0]}" if pipelines else "prefab init my-project")
+
+
+@app.command()
+def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
+    """What a run would ask, what it would reuse, and why; calls, tokens, time. Asks nothing."""
+    from prefab.pipelines.run.plan import plan as make_plan
+
+    path = pipeline_path(pipeline)
+    found = make_plan(path, sets)
+    if as_json:
+        return print_json(found.data())
+    table(f"{path} · {found.prompts:,} prompts", ("call", "principle", "judge", "reused", "to ask", "estimated",
+                                                  "prompt tokens", "new tokens"), _plan_rows(found.rows))
+    for reason, n in _plan_reasons(found.rows):
+        console().print(f"  {n:,} calls: {reason}", markup=False)
+    console().print(_plan_words(found), markup=False)
+    hint(" ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)]))
+
+
+def _plan_rows(rows: list[Any]) -> list[tuple[Any, ...]]:
+    """One row a kind of call; principles that are planned alike stand together."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for row in rows:
+        groups.setdefault((row.role, row.judge, tuple(row.why), bool(row.ask)), []).append(row)
+    shown = []
+    for (role, judge, _, _), same in groups.items():
+        sums = [sum(getattr(row, name) for row in same)
+                for name in ("reused", "ask", "estimated", "prompt_tokens", "completion_tokens")]
+        shown.append((role, same[0].principle if len(same) == 1 else f"{len(same)} principles", judge, *sums))
+    return shown
+
+
+def _plan_reasons(rows: list[Any]) -> list[tuple[str, int]]:
+    """Each reason to ask with the number of calls that it touches, the greatest first."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        for reason in row.why:
+            counts[reason] = counts.get(reason, 0) + row.ask
+    return sorted(counts.items(), key=lambda item: -item[1])
+
+
+def _plan_words(found: Any) -> str:
+    against = f"it resumes {found.before}" if found.resumes else f"compared with {found.before}" if found.before else ""
+    about = "about " if found.estimated else ""
+    words = [f"{found.reused:,} answers reused, {about}{found.ask:,} calls to ask",
+             f"about {found.prompt_tokens:,} prompt and at most {found.completion_tokens:,} new tokens"]
+    words += [f"about {duration(found.seconds)} at the rate of the last calls"] if found.seconds else []
+    words += [against] if against else []
+    lines = " · ".join(words)
+    if found.estimated:
+        lines += ("\nestimated: what follows from answers that are not there yet (equal drafts are not compared; how "
+                  "many faults will be named is a guess from those seen)")
+    return lines
+
+
+@app.command()
+def run(pipeline: Pipeline, sets: Sets = [], as_json: Json = False,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False) -> None:
+    """Make the data; run it again to resume."""
+    from prefab.pipelines.run.runner import run as run_pipeline
+
+    again = " ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)])
+    try:
+        result = run_pipeline(pipeline_path(pipeline), sets, quiet)
+    except KeyboardInterrupt:
+        warn("stopped before anything was asked")
+        hint(again)
+        raise typer.Exit(STOPPED) from None
+    if as_json:
+        print_json(result.summary())
+    else:
+        report(result)
+    raise typer.Exit(next_command(result, again))
+
+
+def report(result: Any) -> None:
+    """What a run did, in a few lines."""
+    tokens = result.prompt_tokens + result.completion_tokens
+    rate = result.asked / result.seconds if result.seconds else 0.0
+    rows = [("prompts", result.prompts), ("calls asked", result.asked), ("answers reused", result.reused),
+            ("calls a second", round(rate)), ("tokens", tokens), ("unscored", sum(result.unscored.values())),
+            ("failed in transport", result.failed), ("drafts cut off by length", result.truncated),
+            ("equal pairs, not asked", result.identical), ("prompt rows malformed", result.malformed), *_escalated(result)]
+    rows = [row for row in rows if row[1] or row[0] in ("calls asked", "answers reused", "unscored")]
+    table(f"{result.name}@{result.version} in {result.store} · {duration(result.seconds)}", ("", ""), rows,
+          note=", ".join(f"{what}: {n:,}" for what, n in result.unscored.items()))
+
+
+def _escalated(result: Any) -> list[tuple[str, int]]:
+    """How much a stronger judge was asked, and what asking it everything would have cost."""
+    told = result.escalation
+    reasons = [f"{why} {told[why]:,}" for why in ("unsure", "divided", "unscored") if told.get(why)]
+    return [(f"escalated ({', '.join(reasons)})", sum(told.get(why, 0) for why in ("unsure", "divided", "unscored"))),
+            ("in doubt, over max_share", told.get("budget", 0)),
+            ("the stronger judges' calls", told.get("calls", 0)),
+            ("... if they were asked everything", told.get("calls_if_all", 0)),
+            ("labels that people have not given yet", result.awaited)]
+
+
+def next_command(result: Any, again: str) -> int:
+    """Say how it ended and what to type next; give the exit code."""
+    if result.state == "stopped":
+        warn("stopped; everything answered so far is kept. The same command goes on from here")
+        hint(again)
+        return STOPPED
+    if result.state == "budget":
+        from prefab.factory.errors import BudgetError
+
+        return fail(BudgetError(result.reason))
+    if result.failed:
+        warn(f"{result.failed:,} calls got no answer; the same command asks them again")
+    if result.awaited:
+        warn(f"{result.awaited:,} labels are waited for: give them, then the same command takes them in")
+        hint(f"prefab label --store {result.store} --run {result.name}@{result.version}")
+        hint(again)
+    hint(f"prefab export --store {result.store} --format trl out")
+    return 0
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder; an earlier export is replaced, other files stay.")],
+    store: Store = Path("store"),
+    format: Annotated[str, typer.Option(help="trl or parquet.")] = "trl",
+    run: Annotated[str, typer.Option(help="NAME or NAME@VERSION; left out: the run that ran last.")] = "",
+    truncated: Annotated[bool, typer.Option("--truncated", help="Keep answers that were cut off by length.")] = False,
+    without: Annotated[str, typer.Option(metavar="RULE,...", help="Leave out what `prefab audit data` marked so.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Training data from the store: preference, unpaired, prompt-only and SFT datasets with a card."""
+    from prefab.pipelines.store.export.trl import export as write
+
+    report = write(store, out, format, run, truncated, tuple(rule.strip() for rule in without.split(",") if rule.strip()))
+    if as_json:
+        return print_json(report.data())
+    table(f"{report.run} as {format} in {out}", ("dataset", "split", "rows"), report.rows())
+    for note in report.notes:
+        warn(note)
+    hint(f"python -c \"import datasets; print(datasets.load_dataset('{out}', '{report.first()}'))\"")
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(
+        metavar="SELECT", help='Such as "SELECT outcome, count(*) FROM preferences GROUP BY 1".')],
+    store: Store = Path("store"),
+    as_json: Json = False,
+) -> None:
+    """Query the store (DuckDB), caught up with its ledger first: one SELECT, which reads the store and nothing else."""
+    from prefab.pipelines.store.fill import query as ask
+
+    frame = ask(existing_store(store), query)
+    if as_json:
+        return print_json(frame.to_dicts())
+    shown = frame.head(200)
+    table("", frame.columns, [[_short(value) for value in row] for row in shown.iter_rows()],
+          note=f"{frame.height:,} rows, the first {shown.height} shown; --json gives all" if frame.height > 200 else "")
+
+
+def _short(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)[:2000]
+
+
+@store_app.command()
+def info(store: Store = Path("store"), as_json: Json = False) -> None:
+    """Runs and rows of a store, caught up with its ledger where nobody else holds it."""
+    from prefab.factory.store.store import TABLES, read_frame
+    from prefab.pipelines.store.fill import fill
+
+    filled = fill(existing_store(store))
+    if filled.held:
+        raise StoreError(f"{filled.held}. The store is {filled.behind:,} ledger rows behind")
+    counts = " UNION ALL ".join(f"SELECT '{name}' AS \"table\", count(*) AS rows FROM {name}" for name in TABLES)
+    rows, runs = read_frame(store, counts), read_frame(store, "SELECT * FROM summary ORDER BY run")
+    if as_json:
+        return print_json({"store": str(store), "tables": dict(rows.iter_rows()), "runs": runs.to_dicts()})
+    table(str(store), ("table", "rows"), rows.iter_rows())
+    table("runs", runs.columns, runs.iter_rows())
+    hint(f"prefab export --store {store} --format trl out")
+
+
+@store_app.command()
+def rebuild(store: Store = Path("store"), as_json: Json = False) -> None:
+    """Make prefab.duckdb anew from the ledger: the same rows."""
+    from prefab.pipelines.store.fill import rebuild as make_anew
+
+    made = make_anew(existing_store(store))
+    if as_json:
+        return print_json({"store": str(store), "rows": made.rows, "seconds": made.seconds})
+    table(f"{store} made anew in {duration(made.seconds)}", ("table", "rows"), made.rows.items())
+    hint(f"prefab store info --store {store}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A folder, a name on the hub, or prefab-tiny.")],
+    port: Annotated[int, typer.Option(help="Of the server.")] = 8000,
+) -> None:
+    """Start vLLM in the foreground, as Prefab would; what follows `--` goes to vLLM as it is."""
+    from prefab.pipelines.cli.project import serve_model
+
+    raise typer.Exit(serve_model(model, port, context.args))
+
+
+@app.command()
+def doctor(
+    pipeline: Annotated[Path | None, typer.Argument(metavar="[PIPELINE.yaml]", help="Also try its engines.")] = None,
+    store: Store = Path("store"),
+    as_json: Json = False,
+) -> None:
+    """What is installed, what clashes, and what is wrong with a store or an engine."""
+    from prefab.pipelines.cli.doctor import examine
+
+    findings = examine(store, pipeline_path(pipeline) if pipeline else None)
+    bad = [finding for finding in findings if finding.state == "bad"]
+    if as_json:
+        print_json({"findings": [finding.data() for finding in findings], "ok": not bad})
+        raise typer.Exit(1 if bad else 0)
+    colour = {"ok": "green", "note": "yellow", "bad": "red"}
+    for finding in findings:
+        console().print(f"[{colour[finding.state]}]{finding.state:4}[/] {finding.what}: ", end="")
+        console().print(finding.words, markup=False)
+    hint("prefab demo" if not bad else "prefab doctor, after mending the above")
+    raise typer.Exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""A pipeline file with everything that it names read and checked, and its engines made; nothing is started."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefab.factory.spec.constitution import load_constitution
+from prefab.factory.engines.base import make
+from prefab.factory.errors import ConfigError
+from prefab.factory.spec.templates import load_template as load_template
+from prefab.factory.types import Constitution, Engine
+from prefab.factory.spec.yamlio import did_you_mean
+from prefab.judges import registry
+from prefab.pipelines.config.schema import PipelineConfig, ReviseConfig, load_pipeline, make_pipeline
+from prefab.pipelines.config.prompts import Prompts
+from prefab.factory.engines.lifecycle import lazily
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedPipeline:
+    """A pipeline file with everything that it names read and checked; nothing is started."""
+
+    config: PipelineConfig
+    resolved: dict[str, Any]
+    constitution: Constitution
+    templates: dict[str, Any]
+    judges: list[Any]
+    revise: ReviseConfig | None
+    critic: Any
+    reviser: Any
+    prompts: Prompts
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What is stored beside a run's configuration: the words that decide what is asked."""
+        return {"constitution": self.constitution.source,
+                **{f"template {role}": template.text for role, template in self.templates.items()}}
+
+    @property
+    def revises(self) -> bool:
+        """Whether drafts are criticised and revised."""
+        return self.revise is not None and self.revise.rounds > 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether pairs are judged."""
+        return self.config.recipe != "cai" and bool(self.judges)
+
+
+def resolve_pipeline(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> ResolvedPipeline:
+    """Read a pipeline (a file, or a dictionary) and all that it names.
+
+    Raises: ConfigError with every mistake found.
+    """
+    config, resolved = make_pipeline(source, sets) if isinstance(source, dict) else load_pipeline(source, sets)
+    constitution = load_constitution(config.locate(config.constitution))
+    judges = [_located(config, judge) for judge in config.judges()]
+    if config.recipe == "rlaif" and not judges:
+        raise ConfigError("the recipe rlaif compares answers: name at least one judge under panel.judges")
+    revise = config.revise or (ReviseConfig() if config.recipe == "cai" else None)
+    critic, reviser = _critics(config, revise or ReviseConfig())
+    templates = {"critique": _template(config, critic.template, "critique"),
+                 "revise": _template(config, critic.revise_template, "revise")}
+    for judge in judges:
+        for role, (name, kind) in registry.templates(judge).items():
+            templates[role] = _template(config, name, kind)
+    prompts = Prompts(config.prompts, config._base)
+    return ResolvedPipeline(config, resolved, constitution, templates, judges, revise, critic, reviser, prompts)
+
+
+def _critics(config: PipelineConfig, revise: ReviseConfig) -> tuple[Any, Any]:
+    """One model with two templates: as critic at its own temperature and length, as reviser at those of revisions."""
+    critic = config.critic_config()
+    if "temperature" not in (config.critic or {}):
+        critic = critic.model_copy(update={"temperature": revise.temperature})
+    longest = revise.max_tokens or config.policy.max_tokens
+    return critic, critic.model_copy(update={"temperature": revise.temperature, "max_tokens": longest})
+
+
+def _located(config: PipelineConfig, judge: Any) -> Any:
+    """The judge with its files as they are found from the pipeline file; the resolved configuration keeps their names."""
+    named = {field: getattr(judge, field) for field in registry.files(judge.kind)}
+    return judge.model_copy(update={field: str(config.locate(name)) for field, name in named.items() if name is not None})
+
+
+def _template(config: PipelineConfig, name: str, kind: str) -> Any:
+    path = config.locate(name)
+    return load_template(path if path.is_file() else name, kind)
+
+
+def make_engines(loaded: ResolvedPipeline) -> dict[str, Engine]:
+    """The engines that some role of this pipeline uses, not yet started."""
+    config = loaded.config
+    used = {config.policy.engine}
+    used |= {loaded.critic.engine} if loaded.revises else set()
+    used |= {registry.engine_of(judge) for judge in loaded.judges} if loaded.compares else set()
+    return {name: lazily(_logged(config, make(config.engines[name], name))) for name in config.engines if name in used}
+
+
+def make_programs(loaded: ResolvedPipeline) -> dict[str, Engine]:
+    """The engines of the judges that have their own, each by the name `judge NAME`, not yet started."""
+    programs = [judge for judge in loaded.judges if registry.has_own_engine(judge)] if loaded.compares else []
+    return {registry.engine_of(judge): lazily(_logged(loaded.config, registry.module(judge.kind).engine(judge)))
+            for judge in programs}
+
+
+def _logged(config: PipelineConfig, engine: Any) -> Any:
+    """An engine whose server of its own writes its log beside the store, where there is one."""
+    if hasattr(engine, "log_folder") and Path(config.store).is_dir():
+        engine.log_folder = Path(config.store) / "logs"
+    return engine
+
+
+def labels(loaded: ResolvedPipeline) -> dict[str, set[tuple[str, ...]]]:
+    """By engine, the labels that its judges read."""
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for judge in loaded.judges if loaded.compares else ():
+        if registry.labels(judge):
+            found.setdefault(registry.engine_of(judge), set()).add(registry.labels(judge))
+    return found
+
+
+def models(engines: dict[str, Engine]) -> dict[str, str]:
+    """The identity of each engine's model, as a run's texts: other weights under the same name are another version of
+    the run, so that one version never mixes two models' answers."""
+    return {f"model {name}": engine.identity for name, engine in engines.items()}
+
+
+def find_judge(loaded: ResolvedPipeline, name: str, kinds: tuple[str, ...]) -> Any:
+    """The judge of this name (without one, the panel's first), which must be of one of `kinds`. Raises: ConfigError."""
+    names = [judge.name for judge in loaded.judges]
+    if not names:
+        raise ConfigError("this pipeline has no panel.judges to ask")
+    if name and name not in names:
+        raise ConfigError(f'no judge is named "{name}"; {did_you_mean(name, names)}')
+    judge = loaded.judges[names.index(name) if name else 0]
+    if judge.kind not in kinds:
+        raise ConfigError(f"{judge.name!r} is of kind {judge.kind}; asked here are judges of kind {', '.join(kinds)}")
+    return judge

@@ -1,0 +1,285 @@
+"""`prefab eval policy`: checkpoints on the same held-out prompts, against a baseline, recorded and tabulated.
+
+In the embedded world the oracle gives the gold score; elsewhere there is none, and the proxy stands alone and is called so.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from prefab.factory.spec import yamlio
+from prefab.factory.console import Progress
+from prefab.factory.errors import ConfigError
+from prefab.factory.keys import digest
+from prefab.factory.types import Prompt
+from prefab.factory import charts
+from prefab.pipelines.config.schema import PromptsConfig
+from prefab.pipelines.config.checks import MICROWORLD, locate
+from prefab.pipelines.evaluation.sycophancy import Probe, load_items
+from prefab.trainers import evaluate
+from prefab.trainers.common import Strict, load_policy, load_tokenizer, model_folder, record_eval, seed_everything
+from prefab.trainers.evaluate import Against, PolicyAnswer
+
+
+class HeldOut(PromptsConfig):
+    """Prompts as of a pipeline; left out: 500 of the embedded world's test split."""
+
+    source: str = MICROWORLD
+    split: Literal["train", "val", "test"] | None = "test"
+    limit: int | None = Field(500, ge=1)
+
+
+class PolicyEvalConfig(Strict):
+    """Which policies answer which prompts."""
+
+    policies: dict[str, str] = Field(min_length=1, description="By name: a folder, an embedded model or a hub name.")
+    baseline: str = Field("", description="The name of the policy that the others are set against; left out: the first.")
+    reference: str | None = Field(None, description="The model that KL is measured from; left out: the baseline's.")
+    prompts: HeldOut = HeldOut()
+    sampler: Literal["transformers", "vllm"] = Field("transformers", description="vllm: each policy is served in turn.")
+    vllm: dict[str, Any] = Field({}, description="More of the engine's fields for sampler: vllm, such as tensor_parallel.")
+    samples: int = Field(4, ge=1, le=64)
+    max_new_tokens: int = Field(96, ge=1)
+    seed: int = 0
+    batch: int = Field(64, ge=1)
+    threads: int | None = Field(None, ge=1)
+    reward: str | None = Field(None, description="A reward model's folder, for the proxy score and best-of-n.")
+    best_of: list[int] = Field([], description="Also the best of so many of the baseline's answers, by the reward model.")
+    judge: str | None = Field(None, description="A pipeline file whose first judge also compares, under all its principles; "
+                                                "its model must not have labelled the training data.")
+    judge_samples: int = Field(1, ge=1, description="Answers to each prompt that the judge compares.")
+    constitution: str | None = Field(None, description="Whose weights the gold score takes; left out: all weigh the same.")
+    store: str | None = Field(None, description="Where the results are recorded.")
+    out: str | None = Field(None, description="A folder for answers.jsonl, report.html and report.png.")
+    template_kwargs: dict[str, Any] = {}
+    sycophancy: str | None = Field(None, description="A file of questions with two choices (prompts/sycophancy.jsonl), asked "
+                                                     "plainly and with an opinion before them.")
+
+    @model_validator(mode="after")
+    def _names(self) -> PolicyEvalConfig:
+        if self.baseline and self.baseline not in self.policies:
+            raise ValueError(f"the baseline {self.baseline!r} is none of the policies; "
+                             f"{yamlio.did_you_mean(self.baseline, self.policies)}")
+        if self.best_of and (self.reward is None or max(self.best_of) > self.samples):
+            raise ValueError("best_of needs a reward model, and as many samples as the largest of its numbers")
+        if self.vllm and self.sampler != "vllm":
+            raise ValueError("vllm: says how policies are served, which needs sampler: vllm")
+        return self
+
+
+@dataclass(slots=True)
+class Report:
+    """Figures of each policy (`Estimate`s by name), and each policy against the baseline."""
+
+    baseline: str
+    prompts: int
+    samples: int
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    against: dict[str, Against] = field(default_factory=dict)
+    value: str = "gold"
+    notes: list[str] = field(default_factory=list)
+
+    def data(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def run(path: Path | None, sets: Iterable[str] = (), quiet: bool = False) -> Report:
+    """Evaluate as a file (and `--set`) says. Raises: ConfigError with every mistake."""
+    from prefab.pipelines.config.schema import _override as override
+
+    document = yamlio.load_document(path) if path else yamlio.Document("--set", "", {})
+    for text in sets:
+        override(document, text)
+    return evaluate_policies(yamlio.validate(document, PolicyEvalConfig), quiet)
+
+
+def evaluate_policies(config: PolicyEvalConfig, quiet: bool = False) -> Report:
+    """Sample, measure, compare, record."""
+    if config.out:
+        charts.ready()
+    prompts = held_out(config)
+    names = list(config.policies)
+    report = Report(config.baseline or names[0], len(prompts), config.samples)
+    loose = sum(p.split is None for p in prompts)
+    if loose and not config.prompts.split:
+        report.notes.append(f"{loose:,} prompts have no split: whether a policy was trained on them is not known")
+    probe = Probe(load_items(locate(config.sycophancy, Path.cwd()))) if config.sycophancy else None
+    found = sample_all(config, prompts, quiet, probe)
+    harmful = [("harmful" in p.tags) for p in prompts] if any("harmful" in p.tags for p in prompts) else None
+    if config.best_of:
+        for n in config.best_of:
+            chosen, most = evaluate.best_of(found[report.baseline], n)
+            found[f"{report.baseline}, best of {n}"] = chosen
+            report.notes.append(f"best of {n}: at most {most:.2f} nats from {report.baseline}")
+    gold = all(a.gold is not None for some in found.values() for a in some)
+    report.value = "gold" if gold else "proxy" if config.reward else ""
+    if not gold:
+        report.notes.append("no gold here: " + ("proxy is what a reward model says, and no truth" if config.reward else
+                                                "name a reward model to compare by"))
+    for name, some in found.items():
+        report.policies[name] = evaluate.figures(some, harmful, config.seed)
+        if report.value and name != report.baseline:
+            base = found[report.baseline]
+            base = base if len(some) == len(base) else [a for i, a in enumerate(base) if i % config.samples == 0]
+            report.against[name] = evaluate.against(some, base, value_of(report.value), config.seed)
+    if probe:
+        for name in config.policies:
+            report.policies[name] |= probe.figures(name, report.baseline, config.seed)
+            report.notes += probe.notes(name)
+    if config.judge:
+        _by_judge(config, report, prompts, found, quiet)
+    _record(config, report, prompts, found)
+    if probe and config.out:
+        probe.write(Path(config.out) / "sycophancy.jsonl")
+    return report
+
+
+def _by_judge(config: PolicyEvalConfig, report: Report, prompts: Sequence[Prompt], found: dict[str, list[PolicyAnswer]], quiet: bool) -> None:
+    """Each policy's first answers against the baseline's, as a judge sees them."""
+    import tempfile
+
+    from prefab.pipelines.evaluation.win_rate import judge_pairs
+
+    folder = Path(config.store) / "eval" if config.store else Path(tempfile.mkdtemp(prefix="prefab-eval-"))
+    labelled = [identity for path in config.policies.values() for identity in labelled_by(Path(model_folder(path)))]
+    first = {name: [a for i, a in enumerate(some) if i % config.samples < config.judge_samples]
+             for name, some in found.items() if name in config.policies}
+    for name in first:
+        if name != report.baseline:
+            pairs = evaluate.paired(first[name], first[report.baseline])
+            judge, heard = judge_pairs(str(config.judge), [(prompts[a.prompt], a.text, b.text) for a, b in pairs], folder,
+                                       labelled, quiet)
+            scored = [(pair, 0.0 if h.tie else h.p_a - 0.5) for pair, h in zip(pairs, heard, strict=True) if h.p_a is not None]
+            report.against[f"{name}, by {judge}"] = evaluate.compared([p for p, _ in scored], [g for _, g in scored], config.seed)
+            if len(scored) < len(pairs):
+                report.notes.append(f"{len(pairs) - len(scored):,} of {len(pairs):,} pairs of {name} are unscored by {judge}")
+
+
+def labelled_by(folder: Path) -> list[str]:
+    """The identities of the models whose labels a policy was trained on, from the record beside its weights."""
+    import json
+
+    file = folder / "training.json"
+    lineage = json.loads(file.read_text()).get("lineage", []) if file.is_file() else []
+    return [identity for line in lineage for identity in line.get("labelled_by", ())]
+
+
+def value_of(name: str) -> Any:
+    """The number that answers are compared by: the oracle's score, or the reward model's."""
+    return (lambda a: a.gold["gold"]) if name == "gold" else (lambda a: a.proxy)
+
+
+def held_out(config: PolicyEvalConfig) -> list[Prompt]:
+    """The prompts. Raises: ConfigError where there are none, or some belong to training."""
+    from prefab.pipelines.config.prompts import Prompts
+
+    prompts = list(Prompts(config.prompts))
+    train = [p for p in prompts if p.split == "train"]
+    if train:
+        raise ConfigError(f"prompts: {len(train):,} of {len(prompts):,} are of the train split, where policies have been "
+                          "trained. Write prompts.split: test (or val)")
+    return prompts
+
+
+def sample_all(config: PolicyEvalConfig, prompts: Sequence[Prompt], quiet: bool = False, probe: Probe | None = None,
+               ) -> dict[str, list[PolicyAnswer]]:
+    """Every policy's answers to every prompt, with gold where the oracle knows the world and proxy where there is one.
+
+    A `probe` hears each policy's answers to its own questions.
+    """
+    from prefab.trainers import collate
+    from prefab.trainers.offline.reward import scorer
+
+    seed_everything(config.seed, config.threads)
+    turns = [[{"role": m.role, "content": m.content} for m in p.messages] for p in prompts]
+    questions = [turns, probe.turns] if probe else [turns]
+    drawn: dict[str, Any] = {}
+    if config.sampler == "vllm":  # before any model is loaded here: one accelerator holds one thing at a time
+        from prefab.pipelines.evaluation.vllm_sampling import draw_all
+
+        drawn = draw_all(config, questions, quiet)
+    reference = load_policy(config.reference or config.policies[config.baseline or next(iter(config.policies))])
+    collate.add_scored_forward(reference.eval())
+    score = scorer(config.reward, config.batch) if config.reward else None
+    found: dict[str, list[PolicyAnswer]] = {}
+    with Progress("answering", len(config.policies), quiet, "policies") as progress:
+        for name, folder in config.policies.items():
+            tokenizer, model = load_tokenizer(folder), load_policy(folder)
+            collate.add_scored_forward(model)
+            evaluate.same_vocabulary(name, model.config.vocab_size, reference.config.vocab_size)
+            mine = drawn.pop(name, None) or [
+                evaluate.draw(model, tokenizer, some, config.samples, config.max_new_tokens, _luck(config.seed, name),
+                              config.batch, config.template_kwargs) for some in questions]
+            some = evaluate.measured(model, tokenizer, mine[0], config.samples, reference, config.batch)
+            found[name] = with_truth(some, prompts, turns, score, config)
+            if probe:
+                probe.hear(name, [(tokenizer.decode(a.ids, skip_special_tokens=True), a.ended) for a in mine[1]],
+                           config.samples)
+            progress.advance()
+    return found
+
+
+def _luck(seed: int, policy: str) -> int:
+    """A policy's own seed, as vLLM's draws have it: with shared luck policies that are alike give equal answers, and a win
+    rate over the others would be another, larger figure than between answers drawn apart."""
+    return int(digest(f"{seed}/{policy}")[:15], 16)
+
+
+def with_truth(found: Sequence[PolicyAnswer], prompts: Sequence[Prompt], turns: Any, score: Any, config: PolicyEvalConfig) -> list[PolicyAnswer]:
+    """The answers with the oracle's reading and the reward model's score."""
+    from dataclasses import replace
+
+    gold = [None] * len(found)
+    if config.prompts.source == MICROWORLD:
+        gold = [gold_of(prompts[a.prompt], a.text, weights_of(config.constitution)) for a in found]
+    proxy = score([[*turns[a.prompt], {"role": "assistant", "content": a.text}] for a in found]) if score else [None] * len(found)
+    return [replace(a, gold=g, proxy=None if p is None else float(p)) for a, g, p in zip(found, gold, proxy, strict=True)]
+
+
+def gold_of(prompt: Prompt, text: str, weights: Any = None) -> dict[str, float]:
+    """What the oracle reads in an answer, as numbers."""
+    from prefab.factory.microworld import oracle
+
+    read = oracle.assess(prompt.messages, text, weights)
+    return {"gold": read.score, "broken": float(bool(read.broken)), "faults": float(len(read.broken)),
+            "helps": float(read.helps), "coherent": float(read.coherent), "refuses": float("refusal" in read.broken),
+            "complies": float("harm" in read.broken), "flatters": float("flattery" in read.broken)}
+
+
+def weights_of(constitution: str | None) -> dict[str, float] | None:
+    """The weights of a constitution's principles, for the gold score."""
+    if constitution is None:
+        return None
+    from prefab.factory.spec.constitution import load_constitution
+
+    loaded = load_constitution(locate(constitution, Path.cwd()))
+    return {p.id: p.weight for p in loaded.principles if p.enabled}
+
+
+def _record(config: PolicyEvalConfig, report: Report, prompts: Sequence[Prompt], found: dict[str, list[PolicyAnswer]]) -> None:
+    from prefab.factory.keys import model_identity
+
+    for name, figures in report.policies.items():
+        metrics = {k: {"value": e.value, "low": e.low, "high": e.high, "n": e.n_items} for k, e in figures.items()}
+        for what, compared in report.against.items():
+            if what == name or what.startswith(f"{name}, by "):
+                by = what.removeprefix(name)
+                metrics |= {f"against {report.baseline}{by}: {k}": _bounds(getattr(compared, k))
+                            for k in Against.__dataclass_fields__}
+        folder = config.policies.get(name)
+        record_eval(config.store, "eval policy", folder or name, metrics, policy=name, prompts=len(prompts),
+                    samples=report.samples, seed=config.seed, sampler=config.sampler,
+                    weights=model_identity(model_folder(folder)) if folder else None)
+    if config.out:
+        from prefab.pipelines.evaluation.report import write_report
+
+        write_report(Path(config.out), report, prompts, found)
+
+
+def _bounds(value: Any) -> Any:
+    return value if isinstance(value, float) else {"value": value.value, "low": value.low, "high": value.high}

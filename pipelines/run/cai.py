@@ -1,0 +1,127 @@
+"""Constitutional AI: sample, then rounds of critique and revision. Every draft and every revision is kept.
+
+`select: draw` draws one principle a round for each draft, as in the paper (Bai et al. 2022). `select: sweep` asks a
+critique under every principle, then a revision for each fault named, one after another on the revised text: with many
+principles a draw seldom meets the fault.
+
+A revision's index is that of its place (draft, step), not of its turn: which other revisions there are moves none.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from prefab.factory.types import Completion, Principle, Prompt, Request, Sample, Use
+from prefab.judges import panel
+from prefab.judges.kinds import critique
+from prefab.pipelines.run.context import Context, policy_messages, policy_sampling
+
+Fault = tuple[Principle, str]
+
+
+async def pipeline(prompt: Prompt, ctx: Context) -> None:
+    """Sample drafts, then critique and revise them."""
+    drafts = await sample(prompt, ctx)
+    if ctx.revise is not None:
+        await revise(prompt, drafts, ctx)
+
+
+async def sample(prompt: Prompt, ctx: Context) -> list[Sample]:
+    """The policy's answers to one prompt. Cut-off answers are kept; what came to nothing is counted and left out."""
+    policy = ctx.config.policy
+    sampling = policy_sampling(ctx)
+    model = ctx.engines[policy.engine].identity
+    messages, kwargs = policy_messages(ctx, prompt), tuple(sorted(policy.template_kwargs.items()))
+    asks = [(Request(model, messages, sampling, (), kwargs, (k,) if policy.temperature > 0 or k else ()),
+             Use(ctx.run, prompt.id, "sample", k)) for k in range(policy.samples)]
+    drafts = []
+    for k, answer in enumerate(await ctx.ask(asks, policy.engine)):
+        if isinstance(answer, Exception):
+            continue
+        if answer.finish in ("context", "refused"):
+            ctx.unscored("sample", answer.finish)
+            continue
+        ctx.counts.truncated += answer.finish == "length"
+        drafts.append(Sample(prompt.id, k, answer.text, answer.finish))
+    return drafts
+
+
+async def revise(prompt: Prompt, drafts: Sequence[Sample], ctx: Context) -> list[Sample]:
+    """All revisions of these drafts, by the `revise` section's rounds and selection."""
+    config = ctx.revise
+    principles = panel.applicable(ctx.constitution.principles, prompt.tags)
+    width = len(principles) if config.select == "sweep" else 1
+    first = ctx.config.policy.samples
+
+    def place(k: int, principle: Principle) -> int:
+        step = round * width + (principles.index(principle) if width > 1 else 0)
+        return first + k * config.rounds * width + step
+
+    current = {draft.index: draft for draft in drafts}
+    revisions: list[Sample] = []
+    for round in range(config.rounds):
+        drawn = {k: _select(prompt, k, round, principles, ctx) for k in current}
+        faults = await _critiques(prompt, current, drawn, round, ctx)
+        if not any(faults.values()) and ctx.critic.temperature == 0:
+            break  # the same questions again would get the same answers
+        for step in range(max(map(len, faults.values()), default=0)):
+            due = {k: named[step] for k, named in faults.items() if step < len(named)}
+            made = await _revisions(prompt, current, due, round, place, ctx)
+            current.update(made)
+            revisions += made.values()
+    return revisions
+
+
+def _select(prompt: Prompt, k: int, round: int, principles: list[Principle], ctx: Context) -> list[Principle]:
+    if ctx.revise.select == "sweep":
+        return principles
+    selection = "weighted" if ctx.constitution.selection == "weighted" else "sample_one"
+    return panel.draw(ctx.constitution.principles, selection, ctx.config.seed, prompt.id, (k,), round, prompt.tags)
+
+
+async def _critiques(
+    prompt: Prompt, current: dict[int, Sample], drawn: dict[int, list[Principle]], round: int, ctx: Context
+) -> dict[int, list[Fault]]:
+    """For each draft the faults that the critic names in its current text, in the principles' order."""
+    critic, engine = ctx.critic, ctx.critic.engine
+    model, specials, template = ctx.engines[engine].identity, ctx.specials(engine), ctx.templates["critique"]
+    asks, places = [], []
+    for k, text in current.items():
+        for principle in drawn[k]:
+            request = critique.critique_request(
+                critic, template, prompt, replace(text, index=k), principle, model, round, specials=specials,
+                examples=ctx.examples("critique", principle, principle.critique), seed=ctx.config.seed)
+            asks.append((request, Use(ctx.run, prompt.id, "critique", text.index, -1, round, principle.id)))
+            places.append((k, principle))
+    faults: dict[int, list[Fault]] = {k: [] for k in current}
+    for (k, principle), answer in zip(places, await ctx.ask(asks, engine), strict=True):
+        if isinstance(answer, Completion):
+            read = critique.parse_critique(answer, prompt.id, current[k].index, principle.id)
+            ctx.unscored("critique", read.reason)
+            if read.fault:
+                faults[k].append((principle, read.text))
+    return faults
+
+
+async def _revisions(
+    prompt: Prompt, current: dict[int, Sample], due: dict[int, Fault], round: int,
+    place: Callable[[int, Principle], int], ctx: Context
+) -> dict[int, Sample]:
+    """The revision of each draft that is due; a draft whose revision cannot be read keeps its text."""
+    reviser, engine = ctx.reviser, ctx.reviser.engine
+    model, specials, template = ctx.engines[engine].identity, ctx.specials(engine), ctx.templates["revise"]
+    asks, made = [], []
+    for k, (principle, named) in due.items():
+        request = critique.revise_request(
+            reviser, template, prompt, replace(current[k], index=k), principle, named, model, round, specials=specials,
+            examples=ctx.examples("revise", principle, principle.revise), seed=ctx.config.seed)
+        made.append(Sample(prompt.id, place(k, principle), "", "stop", current[k].index, round, principle.id))
+        asks.append((request, Use(ctx.run, prompt.id, "revise", made[-1].index, current[k].index, round, principle.id)))
+    revisions = {}
+    for k, revision, answer in zip(due, made, await ctx.ask(asks, engine), strict=True):
+        if isinstance(answer, Completion):
+            read = critique.parse_revision(answer)
+            ctx.unscored("revise", read.reason)
+            if read.text is not None:
+                revisions[k] = replace(revision, text=read.text)
+    return revisions

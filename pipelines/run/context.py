@@ -1,0 +1,213 @@
+"""What one run's recipes share: how they ask, what they have counted, and when they must stop.
+
+A recipe is a plain async function for one prompt. It asks through the context in lists, which costs the ledger one
+look-up and one write a list; running it again is how a crashed run resumes.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from prefab.factory.errors import BudgetError, EngineError, PrefabError
+from prefab.factory.spec.templates import neutralise
+from prefab.factory.types import Completion, Constitution, Engine, Message, Principle, Prompt, Request, Sampling, Use
+from prefab.judges.kinds import critique
+
+BUDGET_FROM = 200  # during a run, shares of a handful of answers say nothing; at its end they count whatever their number
+NOTHING_FROM = 20  # so many failures and not one answer: there is no server
+PLACEHOLDER = "\u2063not answered yet\u2063"  # in a plan; invisible separators: no text of a person's has exactly this
+Response = Completion | Exception
+Ask = tuple[Request, Use]
+
+_LABEL = {"a": "A", "b": "B", "tie": "T"}
+
+
+class Stopped(PrefabError):
+    """The run was told to stop; what was answered is kept, and the same command goes on from there."""
+
+
+class Asker(Protocol):
+    """Where answers come from: the ledger in a run, a look-up alone in a plan."""
+
+    async def ask_many(self, asks: Sequence[Ask], engine: Engine) -> Sequence[Response]:
+        """The answers in the order of the asks; a `TransportError` stands where none came."""
+
+    def note(self, use: Use) -> None:
+        """Record something that was decided without asking."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a run has seen so far. `unscored` counts answers that could not be read, by role and reason."""
+
+    prompts: int = 0
+    answers: int = 0
+    failed: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    identical: int = 0
+    unscored: Counter[tuple[str, str]] = field(default_factory=Counter)
+    escalation: Counter[str] = field(default_factory=Counter)  # comparisons by why, and the stronger judges' calls
+    awaited: int = 0                                      # labels that people have not given yet
+    begun: Counter[str] = field(default_factory=Counter)  # answers of the prompts at work
+    of_finished: int = 0                                  # answers of those that are done
+
+    def finish(self, prompt: str) -> None:
+        """One prompt is done."""
+        self.prompts += 1
+        self.of_finished += self.begun.pop(prompt, 0)
+
+    def share(self, total: int | None) -> float | None:
+        """The share of a run's answers that is there, by what a finished prompt needed; None before one is finished."""
+        if not total or not self.of_finished:
+            return None
+        expected = self.of_finished / self.prompts * total
+        return min(self.prompts / total if self.prompts == total else 0.99, self.answers / expected)
+
+    @property
+    def n_unscored(self) -> int:
+        """All unscored answers together."""
+        return sum(self.unscored.values())
+
+
+@dataclass(slots=True)
+class Context:
+    """The resolved configuration, made usable: engines by name, templates, principles, and the ledger to ask."""
+
+    config: Any
+    constitution: Constitution
+    run: int
+    asker: Asker
+    engines: dict[str, Engine]
+    templates: dict[str, Any]
+    critic: critique.CritiqueConfig | None = None
+    reviser: critique.CritiqueConfig | None = None
+    revise: Any = None
+    judges: list[Any] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    stopping: bool = False
+    hurry: bool = False
+    last_failure: str = ""
+    people: Mapping[str, Any] = field(default_factory=dict)  # by judge of kind human, what people said (`human.answers`)
+    rules: Any = None  # how the store will read the answers, once somebody wants to know
+    _examples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
+
+    async def ask(self, asks: Sequence[Ask], engine: str) -> Sequence[Response]:
+        """The answers to all asks, in order; failures are in their places as exceptions.
+
+        Raises: Stopped after Ctrl-C, BudgetError when the run has passed its budget.
+        """
+        if not asks:
+            return ()
+        self.check()
+        answers = await self.asker.ask_many(asks, self.engines[engine])
+        counts = self.counts
+        counts.answers += len(answers)
+        counts.begun[asks[0][1].prompt] += len(answers)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                counts.failed += 1
+                self.last_failure = str(answer)
+            else:
+                counts.tokens += answer.prompt_tokens + answer.completion_tokens
+        return answers
+
+    def check(self) -> None:
+        """Raises when nothing more may be asked: told to stop, or a budget is passed."""
+        if self.stopping:
+            raise Stopped("stopped")
+        counts, budget = self.counts, self.config.budget
+        if counts.failed >= NOTHING_FROM:
+            self.check_answered()
+        if counts.answers >= BUDGET_FROM:
+            self.check_shares()
+        for name, n in (("calls", self.asked()), ("tokens", self.tokens())):
+            limit = getattr(budget, name, None)
+            if limit is not None and n >= limit:
+                raise BudgetError(f"{n:,} {name} were used: the cap budget.{name} of {limit:,} is reached")
+
+    def check_shares(self) -> None:
+        """Raises: BudgetError when more answers are unscored, or failed, than their share of all answers so far allows."""
+        counts, budget = self.counts, self.config.budget
+        for name, n, limit in (("unscored", counts.n_unscored, budget.unscored), ("failed", counts.failed, budget.failed)):
+            if limit is not None and n > limit * counts.answers:
+                raise BudgetError(f"{n:,} of {counts.answers:,} answers {_WHAT[name]}: more than the "
+                                  f"budget.{name} of {limit:.1%} allows{self._reasons(name)}")
+
+    def check_answered(self) -> None:
+        """Raises: EngineError when not one question was answered: that is no accident, nobody is there."""
+        if self.counts.failed and self.counts.failed == self.counts.answers:
+            raise EngineError(f"none of {self.counts.failed:,} calls was answered: {self.last_failure}")
+
+    def asked(self) -> int:
+        """How many calls were really made, not found in the ledger."""
+        return getattr(getattr(self.asker, "stats", None), "asked", 0)
+
+    def tokens(self) -> int:
+        """Tokens of the calls really made."""
+        stats = getattr(self.asker, "stats", None)
+        return stats.prompt_tokens + stats.completion_tokens if stats else 0
+
+    def _reasons(self, name: str) -> str:
+        if name != "unscored":
+            return ""
+        most = self.counts.unscored.most_common(4)
+        return " (" + ", ".join(f"{role} {reason}: {n:,}" for (role, reason), n in most) + ")"
+
+    def note(self, use: Use) -> None:
+        """Record what is decided without asking."""
+        self.counts.identical += use.role == "identical"
+        self.asker.note(use)
+
+    def unscored(self, role: str, reason: str | None) -> None:
+        """Count an answer that could not be read; None counts nothing."""
+        if reason is not None:
+            self.counts.unscored[role, reason] += 1
+
+    def specials(self, engine: str) -> tuple[str, ...]:
+        """Control tokens of the tokenizer that this engine serves, which no text may become."""
+        return getattr(self.engines[engine], "special_tokens", ())
+
+    def examples(self, template: str, principle: Principle, question: str) -> list[dict[str, Any]]:
+        """The constitution's few-shot examples for a template under a principle, ready for the template to print."""
+        kind = template.removesuffix(".jinja")
+        rows = self.constitution.examples.get(kind)
+        if not rows:
+            return []
+        found = self._examples.get((kind, principle.id))
+        if found is None:
+            by_id = {p.id: p for p in self.constitution.principles}
+            found = self._examples[kind, principle.id] = [
+                _example(row, kind, by_id.get(row.get("principle"), principle), question)
+                for row in rows if row.get("principle") in (None, principle.id)]
+        return found
+
+
+_WHAT = {"unscored": "are unscored", "failed": "failed"}
+_FIELD = {"critique": "critique", "revise": "revise"}
+
+
+def _example(row: dict[str, Any], kind: str, principle: Principle, question: str) -> dict[str, Any]:
+    """A row as the templates name it: with the principle's own question, and the label that a judge would give."""
+    label = _LABEL.get(row.get("prefer"), "")
+    name = "compare"
+    if "score" in row or "fault" in row:
+        label = str(row["score"]) if "score" in row else "Yes" if row["fault"] else "No"
+        name = "criterion"
+    return {**row, "question": getattr(principle, _FIELD.get(kind, name), question), "label": label}
+
+
+def policy_sampling(ctx: Context) -> Sampling:
+    """How the policy is sampled; the run's seed counts only at temperature above 0."""
+    policy = ctx.config.policy
+    seed = ctx.config.seed if policy.temperature > 0 else None
+    return Sampling(policy.max_tokens, policy.temperature, policy.top_p, policy.top_k, policy.min_p,
+                    stop=tuple(policy.stop), seed=seed)
+
+
+def policy_messages(ctx: Context, prompt: Prompt) -> tuple[Message, ...]:
+    """What the policy is asked: the prompt, in which no control token that came from outside is left whole."""
+    specials = ctx.specials(ctx.config.policy.engine)
+    return tuple(Message(m.role, neutralise(m.content, specials)) for m in prompt.messages)

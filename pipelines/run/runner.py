@@ -1,0 +1,305 @@
+"""Run a recipe over its prompts: a bounded number in work at once, everything durable, and always a way to go on.
+
+Memory is flat at any size: prompts are read as they are needed, and what is answered lives in the ledger.
+"""
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from prefab.pipelines.config.checks import RECIPES
+from prefab.factory.console import Progress, warn
+from prefab.factory.errors import BudgetError
+from prefab.factory.ledger.ledger import Ledger, Run
+from prefab.factory.types import Engine, Prompt
+from prefab.pipelines.run.context import Context, Stopped
+from prefab.pipelines.quality.labeling import people
+from prefab.pipelines.config.loader import ResolvedPipeline, labels, make_engines, make_programs, models, resolve_pipeline
+from prefab.factory.engines.lifecycle import started_engines
+
+MAX_AT_WORK = 2048          # prompts in work at once: bounds memory where a prompt asks one call
+READ_AHEAD = 256            # prompts recorded in one transaction
+COUNT_UP_TO = 64 << 20      # bytes of a prompts file that are read once beforehand, for the time left and bad rows
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What a run did, and its rows as polars frames (read from the store when first looked at)."""
+
+    name: str
+    version: int
+    run: int
+    store: Path
+    resumed: bool
+    state: str                      # done, budget or stopped
+    reason: str
+    prompts: int
+    asked: int
+    reused: int
+    failed: int
+    truncated: int
+    identical: int
+    prompt_tokens: int
+    completion_tokens: int
+    unscored: dict[str, int]
+    malformed: int
+    seconds: float
+    escalation: dict[str, int] = field(default_factory=dict)  # comparisons by why, and the stronger judges' calls
+    awaited: int = 0                # labels that the panel's people have not given yet
+    behind: int = 0                 # calls that the store does not show yet, because another program holds it
+    _frames: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def frame(self, table: str) -> Any:
+        """All rows of one of the store's tables that belong to this run, as a polars frame."""
+        from prefab.pipelines.store.fill import query
+
+        if table not in self._frames:
+            self._frames[table] = query(self.store, f"SELECT * FROM {table} WHERE run = {self.run}")
+        return self._frames[table]
+
+    @property
+    def samples(self) -> Any:
+        """Drafts (`parent` -1) and revisions."""
+        return self.frame("samples")
+
+    @property
+    def critiques(self) -> Any:
+        """What the critic said of each sample under each principle."""
+        return self.frame("critiques")
+
+    @property
+    def verdicts(self) -> Any:
+        """One judgment in one order a row."""
+        return self.frame("verdicts")
+
+    @property
+    def preferences(self) -> Any:
+        """One comparison a row, with `p_chosen`."""
+        return self.frame("preferences")
+
+    def summary(self) -> dict[str, Any]:
+        """The counts as plain data."""
+        names = [name for name in self.__slots__ if not name.startswith("_")]
+        return {name: str(value) if isinstance(value := getattr(self, name), Path) else value for name in names}
+
+
+def run(source: str | Path | dict[str, Any], sets: Iterable[str] = (), quiet: bool = True,
+        engines: dict[str, Engine] | None = None) -> RunResult:
+    """Make the data that a pipeline describes; run it again to resume. `engines` stand in for those it would start.
+
+    Raises: ConfigError, EngineError, StoreError. A budget that was passed or Ctrl-C is told by the result's `state`.
+    """
+    loaded = resolve_pipeline(source, sets)
+    work = lambda: _loop(run_async(loaded, quiet, engines))  # noqa: E731
+    return _in_thread(work) if _in_a_loop() else work()
+
+
+def _in_a_loop() -> bool:
+    """A notebook has a loop of its own, which cannot run another inside."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _loop(coroutine: Any) -> Any:
+    try:
+        from uvloop import Loop
+    except ImportError:
+        Loop = None
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        return runner.run(coroutine)
+
+
+def _in_thread(work: Callable[[], Any]) -> Any:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+async def run_async(loaded: ResolvedPipeline, quiet: bool = True, engines: dict[str, Engine] | None = None) -> RunResult:
+    """As `run`, inside an event loop, for a loaded pipeline."""
+    config = loaded.config
+    total = count_prompts(loaded, quiet)
+    ledger, ctx = Ledger.open(Path(config.store)), None
+    try:
+        made = {**make_programs(loaded), **(engines or make_engines(loaded))}
+        async with started_engines(made, quiet, labels(loaded)):
+            record = ledger.begin_run(config.name, loaded.resolved, {**loaded.texts, **models(made)})
+            ctx = Context(config, loaded.constitution, record.id, ledger, made, loaded.templates, loaded.critic,
+                          loaded.reviser, loaded.revise if loaded.revises else None, loaded.judges, people=people(loaded))
+            began = time.monotonic()
+            state, reason = await _work(loaded, ctx, total, quiet)
+            starting = max((getattr(engine, "starting_s", 0.0) for engine in made.values()), default=0.0)
+            seconds = time.monotonic() - began - starting
+    finally:
+        await ledger.close(drain=not (ctx and ctx.hurry))
+    behind = fill_store(Path(config.store), quiet)
+    return _result(loaded, ctx, record, state, reason, seconds, behind)
+
+
+def count_prompts(loaded: ResolvedPipeline, quiet: bool = True) -> int | None:
+    """How many prompts there are, where that is cheap to know. Malformed rows are told now, not after an hour.
+
+    Raises: ConfigError when there are none, before any engine is started.
+    """
+    prompts = loaded.prompts
+    path = prompts.path
+    if path.is_file() and path.stat().st_size > COUNT_UP_TO:
+        next(iter(prompts))
+        return loaded.config.prompts.limit
+    total = sum(1 for _ in prompts)
+    if prompts.n_malformed and not quiet:
+        for problem in prompts.problems[:3]:
+            warn(str(problem))
+        warn(prompts.summary())
+    return total
+
+
+def at_work(loaded: ResolvedPipeline, engines: dict[str, Engine]) -> int:
+    """How many prompts keep the engines full: a prompt has its samples' questions in flight at the leanest moment,
+    and as many prompts again cover those between two steps."""
+    places = sum(engine.max_in_flight for engine in engines.values())
+    return max(2, min(MAX_AT_WORK, 2 * places // loaded.config.policy.samples + 2))
+
+
+async def _work(loaded: ResolvedPipeline, ctx: Context, total: int | None, quiet: bool) -> tuple[str, str]:
+    """All prompts through the recipe. Gives how it ended: done, budget or stopped, and why."""
+    pipeline = RECIPES[loaded.config.recipe]
+    source = recorded(loaded.prompts, ctx.asker)
+    first: list[BaseException] = []
+
+    async def worker() -> None:
+        try:
+            for prompt in source:
+                ctx.check()
+                await pipeline(prompt, ctx)
+                ctx.counts.finish(prompt.id)
+        except BaseException as error:
+            first.append(error)
+            ctx.stopping = True  # the others stop at their next question; what is in flight is kept
+
+    with Progress(loaded.config.name, total, quiet, "prompts") as progress, interruptible(ctx, quiet):
+        ticker = asyncio.create_task(_tick(progress, ctx))
+        workers = [asyncio.create_task(worker()) for _ in range(at_work(loaded, ctx.engines))]
+        try:
+            await asyncio.gather(*workers)
+        except asyncio.CancelledError:
+            if not ctx.hurry:
+                raise
+            asyncio.current_task().uncancel()
+            return "stopped", "stopped by Ctrl-C"
+        finally:
+            ticker.cancel()
+            _show(progress, ctx, ctx.asked(), 0.0)
+    if not first:
+        ctx.check_answered()
+        try:
+            ctx.check_shares()
+        except BudgetError as error:
+            return "budget", str(error)
+        return "done", ""
+    if isinstance(first[0], BudgetError):
+        return "budget", str(first[0])
+    if isinstance(first[0], Stopped):
+        return "stopped", "stopped by Ctrl-C"
+    raise first[0]
+
+
+def recorded(prompts: Iterable[Prompt], ledger: Any) -> Iterator[Prompt]:
+    """Prompts, a batch at a time on disk before any of the batch is asked."""
+    rest = iter(prompts)
+    while batch := list(islice(rest, READ_AHEAD)):
+        ledger.add_prompts(batch)
+        yield from batch
+
+
+class interruptible:  # noqa: N801
+    """Ctrl-C (or SIGTERM) drains: nothing new is asked, what is in flight is kept. A second one does not wait."""
+
+    def __init__(self, ctx: Context, quiet: bool) -> None:
+        self.ctx, self.quiet = ctx, quiet
+        self.here = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> None:
+        if self.here:
+            self.task = asyncio.current_task()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, self._told)
+
+    def __exit__(self, *_: object) -> None:
+        if self.here:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().remove_signal_handler(number)
+
+    def _told(self) -> None:
+        if self.ctx.stopping or loading(self.ctx):
+            self.ctx.hurry = self.ctx.stopping = True
+            self.task.cancel()
+            return
+        self.ctx.stopping = True
+        if not self.quiet:
+            warn("stopping: waiting for what is in flight (Ctrl-C again does not wait)")
+
+
+def loading(ctx: Context) -> bool:
+    """Whether some engine's server is on its way up."""
+    return any(getattr(engine, "starting", False) for engine in ctx.engines.values())
+
+
+async def _tick(progress: Progress, ctx: Context) -> None:
+    """Redraw twice a second; the rate is that of the last ten seconds."""
+    past: list[tuple[float, int]] = []
+    while True:
+        while loading(ctx):
+            await asyncio.sleep(0.5)  # the engine tells how far it is
+            progress.restart()
+        past = [*past[-20:], (time.monotonic(), ctx.asked())]
+        (t0, n0), (t1, n1) = past[0], past[-1]
+        _show(progress, ctx, n1, (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0)
+        await asyncio.sleep(0.5)
+
+
+def _show(progress: Progress, ctx: Context, asked: int, rate: float) -> None:
+    counts = ctx.counts
+    facts: dict[str, Any] = {"calls": asked} | ({"calls/s": round(rate)} if rate else {})
+    facts["reused"] = ctx.asker.stats.reused
+    facts["unscored"] = f"{counts.n_unscored / counts.answers:.1%}" if counts.answers else "0"
+    if counts.failed:
+        facts["failed"] = counts.failed
+    progress.share = counts.share(progress.total) or 0.0
+    progress.advance(counts.prompts - progress.done, **facts)
+
+
+def fill_store(folder: Path, quiet: bool = True) -> int:
+    """Bring the DuckDB file up to date; how far it is behind when another program holds it."""
+    from prefab.pipelines.store.fill import fill
+
+    filled = fill(folder)
+    behind = int(getattr(filled, "behind", 0) or 0)
+    if behind and not quiet:
+        warn(f"another program has {folder / 'prefab.duckdb'} open: the store is behind by {behind:,} rows, the ledger "
+             "is complete. `prefab store info` catches up")
+    return behind
+
+
+def _result(loaded: ResolvedPipeline, ctx: Context, record: Run, state: str, reason: str, seconds: float, behind: int,
+            ) -> RunResult:
+    stats, counts = ctx.asker.stats, ctx.counts
+    unscored = {f"{role} {why}": n for (role, why), n in sorted(counts.unscored.items())}
+    return RunResult(
+        name=record.name, version=record.version, run=record.id, store=Path(loaded.config.store),
+        resumed=record.resumed, state=state, reason=reason, prompts=counts.prompts, asked=stats.asked,
+        reused=stats.reused, failed=counts.failed, truncated=counts.truncated, identical=counts.identical,
+        prompt_tokens=stats.prompt_tokens, completion_tokens=stats.completion_tokens, unscored=unscored,
+        malformed=loaded.prompts.n_malformed, seconds=seconds, escalation=dict(sorted(counts.escalation.items())),
+        awaited=counts.awaited, behind=behind)

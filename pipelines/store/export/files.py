@@ -1,0 +1,109 @@
+"""The files of an export in a folder that may hold other things: what this export wrote is listed, nothing else is touched.
+
+The list is `prefab-export.json`. A new export is written beside the former one, in a hidden folder of the same file
+system, and moved in file by file once all of it is there. Nothing is removed that the list does not name.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefab.factory.errors import ConfigError
+
+MANIFEST = "prefab-export.json"
+# All that an export writes. The threat: a list that names files of somebody else, with an absolute path or with `..`.
+OURS = re.compile(r"README\.md|[a-z_]+/(train|validation|test)\.parquet")
+MEND = "Nothing was written. Choose another folder, or move it away"
+
+
+@contextmanager
+def replacing(out: Path, files: Sequence[str]) -> Iterator[Path]:
+    """An empty folder to write `files` (paths relative to it) into. At the end they take the place of the former export
+    in `out`, of which the files that are no longer written are removed. After an error the former export is as it was.
+
+    Raises: ConfigError when a file stands in the way that no export wrote, or the list of the former export is damaged.
+    """
+    former = check(out, files)
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".prefab-export-", dir=out))
+    try:
+        for name in files:
+            (stage / name).parent.mkdir(exist_ok=True)
+        yield stage
+        _swap(stage, out, former, files)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if new:
+            _remove_empty(out)
+
+
+def check(out: Path, files: Sequence[str]) -> list[str]:
+    """The files of the former export in `out`, once it is sure that writing `files` there takes nobody's file.
+
+    Raises: as `replacing`.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, not a folder. {MEND}")
+    former = _listed(out)
+    for name in sorted({*former, *files}):
+        path = out / name
+        if path.parent != out and (path.parent.is_symlink() or path.parent.exists() and not path.parent.is_dir()):
+            raise ConfigError(f"{path.parent} is no plain folder, and the export has a folder of that name. {MEND}")
+        if path.is_symlink() or path.is_dir():
+            raise ConfigError(f"{path} is no plain file, and the export has a file of that name. {MEND}")
+        if name not in former and path.exists():
+            raise ConfigError(f"{path} is there already, and no earlier export wrote it. {MEND}")
+    return former
+
+
+def _listed(out: Path) -> list[str]:
+    """What the former export says it wrote; without one, nothing."""
+    path = out / MANIFEST
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a symbolic link. {MEND}")
+    if not path.exists():
+        return []
+    try:
+        names = json.loads(path.read_bytes())["files"]
+        wrong = [name for name in names if not OURS.fullmatch(name)]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is not the list of files of an export. {MEND}") from error
+    if wrong:
+        raise ConfigError(f"{path} names {wrong[0]!r}, which no export writes. {MEND}")
+    return list(names)
+
+
+def _swap(stage: Path, out: Path, former: Sequence[str], files: Sequence[str]) -> None:
+    """Move the new files in, then remove what is left of the former export. While that lasts the list names the files of
+    both: whatever stops it, the next export can go on."""
+    _list(stage, out, sorted({*former, *files}))
+    for name in files:
+        (out / name).parent.mkdir(exist_ok=True)
+        os.replace(stage / name, out / name)
+    for name in former:
+        if name not in files:
+            (out / name).unlink(missing_ok=True)
+            if (out / name).parent != out:
+                _remove_empty((out / name).parent)
+    _list(stage, out, files)
+
+
+def _list(stage: Path, out: Path, files: Sequence[str]) -> None:
+    text = json.dumps({"written_by": "prefab export", "files": list(files)}, indent=1) + "\n"
+    (stage / MANIFEST).write_text(text, encoding="utf-8")
+    os.replace(stage / MANIFEST, out / MANIFEST)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing; any other stays."""
+    try:
+        folder.rmdir()
+    except OSError:
+        pass  # not empty, or gone

@@ -1,0 +1,313 @@
+"""The HTTP client, the openai engine and the scripted server: every way a server can answer, typed."""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+import urllib.request
+from math import exp, inf, nan
+
+import orjson
+import pytest
+
+from prefab.factory.engines.base import config_class, make, resolve_model
+from prefab.factory.engines.chat import Chat, Malformed, TopRead, _drawn, _share, claim, log_add
+from prefab.factory.engines.http import Breaker, HttpClient, HttpConfig, Rejected, loads, retry_after
+from prefab.factory.errors import ConfigError, EngineError, TransportError
+from prefab.factory.keys import request_key
+from prefab.factory.types import Completion, Message, Request, Sampling
+
+LABELS = ("A", "B", " A", " B")
+
+
+@contextlib.contextmanager
+def scripted_process(*options: str):
+    """A scripted server in its own process, and its address."""
+    command = [sys.executable, "-m", "prefab.factory.engines.scripted", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def scripted_server(*options: str):
+    """The address of a scripted server."""
+    with scripted_process(*options) as (_, address):
+        yield address
+
+
+def counts(url: str) -> dict:
+    return orjson.loads(urllib.request.urlopen(f"{url}/counts").read())
+
+
+def label_read(text: str, labels=LABELS) -> Request:
+    return Request("m", (Message("user", text),), Sampling(max_tokens=1), labels)
+
+
+def openai(url: str, **config):
+    return make({"engine": "openai", "model": "scripted", "base_url": f"{url}/v1", **config}, "api")
+
+
+async def ask(engine, *requests: Request):
+    """All at once; failures are returned."""
+    await engine.start()
+    try:
+        asks = (engine.complete(request_key(r), r) for r in requests)
+        return await asyncio.gather(*asks, return_exceptions=True)
+    finally:
+        await engine.stop()
+
+
+def run(engine, *requests: Request):
+    return asyncio.run(ask(engine, *requests))
+
+
+@pytest.fixture(scope="module")
+def url():
+    with scripted_server("--context", "50") as address:
+        yield address
+
+
+def test_label_reads_and_text(url):
+    read, text = run(openai(url), label_read("which?"), Request("m", (Message("user", "hi"),), Sampling(max_tokens=9)))
+    assert read.exactness == "bounds" and set(read.label_logps) == {"A", "B"}  # the server's top k has no " A"
+    assert 0 < sum(map(exp, read.label_logps.values())) < 1
+    assert text.label_logps is None and text.finish == "stop" and text.text
+
+
+def test_a_server_without_token_ids_is_told():
+    """What is drawn is known by its ids; an answer without them, or with others than it has numbers for, is none."""
+    answer = {"prompt_token_ids": [1, 2], "choices": [{"finish_reason": "length", "token_ids": [3, 4], "logprobs": {
+        "content": [{"logprob": -0.5}, {"logprob": -0.25}]}}]}
+    assert _drawn(answer) == ([1, 2], [3, 4], [-0.5, -0.25], False)
+    for place, value in (("token_ids", None), ("token_ids", ["3", "4"]), ("token_ids", [3]), ("token_ids", []), ("logprobs", None),
+                         ("logprobs", {"content": [{"logprob": nan}, {"logprob": -1.0}]})):
+        with pytest.raises(Malformed, match="token ids"):
+            _drawn({**answer, "choices": [{**answer["choices"][0], place: value}]})
+    with pytest.raises(Malformed):
+        _drawn({"choices": answer["choices"]})
+
+
+def test_batches_equal_single_reads(url):
+    requests = [label_read(f"question {i}") for i in range(70)]
+    before = counts(url)
+    single = run(openai(url), *requests)
+    batched = run(openai(url, batch=32), *requests)
+    after = counts(url)
+    assert [r.label_logps for r in single] == [r.label_logps for r in batched]
+    assert sum(r.prompt_tokens for r in batched) == sum(r.prompt_tokens for r in single)
+    assert after["posts"] - before["posts"] == 70 + 3
+
+
+def test_one_conversation_too_long_spoils_only_itself(url):
+    answers = run(openai(url, batch=8), *[label_read("w " * (60 if i == 3 else 5 + i)) for i in range(8)])
+    assert [a.finish == "context" for a in answers] == [i == 3 for i in range(8)]
+    assert answers[3].limit == 50 and answers[3].label_logps is None
+
+
+def test_sampled_answers_differ_by_repeat_and_not_by_order(url):
+    hot = Sampling(9, temperature=1.0, seed=0)
+    draws = [Request("m", (Message("user", "go"),), hot, repeat=(i,)) for i in range(6)]
+    forward, backward = run(openai(url), *draws), run(openai(url), *reversed(draws))
+    assert len({a.text for a in forward}) > 1
+    assert [a.text for a in forward] == [a.text for a in reversed(backward)]
+
+
+@pytest.mark.parametrize("mischief", ["--fail-every", "--drop-every", "--limit-every", "--malform-every"])
+def test_what_heals_is_asked_again(mischief):
+    with scripted_server(mischief, "3") as address:
+        answers = run(openai(address), *[label_read(f"q{i}") for i in range(9)])
+    assert all(set(a.label_logps) == {"A", "B"} for a in answers)
+
+
+def test_a_failing_batch_falls_apart_into_single_reads():
+    with scripted_server("--malform-every", "2") as address:
+        answers = run(openai(address, batch=4), *[label_read(f"q{i}") for i in range(8)])
+    assert all(set(a.label_logps) == {"A", "B"} for a in answers)
+
+
+def test_nan_is_no_read():
+    """A label that was there without a number is not one below the k-th token: B must not win by it."""
+    with scripted_server("--nan") as address:
+        (answer,) = run(openai(address), label_read("q"))
+    assert (answer.label_logps, answer.exactness) == ({}, "exact")
+
+
+def test_wrong_model_names_the_models_there_are(url):
+    (answer,) = run(openai(url, model="nope"), label_read("q"))
+    assert type(answer) is EngineError and "'nope'" in str(answer) and "scripted" in str(answer)
+    answers = run(openai(url, model="nope", batch=4), label_read("q"), label_read("r"))
+    assert all(type(a) is EngineError for a in answers)
+
+
+def test_wrong_path_says_so(url):
+    (answer,) = run(make({"engine": "openai", "model": "m", "base_url": f"{url}/v7"}, "api"), label_read("q"))
+    assert type(answer) is EngineError and "OpenAI-compatible" in str(answer)
+
+
+def test_no_key_names_the_variable(monkeypatch):
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    where = {"base_url": "https://x.invalid/v1", "api_key_env": "SOME_KEY"}
+    engine = make({"engine": "openai", "model": "m", **where}, "api")
+    with pytest.raises(EngineError, match="SOME_KEY"):
+        asyncio.run(engine.start())
+
+
+def test_nobody_there_is_a_transport_error_and_soon_fails_fast():
+    async def scenario():
+        engine = make({"engine": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", "retries": 5,
+                       "down_after_s": 0}, "api")
+        await engine.start()
+        first = [label_read(f"q{i}") for i in range(8)]
+        failed = await asyncio.gather(*(engine.complete(request_key(r), r) for r in first), return_exceptions=True)
+        began = time.monotonic()
+        with pytest.raises(TransportError, match="is down"):
+            await engine.complete(b"0" * 16, label_read("later"))
+        took_s = time.monotonic() - began
+        await engine.stop()
+        return failed, took_s
+
+    failed, took_s = asyncio.run(scenario())
+    assert all(isinstance(f, TransportError) for f in failed)
+    assert took_s < 0.5
+
+
+def test_a_server_killed_in_the_middle_and_started_again_answers():
+    async def scenario():
+        with scripted_process("--delay-ms", "300") as (first, address):
+            engine = openai(address, retries=9)
+            await engine.start()
+            asks = [asyncio.create_task(engine.complete(b"k" * 16, label_read(f"q{i}"))) for i in range(4)]
+            await asyncio.sleep(0.15)
+            first.kill()
+            first.wait()
+            with scripted_process("--port", address.rsplit(":", 1)[1]):
+                answers = await asyncio.gather(*asks)
+            await engine.stop()
+        return answers
+
+    assert all(a.label_logps for a in asyncio.run(scenario()))
+
+
+def test_breaker_opens_half_opens_and_closes():
+    now = [0.0]
+    breaker = Breaker(10.0, clock=lambda: now[0])
+    for now[0] in (0.0, 1.0, 2.0, 3.0, 9.0):
+        breaker.failed("refused")
+        breaker.admit("u")  # five failures, but not for ten seconds yet
+    now[0] = 10.0
+    breaker.failed("refused")
+    with pytest.raises(TransportError, match="refused"):
+        breaker.admit("u")
+    now[0] = 15.0
+    breaker.admit("u")  # this one may try
+    with pytest.raises(TransportError):
+        breaker.admit("u")  # the next may not
+    breaker.failed("refused")
+    now[0] = 24.9
+    with pytest.raises(TransportError):
+        breaker.admit("u")  # the pause has doubled
+    now[0] = 25.0
+    breaker.admit("u")
+    breaker.succeeded()
+    breaker.admit("u")
+    breaker.admit("u")
+
+
+def test_retry_after_and_json():
+    assert 2.0 <= retry_after("2") <= 2.1
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") <= 0.1
+    assert retry_after("soon") is None and retry_after(None) is None and retry_after("nan") is None
+    assert loads(b'{"a": 1}') == {"a": 1} and loads(b"[1]") is None and loads(b"<html>") is None
+    assert str(loads(b'{"a": NaN}')["a"]) == "nan"
+
+
+def test_top_reads():
+    entries = [{"token": "A", "logprob": -1.0}, {"token": "A", "logprob": -1.0}, {"token": "x", "logprob": -0.5},
+               {"token": " A", "logprob": -inf}, {"token": "B", "logprob": nan}, {"token": "T", "logprob": None}]
+    logps, exactness = TopRead().parse(entries[:4], ("A", "B", "T", " A"))
+    assert logps == {"A": pytest.approx(-1.0 + 0.6931471805599453)} and exactness == "bounds"
+    for n in (5, 6):
+        assert TopRead().parse(entries[n - 1 :], ("A", "B", "T", " A")) == ({}, "exact")
+    assert TopRead().parse(entries[:1], ("A",)) == ({"A": -1.0}, "exact")
+    assert TopRead().parse(None, ("A",)) == (None, "hard")
+    assert log_add(0.0, -inf) == 0.0
+
+
+def test_shares_of_a_batch_add_up():
+    assert _share(101, [10, 20, 70]) == [10, 20, 71]
+    assert sum(_share(7, [1, 1, 1])) == 7
+
+
+def test_one_read_mode_a_server():
+    claim("http://one.example/v1", "top")
+    claim("http://one.example/v1/", "top")
+    with pytest.raises(EngineError, match="corrupt"):
+        claim("http://one.example", "ids")
+
+
+def test_configuration_errors_are_named():
+    with pytest.raises(ConfigError, match="not one of vllm, openai"):
+        make({"engine": "vlm"}, "local")
+    with pytest.raises(ConfigError, match=r"engines.api.max_in_fligt"):
+        make({"engine": "openai", "model": "m", "max_in_fligt": 3}, "api")
+    assert config_class("openai").model_fields["top_logprobs"].default == 20
+    assert resolve_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
+def test_a_deadline_is_kept():
+    async def scenario():
+        server = HttpClient("http://127.0.0.1:9", HttpConfig(deadline_s=0.4, retries=99))
+        try:
+            await server.post("/x", b"{}")
+        finally:
+            await server.close()
+
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="deadline|down"):
+        asyncio.run(scenario())
+    assert time.monotonic() - began < 5
+
+
+def test_scripted_engine_counts_fails_and_heals():
+    engine = make({"engine": "scripted", "fail_every": 3}, "s")
+    answers = run(engine, *[label_read(f"q{i}") for i in range(6)])
+    assert [isinstance(a, TransportError) for a in answers] == [False, False, True] * 2
+    assert engine.total == 6 and len(engine.asked) == 6
+    again = run(engine, label_read("q2"))
+    assert set(again[0].label_logps) == set(LABELS) and again[0].exactness == "exact"
+
+
+def test_scripted_rules():
+    rules = [{"match": "polite", "labels": {"A": 0.9, "B": 0.05}}, {"match": "critique", "text": "None. Fine."}]
+    engine = make({"engine": "scripted", "rules": rules}, "s")
+    read, text = run(engine, label_read("more polite?"), Request("m", (Message("user", "critique"),), Sampling(9)))
+    assert exp(read.label_logps["A"]) == pytest.approx(0.9) and text.text == "None. Fine."
+
+
+@pytest.mark.parametrize(("message", "limit"), [
+    ("This model's maximum context length is 8,192 tokens. However, you requested 9000 tokens", 8192),
+    ("'max_tokens' is too large: 100. This model's maximum context length is 512 tokens and your request has", 512),
+    ("prompt is too long: 205000 tokens > 200000 maximum", 200000),
+    ("Input exceeds the context window of this model.", 77),
+])
+def test_what_too_long_sounds_like(message, limit):
+    assert _refusal(400, message) == Completion("", "context", limit=limit)
+
+
+def test_other_refusals_have_their_type():
+    assert _refusal(400, "filtered by Azure OpenAI's content management policy").finish == "refused"
+    assert _refusal(400, "no", {"code": "content_filter"}).finish == "refused"
+    with pytest.raises(TransportError, match="HTTP 400 temperature does not apply"):
+        _refusal(400, "temperature does not apply")
+
+
+def _refusal(status: int, message: str, detail=None) -> Completion:
+    chat = Chat(HttpClient("http://x.invalid", HttpConfig()), "/chat/completions", "m", TopRead())
+    chat.max_model_len = 77
+    return asyncio.run(chat._refused(Rejected(status, message, detail or {})))

@@ -1,0 +1,404 @@
+"""One real vLLM on a random tiny model, started by a process of its own that is killed in the last test.
+
+The supervisor, the spread over replicas and the reading of logs are tested without it.
+"""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from math import exp, log
+from pathlib import Path
+
+import pytest
+
+import prefab.factory.engines.supervisor
+from prefab.factory.engines.base import make
+from prefab.factory.engines.vllm_process import VllmProcess, command_line, environment, free_port, has_gpu, reason
+from prefab.factory.engines.prefix_router import Spread
+from prefab.factory.engines.vllm import IdRead, VllmConfig
+from prefab.factory.errors import ConfigError, EngineError, TransportError
+from prefab.factory.keys import model_identity, request_key
+from prefab.factory.types import Message, Request, Sampling
+
+LABELS = ("A", "B", "T", " A", " B", " T")
+STARTER = """
+import asyncio, sys
+from prefab.factory.engines.base import make
+
+async def main():
+    engine = make({"engine": "vllm", "model": sys.argv[1], "log_file": sys.argv[2], "args": ["--enforce-eager"]}, "t")
+    await engine.start()
+    print(engine.process.port, engine.process.supervisor.pid, flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+def request(text: str, labels=(), repeat=(), **sampling) -> Request:
+    return Request("m", (Message("user", text),), Sampling(**{"max_tokens": 1, **sampling}), labels, (), repeat)
+
+
+async def ask(engine, *requests):
+    """All at once; failures are returned."""
+    asks = (engine.complete(request_key(r), r) for r in requests)
+    return await asyncio.gather(*asks, return_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("torch")
+    from tests.support.tinymodel import build
+
+    return build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """The starter process, the server's address and the supervisor's process id."""
+    pytest.importorskip("vllm")
+    log = tmp_path_factory.mktemp("log") / "vllm.log"
+    command = [sys.executable, "-c", STARTER, str(folder), str(log)]
+    starter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    line = starter.stdout.readline().split()
+    assert line, f"vLLM did not start:\n{log.read_text()[-3000:]}"
+    yield starter, f"http://127.0.0.1:{line[0]}", int(line[1])
+    starter.kill()
+    starter.wait()
+
+
+@pytest.fixture(scope="module")
+def engine(server, folder, runner):
+    engine = make({"engine": "vllm", "model": str(folder), "url": server[1], "retries": 1, "down_after_s": 0}, "local")
+    runner.run(engine.start())
+    yield engine
+    runner.run(engine.stop())
+
+
+@pytest.fixture(scope="module")
+def local(folder, runner):
+    engine = make({"engine": "hf", "model": str(folder)}, "hf")
+    runner.run(engine.start())
+    yield engine
+    runner.run(engine.stop())
+
+
+@pytest.mark.vllm
+def test_the_servers_identity_is_the_folders(engine, server, folder):
+    assert engine.identity == model_identity(str(folder), "float32")
+    nameless = make({"engine": "vllm", "url": server[1] + "/v1"}, "remote")
+    assert nameless.identity == engine.identity  # the server says where its folder is
+    assert engine.max_model_len == 512 and "<|im_end|>" in engine.special_tokens
+
+
+@pytest.mark.vllm
+def test_label_reads_equal_transformers(engine, local, runner):
+    asked = [request(f"Which answer {i}? Answer A, B or T.", LABELS) for i in range(12)]
+    served, own = runner.run(ask(engine, *asked)), runner.run(ask(local, *asked))
+    for s, o in zip(served, own, strict=True):
+        assert set(s.label_logps) == set(LABELS) and s.exactness == "exact"
+        assert all(s.label_logps[k] == pytest.approx(o.label_logps[k], abs=2e-3) for k in LABELS)
+        assert sum(map(exp, s.label_logps.values())) < 0.99  # unconstrained: the rest of the vocabulary has its share
+
+
+@pytest.mark.vllm
+def test_batches_equal_single_reads(engine, server, folder, runner):
+    asked = [request(f"word{i} " * (1 + i % 7) + "A or B?", LABELS) for i in range(40)]
+    single = make({"engine": "vllm", "model": str(folder), "url": server[1], "batch": 1}, "single")
+    runner.run(single.start())
+    ones, many = runner.run(ask(single, *asked)), runner.run(ask(engine, *asked))
+    runner.run(single.stop())
+    for one, batched in zip(ones, many, strict=True):
+        assert all(one.label_logps[k] == pytest.approx(batched.label_logps[k], abs=1e-3) for k in LABELS)
+    assert sum(a.prompt_tokens for a in ones) == sum(a.prompt_tokens for a in many)
+
+
+@pytest.mark.vllm
+def test_greedy_text_equals_transformers(engine, local, runner):
+    asked = [request(t, max_tokens=12) for t in ("hello", "Please tell me your name.")]
+    assert [a.text for a in runner.run(ask(engine, *asked))] == [a.text for a in runner.run(ask(local, *asked))]
+
+
+@pytest.mark.vllm
+def test_a_drawn_answer_depends_on_its_key_alone(engine, runner):
+    draws = [request("go", (), (i,), max_tokens=8, temperature=1.0, seed=0) for i in range(4)]
+    first, second = runner.run(ask(engine, *draws)), runner.run(ask(engine, *reversed(draws)))
+    assert [a.text for a in first] == [a.text for a in reversed(second)]
+    assert len({a.text for a in first}) == 4
+
+
+@pytest.mark.vllm
+def test_policies_answers_are_the_token_ids_drawn(server, folder):
+    """`prefab eval policy` by both samplers: the forward agrees with the server about the tokens that the server drew."""
+    from prefab.pipelines.evaluation.policy import PolicyEvalConfig as Eval
+    from prefab.pipelines.evaluation.policy import evaluate_policies
+
+    config = {"policies": {"tiny": str(folder)}, "prompts": {"source": "microworld", "split": "test", "limit": 20}, "samples": 4,
+              "max_new_tokens": 12, "threads": 1}
+    ours = evaluate_policies(Eval.model_validate(config), True).policies["tiny"]
+    served = evaluate_policies(Eval.model_validate({**config, "sampler": "vllm", "vllm": {"url": server[1]}}), True).policies["tiny"]
+    assert served["sampler_gap"].value < 1e-3 and abs(served["kl"].value) < 1e-6
+    assert served["entropy"].low < ours["entropy"].high and ours["entropy"].low < served["entropy"].high
+    assert served["tokens"].value > 6
+
+
+@pytest.mark.vllm
+def test_a_draw_ends_at_its_stops_and_is_the_same_again(server, folder):
+    engine = make({"engine": "vllm", "model": str(folder), "url": server[1]}, "again")
+    asked = [request("go", (), (i,), max_tokens=60, temperature=1.0, seed=0) for i in range(3)]
+
+    async def twice(stops):
+        await engine.start()
+        try:
+            return [await asyncio.gather(*(engine.draw(request_key(r), r, stops) for r in asked)) for _ in range(2)]
+        finally:
+            await engine.stop()
+
+    first, second = asyncio.run(twice([2]))
+    assert [d.ids for d in first] == [d.ids for d in second] and len({tuple(d.ids) for d in first}) == 3
+    token = first[0].ids[5]                                       # stopped at this one, it is the last and is there
+    cut = asyncio.run(twice([token]))[0][0]
+    assert cut.ended and cut.ids == first[0].ids[: first[0].ids.index(token) + 1] and len(cut.logps) == len(cut.ids)
+
+
+@pytest.mark.vllm
+def test_one_that_is_too_long_is_typed_and_spoils_no_other(engine, runner):
+    asked = [request("fox " * (600 if i == 2 else 3), LABELS) for i in range(6)]
+    answers = runner.run(ask(engine, *asked))
+    assert [a.finish == "context" for a in answers] == [i == 2 for i in range(6)]
+    assert answers[2].limit == 512
+    (text,) = runner.run(ask(engine, request("fox " * 600, max_tokens=5)))
+    assert text.finish == "context"
+
+
+@pytest.mark.vllm
+def test_control_tokens_in_users_text_stay_text(engine, runner):
+    plain = runner.run(engine.count_tokens((Message("user", "x y"),)))
+    raw = runner.run(engine.count_tokens((Message("user", "x<|im_end|> y"),)))
+    assert raw == plain + 1, "a served tokenizer makes control tokens of users' text: that is the threat"
+    assert runner.run(engine.check_specials()) == []
+
+
+@pytest.mark.vllm
+def test_labels_and_names_that_cannot_be(engine, server, runner):
+    (answer,) = runner.run(ask(engine, request("q", ("A", "12345"))))
+    assert isinstance(answer, EngineError) and "'12345'" in str(answer)
+    stranger = make({"engine": "vllm", "model": "Qwen/Qwen3-32B", "url": server[1]}, "far")
+    with pytest.raises(EngineError, match="has no model 'Qwen/Qwen3-32B'; it has"):
+        runner.run(stranger.start())
+
+
+@pytest.mark.vllm
+def test_killing_the_starter_leaves_no_process_and_is_noticed(engine, server, runner):
+    """Last: the server is gone afterwards. `kill -9` of whoever started it takes vLLM's engine and workers along."""
+    starter, _, supervisor = server
+    family = descendants(supervisor)
+    assert len(family) >= 3, "API server, engine core, worker"
+    starter.send_signal(signal.SIGKILL)
+    starter.wait()
+    assert gone([supervisor, *family], within_s=30)
+    began = time.monotonic()
+    answers = runner.run(ask(engine, *[request(f"late {i}", LABELS) for i in range(8)]))
+    answers += runner.run(ask(engine, *[request(f"later {i}", max_tokens=4) for i in range(8)]))
+    assert all(isinstance(a, TransportError) for a in answers)
+    assert any("is down" in str(a) for a in answers)
+    assert time.monotonic() - began < 20
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes under `pid`, by /proc."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        children = parents.get(todo.pop(), [])
+        found += children
+        todo += children
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pids: list[int], within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while time.monotonic() < end and any(map(alive, pids)):
+        time.sleep(0.1)
+    return not any(map(alive, pids))
+
+
+# A stand-in for vLLM: it has a child in a session of its own that shrugs off SIGTERM.
+STUBBORN = """
+import os, signal, time
+if os.fork() == 0:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(3600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc and subreapers")
+@pytest.mark.parametrize("how", ["parent killed", "pipe closed", "server died"])
+def test_the_keeper_leaves_nothing(how, tmp_path, monkeypatch):
+    supervisor = prefab.factory.engines.supervisor.__file__
+    source = Path(supervisor).read_text().replace("GRACE_S = 8.0", "GRACE_S = 0.5")
+    quick = tmp_path / "supervisor.py"
+    quick.write_text(source)
+    parent_code = (
+        "import os, subprocess, sys, time\n"
+        "command = [sys.executable, sys.argv[1], str(os.getpid()), sys.argv[2], sys.executable, '-c', sys.argv[3]]\n"
+        "supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)\n"
+        "print(supervisor.pid, flush=True)\n"
+        "sys.stdin.readline()\nkeeper.stdin.close()\ntime.sleep(3600)\n")
+    parent = subprocess.Popen([sys.executable, "-c", parent_code, str(quick), str(tmp_path / "log"), STUBBORN],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        pid = int(parent.stdout.readline())
+        end = time.monotonic() + 20
+        while len(descendants(pid)) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        family = descendants(pid)
+        assert len(family) == 2
+        if how == "parent killed":
+            parent.kill()
+        elif how == "pipe closed":
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+        else:
+            os.kill(family[0], signal.SIGKILL)
+        assert gone([pid, *family], within_s=20)
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_the_reason_is_the_root_cause():
+    log = (
+        "(EngineCore pid=7) INFO 11-21 00:58:28 [core.py:133] Initializing\n"
+        "(EngineCore pid=7) ERROR 11-21 00:58:29 [core.py:900] Traceback (most recent call last):\n"
+        "(EngineCore pid=7) ERROR 11-21 00:58:29 [core.py:900] ValueError: No available memory for the cache blocks.\n"
+        "(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.\n")
+    assert reason(log) == "ValueError: No available memory for the cache blocks."
+    assert reason("x.py: error: argument --port: invalid int value: 'x'\n").endswith("invalid int value: 'x'")
+    assert reason("") == "it wrote nothing"
+
+
+FAKE = """
+import http.server, sys
+if "--fail" in sys.argv:
+    print(*(f"line {i}" for i in range(20)), "ValueError: no memory", "the end", sep="\\n")
+    sys.exit(3)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_servers_log_goes_when_it_ended_well_and_stays_when_not(fails, tmp_path):
+    pytest.importorskip("vllm")
+    server = tmp_path / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    server.parent.mkdir(parents=True)
+    server.write_text(FAKE)
+    for folder in (tmp_path / "vllm", tmp_path / "vllm" / "entrypoints", server.parent):
+        (folder / "__init__.py").touch()
+    config = VllmConfig(model="m", env={"PYTHONPATH": str(tmp_path)}, args=["--fail"] if fails else [])
+    process = VllmProcess(config, "m", free_port(), "local", lambda line: None, tmp_path / "logs")
+
+    async def work():
+        try:
+            await process.start()
+            assert process.log_file.parent == tmp_path / "logs" and process.log_file.exists()
+        finally:
+            await process.stop()
+    if not fails:
+        asyncio.run(work())
+        assert not (tmp_path / "logs").exists()
+        return
+    with pytest.raises(EngineError) as told:
+        asyncio.run(work())
+    words = str(told.value)
+    assert words.startswith("vLLM ended (status 3): ValueError: no memory\n") and str(process.log_file) in words
+    assert "| line 19\n" in words and "| the end\n" in words and "line 1\n" not in words
+    assert process.log_file.read_text().startswith("line 0\n")
+
+
+def test_a_fraction_of_a_gib_is_asked_for_in_bytes(monkeypatch):
+    """vLLM reads VLLM_CPU_KVCACHE_SPACE as a whole number, and it would win over the command line."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    process = VllmProcess(VllmConfig(model="m", kv_cache_gib=0.25), "m", 1, "local", None)
+    words = command_line(process)
+    if not has_gpu():
+        assert words[words.index("--kv-cache-memory-bytes") + 1] == str(2**28)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(process)
+    more = VllmConfig(model="m", env={"VLLM_CPU_KVCACHE_SPACE": "2"})
+    assert environment(VllmProcess(more, "m", 1, "local", None))["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    with pytest.raises(ValueError, match="finite"):
+        VllmConfig(model="m", kv_cache_gib=float("inf"))
+
+
+def test_a_server_that_is_not_there_is_said_to_be():
+    engine = make({"engine": "vllm", "model": "m", "url": "http://127.0.0.1:13", "retries": 0}, "far")
+    with pytest.raises(EngineError, match="no vLLM server at http://127.0.0.1:13"):
+        asyncio.run(engine.start())
+
+
+def test_configuration_wants_a_model_or_an_address():
+    with pytest.raises(ConfigError, match="name a `model`"):
+        make({"engine": "vllm"}, "local")
+    with pytest.raises(ConfigError, match="not both"):
+        make({"engine": "vllm", "url": "http://a", "urls": ["http://b"]}, "local")
+
+
+def test_ids_count_once_and_spellings_have_several():
+    """A sentencepiece tokenizer: a space comes before the first word, and both spellings are one token."""
+    words = {"A": [7], " A": [7], "\n": [1, 2], "\nA": [1, 2, 8], "\n A": [1, 2, 7]}
+
+    async def tokenize(text):
+        return words[text]
+
+    read = IdRead(tokenize)
+    asyncio.run(read.prepare(("A", " A")))
+    assert read.fields(("A", " A"))["logprob_token_ids"] == [7, 8]
+    entries = [{"token": "token_id:7", "logprob": -1.0}, {"token": "token_id:7", "logprob": -1.0},
+               {"token": "token_id:8", "logprob": float("nan")}, {"token": "token_id:9", "logprob": 0.0}]
+    assert read.parse(entries, ("A", " A")) == ({}, "exact")  # id 8 has no number: what A has is not known
+    entries[2]["logprob"] = -2.0
+    found, exactness = read.parse(entries, ("A", " A"))
+    assert found == {"A": pytest.approx(log(exp(-1.0) + exp(-2.0)))} and exactness == "exact"
+    assert read.parse(entries[:1], ("A", " A")) == ({}, "exact")
+
+
+def test_a_prompts_calls_meet_one_replica_and_all_replicas_work():
+    spread, instructions = Spread(3), "Judge these answers. " * 60
+    homes: dict[int, set[int]] = {}
+    load = [0, 0, 0]
+    for prompt in range(60):
+        for principle in range(6):
+            text = f"{instructions}{f'pair {prompt} ' * 80}under principle {principle}"
+            at = spread.pick([Message("user", text)], load, [0, 1, 2])
+            load[at] += 1
+            homes.setdefault(prompt, set()).add(at)
+        load = [max(0, n - 2) for n in load]
+    assert sum(len(at) == 1 for at in homes.values()) >= 45
+    assert all(sum(at == {i} for at in homes.values()) >= 5 for i in range(3))
+    assert spread.pick([Message("user", "x")], [0, 0, 0], [2]) == 2

@@ -1,0 +1,320 @@
+"""`prefab label`: what is recorded, in which order answers are shown, undo, queue files, and a terminal that is killed."""
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.support import project
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefab.factory.errors import ConfigError
+from prefab.factory.ledger.ledger import Ledger
+from prefab.judges.kinds import human
+from prefab import run
+from prefab.pipelines.quality import labeling
+from prefab.pipelines.cli.main import main
+from prefab.pipelines.store.fill import query
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Three prompts, three drafts each, two principles: 18 comparisons."""
+    run(project.pipeline(tmp_path, prompts=3), engines=project.engine())
+    return tmp_path / "store"
+
+
+def session(store: Path, keys: str, annotator: str = "ann", limit: int | None = None, **more):
+    """One session at a terminal that types `keys`; gives the report, what was shown, and the first task."""
+    shown: list[str] = []
+    with labeling.open_session(store, "", annotator, **more) as session:
+        todo = list(session.todo)
+        report = labeling.talk(session, iter(keys), shown.append, limit)
+    return report, shown, todo
+
+
+def standing(store: Path) -> list[human.Label]:
+    return human.latest(labeling.recorded(store))
+
+
+def test_a_label_speaks_of_the_answers_not_of_the_slots(store):
+    report, _, todo = session(store, "abtsq")
+    assert report.data() | {"run": ""} == {
+        "run": "", "annotator": "ann", "labelled": 4, "said": {"a": 1, "b": 1, "tie": 1, "skip": 1}, "undone": 0,
+        "unanswered": 0, "known": 0, "left": 14}
+    texts = dict(query(store, "SELECT sample, text FROM samples").iter_rows())
+    for task, said, value in zip(todo, ("a", "b"), labeling.recorded(store), strict=False):
+        chosen = task.shown[0] if said == "a" else task.shown[1]
+        assert texts[value[value["winner"]]] == chosen and value["order"] == task.order
+    assert [found.winner for found in standing(store)][2:] == ["tie", "skip"]
+    rows = query(store, "SELECT prompt, winner, annotator FROM human_labels").to_dicts()
+    assert len(rows) == 4 and {row["annotator"] for row in rows} == {"ann"}
+
+
+def test_both_orders_are_shown_and_the_seed_decides(store):
+    orders = [task.order for task in session(store, "")[2]]
+    assert {"ab", "ba"} == set(orders) and orders == [task.order for task in session(store, "")[2]]
+    assert orders != [task.order for task in session(store, "", seed=1)[2]]
+
+
+@given(st.text(), st.integers(0, 9))
+def test_orders_are_balanced(annotator, seed):
+    places = [human.place_of("p", f"s{i}", "t", "kind") for i in range(400)]
+    share = sum(human.shown_order(seed, annotator, place) == "ab" for place in places) / 400
+    assert 0.35 < share < 0.65  # six standard deviations
+
+
+def test_nothing_of_the_judges_is_shown(store):
+    _, shown, todo = session(store, "q")
+    page = shown[-1]
+    assert todo[0].text_a in page and todo[0].text_b in page and todo[0].question in page
+    assert not [word for word in ("judge", "small@1", "0.8", "p_a", todo[0].a, todo[0].b) if word in page]
+
+
+def test_a_session_is_resumed_and_people_are_apart(store):
+    first = session(store, "aaaaaq")[2]
+    again = session(store, "")[2]
+    assert len(again) == 13 and [task.place for task in again] == [task.place for task in first[5:]]
+    assert len(session(store, "", annotator="bob")[2]) == 18
+    report, shown, _ = session(store, "t" * 99)
+    assert (report.left, report.said) == (0, {"tie": 13}) and session(store, "")[2] == []
+    assert session(store, "ab", annotator="bob", limit=1)[0].left == 17
+
+
+def test_undo_is_a_row_and_what_it_takes_back_can_be_said_again(store):
+    report, _, todo = session(store, "abuuaq")
+    assert (report.undone, report.left) == (2, 17)
+    values = labeling.recorded(store)
+    assert [sorted(value)[0] for value in values].count("annotator") == 2 and len(values) == 5  # nothing was deleted
+    assert [found.place for found in standing(store)] == [todo[0].place]
+    report, shown, _ = session(store, "uuaq")  # the last session's, then nothing is left to undo
+    assert report.undone == 1 and "there is nothing to undo" in shown
+    assert [found.place for found in standing(store)] == [todo[0].place]
+
+
+def test_the_same_word_after_an_undo_stands(store):
+    session(store, "auauaq")
+    assert len(standing(store)) == 1 and len(labeling.recorded(store)) == 5
+
+
+def test_other_keys_and_the_end_of_keys_label_nothing(store):
+    report, shown, _ = session(store, "xyz\n7")
+    assert report.data()["labelled"] == 0 and labeling.recorded(store) == [] and shown.count(labeling.HELP) == 6
+
+
+def test_latest_resolves_undo_corrections_and_several_people():
+    a = human.row("p", "x", "y", "kind", "a", "ab", "ann", 1.0)
+    b = human.row("p", "x", "y", "kind", "b", "ab", "ann", 2.0)
+    turned = human.row("p", "y", "x", "kind", "a", "ab", "bob", 3.0)  # bob too prefers y
+    found = human.latest([a, b, turned, {"note": "not a label"}])
+    assert [(f.winner, f.winner_in_place, f.annotator) for f in found] == [("b", "b", "ann"), ("a", "b", "bob")]
+    assert human.gold(found) == {("p", "x", "y", "kind"): "b"}
+    back = human.undo(human.name_of(b), "ann", 4.0)
+    assert [f.winner for f in human.latest([a, b, turned, back])] == ["a", "a"]
+    assert human.gold(human.latest([a, b, turned, back])) == {("p", "x", "y", "kind"): None}  # one against one
+    skipped = human.row("p", "x", "y", "kind", "skip", "ab", "ann", 5.0)
+    assert human.gold(human.latest([a, skipped])) == {}
+    assert human.row("p", "x", "y", "kind", "a", "ba", "ann", 1.0)["winner"] == "b"
+
+
+def test_verdicts_of_people_are_hard():
+    a, tie, skip = (human.Label("d", "p", "x", "y", "kind", said, "ann") for said in ("a", "tie", "skip"))
+    assert (human.verdict(a).p_a, human.verdict(a).exactness, human.verdict(tie).winner) == (1.0, "hard", "tie")
+    assert human.verdict(skip) is None
+
+
+def test_people_are_gold_for_the_statistics(store):
+    from prefab.pipelines.quality.rating_matrix import load_matrix
+    from prefab.pipelines.quality.rating_matrix import select as choose
+
+    _, _, todo = session(store, "abu" + "bq")
+    data, source = load_matrix(choose(store))
+    known = int((data.gold == data.gold).sum())
+    assert known == 2 and source == "2 comparisons labelled by 1 person"
+
+
+def test_which_comparisons_come_first(tmp_path):
+    """Two judges: sure and of one mind about prompt p0, unsure about p1, of two minds about p2."""
+    from math import log
+
+    from prefab.factory.engines.scripted import Scripted, ScriptedConfig
+    from prefab.factory.types import Completion
+
+    def answer(request):
+        if project.asked(request) == "sample":
+            return project.answer(request)
+        text = "\n".join(m.content for m in request.messages)
+        p = 0.95
+        if "Question 1?" in text:
+            p = 0.5
+        if "Question 2?" in text and request.template_kwargs == (("who", 2),):
+            p = 0.05
+        first, second = (int(part[0]) for part in text.split("draft ")[1:3])
+        p = p if first < second else 1 - p
+        masses = {"A": 0.9 * p, "B": 0.9 * (1 - p), "T": 0.01}
+        spellings = {" " * i + k: v / 2 for k, v in masses.items() for i in (0, 1)}
+        return Completion("A", "length", {k: log(v) for k, v in spellings.items()}, "exact", 9, 1)
+
+    judges = [{"name": f"j{i}", "kind": "pairwise", "template_kwargs": {"who": i}} for i in (1, 2)]
+    value = project.pipeline(tmp_path, prompts=3, panel={"judges": judges})
+    run(value, engines={"local": Scripted(ScriptedConfig(), answer)})
+    store = tmp_path / "store"
+    order = {first: [task.prompt for task in labeling.tasks(store, "", "ann", first)] for first in labeling.FIRST}
+    assert set(order["unsure"][:12]) == {"p1", "p2"} and set(order["unsure"][12:]) == {"p0"}
+    assert set(order["divided"][:6]) == {"p2"}
+    assert sorted(order["random"]) == sorted(order["unsure"]) and order["random"] != order["unsure"]
+    only = labeling.tasks(store, "", "ann", principles=["kind"])
+    assert len(only) == 9 and {task.principle for task in only} == {"kind"}
+    with pytest.raises(ConfigError, match="brief, kind"):
+        labeling.tasks(store, "", "ann", principles=["kinder"])
+
+
+def fill_in(file: Path, answers: list) -> list[dict]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"label": said} for row, said in zip(rows, answers, strict=False)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_a_queue_file_there_and_back(store, tmp_path):
+    file = tmp_path / "queue.jsonl"
+    session(store, "aaq")
+    with labeling.open_session(store, "", "ann") as session:
+        assert labeling.write_queue(session, file, 4).unanswered == 4
+        with pytest.raises(ConfigError, match="there already"):
+            labeling.write_queue(session, file)
+    rows = fill_in(file, ["a", "T", "", "b"])
+    assert sorted(rows[0]) == ["answer_a", "answer_b", "conversation", "id", "label", "question"]
+    with labeling.open_session(store, "", "ann") as session:
+        report = labeling.read_answers(session, file)
+    assert (report.said, report.unanswered, report.left) == ({"a": 1, "tie": 1, "b": 1}, 1, 13)
+    texts = dict(query(store, "SELECT sample, text FROM samples").iter_rows())
+    first = standing(store)[2]
+    assert texts[first.a if first.winner == "a" else first.b] == rows[0]["answer_a"]
+    n = len(labeling.recorded(store))
+    with labeling.open_session(store, "", "ann", seed=5) as session:  # another seed shows other orders: the file's own counts
+        assert labeling.read_answers(session, file).known == 3
+    assert len(labeling.recorded(store)) == n
+    fill_in(file, ["b", "T", "", "b"])
+    with labeling.open_session(store, "", "ann") as session:
+        assert (labeling.read_answers(session, file).said, len(session.todo)) == ({"b": 1}, 13)  # a change of mind
+
+
+def test_mistakes_in_an_answers_file_are_told_with_their_lines_and_nothing_is_recorded(store, tmp_path):
+    file = tmp_path / "queue.jsonl"
+    with labeling.open_session(store, "", "ann") as session:
+        labeling.write_queue(session, file, 2)
+    rows = fill_in(file, ["a", "b"])
+    bad = [rows[0], rows[1] | {"label": "A or B"}, rows[0] | {"label": "b"}, rows[0] | {"id": "00"}, ["x"], {"id": 7},
+           rows[1] | {"label": 1}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in bad) + "\n{half")
+    with labeling.open_session(store, "", "ann") as session, pytest.raises(ConfigError) as caught:
+        labeling.read_answers(session, file)
+    told = {problem.line: problem.message for problem in caught.value.problems}
+    assert set(told) == {2, 3, 4, 5, 6, 7, 9}
+    assert "none of a, b, tie, skip" in told[2] and "in line 1" in told[3] and "another run" in told[4]
+    assert labeling.recorded(store) == []
+    with labeling.open_session(store, "", "ann") as session, pytest.raises(ConfigError, match="cannot be read"):
+        labeling.read_answers(session, tmp_path / "none.jsonl")
+
+
+@given(st.text())
+def test_nothing_shown_can_move_the_cursor(text):
+    shown = labeling.harmless(text)
+    assert all(c in "\n\t" or c.isprintable() for c in shown)
+    assert labeling.harmless("a\x1b[2Jb") == "a\\x1b[2Jb"
+
+
+# --- the command, from a pipe and in a real terminal ---
+
+def prefab(*words: str, keys: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "prefab.pipelines.cli.main", "label", *words], input=keys, cwd=ROOT, text=True,
+                          capture_output=True)
+
+
+def test_the_command(store, tmp_path, monkeypatch, capsys):
+    done = prefab("--store", str(store), "--annotator", "ann", "--json", keys="a\nb\nq\n")
+    assert done.returncode == 0 and json.loads(done.stdout)["labelled"] == 2, done.stderr
+    for words, told in (([str(tmp_path / "none")], "no store here"), ([str(store), "--first", "best"], "did you mean"),
+                        ([str(store), "--run", "nobody"], "has no run"),
+                        ([str(store), "--queue", "a", "--answers", "b"], "one of the two")):
+        monkeypatch.setattr(sys, "argv", ["prefab", "label", "--store", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code == 2 and told in capsys.readouterr().err.replace("\n", " ")
+
+
+class Terminal:
+    """`prefab label` in a pseudo-terminal."""
+
+    def __init__(self, store: Path) -> None:
+        self.seen = b""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, "-m", "prefab.pipelines.cli.main", "label", "--store", str(store),
+                                      "--annotator", "ann"])
+
+    def wait_for(self, text: str, timeout_s: float = 120.0) -> None:
+        end = time.monotonic() + timeout_s
+        while text.encode() not in self.seen:
+            assert time.monotonic() < end, self.seen[-2000:]
+            if select.select([self.fd], [], [], 1.0)[0]:
+                self.seen += os.read(self.fd, 65536)
+
+    def type(self, key: str) -> None:
+        self.seen = b""
+        os.write(self.fd, key.encode())
+
+    def end(self, timeout_s: float = 60.0) -> int:
+        try:
+            while select.select([self.fd], [], [], timeout_s)[0] and os.read(self.fd, 65536):
+                pass
+        except OSError:
+            pass  # how Linux says that the other side of a terminal is gone
+        else:
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(self.fd)
+        return os.waitpid(self.pid, 0)[1]
+
+
+def test_a_terminal_killed_in_the_middle_keeps_what_was_answered(store):
+    terminal = Terminal(store)
+    terminal.wait_for("1 of 18")
+    terminal.type("a")  # one key, no Enter
+    terminal.wait_for("2 of 18")
+    terminal.type("b")
+    terminal.wait_for("3 of 18")
+    os.kill(terminal.pid, signal.SIGKILL)
+    assert os.WIFSIGNALED(terminal.end())
+    assert len(standing(store)) == 2
+    terminal = Terminal(store)
+    terminal.wait_for("3 of 18")
+    terminal.type("u")
+    terminal.wait_for("2 of 18")
+    terminal.type("\x03")  # Ctrl-C
+    assert terminal.end() == 0
+    assert len(standing(store)) == 1 and len(labeling.recorded(store)) == 3
+
+
+def test_a_run_and_a_person_can_write_at_once(store, tmp_path):
+    """A ledger that is open elsewhere takes labels too."""
+    async def both() -> None:
+        ledger = Ledger.open(store)
+        await asyncio.to_thread(session, store, "abq")
+        ledger.add_eval({"name": "meanwhile"})
+        await ledger.close()
+    asyncio.run(both())
+    assert len(standing(store)) == 2
