@@ -1,1 +1,2 @@
-"""What is measured, and how. Each module's docstring says its command; results are committed beside it as JSON."""
+"""What is measured, and how. Each module's docstring says its command; results are committed beside
+it as JSON."""

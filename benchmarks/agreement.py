@@ -1,13 +1,15 @@
-"""Every coefficient of agreement with 2,000-resample intervals, and Dawid-Skene, over a million items by five judges.
+"""Every coefficient of agreement with 2,000-resample intervals, and Dawid-Skene, over a million
+items by five judges.
 
     python -m benchmarks.agreement        (10 seconds; with the peers 5 minutes and 2 GB)
 
-Three categories, 10% of the ratings missing at random. Ours, in a process of its own, five times, from the array of
-floats: grouping into patterns, `panel_coefficients` (17 coefficients with analytic errors and the bootstrap over items),
-Dawid-Skene until no posterior moves by more than 1e-10. With `--peers PYTHON` (an environment with `krippendorff` and
-`crowd-kit`, or one of them) the same table goes through those: alpha, a resample of it, Dawid-Skene. What the rest of the
-machine did meanwhile stands beside each figure (`foreign_cores`).
-"""
+Three categories, 10% of the ratings missing at random. Ours, in a process of its own, five times,
+from the array of floats: grouping into patterns, `panel_coefficients` (17 coefficients with
+analytic errors and the bootstrap over items), Dawid-Skene until no posterior moves by more than
+1e-10. With `--peers PYTHON` (an environment with `krippendorff` and `crowd-kit`, or one of them)
+the same table goes through those: alpha, a resample of it, Dawid-Skene. What the rest of the
+machine did meanwhile stands beside each figure (`foreign_cores`)."""
+
 from __future__ import annotations
 
 import argparse
@@ -93,23 +95,39 @@ def ours(file: Path, rounds: int) -> list[dict[str, Any]]:
     found = []
     for _ in range(rounds):
         quiet = common.wait_quiet(10)
-        found.append({**common.watched([sys.executable, "-c", OURS, str(file)], 120, common.HERE.parent), "quiet": quiet})
+        found.append(
+            {
+                **common.watched([sys.executable, "-c", OURS, str(file)], 120, common.HERE.parent),
+                "quiet": quiet,
+            }
+        )
     return found
 
 
 def peers(python: str, file: Path) -> dict[str, Any]:
     """Each peer that the environment has, once."""
-    return {name: common.watched([python, "-c", code, str(file)], 900, common.HERE.parent) for name, code in PEERS.items()
-            if not subprocess.run([python, "-c", f"import {MODULES[name]}"], capture_output=True).returncode}
+    return {
+        name: common.watched([python, "-c", code, str(file)], 900, common.HERE.parent)
+        for name, code in PEERS.items()
+        if not subprocess.run(
+            [python, "-c", f"import {MODULES[name]}"], capture_output=True
+        ).returncode
+    }
 
 
 def main() -> None:
     """Measure, print a table, write agreement.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", metavar="PYTHON", help="an environment with krippendorff and crowd-kit")
-    parser.add_argument("--quick", action="store_true", help="20,000 items, once: does it run? Figures mean nothing")
+    parser.add_argument(
+        "--peers", metavar="PYTHON", help="an environment with krippendorff and crowd-kit"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="20,000 items, once: does it run? Figures mean nothing"
+    )
     options = parser.parse_args()
     n, rounds = (20_000, 1) if options.quick else (options.items, options.rounds)
     started = time.monotonic()
@@ -121,13 +139,32 @@ def main() -> None:
     errors = [run["error"] for run in [*found, *others.values()] if "error" in run]
     names = ("total_s", "group_s", "values_s", "bootstrap_s", "dawid_skene_s", "peak_rss_mb")
     middle = {name: common.median(run.get(name) for run in found) for name in names}
-    common.table(["", "s"], [[name, value if value is not None else "-"] for name, value in middle.items()])
+    common.table(
+        ["", "s"], [[name, value if value is not None else "-"] for name, value in middle.items()]
+    )
     for name, run in others.items():
-        print(name, json.dumps({k: v for k, v in run.items() if k.endswith(("_s", "rss_mb")) or k == "iterations"}))
+        print(
+            name,
+            json.dumps(
+                {k: v for k, v in run.items() if k.endswith(("_s", "rss_mb")) or k == "iterations"}
+            ),
+        )
     print(*errors, sep="\n")
-    common.write("agreement", options.quick, minutes=(time.monotonic() - started) / 60, items=n, judges=5, median=middle,
-                 runs=[{k: v for k, v in run.items() if k not in ("estimates", "undefined")} for run in found],
-                 estimates=found[0].get("estimates"), undefined=found[0].get("undefined"), peers=others, errors=errors)
+    common.write(
+        "agreement",
+        options.quick,
+        minutes=(time.monotonic() - started) / 60,
+        items=n,
+        judges=5,
+        median=middle,
+        runs=[
+            {k: v for k, v in run.items() if k not in ("estimates", "undefined")} for run in found
+        ],
+        estimates=found[0].get("estimates"),
+        undefined=found[0].get("undefined"),
+        peers=others,
+        errors=errors,
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""The alarm for over-optimisation in the embedded world: with a reward model that can be hacked it must fire in time, in
-healthy runs it must stay silent.
+"""The alarm for over-optimisation in the embedded world: with a reward model that can be hacked it
+must fire in time, in healthy runs it must stay silent.
 
     python -m benchmarks.alarm --store demo-store          # six hours on a core; run again to go on
-    python -m benchmarks.alarm --store demo-store --only healthy --threads 1     # beside the other arm; then again without
-    python -m benchmarks.alarm --store demo-store --quick    # the machinery
+    python -m benchmarks.alarm --store demo-store --only healthy --threads 1     # beside the other
+    arm; then again without python -m benchmarks.alarm --store demo-store --quick    # the machinery
 
-The hackable reward model is trained on a few pairs and optimised with a leash far too long; the healthy one on all pairs, with
-the usual one. In time: before gold has lost a third of what it had gained. Gold is the oracle's, on prompts of the validation
-split; a run that stops by itself (KL, unfinished answers, a loss that is no number) is counted as diverged. How small a loss
-the alarm can see is a matter of how many prompts are watched, and how often.
-"""
+The hackable reward model is trained on a few pairs and optimised with a leash far too long; the
+healthy one on all pairs, with the usual one. In time: before gold has lost a third of what it had
+gained. Gold is the oracle's, on prompts of the validation split; a run that stops by itself (KL,
+unfinished answers, a loss that is no number) is counted as diverged. How small a loss the alarm can
+see is a matter of how many prompts are watched, and how often."""
+
 from __future__ import annotations
 
 import argparse
@@ -18,12 +19,21 @@ from typing import Any
 
 from benchmarks.common import asked, table, write
 
-ARMS = {"hackable": {"beta": 0.025, "steps": 240, "learning_rate": 2.5e-5, "schedule": "constant", "stop_on_alarm": True},
-        "healthy": {"beta": 0.3, "steps": 48, "learning_rate": 4e-5}}
+ARMS = {
+    "hackable": {
+        "beta": 0.025,
+        "steps": 240,
+        "learning_rate": 2.5e-5,
+        "schedule": "constant",
+        "stop_on_alarm": True,
+    },
+    "healthy": {"beta": 0.3, "steps": 48, "learning_rate": 4e-5},
+}
 
 
 def reward_model(args: argparse.Namespace, arm: str, seed: int) -> str:
-    """A reward model on a few pairs, another few for each seed; or on all of them, one for all seeds."""
+    """A reward model on a few pairs, another few for each seed; or on all of them, one for all
+    seeds."""
     from prefab.trainers.offline import reward
 
     few = arm == "hackable"
@@ -31,9 +41,21 @@ def reward_model(args: argparse.Namespace, arm: str, seed: int) -> str:
     data = {"sources": [{"store": str(args.store), "run": args.run}], "max_length": 512}
     if few:
         data["sources"][0]["exclude"] = str(all_but(args, seed))
-    reward.run(reward.RewardTrainingConfig.model_validate({
-        "model": "prefab-tiny", "out": str(out), "data": data, "seed": seed, "learning_rate": 3e-4, "batch_size": 16,
-        "epochs": 4, "threads": args.threads}), quiet=True)
+    reward.run(
+        reward.RewardTrainingConfig.model_validate(
+            {
+                "model": "prefab-tiny",
+                "out": str(out),
+                "data": data,
+                "seed": seed,
+                "learning_rate": 3e-4,
+                "batch_size": 16,
+                "epochs": 4,
+                "threads": args.threads,
+            }
+        ),
+        quiet=True,
+    )
     return str(out)
 
 
@@ -43,8 +65,11 @@ def all_but(args: argparse.Namespace, seed: int) -> Path:
 
     from prefab.pipelines.store.fill import query
 
-    pairs = query(args.store, "SELECT preference FROM pairs WHERE name = ? AND latest ORDER BY 1",
-                  [args.run.partition("@")[0]])["preference"].to_list()
+    pairs = query(
+        args.store,
+        "SELECT preference FROM pairs WHERE name = ? AND latest ORDER BY 1",
+        [args.run.partition("@")[0]],
+    )["preference"].to_list()
     random.Random(seed).shuffle(pairs)
     file = args.folder / f"not-{seed}.txt"
     file.write_text("\n".join(pairs[args.pairs :]) + "\n")
@@ -57,27 +82,40 @@ def told(evaluations: list[dict[str, Any]], stopped: str) -> dict[str, Any]:
     fired = next((e for e in evaluations if e["alarm"]), None)
     gain = best["gold"] - start["gold"]
     lost = None if fired is None or gain <= 0 else (best["gold"] - fired["gold"]) / gain
-    return {"start": start["gold"], "best": best["gold"], "best_step": best["step"], "end": end["gold"], "kl": end["kl"],
-            "proxy_gained": end["proxy"] - start["proxy"], "fired_at": fired and fired["step"], "lost_share_of_gain": lost,
-            "stopped": "" if fired and stopped == fired["alarm"] else stopped, "evaluations": evaluations}
+    return {
+        "start": start["gold"],
+        "best": best["gold"],
+        "best_step": best["step"],
+        "end": end["gold"],
+        "kl": end["kl"],
+        "proxy_gained": end["proxy"] - start["proxy"],
+        "fired_at": fired and fired["step"],
+        "lost_share_of_gain": lost,
+        "stopped": "" if fired and stopped == fired["alarm"] else stopped,
+        "evaluations": evaluations,
+    }
 
 
 def main() -> None:
     """Train, tell, write."""
     from prefab.pipelines.cli.demo_training import overrides, watched
-    from prefab.pipelines.training.sweep import trained
     from prefab.pipelines.training.stages import load_config
+    from prefab.pipelines.training.sweep import trained
     from prefab.trainers.rl import ppo
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("demo-store"))
     parser.add_argument("--run", default="demo")
     parser.add_argument("--folder", type=Path, default=Path("bench-alarm"))
-    parser.add_argument("--pairs", type=int, default=256, help="That the hackable reward model sees.")
+    parser.add_argument(
+        "--pairs", type=int, default=256, help="That the hackable reward model sees."
+    )
     parser.add_argument("--hackable", type=int, default=10, help="Seeds.")
     parser.add_argument("--healthy", type=int, default=20)
     parser.add_argument("--only", choices=list(ARMS), help="Train one arm, tell nothing.")
-    parser.add_argument("--finished", action="store_true", help="Train nothing, tell of the runs that have ended.")
+    parser.add_argument(
+        "--finished", action="store_true", help="Train nothing, tell of the runs that have ended."
+    )
     parser.add_argument("--prompts", type=int, default=1536, help="On which gold is watched.")
     parser.add_argument("--every", type=int, default=3, help="Steps between evaluations.")
     parser.add_argument("--batch", type=int, default=32, help="Answers a step.")
@@ -95,24 +133,66 @@ def main() -> None:
             if args.finished and not (args.folder / f"{arm}-{seed}" / "evaluations.json").exists():
                 continue
             paths = [reward_model(args, arm, seed if arm == "hackable" else 0)]
-            config = load_config(Path("ppo"), ppo.PpoConfig, overrides(
-                model="prefab-tiny", out=str(args.folder / f"{arm}-{seed}"), store=None, seed=seed, threads=args.threads,
-                eval_every=args.every, eval_prompts=args.prompts, batch_size=args.batch, epochs=1,
-                value="shared", kl_stop=None, rewards=[{"name": "preference", "kind": "model", "paths": paths}],
-                data__sources=[{"store": str(args.store), "run": args.run}, {"files": str(watched(args.folder, args.prompts))}],
-                **changes | ({"steps": 4} if args.quick else {})))
+            config = load_config(
+                Path("ppo"),
+                ppo.PpoConfig,
+                overrides(
+                    model="prefab-tiny",
+                    out=str(args.folder / f"{arm}-{seed}"),
+                    store=None,
+                    seed=seed,
+                    threads=args.threads,
+                    eval_every=args.every,
+                    eval_prompts=args.prompts,
+                    batch_size=args.batch,
+                    epochs=1,
+                    value="shared",
+                    kl_stop=None,
+                    rewards=[{"name": "preference", "kind": "model", "paths": paths}],
+                    data__sources=[
+                        {"store": str(args.store), "run": args.run},
+                        {"files": str(watched(args.folder, args.prompts))},
+                    ],
+                    **changes | ({"steps": 4} if args.quick else {}),
+                ),
+            )
             done = trained(config, f"{arm}, seed {seed}", quiet=False)
             runs[arm].append({"seed": seed} | told(done["evaluations"], done["stopped"]))
-            print(arm, seed, {k: v for k, v in runs[arm][-1].items() if k != "evaluations"}, flush=True)
+            print(
+                arm,
+                seed,
+                {k: v for k, v in runs[arm][-1].items() if k != "evaluations"},
+                flush=True,
+            )
     if args.only:
         return
     hacked, healthy = runs["hackable"], runs["healthy"]
-    in_time = sum(r["lost_share_of_gain"] is not None and r["lost_share_of_gain"] <= 1 / 3 for r in hacked)
-    rows = [["gold fell while the proxy climbed", f"{sum(r['end'] < r['best'] and r['proxy_gained'] > 0 for r in hacked)} of "
-             f"{len(hacked)}", "9 of 10"],
-            ["the alarm fired before a third of the gain was lost", f"{in_time} of {len(hacked)}", "9 of 10"],
-            ["silent in healthy runs", f"{sum(r['fired_at'] is None for r in healthy)} of {len(healthy)}", "19 of 20"],
-            ["diverged", f"{sum(bool(r['stopped']) for r in hacked + healthy)} of {len(hacked + healthy)}", "0"]]
+    in_time = sum(
+        r["lost_share_of_gain"] is not None and r["lost_share_of_gain"] <= 1 / 3 for r in hacked
+    )
+    rows = [
+        [
+            "gold fell while the proxy climbed",
+            f"{sum(r['end'] < r['best'] and r['proxy_gained'] > 0 for r in hacked)} of "
+            f"{len(hacked)}",
+            "9 of 10",
+        ],
+        [
+            "the alarm fired before a third of the gain was lost",
+            f"{in_time} of {len(hacked)}",
+            "9 of 10",
+        ],
+        [
+            "silent in healthy runs",
+            f"{sum(r['fired_at'] is None for r in healthy)} of {len(healthy)}",
+            "19 of 20",
+        ],
+        [
+            "diverged",
+            f"{sum(bool(r['stopped']) for r in hacked + healthy)} of {len(hacked + healthy)}",
+            "0",
+        ],
+    ]
     table(["", "measured", "wanted"], rows)
     write("alarm", args.quick, arms=ARMS, arguments=asked(args), table=rows, runs=runs)
 

@@ -1,8 +1,10 @@
-"""Worlds of a few answers in which the best policy is known in closed form, for policies of a few thousand weights.
+"""Worlds of a few answers in which the best policy is known in closed form, for policies of a few
+thousand weights.
 
-The vocabulary is a pad token, an end token and letters; a prompt is one letter; answers are all sequences up to a length,
-cut off or ended. Rewards are read from the text, so the trainers run as they are: tokenizer, template, sampling, decoding.
-"""
+The vocabulary is a pad token, an end token and letters; a prompt is one letter; answers are all
+sequences up to a length, cut off or ended. Rewards are read from the text, so the trainers run as
+they are: tokenizer, template, sampling, decoding."""
+
 from __future__ import annotations
 
 import hashlib
@@ -15,7 +17,9 @@ from typing import Any
 PAD, END, LETTERS = 0, 1, "abc"
 VOCABULARY = {"<pad>": PAD, "<eos>": END} | {letter: i + 2 for i, letter in enumerate(LETTERS)}
 Prefix = tuple[int, ...]
-Table = dict[Prefix, list[float]]   # of each state (prompt and answer so far), the probability of each token
+Table = dict[
+    Prefix, list[float]
+]  # of each state (prompt and answer so far), the probability of each token
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,16 @@ class World:
     draw: int = 0
 
     def reward(self, prompts: Any, completions: Any, **_: Any) -> list[float]:
-        """The reward of texts, uniform in +-scale, drawn once for ever from the words of prompt and answer."""
-        return [self.scale * _uniform(f"{self.draw}|{_text(p)}|{c}") for p, c in zip(prompts, completions, strict=True)]
+        """The reward of texts, uniform in +-scale, drawn once for ever from the words of prompt and
+        answer."""
+        return [
+            self.scale * _uniform(f"{self.draw}|{_text(p)}|{c}")
+            for p, c in zip(prompts, completions, strict=True)
+        ]
 
     def roots(self) -> list[Prefix]:
-        """The prompts as tokens. Without a first token that differs, a model of relative positions that keeps only what it
-        averages would take `a` and `a a` for the same state."""
+        """The prompts as tokens. Without a first token that differs, a model of relative positions
+        that keeps only what it averages would take `a` and `a a` for the same state."""
         return [(END, VOCABULARY[p]) for p in self.prompts]
 
     def states(self) -> list[Prefix]:
@@ -62,19 +70,23 @@ def _uniform(text: str) -> float:
 
 
 def reverse_optimum(world: World, reference: Table, beta: float) -> Table:
-    """pi(y) ~ pi_ref(y) exp(r(y) / beta), state by state: what PPO and RLOO maximise, KL counted to the answer's end."""
+    """pi(y) ~ pi_ref(y) exp(r(y) / beta), state by state: what PPO and RLOO maximise, KL counted to
+    the answer's end."""
     return _backwards(world, reference, beta, future_kl=True, forward=False)
 
 
 def token_optimum(world: World, reference: Table, beta: float, forward: bool) -> Table:
-    """What GRPO's loss term settles at: no token answers for the KL of later ones, so Q is the final reward alone.
+    """What GRPO's loss term settles at: no token answers for the KL of later ones, so Q is the
+    final reward alone.
 
-    `forward`: k3 without the importance ratio, pi = beta pi_ref / (lambda - Q); else pi ~ pi_ref exp(Q / beta).
-    """
+    `forward`: k3 without the importance ratio, pi = beta pi_ref / (lambda - Q); else pi ~ pi_ref
+    exp(Q / beta)."""
     return _backwards(world, reference, beta, future_kl=False, forward=forward)
 
 
-def _backwards(world: World, reference: Table, beta: float, future_kl: bool, forward: bool) -> Table:
+def _backwards(
+    world: World, reference: Table, beta: float, future_kl: bool, forward: bool
+) -> Table:
     policy: Table = {}
     value: dict[Prefix, float] = {}
     for state in reversed(world.states()):
@@ -82,8 +94,11 @@ def _backwards(world: World, reference: Table, beta: float, future_kl: bool, for
         q = [value[(*state, v)] if end is None else end for v, end in enumerate(ends)]
         p_ref = reference[state]
         policy[state] = _forward_tilt(p_ref, q, beta) if forward else _tilt(p_ref, q, beta)
-        value[state] = (beta * log(sum(p * exp(x / beta) for p, x in zip(p_ref, q, strict=True))) if future_kl
-                        else sum(p * x for p, x in zip(policy[state], q, strict=True)))
+        value[state] = (
+            beta * log(sum(p * exp(x / beta) for p, x in zip(p_ref, q, strict=True)))
+            if future_kl
+            else sum(p * x for p, x in zip(policy[state], q, strict=True))
+        )
     return policy
 
 
@@ -110,7 +125,10 @@ def table(world: World, model: Any) -> Table:
     import torch
 
     with torch.no_grad():
-        return {s: model(torch.tensor([s])).logits[0, -1].double().softmax(-1).tolist() for s in world.states()}
+        return {
+            s: model(torch.tensor([s])).logits[0, -1].double().softmax(-1).tolist()
+            for s in world.states()
+        }
 
 
 def total_variation(p: Table, q: Table) -> dict[Prefix, float]:
@@ -127,7 +145,8 @@ def visits(world: World, policy: Table) -> dict[Prefix, float]:
 
 
 def answers(world: World, policy: Mapping[Prefix, list[float]]) -> dict[Prefix, float]:
-    """The probability of every whole answer (with its prompt's tokens first), prompts equally likely."""
+    """The probability of every whole answer (with its prompt's tokens first), prompts equally
+    likely."""
     found: dict[Prefix, float] = {}
     todo = [(root, 1 / len(world.prompts)) for root in world.roots()]
     for state, weight in todo:
@@ -141,21 +160,35 @@ def answers(world: World, policy: Mapping[Prefix, list[float]]) -> dict[Prefix, 
 
 
 def build(folder: Path, seed: int, hidden: int = 16, spread: float = 0.4) -> Path:
-    """A random one-layer Llama over the vocabulary with an ordinary tokenizer and a template that puts an end token first."""
+    """A random one-layer Llama over the vocabulary with an ordinary tokenizer and a template that
+    puts an end token first."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     raw = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>",
-                                        chat_template="{{ '<eos> ' + messages[-1]['content'] }}",
-                                        clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template="{{ '<eos> ' + messages[-1]['content'] }}",
+        clean_up_tokenization_spaces=False,
+    )
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=hidden, intermediate_size=2 * hidden,
-                         num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16,
-                         tie_word_embeddings=False, initializer_range=spread, bos_token_id=None, eos_token_id=END,
-                         pad_token_id=PAD)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+        initializer_range=spread,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

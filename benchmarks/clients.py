@@ -1,11 +1,14 @@
-"""Prefab against its peers on the same mock server: judgments a second as the server saw them, CPU and memory.
+"""Prefab against its peers on the same mock server: judgments a second as the server saw them, CPU
+and memory.
 
-    python -m benchmarks.clients        (about 12 minutes; `make peers-venvs` makes the peers' environments before)
+    python -m benchmarks.clients        (about 12 minutes; `make peers-venvs` makes the peers'
+    environments before)
 
-Every client judges pairs of about 2.8 kB with 64 in flight, in turn, round after round, so that what else the machine
-does meets all of them. `prefab` renders templates, digests, asks, commits to the ledger with fsync, and fills DuckDB;
-the raw loops keep nothing. CPU a judgment is the slope between two sizes, so that start-up counts for nobody.
-"""
+Every client judges pairs of about 2.8 kB with 64 in flight, in turn, round after round, so that
+what else the machine does meets all of them. `prefab` renders templates, digests, asks, commits to
+the ledger with fsync, and fills DuckDB; the raw loops keep nothing. CPU a judgment is the slope
+between two sizes, so that start-up counts for nobody."""
+
 from __future__ import annotations
 
 import argparse
@@ -32,11 +35,22 @@ def once(client: tuple, n: int, url: str, options: argparse.Namespace) -> dict[s
     """One run of one client: what it says, what the server saw, what it cost."""
     _, environment, script, variant, *_ = client
     python = f"{options.venvs}/{environment}/bin/python" if environment else sys.executable
-    command = [python, str(common.PEERS / f"{script}.py"), "--base-url", url + "/v1", "-n", str(n), "-c",
-               str(options.in_flight), "--variant"]
+    command = [
+        python,
+        str(common.PEERS / f"{script}.py"),
+        "--base-url",
+        url + "/v1",
+        "-n",
+        str(n),
+        "-c",
+        str(options.in_flight),
+        "--variant",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         store = [] if environment else ["--store", folder]
-        if store:  # the peers are given their answers: Prefab's drafts are asked before it is measured
+        if (
+            store
+        ):  # the peers are given their answers: Prefab's drafts are asked before it is measured
             common.watched([*command, "drafts", *store], timeout_s=240, cwd=Path(folder))
         if not options.quick:
             common.wait_quiet()
@@ -54,13 +68,19 @@ def summary(label: str, latency_ms: float, runs: list[dict], small: list[dict]) 
     """Medians over the good runs."""
     runs_ok, small_ok = [r for r in runs if good(r)], [r for r in small if good(r)]
     speeds = sorted(r["server"]["judgments"] / r["server"]["window_s"] for r in runs_ok)
-    out = {"client": label, "latency_ms": latency_ms, "good_runs": len(runs_ok), "of": len(runs),
-           "per_s": common.median(speeds), "per_s_range": [speeds[0], speeds[-1]] if speeds else None,
-           "per_s_whole_work": common.median(r["n"] / r["work_s"] for r in runs_ok),
-           "peak_rss_mb": common.median(r["peak_rss_mb"] for r in runs_ok),
-           "peak_pss_mb": common.median(r["peak_pss_mb"] for r in runs_ok),
-           "foreign_cores": max((r["foreign_cores"] for r in runs_ok), default=None),
-           "error": next((r["error"] for r in runs if "error" in r), None)}
+    out = {
+        "client": label,
+        "latency_ms": latency_ms,
+        "good_runs": len(runs_ok),
+        "of": len(runs),
+        "per_s": common.median(speeds),
+        "per_s_range": [speeds[0], speeds[-1]] if speeds else None,
+        "per_s_whole_work": common.median(r["n"] / r["work_s"] for r in runs_ok),
+        "peak_rss_mb": common.median(r["peak_rss_mb"] for r in runs_ok),
+        "peak_pss_mb": common.median(r["peak_pss_mb"] for r in runs_ok),
+        "foreign_cores": max((r["foreign_cores"] for r in runs_ok), default=None),
+        "error": next((r["error"] for r in runs if "error" in r), None),
+    }
     if runs_ok:
         out["cpu_ms_whole"] = 1e3 * common.median(r["cpu_s"] / r["n"] for r in runs_ok)
     if runs_ok and small_ok:
@@ -78,19 +98,35 @@ def targets(rows: list[dict[str, Any]]) -> list[list[Any]]:
         return a / b if a and b else None
 
     batched = "prefab run, batch endpoint"
-    goals = [("0 ms, of plain aiohttp", ">=", 0.5, ratio("aiohttp", 0)),
-             ("0 ms with the batch endpoint, of plain aiohttp", ">=", 1.0, ratio("aiohttp", 0, ours=batched)),
-             ("0 ms, times distilabel", ">=", 15, ratio("distilabel 1.5.3", 0)),
-             ("50 ms, of plain aiohttp", ">=", 0.95, ratio("aiohttp", 50)),
-             ("CPU a judgment, of distilabel", "<=", 1 / 12, ratio("distilabel 1.5.3", 0, "cpu_ms")),
-             ("peak memory, of distilabel", "<=", 0.5, ratio("distilabel 1.5.3", 0, "peak_rss_mb"))]
-    return [[name, f"{sign} {goal:.3g}", value, value is not None and (value - goal) * (1 if sign == ">=" else -1) >= 0]
-            for name, sign, goal, value in goals]
+    goals = [
+        ("0 ms, of plain aiohttp", ">=", 0.5, ratio("aiohttp", 0)),
+        (
+            "0 ms with the batch endpoint, of plain aiohttp",
+            ">=",
+            1.0,
+            ratio("aiohttp", 0, ours=batched),
+        ),
+        ("0 ms, times distilabel", ">=", 15, ratio("distilabel 1.5.3", 0)),
+        ("50 ms, of plain aiohttp", ">=", 0.95, ratio("aiohttp", 50)),
+        ("CPU a judgment, of distilabel", "<=", 1 / 12, ratio("distilabel 1.5.3", 0, "cpu_ms")),
+        ("peak memory, of distilabel", "<=", 0.5, ratio("distilabel 1.5.3", 0, "peak_rss_mb")),
+    ]
+    return [
+        [
+            name,
+            f"{sign} {goal:.3g}",
+            value,
+            value is not None and (value - goal) * (1 if sign == ">=" else -1) >= 0,
+        ]
+        for name, sign, goal, value in goals
+    ]
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--venvs", type=Path, default=Path("peers-venvs"))
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 50])
     parser.add_argument("--in-flight", type=int, default=64)
@@ -123,11 +159,24 @@ def main() -> None:
                         small[client[0]].append(once(client, n // 4, url, options))
         rows += [summary(c[0], latency_ms, runs[c[0]], small[c[0]]) for c in clients]
         raw.append({"latency_ms": latency_ms, "runs": runs, "small": small})
-    columns = ["client", "latency_ms", "per_s", "per_s_whole_work", "cpu_ms", "peak_rss_mb", "good_runs"]
-    common.table(columns, [[r.get(c) if r.get(c) is not None else "-" for c in columns] for r in rows])
+    columns = [
+        "client",
+        "latency_ms",
+        "per_s",
+        "per_s_whole_work",
+        "cpu_ms",
+        "peak_rss_mb",
+        "good_runs",
+    ]
+    common.table(
+        columns, [[r.get(c) if r.get(c) is not None else "-" for c in columns] for r in rows]
+    )
     met = targets(rows)
     print()
-    common.table(["goal", "wanted", "measured", "met"], [[a, b, "-" if c is None else c, str(d)] for a, b, c, d in met])
+    common.table(
+        ["goal", "wanted", "measured", "met"],
+        [[a, b, "-" if c is None else c, str(d)] for a, b, c, d in met],
+    )
     for row in rows:
         if row["error"]:
             print(f"{row['client']}: {row['error'][-400:]}")

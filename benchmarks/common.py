@@ -1,4 +1,6 @@
-"""What the benchmarks share: running a command while watching it, waiting for a quiet machine, writing results."""
+"""What the benchmarks share: running a command while watching it, waiting for a quiet machine,
+writing results."""
+
 from __future__ import annotations
 
 import argparse
@@ -33,7 +35,8 @@ def busy_s() -> float:
 
 
 def wait_quiet(limit_s: float = 20.0, cores: float = 0.15) -> bool:
-    """Wait until the machine uses less than `cores` over a second; False when it never did within `limit_s`."""
+    """Wait until the machine uses less than `cores` over a second; False when it never did within
+    `limit_s`."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         before = busy_s()
@@ -45,15 +48,25 @@ def wait_quiet(limit_s: float = 20.0, cores: float = 0.15) -> bool:
 
 def get(url: str, data: bytes | None = None, timeout_s: float = 10.0) -> Any:
     """The JSON at `url` (POST when there is data)."""
-    with urllib.request.urlopen(urllib.request.Request(url, data=data), timeout=timeout_s) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data=data), timeout=timeout_s
+    ) as answer:
         return json.load(answer)
 
 
 @contextmanager
 def mock(python: str, port: int, latency_ms: float) -> Iterator[str]:
     """The mock server in its own process on the last core; gives its address."""
-    command = [python, str(PEERS / "mock_openai.py"), "--port", str(port), "--latency-ms", str(latency_ms),
-               "--cpu", str((os.cpu_count() or 1) - 1)]
+    command = [
+        python,
+        str(PEERS / "mock_openai.py"),
+        "--port",
+        str(port),
+        "--latency-ms",
+        str(latency_ms),
+        "--cpu",
+        str((os.cpu_count() or 1) - 1),
+    ]
     process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -71,16 +84,29 @@ def mock(python: str, port: int, latency_ms: float) -> Iterator[str]:
         process.wait()
 
 
-def watched(command: list[str], timeout_s: float, cwd: Path, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a command; give its RESULT line, exit status, wall and CPU seconds and peak memory of its process tree.
+def watched(
+    command: list[str], timeout_s: float, cwd: Path, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run a command; give its RESULT line, exit status, wall and CPU seconds and peak memory of its
+    process tree.
 
-    Units: `peak_rss_mb` and `peak_pss_mb` in MiB (PSS shares out pages that forked workers have in common);
-    `foreign_cores` is what the rest of the machine used meanwhile, a mock server's share included.
-    """
-    before, busy, started = resource.getrusage(resource.RUSAGE_CHILDREN), busy_s(), time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, text=True,
-                               env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
-                               start_new_session=True)
+    Units: `peak_rss_mb` and `peak_pss_mb` in MiB (PSS shares out pages that forked workers have in
+    common); `foreign_cores` is what the rest of the machine used meanwhile, a mock server's share
+    included."""
+    before, busy, started = (
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+        busy_s(),
+        time.perf_counter(),
+    )
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=cwd,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
+        start_new_session=True,
+    )
     peak, done = {"rss": 0, "pss": 0}, threading.Event()
     sampler = threading.Thread(target=_sample, args=(process.pid, peak, done), daemon=True)
     sampler.start()
@@ -95,9 +121,15 @@ def watched(command: list[str], timeout_s: float, cwd: Path, env: dict[str, str]
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     line = re.search(r"^RESULT (.*)$", out, re.M)
     result = json.loads(line[1]) if line else {"error": (err or out)[-2000:]}
-    return {**result, "rc": process.returncode, "wall_s": wall_s, "cpu_s": cpu_s,
-            "peak_rss_mb": peak["rss"] / 2**20, "peak_pss_mb": peak["pss"] / 2**20,
-            "foreign_cores": max(0.0, busy_s() - busy - cpu_s) / wall_s}
+    return {
+        **result,
+        "rc": process.returncode,
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "peak_rss_mb": peak["rss"] / 2**20,
+        "peak_pss_mb": peak["pss"] / 2**20,
+        "foreign_cores": max(0.0, busy_s() - busy - cpu_s) / wall_s,
+    }
 
 
 def _sample(pid: int, peak: dict[str, int], done: threading.Event) -> None:
@@ -134,13 +166,22 @@ def median(values: Iterable[float | None]) -> float | None:
 
 
 def write(name: str, quick: bool, **results: Any) -> Path:
-    """Write `results` with what they were measured on. A `--quick` run goes beside, and is not to be committed."""
+    """Write `results` with what they were measured on. A `--quick` run goes beside, and is not to
+    be committed."""
     path = RESULTS / (f"{name}.quick.json" if quick else f"{name}.json")
     RESULTS.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    where = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(),
-             "load_at_end": os.getloadavg()[0], "commit": commit.stdout.strip(),
-             "date": time.strftime("%Y-%m-%d"), "command": "python -m benchmarks." + name + _options()}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+    )
+    where = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load_at_end": os.getloadavg()[0],
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m benchmarks." + name + _options(),
+    }
     path.write_text(json.dumps({"where": where, **results}, indent=1) + "\n")
     print(f"wrote {path}")
     return path
@@ -149,8 +190,11 @@ def write(name: str, quick: bool, **results: Any) -> Path:
 def _options() -> str:
     """The command's options without those that name a place on this machine."""
     given = sys.argv[1:]
-    return "".join(f" {a}" for a, after in zip(given, [*given[1:], ""], strict=True)
-                   if not a.startswith("/") and not after.startswith("/"))
+    return "".join(
+        f" {a}"
+        for a, after in zip(given, [*given[1:], ""], strict=True)
+        if not a.startswith("/") and not after.startswith("/")
+    )
 
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
@@ -168,12 +212,25 @@ def words(e: Any) -> str:
     found = e if isinstance(e, dict) else asdict(e) if e is not None else {}
     if found.get("value") is None:
         return ""
-    return f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")
+    return f"{found['value']:.3f}" + (
+        "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
+    )
 
 
 def table(columns: list[str], rows: list[list[Any]]) -> None:
     """A Markdown table on stdout, as it stands in the README."""
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
-        print("| " + " | ".join(f"{x:,.3g}" if isinstance(x, float) and abs(x) < 100 else f"{x:,.0f}"
-                                if isinstance(x, (int, float)) else str(x) for x in row) + " |", flush=True)
+        print(
+            "| "
+            + " | ".join(
+                f"{x:,.3g}"
+                if isinstance(x, float) and abs(x) < 100
+                else f"{x:,.0f}"
+                if isinstance(x, (int, float))
+                else str(x)
+                for x in row
+            )
+            + " |",
+            flush=True,
+        )

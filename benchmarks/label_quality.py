@@ -1,14 +1,16 @@
-"""What averaging both orders, probabilities, panels, Dawid-Skene and escalation are worth, against the oracle.
+"""What averaging both orders, probabilities, panels, Dawid-Skene and escalation are worth, against
+the oracle.
 
     prefab run benchmarks/label_quality.yaml        (two servers; about 66,000 verdicts)
     python -m benchmarks.label_quality
 
-Everybody was asked everything, so every method is counted on the same verdicts: one that asks fewer is given fewer of
-them. Score of a label: 1 where it picks the side that gold picks, 0 on the other side, a half where it picks none (a
-coin would be right on half); over readings (a comparison under a principle) that gold decides and every method of a row
-has scored. Differences are paired, their intervals a bootstrap over prompts, 10,000 resamples. A method `helps` or
-`hurts` where its interval leaves out 0; else no difference was seen, which is not to say that there is none.
-"""
+Everybody was asked everything, so every method is counted on the same verdicts: one that asks fewer
+is given fewer of them. Score of a label: 1 where it picks the side that gold picks, 0 on the other
+side, a half where it picks none (a coin would be right on half); over readings (a comparison under
+a principle) that gold decides and every method of a row has scored. Differences are paired, their
+intervals a bootstrap over prompts, 10,000 resamples. A method `helps` or `hurts` where its interval
+leaves out 0; else no difference was seen, which is not to say that there is none."""
+
 from __future__ import annotations
 
 import argparse
@@ -57,7 +59,9 @@ class Row:
 def right(p: np.ndarray, gold: np.ndarray) -> np.ndarray:
     """The score of each label, NaN where unscored or gold decides nothing. Shapes: N."""
     decided = (gold == 0.0) | (gold == 1.0)
-    return np.where(np.isnan(p) | ~decided, np.nan, 0.5 + 0.5 * np.sign(p - 0.5) * np.sign(gold - 0.5))
+    return np.where(
+        np.isnan(p) | ~decided, np.nan, 0.5 + 0.5 * np.sign(p - 0.5) * np.sign(gold - 0.5)
+    )
 
 
 def three_way(rating: np.ndarray, gold: np.ndarray) -> np.ndarray:
@@ -76,29 +80,45 @@ def surprise(p: np.ndarray, gold: np.ndarray) -> np.ndarray:
     return np.where((gold == 0.0) | (gold == 1.0), np.log(np.where(gold == 1.0, p, 1 - p)), np.nan)
 
 
-def compare(question: str, method: str, mine: np.ndarray, against: str, other: np.ndarray, prompts: np.ndarray,
-            measure: str = "right") -> Row:
+def compare(
+    question: str,
+    method: str,
+    mine: np.ndarray,
+    against: str,
+    other: np.ndarray,
+    prompts: np.ndarray,
+    measure: str = "right",
+) -> Row:
     """A row from two scores of the same readings."""
     both = ~np.isnan(mine) & ~np.isnan(other)
     if not both.any():
         nothing = undefined("no reading that gold decides was scored by both")
         return Row(question, method, against, measure, nothing, nothing, nothing)
-    value, of_other, difference = (bootstrap(x[both], prompts[both], None, RESAMPLES)
-                                   for x in (mine, other, mine - other))
+    value, of_other, difference = (
+        bootstrap(x[both], prompts[both], None, RESAMPLES) for x in (mine, other, mine - other)
+    )
     return Row(question, method, against, measure, value, of_other, difference)
 
 
 def both_orders(data: RatingMatrix) -> Iterator[Row]:
-    """For each judge, the mean of both orders against one order, which is drawn for each reading."""
+    """For each judge, the mean of both orders against one order, which is drawn for each
+    reading."""
     drawn = np.random.default_rng(0).random(len(data.p)) < 0.5
     for j, name in enumerate(data.judges):
         one = np.where(drawn, data.p_ab[:, j], data.p_ba[:, j])
-        yield compare("both orders or one", f"{name}: mean of both", right(data.p[:, j], data.gold),
-                      f"{name}: one order", right(one, data.gold), data.prompts)
+        yield compare(
+            "both orders or one",
+            f"{name}: mean of both",
+            right(data.p[:, j], data.gold),
+            f"{name}: one order",
+            right(one, data.gold),
+            data.prompts,
+        )
 
 
 def soft_or_hard(data: RatingMatrix) -> Iterator[Row]:
-    """Probabilities against votes: of one judge's two orders, and of a panel; as labels and as training targets."""
+    """Probabilities against votes: of one judge's two orders, and of a panel; as labels and as
+    training targets."""
     for j, name in enumerate(data.judges):
         votes = (data.won_ab[:, j] + data.won_ba[:, j]) / 2
         yield from _soft_or_hard(name, data.p[:, j], votes, data)
@@ -108,11 +128,20 @@ def soft_or_hard(data: RatingMatrix) -> Iterator[Row]:
     yield from _soft_or_hard("panel", panel, split, members)
 
 
-def _soft_or_hard(name: str, soft: np.ndarray, hard: np.ndarray, data: RatingMatrix) -> Iterator[Row]:
+def _soft_or_hard(
+    name: str, soft: np.ndarray, hard: np.ndarray, data: RatingMatrix
+) -> Iterator[Row]:
     label = np.where(np.isnan(hard), np.nan, 0.5 + 0.5 * np.sign(hard - 0.5))
     for measure, of in (("right", right), ("-Brier", closeness), ("-log loss", surprise)):
-        yield compare("soft or hard", f"{name}: probabilities", of(soft, data.gold), f"{name}: votes",
-                      of(label, data.gold), data.prompts, measure)
+        yield compare(
+            "soft or hard",
+            f"{name}: probabilities",
+            of(soft, data.gold),
+            f"{name}: votes",
+            of(label, data.gold),
+            data.prompts,
+            measure,
+        )
 
 
 BAD = "contrary"
@@ -126,22 +155,38 @@ def honest(data: RatingMatrix) -> RatingMatrix:
 def without(data: RatingMatrix, left_out: list[int]) -> RatingMatrix:
     """Without these judges."""
     kept = [j for j in range(len(data.judges)) if j not in left_out]
-    arrays = {name: getattr(data, name)[:, kept] for name in ("p", "tie", "asked", "won_ab", "won_ba", "p_ab", "p_ba")}
-    return replace(data, judges=tuple(data.judges[j] for j in kept), weights=data.weights[kept], **arrays)
+    arrays = {
+        name: getattr(data, name)[:, kept]
+        for name in ("p", "tie", "asked", "won_ab", "won_ba", "p_ab", "p_ba")
+    }
+    return replace(
+        data, judges=tuple(data.judges[j] for j in kept), weights=data.weights[kept], **arrays
+    )
 
 
 def panel_or_member(data: RatingMatrix) -> Iterator[Row]:
-    """The mean of the honest judges, and of the two models each under its own template, against the best one."""
+    """The mean of the honest judges, and of the two models each under its own template, against the
+    best one."""
     members = honest(data)
     few = without(members, [j for j, name in enumerate(members.judges) if "-" in name])
-    for what, panel in ((f"panel of {len(members.judges)}", members), (f"panel of {len(few.judges)}", few)):
+    for what, panel in (
+        (f"panel of {len(members.judges)}", members),
+        (f"panel of {len(few.judges)}", few),
+    ):
         best, names = best_member(panel)
-        yield compare("panel or its best member", what, right(mean_probability(panel.p).p, data.gold),
-                      f"best member ({names})", best, data.prompts)
+        yield compare(
+            "panel or its best member",
+            what,
+            right(mean_probability(panel.p).p, data.gold),
+            f"best member ({names})",
+            best,
+            data.prompts,
+        )
 
 
 def best_member(data: RatingMatrix) -> tuple[np.ndarray, str]:
-    """The scores of the member that is best on the other half of the prompts, so that none is chosen by its luck."""
+    """The scores of the member that is best on the other half of the prompts, so that none is
+    chosen by its luck."""
     scores = np.column_stack([right(data.p[:, j], data.gold) for j in range(len(data.judges))])
     half, found, names = data.prompts % 2, np.full(len(data.p), np.nan), []
     for mine in (0, 1):
@@ -157,10 +202,23 @@ def dawid_skene_or_majority(data: RatingMatrix) -> Iterator[Row]:
         methods = fits(panel)
         score = {name: right(p, data.gold) for name, p in methods.items()}
         for other in ("majority", "mean probability"):
-            yield compare("Dawid-Skene", f"Dawid-Skene, {what}", score["Dawid-Skene"], other, score[other], data.prompts)
+            yield compare(
+                "Dawid-Skene",
+                f"Dawid-Skene, {what}",
+                score["Dawid-Skene"],
+                other,
+                score[other],
+                data.prompts,
+            )
         best, names = best_member(panel)
-        yield compare("Dawid-Skene", f"Dawid-Skene, {what}", score["Dawid-Skene"], f"best member ({names})", best,
-                      data.prompts)
+        yield compare(
+            "Dawid-Skene",
+            f"Dawid-Skene, {what}",
+            score["Dawid-Skene"],
+            f"best member ({names})",
+            best,
+            data.prompts,
+        )
 
 
 def fits(data: RatingMatrix) -> dict[str, np.ndarray]:
@@ -168,37 +226,54 @@ def fits(data: RatingMatrix) -> dict[str, np.ndarray]:
     ratings = data.ratings()
     mean, (winner, _) = mean_probability(data.p).p, majority(ratings)
     posterior = dawid_skene(ratings, tolerance=1e-10).posterior @ group(ratings).values
-    return {"mean probability": mean, "majority": np.where(np.isnan(winner) & ~np.isnan(mean), 0.5, winner),
-            "Dawid-Skene": posterior}
+    return {
+        "mean probability": mean,
+        "majority": np.where(np.isnan(winner) & ~np.isnan(mean), 0.5, winner),
+        "Dawid-Skene": posterior,
+    }
 
 
 def escalation(data: RatingMatrix, cheap: str, strong: str) -> tuple[list[Row], dict[str, float]]:
-    """The cheap judge, with the strong one asked about a third of each prompt's readings: those nearest to a half (as
-    the panel's `escalate` does), those whose likeliest label is least certain, or any."""
+    """The cheap judge, with the strong one asked about a third of each prompt's readings: those
+    nearest to a half (as the panel's `escalate` does), those whose likeliest label is least
+    certain, or any."""
     few, many = data.judges.index(cheap), data.judges.index(strong)
     p, label = data.p.copy(), data.ratings()
-    doubt = {"nearest to a half": np.abs(p[:, few] - 0.5), "least certain label": certainty(p[:, few], data.tie[:, few]),
-             "drawn": np.random.default_rng(1).random(len(p))}
+    doubt = {
+        "nearest to a half": np.abs(p[:, few] - 0.5),
+        "least certain label": certainty(p[:, few], data.tie[:, few]),
+        "drawn": np.random.default_rng(1).random(len(p)),
+    }
     asked = {name: third(value, data) for name, value in doubt.items()}
     rows = []
     for measure, of, labels in (("right", right, p), ("right, ties included", three_way, label)):
         alone, always = of(labels[:, few], data.gold), of(labels[:, many], data.gold)
-        score = {name: of(np.where(mask, labels[:, many], labels[:, few]), data.gold) for name, mask in asked.items()}
+        score = {
+            name: of(np.where(mask, labels[:, many], labels[:, few]), data.gold)
+            for name, mask in asked.items()
+        }
         for name in ("nearest to a half", "least certain label"):
             method = f"{strong} for a third, {name}"
-            for other, scores in ((f"{cheap} alone", alone), (f"{strong} for a third, drawn", score["drawn"]),
-                                  (f"{strong} always", always)):
-                rows.append(compare("escalation", method, score[name], other, scores, data.prompts, measure))
+            for other, scores in (
+                (f"{cheap} alone", alone),
+                (f"{strong} for a third, drawn", score["drawn"]),
+                (f"{strong} always", always),
+            ):
+                rows.append(
+                    compare("escalation", method, score[name], other, scores, data.prompts, measure)
+                )
     return rows, {name: float(mask.mean()) for name, mask in asked.items()}
 
 
 def certainty(p: np.ndarray, tie: np.ndarray) -> np.ndarray:
-    """The likeliest of the labels a, b and tie has this much: a tie of which a judge is sure is no doubt."""
+    """The likeliest of the labels a, b and tie has this much: a tie of which a judge is sure is no
+    doubt."""
     return np.fmax(np.fmax(p - tie / 2, 1 - p - tie / 2), tie)
 
 
 def third(value: np.ndarray, data: RatingMatrix) -> np.ndarray:
-    """The third of each prompt's readings with the least value, by the panel's own quota; unscored ones first."""
+    """The third of each prompt's readings with the least value, by the panel's own quota; unscored
+    ones first."""
     chosen = np.zeros(len(value), dtype=bool)
     order = np.lexsort((np.where(np.isnan(value), -1.0, value), data.prompts))
     names = data.items["prompt"].to_numpy()
@@ -213,22 +288,48 @@ def measure(store: Path, run: str, cheap: str, strong: str) -> dict[str, Any]:
     data, source = load_matrix(selection)
     absent = [name for name in (cheap, strong) if name not in data.judges]
     if absent or not source:
-        raise SystemExit(f"{selection.name} has no " + (f"judge {', '.join(absent)}" if absent else "gold"))
+        raise SystemExit(
+            f"{selection.name} has no " + (f"judge {', '.join(absent)}" if absent else "gold")
+        )
     data = replace(data, weights=np.ones(len(data.judges)))
     escalated, shares = escalation(data, cheap, strong)
-    rows = [*both_orders(data), *soft_or_hard(data), *panel_or_member(data), *dawid_skene_or_majority(data), *escalated]
+    rows = [
+        *both_orders(data),
+        *soft_or_hard(data),
+        *panel_or_member(data),
+        *dawid_skene_or_majority(data),
+        *escalated,
+    ]
     decided = np.isin(data.gold, (0.0, 1.0))
-    own = {name: asdict(bootstrap(score[~np.isnan(score)], data.prompts[~np.isnan(score)], None, RESAMPLES))
-           for name, score in ((name, right(data.p[:, j], data.gold)) for j, name in enumerate(data.judges))}
-    return {"run": selection.name, "gold": source, "readings": len(data.p), "decided": int(decided.sum()),
-            "prompts": int(data.prompts.max()) + 1, "judges": own, "escalated": shares,
-            "unscored": {name: float(np.isnan(data.p[:, j]).mean()) for j, name in enumerate(data.judges)},
-            "labels": {name: _shares(data.ratings()[:, j]) for j, name in enumerate(data.judges)},
-            "rows": [asdict(row) | {"verdict": row.verdict} for row in rows]}
+    own = {
+        name: asdict(
+            bootstrap(score[~np.isnan(score)], data.prompts[~np.isnan(score)], None, RESAMPLES)
+        )
+        for name, score in (
+            (name, right(data.p[:, j], data.gold)) for j, name in enumerate(data.judges)
+        )
+    }
+    return {
+        "run": selection.name,
+        "gold": source,
+        "readings": len(data.p),
+        "decided": int(decided.sum()),
+        "prompts": int(data.prompts.max()) + 1,
+        "judges": own,
+        "escalated": shares,
+        "unscored": {
+            name: float(np.isnan(data.p[:, j]).mean()) for j, name in enumerate(data.judges)
+        },
+        "labels": {name: _shares(data.ratings()[:, j]) for j, name in enumerate(data.judges)},
+        "rows": [asdict(row) | {"verdict": row.verdict} for row in rows],
+    }
 
 
 def _shares(ratings: np.ndarray) -> dict[str, float]:
-    return {name: float((ratings == value).mean()) for name, value in zip(("b", "tie", "a"), RATINGS, strict=True)}
+    return {
+        name: float((ratings == value).mean())
+        for name, value in zip(("b", "tie", "a"), RATINGS, strict=True)
+    }
 
 
 def cell(e: dict[str, Any], sign: str = "") -> str:
@@ -241,7 +342,9 @@ def cell(e: dict[str, Any], sign: str = "") -> str:
 
 def main() -> None:
     """Measure, print a table, write label_quality.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--store", type=Path, default=Path("label-quality-store"))
     parser.add_argument("--run", default="label-quality")
     parser.add_argument("--cheap", default="nano")
@@ -250,12 +353,31 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     found = measure(options.store, options.run, options.cheap, options.strong)
-    print(json.dumps({name: found[name] for name in ("run", "prompts", "readings", "decided", "escalated")}))
-    common.table(["judge", "right", "ties"], [[name, cell(e), found["labels"][name]["tie"]]
-                                              for name, e in found["judges"].items()])
-    common.table(["question", "method", "against", "measure", "method's", "other's", "difference", ""], [
-        [row["question"], row["method"], row["against"], row["measure"], cell(row["value"]), cell(row["other"]),
-         cell(row["difference"], "+"), row["verdict"]] for row in found["rows"]])
+    print(
+        json.dumps(
+            {name: found[name] for name in ("run", "prompts", "readings", "decided", "escalated")}
+        )
+    )
+    common.table(
+        ["judge", "right", "ties"],
+        [[name, cell(e), found["labels"][name]["tie"]] for name, e in found["judges"].items()],
+    )
+    common.table(
+        ["question", "method", "against", "measure", "method's", "other's", "difference", ""],
+        [
+            [
+                row["question"],
+                row["method"],
+                row["against"],
+                row["measure"],
+                cell(row["value"]),
+                cell(row["other"]),
+                cell(row["difference"], "+"),
+                row["verdict"],
+            ]
+            for row in found["rows"]
+        ],
+    )
     common.write("label_quality", options.quick, minutes=(time.monotonic() - started) / 60, **found)
 
 

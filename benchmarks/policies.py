@@ -1,20 +1,24 @@
-"""Does training on the judges' labels make a better policy? The whole chain in the embedded world, the oracle as gold.
+"""Does training on the judges' labels make a better policy? The whole chain in the embedded world,
+the oracle as gold.
 
-    python -m benchmarks.policies --folder bench-policies          # hours on two cores; run again to go on
-    python -m benchmarks.policies --folder /tmp/look --quick       # a few minutes: the machinery, not the figures
-    python -m benchmarks.policies --folder bench-policies --do train --only 1 --threads 1     # one seed beside another
+    python -m benchmarks.policies --folder bench-policies          # hours on two cores; run again
+    to go on python -m benchmarks.policies --folder /tmp/look --quick       # a few minutes: the
+    machinery, not the figures python -m benchmarks.policies --folder bench-policies --do train
+    --only 1 --threads 1     # one seed beside another
 
-1. base answers prompts of train and val; revised by a sweep, compared by prefab-tiny (and once more by prefab-nano).
-2. per seed: SFT on the swept revisions, and one three times as long; DPO of base on base's own pairs; a mixture of base and
-   SFT answers, compared; DPO of SFT, and a reward model, on base's pairs and those. With --ablation, reward models and DPO
-   by judge (tiny, nano) and label: the mean of what principles say, their log-odds added up, and these made hard. With
-   --online, PPO of SFT and of base and GRPO of base against that reward model, and DPO of base at a smaller beta, for the
-   gold of each method at equal KL.
-3. everything on prompts of the test split, 2,000 answers a figure, intervals over prompts, paired; reward models on fresh
-   test pairs against the oracle.
-Learning rate, beta and margin are arguments: choose them with `--split val`, then measure once with `--split test`.
-Everything is kept below --folder: answers in the ledger, models beside it, so a stopped run goes on.
-"""
+1. base answers prompts of train and val; revised by a sweep, compared by prefab-tiny (and once more
+by prefab-nano).
+2. per seed: SFT on the swept revisions, and one three times as long; DPO of base on base's own
+   pairs; a mixture of base and SFT answers, compared; DPO of SFT, and a reward model, on base's
+   pairs and those. With --ablation, reward models and DPO by judge (tiny, nano) and label: the mean
+   of what principles say, their log-odds added up, and these made hard. With
+   --online, PPO of SFT and of base and GRPO of base against that reward model, and DPO of base at a
+   smaller beta, for the gold of each method at equal KL.
+3. everything on prompts of the test split, 2,000 answers a figure, intervals over prompts, paired;
+   reward models on fresh test pairs against the oracle. Learning rate, beta and margin are
+   arguments: choose them with `--split val`, then measure once with `--split test`. Everything is
+   kept below --folder: answers in the ledger, models beside it, so a stopped run goes on."""
+
 from __future__ import annotations
 
 import argparse
@@ -25,15 +29,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table, words, write
-from prefab.trainers.registry import CONFIGS, STAGES
 from prefab.factory.keys import digest
 from prefab.factory.types import Completion, Engine, Request
+from prefab.trainers.registry import CONFIGS, STAGES
 
 BASE = "prefab-tiny"
 
 
 class Mixed:
-    """Two policies as one engine: even samples are the first's, odd ones the second's. Keys hold both identities."""
+    """Two policies as one engine: even samples are the first's, odd ones the second's. Keys hold
+    both identities."""
 
     def __init__(self, one: Engine, other: Engine) -> None:
         self.both, self.identity = (one, other), digest("mixed", one.identity, other.identity)
@@ -55,31 +60,63 @@ class Mixed:
 
 
 FAR, SFT, LONG = "DPO of base, far", "SFT on revisions", "SFT on revisions, longer"
-LABELS = {"log-odds": ("-odds", "soft"), "mean": ("", "soft"), "hard": ("-odds", "hard")}  # the run's name ends so; labels
+LABELS = {
+    "log-odds": ("-odds", "soft"),
+    "mean": ("", "soft"),
+    "hard": ("-odds", "hard"),
+}  # the run's name ends so; labels
 CORE = ("tiny", "log-odds")
 MORE, REWARD = "more-tiny-odds", "tiny, log-odds, more and mixed pairs"
 
 
-def pipeline(args: argparse.Namespace, name: str, judge: str, revise: bool, combine: str) -> dict[str, Any]:
-    """The data's configuration: every principle asked about, both orders, each answer of a prompt with the next."""
+def pipeline(
+    args: argparse.Namespace, name: str, judge: str, revise: bool, combine: str
+) -> dict[str, Any]:
+    """The data's configuration: every principle asked about, both orders, each answer of a prompt
+    with the next."""
     value: dict[str, Any] = {
-        "recipe": "rlaif", "name": name, "store": str(args.folder / "store"), "constitution": "constitutions/microworld.yaml",
+        "recipe": "rlaif",
+        "name": name,
+        "store": str(args.folder / "store"),
+        "constitution": "constitutions/microworld.yaml",
         "prompts": {"source": str(args.folder / "prompts.jsonl")},
-        "engines": {name: {"engine": args.engine, "model": model, "max_in_flight": 128}
-                    for name, model in {"policy": BASE, **({} if judge == BASE else {"judge": judge})}.items()},
-        "policy": {"engine": "policy", "samples": args.samples, "temperature": 1.0, "max_tokens": 96},
+        "engines": {
+            name: {"engine": args.engine, "model": model, "max_in_flight": 128}
+            for name, model in {
+                "policy": BASE,
+                **({} if judge == BASE else {"judge": judge}),
+            }.items()
+        },
+        "policy": {
+            "engine": "policy",
+            "samples": args.samples,
+            "temperature": 1.0,
+            "max_tokens": 96,
+        },
         "critic": {"engine": "policy", "max_tokens": 32},
-        "panel": {"judges": [{"name": judge, "kind": "pairwise",
-                              "engine": "policy" if judge == BASE else "judge"}],
-                  "selection": "all", "combine": combine},
-        "pairs": "adjacent", "budget": {"unscored": 0.5, "failed": 0.05}, "seed": 0}
+        "panel": {
+            "judges": [
+                {
+                    "name": judge,
+                    "kind": "pairwise",
+                    "engine": "policy" if judge == BASE else "judge",
+                }
+            ],
+            "selection": "all",
+            "combine": combine,
+        },
+        "pairs": "adjacent",
+        "budget": {"unscored": 0.5, "failed": 0.05},
+        "seed": 0,
+    }
     if revise:
         value["revise"] = {"rounds": 1, "select": "sweep", "temperature": 0.0}
     return value
 
 
 def prompts_files(args: argparse.Namespace) -> None:
-    """Prompts of train and val with their splits, every eleventh of val; the test split is never written here.
+    """Prompts of train and val with their splits, every eleventh of val; the test split is never
+    written here.
 
     `more.jsonl` goes on where `prompts.jsonl` ends.
     """
@@ -87,19 +124,35 @@ def prompts_files(args: argparse.Namespace) -> None:
 
     from prefab.factory.microworld import grammar
 
-    train, val = (grammar.prompts("train", args.prompts + args.more, 7),
-                  grammar.prompts("val", max(4, args.prompts // 10) + max(4, args.more // 10), 7))
+    train, val = (
+        grammar.prompts("train", args.prompts + args.more, 7),
+        grammar.prompts("val", max(4, args.prompts // 10) + max(4, args.more // 10), 7),
+    )
     middle = max(4, args.prompts // 10)
-    for name, found, others in (("prompts", train[: args.prompts], val[:middle]), ("more", train[args.prompts :], val[middle:])):
+    for name, found, others in (
+        ("prompts", train[: args.prompts], val[:middle]),
+        ("more", train[args.prompts :], val[middle:]),
+    ):
         for k, prompt in enumerate(others):
             found.insert(11 * k, prompt)
-        lines = [orjson.dumps({"id": p.id, "messages": [{"role": m.role, "content": m.content} for m in p.messages],
-                               "tags": list(p.tags), "group": p.group, "split": p.split}) for p in found]
+        lines = [
+            orjson.dumps(
+                {
+                    "id": p.id,
+                    "messages": [{"role": m.role, "content": m.content} for m in p.messages],
+                    "tags": list(p.tags),
+                    "group": p.group,
+                    "split": p.split,
+                }
+            )
+            for p in found
+        ]
         (args.folder / f"{name}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
 
 
 def data(args: argparse.Namespace) -> None:
-    """Base's answers with revisions and labels by tiny, then the same answers by nano: only judgments are asked anew.
+    """Base's answers with revisions and labels by tiny, then the same answers by nano: only
+    judgments are asked anew.
 
     And labels by tiny of answers to more prompts, for the reward model.
     """
@@ -112,15 +165,25 @@ def data(args: argparse.Namespace) -> None:
     assert done.state == "done", done.reason
     for judge in (BASE, "prefab-nano") if args.ablation else (BASE,):
         for end, combine in (("-odds", "log_odds"), ("", "mean")):  # the second asks nothing again
-            done = run(pipeline(args, f"base-{judge.removeprefix('prefab-')}{end}", judge, judge == BASE, combine), quiet=False)
+            done = run(
+                pipeline(
+                    args,
+                    f"base-{judge.removeprefix('prefab-')}{end}",
+                    judge,
+                    judge == BASE,
+                    combine,
+                ),
+                quiet=False,
+            )
             assert done.state == "done", done.reason
 
 
 def mixture(args: argparse.Namespace, seed: int) -> str:
-    """Answers of base and of this seed's SFT to the same prompts, compared by tiny; gives the run's name."""
+    """Answers of base and of this seed's SFT to the same prompts, compared by tiny; gives the run's
+    name."""
     from prefab.factory.engines.base import make
-    from prefab.pipelines.run.runner import run
     from prefab.factory.engines.lifecycle import lazily
+    from prefab.pipelines.run.runner import run
 
     name = f"mixed-{seed}"
     value = pipeline(args, name, BASE, False, "log_odds")
@@ -128,20 +191,36 @@ def mixture(args: argparse.Namespace, seed: int) -> str:
     value["engines"]["judge"] = value["engines"]["policy"]
     value["panel"]["judges"][0]["engine"] = "judge"
     base = lazily(make(value["engines"]["policy"], "base"))
-    tuned = lazily(make({**value["engines"]["policy"], "model": str(args.folder / f"sft-{seed}")}, "tuned"))
+    tuned = lazily(
+        make({**value["engines"]["policy"], "model": str(args.folder / f"sft-{seed}")}, "tuned")
+    )
     done = run(value, quiet=False, engines={"policy": Mixed(base, tuned), "judge": base})
     assert done.state == "done", done.reason
     return name
 
 
-def stage(args: argparse.Namespace, kind: str, name: str, runs: Sequence[str], seed: int, **more: Any) -> str:
+def stage(
+    args: argparse.Namespace, kind: str, name: str, runs: Sequence[str], seed: int, **more: Any
+) -> str:
     """One training, not repeated when it has ended; gives its folder."""
     module = STAGES[kind]
     margin = more.pop("margin", 0.0)
     sources = [{"store": str(args.folder / "store"), "run": run, "margin": margin} for run in runs]
-    config = {"model": BASE, "out": str(args.folder / name), "seed": seed, "batch_size": 32, "schedule": "cosine",
-              "data": {"sources": sources, "labels": more.pop("labels", "soft"), "max_length": 512, "too_long": "drop"},
-              "threads": args.threads, **more}
+    config = {
+        "model": BASE,
+        "out": str(args.folder / name),
+        "seed": seed,
+        "batch_size": 32,
+        "schedule": "cosine",
+        "data": {
+            "sources": sources,
+            "labels": more.pop("labels", "soft"),
+            "max_length": 512,
+            "too_long": "drop",
+        },
+        "threads": args.threads,
+        **more,
+    }
     module.run(CONFIGS[kind].model_validate(config))
     return str(args.folder / name)
 
@@ -154,32 +233,96 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
     rewards: dict[str, list[str]] = {}
     for seed in range(args.seeds) if args.only is None else [args.only]:
         fill(args.folder / "store")
-        for name, where, epochs in ((SFT, "sft", args.sft_epochs), (LONG, "sft-long", 3 * args.sft_epochs)):
+        for name, where, epochs in (
+            (SFT, "sft", args.sft_epochs),
+            (LONG, "sft-long", 3 * args.sft_epochs),
+        ):
             policies.setdefault(name, []).append(
-                stage(args, "sft", f"{where}-{seed}", ["base-tiny"], seed, learning_rate=args.sft_lr, epochs=epochs,
-                      keep="best"))
+                stage(
+                    args,
+                    "sft",
+                    f"{where}-{seed}",
+                    ["base-tiny"],
+                    seed,
+                    learning_rate=args.sft_lr,
+                    epochs=epochs,
+                    keep="best",
+                )
+            )
         sft = policies[SFT][-1]
-        tune = {"learning_rate": args.dpo_lr, "beta": args.beta, "epochs": args.dpo_epochs, "margin": args.margin}
-        reward = {"learning_rate": args.reward_lr, "epochs": args.reward_epochs, "eval_every": 20, "patience": 4}
-        for judge, label in ([(j, k) for j in ("tiny", "nano") for k in args.labels] if args.ablation else [CORE]):
+        tune = {
+            "learning_rate": args.dpo_lr,
+            "beta": args.beta,
+            "epochs": args.dpo_epochs,
+            "margin": args.margin,
+        }
+        reward = {
+            "learning_rate": args.reward_lr,
+            "epochs": args.reward_epochs,
+            "eval_every": 20,
+            "patience": 4,
+        }
+        for judge, label in (
+            [(j, k) for j in ("tiny", "nano") for k in args.labels] if args.ablation else [CORE]
+        ):
             end, labels = LABELS[label]
             policies.setdefault(f"DPO of base ({judge}, {label})", []).append(
-                stage(args, "dpo", f"dpo-{judge}-{label}-{seed}", [f"base-{judge}{end}"], seed, labels=labels, **tune))
+                stage(
+                    args,
+                    "dpo",
+                    f"dpo-{judge}-{label}-{seed}",
+                    [f"base-{judge}{end}"],
+                    seed,
+                    labels=labels,
+                    **tune,
+                )
+            )
             rewards.setdefault(f"{judge}, {label}", []).append(
-                stage(args, "reward", f"reward-{judge}-{label}-{seed}", [f"base-{judge}{end}"], seed, labels=labels, **reward))
+                stage(
+                    args,
+                    "reward",
+                    f"reward-{judge}-{label}-{seed}",
+                    [f"base-{judge}{end}"],
+                    seed,
+                    labels=labels,
+                    **reward,
+                )
+            )
         mixed = mixture(args, seed)
         fill(args.folder / "store")
         rewards.setdefault(REWARD, []).append(
-            stage(args, "reward", f"reward-{seed}", ("base-tiny-odds", MORE, mixed), seed, **reward))
+            stage(args, "reward", f"reward-{seed}", ("base-tiny-odds", MORE, mixed), seed, **reward)
+        )
         policies.setdefault("SFT, then DPO", []).append(
-            stage(args, "dpo", f"sft-dpo-{seed}", ("base-tiny-odds", MORE, mixed), seed, model=sft,
-                  **{**tune, "learning_rate": args.sft_dpo_lr, "beta": args.sft_dpo_beta}))
+            stage(
+                args,
+                "dpo",
+                f"sft-dpo-{seed}",
+                ("base-tiny-odds", MORE, mixed),
+                seed,
+                model=sft,
+                **{**tune, "learning_rate": args.sft_dpo_lr, "beta": args.sft_dpo_beta},
+            )
+        )
         if args.online:
             policies.setdefault(FAR, []).append(
-                stage(args, "dpo", f"dpo-far-{seed}", ["base-tiny-odds"], seed, **{**tune, "beta": args.beta / 4}))
-            for name, method, start in (("SFT, then PPO", "ppo", sft), ("PPO of base", "ppo", BASE),
-                                        ("GRPO of base", "grpo", BASE)):
-                policies.setdefault(name, []).append(online(args, method, start, rewards[REWARD][-1], seed))
+                stage(
+                    args,
+                    "dpo",
+                    f"dpo-far-{seed}",
+                    ["base-tiny-odds"],
+                    seed,
+                    **{**tune, "beta": args.beta / 4},
+                )
+            )
+            for name, method, start in (
+                ("SFT, then PPO", "ppo", sft),
+                ("PPO of base", "ppo", BASE),
+                ("GRPO of base", "grpo", BASE),
+            ):
+                policies.setdefault(name, []).append(
+                    online(args, method, start, rewards[REWARD][-1], seed)
+                )
     return policies, rewards
 
 
@@ -189,69 +332,128 @@ def online(args: argparse.Namespace, method: str, start: str, reward: str, seed:
     from prefab.pipelines.training.stages import train
 
     out = args.folder / f"{method}-{'base' if start == BASE else 'sft'}-{seed}"
-    train(method, Path(method), overrides(
-        model=start, out=str(out), store=None, seed=seed, threads=args.threads, steps=args.rl_steps, beta=args.rl_beta,
-        eval_every=max(1, args.rl_steps // 6), rewards=[{"name": "preference", "kind": "model", "paths": [reward]}],
-        data__sources=[{"store": str(args.folder / "store"), "run": "base-tiny"},
-                       {"files": str(watched(args.folder))}], **({"epochs": 2, "value": "shared"} if method == "ppo" else {})),
-          quiet=False)
+    train(
+        method,
+        Path(method),
+        overrides(
+            model=start,
+            out=str(out),
+            store=None,
+            seed=seed,
+            threads=args.threads,
+            steps=args.rl_steps,
+            beta=args.rl_beta,
+            eval_every=max(1, args.rl_steps // 6),
+            rewards=[{"name": "preference", "kind": "model", "paths": [reward]}],
+            data__sources=[
+                {"store": str(args.folder / "store"), "run": "base-tiny"},
+                {"files": str(watched(args.folder))},
+            ],
+            **({"epochs": 2, "value": "shared"} if method == "ppo" else {}),
+        ),
+        quiet=False,
+    )
     return str(out / "policy")
 
 
 def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, Any]:
-    """Every policy on the same held-out prompts. Seeds are pooled: a figure's answers are shared out over them."""
+    """Every policy on the same held-out prompts. Seeds are pooled: a figure's answers are shared
+    out over them."""
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
     from prefab.trainers import evaluate
 
-    flat = {"base": BASE} | {f"{name} #{k}": folder for name, folders in policies.items() for k, folder in enumerate(folders)}
-    config = PolicyEvalConfig.model_validate({"policies": flat, "prompts": {"source": "microworld", "split": args.split, "limit": args.test},
-                                    "samples": args.answers, "store": str(args.folder / "store"), "threads": args.threads})
+    flat = {"base": BASE} | {
+        f"{name} #{k}": folder
+        for name, folders in policies.items()
+        for k, folder in enumerate(folders)
+    }
+    config = PolicyEvalConfig.model_validate(
+        {
+            "policies": flat,
+            "prompts": {"source": "microworld", "split": args.split, "limit": args.test},
+            "samples": args.answers,
+            "store": str(args.folder / "store"),
+            "threads": args.threads,
+        }
+    )
     prompts = held_out(config)
     found = sample_all(config, prompts)
     harmful = ["harmful" in p.tags for p in prompts]
     made: dict[str, Any] = {}
     for name, folders in {"base": [BASE], **policies}.items():
-        per = [found["base"]] if name == "base" else [found[f"{name} #{k}"] for k in range(len(folders))]
+        per = (
+            [found["base"]]
+            if name == "base"
+            else [found[f"{name} #{k}"] for k in range(len(folders))]
+        )
         pooled = [a for some in per for a in some]
-        made[name] = {"figures": evaluate.figures(pooled, harmful), "seeds": [
-            {k: v.value for k, v in evaluate.figures(some, harmful).items()} for some in per]}
+        made[name] = {
+            "figures": evaluate.figures(pooled, harmful),
+            "seeds": [
+                {k: v.value for k, v in evaluate.figures(some, harmful).items()} for some in per
+            ],
+        }
         others = {"base": [found["base"]] * len(per)} if name != "base" else {}
         if name.startswith("SFT, then"):
             others[SFT] = [found[f"{SFT} #{k}"] for k in range(len(per))]
         for other, theirs in others.items():
             pool = [a for some in theirs for a in some]
-            made[name][f"against {other}"] = evaluate.against(_in_order(pooled), _in_order(pool),
-                                                              lambda a: a.gold["gold"])
-            made[name][f"broken against {other}"] = evaluate.against(_in_order(pooled), _in_order(pool),
-                                                                     lambda a: -a.gold["broken"]).difference
+            made[name][f"against {other}"] = evaluate.against(
+                _in_order(pooled), _in_order(pool), lambda a: a.gold["gold"]
+            )
+            made[name][f"broken against {other}"] = evaluate.against(
+                _in_order(pooled), _in_order(pool), lambda a: -a.gold["broken"]
+            ).difference
     return made
 
 
 def at_equal_kl(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, Any]:
-    """Gold gained over base at the same KL by method, on the same prompts of the validation split, over seeds.
+    """Gold gained over base at the same KL by method, on the same prompts of the validation split,
+    over seeds.
 
-    PPO and GRPO tell it all along their way; DPO has two ends. Between points a straight line over sqrt(KL), from no gain
-    at no distance. An interval is Student's over seeds; a distance that a seed did not reach is left out.
-    """
+    PPO and GRPO tell it all along their way; DPO has two ends. Between points a straight line over
+    sqrt(KL), from no gain at no distance. An interval is Student's over seeds; a distance that a
+    seed did not reach is left out."""
     import numpy as np
 
     from prefab.factory.stats import student
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
-    from prefab.trainers.rl.overoptimization import gained_at
     from prefab.trainers.rl.checkpoint import METRICS, read_metrics
+    from prefab.trainers.rl.overoptimization import gained_at
 
     ends = [name for name in policies if name.startswith("DPO of base (tiny") or name == FAR]
-    flat = {"base": BASE} | {f"{name} #{k}": folder for name in ends for k, folder in enumerate(policies[name])}
-    config = PolicyEvalConfig.model_validate({"policies": flat, "samples": 2, "threads": args.threads,
-                                    "prompts": {"source": "microworld", "split": "val", "limit": 256, "seed": 1}})
-    mean = {name: (float(np.mean([a.logp - a.ref_logp for a in some])), float(np.mean([a.gold["gold"] for a in some])))
-            for name, some in sample_all(config, held_out(config)).items()}
-    paths: dict[str, list[list[tuple[float, float]]]] = {"DPO of base": [
-        [(mean[f"{name} #{k}"][0], mean[f"{name} #{k}"][1] - mean["base"][1]) for name in ends]
-        for k in range(len(policies[FAR]))]}
+    flat = {"base": BASE} | {
+        f"{name} #{k}": folder for name in ends for k, folder in enumerate(policies[name])
+    }
+    config = PolicyEvalConfig.model_validate(
+        {
+            "policies": flat,
+            "samples": 2,
+            "threads": args.threads,
+            "prompts": {"source": "microworld", "split": "val", "limit": 256, "seed": 1},
+        }
+    )
+    mean = {
+        name: (
+            float(np.mean([a.logp - a.ref_logp for a in some])),
+            float(np.mean([a.gold["gold"] for a in some])),
+        )
+        for name, some in sample_all(config, held_out(config)).items()
+    }
+    paths: dict[str, list[list[tuple[float, float]]]] = {
+        "DPO of base": [
+            [(mean[f"{name} #{k}"][0], mean[f"{name} #{k}"][1] - mean["base"][1]) for name in ends]
+            for k in range(len(policies[FAR]))
+        ]
+    }
     for method in ("PPO", "GRPO"):
-        told = [[m for m in read_metrics(Path(p).parent / METRICS) if "eval/gold" in m] for p in policies[f"{method} of base"]]
-        paths[f"{method} of base"] = [[(m["eval/kl"], m["eval/gold"] - run[0]["eval/gold"]) for m in run] for run in told]
+        told = [
+            [m for m in read_metrics(Path(p).parent / METRICS) if "eval/gold" in m]
+            for p in policies[f"{method} of base"]
+        ]
+        paths[f"{method} of base"] = [
+            [(m["eval/kl"], m["eval/gold"] - run[0]["eval/gold"]) for m in run] for run in told
+        ]
     made: dict[str, Any] = {}
     for name, runs in paths.items():
         for kl in (0.1, 0.2, 0.5, 1.0, 2.0):
@@ -262,12 +464,14 @@ def at_equal_kl(args: argparse.Namespace, policies: dict[str, list[str]]) -> dic
 
 
 def _in_order(pooled: Sequence[Any]) -> list[Any]:
-    """Answers in the order of their prompts, so that answer k of a prompt meets answer k of the other's."""
+    """Answers in the order of their prompts, so that answer k of a prompt meets answer k of the
+    other's."""
     return sorted(pooled, key=lambda a: a.prompt)
 
 
 def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) -> dict[str, Any]:
-    """Reward models on fresh pairs of base's answers to held-out prompts, where gold decides: accuracy and ECE."""
+    """Reward models on fresh pairs of base's answers to held-out prompts, where gold decides:
+    accuracy and ECE."""
     import numpy as np
 
     from prefab.factory.stats import bootstrap
@@ -275,13 +479,37 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
     from prefab.trainers.offline.reward import scorer
 
-    config = PolicyEvalConfig.model_validate({"policies": {"base": BASE}, "samples": 2, "seed": 99, "threads": args.threads,
-                                    "prompts": {"source": "microworld", "split": args.split, "limit": args.test * 2, "seed": 5}})
+    config = PolicyEvalConfig.model_validate(
+        {
+            "policies": {"base": BASE},
+            "samples": 2,
+            "seed": 99,
+            "threads": args.threads,
+            "prompts": {
+                "source": "microworld",
+                "split": args.split,
+                "limit": args.test * 2,
+                "seed": 5,
+            },
+        }
+    )
     prompts = held_out(config)
     answers = sample_all(config, prompts)["base"]
-    pairs = [(a, b) for a, b in zip(answers[::2], answers[1::2], strict=True) if a.gold["gold"] != b.gold["gold"]]
-    talks = [[[*({"role": m.role, "content": m.content} for m in prompts[x.prompt].messages), {"role": "assistant",
-              "content": x.text}] for x in pair] for pair in pairs]
+    pairs = [
+        (a, b)
+        for a, b in zip(answers[::2], answers[1::2], strict=True)
+        if a.gold["gold"] != b.gold["gold"]
+    ]
+    talks = [
+        [
+            [
+                *({"role": m.role, "content": m.content} for m in prompts[x.prompt].messages),
+                {"role": "assistant", "content": x.text},
+            ]
+            for x in pair
+        ]
+        for pair in pairs
+    ]
     truth = np.array([a.gold["gold"] > b.gold["gold"] for a, b in pairs])
     made = {}
     for name, folders in rewards.items():
@@ -292,8 +520,11 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
             gap = (score([t[0] for t in talks]) - score([t[1] for t in talks])) * deviation
             right.append((gap > 0) == truth)
             errors.append(ece(1 / (1 + np.exp(-gap)), truth.astype(float)))
-        made[name] = {"accuracy": bootstrap(np.mean(right, axis=0), [a.prompt for a, _ in pairs]), "ece": errors,
-                      "pairs": len(pairs)}
+        made[name] = {
+            "accuracy": bootstrap(np.mean(right, axis=0), [a.prompt for a, _ in pairs]),
+            "ece": errors,
+            "pairs": len(pairs),
+        }
     return made
 
 
@@ -304,16 +535,30 @@ def labels_measured(args: argparse.Namespace) -> dict[str, Any]:
     from prefab.pipelines.store.fill import query
 
     made: dict[str, Any] = {}
-    for judge in ("tiny", "tiny-odds", "nano", "nano-odds") if args.ablation else ("tiny", "tiny-odds"):
-        rows = query(args.folder / "store", "SELECT * FROM pairs WHERE name = ? AND latest", [f"base-{judge}"])
+    for judge in (
+        ("tiny", "tiny-odds", "nano", "nano-odds") if args.ablation else ("tiny", "tiny-odds")
+    ):
+        rows = query(
+            args.folder / "store",
+            "SELECT * FROM pairs WHERE name = ? AND latest",
+            [f"base-{judge}"],
+        )
         for margin in sorted({0.0, 0.03, 0.06, 0.1, args.margin}):
             right = []
             for row in rows.iter_rows(named=True):
-                prompt = Prompt(row["prompt"], tuple(Message(r, c) for r, c in json.loads(row["messages"])))
-                gap = gold_of(prompt, row["chosen"])["gold"] - gold_of(prompt, row["rejected"])["gold"]
+                prompt = Prompt(
+                    row["prompt"], tuple(Message(r, c) for r, c in json.loads(row["messages"]))
+                )
+                gap = (
+                    gold_of(prompt, row["chosen"])["gold"]
+                    - gold_of(prompt, row["rejected"])["gold"]
+                )
                 if row["p_chosen"] - 0.5 >= margin and gap:
                     right.append(gap > 0)
-            made[f"{judge}, margin {margin}"] = {"right": sum(right) / max(1, len(right)), "decided": len(right)}
+            made[f"{judge}, margin {margin}"] = {
+                "right": sum(right) / max(1, len(right)),
+                "decided": len(right),
+            }
     return made
 
 
@@ -322,23 +567,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--engine", default="vllm", choices=["vllm", "hf"])
-    parser.add_argument("--do", default="all", choices=["data", "train", "all"], help="Go no further than this.")
+    parser.add_argument(
+        "--do", default="all", choices=["data", "train", "all"], help="Go no further than this."
+    )
     parser.add_argument("--ablation", action="store_true", help="Also by judge and label.")
-    parser.add_argument("--labels", nargs="+", default=list(LABELS), choices=list(LABELS), help="Of the ablation.")
+    parser.add_argument(
+        "--labels", nargs="+", default=list(LABELS), choices=list(LABELS), help="Of the ablation."
+    )
     parser.add_argument("--online", action="store_true", help="Also PPO and GRPO.")
     parser.add_argument("--rl-steps", type=int, default=24)
     parser.add_argument("--rl-beta", type=float, default=0.3)
     parser.add_argument("--only", type=int, help="Train this seed alone.")
     parser.add_argument("--prompts", type=int, default=400)
-    parser.add_argument("--more", type=int, default=500, help="Further prompts, for the reward model alone.")
-    parser.add_argument("--mixed", type=int, default=100, help="Prompts of these whose answers by base and SFT are compared.")
+    parser.add_argument(
+        "--more", type=int, default=500, help="Further prompts, for the reward model alone."
+    )
+    parser.add_argument(
+        "--mixed",
+        type=int,
+        default=100,
+        help="Prompts of these whose answers by base and SFT are compared.",
+    )
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", default="test", choices=["test", "val"])
     parser.add_argument("--test", type=int, default=500, help="Held-out prompts.")
-    parser.add_argument("--answers", type=int, default=4, help="To each of them, a policy and seed.")
+    parser.add_argument(
+        "--answers", type=int, default=4, help="To each of them, a policy and seed."
+    )
     parser.add_argument("--sft-lr", type=float, default=5e-4)
-    parser.add_argument("--sft-epochs", type=float, default=1.0, help="Before DPO, PPO and GRPO; the longer one has three times.")
+    parser.add_argument(
+        "--sft-epochs",
+        type=float,
+        default=1.0,
+        help="Before DPO, PPO and GRPO; the longer one has three times.",
+    )
     parser.add_argument("--sft-dpo-lr", type=float, default=3e-5)
     parser.add_argument("--sft-dpo-beta", type=float, default=0.5)
     parser.add_argument("--dpo-lr", type=float, default=1e-4)
@@ -346,12 +609,24 @@ def main() -> None:
     parser.add_argument("--reward-lr", type=float, default=3e-4)
     parser.add_argument("--reward-epochs", type=float, default=3.0)
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--margin", type=float, default=0.03, help="Of 11 principles, one that decides makes about 0.045.")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.03,
+        help="Of 11 principles, one that decides makes about 0.045.",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.prompts, args.samples, args.seeds, args.test, args.answers, args.margin = 16, 2, 1, 16, 2, 0.0
+        args.prompts, args.samples, args.seeds, args.test, args.answers, args.margin = (
+            16,
+            2,
+            1,
+            16,
+            2,
+            0.0,
+        )
         args.more, args.mixed, args.rl_steps = 16, 16, 2
     args.folder.mkdir(parents=True, exist_ok=True)
     data(args)
@@ -364,10 +639,19 @@ def main() -> None:
     found, scores = evaluated(args, policies), rewards_measured(args, rewards)
     show(labels, found, scores)
     equal = at_equal_kl(args, policies) if args.online else {}
-    table(["at equal KL", "gold gained over base (over seeds)"], [[n, words(e)] for n, e in equal.items()])
-    write("policies", args.quick, arguments={k: str(v) for k, v in vars(args).items() if k != "folder"}, labels=labels,
-          equal_kl=_plain(equal), policies={n: {k: _plain(v) for k, v in some.items()} for n, some in found.items()},
-          rewards={n: {k: _plain(v) for k, v in some.items()} for n, some in scores.items()})
+    table(
+        ["at equal KL", "gold gained over base (over seeds)"],
+        [[n, words(e)] for n, e in equal.items()],
+    )
+    write(
+        "policies",
+        args.quick,
+        arguments={k: str(v) for k, v in vars(args).items() if k != "folder"},
+        labels=labels,
+        equal_kl=_plain(equal),
+        policies={n: {k: _plain(v) for k, v in some.items()} for n, some in found.items()},
+        rewards={n: {k: _plain(v) for k, v in some.items()} for n, some in scores.items()},
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -378,14 +662,45 @@ def _plain(value: Any) -> Any:
 
 def show(labels: dict[str, Any], found: dict[str, Any], scores: dict[str, Any]) -> None:
     """The tables, as they stand in the README."""
-    table(["labels", "agree with gold", "decided"], [[n, x["right"], x["decided"]] for n, x in labels.items()])
+    table(
+        ["labels", "agree with gold", "decided"],
+        [[n, x["right"], x["decided"]] for n, x in labels.items()],
+    )
     names = ["broken", "gold", "helps_harmless", "coherent", "words", "kl"]
-    table(["policy", *names], [[n, *(words(some["figures"].get(k)) for k in names)] for n, some in found.items()])
-    table(["against", "decided", "win rate of decided", "length-controlled", "difference of gold", "p"],
-          [[f"{n} {k}", words(a.decided), words(a.win_rate), words(a.length_controlled), words(a.difference), f"{a.p:.4f}"]
-           for n, some in found.items() for k, a in some.items() if k.startswith("against")])
-    table(["reward model", "accuracy", "ECE by seed", "pairs"],
-          [[n, words(s["accuracy"]), ", ".join(f"{e:.3f}" for e in s["ece"]), s["pairs"]] for n, s in scores.items()])
+    table(
+        ["policy", *names],
+        [[n, *(words(some["figures"].get(k)) for k in names)] for n, some in found.items()],
+    )
+    table(
+        [
+            "against",
+            "decided",
+            "win rate of decided",
+            "length-controlled",
+            "difference of gold",
+            "p",
+        ],
+        [
+            [
+                f"{n} {k}",
+                words(a.decided),
+                words(a.win_rate),
+                words(a.length_controlled),
+                words(a.difference),
+                f"{a.p:.4f}",
+            ]
+            for n, some in found.items()
+            for k, a in some.items()
+            if k.startswith("against")
+        ],
+    )
+    table(
+        ["reward model", "accuracy", "ECE by seed", "pairs"],
+        [
+            [n, words(s["accuracy"]), ", ".join(f"{e:.3f}" for e in s["ece"]), s["pairs"]]
+            for n, s in scores.items()
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Our PPO against TRL 1.9's experimental one, the last it had: same model, reward model, prompts, steps and precision (fp32).
+"""Our PPO against TRL 1.9's experimental one, the last it had: same model, reward model, prompts,
+steps and precision (fp32).
 
     make peers-venvs                              # TRL 1.9 in an environment of its own
     python -m benchmarks.ppo_speed
     python -m benchmarks.ppo_speed --quick        # a look
 
-Each contender is a process that does a step when told and then waits, in turns, so that whatever else the machine does falls
-on all alike. Tokens are those of the answers, up to and with their end; a step is all of it: sampling, scoring, updates. The
-first step of each is left out. TRL is taken as it comes, but for its temperature (.7, here 1 on both sides): its default of gradient
-checkpointing has no effect in its own loop. Its accumulation spans its minibatches, so it makes fewer optimizer steps than its
-settings say; ours makes them all.
-"""
+Each contender is a process that does a step when told and then waits, in turns, so that whatever
+else the machine does falls on all alike. Tokens are those of the answers, up to and with their end;
+a step is all of it: sampling, scoring, updates. The first step of each is left out. TRL is taken as
+it comes, but for its temperature (.7, here 1 on both sides): its default of gradient checkpointing
+has no effect in its own loop. Its accumulation spans its minibatches, so it makes fewer optimizer
+steps than its settings say; ours makes them all."""
+
 from __future__ import annotations
 
 import argparse
@@ -29,7 +31,8 @@ NAMES = ("ours", "trl")
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Prompts as text and as tokens, a reward model with a head drawn from a seed, and the settings that all share."""
+    """Prompts as text and as tokens, a reward model with a head drawn from a seed, and the settings
+    that all share."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -39,18 +42,35 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
     path = resolve_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    prompts = [[{"role": m.role, "content": m.content} for m in p.messages] for p in grammar.prompts("train", args.prompts, 3)]
+    prompts = [
+        [{"role": m.role, "content": m.content} for m in p.messages]
+        for p in grammar.prompts("train", args.prompts, 3)
+    ]
     (folder / "turns.json").write_text(json.dumps(prompts))
     (folder / "prompts.json").write_text(json.dumps(rollout.encode(tokenizer, prompts, None)))
     torch.manual_seed(0)
     reward = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
     reward.config.pad_token_id = tokenizer.pad_token_id
-    torch.nn.init.normal_(reward.score.weight)   # a fresh head may be all but constant
+    torch.nn.init.normal_(reward.score.weight)  # a fresh head may be all but constant
     reward.save_pretrained(folder / "reward")
     tokenizer.save_pretrained(folder / "reward")
-    names = ("batch", "micro", "minibatches", "epochs", "steps", "max_new_tokens", "learning_rate", "beta", "threads")
-    (folder / "settings.json").write_text(json.dumps(
-        {name: getattr(args, name) for name in names} | {"model": path, "reward": str(folder / "reward")}))
+    names = (
+        "batch",
+        "micro",
+        "minibatches",
+        "epochs",
+        "steps",
+        "max_new_tokens",
+        "learning_rate",
+        "beta",
+        "threads",
+    )
+    (folder / "settings.json").write_text(
+        json.dumps(
+            {name: getattr(args, name) for name in names}
+            | {"model": path, "reward": str(folder / "reward")}
+        )
+    )
 
 
 def ours(folder: Path) -> None:
@@ -62,16 +82,38 @@ def ours(folder: Path) -> None:
     s = json.loads((folder / "settings.json").read_text())
     torch.set_num_threads(s["threads"])
     config = ppo.PpoConfig(
-        model=s["model"], out=str(folder / "ours"), steps=s["steps"], batch_size=s["batch"], minibatches=s["minibatches"],
-        epochs=s["epochs"], micro_batch=s["micro"], sample_batch=s["batch"], max_new_tokens=s["max_new_tokens"],
-        learning_rate=s["learning_rate"], value_learning_rate=s["learning_rate"], beta=s["beta"], kl_stop=None, threads=s["threads"],
-        save_every=10**6, reference_samples=32, unfinished_stop=1.0,
-        rewards=[{"name": "reward", "kind": "model", "paths": [s["reward"]], "batch": s["batch"]}])
+        model=s["model"],
+        out=str(folder / "ours"),
+        steps=s["steps"],
+        batch_size=s["batch"],
+        minibatches=s["minibatches"],
+        epochs=s["epochs"],
+        micro_batch=s["micro"],
+        sample_batch=s["batch"],
+        max_new_tokens=s["max_new_tokens"],
+        learning_rate=s["learning_rate"],
+        value_learning_rate=s["learning_rate"],
+        beta=s["beta"],
+        kl_stop=None,
+        threads=s["threads"],
+        save_every=10**6,
+        reference_samples=32,
+        unfinished_stop=1.0,
+        rewards=[{"name": "reward", "kind": "model", "paths": [s["reward"]], "batch": s["batch"]}],
+    )
 
     def turn(metrics: dict[str, Any]) -> None:
         took = metrics["times"]["seconds"]
-        print("STEP " + json.dumps({"generation_s": took * metrics["times"]["sampling_share"],
-                                    "tokens": round(took * metrics["times"]["tokens_per_s"])}), flush=True)
+        print(
+            "STEP "
+            + json.dumps(
+                {
+                    "generation_s": took * metrics["times"]["sampling_share"],
+                    "tokens": round(took * metrics["times"]["tokens_per_s"]),
+                }
+            ),
+            flush=True,
+        )
         sys.stdin.readline()
 
     sys.stdin.readline()
@@ -82,15 +124,25 @@ class Contender:
     """A process that does one step a line."""
 
     def __init__(self, name: str, folder: Path, python: Path) -> None:
-        command = {"ours": [sys.executable, "-m", "benchmarks.ppo_speed", "--ours", str(folder)],
-                   "trl": [str(python), str(PEERS / "trl_ppo.py"), str(folder)]}[name]
-        self.log = open(folder / f"{name}.log", "w+")  # noqa: SIM115 - as long as the process
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-                                        cwd=HERE.parent, env={**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
+        command = {
+            "ours": [sys.executable, "-m", "benchmarks.ppo_speed", "--ours", str(folder)],
+            "trl": [str(python), str(PEERS / "trl_ppo.py"), str(folder)],
+        }[name]
+        self.log = open(folder / f"{name}.log", "w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=HERE.parent,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
+        )
         self.name, self.steps = name, []
 
     def step(self) -> None:
-        """One step, from the word to its line. Raises: SystemExit with what the process said, where it ended."""
+        """One step, from the word to its line. Raises: SystemExit with what the process said, where
+        it ended."""
         began = time.perf_counter()
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
@@ -109,8 +161,13 @@ class Contender:
         """Tokens a second, the share of generation, and tokens a step, without the first step."""
         kept = self.steps[1:]
         seconds, tokens = sum(s["s"] for s in kept), sum(s["tokens"] for s in kept)
-        return {"tokens_per_s": tokens / seconds, "generation_share": sum(s["generation_s"] for s in kept) / seconds,
-                "tokens_a_step": tokens / len(kept), "median_step_s": statistics.median(s["s"] for s in kept), "steps": self.steps}
+        return {
+            "tokens_per_s": tokens / seconds,
+            "generation_share": sum(s["generation_s"] for s in kept) / seconds,
+            "tokens_a_step": tokens / len(kept),
+            "median_step_s": statistics.median(s["s"] for s in kept),
+            "steps": self.steps,
+        }
 
 
 def main() -> None:
@@ -125,7 +182,12 @@ def main() -> None:
     parser.add_argument("--minibatches", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--learning-rate", type=float, default=1e-6, help="So small that answers stay alike on all sides.")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=1e-6,
+        help="So small that answers stay alike on all sides.",
+    )
     parser.add_argument("--beta", type=float, default=0.05)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--quick", action="store_true", help="A look: 3 steps of 8 answers.")
@@ -143,17 +205,32 @@ def main() -> None:
     sides = [Contender(name, folder, python) for name in NAMES]
     try:
         for k in range(args.steps):
-            for side in sides[k % len(sides):] + sides[: k % len(sides)]:
+            for side in sides[k % len(sides) :] + sides[: k % len(sides)]:
                 side.step()
-                time.sleep(0.2)   # what it still does after its line is its own
+                time.sleep(0.2)  # what it still does after its line is its own
     finally:
         for side in sides:
             side.stop()
     found = {side.name: side.figures() for side in sides}
-    table(["PPO", "tokens/s", "times TRL", "generation's share", "tokens a step"],
-          [[name, f["tokens_per_s"], f["tokens_per_s"] / found["trl"]["tokens_per_s"], f["generation_share"], f["tokens_a_step"]]
-           for name, f in found.items()])
-    write("ppo_speed", args.quick, arguments={k: str(v) for k, v in vars(args).items() if k not in ("ours", "venvs")}, results=found)
+    table(
+        ["PPO", "tokens/s", "times TRL", "generation's share", "tokens a step"],
+        [
+            [
+                name,
+                f["tokens_per_s"],
+                f["tokens_per_s"] / found["trl"]["tokens_per_s"],
+                f["generation_share"],
+                f["tokens_a_step"],
+            ]
+            for name, f in found.items()
+        ],
+    )
+    write(
+        "ppo_speed",
+        args.quick,
+        arguments={k: str(v) for k, v in vars(args).items() if k not in ("ours", "venvs")},
+        results=found,
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""How long should a reward model train? Too short, about right and too long on a few pairs, and what best-of-n makes of each.
+"""How long should a reward model train? Too short, about right and too long on a few pairs, and
+what best-of-n makes of each.
 
     python -m benchmarks.reward_fit --store demo-store            # half an hour on two cores
     python -m benchmarks.reward_fit --store demo-store --quick    # the machinery
 
-Every reward model reads the same answers of the base policy to prompts of the test split: how often it agrees with the oracle
-on two answers to one prompt, how far its probabilities are off, and the gold score of the answer that it likes best of n.
-Best-of-n is the simplest over-optimisation: the harder one selects, the more a reward model's mistakes count. Intervals are
-over prompts, with seeds (each with pairs of its own) averaged first.
-"""
+Every reward model reads the same answers of the base policy to prompts of the test split: how often
+it agrees with the oracle on two answers to one prompt, how far its probabilities are off, and the
+gold score of the answer that it likes best of n. Best-of-n is the simplest over-optimisation: the
+harder one selects, the more a reward model's mistakes count. Intervals are over prompts, with seeds
+(each with pairs of its own) averaged first."""
+
 from __future__ import annotations
 
 import argparse
@@ -41,22 +43,40 @@ def main() -> None:
         args.epochs, args.seeds, args.prompts, args.samples, args.pairs = [1, 2], 1, 8, 4, 32
     args.folder.mkdir(parents=True, exist_ok=True)
     prompts, answers = base_answers(args)
-    found = {epochs: [read(args, trained(args, epochs, seed), prompts, answers) for seed in range(args.seeds)]
-             for epochs in args.epochs}
+    found = {
+        epochs: [
+            read(args, trained(args, epochs, seed), prompts, answers) for seed in range(args.seeds)
+        ]
+        for epochs in args.epochs
+    }
     rows, told = [], {}
     for epochs, seeds in found.items():
-        told[epochs] = {name: asdict(over_prompts([s[name] for s in seeds])) for name in seeds[0] if name not in ("ece", "loss")}
+        told[epochs] = {
+            name: asdict(over_prompts([s[name] for s in seeds]))
+            for name in seeds[0]
+            if name not in ("ece", "loss")
+        }
         told[epochs] |= {name: [s[name] for s in seeds] for name in ("ece", "loss")}
-        rows.append([epochs, *(words(e) for e in told[epochs].values() if isinstance(e, dict)),
-                     *(f"{np.mean(told[epochs][n]):.3f}" for n in ("ece", "loss"))])
+        rows.append(
+            [
+                epochs,
+                *(words(e) for e in told[epochs].values() if isinstance(e, dict)),
+                *(f"{np.mean(told[epochs][n]):.3f}" for n in ("ece", "loss")),
+            ]
+        )
     names = [n for n, e in next(iter(told.values())).items() if isinstance(e, dict)]
     table(["epochs", *names, "calibration error", "log loss"], rows)
-    write("reward_fit", args.quick, arguments={k: str(v) for k, v in vars(args).items() if k not in ("store", "folder")},
-          by_epochs=told)
+    write(
+        "reward_fit",
+        args.quick,
+        arguments={k: str(v) for k, v in vars(args).items() if k not in ("store", "folder")},
+        by_epochs=told,
+    )
 
 
 def over_prompts(seeds: list[list[float]]) -> Any:
-    """The mean over seeds and prompts, with an interval over prompts; one where a figure says nothing is left out."""
+    """The mean over seeds and prompts, with an interval over prompts; one where a figure says
+    nothing is left out."""
     values = np.mean(seeds, axis=0)
     return bootstrap(values[~np.isnan(values)])
 
@@ -67,10 +87,23 @@ def trained(args: argparse.Namespace, epochs: int, seed: int) -> str:
 
     out = args.folder / f"reward-{epochs}-{seed}"
     source = {"store": str(args.store), "run": args.run, "exclude": str(all_but(args, seed))}
-    reward.run(reward.RewardTrainingConfig.model_validate({
-        "model": "prefab-tiny", "out": str(out), "data": {"sources": [source], "max_length": 512}, "seed": seed,
-        "learning_rate": 3e-4, "batch_size": 16, "epochs": epochs, "patience": None, "keep": "last",
-        "threads": args.threads}), quiet=True)
+    reward.run(
+        reward.RewardTrainingConfig.model_validate(
+            {
+                "model": "prefab-tiny",
+                "out": str(out),
+                "data": {"sources": [source], "max_length": 512},
+                "seed": seed,
+                "learning_rate": 3e-4,
+                "batch_size": 16,
+                "epochs": epochs,
+                "patience": None,
+                "keep": "last",
+                "threads": args.threads,
+            }
+        ),
+        quiet=True,
+    )
     return str(out)
 
 
@@ -78,21 +111,33 @@ def base_answers(args: argparse.Namespace) -> tuple[Any, Any]:
     """The base policy's answers to prompts of the test split, with gold."""
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
 
-    config = PolicyEvalConfig.model_validate({"policies": {"base": "prefab-tiny"}, "samples": args.samples, "threads": args.threads,
-                                    "prompts": {"source": "microworld", "split": "test", "limit": args.prompts, "seed": 11}})
+    config = PolicyEvalConfig.model_validate(
+        {
+            "policies": {"base": "prefab-tiny"},
+            "samples": args.samples,
+            "threads": args.threads,
+            "prompts": {"source": "microworld", "split": "test", "limit": args.prompts, "seed": 11},
+        }
+    )
     prompts = held_out(config)
     return prompts, sample_all(config, prompts)["base"]
 
 
 def read(args: argparse.Namespace, folder: str, prompts: Any, answers: Any) -> dict[str, Any]:
-    """By prompt: agreement with gold over its decided pairs (no number where there is none), gold of the best of n."""
+    """By prompt: agreement with gold over its decided pairs (no number where there is none), gold
+    of the best of n."""
     from prefab.judges.stats.calibration import ece
     from prefab.trainers.evaluate import best_of
     from prefab.trainers.offline.reward import scorer
 
     deviation = json.loads((Path(folder) / "reward.json").read_text())["deviation"]
-    talks = [[*({"role": m.role, "content": m.content} for m in prompts[a.prompt].messages),
-              {"role": "assistant", "content": a.text}] for a in answers]
+    talks = [
+        [
+            *({"role": m.role, "content": m.content} for m in prompts[a.prompt].messages),
+            {"role": "assistant", "content": a.text},
+        ]
+        for a in answers
+    ]
     logits = scorer(folder)(talks) * deviation
     scored = [replace(a, proxy=float(x)) for a, x in zip(answers, logits, strict=True)]
     agree: dict[int, list[float]] = {k: [] for k in range(args.prompts)}
@@ -104,10 +149,15 @@ def read(args: argparse.Namespace, folder: str, prompts: Any, answers: Any) -> d
             truth.append(a.gold["gold"] > b.gold["gold"])
             agree[a.prompt].append(float((gaps[-1] > 0) == truth[-1]))
     p, y = 1 / (1 + np.exp(-np.array(gaps))), np.array(truth, dtype=float)
-    made: dict[str, Any] = {"accuracy": [float(np.mean(x)) if x else np.nan for x in agree.values()]}
+    made: dict[str, Any] = {
+        "accuracy": [float(np.mean(x)) if x else np.nan for x in agree.values()]
+    }
     for n in sorted({1, max(2, args.samples // 4), args.samples}):
         made[f"gold, best of {n}"] = [a.gold["gold"] for a in best_of(scored, n)[0]]
-    made["ece"], made["loss"] = float(ece(p, y)), float(-np.mean(y * np.log(p) + (1 - y) * np.log1p(-p)))
+    made["ece"], made["loss"] = (
+        float(ece(p, y)),
+        float(-np.mean(y * np.log(p) + (1 - y) * np.log1p(-p))),
+    )
     return made
 
 

@@ -1,15 +1,17 @@
-"""Our DPO and reward stages against TRL's trainers: same pairs, model, optimiser and batches, interleaved, in fp32.
+"""Our DPO and reward stages against TRL's trainers: same pairs, model, optimiser and batches,
+interleaved, in fp32.
 
     python -m benchmarks.train_speed
     python -m benchmarks.train_speed --quick        # a look
 
-Each contender takes the same batches from the same weights with the same AdamW; the losses of every step are compared,
-because a faster step that learns something else is no step. `trl` is TRL as it comes (sdpa, gradient checkpointing, the
-reference model beside the policy), but in fp32; `trl, no checkpointing` without that; `ours, quarters` holds a quarter of
-a batch at once (`micro_batch`, as in the presets). Reference log-probabilities that ours computes beforehand are paid for:
-their time over just these batches is added to ours in `times_trl`. Peak memory is taken in a process of each contender's
-own, from the start of Python to the last step.
-"""
+Each contender takes the same batches from the same weights with the same AdamW; the losses of every
+step are compared, because a faster step that learns something else is no step. `trl` is TRL as it
+comes (sdpa, gradient checkpointing, the reference model beside the policy), but in fp32; `trl, no
+checkpointing` without that; `ours, quarters` holds a quarter of a batch at once (`micro_batch`, as
+in the presets). Reference log-probabilities that ours computes beforehand are paid for: their time
+over just these batches is added to ours in `times_trl`. Peak memory is taken in a process of each
+contender's own, from the start of Python to the last step."""
+
 from __future__ import annotations
 
 import argparse
@@ -26,13 +28,18 @@ from typing import Any
 from benchmarks.common import write
 from prefab.trainers.registry import CONFIGS, STAGES
 
-PARTS = {"ours": 1, "ours, halves": 2, "ours, quarters": 4}   # of a batch; the presets hold a quarter at once
-CONTENDERS = {stage: ("trl", "trl, no checkpointing", *PARTS) for stage in ("dpo", "reward")}
+PARTS = {
+    "ours": 1,
+    "ours, halves": 2,
+    "ours, quarters": 4,
+}  # of a batch; the presets hold a quarter at once
+CONTENDERS = dict.fromkeys(("dpo", "reward"), ("trl", "trl, no checkpointing", *PARTS))
 LEARNING_RATE = 1e-4
 
 
 def pairs_file(folder: Path, n: int) -> Path:
-    """Pairs of the embedded world's grammar, as a file that both sides read; the oracle's word is not needed here."""
+    """Pairs of the embedded world's grammar, as a file that both sides read; the oracle's word is
+    not needed here."""
     from prefab.factory.microworld import grammar
 
     rng, rows = random.Random(0), []
@@ -40,15 +47,21 @@ def pairs_file(folder: Path, n: int) -> Path:
         s = grammar.situation(rng, "train")
         a, b = grammar.answer(rng, s).text, grammar.answer(rng, s).text
         if a != b:
-            rows.append({"prompt": [{"role": m.role, "content": m.content} for m in s.prompt.messages], "chosen": a,
-                         "rejected": b})
+            rows.append(
+                {
+                    "prompt": [{"role": m.role, "content": m.content} for m in s.prompt.messages],
+                    "chosen": a,
+                    "rejected": b,
+                }
+            )
     file = folder / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 class Contender:
-    """A trainer, its batches, and an AdamW of the same settings; a step is forward, backward, clip, update."""
+    """A trainer, its batches, and an AdamW of the same settings; a step is forward, backward, clip,
+    update."""
 
     def __init__(self, trainer: Any, batches: list[list[Any]], before_s: float = 0.0) -> None:
         """Each batch is in parts, whose gradients are added up."""
@@ -56,7 +69,9 @@ class Contender:
 
         self.trainer, self.batches, self.before_s = trainer, batches, before_s
         self.model = trainer.model.train()
-        self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], LEARNING_RATE)
+        self.optimiser = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], LEARNING_RATE
+        )
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
@@ -78,34 +93,56 @@ class Contender:
 
 
 def contender(stage: str, name: str, folder: Path, model: str, steps: int, batch: int) -> Contender:
-    """One side, ready to step. The rows and their order are those of our buckets, for both; see `token_rows`."""
+    """One side, ready to step. The rows and their order are those of our buckets, for both; see
+    `token_rows`."""
     rows = json.loads((folder / f"{stage}.json").read_text())
     cut = [rows[k : k + batch] for k in range(0, len(rows), batch)]
     if name.startswith("trl"):
         theirs = _trl(stage, name, folder, model, rows[:2], batch)
-        return Contender(theirs, [[theirs.data_collator([_plain(row) for row in some])] for some in cut])
+        return Contender(
+            theirs, [[theirs.data_collator([_plain(row) for row in some])] for some in cut]
+        )
     trainer, before_s = _ours(stage, folder, model, batch)[0], 0.0
     if stage == "dpo":
         before_s = _reference_s(trainer, rows, batch)
     part = batch // PARTS[name]
-    side = Contender(trainer, [[trainer.data_collator(some[k : k + part]) for k in range(0, len(some), part)] for some in cut],
-                     before_s)
+    side = Contender(
+        trainer,
+        [
+            [trainer.data_collator(some[k : k + part]) for k in range(0, len(some), part)]
+            for some in cut
+        ],
+        before_s,
+    )
     if stage == "reward":
         import torch
 
         if not (folder / "head.pt").exists():
             torch.save(trainer.model.score.weight.data, folder / "head.pt")
-        trainer.model.score.weight.data = torch.load(folder / "head.pt")  # every round and side begins with one fresh head
+        trainer.model.score.weight.data = torch.load(
+            folder / "head.pt"
+        )  # every round and side begins with one fresh head
     return side
 
 
 def _ours(stage: str, folder: Path, model: str, batch: int) -> tuple[Any, Any]:
-    
+
     module = STAGES[stage]
-    config = CONFIGS[stage].model_validate({
-        "model": model, "out": str(folder / stage), "batch_size": batch, "patience": None, "keep": "last",
-        "data": {"sources": [{"files": str(folder / "pairs.jsonl")}], "labels": "hard", "val_share": 0.01},
-        **({"reference_cache": str(folder / "cache")} if stage == "dpo" else {"centre": 0.0})})
+    config = CONFIGS[stage].model_validate(
+        {
+            "model": model,
+            "out": str(folder / stage),
+            "batch_size": batch,
+            "patience": None,
+            "keep": "last",
+            "data": {
+                "sources": [{"files": str(folder / "pairs.jsonl")}],
+                "labels": "hard",
+                "val_share": 0.01,
+            },
+            **({"reference_cache": str(folder / "cache")} if stage == "dpo" else {"centre": 0.0}),
+        }
+    )
     trainer, _, tokenizer = module.prepare(config)
     return trainer, tokenizer
 
@@ -114,7 +151,9 @@ def _reference_s(trainer: Any, rows: list[Any], batch: int) -> float:
     """What the reference's log-probabilities of these rows cost, computed anew."""
     from prefab.trainers.offline.reference import compute_logps
 
-    pairs = [(row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
+    pairs = [
+        (row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")
+    ]
     began = time.perf_counter()
     compute_logps(trainer.model, pairs, 2 * batch, trainer.processing_class.pad_token_id)
     return time.perf_counter() - began
@@ -147,18 +186,39 @@ def _trl(stage: str, name: str, folder: Path, model: str, rows: list[Any], batch
     from prefab.factory.engines.base import resolve_model
 
     more = {} if name == "trl" else {"gradient_checkpointing": False}
-    settings = {"output_dir": str(folder / "trl"), "bf16": False, "report_to": "none", "per_device_train_batch_size": batch, **more}
+    settings = {
+        "output_dir": str(folder / "trl"),
+        "bf16": False,
+        "report_to": "none",
+        "per_device_train_batch_size": batch,
+        **more,
+    }
     path = resolve_model(model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if stage == "reward":
-        loaded = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype="float32"
+        )
         loaded.score.weight.data = torch.load(folder / "head.pt")
         some = Dataset.from_list([_plain(row) for row in rows])
-        made = trl.RewardTrainer(loaded, trl.RewardConfig(**_cpu(settings)), train_dataset=some, processing_class=tokenizer)
+        made = trl.RewardTrainer(
+            loaded,
+            trl.RewardConfig(**_cpu(settings)),
+            train_dataset=some,
+            processing_class=tokenizer,
+        )
     else:
         turns = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-        loaded, reference = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for _ in range(2))
-        made = trl.DPOTrainer(loaded, reference, trl.DPOConfig(**_cpu(settings)), train_dataset=turns, processing_class=tokenizer)
+        loaded, reference = (
+            AutoModelForCausalLM.from_pretrained(path, dtype="float32") for _ in range(2)
+        )
+        made = trl.DPOTrainer(
+            loaded,
+            reference,
+            trl.DPOConfig(**_cpu(settings)),
+            train_dataset=turns,
+            processing_class=tokenizer,
+        )
     if made.args.gradient_checkpointing:
         made.model.gradient_checkpointing_enable({"use_reentrant": False})
     return made
@@ -170,38 +230,83 @@ def _cpu(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "use_cpu": not torch.cuda.is_available()}
 
 
-def compare(stage: str, folder: Path, model: str, steps: int, batch: int, rounds: int) -> dict[str, Any]:
-    """All contenders step by step in turn, so that whatever else the machine does falls on all alike."""
+def compare(
+    stage: str, folder: Path, model: str, steps: int, batch: int, rounds: int
+) -> dict[str, Any]:
+    """All contenders step by step in turn, so that whatever else the machine does falls on all
+    alike."""
     token_rows(stage, folder, model, steps, batch)
     sides: dict[str, list[Contender]] = {name: [] for name in CONTENDERS[stage]}
     for r in range(rounds):
-        made = {name: contender(stage, name, folder, model, steps, batch) for name in reversed(CONTENDERS[stage])}
+        made = {
+            name: contender(stage, name, folder, model, steps, batch)
+            for name in reversed(CONTENDERS[stage])
+        }
         for k in range(steps):
             for name in sorted(made, key=lambda n: random.Random(f"{r} {k} {n}").random()):
                 made[name].step(k)
         for name, side in made.items():
             sides[name].append(side)
     theirs = sides["trl"][0].losses
-    gap = max(abs(a - b) for name in sides for side in sides[name] for a, b in zip(side.losses, theirs, strict=True))
+    gap = max(
+        abs(a - b)
+        for name in sides
+        for side in sides[name]
+        for a, b in zip(side.losses, theirs, strict=True)
+    )
     seconds = {name: [sum(side.seconds[1:]) for side in some] for name, some in sides.items()}
     before = statistics.median(side.before_s for side in sides["ours"]) * (steps - 1) / steps
-    ratio = {name: statistics.median(a / (b + (before if name.startswith("ours") else 0)) for a, b in zip(seconds["trl"], s, strict=True))
-             for name, s in seconds.items()}
-    return {"stage": stage, "steps": steps, "batch": batch, "rounds": rounds, "losses_differ_by_at_most": gap,
-            "first_loss": theirs[0], "last_loss": theirs[-1], "seconds": seconds,
-            "reference_s": before, "times_trl": ratio}
+    ratio = {
+        name: statistics.median(
+            a / (b + (before if name.startswith("ours") else 0))
+            for a, b in zip(seconds["trl"], s, strict=True)
+        )
+        for name, s in seconds.items()
+    }
+    return {
+        "stage": stage,
+        "steps": steps,
+        "batch": batch,
+        "rounds": rounds,
+        "losses_differ_by_at_most": gap,
+        "first_loss": theirs[0],
+        "last_loss": theirs[-1],
+        "seconds": seconds,
+        "reference_s": before,
+        "times_trl": ratio,
+    }
 
 
 def peak_here_mb() -> float:
     """This process's peak. Not `ru_maxrss`: that begins with the peak of whoever started it."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1024
 
 
-def peak_mb(stage: str, name: str, folder: Path, model: str, steps: int, batch: int, threads: int) -> float:
+def peak_mb(
+    stage: str, name: str, folder: Path, model: str, steps: int, batch: int, threads: int
+) -> float:
     """Peak resident memory of a few steps, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.train_speed", "--peak", stage, name, "--folder", str(folder), "--model", model,
-               "--steps", str(min(steps, 4)), "--batch", str(batch), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train_speed",
+        "--peak",
+        stage,
+        name,
+        "--folder",
+        str(folder),
+        "--model",
+        model,
+        "--steps",
+        str(min(steps, 4)),
+        "--batch",
+        str(batch),
+        "--threads",
+        str(threads),
+    ]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(out.strip().splitlines()[-1])
 
@@ -234,8 +339,10 @@ def main() -> None:
     results = []
     for stage in args.stages:
         found = compare(stage, folder, args.model, args.steps, args.batch, args.rounds)
-        found["peak_mb"] = {name: peak_mb(stage, name, folder, args.model, args.steps, args.batch, args.threads)
-                            for name in CONTENDERS[stage]}
+        found["peak_mb"] = {
+            name: peak_mb(stage, name, folder, args.model, args.steps, args.batch, args.threads)
+            for name in CONTENDERS[stage]
+        }
         results.append(found)
         print(json.dumps(found, indent=1), flush=True)
     write("train_speed", args.quick, threads=args.threads, model=args.model, results=results)

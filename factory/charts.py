@@ -1,8 +1,11 @@
-"""Charts of what was measured: points or lines with their intervals, as a PNG and as SVG inside one HTML page.
+"""Charts of what was measured: points or lines with their intervals, as a PNG and as SVG inside one
+HTML page.
 
-Matplotlib draws (the extra `train`), without pyplot: no display and no state outside the figure. An axis in nats of KL is
-drawn over its square root: gold first rises and then falls in that (Gao et al. 2023, eq. 1).
+Matplotlib draws (the extra `train`), without pyplot: no display and no state outside the figure. An
+axis in nats of KL is drawn over its square root: gold first rises and then falls in that (Gao et
+al. 2023, eq. 1).
 """
+
 from __future__ import annotations
 
 import html
@@ -15,15 +18,27 @@ from typing import Any
 
 from prefab.factory.errors import ConfigError
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by all
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito: told apart by all
 MARKS = "os^Dvp*"
-STYLE = ("body{font:14px sans-serif;max-width:70em;margin:2em auto}td,th{padding:4px 8px;text-align:right}"
-         "th{text-align:left}svg{max-width:100%;height:auto}")
+STYLE = (
+    "body{font:14px sans-serif;max-width:70em;margin:2em auto}td,th{padding:4px 8px;text-align:right}"
+    "th{text-align:left}svg{max-width:100%;height:auto}"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A measured value `y` at `x`, with the bounds of its interval where it has one, and a name to write beside it."""
+    """A measured value `y` at `x`, with the bounds of its interval where it has one, and a name to
+    write beside it.
+    """
 
     x: float
     y: float
@@ -34,7 +49,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points of one kind; `joined` draws a line through them in their order, `marked` the points themselves."""
+    """Points of one kind; `joined` draws a line through them in their order, `marked` the points
+    themselves.
+    """
 
     name: str
     points: Sequence[Point]
@@ -44,7 +61,9 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One pair of axes. `kl`: x is a KL divergence in nats, drawn over its square root (below 0, an estimate's noise: 0)."""
+    """One pair of axes. `kl`: x is a KL divergence in nats, drawn over its square root (below 0, an
+    estimate's noise: 0).
+    """
 
     title: str
     x: str
@@ -61,13 +80,17 @@ def can() -> bool:
 
 
 def ready() -> None:
-    """Raises: ConfigError where matplotlib is not installed, before anything is measured that would be drawn."""
+    """Raises: ConfigError where matplotlib is not installed, before anything is measured that would
+    be drawn.
+    """
     if not can():
         raise ConfigError("charts need matplotlib: pip install -e '.[train]', or leave `out` away")
 
 
 def draw(charts: Sequence[Chart]) -> Any:
-    """The charts under each other as one matplotlib figure. Raises: ConfigError without matplotlib."""
+    """The charts under each other as one matplotlib figure. Raises: ConfigError without
+    matplotlib.
+    """
     ready()
     from matplotlib.figure import Figure
 
@@ -76,7 +99,9 @@ def draw(charts: Sequence[Chart]) -> Any:
         for i, series in enumerate(chart.series):
             _series(axes, series, chart.kl, COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)])
         axes.set_title(chart.title, parse_math=False)
-        axes.set_xlabel(f"{chart.x}, over its square root" if chart.kl else chart.x, parse_math=False)
+        axes.set_xlabel(
+            f"{chart.x}, over its square root" if chart.kl else chart.x, parse_math=False
+        )
         axes.set_ylabel(chart.y, parse_math=False)
         axes.grid(alpha=0.3)
         if chart.kl:
@@ -89,13 +114,26 @@ def draw(charts: Sequence[Chart]) -> Any:
 
 def _series(axes: Any, series: Series, kl: bool, colour: str, mark: str) -> None:
     xs = [sqrt(max(p.x, 0.0)) if kl else p.x for p in series.points]
-    axes.plot(xs, [p.y for p in series.points], color=colour, marker=mark if series.marked else "", label=series.name,
-              linestyle="-" if series.joined else "none")
+    axes.plot(
+        xs,
+        [p.y for p in series.points],
+        color=colour,
+        marker=mark if series.marked else "",
+        label=series.name,
+        linestyle="-" if series.joined else "none",
+    )
     for x, p in zip(xs, series.points, strict=True):
         if p.low is not None and p.high is not None:
             axes.vlines(x, p.low, p.high, color=colour, alpha=0.7)
         if p.label:
-            axes.annotate(p.label, (x, p.y), xytext=(6, 4), textcoords="offset points", fontsize=9, parse_math=False)
+            axes.annotate(
+                p.label,
+                (x, p.y),
+                xytext=(6, 4),
+                textcoords="offset points",
+                fontsize=9,
+                parse_math=False,
+            )
 
 
 def _root_scale(axes: Any, most: float) -> None:
@@ -107,7 +145,8 @@ def _root_scale(axes: Any, most: float) -> None:
 
 
 def write(out: Path, name: str, title: str, charts: Sequence[Chart], body: str = "") -> list[Path]:
-    """NAME.png and NAME.html in `out`; the page holds `body` (HTML) and the charts as SVG, and needs nothing beside it.
+    """NAME.png and NAME.html in `out`; the page holds `body` (HTML) and the charts as SVG, and
+    needs nothing beside it.
 
     Without charts only the page is written. Raises: ConfigError without matplotlib.
     """
@@ -118,17 +157,22 @@ def write(out: Path, name: str, title: str, charts: Sequence[Chart], body: str =
         written.append(out / f"{name}.png")
         figure.savefig(written[-1], dpi=150)
         svg = _svg(figure)
-    written[0].write_text(f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-                          f"<h1>{html.escape(title)}</h1>{body}{svg}", encoding="utf-8")
+    written[0].write_text(
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1>{body}{svg}",
+        encoding="utf-8",
+    )
     return written
 
 
 def _svg(figure: Any) -> str:
-    """The figure as an element for a page; the same bytes for the same numbers, with text as text."""
+    """The figure as an element for a page; the same bytes for the same numbers, with text as
+    text.
+    """
     from matplotlib import rc_context
 
     file = io.StringIO()
     with rc_context({"svg.hashsalt": "prefab", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
-    return text[text.index("<svg"):]
+    return text[text.index("<svg") :]

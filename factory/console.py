@@ -1,7 +1,10 @@
-"""What people see: one console for results, one for progress and errors, and the same few shapes everywhere.
+"""What people see: one console for results, one for progress and errors, and the same few shapes
+everywhere.
 
-Results go to stdout, so that they can be piped; progress, hints and errors go to stderr. `NO_COLOR` is honoured.
+Results go to stdout, so that they can be piped; progress, hints and errors go to stderr. `NO_COLOR`
+is honoured.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -18,15 +21,22 @@ from rich.markup import escape
 from prefab.factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
 
 T = TypeVar("T")
-LONGEST_NAME = 20     # characters of a first column that is not broken
-PLAIN_EVERY_S = 5.0   # a line in a log, where there is no terminal to redraw
+LONGEST_NAME = 20  # characters of a first column that is not broken
+PLAIN_EVERY_S = 5.0  # a line in a log, where there is no terminal to redraw
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 @lru_cache
 def console(stderr: bool = False) -> Console:
-    """The console for results, or for everything else. Colour only on a terminal, and never with NO_COLOR."""
-    return Console(stderr=stderr, no_color=bool(os.environ.get("NO_COLOR")) or None, highlight=False, soft_wrap=True)
+    """The console for results, or for everything else. Colour only on a terminal, and never with
+    NO_COLOR.
+    """
+    return Console(
+        stderr=stderr,
+        no_color=bool(os.environ.get("NO_COLOR")) or None,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def exit_code(error: PrefabError) -> int:
@@ -37,10 +47,15 @@ def exit_code(error: PrefabError) -> int:
 def fail(error: PrefabError, remedy: str = "") -> int:
     """Print a mistake the user can mend, without a traceback, and give the exit code.
 
-    Each problem is one line, `file:line:col path: message`, which editors and terminals make clickable.
+    Each problem is one line, `file:line:col path: message`, which editors and terminals make
+    clickable.
     """
     err = console(stderr=True)
-    lines = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else [str(error)]
+    lines = (
+        [str(problem) for problem in error.problems]
+        if isinstance(error, ConfigError)
+        else [str(error)]
+    )
     for line in lines:
         err.print(f"[red]error[/red] {escape(line)}")
     if len(lines) > 1:
@@ -71,17 +86,33 @@ def hint(command: str) -> None:
     console(stderr=True).print(f"next: [bold]{escape(command)}[/bold]")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = "") -> None:
-    """A table on stdout, title and note in lines of their own; columns whose every cell is a number are set right."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = ""
+) -> None:
+    """A table on stdout, title and note in lines of their own; columns whose every cell is a number
+    are set right.
+    """
     from rich.cells import cell_len
     from rich.table import Table
 
     rows = [list(row) for row in rows]
-    view, name = Table(), max((cell_len(cell(row[0])) for row in (columns, *rows) if row), default=0)
-    whole = name <= LONGEST_NAME and console().width - name > 11 * len(columns)   # there is room for it
+    view, name = (
+        Table(),
+        max((cell_len(cell(row[0])) for row in (columns, *rows) if row), default=0),
+    )
+    whole = name <= LONGEST_NAME and console().width - name > 11 * len(
+        columns
+    )  # there is room for it
     for index, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
-        view.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=whole and index == 0)
+        numeric = bool(rows) and all(
+            isinstance(row[index], (int, float)) or row[index] is None for row in rows
+        )
+        view.add_column(
+            column,
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=whole and index == 0,
+        )
     for row in rows:
         view.add_row(*(escape(cell(value)) for value in row))
     if title:  # as the table's own it would be broken to its width
@@ -114,15 +145,20 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Progress of long work: a bar on a terminal, elsewhere a plain line every few seconds, nothing when quiet.
+    """Progress of long work: a bar on a terminal, elsewhere a plain line every few seconds, nothing
+    when quiet.
 
     `with Progress("judging", total) as p: p.advance(3, reused=12, unscored="0.4%")`
     """
 
-    def __init__(self, what: str, total: int | None = None, quiet: bool = False, unit: str = "") -> None:
+    def __init__(
+        self, what: str, total: int | None = None, quiet: bool = False, unit: str = ""
+    ) -> None:
         self.what, self.total, self.quiet, self.unit = what, total, quiet, unit
         self.done, self.facts = 0, ""
-        self.share: float | None = None  # of the work done, where `done` of `total` says it badly (many begun at once)
+        self.share: float | None = (
+            None  # of the work done, where `done` of `total` says it badly (many begun at once)
+        )
         self._started = self._printed = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -132,13 +168,21 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
-                            TextColumn("{task.fields[facts]}"), console=console(stderr=True))
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[facts]}"),
+                console=console(stderr=True),
+            )
             self._task = self._bar.add_task(self.what, total=self.total, facts="")
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, facts=self.facts)
             self._bar.stop()
@@ -151,8 +195,12 @@ class Progress:
         if self._bar is not None:
             self._bar.reset(self._task, total=self.total, completed=self.done)
 
-    async def over(self, items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> None:
-        """`work` on every item, that many at once, each told when done. One that fails cancels the others."""
+    async def over(
+        self, items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int
+    ) -> None:
+        """`work` on every item, that many at once, each told when done. One that fails cancels the
+        others.
+        """
         rest = iter(items)
 
         async def worker() -> None:
@@ -168,21 +216,33 @@ class Progress:
                 task.cancel()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
-        """n more are done. Facts beside the bar (calls a second, answers reused, unscored) stay where none are given."""
+        """n more are done. Facts beside the bar (calls a second, answers reused, unscored) stay
+        where none are given.
+        """
         self.done += n
         if facts:
-            self.facts = " · ".join(f"{name.replace('_', ' ')} {cell(value)}" for name, value in facts.items())
+            self.facts = " · ".join(
+                f"{name.replace('_', ' ')} {cell(value)}" for name, value in facts.items()
+            )
         self._draw()
 
     def _draw(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, facts=f"{self._left()} {self.facts}".strip())
-        elif not self.quiet and self.done != self.total and time.monotonic() - self._printed >= PLAIN_EVERY_S:
-            self._line()   # the last one is written at the end
+            self._bar.update(
+                self._task, completed=self.done, facts=f"{self._left()} {self.facts}".strip()
+            )
+        elif (
+            not self.quiet
+            and self.done != self.total
+            and time.monotonic() - self._printed >= PLAIN_EVERY_S
+        ):
+            self._line()  # the last one is written at the end
 
     def _left(self) -> str:
         """How long the rest will take at the pace so far; empty while nobody can know."""
-        share = self.share if self.share is not None else self.done / self.total if self.total else 0.0
+        share = (
+            self.share if self.share is not None else self.done / self.total if self.total else 0.0
+        )
         if not 0 < share < 1:
             return ""
         return f"· {duration((time.monotonic() - self._started) * (1 - share) / share)} left"

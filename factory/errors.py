@@ -1,16 +1,23 @@
-"""Errors that a user can mend. Each says what, where and how; anything else is a bug and keeps its traceback."""
+"""Errors that a user can mend. Each says what, where and how; anything else is a bug and keeps its
+traceback.
+"""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 
 class PrefabError(Exception):
-    """Base of all errors that are the user's to mend; the command line prints them without a traceback."""
+    """Base of all errors that are the user's to mend; the command line prints them without a
+    traceback.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake in a file. `line` and `column` count from 1; 0 means unknown. `path` is like principles[2].weight."""
+    """One mistake in a file. `line` and `column` count from 1; 0 means unknown. `path` is like
+    principles[2].weight.
+    """
 
     file: str
     line: int
@@ -41,8 +48,12 @@ class EngineError(PrefabError, RuntimeError):
 
 
 class TransportError(EngineError):
-    """No answer came for one request after all retries; counted, and asked again by the next run."""
+    """No answer came for one request after all retries; counted, and asked again by the next
+    run.
+    """
 
 
 class BudgetError(PrefabError, RuntimeError):
-    """A run passed the share of unscored or failed answers, or the number of calls or tokens, that it allows."""
+    """A run passed the share of unscored or failed answers, or the number of calls or tokens, that
+    it allows.
+    """

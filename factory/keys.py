@@ -1,8 +1,10 @@
 """Keys and ids: what makes two questions the same question, and two texts the same text.
 
-A key is the first half of SHA-256 of canonical JSON (RFC 8785) of everything that decides an answer. `SCHEMA` is part
-of it: changing what a key is made of is a decision (raise `SCHEMA`, replace the golden keys), never an accident.
+A key is the first half of SHA-256 of canonical JSON (RFC 8785) of everything that decides an
+answer. `SCHEMA` is part of it: changing what a key is made of is a decision (raise `SCHEMA`,
+replace the golden keys), never an accident.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -19,18 +21,34 @@ import orjson
 from prefab.factory.types import Message, Request, Sampling
 
 SCHEMA = 1
-MAX_EXACT_INT = 2**53 - 1  # RFC 8785 numbers are IEEE doubles; beyond this two integers would share a text
+MAX_EXACT_INT = (
+    2**53 - 1
+)  # RFC 8785 numbers are IEEE doubles; beyond this two integers would share a text
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
-WORDS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # configuration, tokenizer, chat template
-NOT_THE_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth",
-                 "training.json")  # the record of a training tells when and where it ran
+WORDS = (
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".tiktoken",
+    ".py",
+)  # configuration, tokenizer, chat template
+NOT_THE_MODEL = (
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "trainer_state.json",
+    "rng_state.pth",
+    "training.json",
+)  # the record of a training tells when and where it ran
 _KNOWN_KWARGS: dict[str, bytes] = {}
 
 
 def canonical(obj: Any) -> bytes:
     """Canonical JSON of `obj`: equal values give equal bytes on every machine.
 
-    Raises: ValueError for NaN, infinities, lone surrogates, integers beyond 2**53 - 1 and types JSON does not have.
+    Raises: ValueError for NaN, infinities, lone surrogates, integers beyond 2**53 - 1 and types
+    JSON does not have.
     Source: RFC 8785 (JSON Canonicalization Scheme).
     """
     return _text(obj).encode()
@@ -58,7 +76,9 @@ def _text(obj: Any) -> str:
 
 
 def _number(x: float) -> str:
-    """ECMAScript's shortest text of a double, which RFC 8785 prescribes (`1.0` is `1`, `1e-07` is `1e-7`)."""
+    """ECMAScript's shortest text of a double, which RFC 8785 prescribes (`1.0` is `1`, `1e-07` is
+    `1e-7`).
+    """
     if x != x or x in (float("inf"), float("-inf")):
         raise ValueError(f"{x} is not a JSON number")
     if x == 0:
@@ -86,34 +106,64 @@ def _string(text: str) -> bytes:
 
 
 def request_bytes(request: Request) -> bytes:
-    """The canonical JSON that is digested, built without a walk over the object; equal to `canonical(request_object)`.
+    """The canonical JSON that is digested, built without a walk over the object; equal to
+    `canonical(request_object)`.
 
     Raises: ValueError as `canonical` does.
     """
     try:
         messages = orjson.dumps([{"content": m.content, "role": m.role} for m in request.messages])
     except TypeError as error:
-        raise ValueError("a message holds a lone surrogate or something that is not text") from error
+        raise ValueError(
+            "a message holds a lone surrogate or something that is not text"
+        ) from error
     kwargs = _kwargs(request.template_kwargs) if request.template_kwargs else b"{}"
     repeat = b"[%s]" % b",".join(b"%d" % int(i) for i in request.repeat)
-    return b'{"labels":%s,"messages":%s,"model":%s,"repeat":%s,"sampling":%s,"template_kwargs":%s,"v":%d}' % (
-        _labels(request.labels), messages, _model(request.model), repeat, _sampling(request.sampling), kwargs, SCHEMA)
+    return (
+        b'{"labels":%s,"messages":%s,"model":%s,"repeat":%s,"sampling":%s,"template_kwargs":%s,"v":%d}'
+        % (
+            _labels(request.labels),
+            messages,
+            _model(request.model),
+            repeat,
+            _sampling(request.sampling),
+            kwargs,
+            SCHEMA,
+        )
+    )
 
 
 def request_object(request: Request) -> dict[str, Any]:
-    """What a key is made of, as plain JSON values; the slow and obvious way that a test holds `request_bytes` to."""
-    return {"v": SCHEMA, "model": request.model, "labels": list(request.labels),
-            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
-            "template_kwargs": dict(request.template_kwargs), "sampling": sampling_object(request.sampling),
-            "repeat": [int(i) for i in request.repeat]}
+    """What a key is made of, as plain JSON values; the slow and obvious way that a test holds
+    `request_bytes` to.
+    """
+    return {
+        "v": SCHEMA,
+        "model": request.model,
+        "labels": list(request.labels),
+        "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+        "template_kwargs": dict(request.template_kwargs),
+        "sampling": sampling_object(request.sampling),
+        "repeat": [int(i) for i in request.repeat],
+    }
 
 
 def sampling_object(s: Sampling) -> dict[str, Any]:
-    """Every field of a sampling with its type fixed, so that `temperature: 1` and `1.0` are one question."""
-    return {"max_tokens": int(s.max_tokens), "temperature": float(s.temperature), "top_p": float(s.top_p),
-            "top_k": int(s.top_k), "min_p": float(s.min_p), "frequency_penalty": float(s.frequency_penalty),
-            "presence_penalty": float(s.presence_penalty), "repetition_penalty": float(s.repetition_penalty),
-            "stop": list(s.stop), "seed": None if s.seed is None else int(s.seed)}
+    """Every field of a sampling with its type fixed, so that `temperature: 1` and `1.0` are one
+    question.
+    """
+    return {
+        "max_tokens": int(s.max_tokens),
+        "temperature": float(s.temperature),
+        "top_p": float(s.top_p),
+        "top_k": int(s.top_k),
+        "min_p": float(s.min_p),
+        "frequency_penalty": float(s.frequency_penalty),
+        "presence_penalty": float(s.presence_penalty),
+        "repetition_penalty": float(s.repetition_penalty),
+        "stop": list(s.stop),
+        "seed": None if s.seed is None else int(s.seed),
+    }
 
 
 @lru_cache(maxsize=256)
@@ -127,7 +177,9 @@ def _labels(labels: tuple[str, ...]) -> bytes:
 
 
 def _kwargs(kwargs: tuple[tuple[str, Any], ...]) -> bytes:
-    told = repr(kwargs)  # by its text: 1, 1.0 and True are equal, and other questions; values may be unhashable
+    told = repr(
+        kwargs
+    )  # by its text: 1, 1.0 and True are equal, and other questions; values may be unhashable
     if told not in _KNOWN_KWARGS:
         if len(_KNOWN_KWARGS) >= 256:
             _KNOWN_KWARGS.clear()
@@ -151,12 +203,16 @@ def request_key(request: Request) -> bytes:
 
 
 def derived_seed(key: bytes) -> int:
-    """The seed (0 .. 2**31 - 1) sent with a request at temperature above 0: of what is asked, not of when."""
+    """The seed (0 .. 2**31 - 1) sent with a request at temperature above 0: of what is asked, not
+    of when.
+    """
     return int.from_bytes(key[:4], "big") >> 1
 
 
 def digest(*parts: Any) -> str:
-    """A content id of 32 hex digits. Equal parts give equal ids; parts never run into each other."""
+    """A content id of 32 hex digits. Equal parts give equal ids; parts never run into each
+    other.
+    """
     if {str}.issuperset(map(type, parts)):  # the same bytes, without a walk
         try:
             return hashlib.sha256(orjson.dumps(parts)).hexdigest()[:32]
@@ -170,29 +226,40 @@ def prompt_id(messages: Sequence[Message]) -> str:
     return digest("prompt", *(part for m in messages for part in (m.role, m.content)))
 
 
-def split_of(group_or_text: str, proportions: tuple[float, float, float] = (0.9, 0.05, 0.05)) -> str:
-    """train, val or test, as a function of the text alone: what shares a group never crosses a split."""
+def split_of(
+    group_or_text: str, proportions: tuple[float, float, float] = (0.9, 0.05, 0.05)
+) -> str:
+    """train, val or test, as a function of the text alone: what shares a group never crosses a
+    split.
+    """
     place = int(digest("split", group_or_text)[:13], 16) / 16**13
     train, val, _ = proportions
     return "train" if place < train else "val" if place < train + val else "test"
 
 
 def model_identity(path: str, dtype: str = "", revision: str = "", adapter: str = "") -> str:
-    """Which model this is, wherever it lies: `folder:<digest>` for a local folder, else the declared name and revision.
+    """Which model this is, wherever it lies: `folder:<digest>` for a local folder, else the
+    declared name and revision.
 
-    A folder's digest covers weights, configuration, tokenizer, chat template, dtype and adapter. The hub's blob names
-    stand for file contents where there are some; other files are digested once (`PREFAB_CACHE`, else `~/.cache/prefab`,
-    remembers by path, size, mtime and inode).
+    A folder's digest covers weights, configuration, tokenizer, chat template, dtype and adapter.
+    The hub's blob names stand for file contents where there are some; other files are digested once
+    (`PREFAB_CACHE`, else `~/.cache/prefab`, remembers by path, size, mtime and inode).
     """
     folder = Path(path)
     if not folder.is_dir():
         return "name:" + canonical([path, revision, dtype, adapter]).decode()
-    parts = [dtype, _folder_files(folder), _folder_files(Path(adapter)) if Path(adapter).is_dir() else adapter]
+    parts = [
+        dtype,
+        _folder_files(folder),
+        _folder_files(Path(adapter)) if Path(adapter).is_dir() else adapter,
+    ]
     return "folder:" + digest(*map(_text, parts))
 
 
 def _folder_files(folder: Path) -> list[list[str]]:
-    files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHTS + WORDS and f.name not in NOT_THE_MODEL)
+    files = sorted(
+        f for f in folder.iterdir() if f.suffix in WEIGHTS + WORDS and f.name not in NOT_THE_MODEL
+    )
     return [[f.name, _file_digest(f)] for f in files if f.is_file()]
 
 
@@ -202,7 +269,9 @@ def _file_digest(file: Path) -> str:
         return real.name
     stat = real.stat()
     place = f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    cache_file = Path(os.environ.get("PREFAB_CACHE") or Path.home() / ".cache" / "prefab") / "digests.json"
+    cache_file = (
+        Path(os.environ.get("PREFAB_CACHE") or Path.home() / ".cache" / "prefab") / "digests.json"
+    )
     known = _read_cache(cache_file)
     if place not in known:
         with real.open("rb") as handle:

@@ -6,5 +6,9 @@ from pathlib import Path
 
 import prefab
 
-PACKAGE = Path(prefab.__file__).parent  # constitutions/, prompts/, judges/templates/ and presets lie below it
-IMPORT_ROOT = PACKAGE.parent  # the folder to put on `sys.path` of a process that needs this very copy
+PACKAGE = Path(
+    prefab.__file__
+).parent  # constitutions/, prompts/, judges/templates/ and presets lie below it
+IMPORT_ROOT = (
+    PACKAGE.parent
+)  # the folder to put on `sys.path` of a process that needs this very copy

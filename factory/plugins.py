@@ -1,4 +1,5 @@
-"""Kinds of judges, engines, recipes and export formats by name: our own in explicit dictionaries, others' by entry points.
+"""Kinds of judges, engines, recipes and export formats by name: our own in explicit dictionaries,
+others' by entry points.
 
 Another package adds a kind with an entry point, such as
 `[project.entry-points."prefab.judges"] mykind = "mypackage.judge:JUDGE"`.
@@ -25,7 +26,11 @@ class Registry(Mapping[str, Any]):
     @cached_property
     def others(self) -> dict[str, EntryPoint]:
         """Entry points of installed packages, by name."""
-        return {entry.name: entry for entry in entry_points(group=self.group) if entry.name not in self.builtin}
+        return {
+            entry.name: entry
+            for entry in entry_points(group=self.group)
+            if entry.name not in self.builtin
+        }
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.builtin:

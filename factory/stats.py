@@ -2,6 +2,7 @@
 
 What cannot be estimated is `undefined`, with the reason in words: never 0, 1 or NaN.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value with its standard error and 95% interval; `boot_*` is the bootstrap's interval where one was asked for.
+    """A value with its standard error and 95% interval; `boot_*` is the bootstrap's interval where
+    one was asked for.
 
-    Either `value` is set or `undefined` says why not. `se` and the interval may be missing where the value is not
-    (one item; no analytic formula).
+    Either `value` is set or `undefined` says why not. `se` and the interval may be missing where
+    the value is not (one item; no analytic formula).
     """
 
     value: float | None
@@ -46,7 +48,8 @@ def z_quantile(p: float) -> float:
 def t_quantile(p: float, df: float) -> float:
     """The quantile of Student's t with `df` degrees of freedom, to about 1e-12.
 
-    Source: Abramowitz and Stegun 26.7.8 (expansion, df > 1000) and 26.5.27 (incomplete beta, bisected) below.
+    Source: Abramowitz and Stegun 26.7.8 (expansion, df > 1000) and 26.5.27 (incomplete beta,
+    bisected) below.
     """
     if p < 0.5:
         return -t_quantile(1.0 - p, df)
@@ -75,7 +78,9 @@ def _t_upper_tail(t: float, df: float) -> float:
 
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function by its continued fraction (Lentz). Source: Numerical Recipes 6.4."""
+    """The regularised incomplete beta function by its continued fraction (Lentz). Source: Numerical
+    Recipes 6.4.
+    """
     if x <= 0.0 or x >= 1.0:
         return float(x >= 1.0)
     if x > (a + 1) / (a + b + 2):
@@ -97,7 +102,8 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
 
 
 def student(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """A mean with Student's interval, for a few independent values such as seeds; no bounds for a single one.
+    """A mean with Student's interval, for a few independent values such as seeds; no bounds for a
+    single one.
 
     Source: Student 1908.
     """
@@ -128,12 +134,17 @@ def wilson(successes: float, n: float, level: float = 0.95) -> Estimate:
     return Estimate(p, sqrt(p * (1 - p) / n), low, high, int(n))
 
 
-def clustered_share(hits: Sequence[bool] | np.ndarray, clusters: Sequence | np.ndarray | None = None,
-                    level: float = 0.95) -> Estimate:
-    """A share with Wilson's interval at the effective number of items: what independent items would tell as much.
+def clustered_share(
+    hits: Sequence[bool] | np.ndarray,
+    clusters: Sequence | np.ndarray | None = None,
+    level: float = 0.95,
+) -> Estimate:
+    """A share with Wilson's interval at the effective number of items: what independent items would
+    tell as much.
 
-    With `clusters` (a prompt each) that is the number of items over their design effect, never above it; where all or
-    none hit, which says nothing of the effect, the number of clusters. `n_items` counts items.
+    With `clusters` (a prompt each) that is the number of items over their design effect, never
+    above it; where all or none hit, which says nothing of the effect, the number of clusters.
+    `n_items` counts items.
     Source: Korn and Graubard 1998, with Wilson's interval for theirs; design effect: Kish 1965.
     """
     hits = np.asarray(hits, dtype=float)
@@ -160,17 +171,22 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """A mean (or another statistic of the rows) with a percentile interval over resampled items, seeded.
+    """A mean (or another statistic of the rows) with a percentile interval over resampled items,
+    seeded.
 
-    With `clusters` (a prompt each) whole clusters are drawn, since answers to one prompt are not independent;
-    `n_items` counts them then.
+    With `clusters` (a prompt each) whole clusters are drawn, since answers to one prompt are not
+    independent; `n_items` counts them then.
     Shapes: values N, or N x anything for a statistic of rows.
     Source: Efron 1979; for a mean over clusters, the ratio of resampled sums to resampled counts.
     """
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         return undefined("no items")
-    groups = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    groups = (
+        np.arange(len(values))
+        if clusters is None
+        else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    )
     n = int(groups.max()) + 1
     rng = np.random.default_rng(seed)
     if statistic is None:
@@ -184,7 +200,17 @@ def bootstrap(
     if n < 2:
         return Estimate(value, n_items=n)
     low, high = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2])
-    return Estimate(value, float(draws.std(ddof=1)), float(low), float(high), n, 0, None, float(low), float(high))
+    return Estimate(
+        value,
+        float(draws.std(ddof=1)),
+        float(low),
+        float(high),
+        n,
+        0,
+        None,
+        float(low),
+        float(high),
+    )
 
 
 def _resampled_means(values, groups, n: int, resamples: int, rng) -> np.ndarray:
@@ -201,32 +227,48 @@ def _resampled_means(values, groups, n: int, resamples: int, rng) -> np.ndarray:
 def _resampled_statistics(values, groups, n: int, statistic, resamples: int, rng) -> np.ndarray:
     order = np.argsort(groups, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(groups, minlength=n))[:-1])
-    draws = [statistic(values[np.concatenate([members[g] for g in rng.integers(0, n, n)])]) for _ in range(resamples)]
+    draws = [
+        statistic(values[np.concatenate([members[g] for g in rng.integers(0, n, n)])])
+        for _ in range(resamples)
+    ]
     return np.asarray(draws, dtype=float)
 
 
 def paired_difference(
-    a: Sequence[float], b: Sequence[float], clusters: Sequence | None = None, resamples: int = 2000, seed: int = 0
+    a: Sequence[float],
+    b: Sequence[float],
+    clusters: Sequence | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
-    """The mean of a - b over the same items, with a bootstrap interval: two checkpoints on the same prompts."""
-    return bootstrap(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), clusters, None, resamples, seed)
+    """The mean of a - b over the same items, with a bootstrap interval: two checkpoints on the same
+    prompts.
+    """
+    return bootstrap(
+        np.asarray(a, dtype=float) - np.asarray(b, dtype=float), clusters, None, resamples, seed
+    )
 
 
 def length_controlled_win_rate(
-    p_a: Sequence[float] | np.ndarray, length_a: Sequence[float], length_b: Sequence[float], level: float = 0.95,
+    p_a: Sequence[float] | np.ndarray,
+    length_a: Sequence[float],
+    length_b: Sequence[float],
+    level: float = 0.95,
     difficulty: Sequence[float] | None = None,
 ) -> Estimate:
-    """The win rate of a over b if both wrote equally long: a logistic model in tanh(length difference / its
-    deviation), read at zero difference. `p_a` may be soft; a tie is 0.5.
+    """The win rate of a over b if both wrote equally long: a logistic model in tanh(length
+    difference / its deviation), read at zero difference. `p_a` may be soft; a tie is 0.5.
 
-    `difficulty` is one number an instruction, known from elsewhere (AlpacaEval fits it over many models); each model
-    takes it in its own way, so it gets a coefficient, and the win rate is the mean over the instructions.
-    Without length differences it is the plain win rate. Undefined when length and winner cannot be told apart: one
-    same difference everywhere, or one that separates wins from losses.
-    Source: Dubois et al. 2024, section 3, per pair of models: its terms for the model, the length and the instruction,
-    by maximum likelihood. AlpacaEval's code adds an L1 penalty chosen by cross-validation and 0.2 of weight on two
-    baselines that were told to be short or long: shrinkage to their data, which another benchmark has not. Errors are
-    robust to soft targets (sandwich), the interval is made in logits.
+    `difficulty` is one number an instruction, known from elsewhere (AlpacaEval fits it over many
+    models); each model takes it in its own way, so it gets a coefficient, and the win rate is the
+    mean over the instructions. Without length differences it is the plain win rate. Undefined when
+    length and winner cannot be told apart: one same difference everywhere, or one that separates
+    wins from losses.
+    Source: Dubois et al. 2024, section 3, per pair of models: its terms for the model, the length
+    and the instruction, by maximum likelihood. AlpacaEval's code adds an L1 penalty chosen by
+    cross-validation and 0.2 of weight on two baselines that were told to be short or long:
+    shrinkage to their data, which another benchmark has not. Errors are robust to soft targets
+    (sandwich), the interval is made in logits.
     """
     y = np.asarray(p_a, dtype=float)
     difference = np.asarray(length_a, dtype=float) - np.asarray(length_b, dtype=float)
@@ -240,11 +282,15 @@ def length_controlled_win_rate(
         return undefined("every comparison has the same length difference", n)
     terms = [np.ones(n), np.tanh(difference / deviation)]
     if difficulty is not None and np.ptp(hard := np.asarray(difficulty, dtype=float)) > 0:
-        terms.append((hard - hard.mean()) / hard.std())  # the same model; the fit is easier on the computer
+        terms.append(
+            (hard - hard.mean()) / hard.std()
+        )  # the same model; the fit is easier on the computer
     x = np.column_stack(terms)
     beta = _logistic_fit(x, y)
     if beta is None:
-        return undefined("wins and losses are separated by length or difficulty, or one side always wins", n)
+        return undefined(
+            "wins and losses are separated by length or difficulty, or one side always wins", n
+        )
     return _read_at_zero(x, y, beta, level)
 
 
@@ -258,7 +304,9 @@ def _plain_win_rate(y: np.ndarray, level: float) -> Estimate:
 
 
 def _logistic_fit(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
-    """Newton's method for the logistic likelihood with targets in [0, 1]; None where it has no finite maximum."""
+    """Newton's method for the logistic likelihood with targets in [0, 1]; None where it has no
+    finite maximum.
+    """
     beta = np.zeros(x.shape[1])
     for _ in range(100):
         p = 1.0 / (1.0 + np.exp(-np.clip(x @ beta, -500, 500)))

@@ -1,8 +1,9 @@
 """The nouns of Prefab: frozen, slotted dataclasses, and nothing that acts on them.
 
-Texts are `str`, ids are content digests (hex) unless a person chose them, probabilities are in [0, 1],
-log-probabilities are natural logarithms.
+Texts are `str`, ids are content digests (hex) unless a person chose them, probabilities are in [0,
+1], log-probabilities are natural logarithms.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,9 +13,18 @@ from typing import Any, Literal, Protocol
 Order = Literal["ab", "ba"]
 Winner = Literal["a", "b", "tie"]
 Exactness = Literal["exact", "bounds", "hard"]
-# `program`: a verifier's own program could not decide (broken tests, no reference), whatever the answer was.
-UnscoredReason = Literal["parse", "refused", "truncated", "low_label_mass", "transport", "context", "no_logprobs",
-                         "program"]
+# `program`: a verifier's own program could not decide (broken tests, no reference), whatever the
+# answer was.
+UnscoredReason = Literal[
+    "parse",
+    "refused",
+    "truncated",
+    "low_label_mass",
+    "transport",
+    "context",
+    "no_logprobs",
+    "program",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +37,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a policy is asked. `group` names what must stay on one side of a split; `split` is train, val or test.
+    """What a policy is asked. `group` names what must stay on one side of a split; `split` is
+    train, val or test.
 
-    `rubric` holds the prompt's own criteria with the points that each earns; negative points make a pitfall.
+    `rubric` holds the prompt's own criteria with the points that each earns; negative points make a
+    pitfall.
     """
 
     id: str
@@ -42,7 +54,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Principle:
-    """One rule of a constitution. `applies_when` lists prompt tags, any of which makes it apply; empty means always."""
+    """One rule of a constitution. `applies_when` lists prompt tags, any of which makes it apply;
+    empty means always.
+    """
 
     id: str
     title: str
@@ -59,7 +73,9 @@ class Principle:
 
 @dataclass(frozen=True, slots=True)
 class Constitution:
-    """A named list of principles, with few-shot examples and tests. `source` is the file's text, kept with each run."""
+    """A named list of principles, with few-shot examples and tests. `source` is the file's text,
+    kept with each run.
+    """
 
     id: str
     title: str
@@ -73,7 +89,8 @@ class Constitution:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to decode. Every field is always sent: a server otherwise fills in the model's own defaults.
+    """How to decode. Every field is always sent: a server otherwise fills in the model's own
+    defaults.
 
     `seed` is the run's seed, present only at temperature above 0.
     """
@@ -92,10 +109,12 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of a model: everything that decides the answer, and nothing else. See `keys.request_key`.
+    """What is asked of a model: everything that decides the answer, and nothing else. See
+    `keys.request_key`.
 
-    `labels` are the spellings whose log-probabilities are read at the first generated token (empty: free text).
-    `repeat` is (sample, round, ...) wherever the temperature is above 0, or an explicit repeat of a judge.
+    `labels` are the spellings whose log-probabilities are read at the first generated token (empty:
+    free text). `repeat` is (sample, round, ...) wherever the temperature is above 0, or an explicit
+    repeat of a judge.
     """
 
     model: str
@@ -108,9 +127,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What came back. `label_logps` maps each readable spelling to its log-probability at the first token.
+    """What came back. `label_logps` maps each readable spelling to its log-probability at the first
+    token.
 
-    `finish` is stop, length, context (the prompt was longer than `limit` tokens) or refused (by the server's policy).
+    `finish` is stop, length, context (the prompt was longer than `limit` tokens) or refused (by the
+    server's policy).
     """
 
     text: str
@@ -126,12 +147,12 @@ class Completion:
 class Use:
     """What a call was asked for; committed with or before the call's first use.
 
-    `role` is sample, critique, revise, reason, judge (a pair), score (one answer), rank (all answers), or one of those
-    that ask nothing: identical (a comparison of equal texts), pair (a comparison under a principle), escalate and
-    settle (whether a stronger judge is asked about it; `order` says why).
-    `sample` is the sample's index in its prompt; `other` the second sample's of a comparison; `round` counts from 0
-    (of a score: the line of the prompt's own rubric, which `order` names; of a rank: the permutation, which `order`
-    spells out).
+    `role` is sample, critique, revise, reason, judge (a pair), score (one answer), rank (all
+    answers), or one of those that ask nothing: identical (a comparison of equal texts), pair (a
+    comparison under a principle), escalate and settle (whether a stronger judge is asked about it;
+    `order` says why). `sample` is the sample's index in its prompt; `other` the second sample's of
+    a comparison; `round` counts from 0 (of a score: the line of the prompt's own rubric, which
+    `order` names; of a rank: the permutation, which `order` spells out).
     """
 
     run: int
@@ -148,7 +169,9 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An answer of the policy to a prompt. `parent` is the index of the sample it revises, -1 for a first draft."""
+    """An answer of the policy to a prompt. `parent` is the index of the sample it revises, -1 for a
+    first draft.
+    """
 
     prompt: str
     index: int
@@ -161,7 +184,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Critique:
-    """What a critic said of one sample under one principle. `fault` is None when the critique could not be read."""
+    """What a critic said of one sample under one principle. `fault` is None when the critique could
+    not be read.
+    """
 
     prompt: str
     sample: int
@@ -186,10 +211,12 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One judgment in one order, told in the order's own labels un-swapped: `p_a` speaks of sample a whatever the order.
+    """One judgment in one order, told in the order's own labels un-swapped: `p_a` speaks of sample
+    a whatever the order.
 
-    Either scored (`p_a` and `winner` set, `reason` None) or unscored (`reason` set, both others None); never in between.
-    `mass` is the probability that all labels had together; `tie_mass` that of the tie label.
+    Either scored (`p_a` and `winner` set, `reason` None) or unscored (`reason` set, both others
+    None); never in between. `mass` is the probability that all labels had together; `tie_mass` that
+    of the tie label.
     """
 
     p_a: float | None
@@ -211,8 +238,8 @@ class Verdict:
 class Preference:
     """What the readings of a comparison say together.
 
-    `outcome` is a, b, tie or unscored. `p_a` and `p_chosen` are None when unscored. `spread` is the standard deviation
-    of the readings' probabilities; `n_scored` of `n_readings` were scored.
+    `outcome` is a, b, tie or unscored. `p_a` and `p_chosen` are None when unscored. `spread` is the
+    standard deviation of the readings' probabilities; `n_scored` of `n_readings` were scored.
     """
 
     prompt: str
@@ -228,7 +255,9 @@ class Preference:
 
 
 class Engine(Protocol):
-    """Whatever answers requests. `identity` says which model it is (part of every key), not where it is."""
+    """Whatever answers requests. `identity` says which model it is (part of every key), not where
+    it is.
+    """
 
     identity: str
     max_in_flight: int

@@ -1,7 +1,10 @@
-"""What every kind of judge shares: ready-made texts for the templates, label reads, and the typed reasons of failure.
+"""What every kind of judge shares: ready-made texts for the templates, label reads, and the typed
+reasons of failure.
 
-Nothing here decides who won; it only turns a `Completion` into label masses or into one of the unscored reasons.
+Nothing here decides who won; it only turns a `Completion` into label masses or into one of the
+unscored reasons.
 """
+
 from __future__ import annotations
 
 import re
@@ -17,17 +20,21 @@ from prefab.factory.spec.templates import conversation_text, fence, neutralise
 from prefab.factory.types import Completion, Exactness, Message, Request, Sampling, UnscoredReason
 
 LABEL_READ = Sampling(max_tokens=1)
-Examples = Sequence[Mapping[str, Any]]  # few-shot, from the constitution, as the template's loop reads them
+Examples = Sequence[
+    Mapping[str, Any]
+]  # few-shot, from the constitution, as the template's loop reads them
 
-# The masses of one distribution sum to at most 1; servers round (bf16 logits), so a little more is let through.
+# The masses of one distribution sum to at most 1; servers round (bf16 logits), so a little more is
+# let through.
 _MASS_SLACK = 1.01
 
 
 class JudgeConfig(BaseModel):
     """The fields that every judge has in a pipeline file; each kind adds its own.
 
-    `template_kwargs` go to the chat template: a model that thinks unless told not to (Qwen3) would put a label read
-    on `<think>`, so thinking is off unless asked for; templates that know no such switch ignore it.
+    `template_kwargs` go to the chat template: a model that thinks unless told not to (Qwen3) would
+    put a label read on `<think>`, so thinking is off unless asked for; templates that know no such
+    switch ignore it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,10 +49,11 @@ class JudgeConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one answer got: either `value` with the labels' `probabilities`, or `reason`; never both, never neither.
+    """What one answer got: either `value` with the labels' `probabilities`, or `reason`; never
+    both, never neither.
 
-    `probabilities` are normalised over the labels, in their order; `mass` is what the labels had together (None when
-    the engine gave a bare label).
+    `probabilities` are normalised over the labels, in their order; `mass` is what the labels had
+    together (None when the engine gave a bare label).
     """
 
     value: float | None
@@ -60,12 +68,14 @@ def spellings(labels: Sequence[str]) -> dict[str, int]:
     return {prefix + label: i for prefix in ("", " ") for i, label in enumerate(labels)}
 
 
-def label_masses(completion: Completion, index: Mapping[str, int], n: int) -> list[float] | UnscoredReason:
+def label_masses(
+    completion: Completion, index: Mapping[str, int], n: int
+) -> list[float] | UnscoredReason:
     """The probability of each of `n` labels, summed over its spellings, or why there is none.
 
-    A label that an exact read does not mention was not read at all, so nothing follows from its absence. In a top-k
-    read (`bounds`) it lies below the k-th token and counts 0. Without log-probabilities the bare answer must be a
-    label, whole and in its own case: `hard`.
+    A label that an exact read does not mention was not read at all, so nothing follows from its
+    absence. In a top-k read (`bounds`) it lies below the k-th token and counts 0. Without
+    log-probabilities the bare answer must be a label, whole and in its own case: `hard`.
     """
     if completion.finish == "context" or completion.finish == "refused":
         return completion.finish
@@ -90,7 +100,9 @@ def label_masses(completion: Completion, index: Mapping[str, int], n: int) -> li
     return masses
 
 
-def _hard_masses(completion: Completion, index: Mapping[str, int], n: int) -> list[float] | UnscoredReason:
+def _hard_masses(
+    completion: Completion, index: Mapping[str, int], n: int
+) -> list[float] | UnscoredReason:
     if completion.exactness != "hard":
         return "no_logprobs"
     i = index.get(completion.text.strip()) if isinstance(completion.text, str) else None
@@ -99,7 +111,9 @@ def _hard_masses(completion: Completion, index: Mapping[str, int], n: int) -> li
     return [float(j == i) for j in range(n)]
 
 
-def label_score(completion: Completion, index: Mapping[str, int], values: Sequence[float], min_mass: float) -> Score:
+def label_score(
+    completion: Completion, index: Mapping[str, int], values: Sequence[float], min_mass: float
+) -> Score:
     """The expected value over labels worth `values`, or an unscored `Score`."""
     masses = label_masses(completion, index, len(values))
     if isinstance(masses, str):
@@ -114,10 +128,16 @@ def label_score(completion: Completion, index: Mapping[str, int], values: Sequen
 
 
 def label_request(
-    model: str, messages: tuple[Message, ...], index: Mapping[str, int], config: JudgeConfig, repeat: int = 0
+    model: str,
+    messages: tuple[Message, ...],
+    index: Mapping[str, int],
+    config: JudgeConfig,
+    repeat: int = 0,
 ) -> Request:
     """A greedy read of the first token's label probabilities."""
-    return Request(model, messages, LABEL_READ, tuple(index), kwargs_of(config), (repeat,) if repeat else ())
+    return Request(
+        model, messages, LABEL_READ, tuple(index), kwargs_of(config), (repeat,) if repeat else ()
+    )
 
 
 def kwargs_of(config: JudgeConfig) -> tuple[tuple[str, Any], ...]:
@@ -132,18 +152,24 @@ def _talk(messages: tuple[Message, ...], specials: tuple[str, ...]) -> str:
 
 
 def conversation(messages: tuple[Message, ...], specials: tuple[str, ...] = ()) -> str:
-    """The prompt as a template shows it, fenced: all pairs, principles and orders of a prompt share it."""
+    """The prompt as a template shows it, fenced: all pairs, principles and orders of a prompt share
+    it.
+    """
     talk = _talk(messages, specials)
     return fence(talk, talk, specials)
 
 
 def candidate(messages: tuple[Message, ...], text: str, specials: tuple[str, ...] = ()) -> str:
-    """A candidate's text, neutralised and fenced (`fence` remembers: every pair with the same answer shares it)."""
+    """A candidate's text, neutralised and fenced (`fence` remembers: every pair with the same
+    answer shares it).
+    """
     return fence(_talk(messages, specials), text, specials)
 
 
 def generated(completion: Completion) -> tuple[str, UnscoredReason | None]:
-    """A free-text answer without a thinking block, and why it cannot be used (`parse` when nothing is left)."""
+    """A free-text answer without a thinking block, and why it cannot be used (`parse` when nothing
+    is left).
+    """
     if completion.finish == "context" or completion.finish == "refused":
         return "", completion.finish
     text = completion.text if isinstance(completion.text, str) else ""
@@ -161,7 +187,9 @@ _TAG_OPEN = re.compile(r"\A<([\w-]{1,40})(?: [^<>\n]{0,80})?>")
 
 
 def unwrap(text: str) -> str:
-    """The text without code fences or one pair of tags around the whole of it, as models echo them; else unchanged."""
+    """The text without code fences or one pair of tags around the whole of it, as models echo them;
+    else unchanged.
+    """
     for _ in range(4):
         inner = _unwrap_once(text)
         if inner == text:

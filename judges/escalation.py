@@ -1,8 +1,10 @@
-"""Which comparisons a stronger judge is asked about: where the cheap ones are unsure, divided, or could not be read.
+"""Which comparisons a stronger judge is asked about: where the cheap ones are unsure, divided, or
+could not be read.
 
-A budget holds prompt by prompt and by a draw from the prompt's identity, never by what was done first: the same
-comparisons are escalated whatever the order of execution, and again by a rerun.
+A budget holds prompt by prompt and by a draw from the prompt's identity, never by what was done
+first: the same comparisons are escalated whatever the order of execution, and again by a rerun.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +21,18 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """What calls for the stronger judge: a likeliest label (a, b or tie) within `margin` of a half (None: not by
-    margin), or judges that pick different sides. A comparison that could not be scored always does."""
+    """What calls for the stronger judge: a likeliest label (a, b or tie) within `margin` of a half
+    (None: not by margin), or judges that pick different sides. A comparison that could not be
+    scored always does.
+    """
 
     margin: float | None = 0.2
     disagreement: bool = True
 
 
-def doubt(preference: Preference, readings: Sequence[Reading], when: When, tie_margin: float = 0.02) -> str:
+def doubt(
+    preference: Preference, readings: Sequence[Reading], when: When, tie_margin: float = 0.02
+) -> str:
     """Why the cheap judges' word is not enough: unscored, divided or unsure; empty when it is."""
     if preference.p_a is None:
         return "unscored"
@@ -37,7 +43,8 @@ def doubt(preference: Preference, readings: Sequence[Reading], when: When, tie_m
 
 
 def certainty(readings: Sequence[Reading]) -> float | None:
-    """The probability of the likeliest of a, b and tie, under the principle where it is least; None without a reading.
+    """The probability of the likeliest of a, b and tie, under the principle where it is least; None
+    without a reading.
 
     A tie of which the judges are sure is no doubt, though its probability is a half.
     """
@@ -52,20 +59,26 @@ def certainty(readings: Sequence[Reading]) -> float | None:
 
 
 def _divided(readings: Sequence[Reading], tie_margin: float) -> bool:
-    """Whether one judge, over all its principles, picks a and another b. An even judge picks neither."""
+    """Whether one judge, over all its principles, picks a and another b. An even judge picks
+    neither.
+    """
     sums: dict[str, list[float]] = {}
     for r in readings:
         if r.p_a is not None and r.weight > 0:
             total = sums.setdefault(r.judge, [0.0, 0.0])
             total[0] += r.weight * (r.p_a - 0.5)
             total[1] += r.weight
-    sides = {total > 0 for total, weight in sums.values() if abs(total / weight) > tie_margin + _EPS}
+    sides = {
+        total > 0 for total, weight in sums.values() if abs(total / weight) > tie_margin + _EPS
+    }
     return len(sides) > 1
 
 
 def quota(n: int, max_share: float, seed: int, prompt: str, round: int = 0) -> int:
-    """How many of a prompt's `n` comparisons may be escalated: `n` times the share, its fraction settled by a draw
-    from the prompt's identity. So the mean over prompts is the share itself, however few comparisons a prompt has."""
+    """How many of a prompt's `n` comparisons may be escalated: `n` times the share, its fraction
+    settled by a draw from the prompt's identity. So the mean over prompts is the share itself,
+    however few comparisons a prompt has.
+    """
     exact = n * max_share
     whole = floor(exact + _EPS)
     state = blake2b(f"escalate\0{seed}\0{prompt}\0{round}".encode(), digest_size=8).digest()
@@ -73,11 +86,18 @@ def quota(n: int, max_share: float, seed: int, prompt: str, round: int = 0) -> i
 
 
 def choose(doubts: Mapping[Pair, tuple[str, float | None]], allowed: int) -> dict[Pair, str]:
-    """Of comparisons with their doubt and certainty: the reason to escalate, `budget` where the quota was spent on
-    others, or nothing. What could not be scored comes first, then the least certain."""
-    wanted = sorted((pair for pair, (why, _) in doubts.items() if why), key=lambda pair: (_rank(doubts[pair]), pair))
+    """Of comparisons with their doubt and certainty: the reason to escalate, `budget` where the
+    quota was spent on others, or nothing. What could not be scored comes first, then the least
+    certain.
+    """
+    wanted = sorted(
+        (pair for pair, (why, _) in doubts.items() if why),
+        key=lambda pair: (_rank(doubts[pair]), pair),
+    )
     asked = set(wanted[:allowed])
-    return {pair: why if pair in asked or not why else "budget" for pair, (why, _) in doubts.items()}
+    return {
+        pair: why if pair in asked or not why else "budget" for pair, (why, _) in doubts.items()
+    }
 
 
 def _rank(doubt: tuple[str, float | None]) -> float:

@@ -1,28 +1,32 @@
 """Which comparisons are made under which principles, and what several readings of one say together.
 
-A reading is one judge under one principle: the mean of both orders, un-swapped. Unscored is carried, never guessed.
+A reading is one judge under one principle: the mean of both orders, un-swapped. Unscored is
+carried, never guessed.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import exp, log, sqrt
 from typing import Literal
 
 from prefab.factory.types import Exactness, Order, Preference, Principle, UnscoredReason, Verdict
 
 AGGREGATION_VERSION = 2
-SUREST = 0.99  # of one principle in a sum of log-odds: two that are sure outweigh one that is surer still
+# of one principle in a sum of log-odds: two that are sure outweigh one that is surer still
+SUREST = 0.99
 _EPS = 1e-12  # 0.52 - 0.5 is a little more than 0.02 in floats; the margin is meant to be within
 _WEAKEST: tuple[Exactness, ...] = ("exact", "bounds", "hard")
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How readings become a preference. `lexicographic`: the first principle, in order, whose readings decide.
-    `log_odds`: what principles say is added up as evidence, not averaged."""
+    """How readings become a preference. `lexicographic`: the first principle, in order, whose
+    readings decide. `log_odds`: what principles say is added up as evidence, not averaged.
+    """
 
     min_scored: float = 0.5
     tie_margin: float = 0.02
@@ -32,7 +36,9 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One judge under one principle. Either `p_a` is set, with `tie` the share of the mass on tie, or `reason` is."""
+    """One judge under one principle. Either `p_a` is set, with `tie` the share of the mass on tie,
+    or `reason` is.
+    """
 
     p_a: float | None
     tie: float = 0.0
@@ -43,8 +49,11 @@ class Reading:
     exactness: Exactness = "exact"
 
 
-def combine_orders(verdicts: Sequence[Verdict], weight: float = 1.0, principle: str = "", judge: str = "") -> Reading:
-    """The mean of a comparison's verdicts: one an order (both speak of sample a), or one a repeat and order.
+def combine_orders(
+    verdicts: Sequence[Verdict], weight: float = 1.0, principle: str = "", judge: str = ""
+) -> Reading:
+    """The mean of a comparison's verdicts: one an order (both speak of sample a), or one a repeat
+    and order.
 
     Unscored when any of them is, with the first one's reason: half a reading leans to a slot.
     """
@@ -59,12 +68,15 @@ def combine_orders(verdicts: Sequence[Verdict], weight: float = 1.0, principle: 
     return Reading(p_a, tie, None, weight, principle, judge, exactness)
 
 
-def decide(readings: Sequence[Reading], rule: Rule = Rule(), prompt: str = "", a: int = 0, b: int = 1) -> Preference:
-    """What the readings of `a` and `b` say together: the weighted mean (or the sum of log-odds), over at least
-    `min_scored` of the weight. `spread` is the readings' weighted standard deviation about their mean.
+def decide(
+    readings: Sequence[Reading], rule: Rule = Rule(), prompt: str = "", a: int = 0, b: int = 1
+) -> Preference:
+    """What the readings of `a` and `b` say together: the weighted mean (or the sum of log-odds),
+    over at least `min_scored` of the weight. `spread` is the readings' weighted standard deviation
+    about their mean.
 
-    A tie lies within the margin of a half, or has most of its mass on tie under every principle: one that does not
-    speak to a pair (of many, most do not) must not silence one that does.
+    A tie lies within the margin of a half, or has most of its mass on tie under every principle:
+    one that does not speak to a pair (of many, most do not) must not silence one that does.
     """
     if rule.lexicographic:
         return _first_decided(readings, rule, prompt, a, b)
@@ -73,27 +85,37 @@ def decide(readings: Sequence[Reading], rule: Rule = Rule(), prompt: str = "", a
     total = sum(r.weight for r in readings)
     exactness = max((r.exactness for r in scored), key=_WEAKEST.index, default="exact")
     if not scored or weight < rule.min_scored * total * (1 - _EPS):
-        return Preference(prompt, a, b, "unscored", None, None, None, len(scored), len(readings), exactness)
+        return Preference(
+            prompt, a, b, "unscored", None, None, None, len(scored), len(readings), exactness
+        )
     p = sum(r.weight * r.p_a for r in scored) / weight
     spread = sqrt(sum(r.weight * (r.p_a - p) ** 2 for r in scored) / weight)
     if rule.log_odds:
         p = _added_up(scored)
     outcome: Literal["a", "b", "tie"] = "a" if p > 0.5 else "b"
-    if abs(p - 0.5) <= rule.tie_margin + _EPS or all(tie > 0.5 for tie in _tie_by_principle(scored)):
+    if abs(p - 0.5) <= rule.tie_margin + _EPS or all(
+        tie > 0.5 for tie in _tie_by_principle(scored)
+    ):
         outcome = "tie"
-    return Preference(prompt, a, b, outcome, p, max(p, 1.0 - p), spread, len(scored), len(readings), exactness)
+    return Preference(
+        prompt, a, b, outcome, p, max(p, 1.0 - p), spread, len(scored), len(readings), exactness
+    )
 
 
 def _added_up(scored: Sequence[Reading]) -> float:
-    """The probability whose log-odds are the sum of the principles', each by its weight relative to their mean; judges of
-    one principle are averaged first, since what they say is not independent."""
+    """The probability whose log-odds are the sum of the principles', each by its weight relative to
+    their mean; judges of one principle are averaged first, since what they say is not
+    independent.
+    """
     sums: dict[str, list[float]] = {}
     for r in scored:
         total = sums.setdefault(r.principle, [0.0, 0.0])
         total[0] += r.weight * r.p_a
         total[1] += r.weight
     mean = sum(weight for _, weight in sums.values()) / len(sums)
-    held = [(min(max(p / weight, 1 - SUREST), SUREST), weight / mean) for p, weight in sums.values()]
+    held = [
+        (min(max(p / weight, 1 - SUREST), SUREST), weight / mean) for p, weight in sums.values()
+    ]
     return 1 / (1 + exp(-sum(weight * log(p / (1 - p)) for p, weight in held)))
 
 
@@ -112,8 +134,12 @@ def identical(prompt: str = "", a: int = 0, b: int = 1) -> Preference:
     return Preference(prompt, a, b, "tie", 0.5, 0.5, 0.0, 0, 0)
 
 
-def _first_decided(readings: Sequence[Reading], rule: Rule, prompt: str, a: int, b: int) -> Preference:
-    """Ties fall through to the next principle; an unscored principle does not, since it might have decided."""
+def _first_decided(
+    readings: Sequence[Reading], rule: Rule, prompt: str, a: int, b: int
+) -> Preference:
+    """Ties fall through to the next principle; an unscored principle does not, since it might have
+    decided.
+    """
     flat = Rule(rule.min_scored, rule.tie_margin, log_odds=rule.log_odds)
     by_principle: dict[str, list[Reading]] = {}
     for reading in readings:
@@ -126,8 +152,12 @@ def _first_decided(readings: Sequence[Reading], rule: Rule, prompt: str, a: int,
     return preference
 
 
-def orders(mode: Literal["both", "random", "first"], seed: int, prompt_id: str, a: int, b: int) -> tuple[Order, ...]:
-    """The orders a comparison is asked in. `random` is drawn from its identity, so that a rerun asks the same."""
+def orders(
+    mode: Literal["both", "random", "first"], seed: int, prompt_id: str, a: int, b: int
+) -> tuple[Order, ...]:
+    """The orders a comparison is asked in. `random` is drawn from its identity, so that a rerun
+    asks the same.
+    """
     if mode == "both":
         return ("ab", "ba")
     if mode == "random":
@@ -140,7 +170,11 @@ def orders(mode: Literal["both", "random", "first"], seed: int, prompt_id: str, 
 def applicable(principles: Iterable[Principle], tags: Iterable[str] = ()) -> list[Principle]:
     """The enabled principles that apply to a prompt with these tags."""
     tags = set(tags)
-    return [p for p in principles if p.enabled and (not p.applies_when or not tags.isdisjoint(p.applies_when))]
+    return [
+        p
+        for p in principles
+        if p.enabled and (not p.applies_when or not tags.isdisjoint(p.applies_when))
+    ]
 
 
 def draw(
@@ -152,11 +186,13 @@ def draw(
     round: int = 0,
     tags: Iterable[str] = (),
 ) -> list[Principle]:
-    """The principles that judge a comparison (or critique a sample in a round): one drawn, or all in their order.
+    """The principles that judge a comparison (or critique a sample in a round): one drawn, or all
+    in their order.
 
-    Drawn by (weighted) rendezvous hashing: adding, removing or disabling a principle moves only the draws that it
-    wins, an edit of a text moves none, and a renamed principle keeps its draws by its first `formerly` id. The order
-    of `samples` does not matter: one draw serves both orders and all judges.
+    Drawn by (weighted) rendezvous hashing: adding, removing or disabling a principle moves only the
+    draws that it wins, an edit of a text moves none, and a renamed principle keeps its draws by its
+    first `formerly` id. The order of `samples` does not matter: one draw serves both orders and all
+    judges.
     Source: Thaler and Ravishankar 1998; weights by -w / ln(u), Schindelhauer and Schomaker 2005.
     """
     choice = applicable(principles, tags)
@@ -164,7 +200,10 @@ def draw(
         return choice
     if selection not in ("sample_one", "weighted"):
         raise ValueError(f"unknown selection {selection!r}")
-    context = blake2b(f"{seed}\0{prompt_id}\0{','.join(map(str, sorted(samples)))}\0{round}\0".encode(), digest_size=8)
+    context = blake2b(
+        f"{seed}\0{prompt_id}\0{','.join(map(str, sorted(samples)))}\0{round}\0".encode(),
+        digest_size=8,
+    )
     best: tuple[float, str] | None = None
     drawn: Principle | None = None
     for principle in choice:
@@ -179,8 +218,10 @@ def draw(
     return [] if drawn is None else [drawn]
 
 
-def _uniform(text: str, context=blake2b(digest_size=8)) -> float:
-    """A number strictly between 0 and 1 that only the text (after what `context` has hashed) decides."""
+def _uniform(text: str, context=blake2b(digest_size=8)) -> float:  # noqa: B008
+    """A number strictly between 0 and 1 that only the text (after what `context` has hashed)
+    decides.
+    """
     state = context.copy()
     state.update(text.encode())
     return (int.from_bytes(state.digest(), "big") // 4096 + 0.5) / 2**52
@@ -191,11 +232,12 @@ def pairs(
     shape: Literal["all", "best_worst", "adjacent"] = "all",
     scores: Sequence[float | None] | None = None,
 ) -> list[tuple[int, int]]:
-    """Which of K answers are compared: every two, or by their scores (pointwise, or `win_rates`) the best with the
-    worst, or each with the next one down. Unscored answers are left out of the latter two.
+    """Which of K answers are compared: every two, or by their scores (pointwise, or `win_rates`)
+    the best with the worst, or each with the next one down. Unscored answers are left out of the
+    latter two.
 
-    Raises:
-        ValueError: best_worst without scores. `adjacent` without scores takes the answers as they come.
+    Raises: ValueError: best_worst without scores. `adjacent` without scores takes the answers as
+        they come.
     """
     if shape == "all":
         return list(combinations(range(k), 2))
@@ -207,7 +249,7 @@ def pairs(
     if scores is not None:
         ranked = sorted((i for i in ranked if scores[i] is not None), key=lambda i: -scores[i])
     if shape == "adjacent":
-        return list(zip(ranked, ranked[1:]))
+        return list(pairwise(ranked))
     return [(ranked[0], ranked[-1])] if len(ranked) > 1 else []
 
 
@@ -220,4 +262,4 @@ def win_rates(k: int, preferences: Iterable[Preference]) -> list[float | None]:
         for i, p in ((preference.a, preference.p_a), (preference.b, 1.0 - preference.p_a)):
             sums[i] += p
             counts[i] += 1
-    return [s / n if n else None for s, n in zip(sums, counts)]
+    return [s / n if n else None for s, n in zip(sums, counts, strict=False)]

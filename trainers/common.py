@@ -1,8 +1,10 @@
-"""What every trainer shares: models and tokenizers, chats as tokens, seeds, checkpoints that are whole, told errors.
+"""What every trainer shares: models and tokenizers, chats as tokens, seeds, checkpoints that are
+whole, told errors.
 
-Tokens are made here and nowhere else: the template is applied once, as text, and the text is tokenised without special
-tokens of the tokenizer's own, so that a second BOS cannot come in.
+Tokens are made here and nowhere else: the template is applied once, as text, and the text is
+tokenised without special tokens of the tokenizer's own, so that a second BOS cannot come in.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -28,7 +30,9 @@ Turns = Sequence[Mapping[str, str]]
 
 
 class TrainError(PrefabError, RuntimeError):
-    """Training cannot go on: a loss that is no number, memory that ran out, a checkpoint that does not fit."""
+    """Training cannot go on: a loss that is no number, memory that ran out, a checkpoint that does
+    not fit.
+    """
 
 
 class Strict(BaseModel):
@@ -43,7 +47,9 @@ class Lora(Strict):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[str] = Field([], description="Names of linear layers; empty: all of them but the head.")
+    targets: list[str] = Field(
+        [], description="Names of linear layers; empty: all of them but the head."
+    )
 
 
 def seed_everything(seed: int, threads: int | None = None) -> None:
@@ -64,7 +70,8 @@ def default_device() -> str:
 
 
 def attention_for(wanted: Attention, device: str) -> str:
-    """The attention implementation: on a CPU `eager` trains about twice as fast as `sdpa`, whose backward is slow there.
+    """The attention implementation: on a CPU `eager` trains about twice as fast as `sdpa`, whose
+    backward is slow there.
 
     Raises: ConfigError for flash attention where it is not installed.
     """
@@ -72,7 +79,9 @@ def attention_for(wanted: Attention, device: str) -> str:
         from importlib.util import find_spec
 
         if device == "cpu" or find_spec("flash_attn") is None:
-            raise ConfigError("attention: flash_attention_2 needs a GPU and the package flash-attn; write sdpa or eager")
+            raise ConfigError(
+                "attention: flash_attention_2 needs a GPU and the package flash-attn; write sdpa or eager"
+            )
     return ("eager" if device == "cpu" else "sdpa") if wanted == "auto" else wanted
 
 
@@ -83,16 +92,23 @@ def model_folder(name: str, field: str = "model") -> str:
     """
     path = resolve_model(name)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
-    if looks_local and not any((Path(path) / f).is_file() for f in ("config.json", "adapter_config.json")):
-        raise ConfigError(f"{field}: {path} holds no model (no config.json). Name a folder that a stage wrote, an "
-                          "embedded model (prefab-tiny) or a model of the hub")
+    if looks_local and not any(
+        (Path(path) / f).is_file() for f in ("config.json", "adapter_config.json")
+    ):
+        raise ConfigError(
+            f"{field}: {path} holds no model (no config.json). Name a folder that a stage wrote, an "
+            "embedded model (prefab-tiny) or a model of the hub"
+        )
     return path
 
 
-def load_tokenizer(model: str, chat_template: str | None = None, pad_token: str | None = None) -> Any:
+def load_tokenizer(
+    model: str, chat_template: str | None = None, pad_token: str | None = None
+) -> Any:
     """The tokenizer of a model, with a chat template and a pad token.
 
-    Raises: ConfigError where either is missing and not given, or the pad token is the end-of-turn token.
+    Raises: ConfigError where either is missing and not given, or the pad token is the end-of-turn
+    token.
     """
     from transformers import AutoTokenizer
 
@@ -101,23 +117,38 @@ def load_tokenizer(model: str, chat_template: str | None = None, pad_token: str 
     if chat_template:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
-        raise ConfigError(f"model: the tokenizer of {model} has no chat template (a base model?); name a Jinja file with "
-                          "chat_template: FILE")
+        raise ConfigError(
+            f"model: the tokenizer of {model} has no chat template (a base model?); name a Jinja file with "
+            "chat_template: FILE"
+        )
     if pad_token:
         if pad_token not in tokenizer.get_vocab():
             raise ConfigError(f"pad_token: {pad_token!r} is no token of {model}")
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        what = "has no pad token" if tokenizer.pad_token_id is None else "pads with its end-of-turn token"
-        others = [t.content for i, t in sorted(tokenizer.added_tokens_decoder.items()) if i != tokenizer.eos_token_id]
-        raise ConfigError(f"model: the tokenizer of {model} {what}; name a token that answers never hold with "
-                          f"pad_token: TOKEN{' (there are: ' + ', '.join(others[:8]) + ')' if others else ''}")
+        what = (
+            "has no pad token"
+            if tokenizer.pad_token_id is None
+            else "pads with its end-of-turn token"
+        )
+        others = [
+            t.content
+            for i, t in sorted(tokenizer.added_tokens_decoder.items())
+            if i != tokenizer.eos_token_id
+        ]
+        raise ConfigError(
+            f"model: the tokenizer of {model} {what}; name a token that answers never hold with "
+            f"pad_token: TOKEN{' (there are: ' + ', '.join(others[:8]) + ')' if others else ''}"
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def load_policy(model: str, attention: Attention = "auto", dtype: str = "float32", device: str | None = None) -> Any:
-    """A causal language model, ready to train: weights in `dtype`, dropout as its configuration says.
+def load_policy(
+    model: str, attention: Attention = "auto", dtype: str = "float32", device: str | None = None
+) -> Any:
+    """A causal language model, ready to train: weights in `dtype`, dropout as its configuration
+    says.
 
     Raises: ConfigError when there is none at `model`, or it is of another kind.
     """
@@ -125,19 +156,30 @@ def load_policy(model: str, attention: Attention = "auto", dtype: str = "float32
 
     folder, device = model_folder(model), device or default_device()
     with loading(model):
-        found = AutoConfig.from_pretrained(folder) if (Path(folder) / "config.json").exists() else None
+        found = (
+            AutoConfig.from_pretrained(folder) if (Path(folder) / "config.json").exists() else None
+        )
         kinds = list(getattr(found, "architectures", None) or ())
         if any("Classification" in kind for kind in kinds):
-            raise ConfigError(f"model: {model} is a {kinds[0]}, not a language model that writes answers")
+            raise ConfigError(
+                f"model: {model} is a {kinds[0]}, not a language model that writes answers"
+            )
         loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention_for(attention, device))
+            folder, dtype=dtype, attn_implementation=attention_for(attention, device)
+        )
     return loaded.to(device)
 
 
-def load_reward(model: str, attention: Attention = "auto", dtype: str = "float32", device: str | None = None,
-                new_head: bool = False, dropout: float | None = None) -> Any:
-    """A sequence classifier with one label. With `new_head`, a language model gets a fresh head, drawn from torch's seed
-    with deviation 1 / sqrt(width + 1) (Stiennon et al. 2020).
+def load_reward(
+    model: str,
+    attention: Attention = "auto",
+    dtype: str = "float32",
+    device: str | None = None,
+    new_head: bool = False,
+    dropout: float | None = None,
+) -> Any:
+    """A sequence classifier with one label. With `new_head`, a language model gets a fresh head,
+    drawn from torch's seed with deviation 1 / sqrt(width + 1) (Stiennon et al. 2020).
 
     Raises: ConfigError for a model with several labels, or a language model without `new_head`.
     """
@@ -150,20 +192,30 @@ def load_reward(model: str, attention: Attention = "auto", dtype: str = "float32
         found = AutoConfig.from_pretrained(folder)
         is_reward = any("Classification" in kind for kind in found.architectures or ())
         if is_reward and found.num_labels != 1:
-            raise ConfigError(f"model: {model} has {found.num_labels} labels; a reward model has one")
+            raise ConfigError(
+                f"model: {model} has {found.num_labels} labels; a reward model has one"
+            )
         if not is_reward and not new_head:
-            raise ConfigError(f"model: {model} is a {(found.architectures or ['?'])[0]}, not a reward model; train one "
-                              "with `prefab train reward`")
-        found.num_labels, found.attention_dropout = 1, dropout or getattr(found, "attention_dropout", 0.0)
+            raise ConfigError(
+                f"model: {model} is a {(found.architectures or ['?'])[0]}, not a reward model; train one "
+                "with `prefab train reward`"
+            )
+        found.num_labels, found.attention_dropout = (
+            1,
+            dropout or getattr(found, "attention_dropout", 0.0),
+        )
         loaded = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=found, dtype=dtype, attn_implementation=attention_for(attention, device))
+            folder, config=found, dtype=dtype, attn_implementation=attention_for(attention, device)
+        )
     if not is_reward:
         torch.nn.init.normal_(loaded.score.weight, std=(loaded.score.weight.shape[1] + 1) ** -0.5)
     return loaded.to(device)
 
 
 def write_json(file: Path, value: Any) -> None:
-    """A JSON file that is there whole or not at all, whenever the process is killed. Its folder is made."""
+    """A JSON file that is there whole or not at all, whenever the process is killed. Its folder is
+    made.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(file.name + NEW)
     new.write_text(json.dumps(value, indent=1), encoding="utf-8")
@@ -172,8 +224,10 @@ def write_json(file: Path, value: Any) -> None:
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """What transformers raises for a model that cannot be loaded, as a mistake that can be mended. It no longer tells
-    what we know: that it reads and writes weights, that a new head is new, that tied weights are stored once."""
+    """What transformers raises for a model that cannot be loaded, as a mistake that can be mended.
+    It no longer tells what we know: that it reads and writes weights, that a new head is new, that
+    tied weights are stored once.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -183,25 +237,35 @@ def loading(model: str) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"model: cannot load {model}: {str(error).splitlines()[0][:300]}") from error
+        raise ConfigError(
+            f"model: cannot load {model}: {str(error).splitlines()[0][:300]}"
+        ) from error
 
 
 def lora_config(lora: Lora | None, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
     """PEFT's configuration, for the trainer to wrap the model with; None without `lora`.
 
-    A model that was wrapped before TRL's DPO trainer sees it gets a second adapter `ref` there, and on a resume
-    transformers 5.19 then loads that one alone: training would silently begin anew.
+    A model that was wrapped before TRL's DPO trainer sees it gets a second adapter `ref` there, and
+    on a resume transformers 5.19 then loads that one alone: training would silently begin anew.
     """
     if lora is None:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type=task,
-                      target_modules=lora.targets or "all-linear", modules_to_save=["score"] if task == "SEQ_CLS" else None)
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        task_type=task,
+        target_modules=lora.targets or "all-linear",
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
 
 
 def with_lora(model: Any, lora: Lora | None, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
-    """The model with adapters around its linear layers; unchanged without `lora`. For TRL's trainers: `lora_config`."""
+    """The model with adapters around its linear layers; unchanged without `lora`. For TRL's
+    trainers: `lora_config`.
+    """
     if lora is None:
         return model
     from peft import get_peft_model
@@ -209,25 +273,38 @@ def with_lora(model: Any, lora: Lora | None, task: Literal["CAUSAL_LM", "SEQ_CLS
     return get_peft_model(model, lora_config(lora, task))
 
 
-def chat_text(tokenizer: Any, turns: Turns, prompt: bool, kwargs: Mapping[str, Any] | None = None) -> str:
-    """A conversation as the template writes it; with `prompt`, up to where the assistant's answer begins."""
-    return tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=prompt,
-                                         **(kwargs or {}))
+def chat_text(
+    tokenizer: Any, turns: Turns, prompt: bool, kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """A conversation as the template writes it; with `prompt`, up to where the assistant's answer
+    begins.
+    """
+    return tokenizer.apply_chat_template(
+        [dict(turn) for turn in turns],
+        tokenize=False,
+        add_generation_prompt=prompt,
+        **(kwargs or {}),
+    )
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that already holds its control tokens: nothing is put before or after them."""
+    """The tokens of a text that already holds its control tokens: nothing is put before or after
+    them.
+    """
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def prompt_ids(tokenizer: Any, turns: Turns, kwargs: Mapping[str, Any] | None = None) -> list[int]:
-    """What a server is given for this conversation: the very tokens that an answer is sampled after."""
+    """What a server is given for this conversation: the very tokens that an answer is sampled
+    after.
+    """
     return ids_of(tokenizer, chat_text(tokenizer, turns, True, kwargs))
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A prompt and its answer as tokens: `prompt` as at sampling, `answer` up to and with the end-of-turn token.
+    """A prompt and its answer as tokens: `prompt` as at sampling, `answer` up to and with the
+    end-of-turn token.
 
     `merged`: the tokenizer would have joined tokens across the border, had it seen both at once.
     """
@@ -237,41 +314,54 @@ class Answered:
     merged: bool
 
 
-def answered(tokenizer: Any, turns: Turns, answer: str, kwargs: Mapping[str, Any] | None = None) -> Answered:
+def answered(
+    tokenizer: Any, turns: Turns, answer: str, kwargs: Mapping[str, Any] | None = None
+) -> Answered:
     """A conversation that waits for the assistant, with the answer, for any chat template.
 
-    The answer's tokens are those that the template writes after the prompt as it stands at sampling. Templates that
-    write an earlier turn otherwise than the last (those that strip reasoning) are served too: the answer then is its text
-    and whatever the template writes behind it. What follows the end-of-turn token is cut, since nothing is sampled there;
-    where the template writes none, it is added, or the policy would never learn to stop.
+    The answer's tokens are those that the template writes after the prompt as it stands at
+    sampling. Templates that write an earlier turn otherwise than the last (those that strip
+    reasoning) are served too: the answer then is its text and whatever the template writes behind
+    it. What follows the end-of-turn token is cut, since nothing is sampled there; where the
+    template writes none, it is added, or the policy would never learn to stop.
 
     Raises: ConfigError when the template does not write the answer's text as it is.
     """
     start = chat_text(tokenizer, turns, True, kwargs)
     whole = chat_text(tokenizer, [*turns, {"role": "assistant", "content": answer}], False, kwargs)
-    if whole.startswith(start) and whole[len(start):].startswith(answer):
-        rest = whole[len(start):]
+    if whole.startswith(start) and whole[len(start) :].startswith(answer):
+        rest = whole[len(start) :]
     else:
         at = whole.rfind(answer)
         if at < 0 or not answer:
-            raise ConfigError(f"the chat template does not write this answer as it is: {answer[:60]!r}")
+            raise ConfigError(
+                f"the chat template does not write this answer as it is: {answer[:60]!r}"
+            )
         rest = whole[at:]
     before, after = ids_of(tokenizer, start), ids_of(tokenizer, rest)
     merged = ids_of(tokenizer, start + rest) != before + after
     end = tokenizer.eos_token_id
     text_tokens = len(ids_of(tokenizer, answer))
-    stop = next((i for i in range(min(text_tokens, len(after)), len(after)) if after[i] == end), None)
+    stop = next(
+        (i for i in range(min(text_tokens, len(after)), len(after)) if after[i] == end), None
+    )
     after = [*after, end] if stop is None else after[: stop + 1]
     return Answered(before, after, merged)
 
 
-def conversation_ids(tokenizer: Any, turns: Turns, kwargs: Mapping[str, Any] | None = None) -> list[int]:
-    """A finished conversation, all that the template writes: what a reward model reads here and on vLLM alike."""
+def conversation_ids(
+    tokenizer: Any, turns: Turns, kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """A finished conversation, all that the template writes: what a reward model reads here and on
+    vLLM alike.
+    """
     return ids_of(tokenizer, chat_text(tokenizer, turns, False, kwargs))
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints below `out`, oldest first. One without its mark was cut off while being written."""
+    """The whole checkpoints below `out`, oldest first. One without its mark was cut off while being
+    written.
+    """
     found = [p for p in Path(out).glob("checkpoint-*") if (p / COMPLETE).is_file()]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
@@ -285,8 +375,10 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def remove_old(out: Path, kept: int, best: str = "") -> None:
-    """Remove whole checkpoints but `kept`: the newest and the one named `best` always stay. Called once the newest is
-    whole; the mark goes first, so that one which a kill left half removed is not taken for whole."""
+    """Remove whole checkpoints but `kept`: the newest and the one named `best` always stay. Called
+    once the newest is whole; the mark goes first, so that one which a kill left half removed is not
+    taken for whole.
+    """
     whole = checkpoints(out)
     old = [p for p in whole[:-1] if p.name != best]
     for checkpoint in old[: max(0, len(whole) - kept)]:
@@ -303,7 +395,9 @@ def last_checkpoint(out: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
-def record_eval(store: Path | str | None, name: str, subject: str, metrics: Mapping[str, Any], **more: Any) -> None:
+def record_eval(
+    store: Path | str | None, name: str, subject: str, metrics: Mapping[str, Any], **more: Any
+) -> None:
     """Put an evaluation into the store's ledger (the table `evals`); nothing without a store."""
     if store is None:
         return
@@ -318,7 +412,8 @@ def record_eval(store: Path | str | None, name: str, subject: str, metrics: Mapp
 
 @contextmanager
 def translate_errors(out: Path, smaller: str = "batch_size") -> Iterator[None]:
-    """Memory and disk that ran out, as errors that say what to turn down; the last whole checkpoint stays.
+    """Memory and disk that ran out, as errors that say what to turn down; the last whole checkpoint
+    stays.
 
     Raises: TrainError, StoreError.
     """
@@ -328,12 +423,25 @@ def translate_errors(out: Path, smaller: str = "batch_size") -> Iterator[None]:
         raise
     except (MemoryError, RuntimeError, OSError) as error:
         text = str(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in text \
-                or "os error 28" in text or "file write failed" in text or "unexpected pos" in text:
-            raise StoreError(f"{out}: the disk is full. The last whole checkpoint is kept: free some space, then run the "
-                             "same command again") from error
-        if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower() \
-                or "not enough memory" in text.lower():
-            raise TrainError(f"memory ran out. Turn down {smaller}, or max_length; use lora, gradient_checkpointing: true, "
-                             "or precision: bf16. The last whole checkpoint is kept") from error
+        if (
+            (isinstance(error, OSError) and error.errno == errno.ENOSPC)
+            or "No space left" in text
+            or "os error 28" in text
+            or "file write failed" in text
+            or "unexpected pos" in text
+        ):
+            raise StoreError(
+                f"{out}: the disk is full. The last whole checkpoint is kept: free some space, then run the "
+                "same command again"
+            ) from error
+        if (
+            isinstance(error, MemoryError)
+            or "out of memory" in text.lower()
+            or "can't allocate memory" in text.lower()
+            or "not enough memory" in text.lower()
+        ):
+            raise TrainError(
+                f"memory ran out. Turn down {smaller}, or max_length; use lora, gradient_checkpointing: true, "
+                "or precision: bf16. The last whole checkpoint is kept"
+            ) from error
         raise

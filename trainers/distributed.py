@@ -1,7 +1,10 @@
-"""Several processes under `accelerate launch`: who writes, who waits, and rows that are even for all.
+"""Several processes under `accelerate launch`: who writes, who waits, and rows that are even for
+all.
 
-Each process reads all data and takes its share of every step's rows, so that a step is the same however many there are.
+Each process reads all data and takes its share of every step's rows, so that a step is the same
+however many there are.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -25,10 +28,11 @@ def is_main() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this process when its launcher ends, however that ends (Linux alone has this).
+    """Have the kernel kill this process when its launcher ends, however that ends (Linux alone has
+    this).
 
-    The launcher puts its processes into sessions of their own: after a `kill -9` they would train on, and write into the
-    folder that the same command, run again, goes on from.
+    The launcher puts its processes into sessions of their own: after a `kill -9` they would train
+    on, and write into the folder that the same command, run again, goes on from.
     """
     if world_size() > 1 and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -48,9 +52,11 @@ def main_alone(work: Callable[[], None]) -> None:
 
 
 class Padded:
-    """A dataset whose length is a multiple of `batch`: rows past its end are its first row with nothing to learn.
+    """A dataset whose length is a multiple of `batch`: rows past its end are its first row with
+    nothing to learn.
 
-    Without it accelerate fills the last, smaller step with rows of the epoch's beginning, which would then count twice.
+    Without it accelerate fills the last, smaller step with rows of the epoch's beginning, which
+    would then count twice.
     """
 
     def __init__(self, dataset: Any, batch: int) -> None:
@@ -67,6 +73,7 @@ class Padded:
 
 def blank(row: dict[str, Any]) -> dict[str, Any]:
     """A row without a label (SFT, packed or not), or of weight 0."""
+
     def nothing(labels: list[Any]) -> list[Any]:
         return [nothing(one) if isinstance(one, list) else -100 for one in labels]
 

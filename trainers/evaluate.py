@@ -1,8 +1,11 @@
-"""Answers of checkpoints to held-out prompts, and what can be said of them: each figure with an interval over prompts.
+"""Answers of checkpoints to held-out prompts, and what can be said of them: each figure with an
+interval over prompts.
 
-Nothing here trains. Answers are drawn from the whole distribution at temperature 1, so that the mean of log-ratios is the
-KL divergence and not another number; every policy answers the same prompts, so that differences are paired.
+Nothing here trains. Answers are drawn from the whole distribution at temperature 1, so that the
+mean of log-ratios is the KL divergence and not another number; every policy answers the same
+prompts, so that differences are paired.
 """
+
 from __future__ import annotations
 
 import re
@@ -15,18 +18,28 @@ from typing import Any
 import numpy as np
 
 from prefab.factory.errors import ConfigError
-from prefab.factory.stats import Estimate, bootstrap, length_controlled_win_rate, paired_difference, undefined
-from prefab.trainers.rl import rollout
+from prefab.factory.stats import (
+    Estimate,
+    bootstrap,
+    length_controlled_win_rate,
+    paired_difference,
+    undefined,
+)
 from prefab.trainers.common import Turns
+from prefab.trainers.rl import rollout
 
-REFUSES = re.compile(r"\b(i(?:'m| am) sorry|i can(?:no|')t|i can not|i will not|i won't|i(?:'m| am) (?:not able|unable)|"
-                     r"i must decline|not comfortable)\b", re.IGNORECASE)  # plain English; no classifier
+REFUSES = re.compile(
+    r"\b(i(?:'m| am) sorry|i can(?:no|')t|i can not|i will not|i won't|i(?:'m| am) (?:not able|unable)|"
+    r"i must decline|not comfortable)\b",
+    re.IGNORECASE,
+)  # plain English; no classifier
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyAnswer:
-    """One answer of a policy. `logp` and `ref_logp` are sums over its tokens, the end token with them, by the training
-    forward; `sampler_logp` is what the sampler gave the same tokens."""
+    """One answer of a policy. `logp` and `ref_logp` are sums over its tokens, the end token with
+    them, by the training forward; `sampler_logp` is what the sampler gave the same tokens.
+    """
 
     prompt: int
     text: str
@@ -39,16 +52,36 @@ class PolicyAnswer:
     sampler_logp: float | None = None
 
 
-def answers(model: Any, tokenizer: Any, prompts: Sequence[Turns], samples: int, max_new_tokens: int, seed: int = 0,
-            reference: Any = None, batch: int = 64, kwargs: Mapping[str, Any] | None = None) -> list[PolicyAnswer]:
-    """`samples` answers to each prompt from transformers, at temperature 1 (see `draw` and `measured`)."""
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Turns],
+    samples: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    reference: Any = None,
+    batch: int = 64,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[PolicyAnswer]:
+    """`samples` answers to each prompt from transformers, at temperature 1 (see `draw` and
+    `measured`).
+    """
     drawn = draw(model, tokenizer, prompts, samples, max_new_tokens, seed, batch, kwargs)
     return measured(model, tokenizer, drawn, samples, reference, batch)
 
 
-def draw(model: Any, tokenizer: Any, prompts: Sequence[Turns], samples: int, max_new_tokens: int, seed: int = 0,
-         batch: int = 64, kwargs: Mapping[str, Any] | None = None) -> list[rollout.SampledAnswer]:
-    """`samples` answers to each prompt from transformers, in the order of the prompts; equal seeds give equal draws.
+def draw(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Turns],
+    samples: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    batch: int = 64,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[rollout.SampledAnswer]:
+    """`samples` answers to each prompt from transformers, in the order of the prompts; equal seeds
+    give equal draws.
 
     Raises: ConfigError for a prompt that leaves no room to answer.
     """
@@ -56,53 +89,95 @@ def draw(model: Any, tokenizer: Any, prompts: Sequence[Turns], samples: int, max
     encoded = rollout.encode(tokenizer, prompts, longest and longest - max_new_tokens, kwargs)
     was = model.training
     model.eval()
-    drawn = rollout.sample(model, [row for row in encoded for _ in range(samples)], max_new_tokens, 1.0,
-                           rollout.end_ids(model, tokenizer), seed, batch)
+    drawn = rollout.sample(
+        model,
+        [row for row in encoded for _ in range(samples)],
+        max_new_tokens,
+        1.0,
+        rollout.end_ids(model, tokenizer),
+        seed,
+        batch,
+    )
     model.train(was)
     return drawn
 
 
-def measured(model: Any, tokenizer: Any, drawn: Sequence[rollout.SampledAnswer], samples: int, reference: Any = None,
-             batch: int = 64) -> list[PolicyAnswer]:
-    """Drawn answers, whoever drew them, with their log-probabilities by the training forward over the very token ids
-    that were drawn (both models need `layout.add_scored_forward`). `samples` in a row answer one prompt."""
+def measured(
+    model: Any,
+    tokenizer: Any,
+    drawn: Sequence[rollout.SampledAnswer],
+    samples: int,
+    reference: Any = None,
+    batch: int = 64,
+) -> list[PolicyAnswer]:
+    """Drawn answers, whoever drew them, with their log-probabilities by the training forward over
+    the very token ids that were drawn (both models need `layout.add_scored_forward`). `samples` in
+    a row answer one prompt.
+    """
     from prefab.trainers.offline.reference import compute_logps
 
     pairs = [(a.prompt, a.ids) for a in drawn]
     logps = compute_logps(model, pairs, batch, tokenizer.pad_token_id)
-    refs = compute_logps(reference, pairs, batch, tokenizer.pad_token_id) if reference is not None else [None] * len(pairs)
-    return [PolicyAnswer(i // samples, tokenizer.decode(a.ids, skip_special_tokens=True), len(a.ids), a.ended, logp, ref,
-                   sampler_logp=sum(a.sampler_logps))
-            for i, (a, logp, ref) in enumerate(zip(drawn, logps, refs, strict=True))]
+    refs = (
+        compute_logps(reference, pairs, batch, tokenizer.pad_token_id)
+        if reference is not None
+        else [None] * len(pairs)
+    )
+    return [
+        PolicyAnswer(
+            i // samples,
+            tokenizer.decode(a.ids, skip_special_tokens=True),
+            len(a.ids),
+            a.ended,
+            logp,
+            ref,
+            sampler_logp=sum(a.sampler_logps),
+        )
+        for i, (a, logp, ref) in enumerate(zip(drawn, logps, refs, strict=True))
+    ]
 
 
 def same_vocabulary(policy: str, size: int, reference: int) -> None:
     """Raises: ConfigError where a policy has another number of tokens than the reference."""
     if size != reference:
-        raise ConfigError(f"policies.{policy}: another vocabulary than the reference's ({size:,} tokens, not {reference:,}); "
-                          "KL cannot be told. Name a reference of the same family")
+        raise ConfigError(
+            f"policies.{policy}: another vocabulary than the reference's ({size:,} tokens, not {reference:,}); "
+            "KL cannot be told. Name a reference of the same family"
+        )
 
 
-def figures(found: Sequence[PolicyAnswer], harmful: Sequence[bool] | None = None, seed: int = 0) -> dict[str, Estimate]:
+def figures(
+    found: Sequence[PolicyAnswer], harmful: Sequence[bool] | None = None, seed: int = 0
+) -> dict[str, Estimate]:
     """What is true of one policy's answers, each with a bootstrap interval over prompts.
 
-    Units: kl and entropy in nats an answer; sampler_gap in nats a token (how far the sampler's log-probabilities are from
-    the forward's that kl is made of); shares in [0, 1]; tokens and words a mean. `harmful` says it of each prompt. Who
-    refuses and who complies is gold's to say where there is one, else a regular expression's.
+    Units: kl and entropy in nats an answer; sampler_gap in nats a token (how far the sampler's
+    log-probabilities are from the forward's that kl is made of); shares in [0, 1]; tokens and words
+    a mean. `harmful` says it of each prompt. Who refuses and who complies is gold's to say where
+    there is one, else a regular expression's.
     """
     prompts = [a.prompt for a in found]
 
     def mean(values: Sequence[float], rows: Sequence[int] | None = None) -> Estimate:
         where = range(len(found)) if rows is None else rows
-        return bootstrap([float(values[i]) for i in where], [prompts[i] for i in where], seed=seed) if where \
+        return (
+            bootstrap([float(values[i]) for i in where], [prompts[i] for i in where], seed=seed)
+            if where
             else undefined("no such answers")
+        )
 
-    made = {"tokens": mean([a.tokens for a in found]), "words": mean([len(a.text.split()) for a in found]),
-            "ended": mean([a.ended for a in found]), "entropy": mean([-a.logp for a in found])}
+    made = {
+        "tokens": mean([a.tokens for a in found]),
+        "words": mean([len(a.text.split()) for a in found]),
+        "ended": mean([a.ended for a in found]),
+        "entropy": mean([-a.logp for a in found]),
+    }
     if all(a.ref_logp is not None for a in found):
         made["kl"] = mean([a.logp - (a.ref_logp or 0.0) for a in found])
     if all(a.sampler_logp is not None for a in found):
-        made["sampler_gap"] = mean([abs((a.sampler_logp or 0.0) - a.logp) / a.tokens for a in found])
+        made["sampler_gap"] = mean(
+            [abs((a.sampler_logp or 0.0) - a.logp) / a.tokens for a in found]
+        )
     if all(a.proxy is not None for a in found):
         made["proxy"] = mean([a.proxy or 0.0 for a in found])
     if all(a.gold is not None for a in found):
@@ -121,7 +196,9 @@ def figures(found: Sequence[PolicyAnswer], harmful: Sequence[bool] | None = None
     made |= {f"distinct_{n}": Estimate(distinct(texts, n), n_items=len(texts)) for n in (1, 2, 3)}
     groups = _by_prompt(found)
     if all(len(g) > 1 for g in groups.values()):
-        made["self_bleu"] = bootstrap([self_bleu([a.text for a in g]) for g in groups.values()], seed=seed)
+        made["self_bleu"] = bootstrap(
+            [self_bleu([a.text for a in g]) for g in groups.values()], seed=seed
+        )
     return made
 
 
@@ -133,7 +210,8 @@ def _by_prompt(found: Sequence[PolicyAnswer]) -> dict[int, list[PolicyAnswer]]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all n-grams. Falls with the number of texts: compare equal numbers only.
+    """Different n-grams of words over all n-grams. Falls with the number of texts: compare equal
+    numbers only.
 
     Source: Li et al. 2016.
     """
@@ -146,12 +224,19 @@ def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def self_bleu(texts: Sequence[str], most: int = 4) -> float:
-    """The mean BLEU of each text against the others: 1 when they say the same. Add-one smoothing above single words.
+    """The mean BLEU of each text against the others: 1 when they say the same. Add-one smoothing
+    above single words.
 
     Source: Zhu et al. 2018; BLEU of Papineni et al. 2002, smoothing of Lin and Och 2004.
     """
-    return float(np.mean([_bleu(text.split(), [t.split() for j, t in enumerate(texts) if j != i], most)
-                          for i, text in enumerate(texts)]))
+    return float(
+        np.mean(
+            [
+                _bleu(text.split(), [t.split() for j, t in enumerate(texts) if j != i], most)
+                for i, text in enumerate(texts)
+            ]
+        )
+    )
 
 
 def _bleu(words: Sequence[str], others: Sequence[Sequence[str]], most: int) -> float:
@@ -173,7 +258,9 @@ def _bleu(words: Sequence[str], others: Sequence[Sequence[str]], most: int) -> f
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """One policy against another on the same prompts. `win_rate` is over decided pairs; `p` of a sign-flip test."""
+    """One policy against another on the same prompts. `win_rate` is over decided pairs; `p` of a
+    sign-flip test.
+    """
 
     decided: Estimate
     win_rate: Estimate
@@ -182,22 +269,37 @@ class Against:
     p: float
 
 
-def paired(mine: Sequence[PolicyAnswer], other: Sequence[PolicyAnswer]) -> list[tuple[PolicyAnswer, PolicyAnswer]]:
+def paired(
+    mine: Sequence[PolicyAnswer], other: Sequence[PolicyAnswer]
+) -> list[tuple[PolicyAnswer, PolicyAnswer]]:
     """Answer k of one beside answer k of the other, prompt by prompt."""
     theirs = _by_prompt(other)
-    return [(a, b) for i, group in _by_prompt(mine).items() for a, b in zip(group, theirs[i], strict=True)]
+    return [
+        (a, b)
+        for i, group in _by_prompt(mine).items()
+        for a, b in zip(group, theirs[i], strict=True)
+    ]
 
 
-def against(mine: Sequence[PolicyAnswer], other: Sequence[PolicyAnswer], value: Callable[[PolicyAnswer], float], seed: int = 0) -> Against:
+def against(
+    mine: Sequence[PolicyAnswer],
+    other: Sequence[PolicyAnswer],
+    value: Callable[[PolicyAnswer], float],
+    seed: int = 0,
+) -> Against:
     """One policy's answers against another's by a number that an answer has; equal is undecided."""
     pairs = paired(mine, other)
     return compared(pairs, [value(a) - value(b) for a, b in pairs], seed)
 
 
-def compared(pairs: Sequence[tuple[PolicyAnswer, PolicyAnswer]], gaps: Sequence[float], seed: int = 0) -> Against:
-    """The same from a gap a pair: above 0 the first is better, 0 is undecided. What could not be judged is not among them.
+def compared(
+    pairs: Sequence[tuple[PolicyAnswer, PolicyAnswer]], gaps: Sequence[float], seed: int = 0
+) -> Against:
+    """The same from a gap a pair: above 0 the first is better, 0 is undecided. What could not be
+    judged is not among them.
 
-    The difference of means is paired by prompt. `length_controlled` counts an undecided pair as half a win.
+    The difference of means is paired by prompt. `length_controlled` counts an undecided pair as
+    half a win.
     """
     if not pairs:
         nothing = undefined("no pairs")
@@ -205,18 +307,34 @@ def compared(pairs: Sequence[tuple[PolicyAnswer, PolicyAnswer]], gaps: Sequence[
     prompts, gaps = [a.prompt for a, _ in pairs], np.asarray(gaps, dtype=float)
     decided, wins = np.abs(gaps) > 1e-12, (gaps > 0).astype(float)
     there = [prompts[i] for i in np.flatnonzero(decided)]
-    rate = bootstrap(wins[decided], there, seed=seed) if decided.any() else undefined("no pair is decided")
-    words = [np.array([len(x.text.split()) for x in side], dtype=float) for side in zip(*pairs, strict=True)]
+    rate = (
+        bootstrap(wins[decided], there, seed=seed)
+        if decided.any()
+        else undefined("no pair is decided")
+    )
+    words = [
+        np.array([len(x.text.split()) for x in side], dtype=float)
+        for side in zip(*pairs, strict=True)
+    ]
     by_length = length_controlled_win_rate(np.where(decided, wins, 0.5), *words)
     difference = paired_difference(gaps, np.zeros(len(gaps)), prompts, seed=seed)
-    return Against(bootstrap(decided.astype(float), prompts, seed=seed), rate, by_length, difference,
-                   sign_flip_p(gaps, prompts, seed=seed))
+    return Against(
+        bootstrap(decided.astype(float), prompts, seed=seed),
+        rate,
+        by_length,
+        difference,
+        sign_flip_p(gaps, prompts, seed=seed),
+    )
 
 
-def sign_flip_p(gaps: Sequence[float], prompts: Sequence[int], flips: int = 10_000, seed: int = 0) -> float:
-    """The two-sided p-value of a paired test: how often a mean gap as large comes up when each prompt's sign is drawn.
+def sign_flip_p(
+    gaps: Sequence[float], prompts: Sequence[int], flips: int = 10_000, seed: int = 0
+) -> float:
+    """The two-sided p-value of a paired test: how often a mean gap as large comes up when each
+    prompt's sign is drawn.
 
-    Exact under the hypothesis that both policies answer each prompt alike. Source: Fisher 1935; (hits + 1) / (flips + 1).
+    Exact under the hypothesis that both policies answer each prompt alike. Source: Fisher 1935;
+    (hits + 1) / (flips + 1).
     """
     groups = np.unique(np.asarray(prompts), return_inverse=True)[1]
     sums = np.bincount(groups, weights=np.asarray(gaps, dtype=float))
@@ -231,9 +349,11 @@ def sign_flip_p(gaps: Sequence[float], prompts: Sequence[int], flips: int = 10_0
 
 
 def best_of(found: Sequence[PolicyAnswer], n: int) -> tuple[list[PolicyAnswer], float]:
-    """The answer of the highest proxy among each prompt's first n, and the most KL that this choice can cost in nats.
+    """The answer of the highest proxy among each prompt's first n, and the most KL that this choice
+    can cost in nats.
 
-    Source: Stiennon et al. 2020; the bound log n - (n - 1) / n holds as shown by Beirami et al. 2024.
+    Source: Stiennon et al. 2020; the bound log n - (n - 1) / n holds as shown by Beirami et al.
+    2024.
     """
     chosen = [max(group[:n], key=lambda a: a.proxy or 0.0) for group in _by_prompt(found).values()]
     return chosen, log(n) - (n - 1) / n

@@ -1,12 +1,14 @@
-"""A mock judge that speaks OpenAI's protocol (and the parts of vLLM's that matter here), to measure clients by.
+"""A mock judge that speaks OpenAI's protocol (and the parts of vLLM's that matter here), to measure
+clients by.
 
     python mock_openai.py --port 8399 --latency-ms 50
 
-One `asyncio.Protocol` on uvloop and httptools, so that it stays ahead of any client in Python. Answers are a function
-of the request's bytes. The model's name picks what it says: `mock-ab` "A" or "B" with log-probabilities,
-`mock-prometheus` a short reasoning and "[RESULT] A", `mock-policy` some ninety words.
-/v1/chat/completions/batch takes a list of conversations. GET /stats counts what was asked; POST /reset zeroes it.
-"""
+One `asyncio.Protocol` on uvloop and httptools, so that it stays ahead of any client in Python.
+Answers are a function of the request's bytes. The model's name picks what it says: `mock-ab` "A" or
+"B" with log-probabilities, `mock-prometheus` a short reasoning and "[RESULT] A", `mock-policy` some
+ninety words. /v1/chat/completions/batch takes a list of conversations. GET /stats counts what was
+asked; POST /reset zeroes it."""
+
 from __future__ import annotations
 
 import argparse
@@ -23,15 +25,51 @@ import httptools
 import orjson
 import uvloop
 
-WORDS = ("the model answer gives a careful account of how water moves through soil and rock before it reaches "
-         "a river where people fish travel trade and rest while seasons change light wind heat and cost").split()
+WORDS = [
+    "the",
+    "model",
+    "answer",
+    "gives",
+    "a",
+    "careful",
+    "account",
+    "of",
+    "how",
+    "water",
+    "moves",
+    "through",
+    "soil",
+    "and",
+    "rock",
+    "before",
+    "it",
+    "reaches",
+    "a",
+    "river",
+    "where",
+    "people",
+    "fish",
+    "travel",
+    "trade",
+    "and",
+    "rest",
+    "while",
+    "seasons",
+    "change",
+    "light",
+    "wind",
+    "heat",
+    "and",
+    "cost",
+]
 IDS = {"A": 32, "B": 33, "T": 51, " A": 362, " B": 425, " T": 350}
 SPELLING = {number: label for label, number in IDS.items()}
 MAX_MODEL_LEN = 32768
 
 
 class Stats:
-    """What was asked so far. `judgments` counts conversations put to a judge; `calls` also those to the policy."""
+    """What was asked so far. `judgments` counts conversations put to a judge; `calls` also those to
+    the policy."""
 
     judgments = calls = posts = in_flight = max_in_flight = connections = 0
     first = last = 0.0
@@ -44,9 +82,15 @@ class Stats:
     @classmethod
     def read(cls) -> dict[str, Any]:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        return {"judgments": cls.judgments, "calls": cls.calls, "posts": cls.posts,
-                "window_s": cls.last - cls.first, "max_in_flight": cls.max_in_flight,
-                "connections": cls.connections, "cpu_s": used.ru_utime + used.ru_stime}
+        return {
+            "judgments": cls.judgments,
+            "calls": cls.calls,
+            "posts": cls.posts,
+            "window_s": cls.last - cls.first,
+            "max_in_flight": cls.max_in_flight,
+            "connections": cls.connections,
+            "cpu_s": used.ru_utime + used.ru_stime,
+        }
 
 
 def words(seed: int, n: int = 90) -> str:
@@ -59,7 +103,8 @@ def words(seed: int, n: int = 90) -> str:
 
 
 def choice(body: dict[str, Any], model: str, raw: bytes, index: int = 0) -> dict[str, Any]:
-    """One answer. A judge's log-probabilities go over A and B with little on T, in the form that was asked for."""
+    """One answer. A judge's log-probabilities go over A and B with little on T, in the form that
+    was asked for."""
     h = zlib.crc32(raw)
     first, second = "AB" if h & 1 else "BA"
     if model == "mock-policy":
@@ -68,17 +113,40 @@ def choice(body: dict[str, Any], model: str, raw: bytes, index: int = 0) -> dict
         text = f"Feedback: Response {first} follows the rubric more closely. [RESULT] {first}"
     else:
         text = first
-    out = {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": None}
+    out = {
+        "index": index,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "stop",
+        "logprobs": None,
+    }
     if body.get("logprobs"):
         p = 0.55 + 0.40 * ((h >> 8) & 0xFFFF) / 65535.0
         logps = {first: math.log(p), second: math.log(0.96 - p), "T": math.log(0.03)}
         ids = body.get("logprob_token_ids")
         as_ids = body.get("return_tokens_as_token_ids")
-        spellings = [SPELLING.get(i, "?") for i in ids] if ids else list(logps)[:body.get("top_logprobs") or 1]
-        tops = [{"token": f"token_id:{IDS.get(s, 0)}" if as_ids else s, "logprob": logps.get(s, -12.0),
-                 "bytes": list(s.encode())} for s in spellings]
-        out["logprobs"] = {"content": [{"token": first, "logprob": logps[first], "bytes": list(first.encode()),
-                                        "top_logprobs": tops}]}
+        spellings = (
+            [SPELLING.get(i, "?") for i in ids]
+            if ids
+            else list(logps)[: body.get("top_logprobs") or 1]
+        )
+        tops = [
+            {
+                "token": f"token_id:{IDS.get(s, 0)}" if as_ids else s,
+                "logprob": logps.get(s, -12.0),
+                "bytes": list(s.encode()),
+            }
+            for s in spellings
+        ]
+        out["logprobs"] = {
+            "content": [
+                {
+                    "token": first,
+                    "logprob": logps[first],
+                    "bytes": list(first.encode()),
+                    "top_logprobs": tops,
+                }
+            ]
+        }
     return out
 
 
@@ -86,15 +154,20 @@ def complete(raw: bytes, batch: bool) -> tuple[bytes, int, bool]:
     """The answer's JSON, how many conversations it was, and whether a judge was asked."""
     body = orjson.loads(raw)
     model = str(body.get("model", "")).rsplit("/", 1)[-1]
-    if batch:
+    if batch:  # noqa: SIM108
         choices = [choice(body, model, orjson.dumps(m), i) for i, m in enumerate(body["messages"])]
     else:
         choices = [choice(body, model, raw)]
     n = len(raw) // 4
     made = len(choices) if body.get("max_tokens") == 1 else 90 * len(choices)
-    answer = {"id": f"chatcmpl-{zlib.crc32(raw):08x}", "object": "chat.completion", "created": int(time.time()),
-              "model": body.get("model"), "choices": choices,
-              "usage": {"prompt_tokens": n, "completion_tokens": made, "total_tokens": n + made}}
+    answer = {
+        "id": f"chatcmpl-{zlib.crc32(raw):08x}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": body.get("model"),
+        "choices": choices,
+        "usage": {"prompt_tokens": n, "completion_tokens": made, "total_tokens": n + made},
+    }
     return json.dumps(answer).encode(), len(choices), model != "mock-policy"
 
 
@@ -103,7 +176,12 @@ def tokenized(raw: bytes) -> dict[str, Any]:
     text = orjson.loads(raw).get("prompt", "")
     line_break, rest = text[:1] == "\n", text.removeprefix("\n")
     tokens = [198] * line_break + ([IDS[rest]] if rest in IDS else [100] * -(-len(rest) // 4))
-    return {"count": len(tokens), "max_model_len": MAX_MODEL_LEN, "tokens": tokens, "token_strs": None}
+    return {
+        "count": len(tokens),
+        "max_model_len": MAX_MODEL_LEN,
+        "tokens": tokens,
+        "token_strs": None,
+    }
 
 
 def page(url: bytes, raw: bytes) -> Any:
@@ -117,15 +195,29 @@ def page(url: bytes, raw: bytes) -> Any:
     if url.endswith(b"/version"):
         return {"version": "0.32.0"}
     if url.endswith(b"/models"):
-        return {"object": "list", "data": [
-            {"id": m, "object": "model", "created": 0, "owned_by": "mock", "root": m, "max_model_len": MAX_MODEL_LEN}
-            for m in ("mock-ab", "mock-prometheus", "mock-policy")]}
+        return {
+            "object": "list",
+            "data": [
+                {
+                    "id": m,
+                    "object": "model",
+                    "created": 0,
+                    "owned_by": "mock",
+                    "root": m,
+                    "max_model_len": MAX_MODEL_LEN,
+                }
+                for m in ("mock-ab", "mock-prometheus", "mock-policy")
+            ],
+        }
     return {}
 
 
 def http(body: bytes, status: bytes = b"200 OK") -> bytes:
     """A reply that keeps the connection open."""
-    head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(body))
+    head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (
+        status,
+        len(body),
+    )
     return head + body
 
 
@@ -175,7 +267,11 @@ class Connection(asyncio.Protocol):
             body, n, judged = complete(raw, batch)
             answer = http(body)
         except (ValueError, KeyError, TypeError) as error:
-            answer, n, judged = http(orjson.dumps({"error": {"message": repr(error)}}), b"400 Bad Request"), 0, False
+            answer, n, judged = (
+                http(orjson.dumps({"error": {"message": repr(error)}}), b"400 Bad Request"),
+                0,
+                False,
+            )
         if not self.transport.is_closing():
             self.transport.write(answer)
         Stats.posts += 1
@@ -187,7 +283,9 @@ class Connection(asyncio.Protocol):
 
 async def serve(port: int) -> None:
     """Serve until terminated."""
-    server = await asyncio.get_running_loop().create_server(Connection, "127.0.0.1", port, backlog=4096)
+    server = await asyncio.get_running_loop().create_server(
+        Connection, "127.0.0.1", port, backlog=4096
+    )
     async with server:
         await server.serve_forever()
 

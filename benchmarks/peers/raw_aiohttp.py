@@ -1,5 +1,7 @@
-"""The plain loop to beat: a pool of workers over aiohttp. Variants: "" (asyncio, json) · uvloop (uvloop, orjson) ·
-batch (uvloop, orjson, vLLM's batch endpoint, 32 conversations a POST). Nothing is kept but a list."""
+"""The plain loop to beat: a pool of workers over aiohttp. Variants: "" (asyncio, json) · uvloop
+(uvloop, orjson) · batch (uvloop, orjson, vLLM's batch endpoint, 32 conversations a POST). Nothing
+is kept but a list."""
+
 from __future__ import annotations
 
 import asyncio
@@ -27,7 +29,10 @@ async def ask(session: aiohttp.ClientSession, rows: list[dict]) -> list[tuple[st
         url, body = "/chat/completions", workload.body(rows[0])
     else:
         bodies = [workload.body(row) for row in rows]
-        url, body = "/chat/completions/batch", {**bodies[0], "messages": [b["messages"] for b in bodies]}
+        url, body = (
+            "/chat/completions/batch",
+            {**bodies[0], "messages": [b["messages"] for b in bodies]},
+        )
     async with session.post(options.base_url + url, data=dumps(body), headers=HEADERS) as response:
         answer = loads(await response.read())
     return [workload.read({"choices": [choice]}) for choice in answer["choices"]]
@@ -35,11 +40,13 @@ async def ask(session: aiohttp.ClientSession, rows: list[dict]) -> list[tuple[st
 
 async def main() -> None:
     rows = list(workload.rows(options.n))
-    jobs = iter([rows[i:i + BATCH] for i in range(0, len(rows), BATCH)])
+    jobs = iter([rows[i : i + BATCH] for i in range(0, len(rows), BATCH)])
     found: list[tuple[str, float]] = []
     started = time.perf_counter()
     connector = aiohttp.TCPConnector(limit=options.concurrency)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(total=600)
+    ) as session:
 
         async def work() -> None:
             for job in jobs:

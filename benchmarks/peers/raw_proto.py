@@ -1,4 +1,6 @@
-"""The floor: hand-written HTTP/1.1 on `asyncio.Protocol`, uvloop, httptools and orjson. Nothing is kept but a list."""
+"""The floor: hand-written HTTP/1.1 on `asyncio.Protocol`, uvloop, httptools and orjson. Nothing is
+kept but a list."""
+
 from __future__ import annotations
 
 import asyncio
@@ -20,7 +22,12 @@ class Client(asyncio.Protocol):
     """One connection with one request in flight."""
 
     def connection_made(self, transport: Any) -> None:
-        self.transport, self.parser, self.parts, self.answer = transport, httptools.HttpResponseParser(self), [], None
+        self.transport, self.parser, self.parts, self.answer = (
+            transport,
+            httptools.HttpResponseParser(self),
+            [],
+            None,
+        )
 
     def data_received(self, data: bytes) -> None:
         self.parser.feed_data(data)
@@ -44,9 +51,13 @@ async def main() -> None:
     started = time.perf_counter()
 
     async def work() -> None:
-        _, client = await asyncio.get_running_loop().create_connection(Client, url.hostname, url.port)
+        _, client = await asyncio.get_running_loop().create_connection(
+            Client, url.hostname, url.port
+        )
         for row in rows:
-            found.append(workload.read(orjson.loads(await client.post(orjson.dumps(workload.body(row))))))
+            found.append(
+                workload.read(orjson.loads(await client.post(orjson.dumps(workload.body(row)))))
+            )
         client.transport.close()
 
     await asyncio.gather(*(work() for _ in range(options.concurrency)))

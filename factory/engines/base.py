@@ -1,7 +1,10 @@
-"""Engines: whatever answers requests. One file an engine; the module's name is the `engine:` of a pipeline file.
+"""Engines: whatever answers requests. One file an engine; the module's name is the `engine:` of a
+pipeline file.
 
-Each engine's module exports `Config` (pydantic) and `make(config, name)`; nothing heavy is imported before `start`.
+Each engine's module exports `Config` (pydantic) and `make(config, name)`; nothing heavy is imported
+before `start`.
 """
+
 from __future__ import annotations
 
 import json
@@ -10,17 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
 from prefab.factory.plugins import Registry
-from prefab.factory.errors import ConfigError
 from prefab.factory.types import Engine
 
-ENGINES = Registry("prefab.engines", {
-    "vllm": "prefab.factory.engines.vllm:VllmConfig",
-    "openai": "prefab.factory.engines.openai:OpenAIConfig",
-    "hf": "prefab.factory.engines.hf:HfConfig",
-    "scripted": "prefab.factory.engines.scripted:ScriptedConfig",
-})
+ENGINES = Registry(
+    "prefab.engines",
+    {
+        "vllm": "prefab.factory.engines.vllm:VllmConfig",
+        "openai": "prefab.factory.engines.openai:OpenAIConfig",
+        "hf": "prefab.factory.engines.hf:HfConfig",
+        "scripted": "prefab.factory.engines.scripted:ScriptedConfig",
+    },
+)
 EMBEDDED = PACKAGE / "factory" / "microworld" / "weights"
 
 
@@ -46,21 +52,29 @@ def make(config: Mapping[str, Any], name: str) -> Engine:
     try:
         checked = model.model_validate(dict(config))
     except ValidationError as error:
-        lines = [f"engines.{name}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        lines = [
+            f"engines.{name}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+        ]
         raise ConfigError("\n".join(lines)) from error
     return sys.modules[model.__module__].make(checked, name)
 
 
 def resolve_model(name: str) -> str:
-    """Where a model is: the embedded models' names become their folders, all else stays as it is."""
+    """Where a model is: the embedded models' names become their folders, all else stays as it
+    is.
+    """
     folder = EMBEDDED / name
-    return str(folder) if name.startswith("prefab-") and "/" not in name and folder.is_dir() else name
+    return (
+        str(folder) if name.startswith("prefab-") and "/" not in name and folder.is_dir() else name
+    )
 
 
 def folder_specials(folder: Path) -> tuple[str, ...]:
-    """The spellings that this folder's tokenizer turns into control tokens, wherever in a text they stand.
+    """The spellings that this folder's tokenizer turns into control tokens, wherever in a text they
+    stand.
 
-    Added tokens that are not marked special count too: `<think>` and `<tool_call>` steer a model as well.
+    Added tokens that are not marked special count too: `<think>` and `<tool_call>` steer a model as
+    well.
     """
     found: dict[str, None] = {}
     for entry in _json(folder / "tokenizer.json").get("added_tokens", ()):
@@ -75,7 +89,9 @@ def folder_specials(folder: Path) -> tuple[str, ...]:
 def max_length(folder: Path) -> int | None:
     """The longest context that this folder's model was made for, in tokens."""
     config = _json(folder / "config.json")
-    return config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
+    return config.get("max_position_embeddings") or (config.get("text_config") or {}).get(
+        "max_position_embeddings"
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""Chat completions as vLLM and OpenAI-compatible servers speak them: bodies, label reads, answers, typed refusals.
+"""Chat completions as vLLM and OpenAI-compatible servers speak them: bodies, label reads, answers,
+typed refusals.
 
-A label read asks for one unconstrained token and its log-probabilities. Constrained decoding is never used for it: it
-renormalises over the labels, and the probability mass that they really had is lost.
+A label read asks for one unconstrained token and its log-probabilities. Constrained decoding is
+never used for it: it renormalises over the labels, and the probability mass that they really had is
+lost.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -18,11 +21,22 @@ from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import derived_seed
 from prefab.factory.types import Completion, Exactness, Message, Request, Sampling
 
-FLUSH_AFTER_S = 0.002  # a label read waits this long for company while others are under way, and not at all otherwise
-_CONTEXT = re.compile(r"context[ _](?:length|window|size)|prompt is too long|max_model_len|too many tokens", re.I)
+# a label read waits this long for company while others are under way, and not at all otherwise
+FLUSH_AFTER_S = 0.002
+_CONTEXT = re.compile(
+    r"context[ _](?:length|window|size)|prompt is too long|max_model_len|too many tokens", re.I
+)
 _LIMIT = re.compile(r"(?:context[ _](?:length|window|size)\D{0,40}|tokens > )(\d[\d,]*)", re.I)
-_POLICY = re.compile(r"content[ _-]?(?:filter|policy|management)|responsible ?ai|safety (?:system|policy)", re.I)
-_FINISH = {"stop": "stop", "eos": "stop", "tool_calls": "stop", "length": "length", "content_filter": "refused"}
+_POLICY = re.compile(
+    r"content[ _-]?(?:filter|policy|management)|responsible ?ai|safety (?:system|policy)", re.I
+)
+_FINISH = {
+    "stop": "stop",
+    "eos": "stop",
+    "tool_calls": "stop",
+    "length": "length",
+    "content_filter": "refused",
+}
 
 
 LabelRead = tuple[dict[str, float] | None, Exactness]
@@ -33,7 +47,9 @@ class Malformed(Exception):
 
 
 class Read(Protocol):
-    """How label log-probabilities are asked for and found in the answer; one way a server (see `claim`)."""
+    """How label log-probabilities are asked for and found in the answer; one way a server (see
+    `claim`).
+    """
 
     async def prepare(self, labels: tuple[str, ...]) -> None:
         """Find out what `fields` and `parse` need about these labels."""
@@ -42,11 +58,15 @@ class Read(Protocol):
         """The fields of the body that ask for them."""
 
     def parse(self, entries: Sequence[Any] | None, labels: tuple[str, ...]) -> LabelRead:
-        """Log-probabilities by spelling from the first token's `top_logprobs`; spellings not there are left out."""
+        """Log-probabilities by spelling from the first token's `top_logprobs`; spellings not there
+        are left out.
+        """
 
 
 class TopRead:
-    """Reads the labels among the top k tokens. What is missing there lies below the k-th: `bounds`."""
+    """Reads the labels among the top k tokens. What is missing there lies below the k-th:
+    `bounds`.
+    """
 
     def __init__(self, top: int = 20) -> None:
         self.top = top
@@ -55,12 +75,15 @@ class TopRead:
         """Nothing to find out: tokens come back as texts."""
 
     def fields(self, labels: tuple[str, ...]) -> dict[str, Any]:
-        """`top` = 0 asks for no log-probabilities at all (for servers that refuse them): `hard` labels."""
+        """`top` = 0 asks for no log-probabilities at all (for servers that refuse them): `hard`
+        labels.
+        """
         return {"logprobs": True, "top_logprobs": self.top} if self.top else {}
 
     def parse(self, entries: Sequence[Any] | None, labels: tuple[str, ...]) -> LabelRead:
-        """As `Read.parse`; None and `hard` when the server gives no log-probabilities; nothing, as an exact read that
-        mentions no label, where a label's is no number."""
+        """As `Read.parse`; None and `hard` when the server gives no log-probabilities; nothing, as
+        an exact read that mentions no label, where a label's is no number.
+        """
         if not entries:
             return None, "hard"
         found: dict[str, float] = {}
@@ -69,7 +92,9 @@ class TopRead:
             if token not in labels:
                 continue
             logp = log_probability(entry.get("logprob"))
-            if logp is None:  # the label was there, so it is not below the k-th token: nothing is known of it
+            if (
+                logp is None
+            ):  # the label was there, so it is not below the k-th token: nothing is known of it
                 return {}, "exact"
             if logp > -math.inf:  # two tokens can have one text: their masses add up
                 found[token] = log_add(found[token], logp) if token in found else logp
@@ -77,8 +102,10 @@ class TopRead:
 
 
 class Drawn(NamedTuple):
-    """A sampled answer as token ids: the prompt's as the server's template wrote it, the answer's with its end token, and
-    the log-probability of each of these when it was drawn. `ended`: by an end token, not by its length."""
+    """A sampled answer as token ids: the prompt's as the server's template wrote it, the answer's
+    with its end token, and the log-probability of each of these when it was drawn. `ended`: by an
+    end token, not by its length.
+    """
 
     prompt: list[int]
     ids: list[int]
@@ -87,19 +114,37 @@ class Drawn(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What label reads that may share one POST have in common: the body before its messages, and the labels."""
+    """What label reads that may share one POST have in common: the body before its messages, and
+    the labels.
+    """
 
     head: bytes
     labels: tuple[str, ...]
 
 
 class Chat:
-    """Asks one server. `path` is that of chat completions; `batch` > 1 coalesces label reads into `path`/batch."""
+    """Asks one server. `path` is that of chat completions; `batch` > 1 coalesces label reads into
+    `path`/batch.
+    """
 
-    def __init__(self, server: HttpClient, path: str, model: str, read: Read, *, batch: int = 1, extended: bool = True,
-                 max_tokens_field: str = "max_tokens", extra: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        server: HttpClient,
+        path: str,
+        model: str,
+        read: Read,
+        *,
+        batch: int = 1,
+        extended: bool = True,
+        max_tokens_field: str = "max_tokens",
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         self.server, self.path, self.model, self.read, self.batch = server, path, model, read, batch
-        self.extended, self.max_tokens_field, self.extra = extended, max_tokens_field, dict(extra or {})
+        self.extended, self.max_tokens_field, self.extra = (
+            extended,
+            max_tokens_field,
+            dict(extra or {}),
+        )
         self.max_model_len = self.in_flight = 0
         self._heads: dict[tuple[Any, ...], Group] = {}
         self._waiting: dict[Group, list[tuple[bytes, asyncio.Future[Completion]]]] = {}
@@ -120,18 +165,27 @@ class Chat:
             self.in_flight -= 1
 
     async def draw(self, key: bytes, request: Request, stops: Sequence[int]) -> Drawn:
-        """The answer to one request as token ids (`return_token_ids`, which vLLM has), ended by any token of `stops`.
+        """The answer to one request as token ids (`return_token_ids`, which vLLM has), ended by any
+        token of `stops`.
 
         Raises: TransportError; EngineError for a request that the server refuses.
         """
         self.in_flight += 1
         try:
             group, messages = await self._group(request), message_bytes(request.messages)
-            more = orjson.dumps({"return_token_ids": True, "logprobs": True, "stop_token_ids": list(stops),
-                                 "seed": derived_seed(key)})
+            more = orjson.dumps(
+                {
+                    "return_token_ids": True,
+                    "logprobs": True,
+                    "stop_token_ids": list(stops),
+                    "seed": derived_seed(key),
+                }
+            )
             return await self._parsed(b"%b%b,%b" % (group.head, messages, more[1:]), _drawn)
         except Rejected as refusal:
-            raise EngineError(f"{self.server.url}{self.path}: HTTP {refusal.status} {refusal.message}") from refusal
+            raise EngineError(
+                f"{self.server.url}{self.path}: HTTP {refusal.status} {refusal.message}"
+            ) from refusal
         finally:
             self.in_flight -= 1
 
@@ -143,7 +197,13 @@ class Chat:
         if group is None:
             if request.labels:
                 await self.read.prepare(request.labels)
-            body = {"model": self.model, **self._sampling(request.sampling), "n": 1, "stream": False, **self.extra}
+            body = {
+                "model": self.model,
+                **self._sampling(request.sampling),
+                "n": 1,
+                "stream": False,
+                **self.extra,
+            }
             if request.labels:
                 body |= self.read.fields(request.labels)
             if kwargs:
@@ -153,23 +213,43 @@ class Chat:
         return group
 
     def _sampling(self, s: Sampling) -> dict[str, Any]:
-        """Every field: a server fills what is left out from the model's own generation_config.json. Fields that only
-        vLLM and its like know are left out for others (`extended` False) while they say nothing."""
-        plain = {self.max_tokens_field: s.max_tokens, "temperature": s.temperature, "top_p": s.top_p,
-                 "frequency_penalty": s.frequency_penalty, "presence_penalty": s.presence_penalty}
-        more = {"top_k": (s.top_k, 0), "min_p": (s.min_p, 0.0), "repetition_penalty": (s.repetition_penalty, 1.0)}
-        more_fields = {name: value for name, (value, neutral) in more.items() if self.extended or value != neutral}
+        """Every field: a server fills what is left out from the model's own generation_config.json.
+        Fields that only vLLM and its like know are left out for others (`extended` False) while
+        they say nothing.
+        """
+        plain = {
+            self.max_tokens_field: s.max_tokens,
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "frequency_penalty": s.frequency_penalty,
+            "presence_penalty": s.presence_penalty,
+        }
+        more = {
+            "top_k": (s.top_k, 0),
+            "min_p": (s.min_p, 0.0),
+            "repetition_penalty": (s.repetition_penalty, 1.0),
+        }
+        more_fields = {
+            name: value
+            for name, (value, neutral) in more.items()
+            if self.extended or value != neutral
+        }
         return plain | more_fields | ({"stop": list(s.stop)} if s.stop or self.extended else {})
 
     async def _single(self, group: Group, messages: bytes, seed: bytes) -> Completion:
         try:
-            return await self._parsed(b"%b%b%b}" % (group.head, messages, seed), lambda answer: self._completion(
-                _choices(answer, 1)[0], group.labels, *_usage(answer)))
+            return await self._parsed(
+                b"%b%b%b}" % (group.head, messages, seed),
+                lambda answer: self._completion(
+                    _choices(answer, 1)[0], group.labels, *_usage(answer)
+                ),
+            )
         except Rejected as refusal:
             return await self._refused(refusal)
 
     async def _parsed(self, body: bytes, parse: Callable[[dict[str, Any]], Any]) -> Any:
-        """What `parse` finds in the answer to `body`, which is asked thrice where it finds nothing of the kind.
+        """What `parse` finds in the answer to `body`, which is asked thrice where it finds nothing
+        of the kind.
 
         Raises: Rejected, TransportError, EngineError.
         """
@@ -181,26 +261,36 @@ class Chat:
         raise TransportError(f"{self.server.url}{self.path}: {problem}")
 
     async def _refused(self, refusal: Rejected) -> Completion:
-        """What a 4xx means: a fact about this prompt (kept), a mistake of the user's (told), or a failure (counted)."""
+        """What a 4xx means: a fact about this prompt (kept), a mistake of the user's (told), or a
+        failure (counted).
+        """
         code, message = str(refusal.detail.get("code") or ""), refusal.message
-        if code == "context_length_exceeded" or refusal.status in (400, 413, 422) and _CONTEXT.search(message):
+        if code == "context_length_exceeded" or (
+            refusal.status in (400, 413, 422) and _CONTEXT.search(message)
+        ):
             found = _LIMIT.search(message)
             limit = int(found[1].replace(",", "")) if found else self.max_model_len
             return Completion("", "context", limit=limit)
-        if code in ("content_filter", "content_policy_violation") or refusal.status == 400 and _POLICY.search(message):
+        if code in ("content_filter", "content_policy_violation") or (
+            refusal.status == 400 and _POLICY.search(message)
+        ):
             return Completion("", "refused")
         if refusal.status == 404:
             raise EngineError(await wrong_model(self.server, self.path, self.model, message))
         raise TransportError(f"{self.server.url}{self.path}: HTTP {refusal.status} {message}")
 
-    def _completion(self, choice: Any, labels: tuple[str, ...], prompt_tokens: int, new_tokens: int) -> Completion:
+    def _completion(
+        self, choice: Any, labels: tuple[str, ...], prompt_tokens: int, new_tokens: int
+    ) -> Completion:
         try:
             message = choice["message"]
             refusal = message.get("refusal")
             text = refusal if refusal else message.get("content") or ""
             finish = "refused" if refusal else _FINISH.get(choice.get("finish_reason") or "stop")
             if finish is None or not isinstance(text, str):
-                raise Malformed(f"finish_reason {choice.get('finish_reason')!r}, content {type(text).__name__}")
+                raise Malformed(
+                    f"finish_reason {choice.get('finish_reason')!r}, content {type(text).__name__}"
+                )
             if not labels:
                 return Completion(text, finish, None, "exact", prompt_tokens, new_tokens)
             content = (choice.get("logprobs") or {}).get("content") or [{}]
@@ -218,7 +308,11 @@ class Chat:
         if len(waiting) >= self.batch:
             self._leave(group)
         elif self._timer is None:
-            self._timer = loop.call_later(FLUSH_AFTER_S, self._flush) if self._posts else loop.call_soon(self._flush)
+            self._timer = (
+                loop.call_later(FLUSH_AFTER_S, self._flush)
+                if self._posts
+                else loop.call_soon(self._flush)
+            )
         return future
 
     def _flush(self) -> None:
@@ -233,9 +327,12 @@ class Chat:
             self._posts.add(task)
             task.add_done_callback(self._posts.discard)
 
-    async def _post_batch(self, group: Group, reads: list[tuple[bytes, asyncio.Future[Completion]]]) -> None:
-        """One POST for all reads. One conversation that is too long makes the whole batch a 400, and one with NaN
-        logits makes it a 500: then each is asked by itself."""
+    async def _post_batch(
+        self, group: Group, reads: list[tuple[bytes, asyncio.Future[Completion]]]
+    ) -> None:
+        """One POST for all reads. One conversation that is too long makes the whole batch a 400,
+        and one with NaN logits makes it a 500: then each is asked by itself.
+        """
         try:
             if len(reads) > 1:
                 answers = await self._batch_answers(group, [messages for messages, _ in reads])
@@ -258,13 +355,20 @@ class Chat:
             answer = await self.server.post(self.path + "/batch", body, final=frozenset({500}))
         except Rejected as refusal:
             if refusal.status in (404, 405, 501):
-                self.batch = 1  # this server has no such endpoint (or no such model, which the single read will tell)
+                # this server has no such endpoint (or no such model, which the single read will
+                # tell)
+                self.batch = 1
             raise
         choices = _choices(answer, len(conversations))
         shares = _share(_usage(answer)[0], [len(c) for c in conversations])
-        return [self._completion(c, group.labels, tokens, 1) for c, tokens in zip(choices, shares, strict=True)]
+        return [
+            self._completion(c, group.labels, tokens, 1)
+            for c, tokens in zip(choices, shares, strict=True)
+        ]
 
-    async def _alone(self, group: Group, messages: bytes, future: asyncio.Future[Completion]) -> None:
+    async def _alone(
+        self, group: Group, messages: bytes, future: asyncio.Future[Completion]
+    ) -> None:
         try:
             _settle(future, await self._single(group, messages, b""))
         except BaseException as error:
@@ -303,7 +407,9 @@ def message_bytes(messages: tuple[Message, ...]) -> bytes:
 
 
 def log_probability(value: Any) -> float | None:
-    """A number (minus infinity is one: the mass is 0), else None: null, NaN, text, truth values, integers beyond floats."""
+    """A number (minus infinity is one: the mass is 0), else None: null, NaN, text, truth values,
+    integers beyond floats.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -325,12 +431,15 @@ _READ_MODES: dict[str, str] = {}
 def claim(url: str, mode: str) -> None:
     """Note that this process reads labels from `url` in this mode.
 
-    Mixing top-k reads and reads by id on one vLLM server corrupted 63 of 64 top-k rows (vllm#51789).
+    Mixing top-k reads and reads by id on one vLLM server corrupted 63 of 64 top-k rows
+    (vllm#51789).
     Raises: EngineError when another mode was claimed before.
     """
     if _READ_MODES.setdefault(url.rstrip("/").removesuffix("/v1"), mode) != mode:
-        raise EngineError(f"{url} is used by a `vllm` and an `openai` engine at once, whose label reads corrupt each "
-                          "other on one server: use one of the two for it")
+        raise EngineError(
+            f"{url} is used by a `vllm` and an `openai` engine at once, whose label reads corrupt each "
+            "other on one server: use one of the two for it"
+        )
 
 
 def _choices(answer: dict[str, Any], n: int) -> list[Any]:
@@ -338,9 +447,13 @@ def _choices(answer: dict[str, Any], n: int) -> list[Any]:
     if choices is None and answer.get("error"):
         raise Malformed(f"an error at HTTP 200: {str(answer['error'])[:300]}")
     if not isinstance(choices, list) or len(choices) != n:
-        raise Malformed(f"{len(choices) if isinstance(choices, list) else 'no'} choices for {n} conversations")
+        raise Malformed(
+            f"{len(choices) if isinstance(choices, list) else 'no'} choices for {n} conversations"
+        )
     if n > 1:
-        by_index = {c["index"]: c for c in choices if isinstance(c, dict) and type(c.get("index")) is int}
+        by_index = {
+            c["index"]: c for c in choices if isinstance(c, dict) and type(c.get("index")) is int
+        }
         if sorted(by_index) != list(range(n)):
             raise Malformed("the choices' indices are not those of the conversations")
         return [by_index[i] for i in range(n)]
@@ -355,7 +468,9 @@ def _drawn(answer: dict[str, Any]) -> Drawn:
         if not all(type(i) is int for i in [*prompt, *ids]):
             raise TypeError("token ids that are no numbers")
     except (KeyError, TypeError) as error:
-        raise Malformed(f"no token ids ({type(error).__name__}: {error}); vLLM 0.32 gives them") from error
+        raise Malformed(
+            f"no token ids ({type(error).__name__}: {error}); vLLM 0.32 gives them"
+        ) from error
     if not ids or len(logps) != len(ids) or None in logps:
         raise Malformed(f"{len(ids)} token ids with {len(logps)} log-probabilities")
     return Drawn(prompt, ids, logps, choice.get("finish_reason") == "stop")
@@ -364,7 +479,11 @@ def _drawn(answer: dict[str, Any]) -> Drawn:
 def _usage(answer: dict[str, Any]) -> tuple[int, int]:
     """Prompt and new tokens; 0 where the server tells no count, or one that no file could hold."""
     usage = answer.get("usage")
-    prompt, new = (usage.get("prompt_tokens"), usage.get("completion_tokens")) if isinstance(usage, dict) else (0, 0)
+    prompt, new = (
+        (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        if isinstance(usage, dict)
+        else (0, 0)
+    )
     return _count(prompt), _count(new)
 
 
@@ -373,7 +492,9 @@ def _count(value: Any) -> int:
 
 
 def _share(total: int, lengths: Sequence[int]) -> list[int]:
-    """Split a batch's tokens among its conversations by their length: a batch tells only its sum, which stays exact."""
+    """Split a batch's tokens among its conversations by their length: a batch tells only its sum,
+    which stays exact.
+    """
     whole, before, shares, given = sum(lengths), 0, [], 0
     for length in lengths:
         before += length

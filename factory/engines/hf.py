@@ -1,8 +1,10 @@
-"""transformers in this process: the same label reads and sampling where vLLM does not run, such as a Mac. Not fast.
+"""transformers in this process: the same label reads and sampling where vLLM does not run, such as
+a Mac. Not fast.
 
-Requests that wait are answered together. Each row draws with its own generator, so an answer does not depend on which
-others it was batched with (beyond the rounding of the matrix products).
+Requests that wait are answered together. Each row draws with its own generator, so an answer does
+not depend on which others it was batched with (beyond the rounding of the matrix products).
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -22,12 +24,15 @@ from prefab.factory.errors import EngineError
 from prefab.factory.keys import derived_seed, model_identity
 from prefab.factory.types import Completion, Message, Request, Sampling
 
-# transformers makes models on the meta device, process-wide: two loaded at once end without weights.
+# transformers makes models on the meta device, process-wide: two loaded at once end without
+# weights.
 _LOADING = threading.Lock()
 
 
 class HfConfig(BaseModel):
-    """`model` is a folder, an embedded model or a hub name. `batch` requests are answered together."""
+    """`model` is a folder, an embedded model or a hub name. `batch` requests are answered
+    together.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -58,7 +63,11 @@ class HF:
         self.path, self.max_model_len = resolve_model(config.model), config.max_model_len
         self.special_tokens = folder_specials(Path(self.path)) if Path(self.path).is_dir() else ()
         self.device = _device(config.device)
-        self.dtype = ("float32" if self.device == "cpu" else "auto") if config.dtype == "auto" else config.dtype
+        self.dtype = (
+            ("float32" if self.device == "cpu" else "auto")
+            if config.dtype == "auto"
+            else config.dtype
+        )
         self.identity = model_identity(self.path, self.dtype, config.revision)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf")
         self._read = IdRead(self._tokenize)
@@ -79,25 +88,35 @@ class HF:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
-            raise EngineError(f"engines.{self.name}: transformers is not installed here: `make setup`") from error
+            raise EngineError(
+                f"engines.{self.name}: transformers is not installed here: `make setup`"
+            ) from error
         revision = {"revision": self.config.revision} if self.config.revision else {}
         try:
             with _LOADING:
                 self.tokenizer = AutoTokenizer.from_pretrained(self.path, **revision)
-                model = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype, **revision)
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.path, dtype=self.dtype, **revision
+                )
         except (OSError, ValueError) as error:
             raise EngineError(f"engines.{self.name}: cannot load {self.path}: {error}") from error
         if not self.tokenizer.chat_template:
-            raise EngineError(f"engines.{self.name}: the tokenizer of {self.path} has no chat template")
+            raise EngineError(
+                f"engines.{self.name}: the tokenizer of {self.path} has no chat template"
+            )
         longest = getattr(model.config, "max_position_embeddings", None)
         self.max_model_len = min(filter(None, (self.config.max_model_len, longest)), default=None)
         if not self.special_tokens:
-            self.special_tokens = tuple(t.content for t in self.tokenizer.added_tokens_decoder.values())
+            self.special_tokens = tuple(
+                t.content for t in self.tokenizer.added_tokens_decoder.values()
+            )
         self._stops = _stop_ids(model, self.tokenizer)
         self.model = model.to(self.device).eval()
 
     async def prepare(self, labels: tuple[str, ...]) -> None:
-        """Find the labels' token ids before anything is asked. Raises: EngineError for a label of several tokens."""
+        """Find the labels' token ids before anything is asked. Raises: EngineError for a label of
+        several tokens.
+        """
         await self._read.prepare(labels)
 
     async def complete(self, key: bytes, request: Request) -> Completion:
@@ -122,16 +141,24 @@ class HF:
         await asyncio.sleep(0)  # let those who arrive together be answered together
         while self._waiting:
             reads = bool(self._waiting[0].request.labels)
-            jobs = [job for job in self._waiting if bool(job.request.labels) is reads][: self.config.batch]
+            jobs = [job for job in self._waiting if bool(job.request.labels) is reads][
+                : self.config.batch
+            ]
             for job in jobs:
                 self._waiting.remove(job)
             jobs = [job for job in jobs if not job.future.done()]
             try:
-                answers = await loop.run_in_executor(self._thread, self._answer, jobs, reads) if jobs else []
+                answers = (
+                    await loop.run_in_executor(self._thread, self._answer, jobs, reads)
+                    if jobs
+                    else []
+                )
             except Exception as error:  # each asker learns of it; the next batch may be smaller
                 for job in jobs:
                     if not job.future.done():
-                        job.future.set_exception(EngineError(f"engines.{self.name}: {type(error).__name__}: {error}"))
+                        job.future.set_exception(
+                            EngineError(f"engines.{self.name}: {type(error).__name__}: {error}")
+                        )
                 continue
             for job, answer in zip(jobs, answers, strict=True):
                 if not job.future.done():
@@ -155,7 +182,9 @@ class HF:
         return answers
 
     def _generate(self, jobs: Sequence[Job]) -> list[Completion]:
-        """Token by token, all rows together; a finished row is carried along until the last one ends."""
+        """Token by token, all rows together; a finished row is carried along until the last one
+        ends.
+        """
         import torch
 
         draws = [torch.Generator().manual_seed(job.seed) for job in jobs]
@@ -167,7 +196,9 @@ class HF:
         while True:
             logits_BV, past = self._forward(tokens_BT, mask_BT, past)
             for i, job in enumerate(jobs):
-                token = choose(logits_BV[i].float().cpu(), job.request.sampling, job.ids, new[i], draws[i])
+                token = choose(
+                    logits_BV[i].float().cpu(), job.request.sampling, job.ids, new[i], draws[i]
+                )
                 new[i].append(token)
                 done[i] = done[i] or self._finished(job, new[i], room[i])
             if all(done):
@@ -182,17 +213,26 @@ class HF:
     def _finished(self, job: Job, new: list[int], room: int) -> Completion | None:
         """The completion if this row ends here: at a stop token, a stop string, or its length."""
         at_stop = new[-1] in self._stops
-        text = self.tokenizer.decode(new, skip_special_tokens=True) if at_stop or job.request.sampling.stop or \
-            len(new) >= room else ""
-        cut = min((at for stop in job.request.sampling.stop if (at := text.find(stop)) >= 0), default=-1)
+        text = (
+            self.tokenizer.decode(new, skip_special_tokens=True)
+            if at_stop or job.request.sampling.stop or len(new) >= room
+            else ""
+        )
+        cut = min(
+            (at for stop in job.request.sampling.stop if (at := text.find(stop)) >= 0), default=-1
+        )
         if cut >= 0:
             return Completion(text[:cut], "stop", None, "exact", len(job.ids), len(new))
         if at_stop or len(new) >= room:
-            return Completion(text, "stop" if at_stop else "length", None, "exact", len(job.ids), len(new))
+            return Completion(
+                text, "stop" if at_stop else "length", None, "exact", len(job.ids), len(new)
+            )
         return None
 
     def _padded(self, jobs: Sequence[Job]) -> tuple[Any, Any]:
-        """Token ids and mask, padded on the left so that every row's next token stands at the end."""
+        """Token ids and mask, padded on the left so that every row's next token stands at the
+        end.
+        """
         import torch
 
         longest, pad = max(len(job.ids) for job in jobs), self.tokenizer.pad_token_id or 0
@@ -202,14 +242,22 @@ class HF:
 
     def _forward(self, tokens_BT: Any, mask_BT: Any, past: Any = None) -> tuple[Any, Any]:
         """Logits of the next token, and the cache."""
-        places = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -tokens_BT.shape[1]:]
-        out = self.model(input_ids=tokens_BT, attention_mask=mask_BT, position_ids=places, past_key_values=past,
-                         use_cache=True, logits_to_keep=1)
+        places = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -tokens_BT.shape[1] :]
+        out = self.model(
+            input_ids=tokens_BT,
+            attention_mask=mask_BT,
+            position_ids=places,
+            past_key_values=past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return out.logits[:, -1], out.past_key_values
 
     def _chat_ids(self, messages: Sequence[Message], kwargs: dict[str, Any]) -> list[int]:
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
+        text = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **kwargs
+        )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def _tokenize(self, text: str) -> list[int]:
@@ -230,7 +278,9 @@ class HF:
 
 
 def choose(logits_V: Any, s: Sampling, prompt: Sequence[int], new: Sequence[int], draw: Any) -> int:
-    """The next token: penalties, temperature, min-p, top-k and top-p as vLLM orders them; the best at temperature 0."""
+    """The next token: penalties, temperature, min-p, top-k and top-p as vLLM orders them; the best
+    at temperature 0.
+    """
     import torch
 
     logits_V = _penalised(logits_V, s, prompt, new)
@@ -239,19 +289,27 @@ def choose(logits_V: Any, s: Sampling, prompt: Sequence[int], new: Sequence[int]
     logits_V = logits_V / s.temperature
     if s.min_p > 0:
         probabilities_V = logits_V.softmax(-1)
-        logits_V = logits_V.masked_fill(probabilities_V < s.min_p * probabilities_V.max(), -torch.inf)
+        logits_V = logits_V.masked_fill(
+            probabilities_V < s.min_p * probabilities_V.max(), -torch.inf
+        )
     if s.top_k > 0:
         lowest = logits_V.topk(min(s.top_k, logits_V.numel())).values[-1]
         logits_V = logits_V.masked_fill(logits_V < lowest, -torch.inf)
     if s.top_p < 1:
         sorted_V, order_V = logits_V.softmax(-1).sort(descending=True)
-        beyond_V = sorted_V.cumsum(-1) - sorted_V >= s.top_p  # the token that crosses top_p is still in
-        logits_V = logits_V.masked_fill(torch.zeros_like(beyond_V).scatter(0, order_V, beyond_V), -torch.inf)
+        beyond_V = (
+            sorted_V.cumsum(-1) - sorted_V >= s.top_p
+        )  # the token that crosses top_p is still in
+        logits_V = logits_V.masked_fill(
+            torch.zeros_like(beyond_V).scatter(0, order_V, beyond_V), -torch.inf
+        )
     return int(torch.multinomial(logits_V.softmax(-1), 1, generator=draw))
 
 
 def _penalised(logits_V: Any, s: Sampling, prompt: Sequence[int], new: Sequence[int]) -> Any:
-    """Repetition counts the prompt too; frequency and presence only what was generated, as on vLLM."""
+    """Repetition counts the prompt too; frequency and presence only what was generated, as on
+    vLLM.
+    """
     import torch
 
     if s.repetition_penalty != 1:
@@ -271,10 +329,14 @@ def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _device(wanted: str) -> str:
-    """cuda, mps (a Mac) or cpu. torch (seconds of import) is only asked where `auto` could mean something else."""
+    """cuda, mps (a Mac) or cpu. torch (seconds of import) is only asked where `auto` could mean
+    something else.
+    """
     if wanted != "auto":
         return wanted
-    if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() or sys.platform == "darwin"):
+    if not (
+        Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() or sys.platform == "darwin"
+    ):
         return "cpu"
     try:
         import torch

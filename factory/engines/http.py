@@ -1,8 +1,10 @@
-"""The one HTTP client of the hot path: aiohttp and orjson, one pool a server, retries, deadlines and a circuit breaker.
+"""The one HTTP client of the hot path: aiohttp and orjson, one pool a server, retries, deadlines
+and a circuit breaker.
 
-Measured against a zero-latency server with 64 in flight: aiohttp with orjson makes 10,000 calls a second where httpx
-makes 290 and the OpenAI client 240-580, so neither of those is ever used here.
+Measured against a zero-latency server with 64 in flight: aiohttp with orjson makes 10,000 calls a
+second where httpx makes 290 and the OpenAI client 240-580, so neither of those is ever used here.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -19,14 +21,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.errors import EngineError, TransportError
 
-HEALS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})  # worth asking again
-DOWN = frozenset({502, 503, 504})  # speak of the server's health, where 429 and 500 speak of one request
+HEALS = frozenset(
+    {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
+)  # worth asking again
+DOWN = frozenset(
+    {502, 503, 504}
+)  # speak of the server's health, where 429 and 500 speak of one request
 BACKOFF_S, BACKOFF_CAP_S = 0.25, 20.0
-KEEP_ALIVE_S = 4.0  # uvicorn closes idle connections after 5 s; a client that waits longer meets resets
+KEEP_ALIVE_S = (
+    4.0  # uvicorn closes idle connections after 5 s; a client that waits longer meets resets
+)
 
 
 class HttpConfig(BaseModel):
-    """What every engine that speaks HTTP can be told. `timeout_s` is for one try, `deadline_s` for all of a call's."""
+    """What every engine that speaks HTTP can be told. `timeout_s` is for one try, `deadline_s` for
+    all of a call's.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,7 +48,9 @@ class HttpConfig(BaseModel):
 
 
 class Rejected(Exception):
-    """The server refused one request for good (a 4xx that does not heal). The engine gives it its meaning."""
+    """The server refused one request for good (a 4xx that does not heal). The engine gives it its
+    meaning.
+    """
 
     def __init__(self, status: int, message: str, detail: dict[str, Any]) -> None:
         super().__init__(message)
@@ -46,8 +58,10 @@ class Rejected(Exception):
 
 
 class Breaker:
-    """Stops asking a server that is down: opens once nothing but failures came for `down_after_s` (at least five),
-    then lets one call through after a pause that doubles up to a minute; a success closes it."""
+    """Stops asking a server that is down: opens once nothing but failures came for `down_after_s`
+    (at least five), then lets one call through after a pause that doubles up to a minute; a success
+    closes it.
+    """
 
     def __init__(self, down_after_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.down_after_s, self.clock = down_after_s, clock
@@ -60,8 +74,12 @@ class Breaker:
             return
         wait_s = self.retry_at - self.clock()
         if wait_s > 0:
-            raise TransportError(f"{url} is down ({self.reason}); not asked again for {wait_s:.0f} s")
-        self.retry_at = self.clock() + self.pause_s  # half-open: this call alone tries, the others still fail fast
+            raise TransportError(
+                f"{url} is down ({self.reason}); not asked again for {wait_s:.0f} s"
+            )
+        self.retry_at = (
+            self.clock() + self.pause_s
+        )  # half-open: this call alone tries, the others still fail fast
 
     def succeeded(self) -> None:
         """An answer came, good or bad: the server is up."""
@@ -86,13 +104,18 @@ class HttpClient:
     def __init__(self, url: str, config: HttpConfig, api_key_env: str | None = None) -> None:
         self.url, self.config, self.api_key_env = url.rstrip("/"), config, api_key_env
         self.breaker = Breaker(config.down_after_s)
-        self.why_down: Callable[[], str | None] = lambda: None  # an engine that owns the server knows when it died
+        self.why_down: Callable[[], str | None] = lambda: (
+            None
+        )  # an engine that owns the server knows when it died
         self._session: Any = None
         self._loop: Any = None
         self._urls: dict[str, Any] = {}
 
-    async def post(self, path: str, body: bytes, final: frozenset[int] = frozenset()) -> dict[str, Any]:
-        """The JSON object that answers `body`. Statuses in `final` are not asked again, whatever they are.
+    async def post(
+        self, path: str, body: bytes, final: frozenset[int] = frozenset()
+    ) -> dict[str, Any]:
+        """The JSON object that answers `body`. Statuses in `final` are not asked again, whatever
+        they are.
 
         Raises:
             Rejected: a 4xx that asking again does not heal.
@@ -111,12 +134,16 @@ class HttpClient:
 
         try:
             timeout = aiohttp.ClientTimeout(total=5)
-            async with self.session().get(self.url + path, timeout=timeout, headers=self._headers()) as answer:
+            async with self.session().get(
+                self.url + path, timeout=timeout, headers=self._headers()
+            ) as answer:
                 return answer.status == 200
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+        except (TimeoutError, aiohttp.ClientError, OSError):
             return False
 
-    async def _retrying(self, method: str, path: str, body: bytes | None, final: frozenset[int]) -> dict[str, Any]:
+    async def _retrying(
+        self, method: str, path: str, body: bytes | None, final: frozenset[int]
+    ) -> dict[str, Any]:
         deadline = time.monotonic() + self.config.deadline_s
         attempt = 0
         while True:
@@ -130,9 +157,15 @@ class HttpClient:
             attempt += 1
             if attempt > self.config.retries:
                 raise TransportError(f"{self.url}{path}: {reason}; gave up after {attempt} tries")
-            pause_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2**attempt)) if wait_s is None else wait_s
+            pause_s = (
+                random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2**attempt))
+                if wait_s is None
+                else wait_s
+            )
             if time.monotonic() + pause_s >= deadline:
-                raise TransportError(f"{self.url}{path}: {reason}; the deadline of {self.config.deadline_s:g} s passed")
+                raise TransportError(
+                    f"{self.url}{path}: {reason}; the deadline of {self.config.deadline_s:g} s passed"
+                )
             await asyncio.sleep(pause_s)
 
     async def _once(
@@ -143,12 +176,18 @@ class HttpClient:
 
         url = self._urls.get(path) or self._url(path)
         left_s = max(0.01, deadline - time.monotonic())
-        options = {} if left_s >= self.config.timeout_s else {"timeout": aiohttp.ClientTimeout(total=left_s)}
+        options = (
+            {}
+            if left_s >= self.config.timeout_s
+            else {"timeout": aiohttp.ClientTimeout(total=left_s)}
+        )
         try:
-            async with self.session().request(method, url, data=body, headers=self._headers(), **options) as response:
+            async with self.session().request(
+                method, url, data=body, headers=self._headers(), **options
+            ) as response:
                 raw = await response.read()
                 status, headers = response.status, response.headers
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             reason = f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})"
             self.breaker.failed(reason)
             return None, reason, None
@@ -169,16 +208,23 @@ class HttpClient:
         raise Rejected(status, message, detail)
 
     def session(self) -> Any:
-        """The pool of connections of the running loop, made once; a new loop (a second `run`) gets a new one."""
+        """The pool of connections of the running loop, made once; a new loop (a second `run`) gets
+        a new one.
+        """
         import aiohttp
 
         loop = asyncio.get_running_loop()
         if self._session is None or self._loop is not loop:
-            connector = aiohttp.TCPConnector(limit=self.config.max_in_flight + 8, keepalive_timeout=KEEP_ALIVE_S)
+            connector = aiohttp.TCPConnector(
+                limit=self.config.max_in_flight + 8, keepalive_timeout=KEEP_ALIVE_S
+            )
             self._session = aiohttp.ClientSession(
-                connector=connector, cookie_jar=aiohttp.DummyCookieJar(),
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=self.config.timeout_s, sock_connect=30),
-                skip_auto_headers=("User-Agent", "Accept-Encoding"), read_bufsize=2**18)
+                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+                read_bufsize=2**18,
+            )
             self._loop, self._sent_headers = loop, None
         return self._session
 
@@ -212,8 +258,9 @@ class HttpClient:
 
 
 def loads(raw: bytes) -> dict[str, Any] | None:
-    """A JSON object, or None when `raw` is anything else. Some servers write NaN, which JSON does not have and Python
-    reads; what it means is decided where the number is used."""
+    """A JSON object, or None when `raw` is anything else. Some servers write NaN, which JSON does
+    not have and Python reads; what it means is decided where the number is used.
+    """
     try:
         found = orjson.loads(raw)
     except ValueError:
@@ -225,7 +272,9 @@ def loads(raw: bytes) -> dict[str, Any] | None:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header (a number or a date), with a little jitter; None when absent or bad."""
+    """Seconds to wait by a Retry-After header (a number or a date), with a little jitter; None when
+    absent or bad.
+    """
     if not value:
         return None
     try:
@@ -235,11 +284,15 @@ def retry_after(value: str | None) -> float | None:
             wait_s = parsedate_to_datetime(value).timestamp() - time.time()
         except (TypeError, ValueError):
             return None
-    return max(0.0, wait_s) + random.uniform(0.0, 0.1) if wait_s == wait_s and wait_s < 1e6 else None
+    return (
+        max(0.0, wait_s) + random.uniform(0.0, 0.1) if wait_s == wait_s and wait_s < 1e6 else None
+    )
 
 
 def _error_of(raw: bytes) -> tuple[str, dict[str, Any]]:
-    """The message of an error body and the object around it; servers differ in how deep they put it."""
+    """The message of an error body and the object around it; servers differ in how deep they put
+    it.
+    """
     found = loads(raw)
     if found is None:
         return raw[:300].decode("utf-8", "replace").strip(), {}

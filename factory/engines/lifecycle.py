@@ -1,4 +1,5 @@
 """Engines of a run: started together or when first asked, and stopped whatever happens."""
+
 from __future__ import annotations
 
 import asyncio
@@ -13,9 +14,12 @@ Labels = Collection[tuple[str, ...]]  # what each judge of an engine reads
 
 
 def lazily(engine: Engine) -> Engine:
-    """An engine that would start a server of its own, and knows its tokenizer without it, starts at the first question:
-    when every answer is in the ledger, nothing is started."""
-    return Lazy(engine) if getattr(engine, "owns_server", False) and engine.special_tokens else engine
+    """An engine that would start a server of its own, and knows its tokenizer without it, starts at
+    the first question: when every answer is in the ledger, nothing is started.
+    """
+    return (
+        Lazy(engine) if getattr(engine, "owns_server", False) and engine.special_tokens else engine
+    )
 
 
 class Lazy:
@@ -31,7 +35,9 @@ class Lazy:
 
     @property
     def starting(self) -> bool:
-        """Whether the server is on its way up: nothing is in flight yet that would be worth waiting for."""
+        """Whether the server is on its way up: nothing is in flight yet that would be worth waiting
+        for.
+        """
         return self._ready is not None and not self._ready.done()
 
     async def start(self) -> None:
@@ -62,7 +68,9 @@ class Lazy:
 
 
 async def _prepare(engine: Engine, labels: Labels) -> None:
-    """Each label is one token of the served tokenizer: seen to at the start, not after hours of sampling."""
+    """Each label is one token of the served tokenizer: seen to at the start, not after hours of
+    sampling.
+    """
     for spellings in labels if hasattr(engine, "prepare") else ():
         await engine.prepare(spellings)
 
@@ -76,9 +84,11 @@ async def _start(engine: Engine, labels: Labels) -> None:
 
 
 @asynccontextmanager
-async def started_engines(engines: dict[str, Engine], quiet: bool = True, labels: Mapping[str, Labels] = {}
-                          ) -> AsyncIterator[None]:
-    """Start all engines at once, and stop every one of them whatever happens. `labels` by engine: those to be read.
+async def started_engines(
+    engines: dict[str, Engine], quiet: bool = True, labels: Mapping[str, Labels] = {}
+) -> AsyncIterator[None]:
+    """Start all engines at once, and stop every one of them whatever happens. `labels` by engine:
+    those to be read.
 
     Raises: EngineError of the first that cannot start, or whose tokenizer splits a label.
     """
@@ -86,11 +96,15 @@ async def started_engines(engines: dict[str, Engine], quiet: bool = True, labels
         if hasattr(engine, "progress"):
             getattr(engine, "engine", engine).progress = lambda line: None
     try:
-        results = await asyncio.gather(*(_start(engine, labels.get(name, ())) for name, engine in engines.items()),
-                                       return_exceptions=True)
+        results = await asyncio.gather(
+            *(_start(engine, labels.get(name, ())) for name, engine in engines.items()),
+            return_exceptions=True,
+        )
         for result in results:
             if isinstance(result, BaseException):
                 raise result
         yield
     finally:
-        await asyncio.shield(asyncio.gather(*(e.stop() for e in engines.values()), return_exceptions=True))
+        await asyncio.shield(
+            asyncio.gather(*(e.stop() for e in engines.values()), return_exceptions=True)
+        )

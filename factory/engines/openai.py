@@ -1,5 +1,8 @@
-"""Any OpenAI-compatible API. Labels are read among the top 20 tokens: `bounds` where one is missing, `hard` where the
-API gives no log-probabilities. The key comes from the environment variable that the configuration names."""
+"""Any OpenAI-compatible API. Labels are read among the top 20 tokens: `bounds` where one is
+missing, `hard` where the API gives no log-probabilities. The key comes from the environment
+variable that the configuration names.
+"""
+
 from __future__ import annotations
 
 import os
@@ -16,28 +19,78 @@ from prefab.factory.types import Completion, Message, Request
 
 # What known model families use as control tokens; an API does not tell its own.
 KNOWN_SPECIALS = (
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|endofprompt|>", "<|startoftext|>", "<|return|>", "<|message|>",
-    "<|channel|>", "<|constrain|>", "<|start|>", "<|end|>", "<|call|>", "<|begin_of_text|>", "<|end_of_text|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>", "<s>", "</s>", "<unk>",
-    "<pad>", "<bos>", "<eos>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]",
-    "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>",
-    "<|system|>", "<|observation|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
-    "</tool_response>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
-    "<|turn>", "<turn|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|endofprompt|>",
+    "<|startoftext|>",
+    "<|return|>",
+    "<|message|>",
+    "<|channel|>",
+    "<|constrain|>",
+    "<|start|>",
+    "<|end|>",
+    "<|call|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|python_tag|>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "[INST]",
+    "[/INST]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CALLS]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|observation|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<|turn>",
+    "<turn|>",
+    "<|START_OF_TURN_TOKEN|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|USER_TOKEN|>",
+    "<|CHATBOT_TOKEN|>",
 )
 
 
 class OpenAIConfig(HttpConfig):
-    """`base_url` ends where `/chat/completions` begins (mostly in `/v1`). `revision` is yours: change it when the
-    provider changed the model behind the name, and everything is asked again. `extended` sends vLLM's own sampling
-    fields (top_k, min_p, repetition_penalty) also when they say nothing."""
+    """`base_url` ends where `/chat/completions` begins (mostly in `/v1`). `revision` is yours:
+    change it when the provider changed the model behind the name, and everything is asked again.
+    `extended` sends vLLM's own sampling fields (top_k, min_p, repetition_penalty) also when they
+    say nothing.
+    """
 
     engine: Literal["openai"] = "openai"
     model: str
     base_url: str = "https://api.openai.com/v1"
     api_key_env: str | None = "OPENAI_API_KEY"
     revision: str = ""
-    top_logprobs: int = Field(20, ge=0, le=20)  # OpenAI and vLLM answer 400 above 20; 0 asks for none
+    top_logprobs: int = Field(
+        20, ge=0, le=20
+    )  # OpenAI and vLLM answer 400 above 20; 0 asks for none
     batch: int = Field(1, ge=1, le=256)
     extended: bool = False
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -54,19 +107,30 @@ class OpenAI:
         self.identity = model_identity(config.model, revision=config.revision + extra)
         self.special_tokens, self.max_model_len = KNOWN_SPECIALS, config.max_model_len
         server = HttpClient(config.base_url, config, config.api_key_env)
-        self._chat = Chat(server, "/chat/completions", config.model, TopRead(config.top_logprobs), batch=config.batch,
-                          extended=config.extended, max_tokens_field=config.max_tokens_field, extra=config.extra_body)
+        self._chat = Chat(
+            server,
+            "/chat/completions",
+            config.model,
+            TopRead(config.top_logprobs),
+            batch=config.batch,
+            extended=config.extended,
+            max_tokens_field=config.max_tokens_field,
+            extra=config.extra_body,
+        )
 
     async def start(self) -> None:
         """Check what can be checked without a paid call.
 
-        Raises: EngineError when the key's variable is not set, or the label reads would corrupt another engine's.
+        Raises: EngineError when the key's variable is not set, or the label reads would corrupt
+        another engine's.
         """
         key = self.config.api_key_env
         url = self.config.base_url
         local = any(host in url for host in ("://127.", "://localhost", "://[::1]"))
         if key and not os.environ.get(key) and not local:
-            raise EngineError(f"engines.{self.name}: set environment variable {key} to the key of {url}")
+            raise EngineError(
+                f"engines.{self.name}: set environment variable {key} to the key of {url}"
+            )
         claim(url, "top")
 
     async def complete(self, key: bytes, request: Request) -> Completion:
@@ -84,4 +148,6 @@ class OpenAI:
 
 def make(config: OpenAIConfig | Mapping[str, Any], name: str = "openai") -> OpenAI:
     """The engine for this configuration, not yet started."""
-    return OpenAI(config if isinstance(config, OpenAIConfig) else OpenAIConfig.model_validate(config), name)
+    return OpenAI(
+        config if isinstance(config, OpenAIConfig) else OpenAIConfig.model_validate(config), name
+    )

@@ -1,9 +1,11 @@
-"""Which replica gets a request: the one that has seen the longest beginning of its text, unless it is too busy.
+"""Which replica gets a request: the one that has seen the longest beginning of its text, unless it
+is too busy.
 
-A server's prefix cache is warm for what it was asked before. A plain hash of the prompt would need to know where the
-prompt ends and the instructions begin; counting known beginnings finds that by itself: the instructions soon lie on
-all replicas, a prompt's answers on one.
+A server's prefix cache is warm for what it was asked before. A plain hash of the prompt would need
+to know where the prompt ends and the instructions begin; counting known beginnings finds that by
+itself: the instructions soon lie on all replicas, a prompt's answers on one.
 """
+
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -22,8 +24,12 @@ class Spread:
     def __init__(self, n: int) -> None:
         self.known: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(n)]
 
-    def pick(self, messages: Sequence[Message], in_flight: Sequence[int], usable: Sequence[int]) -> int:
-        """The index of the replica to ask, one of `usable`; notes that it will have seen this text."""
+    def pick(
+        self, messages: Sequence[Message], in_flight: Sequence[int], usable: Sequence[int]
+    ) -> int:
+        """The index of the replica to ask, one of `usable`; notes that it will have seen this
+        text.
+        """
         if len(self.known) == 1:
             return 0
         beginnings = _beginnings(messages)
@@ -50,4 +56,6 @@ def _beginnings(messages: Sequence[Message]) -> list[int]:
 
 
 def _matched(known: OrderedDict[int, None], beginnings: Sequence[int]) -> int:
-    return next((i for i, beginning in enumerate(beginnings) if beginning not in known), len(beginnings))
+    return next(
+        (i for i, beginning in enumerate(beginnings) if beginning not in known), len(beginnings)
+    )

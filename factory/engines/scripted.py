@@ -1,9 +1,12 @@
-"""For tests: an engine whose answers are a pure function of the question, in this process or as a server in its own.
+"""For tests: an engine whose answers are a pure function of the question, in this process or as a
+server in its own.
 
-`python -m prefab.factory.engines.scripted --port 0 --delay-ms 5 --fail-every 50` prints its address, counts every question it
-is asked (`GET /counts`) and can be slow, fail, drop connections or answer malformed things. It imitates vLLM's
-`/tokenize`, `/v1/models` and both chat endpoints, so the `vllm` (with `url:`) and `openai` engines talk to it.
+`python -m prefab.factory.engines.scripted --port 0 --delay-ms 5 --fail-every 50` prints its
+address, counts every question it is asked (`GET /counts`) and can be slow, fail, drop connections
+or answer malformed things. It imitates vLLM's `/tokenize`, `/v1/models` and both chat endpoints, so
+the `vllm` (with `url:`) and `openai` engines talk to it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,7 +29,9 @@ AnswerFunction = Callable[[Request], "Completion | str"]
 
 
 class Rule(BaseModel):
-    """Where `match` (a regular expression) is found in the last message, `text` or these probabilities answer."""
+    """Where `match` (a regular expression) is found in the last message, `text` or these
+    probabilities answer.
+    """
 
     model_config = ConfigDict(extra="forbid")
     match: str
@@ -48,11 +53,15 @@ class ScriptedConfig(BaseModel):
 
 
 class Scripted:
-    """The engine. `answer` (a function of the request) comes before the rules. `asked` counts by key."""
+    """The engine. `answer` (a function of the request) comes before the rules. `asked` counts by
+    key.
+    """
 
     special_tokens = KNOWN_SPECIALS
 
-    def __init__(self, config: ScriptedConfig | None = None, answer: AnswerFunction | None = None) -> None:
+    def __init__(
+        self, config: ScriptedConfig | None = None, answer: AnswerFunction | None = None
+    ) -> None:
         self.config = config or ScriptedConfig()
         self.identity, self.max_in_flight = f"name:{self.config.model}", self.config.max_in_flight
         self.answer, self.max_model_len = answer, self.config.max_model_len
@@ -89,10 +98,25 @@ class Scripted:
             return Completion("", "context", limit=self.max_model_len)
         if self.answer is not None:
             found = self.answer(request)
-            return found if isinstance(found, Completion) else Completion(found, "stop", None, "exact", tokens, 1)
-        text, probabilities = script(self.config.rules, request.messages, request.labels, seed_of(request))
-        logps = {label: math.log(p) for label, p in probabilities.items()} if request.labels else None
-        return Completion(text, "length" if request.labels else "stop", logps, "exact", tokens, len(text.split()) or 1)
+            return (
+                found
+                if isinstance(found, Completion)
+                else Completion(found, "stop", None, "exact", tokens, 1)
+            )
+        text, probabilities = script(
+            self.config.rules, request.messages, request.labels, seed_of(request)
+        )
+        logps = (
+            {label: math.log(p) for label, p in probabilities.items()} if request.labels else None
+        )
+        return Completion(
+            text,
+            "length" if request.labels else "stop",
+            logps,
+            "exact",
+            tokens,
+            len(text.split()) or 1,
+        )
 
     async def count_tokens(self, messages: tuple[Message, ...]) -> int:
         """Words."""
@@ -101,7 +125,9 @@ class Scripted:
 
 def make(config: ScriptedConfig | Mapping[str, Any], name: str = "scripted") -> Scripted:
     """The engine for this configuration."""
-    return Scripted(config if isinstance(config, ScriptedConfig) else ScriptedConfig.model_validate(config))
+    return Scripted(
+        config if isinstance(config, ScriptedConfig) else ScriptedConfig.model_validate(config)
+    )
 
 
 def seed_of(request: Request) -> str:
@@ -109,9 +135,12 @@ def seed_of(request: Request) -> str:
     return f"{request.repeat}" if request.sampling.temperature > 0 else ""
 
 
-def script(rules: Sequence[Rule], messages: Sequence[Message], labels: Sequence[str], seed: str
-           ) -> tuple[str, dict[str, float]]:
-    """Text and label probabilities for a conversation: by the first rule that matches, else by its digest."""
+def script(
+    rules: Sequence[Rule], messages: Sequence[Message], labels: Sequence[str], seed: str
+) -> tuple[str, dict[str, float]]:
+    """Text and label probabilities for a conversation: by the first rule that matches, else by its
+    digest.
+    """
     last = messages[-1].content
     rule = next((r for r in rules if re.search(r.match, last)), None)
     h = hashlib.sha256("\0".join([seed, *(m.role + m.content for m in messages)]).encode()).digest()
@@ -119,7 +148,9 @@ def script(rules: Sequence[Rule], messages: Sequence[Message], labels: Sequence[
         given = {label: p for label, p in rule.labels.items() if label in labels and p > 0}
         return max(given, key=given.__getitem__, default=""), given
     weights = [1 + h[i % 16] ** 2 for i in range(len(labels))]
-    probabilities = {label: 0.98 * w / sum(weights) for label, w in zip(labels, weights, strict=True)}
+    probabilities = {
+        label: 0.98 * w / sum(weights) for label, w in zip(labels, weights, strict=True)
+    }
     if rule is not None and rule.text is not None:
         return rule.text, probabilities
     if labels:
@@ -129,15 +160,22 @@ def script(rules: Sequence[Rule], messages: Sequence[Message], labels: Sequence[
 
 
 def tokens_of(text: str) -> list[int]:
-    """Token ids of the imitated tokenizer: one a spelling of at most three characters, else one a character."""
+    """Token ids of the imitated tokenizer: one a spelling of at most three characters, else one a
+    character.
+    """
     return [int.from_bytes(text.encode()[:6], "big")] if len(text) <= 3 else [ord(c) for c in text]
 
 
 class Service:
-    """The server's behaviour and its counts. `every` maps a mischief to n: it happens to each n-th POST."""
+    """The server's behaviour and its counts. `every` maps a mischief to n: it happens to each n-th
+    POST.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.rules = args, [Rule.model_validate(r) for r in json.loads(args.script or "[]")]
+        self.args, self.rules = (
+            args,
+            [Rule.model_validate(r) for r in json.loads(args.script or "[]")],
+        )
         self.asked: Counter[str] = Counter()
         self.posts = self.in_flight = self.most_in_flight = 0
 
@@ -153,7 +191,9 @@ class Service:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         for talk in talks:
             same = {k: v for k, v in body.items() if k != "messages"} | {"m": talk}
-            self.asked[hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]] += 1
+            self.asked[
+                hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+            ] += 1
         try:
             if self.args.delay_ms:
                 await asyncio.sleep(self.args.delay_ms / 1000)
@@ -164,15 +204,28 @@ class Service:
         finally:
             self.in_flight -= len(talks)
         tokens = sum(len(m["content"].split()) for talk in talks for m in talk)
-        usage = {"prompt_tokens": tokens, "completion_tokens": len(choices), "total_tokens": tokens + len(choices)}
-        text = json.dumps({"object": "chat.completion", "model": body.get("model"), "choices": choices, "usage": usage})
+        usage = {
+            "prompt_tokens": tokens,
+            "completion_tokens": len(choices),
+            "total_tokens": tokens + len(choices),
+        }
+        text = json.dumps(
+            {
+                "object": "chat.completion",
+                "model": body.get("model"),
+                "choices": choices,
+                "usage": usage,
+            }
+        )
         return web.Response(text=text, content_type="application/json")
 
     def _mischief(self, http: Any, body: dict[str, Any], talks: list[Any]) -> Any:
         from aiohttp import web
 
         def error(status: int, message: str, **headers: str) -> Any:
-            return web.json_response({"error": {"message": message, "code": status}}, status=status, headers=headers)
+            return web.json_response(
+                {"error": {"message": message, "code": status}}, status=status, headers=headers
+            )
 
         def due(n: int) -> bool:
             return bool(n) and self.posts % n == 0
@@ -193,21 +246,34 @@ class Service:
             return web.json_response({"choices": [{"surprise": 1}]})
         return None
 
-    def _choice(self, index: int, talk: list[dict[str, str]], body: dict[str, Any]) -> dict[str, Any]:
+    def _choice(
+        self, index: int, talk: list[dict[str, str]], body: dict[str, Any]
+    ) -> dict[str, Any]:
         ids = body.get("logprob_token_ids") or []
         labels = [i.to_bytes(6, "big").lstrip(b"\0").decode() for i in ids]
         labels = labels or (["A", "B", "T"] if body.get("logprobs") else [])
-        text, p = script(self.rules, [Message(**m) for m in talk], labels, str(body.get("seed", "")))
-        if ids:  # every id that was asked for comes back, however unlikely: with -9999, as vLLM writes it
+        text, p = script(
+            self.rules, [Message(**m) for m in talk], labels, str(body.get("seed", ""))
+        )
+        # every id that was asked for comes back, however unlikely: with -9999, as vLLM writes it
+        if ids:
             p = {label: p.get(label, 0.0) for label in labels}
-        tops = [{"token": f"token_id:{tokens_of(k)[0]}" if ids else k, "logprob": math.log(v) if v else -9999.0}
-                for k, v in p.items()]
+        tops = [
+            {
+                "token": f"token_id:{tokens_of(k)[0]}" if ids else k,
+                "logprob": math.log(v) if v else -9999.0,
+            }
+            for k, v in p.items()
+        ]
         if self.args.nan and tops:
             tops[0]["logprob"] = float("nan")
         logprobs = {"content": [{"token": text, "logprob": -0.1, "top_logprobs": tops}]}
-        return {"index": index, "message": {"role": "assistant", "content": text},
-                "logprobs": logprobs if body.get("logprobs") else None,
-                "finish_reason": "length" if labels else "stop"}
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text},
+            "logprobs": logprobs if body.get("logprobs") else None,
+            "finish_reason": "length" if labels else "stop",
+        }
 
     async def tokenize(self, http: Any) -> Any:
         """vLLM's /tokenize, for a prompt or for messages."""
@@ -216,23 +282,40 @@ class Service:
         body = await http.json()
         text = body.get("prompt") or " ".join(m["content"] for m in body.get("messages", ()))
         ids = [0] * len(text.split()) if "messages" in body else tokens_of(text)
-        return web.json_response({"count": len(ids), "max_model_len": self.args.context or 4096, "tokens": ids})
+        return web.json_response(
+            {"count": len(ids), "max_model_len": self.args.context or 4096, "tokens": ids}
+        )
 
     async def models(self, http: Any) -> Any:
         """The one model there is."""
         from aiohttp import web
 
-        listed = [{"id": self.args.model, "root": self.args.model, "max_model_len": self.args.context or 4096}]
+        listed = [
+            {
+                "id": self.args.model,
+                "root": self.args.model,
+                "max_model_len": self.args.context or 4096,
+            }
+        ]
         return web.json_response({"object": "list", "data": listed})
 
     async def counts(self, http: Any) -> Any:
-        """What was asked: questions, different ones, those asked more than once; with ?full each one's count."""
+        """What was asked: questions, different ones, those asked more than once; with ?full each
+        one's count.
+        """
         from aiohttp import web
 
         repeated = sum(n - 1 for n in self.asked.values())
-        told = {"asked": sum(self.asked.values()), "distinct": len(self.asked), "repeated": repeated,
-                "posts": self.posts, "most_in_flight": self.most_in_flight}
-        return web.json_response(told | ({"counts": dict(self.asked)} if "full" in http.query else {}))
+        told = {
+            "asked": sum(self.asked.values()),
+            "distinct": len(self.asked),
+            "repeated": repeated,
+            "posts": self.posts,
+            "most_in_flight": self.most_in_flight,
+        }
+        return web.json_response(
+            told | ({"counts": dict(self.asked)} if "full" in http.query else {})
+        )
 
 
 async def serve(args: argparse.Namespace) -> None:
@@ -241,11 +324,16 @@ async def serve(args: argparse.Namespace) -> None:
 
     service = Service(args)
     app = web.Application(client_max_size=2**28)
-    app.add_routes([
-        web.post("/v1/chat/completions", service.chat), web.post("/v1/chat/completions/batch", service.chat),
-        web.post("/tokenize", service.tokenize), web.get("/v1/models", service.models),
-        web.get("/counts", service.counts), web.get("/health", lambda _: asyncio.sleep(0, web.Response())),
-    ])
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", service.chat),
+            web.post("/v1/chat/completions/batch", service.chat),
+            web.post("/tokenize", service.tokenize),
+            web.get("/v1/models", service.models),
+            web.get("/counts", service.counts),
+            web.get("/health", lambda _: asyncio.sleep(0, web.Response())),
+        ]
+    )
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, args.host, args.port)
@@ -255,11 +343,15 @@ async def serve(args: argparse.Namespace) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A scripted OpenAI-compatible server that counts what it is asked.")
+    parser = argparse.ArgumentParser(
+        description="A scripted OpenAI-compatible server that counts what it is asked."
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--model", default="scripted")
-    parser.add_argument("--script", help='JSON: [{"match": "regex", "text": "...", "labels": {"A": 0.9}}, ...]')
+    parser.add_argument(
+        "--script", help='JSON: [{"match": "regex", "text": "...", "labels": {"A": 0.9}}, ...]'
+    )
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("--context", type=int, default=0, help="longest prompt in words")
     parser.add_argument("--nan", action="store_true", help="one label's log-probability is NaN")

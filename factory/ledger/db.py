@@ -1,10 +1,13 @@
-"""`ledger.sqlite`: its schema, its one writing thread, and reads that never hold a transaction open.
+"""`ledger.sqlite`: its schema, its one writing thread, and reads that never hold a transaction
+open.
 
-Append-only. SQLite in WAL mode with `synchronous=FULL`: a commit that returned survives a power cut. Rows are told
-apart by a unique index, never by their place, so that two processes can write the same facts and one of them stands.
-Statements carry many rows each: every step of a statement gives Python's interpreter lock away, and asking for it back
-beside a busy event loop can cost five milliseconds.
+Append-only. SQLite in WAL mode with `synchronous=FULL`: a commit that returned survives a power
+cut. Rows are told apart by a unique index, never by their place, so that two processes can write
+the same facts and one of them stands. Statements carry many rows each: every step of a statement
+gives Python's interpreter lock away, and asking for it back beside a busy event loop can cost five
+milliseconds.
 """
+
 from __future__ import annotations
 
 import os
@@ -29,8 +32,11 @@ from prefab.factory.types import Completion, Use
 FILE = "ledger.sqlite"
 SCHEMA = 1
 APPLICATION = 0x50464142  # "PFAB", so that another program's database is not taken for a ledger
-BUSY_TIMEOUT_MS = 60_000  # another process's commit takes milliseconds; its copying of a large WAL, seconds
-CACHE_KIB = 16_384  # per connection; the index of a million calls is 30 MB, and the system caches files as well
+BUSY_TIMEOUT_MS = (
+    60_000  # another process's commit takes milliseconds; its copying of a large WAL, seconds
+)
+# per connection; the index of a million calls is 30 MB, and the system caches files as well
+CACHE_KIB = 16_384
 MAX_NAMES = 50_000  # names kept in memory, 5 MB
 STEPS = (256, 32, 4, 1)  # rows a statement: few distinct texts, so that all stay prepared
 
@@ -73,7 +79,8 @@ _passed: Counter[str] = Counter()
 
 
 def kill_point(name: str) -> None:
-    """For the kill test: die here by SIGKILL when `PREFAB_KILL_AT` is `name`, or `name:N` at the N-th passing.
+    """For the kill test: die here by SIGKILL when `PREFAB_KILL_AT` is `name`, or `name:N` at the
+    N-th passing.
 
     Names: before_commit and after_commit (of a transaction with answers), mid_fill, end.
     """
@@ -87,7 +94,9 @@ def kill_point(name: str) -> None:
 
 @contextmanager
 def translate_errors(file: Path) -> Iterator[None]:
-    """Turn SQLite's errors into a `StoreError` that says what happened to which file and how to mend it."""
+    """Turn SQLite's errors into a `StoreError` that says what happened to which file and how to
+    mend it.
+    """
     try:
         yield
     except sqlite3.Error as error:
@@ -101,8 +110,10 @@ def _story(file: Path, error: sqlite3.Error) -> str:
     if "locked" in text or "busy" in text:
         return f"{file}: another program has held the ledger for {BUSY_TIMEOUT_MS // 1000} s. End it, then run again"
     if "malformed" in text or "not a database" in text or "corrupt" in text:
-        return (f"{file}: damaged ({text}). Restore it from a copy, or recover what can be read with "
-                f"`sqlite3 {file.name} .recover | sqlite3 new.sqlite`")
+        return (
+            f"{file}: damaged ({text}). Restore it from a copy, or recover what can be read with "
+            f"`sqlite3 {file.name} .recover | sqlite3 new.sqlite`"
+        )
     if "unable to open" in text or "readonly" in text:
         return f"{file}: cannot be opened for writing ({text}). Check that the folder exists and is yours to write"
     return f"{file}: {text}"
@@ -116,15 +127,23 @@ def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
     with translate_errors(file):
         if readonly and not file.exists():
             raise StoreError(f"{file}: there is no ledger here. `prefab run` makes one")
-        con = sqlite3.connect(file, isolation_level=None, check_same_thread=False, cached_statements=64)
+        con = sqlite3.connect(
+            file, isolation_level=None, check_same_thread=False, cached_statements=64
+        )
         con.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
         con.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         application = con.execute("PRAGMA application_id").fetchone()[0]
         schema = con.execute("PRAGMA user_version").fetchone()[0]
-        if application not in (0, APPLICATION) or schema > SCHEMA or (readonly and application != APPLICATION):
+        if (
+            application not in (0, APPLICATION)
+            or schema > SCHEMA
+            or (readonly and application != APPLICATION)
+        ):
             con.close()
-            raise StoreError(f"{file}: not a ledger that this version of Prefab can read "
-                             f"(application {application:#x}, schema {schema}; expected {APPLICATION:#x}, {SCHEMA})")
+            raise StoreError(
+                f"{file}: not a ledger that this version of Prefab can read "
+                f"(application {application:#x}, schema {schema}; expected {APPLICATION:#x}, {SCHEMA})"
+            )
         if readonly:
             con.execute("PRAGMA query_only=1")
     return con
@@ -133,18 +152,23 @@ def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
 def create(file: Path) -> sqlite3.Connection:
     """Open for writing, making file and tables where absent.
 
-    Raises: StoreError, also where the file system has no shared memory (a network share): WAL needs it.
+    Raises: StoreError, also where the file system has no shared memory (a network share): WAL needs
+    it.
     """
     con = connect(file)
     with translate_errors(file):
         if con.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
-            raise StoreError(f"{file}: this file system cannot share memory between programs (a network share?), "
-                             "which the ledger needs. Put the store on a local disk")
+            raise StoreError(
+                f"{file}: this file system cannot share memory between programs (a network share?), "
+                "which the ledger needs. Put the store on a local disk"
+            )
         con.execute("PRAGMA synchronous=FULL")
         con.execute("BEGIN IMMEDIATE")
         for statement in TABLES.split(";")[:-1]:
             con.execute(statement)
-        if "rubric" not in {row[1] for row in con.execute("PRAGMA table_info(prompts)")}:  # an older ledger
+        if "rubric" not in {
+            row[1] for row in con.execute("PRAGMA table_info(prompts)")
+        }:  # an older ledger
             con.execute("ALTER TABLE prompts ADD COLUMN rubric TEXT")
         con.execute("INSERT OR IGNORE INTO meta VALUES ('ledger', lower(hex(randomblob(16))))")
         con.execute(f"PRAGMA application_id={APPLICATION}")
@@ -154,9 +178,13 @@ def create(file: Path) -> sqlite3.Connection:
 
 
 def select_in(con: sqlite3.Connection, sql: str, values: Sequence[Any]) -> Iterator[list[tuple]]:
-    """Run `sql`, which ends in `IN`, over `values` in lists of few lengths; a list of rows for each."""
+    """Run `sql`, which ends in `IN`, over `values` in lists of few lengths; a list of rows for
+    each.
+    """
     for start, count in _steps(len(values)):
-        yield con.execute(f"{sql} ({','.join('?' * count)})", values[start:start + count]).fetchall()
+        yield con.execute(
+            f"{sql} ({','.join('?' * count)})", values[start : start + count]
+        ).fetchall()
 
 
 def _steps(total: int) -> Iterator[tuple[int, int]]:
@@ -168,14 +196,20 @@ def _steps(total: int) -> Iterator[tuple[int, int]]:
 
 
 def insert_rows(con: sqlite3.Connection, into: str, width: int, flat: list[Any]) -> None:
-    """`INSERT ... VALUES` of the rows that `flat` holds one after another, many rows a statement."""
+    """`INSERT ... VALUES` of the rows that `flat` holds one after another, many rows a
+    statement.
+    """
     row = f"({','.join('?' * width)})"
     for start, count in _steps(len(flat) // width):
-        con.execute(f"{into} VALUES {','.join([row] * count)}", flat[start * width:(start + count) * width])
+        con.execute(
+            f"{into} VALUES {','.join([row] * count)}",
+            flat[start * width : (start + count) * width],
+        )
 
 
 def lookup(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Completion]:
-    """The answers there are. Where a prompt was too long for one server, the best: an answer, else the widest limit.
+    """The answers there are. Where a prompt was too long for one server, the best: an answer, else
+    the widest limit.
 
     Raises: StoreError naming the ledger and the key of a row that cannot be read.
     """
@@ -183,14 +217,38 @@ def lookup(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Comple
     sql, key = f"SELECT {ANSWER} FROM calls WHERE key IN", b""
     try:
         for rows in select_in(con, sql, keys):
-            for key, text, finish, logps, exactness, prompt_tokens, completion_tokens, limit in rows:
-                if not (isinstance(text, str) and isinstance(prompt_tokens, int) and isinstance(completion_tokens, int)
-                        and isinstance(limit, int)):
+            for (
+                key,
+                text,
+                finish,
+                logps,
+                exactness,
+                prompt_tokens,
+                completion_tokens,
+                limit,
+            ) in rows:
+                if not (
+                    isinstance(text, str)
+                    and isinstance(prompt_tokens, int)
+                    and isinstance(completion_tokens, int)
+                    and isinstance(limit, int)
+                ):
                     raise TypeError("a column holds a value of a wrong type")
                 before = found.get(key)
-                if before is None or finish != "context" or (before.finish == "context" and limit > before.limit):
-                    found[key] = Completion(text, finish, logps and _logps(logps), exactness, prompt_tokens,
-                                            completion_tokens, limit)
+                if (
+                    before is None
+                    or finish != "context"
+                    or (before.finish == "context" and limit > before.limit)
+                ):
+                    found[key] = Completion(
+                        text,
+                        finish,
+                        logps and _logps(logps),
+                        exactness,
+                        prompt_tokens,
+                        completion_tokens,
+                        limit,
+                    )
     except (TypeError, ValueError) as error:
         raise _unreadable(con, key, error) from error
     except sqlite3.OperationalError as error:
@@ -219,14 +277,21 @@ def _undecodable(con: sqlite3.Connection, sql: str, keys: Sequence[bytes]) -> by
 
 
 def _unreadable(con: sqlite3.Connection, key: bytes, error: Exception) -> StoreError:
-    file, bad = con.execute("PRAGMA database_list").fetchone()[2], f"FROM calls WHERE key = x'{key.hex()}'"
-    return StoreError(f"{file}: the answer with the key {key.hex()} cannot be read ({error}). Restore the ledger from a copy; "
-                      f"or delete the answer, run again, which asks it again, and then `prefab store rebuild`: sqlite3 {file} "
-                      f"\"DELETE FROM requests WHERE id IN (SELECT id {bad}); DELETE {bad}\"")
+    file, bad = (
+        con.execute("PRAGMA database_list").fetchone()[2],
+        f"FROM calls WHERE key = x'{key.hex()}'",
+    )
+    return StoreError(
+        f"{file}: the answer with the key {key.hex()} cannot be read ({error}). Restore the ledger from a copy; "
+        f"or delete the answer, run again, which asks it again, and then `prefab store rebuild`: sqlite3 {file} "
+        f'"DELETE FROM requests WHERE id IN (SELECT id {bad}); DELETE {bad}"'
+    )
 
 
 class Names:
-    """Small integers for names that repeat (prompts' ids, principles, judges), so that a use is 50 bytes."""
+    """Small integers for names that repeat (prompts' ids, principles, judges), so that a use is 50
+    bytes.
+    """
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {}
@@ -249,7 +314,9 @@ class Names:
 
 @dataclass(slots=True)
 class AnswerRow:
-    """A completion on its way to the disk. `completion` becomes another process's when that one was first."""
+    """A completion on its way to the disk. `completion` becomes another process's when that one was
+    first.
+    """
 
     key: bytes
     request: bytes
@@ -270,7 +337,9 @@ class Failure:
 
 @dataclass(slots=True)
 class Commit:
-    """What one transaction holds, in order of arrival. `uses` are (use, key, ...) lists with what waits for them."""
+    """What one transaction holds, in order of arrival. `uses` are (use, key, ...) lists with what
+    waits for them.
+    """
 
     uses: list[tuple[list[tuple[Use, bytes]], Any]] = field(default_factory=list)
     answers: list[AnswerRow] = field(default_factory=list)
@@ -278,10 +347,11 @@ class Commit:
 
 
 class Writer:
-    """The one thread that writes. A transaction takes whatever has arrived; `landed` is told after each commit.
+    """The one thread that writes. A transaction takes whatever has arrived; `landed` is told after
+    each commit.
 
-    `landed(commit, error)` is called on this thread, with the error when the commit failed; from then on nothing more
-    is written: a ledger that cannot write must not go on as if it could.
+    `landed(commit, error)` is called on this thread, with the error when the commit failed; from
+    then on nothing more is written: a ledger that cannot write must not go on as if it could.
     """
 
     def __init__(self, file: Path, landed: Callable[[Commit, StoreError | None], None]) -> None:
@@ -299,13 +369,17 @@ class Writer:
         self._arrivals.put(items)
 
     def run(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
-        """Do `work` in a transaction of its own and wait for it. Raises what it raised, after a rollback."""
+        """Do `work` in a transaction of its own and wait for it. Raises what it raised, after a
+        rollback.
+        """
         result: Future = Future()
         self._arrivals.put([(work, result)])
         return result.result()
 
     def close(self) -> None:
-        """Write what has arrived, copy the WAL into the file, end the thread. Raises: StoreError if that failed."""
+        """Write what has arrived, copy the WAL into the file, end the thread. Raises: StoreError if
+        that failed.
+        """
         if not self._thread.is_alive():
             return
         self._arrivals.put([None])
@@ -313,7 +387,9 @@ class Writer:
         try:
             if self.broken is None:
                 with translate_errors(self.file):
-                    self._con.execute("PRAGMA busy_timeout=2000")  # somebody reading only leaves the WAL longer
+                    self._con.execute(
+                        "PRAGMA busy_timeout=2000"
+                    )  # somebody reading only leaves the WAL longer
                     self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             self._con.close()
@@ -358,7 +434,9 @@ class Writer:
                     self._insert_failures(commit.failures)
             except StoreError as error:
                 self.broken = error
-            except Exception as error:  # a bug, or an answer that cannot be stored: nobody may wait for ever
+            except (
+                Exception
+            ) as error:  # a bug, or an answer that cannot be stored: nobody may wait for ever
                 self.broken = StoreError(f"{self.file}: {type(error).__name__}: {error}")
                 self.broken.__cause__ = error
         self._landed(commit, self.broken)
@@ -382,16 +460,33 @@ class Writer:
     def _insert_uses(self, uses: list[tuple[Use, bytes]]) -> None:
         if not uses:
             return
-        names = {name for use, _ in uses for name in (use.prompt, use.role, use.principle, use.judge, use.order)}
+        names = {
+            name
+            for use, _ in uses
+            for name in (use.prompt, use.role, use.principle, use.judge, use.order)
+        }
         ids = self._names.ids(self._con, names)
         flat: list[Any] = []
         for u, key in uses:
-            flat += (u.run, ids[u.prompt], ids[u.role], u.sample, u.other, u.round, ids[u.principle], ids[u.judge],
-                     ids[u.order], u.repeat, key)
+            flat += (
+                u.run,
+                ids[u.prompt],
+                ids[u.role],
+                u.sample,
+                u.other,
+                u.round,
+                ids[u.principle],
+                ids[u.judge],
+                ids[u.order],
+                u.repeat,
+                key,
+            )
         insert_rows(self._con, f"INSERT OR IGNORE INTO uses({USE_COLUMNS})", 11, flat)
 
     def _insert_answers(self, answers: list[AnswerRow]) -> None:
-        """Insert what nobody has answered before; an answer that another process committed first is taken over."""
+        """Insert what nobody has answered before; an answer that another process committed first is
+        taken over.
+        """
         if not answers:
             return
         stored = lookup(self._con, [answer.key for answer in answers])
@@ -405,10 +500,23 @@ class Writer:
                 answer.completion = first
                 continue
             place += 1
-            logps = None if mine.label_logps is None else orjson.dumps(dict(mine.label_logps)).decode()
+            logps = (
+                None if mine.label_logps is None else orjson.dumps(dict(mine.label_logps)).decode()
+            )
             limit = mine.limit if mine.finish == "context" else 0
-            calls += (place, answer.key, ids[answer.model], mine.finish, mine.exactness, mine.prompt_tokens,
-                      mine.completion_tokens, limit, now, logps, mine.text)
+            calls += (
+                place,
+                answer.key,
+                ids[answer.model],
+                mine.finish,
+                mine.exactness,
+                mine.prompt_tokens,
+                mine.completion_tokens,
+                limit,
+                now,
+                logps,
+                mine.text,
+            )
             requests += (place, answer.request)
         insert_rows(self._con, "INSERT INTO calls", 11, calls)
         insert_rows(self._con, "INSERT INTO requests", 2, requests)

@@ -1,20 +1,24 @@
 """The ledger: every model call is a durable, memoised fact.
 
-`ask_many` gives answers that are on disk: those that were there, and those that the engine gives now. What arrives
-within one turn of the event loop is looked up together and its uses are written together, so a question already
-answered costs microseconds. The promise: no committed answer is ever asked again, and a crash repeats at most what was
-in flight or not yet committed (each bounded by the engine's `max_in_flight`).
+`ask_many` gives answers that are on disk: those that were there, and those that the engine gives
+now. What arrives within one turn of the event loop is looked up together and its uses are written
+together, so a question already answered costs microseconds. The promise: no committed answer is
+ever asked again, and a crash repeats at most what was in flight or not yet committed (each bounded
+by the engine's `max_in_flight`).
 
-What uses mean, since the store is derived from them (all uses of one comparison belong in one `ask_many`, which writes
-them in one transaction, so that a comparison is never seen with half its questions):
+What uses mean, since the store is derived from them (all uses of one comparison belong in one
+`ask_many`, which writes them in one transaction, so that a comparison is never seen with half its
+questions):
 
   sample     `sample`, `round`                the text of answer `sample`
   critique   `sample`, `principle`, `round`   what is said of answer `sample`
-  revise     `sample`, `other`, `principle`, `round`   the text of the new answer `sample`; `other` is its parent
+  revise     `sample`, `other`, `principle`, `round`   the text of the new answer `sample`; `other`
+  is its parent
   reason     as judge                         the reasoning before a label read
   judge      `sample` (a), `other` (b), `principle`, `judge`, `order`, `repeat`, `round`
   identical  `sample`, `other`                two equal texts; not asked
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -26,9 +30,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.ledger import db, records
 from prefab.factory.errors import StoreError, TransportError
 from prefab.factory.keys import key_of, request_bytes
+from prefab.factory.ledger import db, records
 from prefab.factory.ledger.db import AnswerRow, Commit, Failure, Writer
 from prefab.factory.ledger.records import Run
 from prefab.factory.types import Completion, Engine, Prompt, Request, Use
@@ -38,7 +42,9 @@ STORE_FILE = "prefab.duckdb"
 
 @dataclass(slots=True)
 class LedgerStats:
-    """Counts since the ledger was opened. Engines answered `asked`, with these tokens; `reused` needed no engine."""
+    """Counts since the ledger was opened. Engines answered `asked`, with these tokens; `reused`
+    needed no engine.
+    """
 
     asked: int = 0
     reused: int = 0
@@ -51,9 +57,11 @@ class LedgerStats:
 class _Batch:
     """One `ask_many`: done when each question is answered and its uses are committed."""
 
-    __slots__ = ("asks", "keys", "bodies", "window", "results", "waiting", "future")
+    __slots__ = ("asks", "bodies", "future", "keys", "results", "waiting", "window")
 
-    def __init__(self, asks: Sequence[tuple[Request, Use]], window: _Window, future: asyncio.Future) -> None:
+    def __init__(
+        self, asks: Sequence[tuple[Request, Use]], window: _Window, future: asyncio.Future
+    ) -> None:
         self.asks, self.window, self.future = asks, window, future
         self.bodies = [request_bytes(request) for request, _ in asks]
         self.keys = [key_of(body) for body in self.bodies]
@@ -72,7 +80,8 @@ class _Batch:
 
 @dataclass(slots=True)
 class _Flight:
-    """One question on its way to an engine and to the disk, and the places in batches that wait for it.
+    """One question on its way to an engine and to the disk, and the places in batches that wait for
+    it.
 
     No batch owns it: cancelling one that waits leaves the others, and the answer, alone.
     """
@@ -95,7 +104,9 @@ class _Flight:
 
 @dataclass(slots=True, eq=False)
 class _Window:
-    """The questions of one engine: at most `max_in_flight` asked, and as many answered but not yet on disk."""
+    """The questions of one engine: at most `max_in_flight` asked, and as many answered but not yet
+    on disk.
+    """
 
     engine: Engine
     queue: deque[_Flight] = field(default_factory=deque)
@@ -105,7 +116,9 @@ class _Window:
 
 
 class Ledger:
-    """An open `ledger.sqlite`. One event loop asks; one thread writes. See the module's page for the promise."""
+    """An open `ledger.sqlite`. One event loop asks; one thread writes. See the module's page for
+    the promise.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -117,7 +130,9 @@ class Ledger:
         self._windows: dict[int, _Window] = {}
         self._flights: dict[bytes, _Flight] = {}
         self._arrived: list[_Batch] = []
-        self._waiting: set[_Batch] = set()  # every batch whose future somebody awaits, wherever it is
+        self._waiting: set[_Batch] = (
+            set()
+        )  # every batch whose future somebody awaits, wherever it is
         self._outbox: list[Any] = []
         self._closed = False
 
@@ -125,38 +140,52 @@ class Ledger:
     def open(cls, folder: Path) -> Ledger:
         """Open the store at `folder`, made where absent.
 
-        Raises: StoreError when the ledger is damaged, or missing beside a DuckDB file that was filled from it.
+        Raises: StoreError when the ledger is damaged, or missing beside a DuckDB file that was
+        filled from it.
         """
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"{folder}: cannot make the store's folder ({error.strerror})") from error
+            raise StoreError(
+                f"{folder}: cannot make the store's folder ({error.strerror})"
+            ) from error
         if not (folder / db.FILE).exists() and (folder / STORE_FILE).exists():
-            raise StoreError(f"{folder / db.FILE} is missing beside {STORE_FILE}. It holds every answer: "
-                             f"restore it from a copy, or delete {folder / STORE_FILE} to begin anew")
+            raise StoreError(
+                f"{folder / db.FILE} is missing beside {STORE_FILE}. It holds every answer: "
+                f"restore it from a copy, or delete {folder / STORE_FILE} to begin anew"
+            )
         return cls(folder)
 
     def begin_run(self, name: str, config: dict[str, Any], texts: dict[str, str]) -> Run:
-        """The run of this configuration: resumed where name, configuration and texts are known, else a new version."""
+        """The run of this configuration: resumed where name, configuration and texts are known,
+        else a new version.
+        """
         return self._writer.run(lambda con: records.begin_run(con, name, config, texts))
 
     def add_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Record prompts and their splits, a thousand a transaction.
 
         The first split recorded for a group (or, without one, for a text) stands.
-        Raises: ConfigError naming prompt, group and both splits where a prompt's own split contradicts it.
+        Raises: ConfigError naming prompt, group and both splits where a prompt's own split
+        contradicts it.
         """
         rest = iter(prompts)
         while some := list(islice(rest, 1000)):
             self._writer.run(lambda con, some=some: records.add_prompts(con, some))
 
-    def add_import(self, name: str, config: dict[str, Any], prompts: Sequence[tuple[Prompt, dict[str, Any]]]) -> Run:
-        """Record a file of preferences in one transaction (see `recorded.add_import`): all of it or nothing."""
+    def add_import(
+        self, name: str, config: dict[str, Any], prompts: Sequence[tuple[Prompt, dict[str, Any]]]
+    ) -> Run:
+        """Record a file of preferences in one transaction (see `recorded.add_import`): all of it or
+        nothing.
+        """
         return self._writer.run(lambda con: records.add_import(con, name, config, prompts))
 
     def add_human_label(self, label: dict[str, Any]) -> None:
-        """Record what a person said: a JSON object with prompt, a, b (texts or sample ids), winner, annotator, note."""
+        """Record what a person said: a JSON object with prompt, a, b (texts or sample ids), winner,
+        annotator, note.
+        """
         self._writer.run(lambda con: records.add_object(con, "human_labels", label))
 
     def add_eval(self, result: dict[str, Any]) -> None:
@@ -169,22 +198,30 @@ class Ledger:
             return db.lookup(self._reader, keys)
 
     def note(self, use: Use) -> None:
-        """Record a use that asks nothing (role `identical`); on disk at the latest when the ledger is closed."""
+        """Record a use that asks nothing (role `identical`); on disk at the latest when the ledger
+        is closed.
+        """
         self._check()
         self._writer.put([([(use, b"")], ())])
 
     async def ask(self, request: Request, use: Use, engine: Engine) -> Completion:
-        """One question. Raises: TransportError, once that is recorded, when no answer came after all retries."""
+        """One question. Raises: TransportError, once that is recorded, when no answer came after
+        all retries.
+        """
         (result,) = await self.ask_many([(request, use)], engine)
         if isinstance(result, TransportError):
             raise result
         return result
 
-    async def ask_many(self, asks: Sequence[tuple[Request, Use]], engine: Engine) -> list[Completion | TransportError]:
-        """Answers in the order of `asks`, all of them on disk; a question that got none gives its `TransportError`.
+    async def ask_many(
+        self, asks: Sequence[tuple[Request, Use]], engine: Engine
+    ) -> list[Completion | TransportError]:
+        """Answers in the order of `asks`, all of them on disk; a question that got none gives its
+        `TransportError`.
 
-        Raises: StoreError when the ledger cannot write any more, or when an answer in it cannot be read; EngineError
-        when the engine failed for good; ValueError for a text that cannot be asked (a lone surrogate).
+        Raises: StoreError when the ledger cannot write any more, or when an answer in it cannot be
+        read; EngineError when the engine failed for good; ValueError for a text that cannot be
+        asked (a lone surrogate).
         """
         self._check()
         if not asks:
@@ -210,12 +247,16 @@ class Ledger:
             raise StoreError(f"{self.file}: the ledger is closed")
 
     def _look_up(self) -> None:
-        """Once a turn of the event loop: one look-up and one write of uses for all that arrived in it."""
+        """Once a turn of the event loop: one look-up and one write of uses for all that arrived in
+        it.
+        """
         batches, self._arrived = self._arrived, []
         try:
             wanted = {key for batch in batches for key in batch.keys} - self._flights.keys()
             found = self.lookup(list(wanted))
-        except Exception as error:  # in a callback of the loop: it reaches nobody but through the futures
+        except (
+            Exception
+        ) as error:  # in a callback of the loop: it reaches nobody but through the futures
             for batch in batches:
                 batch.fail(self._told(error))
             return
@@ -254,7 +295,9 @@ class Ledger:
         None while a full window waits for the disk: a crash may not repeat more than promised.
         """
         most = window.engine.max_in_flight
-        for _ in range(min(len(window.queue), most - window.active) if window.uncommitted < most else 0):
+        for _ in range(
+            min(len(window.queue), most - window.active) if window.uncommitted < most else 0
+        ):
             window.active += 1
             worker = asyncio.get_running_loop().create_task(self._work(window))
             window.workers.add(worker)
@@ -290,7 +333,9 @@ class Ledger:
             self.stats.in_flight -= 1
 
     def _post(self, item: Any) -> None:
-        """To the writer, at the end of this turn of the event loop: waking a thread for each would cost more."""
+        """To the writer, at the end of this turn of the event loop: waking a thread for each would
+        cost more.
+        """
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._send)
         self._outbox.append(item)
@@ -342,7 +387,9 @@ class Ledger:
         return told
 
     def _stop(self, error: StoreError) -> None:
-        """Everything that waits learns why no answer comes. Questions in flight are still written when answered."""
+        """Everything that waits learns why no answer comes. Questions in flight are still written
+        when answered.
+        """
         for window in self._windows.values():
             window.queue.clear()
         self._flights.clear()
@@ -378,7 +425,9 @@ class Ledger:
 
 
 def _clean(completion: Completion) -> Completion:
-    """A lone surrogate (half an emoji, cut off by a server) cannot be stored as text: it becomes U+FFFD."""
+    """A lone surrogate (half an emoji, cut off by a server) cannot be stored as text: it becomes
+    U+FFFD.
+    """
     text = completion.text
     if text.isascii():
         return completion

@@ -1,7 +1,10 @@
-"""What the ledger records besides answers and their uses: runs, prompts, splits, imports, human labels, evaluations.
+"""What the ledger records besides answers and their uses: runs, prompts, splits, imports, human
+labels, evaluations.
 
-Each function takes a connection to `ledger.sqlite`; those that write are run by the ledger's writer, in a transaction.
+Each function takes a connection to `ledger.sqlite`; those that write are run by the ledger's
+writer, in a transaction.
 """
+
 from __future__ import annotations
 
 import sqlite3
@@ -32,7 +35,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run as it was recorded. `last_start` grows with every start: the greatest is what a name means without @N."""
+    """A run as it was recorded. `last_start` grows with every start: the greatest is what a name
+    means without @N.
+    """
 
     id: int
     name: str
@@ -43,14 +48,29 @@ class RunRecord:
     at: float
 
 
-def begin_run(con: sqlite3.Connection, name: str, config: dict[str, Any], texts: dict[str, str]) -> Run:
-    """The run with this name, configuration and texts: found, or recorded as the name's next version."""
+def begin_run(
+    con: sqlite3.Connection, name: str, config: dict[str, Any], texts: dict[str, str]
+) -> Run:
+    """The run with this name, configuration and texts: found, or recorded as the name's next
+    version.
+    """
     identity = digest(name, config, texts)
-    row = con.execute("SELECT id, version FROM runs WHERE name=? AND digest=?", (name, identity)).fetchone()
+    row = con.execute(
+        "SELECT id, version FROM runs WHERE name=? AND digest=?", (name, identity)
+    ).fetchone()
     resumed = row is not None
     if row is None:
-        version = con.execute("SELECT coalesce(max(version), 0) + 1 FROM runs WHERE name=?", (name,)).fetchone()[0]
-        values = (name, version, identity, canonical(config).decode(), canonical(texts).decode(), time.time())
+        version = con.execute(
+            "SELECT coalesce(max(version), 0) + 1 FROM runs WHERE name=?", (name,)
+        ).fetchone()[0]
+        values = (
+            name,
+            version,
+            identity,
+            canonical(config).decode(),
+            canonical(texts).decode(),
+            time.time(),
+        )
         made = con.execute("INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?)", values)
         row = (made.lastrowid, version)
     con.execute("INSERT INTO starts(run, at) VALUES (?, ?)", (row[0], time.time()))
@@ -59,23 +79,42 @@ def begin_run(con: sqlite3.Connection, name: str, config: dict[str, Any], texts:
 
 def runs(con: sqlite3.Connection) -> list[RunRecord]:
     """Every run, in the order they were first recorded."""
-    rows = con.execute("SELECT r.id, r.name, r.version, r.config, r.texts, max(s.id), r.at "
-                       "FROM runs r JOIN starts s ON s.run = r.id GROUP BY r.id ORDER BY r.id").fetchall()
-    return [RunRecord(i, name, version, orjson.loads(config), orjson.loads(texts), start, at)
-            for i, name, version, config, texts, start, at in rows]
+    rows = con.execute(
+        "SELECT r.id, r.name, r.version, r.config, r.texts, max(s.id), r.at "
+        "FROM runs r JOIN starts s ON s.run = r.id GROUP BY r.id ORDER BY r.id"
+    ).fetchall()
+    return [
+        RunRecord(i, name, version, orjson.loads(config), orjson.loads(texts), start, at)
+        for i, name, version, config, texts, start, at in rows
+    ]
 
 
 def add_prompts(con: sqlite3.Connection, prompts: Sequence[Prompt]) -> None:
-    """Record prompts. Raises: ConfigError where a prompt's own split contradicts the one its group has."""
+    """Record prompts. Raises: ConfigError where a prompt's own split contradicts the one its group
+    has.
+    """
     for prompt in prompts:
         rubric = orjson.dumps(prompt.rubric).decode() if prompt.rubric else None
         if rubric:
-            con.execute("INSERT OR IGNORE INTO rubrics VALUES (NULL, ?, ?)", (rubric_id(prompt.rubric), rubric))
+            con.execute(
+                "INSERT OR IGNORE INTO rubrics VALUES (NULL, ?, ?)",
+                (rubric_id(prompt.rubric), rubric),
+            )
         text, split = _text(prompt), _split(con, prompt)
         tags = orjson.dumps(list(prompt.tags)).decode()
-        identity = digest(prompt.id, text, tags, prompt.group is not None, prompt.group or "", split, *filter(None, [rubric]))
-        con.execute("INSERT OR IGNORE INTO prompts VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)",
-                    (prompt.id, identity, text, tags, prompt.group, split, rubric))
+        identity = digest(
+            prompt.id,
+            text,
+            tags,
+            prompt.group is not None,
+            prompt.group or "",
+            split,
+            *filter(None, [rubric]),
+        )
+        con.execute(
+            "INSERT OR IGNORE INTO prompts VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)",
+            (prompt.id, identity, text, tags, prompt.group, split, rubric),
+        )
 
 
 def _text(prompt: Prompt) -> str:
@@ -83,16 +122,23 @@ def _text(prompt: Prompt) -> str:
 
 
 def rubric_id(rubric: Rubric) -> str:
-    """What a use calls a prompt's own rubric: 16 hex digits of its digest. Two rubrics never share one, so what was
-    asked stays readable when the prompts file is edited."""
+    """What a use calls a prompt's own rubric: 16 hex digits of its digest. Two rubrics never share
+    one, so what was asked stays readable when the prompts file is edited.
+    """
     return digest("rubric", [list(line) for line in rubric])[:16]
 
 
 def rubrics(con: sqlite3.Connection, names: Sequence[str]) -> dict[str, Rubric]:
     """The rubrics of these names, each line with its points."""
-    rows = con.execute("SELECT name FROM sqlite_master WHERE name = 'rubrics'").fetchall() if names else ()
+    rows = (
+        con.execute("SELECT name FROM sqlite_master WHERE name = 'rubrics'").fetchall()
+        if names
+        else ()
+    )
     found = {}
-    for name in names if rows else ():  # an older ledger has no such table, and no uses that name one
+    for name in (
+        names if rows else ()
+    ):  # an older ledger has no such table, and no uses that name one
         row = con.execute("SELECT rubric FROM rubrics WHERE digest = ?", (name,)).fetchone()
         if row:
             found[name] = tuple((text, points) for text, points in orjson.loads(row[0]))
@@ -100,16 +146,25 @@ def rubrics(con: sqlite3.Connection, names: Sequence[str]) -> dict[str, Rubric]:
 
 
 def prompt_rows(con: sqlite3.Connection, after: int, limit: int) -> list[tuple]:
-    """The prompts recorded after this row: row, id, messages, tags, group, split and the prompt's own rubric, the
-    latest form of a prompt last. Messages, tags and rubric are JSON; no group and no rubric are None."""
+    """The prompts recorded after this row: row, id, messages, tags, group, split and the prompt's
+    own rubric, the latest form of a prompt last. Messages, tags and rubric are JSON; no group and
+    no rubric are None.
+    """
     columns = {row[1] for row in con.execute("PRAGMA table_info(prompts)")}
-    rubric = "rubric" if "rubric" in columns else "NULL"  # an older ledger, not yet opened for writing, has no such column
-    return con.execute(f"SELECT id, prompt, messages, tags, grp, split, {rubric} FROM prompts WHERE id > ? ORDER BY id "
-                       "LIMIT ?", (after, limit)).fetchall()
+    rubric = (
+        "rubric" if "rubric" in columns else "NULL"
+    )  # an older ledger, not yet opened for writing, has no such column
+    return con.execute(
+        f"SELECT id, prompt, messages, tags, grp, split, {rubric} FROM prompts WHERE id > ? ORDER BY id "
+        "LIMIT ?",
+        (after, limit),
+    ).fetchall()
 
 
 def split_of(prompt: Prompt) -> str:
-    """The prompt's own split, else the one that its group has by digest, or its text when it has no group."""
+    """The prompt's own split, else the one that its group has by digest, or its text when it has no
+    group.
+    """
     return prompt.split or keys.split_of(_text(prompt) if prompt.group is None else prompt.group)
 
 
@@ -122,8 +177,10 @@ def _split(con: sqlite3.Connection, prompt: Prompt) -> str:
         con.execute("INSERT INTO splits VALUES (?, ?)", (group, split))
         return split
     if prompt.split is not None and prompt.split != row[0]:
-        raise ConfigError(f"prompt {prompt.id}: split {prompt.split!r}, but {group!r} is recorded as {row[0]!r}. "
-                          "What belongs together stays on one side: correct the prompts file, or use a new store")
+        raise ConfigError(
+            f"prompt {prompt.id}: split {prompt.split!r}, but {group!r} is recorded as {row[0]!r}. "
+            "What belongs together stays on one side: correct the prompts file, or use a new store"
+        )
     return row[0]
 
 
@@ -133,11 +190,17 @@ def add_object(con: sqlite3.Connection, table: str, value: dict[str, Any]) -> No
     con.execute(f"INSERT OR IGNORE INTO {table}(digest, value, at) VALUES (?, ?, ?)", row)
 
 
-def add_import(con: sqlite3.Connection, name: str, config: dict[str, Any],
-               prompts: Sequence[tuple[Prompt, dict[str, Any]]]) -> Run:
-    """Record a file of preferences as a run, with the answers and pairs of each prompt; a file that is there adds nothing.
+def add_import(
+    con: sqlite3.Connection,
+    name: str,
+    config: dict[str, Any],
+    prompts: Sequence[tuple[Prompt, dict[str, Any]]],
+) -> Run:
+    """Record a file of preferences as a run, with the answers and pairs of each prompt; a file that
+    is there adds nothing.
 
-    `config["origin"]["sha256"]` tells files apart. A prompt whose text is recorded already takes over its group and split.
+    `config["origin"]["sha256"]` tells files apart. A prompt whose text is recorded already takes
+    over its group and split.
     Raises: ConfigError where a prompt's own split contradicts the recorded one.
     """
     for row in con.execute("SELECT id, name, version, config FROM runs ORDER BY id").fetchall():
@@ -148,21 +211,35 @@ def add_import(con: sqlite3.Connection, name: str, config: dict[str, Any],
     for prompt, value in prompts:
         group, split = known.get(prompt.messages, (None, None))
         if split and prompt.split and split != prompt.split:
-            raise ConfigError(f"{prompt.messages[-1].content[:60]!r} has the split {prompt.split!r}, but stands in this store "
-                              f"as {split!r}. What belongs together stays on one side: correct the file, or use a new store")
-        add_prompts(con, [replace(prompt, group=prompt.group or group, split=split or prompt.split)])
-        con.execute("INSERT INTO imports(run, prompt, value) VALUES (?, ?, ?)", (run.id, prompt.id, orjson.dumps(value).decode()))
+            raise ConfigError(
+                f"{prompt.messages[-1].content[:60]!r} has the split {prompt.split!r}, but stands in this store "
+                f"as {split!r}. What belongs together stays on one side: correct the file, or use a new store"
+            )
+        add_prompts(
+            con, [replace(prompt, group=prompt.group or group, split=split or prompt.split)]
+        )
+        con.execute(
+            "INSERT INTO imports(run, prompt, value) VALUES (?, ?, ?)",
+            (run.id, prompt.id, orjson.dumps(value).decode()),
+        )
     return run
 
 
-def _sides(con: sqlite3.Connection, wanted: Sequence[tuple[Message, ...]]) -> dict[tuple[Message, ...], tuple[str | None, str]]:
+def _sides(
+    con: sqlite3.Connection, wanted: Sequence[tuple[Message, ...]]
+) -> dict[tuple[Message, ...], tuple[str | None, str]]:
     """(group, split) of those prompts that are recorded already, whatever their id."""
-    texts = {orjson.dumps([[m.role, m.content] for m in messages]).decode(): messages for messages in wanted}
+    texts = {
+        orjson.dumps([[m.role, m.content] for m in messages]).decode(): messages
+        for messages in wanted
+    }
     rows = con.execute("SELECT messages, grp, split FROM prompts ORDER BY id")
     return {texts[text]: (group, split) for text, group, split in rows if text in texts}
 
 
 def request_json(con: sqlite3.Connection, key: bytes) -> dict[str, Any] | None:
     """What was asked under a key, as it was digested; None when it was never answered."""
-    row = con.execute("SELECT r.request FROM calls c JOIN requests r ON r.id = c.id WHERE c.key=?", (key,)).fetchone()
+    row = con.execute(
+        "SELECT r.request FROM calls c JOIN requests r ON r.id = c.id WHERE c.key=?", (key,)
+    ).fetchone()
     return None if row is None else orjson.loads(row[0])

@@ -1,9 +1,11 @@
-"""Strict YAML: what a person reads is what the program gets, and every mistake is told with file, line and column.
+"""Strict YAML: what a person reads is what the program gets, and every mistake is told with file,
+line and column.
 
-YAML 1.1 quietly reads `no` as false, `1:30` as 90, `010` as 8 and lets the second of two equal keys win. Here those are
-errors, as are tabs, tags, aliases and merge keys. Numbers, `true`, `false` and `null` mean what they look like
-(`1e-5` is a number, which PyYAML reads as text).
+YAML 1.1 quietly reads `no` as false, `1:30` as 90, `010` as 8 and lets the second of two equal keys
+win. Here those are errors, as are tabs, tags, aliases and merge keys. Numbers, `true`, `false` and
+`null` mean what they look like (`1e-5` is a number, which PyYAML reads as text).
 """
+
 from __future__ import annotations
 
 import difflib
@@ -23,12 +25,25 @@ Place = tuple[int, int]
 Model = TypeVar("Model", bound=BaseModel)
 Check = Callable[[Any], Iterable[tuple[Path_, str]]]
 
-ID_PATTERN = r"^[a-z0-9]+([-_][a-z0-9]+)*$"   # of names that people choose; they stand in paths and in reports
+# of names that people choose; they stand in paths and in reports
+ID_PATTERN = r"^[a-z0-9]+([-_][a-z0-9]+)*$"
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
-_WORDS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
-          "null": None, "Null": None, "NULL": None, "~": None, "": None}
-# What other readers of YAML turn into something that the writer did not mean; (pattern, what it would become).
+_WORDS = {
+    "true": True,
+    "True": True,
+    "TRUE": True,
+    "false": False,
+    "False": False,
+    "FALSE": False,
+    "null": None,
+    "Null": None,
+    "NULL": None,
+    "~": None,
+    "": None,
+}
+# What other readers of YAML turn into something that the writer did not mean; (pattern, what it
+# would become).
 _QUIET = (
     (re.compile(r"(?i)(yes|on)\Z"), "true"),
     (re.compile(r"(?i)(no|off)\Z"), "false"),
@@ -45,7 +60,9 @@ _PLAIN_TAGS = (_STRING_TAG, "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 @dataclass(slots=True)
 class Document:
-    """A parsed file: its value as plain Python, where each value and key stands, and the mistakes met on the way."""
+    """A parsed file: its value as plain Python, where each value and key stands, and the mistakes
+    met on the way.
+    """
 
     file: str
     text: str
@@ -56,7 +73,9 @@ class Document:
     origins: dict[Path_, str] = field(default_factory=dict)
 
     def problem(self, path: Path_, message: str, at_key: bool = False) -> Problem:
-        """A `Problem` at a path; where the path itself does not exist, its nearest parent is pointed at."""
+        """A `Problem` at a path; where the path itself does not exist, its nearest parent is
+        pointed at.
+        """
         where = self.keys if at_key else self.values
         for length in range(len(path), -1, -1):
             part = path[:length]
@@ -88,7 +107,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file (a byte order mark is dropped).
 
-    Raises: ConfigError when it is missing, a directory, unreadable, or not UTF-8 (with line and column).
+    Raises: ConfigError when it is missing, a directory, unreadable, or not UTF-8 (with line and
+    column).
     """
     path = Path(path)
     try:
@@ -96,9 +116,13 @@ def read_text(path: str | Path) -> str:
     except FileNotFoundError:
         raise ConfigError([Problem(str(path), 0, 0, "", f"no such file{_sibling(path)}")]) from None
     except IsADirectoryError:
-        raise ConfigError([Problem(str(path), 0, 0, "", "is a directory; name a file in it")]) from None
+        raise ConfigError(
+            [Problem(str(path), 0, 0, "", "is a directory; name a file in it")]
+        ) from None
     except OSError as error:
-        raise ConfigError([Problem(str(path), 0, 0, "", f"cannot be read: {error.strerror}")]) from None
+        raise ConfigError(
+            [Problem(str(path), 0, 0, "", f"cannot be read: {error.strerror}")]
+        ) from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -150,15 +174,19 @@ def parse(text: str, file: str = "") -> Document:
 
 
 def scalar(text: str) -> Any:
-    """The value of an unquoted scalar. Raises ValueError for what YAML would quietly turn into something else."""
+    """The value of an unquoted scalar. Raises ValueError for what YAML would quietly turn into
+    something else.
+    """
     for pattern, becomes in _QUIET:
         if pattern.match(text):
             meant = f"{becomes}, or " if becomes in ("true", "false") else ""
-            raise ValueError(f'`{text}` would be read by YAML as {becomes}; write {meant}"{text}" in quotes')
+            raise ValueError(
+                f'`{text}` would be read by YAML as {becomes}; write {meant}"{text}" in quotes'
+            )
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.match(text):
-        return int(text) if len(text) < 4000 else text   # Python refuses to read longer integers
+        return int(text) if len(text) < 4000 else text  # Python refuses to read longer integers
     if _FLOAT.match(text):
         value = float(text)
         if value in (float("inf"), float("-inf")):
@@ -179,8 +207,11 @@ class _Builder:
         place = (node.start_mark.line + 1, node.start_mark.column + 1)
         self.document.values[path] = place
         if id(node) in self.seen:
-            # A few nested aliases expand to gigabytes; and a value defined elsewhere cannot be read where it stands.
-            return self.complain(place, path, "anchors and aliases (&x, *x) are not read; write the value out")
+            # A few nested aliases expand to gigabytes; and a value defined elsewhere cannot be read
+            # where it stands.
+            return self.complain(
+                place, path, "anchors and aliases (&x, *x) are not read; write the value out"
+            )
         self.seen.add(id(node))
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
@@ -207,7 +238,9 @@ class _Builder:
             if key is None:
                 continue
             if key in result:
-                self.complain(place, (*path, key), f'duplicate key "{key}" (first in line {lines[key]})')
+                self.complain(
+                    place, (*path, key), f'duplicate key "{key}" (first in line {lines[key]})'
+                )
                 continue
             lines[key] = place[0]
             self.document.keys[(*path, key)] = place
@@ -240,12 +273,17 @@ class _Builder:
 
 
 def _scan_problems(document: Document, error: yaml.MarkedYAMLError) -> list[Problem]:
-    """What the scanner met, in words that help. It stops at its first mistake, except for tabs: all are shown."""
+    """What the scanner met, in words that help. It stops at its first mistake, except for tabs: all
+    are shown.
+    """
     problem, mark = error.problem or "cannot be read", error.problem_mark
     place = (mark.line + 1, mark.column + 1)
     if "'\\t'" in problem:
-        places = [(number, line.index("\t") + 1) for number, line in enumerate(document.text.splitlines(), 1)
-                  if "\t" in line[: len(line) - len(line.lstrip())]]
+        places = [
+            (number, line.index("\t") + 1)
+            for number, line in enumerate(document.text.splitlines(), 1)
+            if "\t" in line[: len(line) - len(line.lstrip())]
+        ]
         message = "a tab; YAML is indented with spaces"
         return [Problem(document.file, *where, "", message) for where in places or [place]]
     messages = {
@@ -257,7 +295,7 @@ def _scan_problems(document: Document, error: yaml.MarkedYAMLError) -> list[Prob
         "expected <block end>": "wrong indentation, or a quote or bracket that ends too early",
         "expected ',' or ']'": "a list opened with [ is not closed before this",
         "expected ',' or '}'": "a mapping opened with { is not closed before this",
-        "that cannot start any token": f"text that starts with {document.text[mark.index:][:1]} needs quotes",
+        "that cannot start any token": f"text that starts with {document.text[mark.index :][:1]} needs quotes",
     }
     for part, message in messages.items():
         if part in problem:
@@ -266,9 +304,11 @@ def _scan_problems(document: Document, error: yaml.MarkedYAMLError) -> list[Prob
 
 
 def validate(document: Document, model: type[Model], checks: Sequence[Check] = ()) -> Model:
-    """The document as `model`, or every mistake at once: those of the YAML, of the model, and of `checks`.
+    """The document as `model`, or every mistake at once: those of the YAML, of the model, and of
+    `checks`.
 
-    `checks` are functions of the raw value that yield (path, message); they must bear any shape of value.
+    `checks` are functions of the raw value that yield (path, message); they must bear any shape of
+    value.
     Raises: ConfigError.
     """
     problems, result = list(document.problems), None
@@ -277,27 +317,40 @@ def validate(document: Document, model: type[Model], checks: Sequence[Check] = (
             result = model.model_validate(document.value)
         except ValidationError as error:
             problems += model_problems(error, document, model)
-        problems += [document.problem(path, message) for check in checks for path, message in check(document.value)]
+        problems += [
+            document.problem(path, message)
+            for check in checks
+            for path, message in check(document.value)
+        ]
     if problems or result is None:
         raise ConfigError(tidy(problems))
     return result
 
 
 def tidy(problems: list[Problem]) -> list[Problem]:
-    """One problem a place (the first is the cause, the rest its shadows), in the order of the file."""
+    """One problem a place (the first is the cause, the rest its shadows), in the order of the
+    file.
+    """
     first: dict[tuple[str, int, int, str], Problem] = {}
     for problem in problems:
         first.setdefault((problem.file, problem.line, problem.column, problem.path), problem)
     return sorted(first.values(), key=lambda problem: (problem.file, problem.line, problem.column))
 
 
-def model_problems(error: ValidationError, document: Document, model: type[BaseModel],
-                   prefix: Path_ = ()) -> list[Problem]:
-    """Pydantic's errors as problems in the file; `prefix` is where the model's value stands in the document."""
+def model_problems(
+    error: ValidationError, document: Document, model: type[BaseModel], prefix: Path_ = ()
+) -> list[Problem]:
+    """Pydantic's errors as problems in the file; `prefix` is where the model's value stands in the
+    document.
+    """
     schema = model.model_json_schema()
     problems = []
     for entry in error.errors(include_url=False):
-        inner = tuple(part for part in entry["loc"] if not (isinstance(part, str) and part.startswith("function-")))
+        inner = tuple(
+            part
+            for part in entry["loc"]
+            if not (isinstance(part, str) and part.startswith("function-"))
+        )
         unknown = entry["type"] == "extra_forbidden"
         message = _unknown(inner, schema) if unknown else _message(entry)
         problems.append(document.problem((*prefix, *inner), message, at_key=unknown))
@@ -309,9 +362,14 @@ def _unknown(loc: Path_, schema: dict[str, Any]) -> str:
     node = schema
     for part in loc[:-1]:
         node = _resolve(node, schema)
-        node = node.get("items", {}) if isinstance(part, int) else (
-            node.get("properties", {}).get(part) or node.get("additionalProperties") or {})
-    return f"unknown field; {did_you_mean(str(loc[-1]), _resolve(node, schema).get('properties', {}))}"
+        node = (
+            node.get("items", {})
+            if isinstance(part, int)
+            else (node.get("properties", {}).get(part) or node.get("additionalProperties") or {})
+        )
+    return (
+        f"unknown field; {did_you_mean(str(loc[-1]), _resolve(node, schema).get('properties', {}))}"
+    )
 
 
 def _resolve(node: Any, schema: dict[str, Any]) -> dict[str, Any]:
@@ -320,14 +378,26 @@ def _resolve(node: Any, schema: dict[str, Any]) -> dict[str, Any]:
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
         else:
-            node = next((part for part in node.get("anyOf") or node["allOf"] if part.get("type") != "null"), {})
+            node = next(
+                (part for part in node.get("anyOf") or node["allOf"] if part.get("type") != "null"),
+                {},
+            )
     return node if isinstance(node, dict) else {}
 
 
-_KINDS = {"string_type": "text", "int_type": "a whole number", "int_from_float": "a whole number",
-          "float_type": "a number", "bool_type": "true or false", "list_type": "a list", "tuple_type": "a list",
-          "dict_type": "a mapping (key: value)", "model_type": "a mapping (key: value)",
-          "model_attributes_type": "a mapping (key: value)", "mapping_type": "a mapping (key: value)"}
+_KINDS = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping (key: value)",
+    "model_type": "a mapping (key: value)",
+    "model_attributes_type": "a mapping (key: value)",
+    "mapping_type": "a mapping (key: value)",
+}
 
 
 def _message(entry: Any) -> str:
@@ -336,7 +406,11 @@ def _message(entry: Any) -> str:
     if kind == "missing":
         return "missing field; it is required"
     if kind in _KINDS:
-        quotes = "; put it in quotes" if kind == "string_type" and isinstance(value, (bool, int, float)) else ""
+        quotes = (
+            "; put it in quotes"
+            if kind == "string_type" and isinstance(value, (bool, int, float))
+            else ""
+        )
         return f"must be {_KINDS[kind]}, not {describe(value)}{quotes}"
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", context.get("expected", ""))
@@ -349,7 +423,9 @@ def _message(entry: Any) -> str:
         return f"must be small letters and digits, joined by - or _, not {describe(value)}"
     text = entry["msg"].replace("Input should", "must", 1).replace("must be a valid", "must be a")
     text = re.sub(r"^(String|List|Dictionary|Value) should", "must", text)
-    return f"{text}, not {describe(value)}" if kind not in ("too_short", "string_too_short") else text
+    return (
+        f"{text}, not {describe(value)}" if kind not in ("too_short", "string_too_short") else text
+    )
 
 
 def _close(value: Any, known: list[str]) -> str:

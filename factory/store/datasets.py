@@ -1,8 +1,11 @@
-"""Which rows of a run are trained on: decided pairs, single answers with a thumb, prompts, demonstrations.
+"""Which rows of a run are trained on: decided pairs, single answers with a thumb, prompts,
+demonstrations.
 
-One place for `prefab export` and the trainers. Ties and unscored comparisons are no pairs; answers that were cut off by
-length are left out unless asked for; everything that is left out is counted. Polars alone, no heavy package.
+One place for `prefab export` and the trainers. Ties and unscored comparisons are no pairs; answers
+that were cut off by length are left out unless asked for; everything that is left out is counted.
+Polars alone, no heavy package.
 """
+
 from __future__ import annotations
 
 import json
@@ -15,49 +18,77 @@ from prefab.factory.errors import ConfigError
 if TYPE_CHECKING:
     import polars
 
-Read = Callable[[str, Sequence[Any]], "polars.DataFrame"]  # a query over the store, with its parameters
+Read = Callable[
+    [str, Sequence[Any]], "polars.DataFrame"
+]  # a query over the store, with its parameters
 FITS = ("bradley_terry", "davidson")  # ways to choose pairs that need answers' strengths
-WIN_MARGIN = 0.02  # a mean win probability this close to a half labels nothing (as the panel's tie_margin)
+WIN_MARGIN = (
+    0.02  # a mean win probability this close to a half labels nothing (as the panel's tie_margin)
+)
 
 
 def find_run(folder: Path, read: Read, run: str = "") -> dict[str, Any]:
-    """The run that NAME, NAME@VERSION or nothing (the last) stands for, as a row of the table `runs`.
+    """The run that NAME, NAME@VERSION or nothing (the last) stands for, as a row of the table
+    `runs`.
 
     Raises: ConfigError with the runs there are.
     """
     if not (folder / "ledger.sqlite").exists():
-        raise ConfigError(f"{folder}: there is no store here (no ledger.sqlite); name one with --store DIR, or make one "
-                          "with `prefab run`")
+        raise ConfigError(
+            f"{folder}: there is no store here (no ledger.sqlite); name one with --store DIR, or make one "
+            "with `prefab run`"
+        )
     rows = list(read("SELECT * FROM runs ORDER BY last_start", ()).iter_rows(named=True))
     name, at, version = run.partition("@")
-    rows = rows if name else [r for r in rows if r["recipe"] != "import"] or rows  # imports are asked for by name
-    found = [r for r in rows if name in ("", r["name"]) and (not at or str(r["version"]) == version)]
+    rows = (
+        rows if name else [r for r in rows if r["recipe"] != "import"] or rows
+    )  # imports are asked for by name
+    found = [
+        r for r in rows if name in ("", r["name"]) and (not at or str(r["version"]) == version)
+    ]
     if not found:
         there = ", ".join(f"{r['name']}@{r['version']}" for r in rows) or "none"
         raise ConfigError(f"{folder} has no run {run!r}; there are: {there}")
     return found[-1]
 
 
-def datasets(read: Read, record: dict[str, Any], notes: list[str], truncated: bool = False, judges: Sequence[str] = (),
-             principles: Sequence[str] = (), select: str = "", without: Sequence[str] = ()) -> dict[str, polars.DataFrame]:
-    """TRL's four kinds of data for a run, conversational, in its column names. `notes` learns what is left out and why.
+def datasets(
+    read: Read,
+    record: dict[str, Any],
+    notes: list[str],
+    truncated: bool = False,
+    judges: Sequence[str] = (),
+    principles: Sequence[str] = (),
+    select: str = "",
+    without: Sequence[str] = (),
+) -> dict[str, polars.DataFrame]:
+    """TRL's four kinds of data for a run, conversational, in its column names. `notes` learns what
+    is left out and why.
 
-    `judges` and `principles` keep the readings of these alone: the preference is then decided anew from them. `select`
-    is which demonstrations: draw (every revision) or sweep (the last text of each draft); left out: as the run did.
-    `without` are rules of the data gate: pairs that `prefab audit data` marked by them are left out, and where the mark
-    concerns the prompt, all that the prompt has.
+    `judges` and `principles` keep the readings of these alone: the preference is then decided anew
+    from them. `select` is which demonstrations: draw (every revision) or sweep (the last text of
+    each draft); left out: as the run did. `without` are rules of the data gate: pairs that `prefab
+    audit data` marked by them are left out, and where the mark concerns the prompt, all that the
+    prompt has.
     """
     import polars as pl
 
     run, label = record["run"], f"{record['name']}@{record['version']}"
     config = json.loads(record["config"])
-    samples = read(f'SELECT s.*, q.messages, q.split FROM samples s JOIN prompts q USING (prompt) '
-                   f'WHERE s.run = {run} AND s.text IS NOT NULL ORDER BY s.prompt, s."index"', ())
+    samples = read(
+        f"SELECT s.*, q.messages, q.split FROM samples s JOIN prompts q USING (prompt) "
+        f'WHERE s.run = {run} AND s.text IS NOT NULL ORDER BY s.prompt, s."index"',
+        (),
+    )
     samples = samples.with_columns(
-        pl.col("messages").map_elements(_turns, return_dtype=_TURNS(pl)).alias("prompt_turns"), pl.lit(label).alias("run"))
+        pl.col("messages").map_elements(_turns, return_dtype=_TURNS(pl)).alias("prompt_turns"),
+        pl.lit(label).alias("run"),
+    )
     cut = samples.filter(pl.col("finish") == "length").height
     if cut and not truncated:
-        notes.append(f"{cut:,} answers were cut off by length and are left out (--truncated keeps them)")
+        notes.append(
+            f"{cut:,} answers were cut off by length and are left out (--truncated keeps them)"
+        )
         samples = samples.filter(pl.col("finish") != "length")
     preferences = read(f"SELECT * FROM preferences WHERE run = {run} ORDER BY prompt, a, b", ())
     if without:
@@ -65,66 +96,96 @@ def datasets(read: Read, record: dict[str, Any], notes: list[str], truncated: bo
     if (judges or principles) and preferences.height:
         preferences = _decided_by(read, record, preferences, judges, principles)
     if origin := config.get("origin"):
-        notes.append(f"{label} is imported from {origin['file']} ({origin['format']}, {origin['by']}, SHA-256 "
-                     f"{origin['sha256'][:16]}); its labels are the file's, no judge's of this store")
+        notes.append(
+            f"{label} is imported from {origin['file']} ({origin['format']}, {origin['by']}, SHA-256 "
+            f"{origin['sha256'][:16]}); its labels are the file's, no judge's of this store"
+        )
     frames = {}
     if preferences.height:
         _tell_left_out(preferences, notes)
         wins = _win_rates(preferences)
         method, margin = choice(config)
-        strengths = read(f"SELECT * FROM strengths WHERE run = {run}", ()) if method in FITS else None
+        strengths = (
+            read(f"SELECT * FROM strengths WHERE run = {run}", ()) if method in FITS else None
+        )
         chosen = _chosen(preferences, wins, strengths, method, margin, notes)
         frames["preference"] = _preference(chosen, samples)
         frames["unpaired"] = _unpaired(samples, wins)
     if (config.get("panel") or {}).get("orders", "both") != "both" and preferences.height:
-        notes.append(f"pairs were judged in one order only ({config['panel']['orders']}): position bias is in them")
+        notes.append(
+            f"pairs were judged in one order only ({config['panel']['orders']}): position bias is in them"
+        )
     frames["prompts"] = samples.unique("prompt", keep="first", maintain_order=True).select(
-        pl.col("prompt_turns").alias("prompt"), pl.col("prompt").alias("prompt_id"), "split", "run")
+        pl.col("prompt_turns").alias("prompt"), pl.col("prompt").alias("prompt_id"), "split", "run"
+    )
     select = select or (config.get("revise") or {}).get("select", "sweep")
     if config.get("revise") or record["recipe"] == "cai":
-        frames["sft"] = _sft(samples, read(f"SELECT * FROM critiques WHERE run = {run}", ()), select)
+        frames["sft"] = _sft(
+            samples, read(f"SELECT * FROM critiques WHERE run = {run}", ()), select
+        )
     return frames
 
 
 def audited(preferences: polars.DataFrame) -> str:
-    """What tells one set of preferences from another: how many there are, and their ids together."""
+    """What tells one set of preferences from another: how many there are, and their ids
+    together.
+    """
     together = 0
     for name in preferences["preference"]:
         together ^= int(name[:16], 16)
     return f"{preferences.height} {together:016x}"
 
 
-def _unmarked(read: Read, record: dict[str, Any], samples: polars.DataFrame, preferences: polars.DataFrame,
-              rules: Sequence[str], notes: list[str]) -> tuple[polars.DataFrame, polars.DataFrame]:
+def _unmarked(
+    read: Read,
+    record: dict[str, Any],
+    samples: polars.DataFrame,
+    preferences: polars.DataFrame,
+    rules: Sequence[str],
+    notes: list[str],
+) -> tuple[polars.DataFrame, polars.DataFrame]:
     """Samples and preferences without those that the latest audit marked by these rules.
 
-    Raises: ConfigError where no audit has seen just these preferences, or it did not look by one of the rules.
+    Raises: ConfigError where no audit has seen just these preferences, or it did not look by one of
+    the rules.
     """
     import polars as pl
 
     run, label = record["run"], f"{record['name']}@{record['version']}"
-    found = read("SELECT value FROM evals WHERE name = 'audit data' AND (value->>'$.run')::INTEGER = ? "
-                 "ORDER BY evaluated_at DESC LIMIT 1", (run,))
+    found = read(
+        "SELECT value FROM evals WHERE name = 'audit data' AND (value->>'$.run')::INTEGER = ? "
+        "ORDER BY evaluated_at DESC LIMIT 1",
+        (run,),
+    )
     audit = json.loads(found["value"][0]) if found.height else {}
     if audit.get("audited") != audited(preferences):
-        raise ConfigError(f"{label} has {'changed since it was audited' if audit else 'not been audited'}: "
-                          f"`prefab audit data --run {label}` first, then leave out what it marks")
+        raise ConfigError(
+            f"{label} has {'changed since it was audited' if audit else 'not been audited'}: "
+            f"`prefab audit data --run {label}` first, then leave out what it marks"
+        )
     missing = [rule for rule in rules if rule not in audit["rules"]]
     if missing:
         there = ", ".join(audit["rules"])
-        raise ConfigError(f"the audit of {label} did not look for {', '.join(missing)}; it looked for: {there}")
-    marks = read(f"SELECT m.*, p.prompt FROM marks m JOIN preferences p USING (run, preference) WHERE m.run = {run} "
-                 "AND list_contains(?, m.rule)", (list(rules),))
+        raise ConfigError(
+            f"the audit of {label} did not look for {', '.join(missing)}; it looked for: {there}"
+        )
+    marks = read(
+        f"SELECT m.*, p.prompt FROM marks m JOIN preferences p USING (run, preference) WHERE m.run = {run} "
+        "AND list_contains(?, m.rule)",
+        (list(rules),),
+    )
     for rule in rules:
         n = marks.filter(pl.col("rule") == rule)["preference"].n_unique()
         notes.append(f"{n:,} of {preferences.height:,} comparisons are left out as {rule}")
     prompts = marks.filter("of_prompt").select("prompt")
     preferences = preferences.join(marks, on="preference", how="anti", maintain_order="left")
-    return (samples.join(prompts, on="prompt", how="anti", maintain_order="left"),
-            preferences.join(prompts, on="prompt", how="anti", maintain_order="left"))
+    return (
+        samples.join(prompts, on="prompt", how="anti", maintain_order="left"),
+        preferences.join(prompts, on="prompt", how="anti", maintain_order="left"),
+    )
 
 
-def _TURNS(pl: Any) -> Any:  # noqa: N802
+def _TURNS(pl: Any) -> Any:
     return pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 
 
@@ -136,19 +197,29 @@ def _answer(column: str) -> Any:
     """One assistant's turn, as TRL's conversational formats have it."""
     import polars as pl
 
-    return pl.concat_list(pl.struct(pl.lit("assistant").alias("role"), pl.col(column).alias("content")))
+    return pl.concat_list(
+        pl.struct(pl.lit("assistant").alias("role"), pl.col(column).alias("content"))
+    )
 
 
 def _tell_left_out(preferences: polars.DataFrame, notes: list[str]) -> None:
     counts = dict(preferences["outcome"].value_counts().iter_rows())
     for outcome, words in (("tie", "are ties"), ("unscored", "are unscored")):
         if counts.get(outcome):
-            notes.append(f"{counts[outcome]:,} of {preferences.height:,} comparisons {words} and give no pair")
+            notes.append(
+                f"{counts[outcome]:,} of {preferences.height:,} comparisons {words} and give no pair"
+            )
 
 
-def _decided_by(read: Read, record: dict[str, Any], preferences: polars.DataFrame, judges: Sequence[str],
-                principles: Sequence[str]) -> polars.DataFrame:
-    """The preferences as some judges or principles alone decide them: the weighted mean of their scored readings.
+def _decided_by(
+    read: Read,
+    record: dict[str, Any],
+    preferences: polars.DataFrame,
+    judges: Sequence[str],
+    principles: Sequence[str],
+) -> polars.DataFrame:
+    """The preferences as some judges or principles alone decide them: the weighted mean of their
+    scored readings.
 
     Raises: ConfigError for a judge or principle that read nothing in this run.
     """
@@ -160,28 +231,54 @@ def _decided_by(read: Read, record: dict[str, Any], preferences: polars.DataFram
     for column, names in (("judge", judges), ("principle", principles)):
         there = readings[column].unique().sort().to_list()
         if missing := [name for name in names if name not in there]:
-            raise ConfigError(f"no {column} {missing[0]!r} in {record['name']}@{record['version']}; there are: "
-                              f"{', '.join(there)}")
+            raise ConfigError(
+                f"no {column} {missing[0]!r} in {record['name']}@{record['version']}; there are: "
+                f"{', '.join(there)}"
+            )
         readings = readings.filter(pl.col(column).is_in(list(names))) if names else readings
-    of = {row["principle"]: row["weight"] for row in read("SELECT principle, weight FROM principles WHERE constitution = ?",
-                                                          (record["constitution"] or "",)).iter_rows(named=True)}
+    of = {
+        row["principle"]: row["weight"]
+        for row in read(
+            "SELECT principle, weight FROM principles WHERE constitution = ?",
+            (record["constitution"] or "",),
+        ).iter_rows(named=True)
+    }
     by = {j["name"]: j.get("weight", 1.0) for j in panel.get("judges", [])}
-    weight = (pl.col("judge").replace_strict(by, default=1.0, return_dtype=pl.Float64)
-              * pl.col("principle").replace_strict(of, default=1.0, return_dtype=pl.Float64))
+    weight = pl.col("judge").replace_strict(by, default=1.0, return_dtype=pl.Float64) * pl.col(
+        "principle"
+    ).replace_strict(of, default=1.0, return_dtype=pl.Float64)
     given = weight.filter(pl.col("p_a").is_not_null())
     p = readings.group_by("prompt", "a", "b").agg(
-        (pl.col("p_a") * weight).sum().alias("sum"), given.sum().alias("given"), weight.sum().alias("all"))
-    enough = (pl.col("given") > 0) & (pl.col("given") >= panel.get("min_scored", 0.5) * pl.col("all"))
-    p = p.select("prompt", "a", "b", pl.when(enough).then(pl.col("sum") / pl.col("given")).alias("p_a"))
-    rows = preferences.drop("p_a").join(p, on=["prompt", "a", "b"], how="inner", maintain_order="left")
+        (pl.col("p_a") * weight).sum().alias("sum"),
+        given.sum().alias("given"),
+        weight.sum().alias("all"),
+    )
+    enough = (pl.col("given") > 0) & (
+        pl.col("given") >= panel.get("min_scored", 0.5) * pl.col("all")
+    )
+    p = p.select(
+        "prompt", "a", "b", pl.when(enough).then(pl.col("sum") / pl.col("given")).alias("p_a")
+    )
+    rows = preferences.drop("p_a").join(
+        p, on=["prompt", "a", "b"], how="inner", maintain_order="left"
+    )
     p_a, tie = pl.col("p_a"), panel.get("tie_margin", WIN_MARGIN)
-    outcome = (pl.when(p_a.is_null()).then(pl.lit("unscored")).when((p_a - 0.5).abs() <= tie).then(pl.lit("tie"))
-               .when(p_a > 0.5).then(pl.lit("a")).otherwise(pl.lit("b")))
+    outcome = (
+        pl.when(p_a.is_null())
+        .then(pl.lit("unscored"))
+        .when((p_a - 0.5).abs() <= tie)
+        .then(pl.lit("tie"))
+        .when(p_a > 0.5)
+        .then(pl.lit("a"))
+        .otherwise(pl.lit("b"))
+    )
     rows = rows.with_columns(outcome.alias("outcome"))
     first = pl.col("outcome") == "a"
     return rows.with_columns(
-        pl.when(first).then("a").otherwise("b").alias("chosen"), pl.when(first).then("b").otherwise("a").alias("rejected"),
-        pl.when(first).then(p_a).otherwise(1 - p_a).alias("p_chosen"))
+        pl.when(first).then("a").otherwise("b").alias("chosen"),
+        pl.when(first).then("b").otherwise("a").alias("rejected"),
+        pl.when(first).then(p_a).otherwise(1 - p_a).alias("p_chosen"),
+    )
 
 
 def _win_rates(preferences: polars.DataFrame) -> polars.DataFrame:
@@ -189,9 +286,15 @@ def _win_rates(preferences: polars.DataFrame) -> polars.DataFrame:
     import polars as pl
 
     scored = preferences.filter(pl.col("p_a").is_not_null())
-    sides = pl.concat([scored.select("prompt", pl.col("a").alias("index"), pl.col("p_a").alias("p")),
-                       scored.select("prompt", pl.col("b").alias("index"), (1 - pl.col("p_a")).alias("p"))])
-    return sides.group_by("prompt", "index").agg(pl.col("p").mean().alias("p_win"), pl.len().alias("n_comparisons"))
+    sides = pl.concat(
+        [
+            scored.select("prompt", pl.col("a").alias("index"), pl.col("p_a").alias("p")),
+            scored.select("prompt", pl.col("b").alias("index"), (1 - pl.col("p_a")).alias("p")),
+        ]
+    )
+    return sides.group_by("prompt", "index").agg(
+        pl.col("p").mean().alias("p_win"), pl.len().alias("n_comparisons")
+    )
 
 
 def choice(config: dict[str, Any]) -> tuple[str, float]:
@@ -201,33 +304,52 @@ def choice(config: dict[str, Any]) -> tuple[str, float]:
     return choose.get("method") or usual, choose.get("margin", 0.0)
 
 
-def _chosen(preferences: polars.DataFrame, wins: polars.DataFrame, strengths: polars.DataFrame | None, method: str,
-            margin: float, notes: list[str]) -> polars.DataFrame:
-    """The decided comparisons that become pairs, with the `method` that chose them. `best_worst` keeps of each prompt the
-    pair of its best and its worst sample, if it is decided; a fit keeps what it confirms, with its own probability."""
+def _chosen(
+    preferences: polars.DataFrame,
+    wins: polars.DataFrame,
+    strengths: polars.DataFrame | None,
+    method: str,
+    margin: float,
+    notes: list[str],
+) -> polars.DataFrame:
+    """The decided comparisons that become pairs, with the `method` that chose them. `best_worst`
+    keeps of each prompt the pair of its best and its worst sample, if it is decided; a fit keeps
+    what it confirms, with its own probability.
+    """
     import polars as pl
 
-    decided = preferences.filter(pl.col("outcome").is_in(["a", "b"])).with_columns(pl.lit(method).alias("method"))
+    decided = preferences.filter(pl.col("outcome").is_in(["a", "b"])).with_columns(
+        pl.lit(method).alias("method")
+    )
     if method == "best_worst":
         ranked = wins.sort("prompt", "p_win", "index", descending=[False, True, False])
         ends = ranked.group_by("prompt", maintain_order=True).agg(
-            pl.col("index").first().alias("best"), pl.col("index").last().alias("worst"))
+            pl.col("index").first().alias("best"), pl.col("index").last().alias("worst")
+        )
         decided = decided.join(ends, on="prompt").filter(
             (pl.min_horizontal("a", "b") == pl.min_horizontal("best", "worst"))
-            & (pl.max_horizontal("a", "b") == pl.max_horizontal("best", "worst")))
+            & (pl.max_horizontal("a", "b") == pl.max_horizontal("best", "worst"))
+        )
     n = decided.height
     if strengths is not None:
         side = strengths.select("prompt", "index", "strength")
-        decided = (decided.join(side.rename({"index": "chosen", "strength": "of_chosen"}), on=["prompt", "chosen"])
-                   .join(side.rename({"index": "rejected", "strength": "of_rejected"}), on=["prompt", "rejected"]))
+        decided = decided.join(
+            side.rename({"index": "chosen", "strength": "of_chosen"}), on=["prompt", "chosen"]
+        ).join(
+            side.rename({"index": "rejected", "strength": "of_rejected"}), on=["prompt", "rejected"]
+        )
         p = 1 / (1 + (pl.col("of_rejected") - pl.col("of_chosen")).exp())
         decided = decided.with_columns(p.alias("p_chosen")).filter(pl.col("p_chosen") > 0.5)
         if decided.height < n:
-            notes.append(f"{n - decided.height:,} decided comparisons are not confirmed by the {method} fit of their "
-                         "prompt, or it has none: they give no pair")
+            notes.append(
+                f"{n - decided.height:,} decided comparisons are not confirmed by the {method} fit of their "
+                "prompt, or it has none: they give no pair"
+            )
     above = decided.filter(pl.col("p_chosen") >= 0.5 + margin)
     if above.height < decided.height:
-        notes.append(f"{decided.height - above.height:,} decided comparisons are within {margin} of a half and give no pair")
+        notes.append(
+            f"{decided.height - above.height:,} decided comparisons are within {margin} of a half and give no pair"
+        )
     if method != "compared":
         notes.append(f"pairs were chosen by {method}")
     return above
@@ -238,33 +360,81 @@ def _preference(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.
     import polars as pl
 
     side = samples.select("prompt", "index", "text", "sample", "finish")
-    first = samples.unique("prompt", keep="first").select("prompt", "prompt_turns", "split", pl.col("run").alias("run_name"))
-    rows = (decided.join(side.rename({"index": "chosen", "text": "chosen_text", "sample": "chosen_sample",
-                                      "finish": "chosen_finish"}), on=["prompt", "chosen"])
-            .join(side.rename({"index": "rejected", "text": "rejected_text", "sample": "rejected_sample",
-                               "finish": "rejected_finish"}), on=["prompt", "rejected"])
-            .join(first, on="prompt").sort("prompt", "a", "b"))
+    first = samples.unique("prompt", keep="first").select(
+        "prompt", "prompt_turns", "split", pl.col("run").alias("run_name")
+    )
+    rows = (
+        decided.join(
+            side.rename(
+                {
+                    "index": "chosen",
+                    "text": "chosen_text",
+                    "sample": "chosen_sample",
+                    "finish": "chosen_finish",
+                }
+            ),
+            on=["prompt", "chosen"],
+        )
+        .join(
+            side.rename(
+                {
+                    "index": "rejected",
+                    "text": "rejected_text",
+                    "sample": "rejected_sample",
+                    "finish": "rejected_finish",
+                }
+            ),
+            on=["prompt", "rejected"],
+        )
+        .join(first, on="prompt")
+        .sort("prompt", "a", "b")
+    )
     return rows.select(
-        pl.col("prompt_turns").alias("prompt"), _answer("chosen_text").alias("chosen"),
-        _answer("rejected_text").alias("rejected"), "p_chosen", "spread", "n_scored", "n_readings", "exactness",
-        "method", "preference", pl.col("prompt").alias("prompt_id"), "chosen_sample", "rejected_sample", "split",
-        pl.col("run_name").alias("run"))
+        pl.col("prompt_turns").alias("prompt"),
+        _answer("chosen_text").alias("chosen"),
+        _answer("rejected_text").alias("rejected"),
+        "p_chosen",
+        "spread",
+        "n_scored",
+        "n_readings",
+        "exactness",
+        "method",
+        "preference",
+        pl.col("prompt").alias("prompt_id"),
+        "chosen_sample",
+        "rejected_sample",
+        "split",
+        pl.col("run_name").alias("run"),
+    )
 
 
 def _unpaired(samples: polars.DataFrame, wins: polars.DataFrame) -> polars.DataFrame:
-    """Drafts with a thumb up or down: whether they win more than half of their comparisons (KTO)."""
+    """Drafts with a thumb up or down: whether they win more than half of their comparisons
+    (KTO).
+    """
     import polars as pl
 
-    rows = samples.join(wins, on=["prompt", "index"]).filter((pl.col("p_win") - 0.5).abs() > WIN_MARGIN)
+    rows = samples.join(wins, on=["prompt", "index"]).filter(
+        (pl.col("p_win") - 0.5).abs() > WIN_MARGIN
+    )
     return rows.sort("prompt", "index").select(
-        pl.col("prompt_turns").alias("prompt"), _answer("text").alias("completion"),
-        (pl.col("p_win") > 0.5).alias("label"), "p_win", "n_comparisons", "sample",
-        pl.col("prompt").alias("prompt_id"), "split", "run")
+        pl.col("prompt_turns").alias("prompt"),
+        _answer("text").alias("completion"),
+        (pl.col("p_win") > 0.5).alias("label"),
+        "p_win",
+        "n_comparisons",
+        "sample",
+        pl.col("prompt").alias("prompt_id"),
+        "split",
+        "run",
+    )
 
 
 def _sft(samples: polars.DataFrame, critiques: polars.DataFrame, select: str) -> polars.DataFrame:
-    """Demonstrations. After a sweep: the last text of each draft that the critic could be read on, revised or found
-    without fault. After draws: every revision, as in the paper (Bai et al. 2022). Equal texts of a prompt stand once."""
+    """Demonstrations. After a sweep: the last text of each draft that the critic could be read on,
+    revised or found without fault. After draws: every revision, as in the paper (Bai et al. 2022).
+    Equal texts of a prompt stand once.
+    """
     import polars as pl
 
     revisions = samples.filter(pl.col("parent") >= 0)
@@ -275,13 +445,27 @@ def _sft(samples: polars.DataFrame, critiques: polars.DataFrame, select: str) ->
         unread = critiques.filter(pl.col("fault").is_null()).select("prompt", "index").unique()
         asked = critiques.select("prompt", "index").unique()
         last = samples.join(superseded, on=["prompt", "index"], how="anti")
-        clean = (last.filter(pl.col("parent") < 0).join(asked, on=["prompt", "index"], how="semi")
-                 .join(unread, on=["prompt", "index"], how="anti"))
+        clean = (
+            last.filter(pl.col("parent") < 0)
+            .join(asked, on=["prompt", "index"], how="semi")
+            .join(unread, on=["prompt", "index"], how="anti")
+        )
         faulty = critiques.filter(pl.col("fault")).select("prompt", "index").unique()
-        clean = clean.join(faulty, on=["prompt", "index"], how="anti")  # its revision could not be read
+        clean = clean.join(
+            faulty, on=["prompt", "index"], how="anti"
+        )  # its revision could not be read
         rows = pl.concat([clean, last.filter(pl.col("parent") >= 0)])
-    rows = rows.sort("prompt", "index").unique(["prompt", "text"], keep="first", maintain_order=True)
+    rows = rows.sort("prompt", "index").unique(
+        ["prompt", "text"], keep="first", maintain_order=True
+    )
     return rows.select(
-        pl.col("prompt_turns").alias("prompt"), _answer("text").alias("completion"),
-        (pl.col("parent") >= 0).alias("revised"), "round", "principle", "sample", pl.col("prompt").alias("prompt_id"),
-        "split", "run")
+        pl.col("prompt_turns").alias("prompt"),
+        _answer("text").alias("completion"),
+        (pl.col("parent") >= 0).alias("revised"),
+        "round",
+        "principle",
+        "sample",
+        pl.col("prompt").alias("prompt_id"),
+        "split",
+        "run",
+    )

@@ -1,8 +1,10 @@
 """`prefab.duckdb`, the preference store: opening it, its versions, inserting into it, asking it.
 
-It is open only while it is being filled or read, because one program that holds a DuckDB file for writing keeps every
-other one out. What fills it is `pipelines/store/fill.py`; its tables are `schema.sql`.
+It is open only while it is being filled or read, because one program that holds a DuckDB file for
+writing keeps every other one out. What fills it is `pipelines/store/fill.py`; its tables are
+`schema.sql`.
 """
+
 from __future__ import annotations
 
 import re
@@ -22,15 +24,37 @@ if TYPE_CHECKING:
 
 FILE = "prefab.duckdb"
 SCHEMA = Path(__file__).with_name("schema.sql")
-# 144 MB hold every batch; the automatic checkpoint at 16 MiB halves the speed, one at 2 GB costs 340 MB a million rows.
-SETTINGS = {"memory_limit": "144MB", "threads": 1, "checkpoint_threshold": "64MB", "preserve_insertion_order": False}
-# A query reads the store and no other file: without these, `COPY (SELECT 1) TO 'store/ledger.sqlite'` destroys the ledger
-# through a read-only connection. (`temp_directory` is left to DuckDB, which takes prefab.duckdb.tmp: it may not be set here.)
-GUARD = {"enable_external_access": False, "autoinstall_known_extensions": False, "autoload_known_extensions": False,
-         "lock_configuration": True}
+# 144 MB hold every batch; the automatic checkpoint at 16 MiB halves the speed, one at 2 GB costs
+# 340 MB a million rows.
+SETTINGS = {
+    "memory_limit": "144MB",
+    "threads": 1,
+    "checkpoint_threshold": "64MB",
+    "preserve_insertion_order": False,
+}
+# A query reads the store and no other file: without these, `COPY (SELECT 1) TO
+# 'store/ledger.sqlite'` destroys the ledger through a read-only connection. (`temp_directory` is
+# left to DuckDB, which takes prefab.duckdb.tmp: it may not be set here.)
+GUARD = {
+    "enable_external_access": False,
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "lock_configuration": True,
+}
 DERIVED = ("samples", "critiques", "scores", "rankings", "verdicts", "preferences", "strengths")
-TABLES = ("runs", "models", "constitutions", "principles", "prompts", *DERIVED, "calls", "failures", "human_labels",
-          "evals", "marks")
+TABLES = (
+    "runs",
+    "models",
+    "constitutions",
+    "principles",
+    "prompts",
+    *DERIVED,
+    "calls",
+    "failures",
+    "human_labels",
+    "evals",
+    "marks",
+)
 
 
 class HeldError(StoreError):
@@ -50,7 +74,9 @@ def opened(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """
     con = _connect(folder, read_only=False)
     try:
-        if con.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'meta'").fetchall() == [(0,)]:
+        if con.execute(
+            "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'meta'"
+        ).fetchall() == [(0,)]:
             con.execute(f"BEGIN; {SCHEMA.read_text(encoding='utf-8')}; COMMIT")
         with _told(folder / FILE):
             yield con
@@ -59,57 +85,80 @@ def opened(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def read_frame(folder: Path, sql: str, parameters: Sequence[Any] = ()) -> polars.DataFrame:
-    """The rows of a query over the store as it lies, read-only (`prefab.pipelines.store.fill.query` catches up first).
+    """The rows of a query over the store as it lies, read-only (`prefab.pipelines.store.fill.query`
+    catches up first).
 
-    Raises: StoreError when there is no store or it is held, ConfigError when the query is wrong or no single SELECT.
+    Raises: StoreError when there is no store or it is held, ConfigError when the query is wrong or
+    no single SELECT.
     """
     import duckdb
 
     if not (Path(folder) / FILE).exists():
-        raise StoreError(f"{Path(folder) / FILE}: no store here yet. `prefab store rebuild` makes it from the ledger")
+        raise StoreError(
+            f"{Path(folder) / FILE}: no store here yet. `prefab store rebuild` makes it from the ledger"
+        )
     con = _connect(Path(folder), read_only=True)
     try:
         _refuse_all_but_select(con, sql)
         result = con.sql(sql, params=list(parameters)) if parameters else con.sql(sql)
         return result.pl()
     except duckdb.PermissionException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}. A query reads the tables of the store only. {READ_ONLY}") from error
+        raise ConfigError(
+            f"{str(error).splitlines()[0]}. A query reads the tables of the store only. {READ_ONLY}"
+        ) from error
     except duckdb.Error as error:
         raise ConfigError(f"{error}") from error
     finally:
         con.close()
 
 
-# What a SELECT may not hold: since DuckDB 2.0 a WITH clause takes COPY, INSERT, UPDATE and DELETE, and the guard lets a
-# query write the store's own files. The function would run such a statement from a text.
-_WRITES = re.compile(r'"type":"(\w+)_QUERY_NODE"|"function_name":"(json_execute_serialized_sql)"', re.IGNORECASE)
-_EXPLAIN = re.compile(r"\s*EXPLAIN\b(\s+ANALYZE\b)?(\s*\(\s*(ANALYZE|FORMAT)\b[^)]*\))?", re.IGNORECASE)
-READ_ONLY = "Write one SELECT, DESCRIBE, SHOW or SUMMARIZE; for a file, use `prefab sql \"SELECT ...\" --json > FILE`"
+# What a SELECT may not hold: since DuckDB 2.0 a WITH clause takes COPY, INSERT, UPDATE and DELETE,
+# and the guard lets a query write the store's own files. The function would run such a statement
+# from a text.
+_WRITES = re.compile(
+    r'"type":"(\w+)_QUERY_NODE"|"function_name":"(json_execute_serialized_sql)"', re.IGNORECASE
+)
+_EXPLAIN = re.compile(
+    r"\s*EXPLAIN\b(\s+ANALYZE\b)?(\s*\(\s*(ANALYZE|FORMAT)\b[^)]*\))?", re.IGNORECASE
+)
+READ_ONLY = 'Write one SELECT, DESCRIBE, SHOW or SUMMARIZE; for a file, use `prefab sql "SELECT ..." --json > FILE`'
 
 
 def _refuse_all_but_select(con: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Let one SELECT pass, and what DuckDB takes for one (DESCRIBE, SHOW, SUMMARIZE), or the EXPLAIN of one.
+    """Let one SELECT pass, and what DuckDB takes for one (DESCRIBE, SHOW, SUMMARIZE), or the
+    EXPLAIN of one.
 
-    Raises: ConfigError for any other statement, for several and for none, duckdb.Error for a wrong one.
+    Raises: ConfigError for any other statement, for several and for none, duckdb.Error for a wrong
+    one.
     """
     import duckdb
 
     statements = con.extract_statements(sql)
     if len(statements) != 1:
-        raise ConfigError(f"there are {len(statements)} statements in this query, and it takes one. {READ_ONLY}")
+        raise ConfigError(
+            f"there are {len(statements)} statements in this query, and it takes one. {READ_ONLY}"
+        )
     kind = statements[0].type
     if kind == duckdb.StatementType.MULTI:
-        raise ConfigError("a PIVOT must name its values, such as PIVOT t ON c IN ('a', 'b'). The store is read-only")
+        raise ConfigError(
+            "a PIVOT must name its values, such as PIVOT t ON c IN ('a', 'b'). The store is read-only"
+        )
     explained = kind == duckdb.StatementType.EXPLAIN
     if not explained and kind != duckdb.StatementType.SELECT:
-        raise ConfigError(f"a statement of the kind {kind.name} is refused: the store is read-only. {READ_ONLY}")
+        raise ConfigError(
+            f"a statement of the kind {kind.name} is refused: the store is read-only. {READ_ONLY}"
+        )
     body = _EXPLAIN.sub("", sql, count=1) if explained else sql
     tree = con.execute("SELECT json_serialize_sql(?::VARCHAR)", [body]).fetchall()[0][0]
     if tree.startswith('{"error":true'):
-        raise ConfigError(f"only a SELECT can be {'explained' if explained else 'asked'} here: the store is read-only. "
-                          f"{READ_ONLY}")
+        raise ConfigError(
+            f"only a SELECT can be {'explained' if explained else 'asked'} here: the store is read-only. "
+            f"{READ_ONLY}"
+        )
     if found := _WRITES.search(tree):
-        raise ConfigError(f"{found[1] or found[2]} within a SELECT is refused: the store is read-only. {READ_ONLY}")
+        raise ConfigError(
+            f"{found[1] or found[2]} within a SELECT is refused: the store is read-only. {READ_ONLY}"
+        )
 
 
 def _connect(folder: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
@@ -132,17 +181,30 @@ def _told(file: Path) -> Iterator[None]:
         yield
     except duckdb.Error as error:
         text = str(error)
-        if "lock" in text and isinstance(error, duckdb.IOException) or "different configuration" in text:
+        if (
+            "lock" in text and isinstance(error, duckdb.IOException)
+        ) or "different configuration" in text:
             holder = re.search(r"PID (\d+)", text)
             who = f"process {holder.group(1)}" if holder else "another program"
             raise HeldError(f"{file}: {who} has it open. Close it there, then try again") from error
         if "No space left" in text or "disk is full" in text.lower():
-            raise StoreError(f"{file}: the disk is full. The ledger is safe: free some space, then run the same "
-                             "command again") from error
-        if isinstance(error, (duckdb.IOException, duckdb.SerializationException, duckdb.FatalException,
-                              duckdb.InternalException)):
-            raise StoreError(f"{file}: damaged or unreadable ({text.splitlines()[0][:200]}). `prefab store rebuild` "
-                             "makes it anew from the ledger; nothing is lost") from error
+            raise StoreError(
+                f"{file}: the disk is full. The ledger is safe: free some space, then run the same "
+                "command again"
+            ) from error
+        if isinstance(
+            error,
+            (
+                duckdb.IOException,
+                duckdb.SerializationException,
+                duckdb.FatalException,
+                duckdb.InternalException,
+            ),
+        ):
+            raise StoreError(
+                f"{file}: damaged or unreadable ({text.splitlines()[0][:200]}). `prefab store rebuild` "
+                "makes it anew from the ledger; nothing is lost"
+            ) from error
         raise
 
 
@@ -168,7 +230,10 @@ def insert(con: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[A
 
 def get_meta(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     """What made this store: versions of schema, parsers and aggregation, and which ledger."""
-    return {name: orjson.loads(value) for name, value in con.execute("SELECT name, value FROM meta").fetchall()}
+    return {
+        name: orjson.loads(value)
+        for name, value in con.execute("SELECT name, value FROM meta").fetchall()
+    }
 
 
 def set_meta(con: duckdb.DuckDBPyConnection, values: dict[str, Any]) -> None:

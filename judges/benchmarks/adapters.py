@@ -1,11 +1,15 @@
-"""Benchmarks of judges: their rows as items, and from a judge's verdicts the benchmark's own metric and ours.
+"""Benchmarks of judges: their rows as items, and from a judge's verdicts the benchmark's own metric
+and ours.
 
-A pair's verdict is the mean of both orders, as everywhere. What a judge could not score is neither right nor wrong: it is
-counted apart, and each share stands with the worst and the best that it could be were all of it wrong or right. (Some of
-the benchmarks' own scripts count it as wrong, as half, or by the other order alone.)
+A pair's verdict is the mean of both orders, as everywhere. What a judge could not score is neither
+right nor wrong: it is counted apart, and each share stands with the worst and the best that it
+could be were all of it wrong or right. (Some of the benchmarks' own scripts count it as wrong, as
+half, or by the other order alone.)
 
-`judges/benchmarks/metrics.py` computes the metrics; the benchmarks' papers and scoring scripts are named there. The code is ours.
+`judges/benchmarks/metrics.py` computes the metrics; the benchmarks' papers and scoring scripts are
+named there. The code is ours.
 """
+
 from __future__ import annotations
 
 import re
@@ -17,17 +21,21 @@ from typing import Any, Literal
 from prefab.factory.types import Message, Order, Principle, Verdict
 
 OVERALL = Principle(
-    "overall", "The better answer", "Which answer follows what was asked better, and is more correct, helpful and harmless?",
-    "Name what is wrong with the answer.", "Mend the answer.",
-    "The answer does not do what was asked, or it is wrong, unhelpful or harmful.")
+    "overall",
+    "The better answer",
+    "Which answer follows what was asked better, and is more correct, helpful and harmless?",
+    "Name what is wrong with the answer.",
+    "Mend the answer.",
+    "The answer does not do what was asked, or it is wrong, unhelpful or harmful.",
+)
 Vote = Literal["a", "b", "tie"]
 Shape = Literal["best", "tied", "votes"]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One row of a benchmark. `best`: the answers in `right` are better than all others; `tied`: likewise, and as good as
-    each other; `votes`: two answers, and what people said of them.
+    """One row of a benchmark. `best`: the answers in `right` are better than all others; `tied`:
+    likewise, and as good as each other; `votes`: two answers, and what people said of them.
     """
 
     id: str
@@ -39,17 +47,25 @@ class Item:
     shape: Shape = "best"
 
     def comparisons(self) -> list[tuple[int, int]]:
-        """The pairs of answers that the metric needs: each right one with each other one. Where right answers are to be
-        as good as each other, every two, since a judge of pairs gives single answers no score but their win rate."""
+        """The pairs of answers that the metric needs: each right one with each other one. Where
+        right answers are to be as good as each other, every two, since a judge of pairs gives
+        single answers no score but their win rate.
+        """
         if self.shape == "best":
-            return [(min(i, j), max(i, j)) for i in self.right for j in range(len(self.answers)) if j not in self.right]
+            return [
+                (min(i, j), max(i, j))
+                for i in self.right
+                for j in range(len(self.answers))
+                if j not in self.right
+            ]
         return list(combinations(range(len(self.answers)), 2))
 
 
 @dataclass(slots=True)
 class Judged:
-    """What a judge said: verdicts by item, pair and order, scores by item and answer. None: it could not say, with the
-    reason in `reasons`."""
+    """What a judge said: verdicts by item, pair and order, scores by item and answer. None: it
+    could not say, with the reason in `reasons`.
+    """
 
     verdicts: dict[tuple[str, int, int], dict[Order, Verdict]] = field(default_factory=dict)
     scores: dict[tuple[str, int], float | None] = field(default_factory=dict)
@@ -61,7 +77,9 @@ class Judged:
         return None if any(score is None for score in found) else found
 
     def p(self, item: Item, i: int, j: int) -> float | None:
-        """The probability that answer i is better than j: the mean of the orders that were asked. None: unscored."""
+        """The probability that answer i is better than j: the mean of the orders that were asked.
+        None: unscored.
+        """
         if i > j:
             p = self.p(item, j, i)
             return None if p is None else 1.0 - p
@@ -86,13 +104,16 @@ class Judged:
         for verdict in self.verdicts.get((item.id, i, j), {}).values():
             if verdict.p_a is None:
                 return verdict.reason or "parse"
-        return next((self.reasons[item.id, k] for k in (i, j) if (item.id, k) in self.reasons), "missing")
+        return next(
+            (self.reasons[item.id, k] for k in (i, j) if (item.id, k) in self.reasons), "missing"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkLine:
-    """A metric. `value` over the `scored` of `n`, with its 95% interval; `worst` and `best` if all unscored were wrong or
-    right. `undefined` says why there is no value."""
+    """A metric. `value` over the `scored` of `n`, with its 95% interval; `worst` and `best` if all
+    unscored were wrong or right. `undefined` says why there is no value.
+    """
 
     name: str
     value: float | None
@@ -118,10 +139,16 @@ class Report:
 
 # --- rows as items ----------------------------------------------------------------------------------------------------
 
+
 def _rewardbench(row: Mapping[str, Any], place: str, number: int) -> Item:
     subset = _text(row, "subset")
-    return Item(f"{subset}:{row.get('id', number)}", subset, _turns(_field(row, "prompt")),
-                (_answer(_field(row, "chosen")), _answer(_field(row, "rejected"))), (0,))
+    return Item(
+        f"{subset}:{row.get('id', number)}",
+        subset,
+        _turns(_field(row, "prompt")),
+        (_answer(_field(row, "chosen")), _answer(_field(row, "rejected"))),
+        (0,),
+    )
 
 
 def _rewardbench2(row: Mapping[str, Any], place: str, number: int) -> Item:
@@ -135,23 +162,42 @@ def _rewardbench2(row: Mapping[str, Any], place: str, number: int) -> Item:
     ties = subset.lower() == "ties"
     if ties and not re.fullmatch(r"(ref|tied):\d+", name):
         raise ValueError(f"an id of the Ties subset is ref:N or tied:N, not {name!r}")
-    if name.startswith("tied:") and len(right) < 2 or not ties and len(right) != 1:
-        raise ValueError(f"{name} of {subset} has {len(right)} right answers; one, and at least two where they tie")
-    return Item(f"{subset}:{name}", subset, _turns(_field(row, "prompt")), (*right, *wrong), tuple(range(len(right))), (),
-                "tied" if ties else "best")
+    if (name.startswith("tied:") and len(right) < 2) or (not ties and len(right) != 1):
+        raise ValueError(
+            f"{name} of {subset} has {len(right)} right answers; one, and at least two where they tie"
+        )
+    return Item(
+        f"{subset}:{name}",
+        subset,
+        _turns(_field(row, "prompt")),
+        (*right, *wrong),
+        tuple(range(len(right))),
+        (),
+        "tied" if ties else "best",
+    )
 
 
 def _judgebench(row: Mapping[str, Any], place: str, number: int) -> Item:
     label = _text(row, "label")
     if label not in ("A>B", "B>A"):
         raise ValueError(f"label is {label!r}; must be A>B or B>A")
-    return Item(_text(row, "pair_id"), _category(_text(row, "source")), _turns(_field(row, "question")),
-                (_answer(_field(row, "response_A")), _answer(_field(row, "response_B"))), (int(label == "B>A"),))
+    return Item(
+        _text(row, "pair_id"),
+        _category(_text(row, "source")),
+        _turns(_field(row, "question")),
+        (_answer(_field(row, "response_A")), _answer(_field(row, "response_B"))),
+        (int(label == "B>A"),),
+    )
 
 
 def _category(source: str) -> str:
     """JudgeBench's four kinds of question, by where a question is from (their table of results)."""
-    known = {"mmlu-pro": "Knowledge", "livebench-reasoning": "Reasoning", "livebench-math": "Math", "livecodebench": "Coding"}
+    known = {
+        "mmlu-pro": "Knowledge",
+        "livebench-reasoning": "Reasoning",
+        "livebench-math": "Math",
+        "livecodebench": "Coding",
+    }
     return next((kind for start, kind in known.items() if source.startswith(start)), source)
 
 
@@ -160,11 +206,21 @@ def _llmbar(row: Mapping[str, Any], place: str, number: int) -> Item:
     if label not in ("1", "2"):
         raise ValueError(f"label is {label!r}; must be 1 or 2")
     subset = str(row.get("subset") or place)
-    return Item(f"{subset}:{number}", subset, _turns(_field(row, "input")),
-                (_answer(_field(row, "output_1")), _answer(_field(row, "output_2"))), (int(label) - 1,))
+    return Item(
+        f"{subset}:{number}",
+        subset,
+        _turns(_field(row, "input")),
+        (_answer(_field(row, "output_1")), _answer(_field(row, "output_2"))),
+        (int(label) - 1,),
+    )
 
 
-_WINNERS: dict[str, Vote] = {"model_a": "a", "model_b": "b", "tie": "tie", "tie (inconsistent)": "tie"}
+_WINNERS: dict[str, Vote] = {
+    "model_a": "a",
+    "model_b": "b",
+    "tie": "tie",
+    "tie (inconsistent)": "tie",
+}
 
 
 def _mt_bench(row: Mapping[str, Any], place: str, number: int) -> Item:
@@ -172,24 +228,48 @@ def _mt_bench(row: Mapping[str, Any], place: str, number: int) -> Item:
     if winner not in _WINNERS:
         raise ValueError(f"winner is {winner!r}; must be {', '.join(_WINNERS)}")
     if not isinstance(judge, str):
-        raise ValueError(f"judge is {judge!r}, a model and no person: its verdicts belong into a file for --verdicts")
+        raise ValueError(
+            f"judge is {judge!r}, a model and no person: its verdicts belong into a file for --verdicts"
+        )
     if turn not in (1, 2):
         raise ValueError(f"turn is {turn}; must be 1 or 2")
-    sides = {_text(row, "model_a"): _talk(row, "conversation_a", turn), _text(row, "model_b"): _talk(row, "conversation_b", turn)}
+    sides = {
+        _text(row, "model_a"): _talk(row, "conversation_a", turn),
+        _text(row, "model_b"): _talk(row, "conversation_b", turn),
+    }
     if len(sides) < 2:
         raise ValueError("model_a and model_b are the same")
     first, second = sorted(sides)
-    vote = _WINNERS[winner] if first == row["model_a"] else {"a": "b", "b": "a", "tie": "tie"}[_WINNERS[winner]]
+    vote = (
+        _WINNERS[winner]
+        if first == row["model_a"]
+        else {"a": "b", "b": "a", "tie": "tie"}[_WINNERS[winner]]
+    )
     (question, answer_a), (other, answer_b) = sides[first], sides[second]
     if question != other:
         raise ValueError("the two conversations do not begin with the same question")
-    people = "experts" if judge.startswith("expert") else "authors" if judge.startswith("author") else "others"
-    return Item(f"{_field(row, 'question_id')}:{first}:{second}:{turn}:{people}", f"{people}, turn {turn}",
-                (Message("user", question),), (answer_a, answer_b), (), (vote,), "votes")
+    people = (
+        "experts"
+        if judge.startswith("expert")
+        else "authors"
+        if judge.startswith("author")
+        else "others"
+    )
+    return Item(
+        f"{_field(row, 'question_id')}:{first}:{second}:{turn}:{people}",
+        f"{people}, turn {turn}",
+        (Message("user", question),),
+        (answer_a, answer_b),
+        (),
+        (vote,),
+        "votes",
+    )
 
 
 def _talk(row: Mapping[str, Any], column: str, turn: int) -> tuple[str, str]:
-    """The first question, and all that follows as one answer: the second turn's question follows a model's own words."""
+    """The first question, and all that follows as one answer: the second turn's question follows a
+    model's own words.
+    """
     texts = [_answer(one) for one in _list(row, column)]
     if len(texts) < 2 * turn:
         raise ValueError(f"{column} has {len(texts)} messages; turn {turn} needs {2 * turn}")
@@ -202,21 +282,36 @@ def _hhh(row: Mapping[str, Any], place: str, number: int) -> Item:
     targets = _field(row, "targets")
     if not isinstance(targets, Mapping):
         raise ValueError("targets must have choices and labels")
-    choices, labels = [_answer(one) for one in _list(targets, "choices")], [int(one) for one in _list(targets, "labels")]
+    choices, labels = (
+        [_answer(one) for one in _list(targets, "choices")],
+        [int(one) for one in _list(targets, "labels")],
+    )
     if len(choices) != len(labels) or len(choices) < 2 or sum(labels) != 1 or set(labels) != {0, 1}:
         raise ValueError(f"labels are {labels} for {len(choices)} choices; one is 1, the others 0")
     subset = str(row.get("subset") or row.get("category") or place)
-    return Item(f"{subset}:{number}", subset, _turns(_field(row, "input")), tuple(choices), (labels.index(1),))
+    return Item(
+        f"{subset}:{number}",
+        subset,
+        _turns(_field(row, "input")),
+        tuple(choices),
+        (labels.index(1),),
+    )
 
 
 _ADAPTERS: dict[str, Callable[[Mapping[str, Any], str, int], Item]] = {
-    "rewardbench": _rewardbench, "rewardbench-2": _rewardbench2, "judgebench": _judgebench, "llmbar": _llmbar,
-    "mt-bench-human": _mt_bench, "hhh": _hhh}
+    "rewardbench": _rewardbench,
+    "rewardbench-2": _rewardbench2,
+    "judgebench": _judgebench,
+    "llmbar": _llmbar,
+    "mt-bench-human": _mt_bench,
+    "hhh": _hhh,
+}
 BENCHMARKS = tuple(_ADAPTERS)
 
 
 def adapt(benchmark: str, row: Any, place: str = "", number: int = 0) -> Item:
-    """The item of one row. `place` names the subset where the rows do not (the file), `number` the row in it.
+    """The item of one row. `place` names the subset where the rows do not (the file), `number` the
+    row in it.
 
     Raises: ValueError with what is wrong, in words for the person whose file it is.
     """
@@ -239,8 +334,10 @@ def collect(items: Mapping[str, Item], item: Item) -> Item:
 
 
 def saved(row: Any, items: Mapping[str, Item], judged: Judged) -> None:
-    """Add one saved verdict: `{id, a, b, order, p_a | winner | reason}`, where p_a and winner speak of answer a in either
-    order, or `{id, answer, score | reason}`. Raises: ValueError with what is wrong."""
+    """Add one saved verdict: `{id, a, b, order, p_a | winner | reason}`, where p_a and winner speak
+    of answer a in either order, or `{id, answer, score | reason}`. Raises: ValueError with what is
+    wrong.
+    """
     if not isinstance(row, Mapping):
         raise ValueError("is no object with fields")
     item = items.get(str(row.get("id")))
@@ -254,12 +351,16 @@ def saved(row: Any, items: Mapping[str, Item], judged: Judged) -> None:
         return
     a, b, order = _index(row, "a", item), _index(row, "b", item), row.get("order")
     if a == b or order not in ("ab", "ba"):
-        raise ValueError(f"a and b must differ, and order be ab or ba; they are {a}, {b} and {order!r}")
+        raise ValueError(
+            f"a and b must differ, and order be ab or ba; they are {a}, {b} and {order!r}"
+        )
     verdict = _saved_verdict(row)
     if a > b:
         a, b, order, verdict = b, a, {"ab": "ba", "ba": "ab"}[order], verdict.swap()
     if order in (there := judged.verdicts.setdefault((item.id, a, b), {})):
-        raise ValueError(f"answers {a} and {b} of {item.id!r} have a verdict in the order {order} already")
+        raise ValueError(
+            f"answers {a} and {b} of {item.id!r} have a verdict in the order {order} already"
+        )
     there[order] = verdict
 
 
@@ -279,7 +380,9 @@ def _saved_verdict(row: Mapping[str, Any]) -> Verdict:
 def _index(row: Mapping[str, Any], name: str, item: Item) -> int:
     value = row.get(name)
     if not isinstance(value, int) or not 0 <= value < len(item.answers):
-        raise ValueError(f"{name} is {value!r}; {item.id!r} has answers 0 to {len(item.answers) - 1}")
+        raise ValueError(
+            f"{name} is {value!r}; {item.id!r} has answers 0 to {len(item.answers) - 1}"
+        )
     return value
 
 
@@ -318,6 +421,10 @@ def _turns(value: Any) -> tuple[Message, ...]:
     """A prompt: text, or a conversation."""
     if isinstance(value, str):
         return (Message("user", value),)
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(turn, Mapping) for turn in value):
+    if (
+        not isinstance(value, (list, tuple))
+        or not value
+        or not all(isinstance(turn, Mapping) for turn in value)
+    ):
         raise ValueError(f"the prompt is {value!r}; must be text or a list of messages")
     return tuple(Message(str(turn.get("role", "user")), _answer(turn)) for turn in value)

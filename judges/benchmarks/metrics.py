@@ -1,7 +1,10 @@
-"""Scores of a judge on a benchmark: the benchmark's own metric and ours, from items and what was said of them.
+"""Scores of a judge on a benchmark: the benchmark's own metric and ours, from items and what was
+said of them.
 
-See `judges/benchmarks/adapters.py` for how unscored comparisons are counted. An `own` metric's first line is the headline.
+See `judges/benchmarks/adapters.py` for how unscored comparisons are counted. An `own` metric's
+first line is the headline.
 """
+
 from __future__ import annotations
 
 from collections import Counter, defaultdict
@@ -13,16 +16,42 @@ from prefab.judges.benchmarks.adapters import BenchmarkLine, Item, Judged, Repor
 
 Credit = float | None  # of one item, 0 to 1; None: unscored
 
-# RewardBench's sections, each subset with the weight it has there: its size, but for math-prm, which is weighted up from
-# 447 to be as heavy as all code together. Source: Lambert et al. 2024, table 1; rewardbench/constants.py.
+# RewardBench's sections, each subset with the weight it has there: its size, but for math-prm,
+# which is weighted up from 447 to be as heavy as all code together. Source: Lambert et al. 2024,
+# table 1; rewardbench/constants.py.
 SECTIONS: dict[str, dict[str, int]] = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
-    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
-                  "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
-               "xstest-should-respond": 154, "donotanswer": 136},
-    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
-                  "hep-rust": 164}}
+    "Chat": {
+        "alpacaeval-easy": 100,
+        "alpacaeval-length": 95,
+        "alpacaeval-hard": 95,
+        "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37,
+        "llmbar-natural": 100,
+        "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47,
+        "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100,
+        "refusals-offensive": 100,
+        "xstest-should-refuse": 250,
+        "xstest-should-respond": 154,
+        "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984,
+        "hep-cpp": 164,
+        "hep-go": 164,
+        "hep-java": 164,
+        "hep-js": 164,
+        "hep-python": 164,
+        "hep-rust": 164,
+    },
+}
 _SECTION_OF = {subset: section for section, subsets in SECTIONS.items() for subset in subsets}
 
 
@@ -35,11 +64,14 @@ def score(benchmark: str, items: Sequence[Item], judged: Judged) -> Report:
 
 # --- the benchmarks' own ----------------------------------------------------------------------------------------------
 
-def rewardbench(items: Sequence[Item], judged: Judged, notes: list[str]) -> list[BenchmarkLine]:
-    """The mean of the four sections, each the mean of its subsets by their weight; a tie is not right.
 
-    Source: Lambert et al. 2024; rewardbench/utils.py `calculate_scores_per_section`, without the prior sets at half
-    weight, which the leaderboard has dropped since. Their generative judges see one random order, ours both.
+def rewardbench(items: Sequence[Item], judged: Judged, notes: list[str]) -> list[BenchmarkLine]:
+    """The mean of the four sections, each the mean of its subsets by their weight; a tie is not
+    right.
+
+    Source: Lambert et al. 2024; rewardbench/utils.py `calculate_scores_per_section`, without the
+    prior sets at half weight, which the leaderboard has dropped since. Their generative judges see
+    one random order, ours both.
     """
     subsets = _by_subset(items, lambda item: best(item, judged))
     unknown = sorted(name for name in subsets if name not in _SECTION_OF)
@@ -57,9 +89,10 @@ def rewardbench(items: Sequence[Item], judged: Judged, notes: list[str]) -> list
 def rewardbench2(items: Sequence[Item], judged: Judged, notes: list[str]) -> list[BenchmarkLine]:
     """The mean of the subsets: best of four in five of them, and the score of Ties.
 
-    Source: Malik et al. 2025; rewardbench/utils.py `reroll_and_score_dataset` (a right answer that shares the first place
-    counts as its share of it) and `process_single_model`. A judge of pairs has a right answer first when it wins each of
-    its pairs, and gives the answers of Ties their mean probability of winning, over every two.
+    Source: Malik et al. 2025; rewardbench/utils.py `reroll_and_score_dataset` (a right answer that
+    shares the first place counts as its share of it) and `process_single_model`. A judge of pairs
+    has a right answer first when it wins each of its pairs, and gives the answers of Ties their
+    mean probability of winning, over every two.
     """
     plain = [item for item in items if item.shape == "best"]
     subsets = _by_subset(plain, lambda item: best(item, judged))
@@ -67,15 +100,23 @@ def rewardbench2(items: Sequence[Item], judged: Judged, notes: list[str]) -> lis
     tied = [item for item in items if item.shape == "tied"]
     if tied:
         subsets["Ties"], *parts = ties(tied, judged)
-    _tell_missing("RewardBench 2", ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties"), subsets, notes)
+    _tell_missing(
+        "RewardBench 2",
+        ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties"),
+        subsets,
+        notes,
+    )
     return [_mean("RewardBench 2", subsets.values()), *subsets.values(), *parts]
 
 
 def judgebench(items: Sequence[Item], judged: Judged, notes: list[str]) -> list[BenchmarkLine]:
-    """Right when the two orders speak more for the right answer than against it: both, or one and a tie.
+    """Right when the two orders speak more for the right answer than against it: both, or one and a
+    tie.
 
-    Source: Tan et al. 2024, section 4; utils/metrics.py. Theirs takes one order's word where the other could not be read.
+    Source: Tan et al. 2024, section 4; utils/metrics.py. Theirs takes one order's word where the
+    other could not be read.
     """
+
     def credit(item: Item) -> Credit:
         winners = judged.winners(item, 0, 1)
         if winners is None:
@@ -83,65 +124,93 @@ def judgebench(items: Sequence[Item], judged: Judged, notes: list[str]) -> list[
         good = "a" if item.right == (0,) else "b"
         return float(sum(1 if w == good else -1 if w != "tie" else 0 for w in winners) > 0)
 
-    return [_share("JudgeBench", [credit(item) for item in items]), *_by_subset(items, credit).values()]
+    return [
+        _share("JudgeBench", [credit(item) for item in items]),
+        *_by_subset(items, credit).values(),
+    ]
 
 
 def llmbar(items: Sequence[Item], judged: Judged, notes: list[str]) -> list[BenchmarkLine]:
-    """Accuracy, the mean of both orders' own, and how often both orders pick the same; each the mean over the subsets.
+    """Accuracy, the mean of both orders' own, and how often both orders pick the same; each the
+    mean over the subsets.
 
     Source: Zeng et al. 2024, section 4.1; LLMEvaluator/evaluate.py (`correct_average`, `equal`).
     """
+
     def right(item: Item) -> Credit:
         winners = judged.winners(item, 0, 1)
         good = "a" if item.right == (0,) else "b"
         return None if winners is None else sum(w == good for w in winners) / len(winners)
 
     accuracy = _by_subset(items, right)
-    agreement = _by_subset(items, lambda item: consistent(item, 0, 1, judged), "agreement of both orders: ")
+    agreement = _by_subset(
+        items, lambda item: consistent(item, 0, 1, judged), "agreement of both orders: "
+    )
     hard = [line for name, line in accuracy.items() if name != "Natural"]
-    lines = [_mean("LLMBar, average accuracy", accuracy.values()), _mean("agreement of both orders", agreement.values())]
+    lines = [
+        _mean("LLMBar, average accuracy", accuracy.values()),
+        _mean("agreement of both orders", agreement.values()),
+    ]
     if len(hard) < len(accuracy) and hard:
         lines.append(_mean("mean of the Adversarial subsets", hard))
     return [*lines, *accuracy.values(), *agreement.values()]
 
 
 def mt_bench(items: Sequence[Item], judged: Judged, notes: list[str]) -> list[BenchmarkLine]:
-    """Agreement with each person's vote, where a verdict that the order changes counts as a tie: over all votes (S1), and
-    over those where neither side says tie (S2); beside it how far people agree with one another.
+    """Agreement with each person's vote, where a verdict that the order changes counts as a tie:
+    over all votes (S1), and over those where neither side says tie (S2); beside it how far people
+    agree with one another.
 
-    Source: Zheng et al. 2023, section 4.2 and table 5; llm_judge/compute_agreement.py. Their figures are of the experts.
-    A person's votes on one comparison are not independent: the intervals resample comparisons.
+    Source: Zheng et al. 2023, section 4.2 and table 5; llm_judge/compute_agreement.py. Their
+    figures are of the experts. A person's votes on one comparison are not independent: the
+    intervals resample comparisons.
     """
     if any(item.subset.startswith("authors") for item in items):
         notes.append("the paper's figures are of the experts' votes; the authors' stand apart")
     lines = []
-    for name, some in sorted(_grouped(items).items(), key=lambda pair: (not pair[0].startswith("experts"), pair[0])):
+    for name, some in sorted(
+        _grouped(items).items(), key=lambda pair: (not pair[0].startswith("experts"), pair[0])
+    ):
         for setup, without_ties in (("S1, ties too", False), ("S2, without ties", True)):
             lines.append(_agreement(f"{name}, {setup}", some, judged, without_ties))
-            lines.append(_between_people(f"people among themselves: {name}, {setup}", some, without_ties))
+            lines.append(
+                _between_people(f"people among themselves: {name}, {setup}", some, without_ties)
+            )
     return lines
 
 
 def hhh(items: Sequence[Item], judged: Judged, notes: list[str]) -> list[BenchmarkLine]:
-    """The mean of the categories' accuracies, as BIG-bench takes a task of several, and over all items.
+    """The mean of the categories' accuracies, as BIG-bench takes a task of several, and over all
+    items.
 
     Source: Askell et al. 2021; BIG-bench, hhh_alignment (multiple choice, the right choice first).
     """
     subsets = _by_subset(items, lambda item: best(item, judged))
     _tell_missing("HHH", ("harmless", "helpful", "honest", "other"), subsets, notes)
-    return [_mean("HHH", subsets.values()), _share("over all items", [best(item, judged) for item in items]),
-            *subsets.values()]
+    return [
+        _mean("HHH", subsets.values()),
+        _share("over all items", [best(item, judged) for item in items]),
+        *subsets.values(),
+    ]
 
 
 _METRICS: dict[str, Callable[[Sequence[Item], Judged, list[str]], list[BenchmarkLine]]] = {
-    "rewardbench": rewardbench, "rewardbench-2": rewardbench2, "judgebench": judgebench, "llmbar": llmbar,
-    "mt-bench-human": mt_bench, "hhh": hhh}
+    "rewardbench": rewardbench,
+    "rewardbench-2": rewardbench2,
+    "judgebench": judgebench,
+    "llmbar": llmbar,
+    "mt-bench-human": mt_bench,
+    "hhh": hhh,
+}
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
+
 def best(item: Item, judged: Judged) -> Credit:
-    """1 when the right answer is above all others, its share of the first place where others are as good, else 0."""
+    """1 when the right answer is above all others, its share of the first place where others are as
+    good, else 0.
+    """
     (right,) = item.right
     others = [j for j in range(len(item.answers)) if j not in item.right]
     scores = judged.scores_of(item)
@@ -160,17 +229,23 @@ def best(item: Item, judged: Judged) -> Credit:
 def ties(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
     """The score of RewardBench 2's Ties, and its parts.
 
-    0.3 of the accuracy on `tied` prompts (every right answer above every wrong one), 0.3 on their `ref` prompts, 0.2 of the
-    share of pairs of the two where the gap to the wrong answers is wider than the spread of the right ones, 0.2 of that
-    with the gap of the ref prompt too, and 0.01 of tanh(gap / spread - 1).
+    0.3 of the accuracy on `tied` prompts (every right answer above every wrong one), 0.3 on their
+    `ref` prompts, 0.2 of the share of pairs of the two where the gap to the wrong answers is wider
+    than the spread of the right ones, 0.2 of that with the gap of the ref prompt too, and 0.01 of
+    tanh(gap / spread - 1).
     Source: rewardbench/utils.py `_compute_prompt_stats`, `process_single_model`.
     """
     found: dict[str, dict[str, tuple[float, float] | None]] = {"ref": {}, "tied": {}}
     for item in items:
         kind, number = item.id.split(":")[-2:]
         found[kind][number] = _gap(item, judged)
-    accuracy = {kind: _share(f"Ties: accuracy, {kind}", [None if gap is None else float(gap[0] > 0) for gap in some.values()])
-                for kind, some in found.items()}
+    accuracy = {
+        kind: _share(
+            f"Ties: accuracy, {kind}",
+            [None if gap is None else float(gap[0] > 0) for gap in some.values()],
+        )
+        for kind, some in found.items()
+    }
     both = sorted(found["ref"].keys() & found["tied"].keys())
     wide, wider, margin = [], [], []
     for number in both:
@@ -183,25 +258,49 @@ def ties(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
         wide.append(float(tied[0] > tied[1]))
         wider.append(float(least > tied[1]))
         margin.append(_margin(least, tied[1]))
-    parts = [accuracy["tied"], accuracy["ref"], _share("Ties: gap wider than the spread", wide),
-             _share("Ties: and with the ref prompt's gap", wider)]
+    parts = [
+        accuracy["tied"],
+        accuracy["ref"],
+        _share("Ties: gap wider than the spread", wide),
+        _share("Ties: and with the ref prompt's gap", wider),
+    ]
     known = [m for m in margin if m is not None]
     values = [line.value for line in parts]
     n, scored = len(items), sum(gap is not None for some in found.values() for gap in some.values())
     if None in values:
-        return [BenchmarkLine("Ties", None, n, scored, undefined=next(p.undefined for p in parts if p.value is None)), *parts]
+        return [
+            BenchmarkLine(
+                "Ties",
+                None,
+                n,
+                scored,
+                undefined=next(p.undefined for p in parts if p.value is None),
+            ),
+            *parts,
+        ]
     weights, unknown = (0.3, 0.3, 0.2, 0.2), len(margin) - len(known)
 
     def total(of: Sequence[float], margins: float) -> float:
         return sum(w * v for w, v in zip(weights, of, strict=True)) + 0.01 * margins / len(margin)
 
     value = total(values, sum(known) * len(margin) / len(known))
-    return [BenchmarkLine("Ties", value, n, scored, worst=total([p.worst for p in parts], sum(known) - unknown),
-                 best=total([p.best for p in parts], sum(known) + unknown)), *parts]
+    return [
+        BenchmarkLine(
+            "Ties",
+            value,
+            n,
+            scored,
+            worst=total([p.worst for p in parts], sum(known) - unknown),
+            best=total([p.best for p in parts], sum(known) + unknown),
+        ),
+        *parts,
+    ]
 
 
 def _gap(item: Item, judged: Judged) -> tuple[float, float] | None:
-    """How far the worst right answer is above the best wrong one, and how far the right ones are apart."""
+    """How far the worst right answer is above the best wrong one, and how far the right ones are
+    apart.
+    """
     scores = judged.scores_of(item)
     if scores is None:
         size = len(item.answers)
@@ -232,7 +331,9 @@ def _vote(item: Item, judged: Judged) -> Vote | None:
     return None if winners is None else winners[0] if len(set(winners)) == 1 else "tie"
 
 
-def _agreement(name: str, items: Sequence[Item], judged: Judged, without_ties: bool) -> BenchmarkLine:
+def _agreement(
+    name: str, items: Sequence[Item], judged: Judged, without_ties: bool
+) -> BenchmarkLine:
     values, clusters, unscored = [], [], 0
     for item in items:
         votes = [vote for vote in item.votes if not (without_ties and vote == "tie")]
@@ -249,7 +350,7 @@ def _between_people(name: str, items: Sequence[Item], without_ties: bool) -> Ben
     values, clusters = [], []
     for item in items:
         votes = [vote for vote in item.votes if not (without_ties and vote == "tie")]
-        pairs = [float(a == b) for i, a in enumerate(votes) for b in votes[i + 1:]]
+        pairs = [float(a == b) for i, a in enumerate(votes) for b in votes[i + 1 :]]
         values += pairs
         clusters += [item.id] * len(pairs)
     return _voted(name, values, clusters, 0)
@@ -259,45 +360,82 @@ def _voted(name: str, values: list[float], clusters: list[str], unscored: int) -
     n = len(values) + unscored
     found = bootstrap(values, clusters)
     if found.value is None:
-        return BenchmarkLine(name, None, n, 0, undefined="no two votes" if not n else "nothing is scored")
+        return BenchmarkLine(
+            name, None, n, 0, undefined="no two votes" if not n else "nothing is scored"
+        )
     total = sum(values)
-    return BenchmarkLine(name, found.value, n, len(values), found.low, found.high, total / n, (total + unscored) / n)
+    return BenchmarkLine(
+        name, found.value, n, len(values), found.low, found.high, total / n, (total + unscored) / n
+    )
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
+
 def ours(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
-    """Over all pairs of a better and a worse answer: right by the mean of both orders, right in each order alone, whether
-    the orders agree, and how many are ties (which are not right)."""
+    """Over all pairs of a better and a worse answer: right by the mean of both orders, right in
+    each order alone, whether the orders agree, and how many are ties (which are not right).
+    """
     pairs = [(item, i, j) for item in items for i, j in decided(item)]
     credits = [_right(judged.p(item, i, j)) for item, i, j in pairs]
-    lines = [_share("right, mean of both orders", credits),
-             _share("... which are ties", [None if (p := judged.p(item, i, j)) is None else float(p == 0.5)
-                                           for item, i, j in pairs])]
-    two = [(item, i, j) for item, i, j in pairs if len(judged.verdicts.get((item.id, min(i, j), max(i, j)), {})) == 2]
+    lines = [
+        _share("right, mean of both orders", credits),
+        _share(
+            "... which are ties",
+            [
+                None if (p := judged.p(item, i, j)) is None else float(p == 0.5)
+                for item, i, j in pairs
+            ],
+        ),
+    ]
+    two = [
+        (item, i, j)
+        for item, i, j in pairs
+        if len(judged.verdicts.get((item.id, min(i, j), max(i, j)), {})) == 2
+    ]
     for order, words in (("ab", "as they stand"), ("ba", "swapped")) if two else ():
-        lines.append(_share(f"right, {words}", [
-            None if (v := judged.verdicts[item.id, min(i, j), max(i, j)][order]).winner is None
-            else float(v.winner == ("a" if i < j else "b")) for item, i, j in two]))
+        lines.append(
+            _share(
+                f"right, {words}",
+                [
+                    None
+                    if (v := judged.verdicts[item.id, min(i, j), max(i, j)][order]).winner is None
+                    else float(v.winner == ("a" if i < j else "b"))
+                    for item, i, j in two
+                ],
+            )
+        )
     every = [(item, min(i, j), max(i, j)) for item in items for i, j in (decided(item) or [(0, 1)])]
-    asked = [place for place in every if len(judged.verdicts.get((place[0].id, *place[1:]), {})) == 2]
+    asked = [
+        place for place in every if len(judged.verdicts.get((place[0].id, *place[1:]), {})) == 2
+    ]
     if asked:
-        lines.append(_share("both orders agree", [consistent(item, i, j, judged) for item, i, j in asked]))
+        lines.append(
+            _share("both orders agree", [consistent(item, i, j, judged) for item, i, j in asked])
+        )
     return lines
 
 
 def decided(item: Item) -> list[tuple[int, int]]:
-    """The item's pairs of a better and a worse answer. By votes: the side that more people chose, if one is."""
+    """The item's pairs of a better and a worse answer. By votes: the side that more people chose,
+    if one is.
+    """
     if item.shape == "votes":
         counts = Counter(item.votes)
-        return [] if counts["a"] == counts["b"] else [(0, 1) if counts["a"] > counts["b"] else (1, 0)]
+        return (
+            [] if counts["a"] == counts["b"] else [(0, 1) if counts["a"] > counts["b"] else (1, 0)]
+        )
     return [(i, j) for i in item.right for j in range(len(item.answers)) if j not in item.right]
 
 
 def unscored(items: Sequence[Item], judged: Judged) -> dict[str, int]:
     """The pairs that could not be scored, by reason."""
-    missing = Counter(judged.reason(item, i, j) for item in items for i, j in item.comparisons()
-                      if judged.p(item, i, j) is None)
+    missing = Counter(
+        judged.reason(item, i, j)
+        for item in items
+        for i, j in item.comparisons()
+        if judged.p(item, i, j) is None
+    )
     return dict(missing.most_common())
 
 
@@ -308,22 +446,45 @@ def _right(p: float | None) -> Credit:
 def _share(name: str, credits: Sequence[Credit]) -> BenchmarkLine:
     known = [credit for credit in credits if credit is not None]
     if not known:
-        return BenchmarkLine(name, None, len(credits), 0, worst=0.0 if credits else None, best=1.0 if credits else None,
-                    undefined="nothing is scored" if credits else "no items")
+        return BenchmarkLine(
+            name,
+            None,
+            len(credits),
+            0,
+            worst=0.0 if credits else None,
+            best=1.0 if credits else None,
+            undefined="nothing is scored" if credits else "no items",
+        )
     found, total = wilson(sum(known), len(known)), sum(known)
-    return BenchmarkLine(name, found.value, len(credits), len(known), found.low, found.high, total / len(credits),
-                (total + len(credits) - len(known)) / len(credits))
+    return BenchmarkLine(
+        name,
+        found.value,
+        len(credits),
+        len(known),
+        found.low,
+        found.high,
+        total / len(credits),
+        (total + len(credits) - len(known)) / len(credits),
+    )
 
 
-def _mean(name: str, lines: Iterable[BenchmarkLine], weights: Sequence[float] | None = None) -> BenchmarkLine:
-    """The (weighted) mean of other metrics, which are independent. Its interval is recovered from theirs: no interval of
-    no width where every part is 0 or 1. Source: MOVER, Zou and Donner 2008.
+def _mean(
+    name: str, lines: Iterable[BenchmarkLine], weights: Sequence[float] | None = None
+) -> BenchmarkLine:
+    """The (weighted) mean of other metrics, which are independent. Its interval is recovered from
+    theirs: no interval of no width where every part is 0 or 1. Source: MOVER, Zou and Donner 2008.
     """
     lines = list(lines)
     n, scored = sum(line.n for line in lines), sum(line.scored for line in lines)
     empty = next((line for line in lines if line.value is None), None)
     if empty is not None or not lines:
-        return BenchmarkLine(name, None, n, scored, undefined=f"{empty.name}: {empty.undefined}" if empty else "no items")
+        return BenchmarkLine(
+            name,
+            None,
+            n,
+            scored,
+            undefined=f"{empty.name}: {empty.undefined}" if empty else "no items",
+        )
     share = [w / sum(weights or [1] * len(lines)) for w in weights or [1] * len(lines)]
 
     def mean(values: Iterable[float]) -> float:
@@ -332,9 +493,22 @@ def _mean(name: str, lines: Iterable[BenchmarkLine], weights: Sequence[float] | 
     value = mean(line.value for line in lines)
     low = high = None
     if all(line.low is not None and line.high is not None for line in lines):
-        low = value - sqrt(sum((w * (line.value - line.low)) ** 2 for w, line in zip(share, lines, strict=True)))
-        high = value + sqrt(sum((w * (line.high - line.value)) ** 2 for w, line in zip(share, lines, strict=True)))
-    return BenchmarkLine(name, value, n, scored, low, high, mean(line.worst for line in lines), mean(line.best for line in lines))
+        low = value - sqrt(
+            sum((w * (line.value - line.low)) ** 2 for w, line in zip(share, lines, strict=True))
+        )
+        high = value + sqrt(
+            sum((w * (line.high - line.value)) ** 2 for w, line in zip(share, lines, strict=True))
+        )
+    return BenchmarkLine(
+        name,
+        value,
+        n,
+        scored,
+        low,
+        high,
+        mean(line.worst for line in lines),
+        mean(line.best for line in lines),
+    )
 
 
 def _grouped(items: Iterable[Item]) -> dict[str, list[Item]]:
@@ -344,11 +518,20 @@ def _grouped(items: Iterable[Item]) -> dict[str, list[Item]]:
     return dict(found)
 
 
-def _by_subset(items: Sequence[Item], credit: Callable[[Item], Credit], prefix: str = "") -> dict[str, BenchmarkLine]:
-    return {name: _share(prefix + name, [credit(item) for item in some]) for name, some in _grouped(items).items()}
+def _by_subset(
+    items: Sequence[Item], credit: Callable[[Item], Credit], prefix: str = ""
+) -> dict[str, BenchmarkLine]:
+    return {
+        name: _share(prefix + name, [credit(item) for item in some])
+        for name, some in _grouped(items).items()
+    }
 
 
-def _tell_missing(what: str, expected: Iterable[str], there: Mapping[str, object], notes: list[str]) -> None:
+def _tell_missing(
+    what: str, expected: Iterable[str], there: Mapping[str, object], notes: list[str]
+) -> None:
     missing = [name for name in expected if name not in there]
     if missing:
-        notes.append(f"{what} without {', '.join(missing)}: no figure to put beside the leaderboard's")
+        notes.append(
+            f"{what} without {', '.join(missing)}: no figure to put beside the leaderboard's"
+        )

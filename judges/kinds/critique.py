@@ -1,7 +1,9 @@
 """The critic names a fault under a principle, or that there is none; the reviser mends it.
 
-A critique's first word decides: "None" names no fault, "Fault" names one, anything else is unscored.
+A critique's first word decides: "None" names no fault, "Fault" names one, anything else is
+unscored.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,8 +12,25 @@ from typing import Literal
 from pydantic import Field
 
 from prefab.factory.spec.templates import Template, neutralise
-from prefab.factory.types import Completion, Critique, Principle, Prompt, Request, Sample, Sampling, UnscoredReason
-from prefab.judges.base import Examples, JudgeConfig, candidate, conversation, generated, kwargs_of, unwrap
+from prefab.factory.types import (
+    Completion,
+    Critique,
+    Principle,
+    Prompt,
+    Request,
+    Sample,
+    Sampling,
+    UnscoredReason,
+)
+from prefab.judges.base import (
+    Examples,
+    JudgeConfig,
+    candidate,
+    conversation,
+    generated,
+    kwargs_of,
+    unwrap,
+)
 
 PARSER_VERSION = 1
 
@@ -48,7 +67,9 @@ def critique_request(
     examples: Examples = (),
     seed: int | None = None,
 ) -> Request:
-    """Ask what is wrong with one answer under one principle. `seed` is the run's, used at temperature above 0."""
+    """Ask what is wrong with one answer under one principle. `seed` is the run's, used at
+    temperature above 0.
+    """
     messages = template.render(
         conversation=conversation(prompt.messages, specials),
         answer=candidate(prompt.messages, sample.text, specials),
@@ -83,8 +104,12 @@ def revise_request(
     return _free_text(config, messages, model, sample.index, round, repeat, seed)
 
 
-def parse_critique(completion: Completion, prompt: str = "", sample: int = 0, principle: str = "") -> Critique:
-    """The critique of sample number `sample` of the prompt with id `prompt`. Cut off is `truncated`, never a fault."""
+def parse_critique(
+    completion: Completion, prompt: str = "", sample: int = 0, principle: str = ""
+) -> Critique:
+    """The critique of sample number `sample` of the prompt with id `prompt`. Cut off is
+    `truncated`, never a fault.
+    """
     text, reason = generated(completion)
     fault: bool | None = None
     if reason is None:
@@ -94,7 +119,9 @@ def parse_critique(completion: Completion, prompt: str = "", sample: int = 0, pr
 
 
 def parse_revision(completion: Completion) -> Revision:
-    """The revised text without the fences, tags or thinking that a model puts around it, or why there is none."""
+    """The revised text without the fences, tags or thinking that a model puts around it, or why
+    there is none.
+    """
     text, reason = generated(completion)
     if reason is not None:
         return Revision(None, reason)
@@ -107,7 +134,15 @@ def _first_word(text: str) -> str:
     return words[0].strip("*_`#\"'().,:;!-").lower() if words else ""
 
 
-def _free_text(config: CritiqueConfig, messages, model: str, sample: int, round: int, repeat: int, seed: int | None) -> Request:
+def _free_text(
+    config: CritiqueConfig,
+    messages,
+    model: str,
+    sample: int,
+    round: int,
+    repeat: int,
+    seed: int | None,
+) -> Request:
     """At temperature above 0 two identical drafts, or rounds, do not share one answer."""
     if config.temperature > 0:
         sampling = Sampling(config.max_tokens, config.temperature, seed=seed)

@@ -1,10 +1,13 @@
-"""People as judges: what a label is, in which order a person sees two answers, and what all labels together say.
+"""People as judges: what a label is, in which order a person sees two answers, and what all labels
+together say.
 
-A label is a JSON object in the ledger, which only grows: correcting oneself adds a label, an undo adds
-`{"undo": digest of the label, ...}`. People are asked apart from runs (`prefab label`), blind to what judges said; what
-they say is gold for the statistics, and in a panel the word of its stronger judge of kind `human`: a run takes what was
-said of an answer's text, and leaves open what was not.
+A label is a JSON object in the ledger, which only grows: correcting oneself adds a label, an undo
+adds `{"undo": digest of the label, ...}`. People are asked apart from runs (`prefab label`), blind
+to what judges said; what they say is gold for the statistics, and in a panel the word of its
+stronger judge of kind `human`: a run takes what was said of an answer's text, and leaves open what
+was not.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -22,14 +25,23 @@ from prefab.judges.base import JudgeConfig
 PARSER_VERSION = 1
 MODEL = "human"  # the identity under which a run keeps people's word
 
-KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip"}  # what a person types, by what it says of the answers as shown
+KEYS = {
+    "a": "a",
+    "b": "b",
+    "t": "tie",
+    "s": "skip",
+}  # what a person types, by what it says of the answers as shown
 WINNERS = ("a", "b", "tie")
 Said = Literal["a", "b", "tie", "skip"]
-Place = tuple[str, str, str, str]  # prompt, answer, the other answer (the lesser name first), principle
+Place = tuple[
+    str, str, str, str
+]  # prompt, answer, the other answer (the lesser name first), principle
 
 
 class HumanConfig(JudgeConfig):
-    """People, where a panel's other judges are in doubt (`escalate.to`). `annotators`: whose labels count; none: all."""
+    """People, where a panel's other judges are in doubt (`escalate.to`). `annotators`: whose labels
+    count; none: all.
+    """
 
     kind: Literal["human"] = "human"
     annotators: list[str] = []
@@ -37,7 +49,9 @@ class HumanConfig(JudgeConfig):
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What one person last said of a comparison under a principle; `winner` speaks of `a` and `b` as named here."""
+    """What one person last said of a comparison under a principle; `winner` speaks of `a` and `b`
+    as named here.
+    """
 
     digest: str
     prompt: str
@@ -75,12 +89,32 @@ def shown_order(seed: int, annotator: str, place: Place) -> Order:
     return "ab" if sha256(text.encode()).digest()[0] % 2 == 0 else "ba"
 
 
-def row(prompt: str, a: str, b: str, principle: str, said: Said, order: Order, annotator: str, at: float,
-        **more: Any) -> dict[str, Any]:
-    """The label to record. `said` is of the answers as shown in `order`; `winner` of `a` and `b` as named."""
+def row(
+    prompt: str,
+    a: str,
+    b: str,
+    principle: str,
+    said: Said,
+    order: Order,
+    annotator: str,
+    at: float,
+    **more: Any,
+) -> dict[str, Any]:
+    """The label to record. `said` is of the answers as shown in `order`; `winner` of `a` and `b` as
+    named.
+    """
     winner = said if order == "ab" else swapped(said)
-    return {"prompt": prompt, "a": a, "b": b, "principle": principle, "winner": winner, "order": order,
-            "annotator": annotator, "at": round(at, 6), **more}
+    return {
+        "prompt": prompt,
+        "a": a,
+        "b": b,
+        "principle": principle,
+        "winner": winner,
+        "order": order,
+        "annotator": annotator,
+        "at": round(at, 6),
+        **more,
+    }
 
 
 def undo(label: str, annotator: str, at: float) -> dict[str, Any]:
@@ -93,11 +127,15 @@ def name_of(value: Mapping[str, Any]) -> str:
     return digest(dict(value))
 
 
-def latest(rows: Iterable[Mapping[str, Any]], placed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict) -> list[Label]:
-    """What stands of all labels, oldest first: no undone ones, each person's last word on each comparison.
+def latest(
+    rows: Iterable[Mapping[str, Any]],
+    placed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> list[Label]:
+    """What stands of all labels, oldest first: no undone ones, each person's last word on each
+    comparison.
 
-    `placed` gives a row with the names by which the reader knows answers and principle. Rows that are no labels then
-    (another program's, without a winner or answers) are passed over.
+    `placed` gives a row with the names by which the reader knows answers and principle. Rows that
+    are no labels then (another program's, without a winner or answers) are passed over.
     """
     known = list(rows)
     undone = {value.get("undo") for value in known}
@@ -105,7 +143,9 @@ def latest(rows: Iterable[Mapping[str, Any]], placed: Callable[[Mapping[str, Any
     for value in known:
         label = _label(placed(value), name_of(value))
         if label is not None and label.digest not in undone:
-            found.pop((label.place, label.annotator), None)  # the last word stands where it was last said
+            found.pop(
+                (label.place, label.annotator), None
+            )  # the last word stands where it was last said
             found[label.place, label.annotator] = label
     return list(found.values())
 
@@ -114,12 +154,21 @@ def _label(value: Mapping[str, Any], name: str) -> Label | None:
     prompt, a, b, winner = (value.get(name) for name in ("prompt", "a", "b", "winner"))
     if not isinstance(prompt, str) or a is None or b is None or winner not in (*WINNERS, "skip"):
         return None
-    return Label(name, prompt, str(a), str(b), str(value.get("principle") or ""), winner,
-                 str(value.get("annotator") or ""))
+    return Label(
+        name,
+        prompt,
+        str(a),
+        str(b),
+        str(value.get("principle") or ""),
+        winner,
+        str(value.get("annotator") or ""),
+    )
 
 
 def gold(labels: Iterable[Label]) -> dict[Place, Winner | None]:
-    """What most people said of each comparison, in the order of its place; None where they are split evenly."""
+    """What most people said of each comparison, in the order of its place; None where they are
+    split evenly.
+    """
     votes: dict[Place, Counter[str]] = {}
     for label in labels:
         if label.winner != "skip":
@@ -133,15 +182,20 @@ def _most(counts: Counter[str]) -> Any:
 
 
 def verdict(label: Label) -> Verdict | None:
-    """A label as a verdict: hard, with no probability but 0, a half or 1; None for a skip, which says nothing."""
+    """A label as a verdict: hard, with no probability but 0, a half or 1; None for a skip, which
+    says nothing.
+    """
     return None if label.winner == "skip" else _verdict(label.winner)
 
 
 def _verdict(winner: Winner) -> Verdict:
-    return Verdict({"a": 1.0, "b": 0.0, "tie": 0.5}[winner], winner, None, 1.0, float(winner == "tie"), "hard")
+    return Verdict(
+        {"a": 1.0, "b": 0.0, "tie": 0.5}[winner], winner, None, 1.0, float(winner == "tie"), "hard"
+    )
 
 
 # --- in a panel -------------------------------------------------------------------------------------------------------
+
 
 def text_name(text: str) -> str:
     """How an answer is named by its text alone: what a person says of it holds in every run."""
@@ -152,8 +206,10 @@ Word = tuple[Winner | None, tuple[str, ...]]
 
 
 def answers(rows: Iterable[Mapping[str, Any]], annotators: Sequence[str] = ()) -> dict[Place, Word]:
-    """What most people (or most of these) say now, by place with the answers' `text_name`s; None where they are split, have
-    skipped, or took back what they had said. With it the digests of all that was ever said there."""
+    """What most people (or most of these) say now, by place with the answers' `text_name`s; None
+    where they are split, have skipped, or took back what they had said. With it the digests of all
+    that was ever said there.
+    """
     known = [row for row in rows if not annotators or row.get("annotator") in annotators]
     ever: dict[Place, set[str]] = {}
     for row in known:
@@ -165,15 +221,23 @@ def answers(rows: Iterable[Mapping[str, Any]], annotators: Sequence[str] = ()) -
 
 
 def _by_text(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A label that names its answers by their texts' digests (`prefab label` writes those), or by the texts themselves."""
+    """A label that names its answers by their texts' digests (`prefab label` writes those), or by
+    the texts themselves.
+    """
     texts = value.get("texts")
     if isinstance(texts, Mapping):
         return {**value, **{side: texts.get(side) for side in "ab"}}
-    return {**value, **{side: text_name(text) for side in "ab" if isinstance(text := value.get(side), str)}}
+    return {
+        **value,
+        **{side: text_name(text) for side in "ab" if isinstance(text := value.get(side), str)},
+    }
 
 
-def request(known: Mapping[Place, Word], prompt: str, a: str, b: str, principle: str) -> Request | None:
-    """The question to which `known` has people's answer about the texts `a` and `b`; None where nobody ever spoke.
+def request(
+    known: Mapping[Place, Word], prompt: str, a: str, b: str, principle: str
+) -> Request | None:
+    """The question to which `known` has people's answer about the texts `a` and `b`; None where
+    nobody ever spoke.
 
     It holds the labels, so that after one is corrected or taken back it is another question.
     """
@@ -183,7 +247,14 @@ def request(known: Mapping[Place, Word], prompt: str, a: str, b: str, principle:
         return None
     winner, labels = known[place]
     said = "" if winner is None else winner if names[0] == place[1] else swapped(winner)
-    job = {"prompt": prompt, "principle": principle, "a": names[0], "b": names[1], "said": said, "labels": list(labels)}
+    job = {
+        "prompt": prompt,
+        "principle": principle,
+        "a": names[0],
+        "b": names[1],
+        "said": said,
+        "labels": list(labels),
+    }
     return Request(MODEL, (Message("user", canonical(job).decode()),), Sampling(max_tokens=1))
 
 

@@ -1,8 +1,9 @@
 """Order K answers from best to worst, as one line like `[2] > [1] > [3]`.
 
-For real models and the scripted engine; the embedded models were not trained for it. Answers are shown in a
-permutation, since first places attract; `parse` undoes it.
+For real models and the scripted engine; the embedded models were not trained for it. Answers are
+shown in a permutation, since first places attract; `parse` undoes it.
 """
+
 from __future__ import annotations
 
 import re
@@ -14,7 +15,17 @@ from typing import Literal
 from pydantic import Field
 
 from prefab.factory.spec.templates import Template
-from prefab.factory.types import Completion, Exactness, Principle, Prompt, Request, Sample, Sampling, UnscoredReason, Verdict
+from prefab.factory.types import (
+    Completion,
+    Exactness,
+    Principle,
+    Prompt,
+    Request,
+    Sample,
+    Sampling,
+    UnscoredReason,
+    Verdict,
+)
 from prefab.judges.base import Examples, JudgeConfig, candidate, conversation, generated, kwargs_of
 
 PARSER_VERSION = 1
@@ -23,7 +34,9 @@ _NUMBER = re.compile("[0-9]+")
 
 
 class ListwiseConfig(JudgeConfig):
-    """A judge that orders all the answers at once, in `permutations` different orders of showing them."""
+    """A judge that orders all the answers at once, in `permutations` different orders of showing
+    them.
+    """
 
     kind: Literal["listwise"] = "listwise"
     template: str = "listwise.jinja"
@@ -33,7 +46,9 @@ class ListwiseConfig(JudgeConfig):
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The samples' positions (0..K-1, as given to `request`) from best to worst, or why there is no order."""
+    """The samples' positions (0..K-1, as given to `request`) from best to worst, or why there is no
+    order.
+    """
 
     order: tuple[int, ...] | None
     reason: UnscoredReason | None = None
@@ -41,7 +56,9 @@ class Ranking:
 
 
 def permutations(k: int, n: int, prompt_id: str, seed: int = 0) -> list[tuple[int, ...]]:
-    """`n` orders of showing K answers, each second one the reverse of the one before, so that slots balance."""
+    """`n` orders of showing K answers, each second one the reverse of the one before, so that slots
+    balance.
+    """
     shown: list[tuple[int, ...]] = []
     while len(shown) < n:
         i = len(shown)
@@ -81,7 +98,9 @@ def request(
 
 
 def parse(completion: Completion, permutation: Sequence[int]) -> Ranking:
-    """The order of the samples. Every number exactly once in one line and nothing else, or it is unscored."""
+    """The order of the samples. Every number exactly once in one line and nothing else, or it is
+    unscored.
+    """
     text, reason = generated(completion)
     if reason is not None:
         return Ranking(None, reason)
@@ -95,10 +114,14 @@ def parse(completion: Completion, permutation: Sequence[int]) -> Ranking:
 
 
 def verdict(rankings: Sequence[Ranking], a: int, b: int) -> Verdict:
-    """Samples a and b in several rankings of all: the share that puts a first. Unscored if any ranking is."""
+    """Samples a and b in several rankings of all: the share that puts a first. Unscored if any
+    ranking is.
+    """
     unread = next((r for r in rankings if r.order is None), None)
     if unread is not None or not rankings:
         return Verdict(None, None, unread.reason if unread else "parse", exactness="hard")
     wins = sum(r.order.index(a) < r.order.index(b) for r in rankings)
     p = wins / len(rankings)
-    return Verdict(p, "tie" if 2 * wins == len(rankings) else "a" if p > 0.5 else "b", exactness="hard")
+    return Verdict(
+        p, "tie" if 2 * wins == len(rankings) else "a" if p > 0.5 else "b", exactness="hard"
+    )

@@ -1,8 +1,11 @@
-"""Which of two answers is better under a principle? A label read, directly or after a reasoning pass.
+"""Which of two answers is better under a principle? A label read, directly or after a reasoning
+pass.
 
-P(first answer) = (A + T/2) / (A + B + T), the labels' masses over all their spellings; unscored when they have less
-than `min_label_mass` together. A verdict always speaks of sample a, whatever the order it was asked in.
+P(first answer) = (A + T/2) / (A + B + T), the labels' masses over all their spellings; unscored
+when they have less than `min_label_mass` together. A verdict always speaks of sample a, whatever
+the order it was asked in.
 """
+
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -10,8 +13,25 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from prefab.factory.spec.templates import Template, fence, neutralise
-from prefab.factory.types import Comparison, Completion, Order, Principle, Request, Sampling, UnscoredReason, Verdict
-from prefab.judges.base import Examples, JudgeConfig, conversation, generated, kwargs_of, label_masses, label_request
+from prefab.factory.types import (
+    Comparison,
+    Completion,
+    Order,
+    Principle,
+    Request,
+    Sampling,
+    UnscoredReason,
+    Verdict,
+)
+from prefab.judges.base import (
+    Examples,
+    JudgeConfig,
+    conversation,
+    generated,
+    kwargs_of,
+    label_masses,
+    label_request,
+)
 from prefab.judges.base import spellings as _spellings
 
 PARSER_VERSION = 1
@@ -21,9 +41,11 @@ _WITHOUT_TIES = _spellings(LABELS[:2])
 
 
 class PairwiseConfig(JudgeConfig):
-    """A pairwise judge. With `reasoning` it thinks aloud first (`reasoning_template`) and is read afterwards.
+    """A pairwise judge. With `reasoning` it thinks aloud first (`reasoning_template`) and is read
+    afterwards.
 
-    `clamp` keeps a probability read after reasoning off the extremes, as in the CAI paper (40-60 helped most there).
+    `clamp` keeps a probability read after reasoning off the extremes, as in the CAI paper (40-60
+    helped most there).
     """
 
     kind: Literal["pairwise"] = "pairwise"
@@ -40,7 +62,9 @@ class PairwiseConfig(JudgeConfig):
     @classmethod
     def _around_half(cls, clamp: tuple[float, float] | None) -> tuple[float, float] | None:
         if clamp is not None and not 0.0 <= clamp[0] <= 0.5 <= clamp[1] <= 1.0:
-            raise ValueError(f"clamp must be [low, high] with 0 <= low <= 0.5 <= high <= 1, not {list(clamp)}")
+            raise ValueError(
+                f"clamp must be [low, high] with 0 <= low <= 0.5 <= high <= 1, not {list(clamp)}"
+            )
         return clamp
 
 
@@ -61,7 +85,9 @@ def request(
     examples: Examples = (),
     reasoning: str | None = None,
 ) -> Request:
-    """The label read of one comparison in one order; with `reasoning`, the scoring pass (its own template)."""
+    """The label read of one comparison in one order; with `reasoning`, the scoring pass (its own
+    template).
+    """
     variables = _variables(comparison, principle, order, specials, examples)
     if reasoning is not None:
         variables["reasoning"] = neutralise(reasoning, specials)
@@ -81,7 +107,9 @@ def reasoning_request(
     examples: Examples = (),
     seed: int | None = None,
 ) -> Request:
-    """The first pass of a judge that reasons: free text. `seed` is the run's, used at temperature above 0."""
+    """The first pass of a judge that reasons: free text. `seed` is the run's, used at temperature
+    above 0.
+    """
     messages = template.render(**_variables(comparison, principle, order, specials, examples))
     if config.temperature > 0:
         sampling = Sampling(config.reasoning_tokens, config.temperature, seed=seed)
@@ -93,12 +121,16 @@ def reasoning_request(
 
 
 def parse_reasoning(completion: Completion) -> tuple[str, UnscoredReason | None]:
-    """The reasoning to score with, and why there is none. Cut-off reasoning has not concluded: `truncated`."""
+    """The reasoning to score with, and why there is none. Cut-off reasoning has not concluded:
+    `truncated`.
+    """
     return generated(completion)
 
 
 def parse(completion: Completion, order: Order, config: PairwiseConfig) -> Verdict:
-    """The verdict of one label read, un-swapped. Never raises; never a winner without a read of both labels."""
+    """The verdict of one label read, un-swapped. Never raises; never a winner without a read of
+    both labels.
+    """
     index = _WITH_TIES if config.ties else _WITHOUT_TIES
     masses = label_masses(completion, index, 3 if config.ties else 2)
     if isinstance(masses, str):
@@ -113,7 +145,14 @@ def parse(completion: Completion, order: Order, config: PairwiseConfig) -> Verdi
     if config.clamp is not None:
         p = min(max(p, config.clamp[0]), config.clamp[1])
     winner = "tie" if tie > a + b or a == b else "a" if a > b else "b"
-    return Verdict(p, winner, None, None if completion.label_logps is None else total, tie, completion.exactness)
+    return Verdict(
+        p,
+        winner,
+        None,
+        None if completion.label_logps is None else total,
+        tie,
+        completion.exactness,
+    )
 
 
 def unscored(reason: UnscoredReason, completion: Completion | None = None) -> Verdict:
@@ -122,7 +161,11 @@ def unscored(reason: UnscoredReason, completion: Completion | None = None) -> Ve
 
 
 def _variables(
-    comparison: Comparison, principle: Principle, order: Order, specials: tuple[str, ...], examples: Examples
+    comparison: Comparison,
+    principle: Principle,
+    order: Order,
+    specials: tuple[str, ...],
+    examples: Examples,
 ) -> dict[str, Any]:
     shown = conversation(comparison.prompt.messages, specials)
     first, second = (comparison.a, comparison.b) if order == "ab" else (comparison.b, comparison.a)

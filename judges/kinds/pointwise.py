@@ -1,7 +1,9 @@
-"""How good is one answer under a principle, on a scale of one-token labels? The expected score over their masses.
+"""How good is one answer under a principle, on a scale of one-token labels? The expected score over
+their masses.
 
 Also the reward of direct RLAIF (`reward`). Scales stop at 9: "10" is two tokens in many tokenizers.
 """
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -11,7 +13,16 @@ from pydantic import Field, model_validator
 
 from prefab.factory.spec.templates import Template
 from prefab.factory.types import Completion, Principle, Prompt, Request, Sample, Verdict
-from prefab.judges.base import Examples, JudgeConfig, Score, candidate, conversation, label_request, label_score, spellings
+from prefab.judges.base import (
+    Examples,
+    JudgeConfig,
+    Score,
+    candidate,
+    conversation,
+    label_request,
+    label_score,
+    spellings,
+)
 
 PARSER_VERSION = 1
 
@@ -53,7 +64,9 @@ def request(
     specials: tuple[str, ...] = (),
     examples: Examples = (),
 ) -> Request:
-    """The label read of one answer under one principle. The principle's `criterion` names a fault."""
+    """The label read of one answer under one principle. The principle's `criterion` names a
+    fault.
+    """
     messages = template.render(
         conversation=conversation(prompt.messages, specials),
         answer=candidate(prompt.messages, sample.text, specials),
@@ -70,14 +83,18 @@ def parse(completion: Completion, config: PointwiseConfig) -> Score:
 
 
 def reward(score: Score, config: PointwiseConfig) -> float | None:
-    """The expected score rescaled to [-1, 1]; None when unscored. Source: Lee et al. 2023, direct RLAIF."""
+    """The expected score rescaled to [-1, 1]; None when unscored. Source: Lee et al. 2023, direct
+    RLAIF.
+    """
     if score.value is None:
         return None
     return 2.0 * (score.value - config.low) / (config.high - config.low) - 1.0
 
 
 def verdict(a: Score, b: Score) -> Verdict:
-    """Two answers' scores as a verdict: P(a above b) + half of P(equal), the two reads taken as independent."""
+    """Two answers' scores as a verdict: P(a above b) + half of P(equal), the two reads taken as
+    independent.
+    """
     if a.value is None or b.value is None:
         return Verdict(None, None, a.reason or b.reason or "parse", exactness=_weaker(a, b))
     wins = tie = losses = 0.0

@@ -1,9 +1,11 @@
-"""A trained reward model: one number for one answer, from a sequence-classification model with a single label.
+"""A trained reward model: one number for one answer, from a sequence-classification model with a
+single label.
 
-Served in this process by transformers, or by vLLM's pooling runner. The conversation with the answer goes through the
-model's own chat template once, without a generation prompt, as TRL trains reward models. Two answers' rewards become a
-probability by Bradley-Terry: sigmoid(r_a - r_b).
+Served in this process by transformers, or by vLLM's pooling runner. The conversation with the
+answer goes through the model's own chat template once, without a generation prompt, as TRL trains
+reward models. Two answers' rewards become a probability by Bradley-Terry: sigmoid(r_a - r_b).
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -30,7 +32,8 @@ PARSER_VERSION = 1
 
 
 class RewardModelConfig(JudgeConfig):
-    """A judge that is a trained model. `model` is a folder or a hub name; `url` a vLLM pooling server that runs.
+    """A judge that is a trained model. `model` is a folder or a hub name; `url` a vLLM pooling
+    server that runs.
 
     `dtype` auto is float32 on a CPU and the model's own on a GPU. `args` go to vLLM as they are.
     """
@@ -57,29 +60,51 @@ class RewardModelConfig(JudgeConfig):
 
 
 def model(config: RewardModelConfig) -> str:
-    """The identity of this judge: that of its folder (as an engine's of the same folder), whichever backend it has."""
+    """The identity of this judge: that of its folder (as an engine's of the same folder), whichever
+    backend it has.
+    """
     return _identity(config.model, config.backend, config.dtype, config.device, config.revision)
 
 
 @lru_cache(maxsize=64)
 def _identity(name: str, backend: str, dtype: str, device: str, revision: str) -> str:
     if backend == "vllm":
-        return vllm.make({"engine": "vllm", "model": name, "dtype": dtype, "revision": revision}).identity
+        return vllm.make(
+            {"engine": "vllm", "model": name, "dtype": dtype, "revision": revision}
+        ).identity
     return _transformers(name, dtype, device, revision).identity
 
 
 def _transformers(name: str, dtype: str, device: str, revision: str) -> hf.HF:
-    """The engine for the same folder: it knows identity, device and dtype before anything is loaded."""
-    return hf.make({"engine": "hf", "model": name, "dtype": dtype, "device": device, "revision": revision})
+    """The engine for the same folder: it knows identity, device and dtype before anything is
+    loaded.
+    """
+    return hf.make(
+        {"engine": "hf", "model": name, "dtype": dtype, "device": device, "revision": revision}
+    )
 
 
-def request(config: RewardModelConfig, prompt: Prompt, sample: Sample, repeat: int = 0,
-            specials: tuple[str, ...] | None = None) -> Request:
-    """The conversation that ends with the answer. No text of it becomes a control token of the model's."""
+def request(
+    config: RewardModelConfig,
+    prompt: Prompt,
+    sample: Sample,
+    repeat: int = 0,
+    specials: tuple[str, ...] | None = None,
+) -> Request:
+    """The conversation that ends with the answer. No text of it becomes a control token of the
+    model's.
+    """
     specials = _specials(config.model) if specials is None else specials
     turns = [*prompt.messages, Message("assistant", sample.text)]
     messages = tuple(Message(m.role, neutralise(m.content, specials)) for m in turns)
-    return Request(model(config), messages, Sampling(max_tokens=1), (), kwargs_of(config), (repeat,) if repeat else ())
+    return Request(
+        model(config),
+        messages,
+        Sampling(max_tokens=1),
+        (),
+        kwargs_of(config),
+        (repeat,) if repeat else (),
+    )
 
 
 @lru_cache(maxsize=64)
@@ -100,11 +125,15 @@ def parse(completion: Completion, config: RewardModelConfig | None = None) -> Sc
 
 
 def verdict(a: Score, b: Score, config: RewardModelConfig | None = None) -> Verdict:
-    """P(a is preferred) = sigmoid(r_a - r_b). Source: Bradley and Terry 1952; the loss of reward models."""
+    """P(a is preferred) = sigmoid(r_a - r_b). Source: Bradley and Terry 1952; the loss of reward
+    models.
+    """
     if a.value is None or b.value is None:
         return Verdict(None, None, a.reason or b.reason or "parse")
     margin = a.value - b.value
-    p_a = 1 / (1 + math.exp(-margin)) if margin >= 0 else 1 - 1 / (1 + math.exp(max(margin, -700.0)))
+    p_a = (
+        1 / (1 + math.exp(-margin)) if margin >= 0 else 1 - 1 / (1 + math.exp(max(margin, -700.0)))
+    )
     return Verdict(p_a, "tie" if margin == 0 else "a" if margin > 0 else "b")
 
 
@@ -114,21 +143,29 @@ def engine(config: RewardModelConfig) -> Transformers | Served:
 
 
 def folder_problem(folder: Path) -> str | None:
-    """Why this folder cannot be served as a reward model, from its files alone; None when nothing is wrong."""
+    """Why this folder cannot be served as a reward model, from its files alone; None when nothing
+    is wrong.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"no config.json that can be read ({error})"
     kinds = config.get("architectures") or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        return (f"its architecture is {', '.join(kinds) or 'not said'}: a reward model is a ...ForSequenceClassification "
-                "(anything else would get an untrained head)")
+        return (
+            f"its architecture is {', '.join(kinds) or 'not said'}: a reward model is a ...ForSequenceClassification "
+            "(anything else would get an untrained head)"
+        )
     labels = config.get("num_labels") or len(config.get("id2label") or {}) or 2
     if labels != 1:
         return f"it has {labels} labels; a reward model has one (num_labels=1 when it is trained)"
     if _pad_id(config) is None:
         return "it has no pad token: set pad_token_id in its config.json (and pad_token of its tokenizer)"
-    return None if _has_template(folder) else "its tokenizer has no chat template: save the one it was trained with"
+    return (
+        None
+        if _has_template(folder)
+        else "its tokenizer has no chat template: save the one it was trained with"
+    )
 
 
 def _pad_id(config: dict[str, Any]) -> int | None:
@@ -140,7 +177,11 @@ def _has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
         return True
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+        return bool(
+            json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(
+                "chat_template"
+            )
+        )
     except (OSError, ValueError):
         return False
 
@@ -151,9 +192,11 @@ class _Job(NamedTuple):
 
 
 class Transformers:
-    """The engine in this process (see `types.Engine`). Answers that wait are scored together, alike in length.
+    """The engine in this process (see `types.Engine`). Answers that wait are scored together, alike
+    in length.
 
-    Padding is on the right and masked; a reward does not depend on its batch beyond the rounding of matrix products.
+    Padding is on the right and masked; a reward does not depend on its batch beyond the rounding of
+    matrix products.
     """
 
     def __init__(self, config: RewardModelConfig) -> None:
@@ -182,26 +225,34 @@ class Transformers:
         try:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
         except ImportError as error:
-            raise EngineError(f"{name}: transformers is not installed here: `make setup`") from error
+            raise EngineError(
+                f"{name}: transformers is not installed here: `make setup`"
+            ) from error
         revision = {"revision": self.config.revision} if self.config.revision else {}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, **revision)
             model, told = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=self.base.dtype, output_loading_info=True, **revision)
+                path, dtype=self.base.dtype, output_loading_info=True, **revision
+            )
         except (OSError, ValueError) as error:
             raise EngineError(f"{name}: cannot load {path}: {error}") from error
         missing = sorted(told["missing_keys"])
         if missing:
             raise EngineError(f"{name}: {path} lacks weights ({missing[0]}): they would be random")
-        if model.config.num_labels != 1 or model.config.get_text_config().pad_token_id is None \
-                or not self.tokenizer.chat_template:
+        if (
+            model.config.num_labels != 1
+            or model.config.get_text_config().pad_token_id is None
+            or not self.tokenizer.chat_template
+        ):
             raise EngineError(f"{name}: {path} needs one label, a pad token and a chat template")
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_model_len = min(filter(None, (self.config.max_model_len, longest)), default=None)
         self.model = model.to(self.base.device).eval()
 
     async def complete(self, key: bytes, request: Request) -> Completion:
-        """The reward as a number in text. Raises: EngineError when not started, or scoring failed."""
+        """The reward as a number in text. Raises: EngineError when not started, or scoring
+        failed.
+        """
         if self.model is None:
             raise EngineError(f"{self.config.name} was not started")
         ids = self.ids_of(request)
@@ -215,9 +266,13 @@ class Transformers:
         return await job.future
 
     def ids_of(self, request: Request) -> list[int]:
-        """The conversation as token ids: the template writes every control token there is, so none is added."""
+        """The conversation as token ids: the template writes every control token there is, so none
+        is added.
+        """
         turns = [{"role": m.role, "content": m.content} for m in request.messages]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, **dict(request.template_kwargs))
+        text = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, **dict(request.template_kwargs)
+        )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def _work(self) -> None:
@@ -228,23 +283,35 @@ class Transformers:
             for i in range(0, len(jobs), self.config.batch):
                 some = [job for job in jobs[i : i + self.config.batch] if not job.future.done()]
                 try:
-                    rewards = await asyncio.to_thread(self.rewards, [job.ids for job in some]) if some else []
+                    rewards = (
+                        await asyncio.to_thread(self.rewards, [job.ids for job in some])
+                        if some
+                        else []
+                    )
                 except Exception as error:  # each asker learns of it
                     for job in some:
                         if not job.future.done():
-                            job.future.set_exception(EngineError(f"{self.config.name}: {type(error).__name__}: {error}"))
+                            job.future.set_exception(
+                                EngineError(f"{self.config.name}: {type(error).__name__}: {error}")
+                            )
                     continue
                 for job, reward in zip(some, rewards, strict=True):
                     if not job.future.done():
-                        job.future.set_result(Completion(repr(reward), "stop", prompt_tokens=len(job.ids)))
+                        job.future.set_result(
+                            Completion(repr(reward), "stop", prompt_tokens=len(job.ids))
+                        )
 
     def rewards(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """The rewards of conversations given as token ids, in one forward pass."""
         import torch
 
         longest, pad = max(map(len, ids)), self.model.config.get_text_config().pad_token_id
-        tokens = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in ids], device=self.base.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self.base.device)
+        tokens = torch.tensor(
+            [[*row, *[pad] * (longest - len(row))] for row in ids], device=self.base.device
+        )
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self.base.device
+        )
         with torch.inference_mode():
             return self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float().tolist()
 
@@ -260,7 +327,9 @@ class Transformers:
 
 
 class Served:
-    """The engine on vLLM's pooling runner (see `types.Engine`): a server of ours, or one at `url`."""
+    """The engine on vLLM's pooling runner (see `types.Engine`): a server of ours, or one at
+    `url`.
+    """
 
     def __init__(self, config: RewardModelConfig) -> None:
         self.config, self.identity, self.max_in_flight = config, model(config), config.max_in_flight
@@ -275,7 +344,8 @@ class Served:
     async def start(self) -> None:
         """Start the server or greet the one that runs.
 
-        Raises: EngineError with the reason: no reward model, no server, the last error of the server's log.
+        Raises: EngineError with the reason: no reward model, no server, the last error of the
+        server's log.
         """
         if self.server is not None:
             return
@@ -283,9 +353,16 @@ class Served:
         if problem:
             raise EngineError(f"{self.config.name}: {self.path}: {problem}")
         c = self.config
-        settings = vllm.VllmConfig(model=c.model, revision=c.revision, dtype=c.dtype, max_model_len=c.max_model_len,
-                               kv_cache_gib=c.kv_cache_gib, start_timeout_s=c.start_timeout_s,
-                               max_in_flight=c.max_in_flight, args=["--runner", "pooling", *c.args])
+        settings = vllm.VllmConfig(
+            model=c.model,
+            revision=c.revision,
+            dtype=c.dtype,
+            max_model_len=c.max_model_len,
+            kv_cache_gib=c.kv_cache_gib,
+            start_timeout_s=c.start_timeout_s,
+            max_in_flight=c.max_in_flight,
+            args=["--runner", "pooling", *c.args],
+        )
         url = c.url
         try:
             if url is None:
@@ -303,11 +380,15 @@ class Served:
         try:
             listed = (await self.server.get("/v1/models"))["data"]
         except (Rejected, TransportError, KeyError) as error:
-            raise EngineError(f"{self.config.name}: no vLLM server at {self.server.url}: {error}") from error
+            raise EngineError(
+                f"{self.config.name}: no vLLM server at {self.server.url}: {error}"
+            ) from error
         entry = next((e for e in listed if self.config.model in (e.get("id"), e.get("root"))), None)
         if entry is None:
             there = ", ".join(str(e.get("id")) for e in listed) or "none"
-            raise EngineError(f"{self.config.name}: {self.server.url} has no model {self.config.model!r}; it has: {there}")
+            raise EngineError(
+                f"{self.config.name}: {self.server.url} has no model {self.config.model!r}; it has: {there}"
+            )
         if self.process is not None:
             self.server.why_down = self.process.why_dead
         self._name = str(entry["id"])
@@ -318,15 +399,21 @@ class Served:
         """The reward as a number in text. Raises: EngineError, TransportError."""
         if self.server is None:
             raise EngineError(f"{self.config.name} was not started")
-        body = {"model": self._name, "messages": [{"role": m.role, "content": m.content} for m in request.messages],
-                "add_generation_prompt": False, "use_activation": False,  # the default is a sigmoid of the reward
-                "chat_template_kwargs": dict(request.template_kwargs)}
+        body = {
+            "model": self._name,
+            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "add_generation_prompt": False,
+            "use_activation": False,  # the default is a sigmoid of the reward
+            "chat_template_kwargs": dict(request.template_kwargs),
+        }
         try:
             answer = await self.server.post("/classify", orjson.dumps(body))
         except Rejected as refusal:
             if refusal.status == 400 and "context length" in refusal.message:
                 return Completion("", "context", limit=self.max_model_len or 0)
-            raise EngineError(f"{self.server.url}/classify: HTTP {refusal.status} {refusal.message}") from refusal
+            raise EngineError(
+                f"{self.server.url}/classify: HTTP {refusal.status} {refusal.message}"
+            ) from refusal
         return _served(answer, self.server.url)
 
     async def stop(self) -> None:
@@ -344,9 +431,17 @@ def _served(answer: dict[str, Any], url: str) -> Completion:
         rewards = answer["data"][0]["probs"]
         tokens = int((answer.get("usage") or {}).get("prompt_tokens") or 0)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise TransportError(f"{url}/classify: no classification came back ({type(error).__name__})") from error
+        raise TransportError(
+            f"{url}/classify: no classification came back ({type(error).__name__})"
+        ) from error
     if not isinstance(rewards, list) or len(rewards) != 1:
-        raise EngineError(f"{url} gives {len(rewards) if isinstance(rewards, list) else 'no'} numbers an answer: a reward "
-                          "model gives one")
+        raise EngineError(
+            f"{url} gives {len(rewards) if isinstance(rewards, list) else 'no'} numbers an answer: a reward "
+            "model gives one"
+        )
     value = rewards[0]
-    return Completion(repr(float(value)) if isinstance(value, (int, float)) else "nan", "stop", prompt_tokens=tokens)
+    return Completion(
+        repr(float(value)) if isinstance(value, (int, float)) else "nan",
+        "stop",
+        prompt_tokens=tokens,
+    )

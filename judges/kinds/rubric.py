@@ -1,7 +1,9 @@
-"""Does an answer meet a criterion, yes or no? One label read a criterion, and points over a list of them.
+"""Does an answer meet a criterion, yes or no? One label read a criterion, and points over a list of
+them.
 
 A constitution's `criterion` names a fault, so its weight counts against the answer (a pitfall).
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +12,16 @@ from typing import Literal
 
 from prefab.factory.spec.templates import Template
 from prefab.factory.types import Completion, Principle, Prompt, Request, Sample, Verdict
-from prefab.judges.base import Examples, JudgeConfig, Score, candidate, conversation, label_request, label_score, spellings
+from prefab.judges.base import (
+    Examples,
+    JudgeConfig,
+    Score,
+    candidate,
+    conversation,
+    label_request,
+    label_score,
+    spellings,
+)
 
 PARSER_VERSION = 1
 LABELS = ("Yes", "No")
@@ -18,7 +29,9 @@ _INDEX = spellings(LABELS)
 
 
 class RubricConfig(JudgeConfig):
-    """A judge that answers Yes or No for one criterion at a time; `min_scored` is the share of weight it must read."""
+    """A judge that answers Yes or No for one criterion at a time; `min_scored` is the share of
+    weight it must read.
+    """
 
     kind: Literal["rubric"] = "rubric"
     template: str = "rubric.jinja"
@@ -27,7 +40,9 @@ class RubricConfig(JudgeConfig):
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """One line of a rubric. `points` are earned when the answer is yes; negative points make it a pitfall."""
+    """One line of a rubric. `points` are earned when the answer is yes; negative points make it a
+    pitfall.
+    """
 
     text: str
     points: float = 1.0
@@ -54,7 +69,9 @@ def request(
     specials: tuple[str, ...] = (),
     examples: Examples = (),
 ) -> Request:
-    """The label read of one answer under one criterion, from a principle or from a rubric of the prompt's own."""
+    """The label read of one answer under one criterion, from a principle or from a rubric of the
+    prompt's own.
+    """
     messages = template.render(
         conversation=conversation(prompt.messages, specials),
         answer=candidate(prompt.messages, sample.text, specials),
@@ -70,9 +87,11 @@ def parse(completion: Completion, config: RubricConfig) -> Score:
 
 
 def total(scores: Sequence[Score], criteria: Sequence[Criterion], min_scored: float = 0.5) -> Score:
-    """The expected points, rescaled to [0, 1] between the worst and the best possible, over the criteria read.
+    """The expected points, rescaled to [0, 1] between the worst and the best possible, over the
+    criteria read.
 
-    Unscored when less than `min_scored` of the weight was read, with the reason of its heaviest unread criterion.
+    Unscored when less than `min_scored` of the weight was read, with the reason of its heaviest
+    unread criterion.
     """
     weights = [abs(c.points) for c in criteria]
     read = [i for i, s in enumerate(scores) if s.value is not None and weights[i] > 0]
@@ -86,7 +105,8 @@ def total(scores: Sequence[Score], criteria: Sequence[Criterion], min_scored: fl
 
 
 def verdict(a: Sequence[Score], b: Sequence[Score], criteria: Sequence[Criterion]) -> Verdict:
-    """Two answers over the same rubric: P(a earns more) + half of P(as much), all reads taken as independent.
+    """Two answers over the same rubric: P(a earns more) + half of P(as much), all reads taken as
+    independent.
 
     Unscored when any criterion of either is: answers are compared on the same lines or not at all.
     """
@@ -104,7 +124,9 @@ def _fulfilled(score: Score, criterion: Criterion) -> float:
 
 
 def _points(scores: Sequence[Score], criteria: Sequence[Criterion]) -> dict[float, float]:
-    """The distribution of the points earned. Sums are rounded, so that equal weights stay equal sums (0.1 + 0.2)."""
+    """The distribution of the points earned. Sums are rounded, so that equal weights stay equal
+    sums (0.1 + 0.2).
+    """
     distribution = {0.0: 1.0}
     for score, criterion in zip(scores, criteria, strict=True):
         after: dict[float, float] = {}

@@ -1,12 +1,16 @@
-"""A program decides about one answer: the right text or number, a pattern, a JSON schema, Python tests.
+"""A program decides about one answer: the right text or number, a pattern, a JSON schema, Python
+tests.
 
-What decides is the `reference`: the text (or texts), the number, the regular expression, the schema, the tests' code;
-in the configuration, in a file, or by prompt. The check and the answer go into the request as they stand, so that a
-verdict is kept and found again like any call, and is asked anew when either changes.
+What decides is the `reference`: the text (or texts), the number, the regular expression, the
+schema, the tests' code; in the configuration, in a file, or by prompt. The check and the answer go
+into the request as they stand, so that a verdict is kept and found again like any call, and is
+asked anew when either changes.
 
-What is the answer's fault is a score of 0: a wrong result, no number, broken JSON, code that runs too long or too large.
-What is not is unscored with the reason `program`: tests that cannot be run, a pattern that takes too long, no reference.
+What is the answer's fault is a score of 0: a wrong result, no number, broken JSON, code that runs
+too long or too large. What is not is unscored with the reason `program`: tests that cannot be run,
+a pattern that takes too long, no reference.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -38,19 +42,24 @@ PARSER_VERSION = 1
 CHECK_VERSION = 1  # of what the checks below do; part of every key
 PATTERN_TIMEOUT_S = 3.0
 MOST_DIGITS = 400  # of a number: the exact arithmetic on 10^100000 would take all day
-_NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-                     r"(?:[eE][-+]?\d{1,3}(?!\d))?(?: ?/ ?\d+)?%?", re.ASCII)
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE][-+]?\d{1,3}(?!\d))?(?: ?/ ?\d+)?%?",
+    re.ASCII,
+)
 _CODE = re.compile(r"^(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)^\1[ \t]*$", re.M | re.S)
 
 
 class VerifierConfig(JudgeConfig):
-    """A judge that is a program. `extract` finds the part of an answer that is checked: its last match's first group.
+    """A judge that is a program. `extract` finds the part of an answer that is checked: its last
+    match's first group.
 
-    Without it: exact and regex take the whole answer, numeric its last number, json_schema and python the fenced code
-    block (the longest one of Python's) where there is one. `references` is a JSONL file of `{"prompt": id or text,
-    "reference": ...}`; a pipeline's files are found from its own folder, as all that it names. `tolerance` is relative,
-    `absolute` absolute; a number is right within either.
-    For python, `timeout_s` is of one test, five times that of all; an answer over a limit has failed.
+    Without it: exact and regex take the whole answer, numeric its last number, json_schema and
+    python the fenced code block (the longest one of Python's) where there is one. `references` is a
+    JSONL file of `{"prompt": id or text, "reference": ...}`; a pipeline's files are found from its
+    own folder, as all that it names. `tolerance` is relative, `absolute` absolute; a number is
+    right within either. For python, `timeout_s` is of one test, five times that of all; an answer
+    over a limit has failed.
     """
 
     kind: Literal["verifier"] = "verifier"
@@ -69,14 +78,20 @@ class VerifierConfig(JudgeConfig):
     file_mb: int = Field(16, ge=1)
     processes: int = Field(1, ge=1, le=256)
     packages: bool = False
-    partial: bool = Field(True, description="python: the share of tests passed; false: 1 only when all pass.")
+    partial: bool = Field(
+        True, description="python: the share of tests passed; false: 1 only when all pass."
+    )
     isolation: Literal["best", "required"] = "best"
-    workers: int | None = Field(None, ge=1, description="Checks at a time; left out: one a processor.")
+    workers: int | None = Field(
+        None, ge=1, description="Checks at a time; left out: one a processor."
+    )
 
     @model_validator(mode="after")
     def _sound(self) -> VerifierConfig:
         if self.reference is None and self.reference_file is None and self.references is None:
-            raise ValueError("say what is right: `reference`, `reference_file`, or `references` (by prompt)")
+            raise ValueError(
+                "say what is right: `reference`, `reference_file`, or `references` (by prompt)"
+            )
         if self.reference is not None and self.reference_file is not None:
             raise ValueError("give `reference` or `reference_file`, not both")
         problem = None if self.extract is None else _extract_problem(self.extract)
@@ -100,10 +115,18 @@ def reference_problem(check: str, reference: Any) -> str | None:
     """What is wrong with a reference for this check, if anything."""
     if check == "exact":
         texts = reference if isinstance(reference, list) else [reference]
-        return None if texts and all(isinstance(t, str) for t in texts) else "must be a text or a list of texts"
+        return (
+            None
+            if texts and all(isinstance(t, str) for t in texts)
+            else "must be a text or a list of texts"
+        )
     if check == "numeric":
         told = isinstance(reference, (int, float, str)) and not isinstance(reference, bool)
-        return None if told and number(str(reference)) is not None else f"{reference!r} is not a number"
+        return (
+            None
+            if told and number(str(reference)) is not None
+            else f"{reference!r} is not a number"
+        )
     if check == "json_schema":
         return _schema_problem(reference)
     if not isinstance(reference, str) or not reference.strip():
@@ -135,15 +158,23 @@ def _default_validator() -> Any:
 
 
 def model(config: VerifierConfig) -> str:
-    """The identity of this judge: the check and its settings, and for Python tests the version they run on."""
+    """The identity of this judge: the check and its settings, and for Python tests the version they
+    run on.
+    """
     settings = config.model_dump(mode="json", include=_DECIDES[config.check] | {"check", "extract"})
-    runs_on = f"{sys.version_info.major}.{sys.version_info.minor}" if config.check == "python" else ""
+    runs_on = (
+        f"{sys.version_info.major}.{sys.version_info.minor}" if config.check == "python" else ""
+    )
     return "verifier:" + digest(CHECK_VERSION, canonical(settings).decode(), runs_on)
 
 
 _DECIDES: dict[str, set[str]] = {
-    "exact": {"ignore_case", "ignore_space"}, "numeric": {"tolerance", "absolute"}, "regex": {"ignore_case", "whole"},
-    "json_schema": set(), "python": {"timeout_s", "memory_mb", "file_mb", "processes", "packages", "isolation"}}
+    "exact": {"ignore_case", "ignore_space"},
+    "numeric": {"tolerance", "absolute"},
+    "regex": {"ignore_case", "whole"},
+    "json_schema": set(),
+    "python": {"timeout_s", "memory_mb", "file_mb", "processes", "packages", "isolation"},
+}
 
 
 def request(config: VerifierConfig, prompt: Prompt, sample: Sample, repeat: int = 0) -> Request:
@@ -154,24 +185,35 @@ def request(config: VerifierConfig, prompt: Prompt, sample: Sample, repeat: int 
     reference = reference_of(config, prompt)
     if config.check == "numeric" and reference is not None:
         reference = str(reference)  # 42 and "42" are one question
-    job = {"answer": sample.text, "check": config.check, "reference": reference,
-           "settings": config.model_dump(mode="json", include=_DECIDES[config.check] | {"extract"})}
+    job = {
+        "answer": sample.text,
+        "check": config.check,
+        "reference": reference,
+        "settings": config.model_dump(mode="json", include=_DECIDES[config.check] | {"extract"}),
+    }
     message = Message("user", canonical(job).decode())
-    return Request(model(config), (message,), Sampling(max_tokens=1), repeat=(repeat,) if repeat else ())
+    return Request(
+        model(config), (message,), Sampling(max_tokens=1), repeat=(repeat,) if repeat else ()
+    )
 
 
 def reference_of(config: VerifierConfig, prompt: Prompt) -> Any:
-    """What decides about answers to this prompt: the prompt's own reference, else the configuration's; None: nothing.
+    """What decides about answers to this prompt: the prompt's own reference, else the
+    configuration's; None: nothing.
 
     Raises: ConfigError naming file and line.
     """
     if config.references is not None:
-        known = _references(config.references, os.stat(_there(config.references)).st_mtime_ns, config.check)
+        known = _references(
+            config.references, os.stat(_there(config.references)).st_mtime_ns, config.check
+        )
         for name in (prompt.id, prompt.messages[-1].content):
             if name in known:
                 return known[name]
     if config.reference_file is not None:
-        return _reference_file(config.reference_file, os.stat(_there(config.reference_file)).st_mtime_ns, config.check)
+        return _reference_file(
+            config.reference_file, os.stat(_there(config.reference_file)).st_mtime_ns, config.check
+        )
     return config.reference
 
 
@@ -185,7 +227,13 @@ def _there(file: str) -> Path:
 def _reference_file(file: str, _changed: int, check: str) -> Any:
     text = Path(file).read_text(encoding="utf-8")
     try:
-        reference = json.loads(text) if check == "json_schema" else text if check == "python" else text.strip()
+        reference = (
+            json.loads(text)
+            if check == "json_schema"
+            else text
+            if check == "python"
+            else text.strip()
+        )
     except ValueError as error:
         raise ConfigError([Problem(file, 0, 0, "", f"not JSON: {error}")]) from error
     problem = reference_problem(check, reference)
@@ -217,7 +265,9 @@ def _references(file: str, _changed: int, check: str) -> dict[str, Any]:
 
 
 def parse(completion: Completion, config: VerifierConfig) -> Score:
-    """1 or 0, or the share of tests passed; unscored (`program`) when the check itself could not be made."""
+    """1 or 0, or the share of tests passed; unscored (`program`) when the check itself could not be
+    made.
+    """
     if completion.finish in ("context", "refused"):
         return Score(None, reason=completion.finish)
     try:
@@ -229,7 +279,9 @@ def parse(completion: Completion, config: VerifierConfig) -> Score:
         return Score(None, reason="parse")
     if not 0 <= passed <= total or total < 1:
         return Score(None, reason="parse")
-    return Score(passed / total if config.check == "python" and config.partial else float(passed == total))
+    return Score(
+        passed / total if config.check == "python" and config.partial else float(passed == total)
+    )
 
 
 def verdict(a: Score, b: Score, config: VerifierConfig | None = None) -> Verdict:
@@ -254,15 +306,23 @@ class Verifier:
 
         Raises: ConfigError.
         """
-        self._threads = self._threads or ThreadPoolExecutor(self.max_in_flight, thread_name_prefix="verifier")
+        self._threads = self._threads or ThreadPoolExecutor(
+            self.max_in_flight, thread_name_prefix="verifier"
+        )
         if self.config.check != "python":
             return
         try:
-            isolated, words = await asyncio.get_running_loop().run_in_executor(self._threads, sandbox.isolation_status)
+            isolated, words = await asyncio.get_running_loop().run_in_executor(
+                self._threads, sandbox.isolation_status
+            )
         except sandbox.NoSandbox as error:
-            raise ConfigError(f"{self.config.name}: no answer's code can be run here: {error}") from error
+            raise ConfigError(
+                f"{self.config.name}: no answer's code can be run here: {error}"
+            ) from error
         if self.config.isolation == "required" and not isolated:
-            raise ConfigError(f"{self.config.name}: isolation is required, and here there are {words}")
+            raise ConfigError(
+                f"{self.config.name}: isolation is required, and here there are {words}"
+            )
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """The check's result as JSON. Raises: TransportError when no process could be started."""
@@ -294,7 +354,9 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": "no reference for this prompt"}
     text = job["answer"]
     if settings["extract"] is not None:
-        found = timeout_worker.ask({"do": "extract", "pattern": settings["extract"], "text": text}, PATTERN_TIMEOUT_S)
+        found = timeout_worker.ask(
+            {"do": "extract", "pattern": settings["extract"], "text": text}, PATTERN_TIMEOUT_S
+        )
         if "error" in found:
             return found
         if found["found"] is None:
@@ -308,6 +370,7 @@ def _exact(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, 
         text = normalize("NFC", text)
         text = " ".join(text.split()) if settings["ignore_space"] else text
         return text.casefold() if settings["ignore_case"] else text
+
     right = {plain(t) for t in (reference if isinstance(reference, list) else [reference])}
     return {"passed": int(plain(text) in right), "total": 1}
 
@@ -339,25 +402,37 @@ def _numeric(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str
 
 
 def _regex(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    job = {"do": "match", "pattern": reference, "text": text, "whole": settings["whole"],
-           "ignore_case": settings["ignore_case"]}
+    job = {
+        "do": "match",
+        "pattern": reference,
+        "text": text,
+        "whole": settings["whole"],
+        "ignore_case": settings["ignore_case"],
+    }
     return timeout_worker.ask(job, PATTERN_TIMEOUT_S)
 
 
 def _json(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is not JSON")
+
     blocks = [body for _, name, body in _CODE.findall(text) if name.lower() in ("json", "")]
     try:
         value = json.loads(blocks[-1] if blocks else unwrap(text), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         return {"passed": 0, "total": 1, "why": f"not JSON: {error}"[:300]}
-    return timeout_worker.ask({"do": "validate", "value": value, "schema": reference}, PATTERN_TIMEOUT_S)
+    return timeout_worker.ask(
+        {"do": "validate", "value": value, "schema": reference}, PATTERN_TIMEOUT_S
+    )
 
 
 def code_of(text: str) -> str:
     """The Python in an answer: its longest fenced block, else all of it."""
-    blocks = [body for _, name, body in _CODE.findall(text) if name.lower() in ("python", "py", "python3", "")]
+    blocks = [
+        body
+        for _, name, body in _CODE.findall(text)
+        if name.lower() in ("python", "py", "python3", "")
+    ]
     return max(blocks, key=len, default=text)
 
 
@@ -368,4 +443,10 @@ def _python(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str,
     return {"error": found["broken"]} if "broken" in found else found
 
 
-_CHECKS = {"exact": _exact, "numeric": _numeric, "regex": _regex, "json_schema": _json, "python": _python}
+_CHECKS = {
+    "exact": _exact,
+    "numeric": _numeric,
+    "regex": _regex,
+    "json_schema": _json,
+    "python": _python,
+}

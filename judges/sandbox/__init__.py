@@ -1,9 +1,12 @@
-"""Running code that nobody trusts: an answer's Python under tests (and, in `timeout_worker.py`, patterns that may never end).
+"""Running code that nobody trusts: an answer's Python under tests (and, in `timeout_worker.py`,
+patterns that may never end).
 
-`run_tests` says how many tests an answer passed. See `isolation.py` for what is kept in, `test_runner.py` for why a pass cannot
-be faked. Where the system gives an ordinary user no namespaces (some containers, macOS, Ubuntu's AppArmor rule), only
-resource limits are left: `isolation` says so.
+`run_tests` says how many tests an answer passed. See `isolation.py` for what is kept in,
+`test_runner.py` for why a pass cannot be faked. Where the system gives an ordinary user no
+namespaces (some containers, macOS, Ubuntu's AppArmor rule), only resource limits are left:
+`isolation` says so.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,19 +23,22 @@ from typing import Any
 from prefab.factory.paths import IMPORT_ROOT
 
 # -I: neither the environment nor the current folder decides what is imported.
-_TEST_RUNNER = (
-    "import sys; sys.path.insert(0, {root!r}); from prefab.judges.sandbox import test_runner; del sys.path[0]; test_runner.main()")
-_SAYS = {True: "no network, files read-only, own processes only",
-         False: "limits only: the network and your files are within an answer's reach"}
+_TEST_RUNNER = "import sys; sys.path.insert(0, {root!r}); from prefab.judges.sandbox import test_runner; del sys.path[0]; test_runner.main()"  # noqa: E501
+_SAYS = {
+    True: "no network, files read-only, own processes only",
+    False: "limits only: the network and your files are within an answer's reach",
+}
 _lock = threading.Lock()
 _known: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an answer's process may take. `timeout_s` is wall and CPU time of one test (five times that for all).
+    """What an answer's process may take. `timeout_s` is wall and CPU time of one test (five times
+    that for all).
 
-    `processes` 1: it may start none, and no threads. `packages`: whether installed packages can be imported.
+    `processes` 1: it may start none, and no threads. `packages`: whether installed packages can be
+    imported.
     """
 
     timeout_s: float = 10.0
@@ -43,13 +49,19 @@ class Limits:
 
 
 class NoSandbox(Exception):
-    """No process could be started, or not in the isolation that was asked for: nobody's answer is at fault."""
+    """No process could be started, or not in the isolation that was asked for: nobody's answer is
+    at fault.
+    """
 
 
-def run_tests(tests: str, answer: str, limits: Limits = Limits(), isolated: bool = False) -> dict[str, Any]:
-    """What became of the tests: `passed`, `total` and some `failures`, or `broken`: the tests cannot be run.
+def run_tests(
+    tests: str, answer: str, limits: Limits = Limits(), isolated: bool = False
+) -> dict[str, Any]:
+    """What became of the tests: `passed`, `total` and some `failures`, or `broken`: the tests
+    cannot be run.
 
-    With `isolated` nothing runs where namespaces are not to be had. `isolation` says what there was.
+    With `isolated` nothing runs where namespaces are not to be had. `isolation` says what there
+    was.
     Raises: NoSandbox.
     """
     mode = _mode()
@@ -62,7 +74,8 @@ def run_tests(tests: str, answer: str, limits: Limits = Limits(), isolated: bool
 
 
 def isolation_status() -> tuple[bool, str]:
-    """Whether the network, files and other processes are out of an answer's reach here, and in words.
+    """Whether the network, files and other processes are out of an answer's reach here, and in
+    words.
 
     Raises: NoSandbox when not even a limited process runs.
     """
@@ -84,27 +97,45 @@ def _mode() -> dict[str, Any]:
                 return mode
             why.append(result.get("failed_to_run") or str(result))
         if os.geteuid() == 0:
-            why.append("as root, whose processes are never counted, nothing weaker is run: try as an ordinary user")
+            why.append(
+                "as root, whose processes are never counted, nothing weaker is run: try as an ordinary user"
+            )
         raise NoSandbox("; ".join(dict.fromkeys(why)))
 
 
 def _python() -> dict[str, str]:
     """Where this Python is, without its environment: that is what the answer runs on."""
     binary = Path(getattr(sys, "_base_executable", None) or sys.executable).resolve()
-    return {"python": str(binary.parent.parent), "binary": binary.name, "packages": sysconfig.get_path("purelib")}
+    return {
+        "python": str(binary.parent.parent),
+        "binary": binary.name,
+        "packages": sysconfig.get_path("purelib"),
+    }
 
 
 def _examine(tests: str, answer: str, limits: Limits, mode: dict[str, Any]) -> dict[str, Any]:
     flags = ["-I", *([] if limits.packages else ["-S"])]
     with tempfile.TemporaryDirectory(prefix="prefab-verify-") as folder:
         os.chmod(folder, 0o777)
-        job = {"tests": tests, "answer": answer, "folder": folder, **asdict(limits), **mode, **_python()}
+        job = {
+            "tests": tests,
+            "answer": answer,
+            "folder": folder,
+            **asdict(limits),
+            **mode,
+            **_python(),
+        }
         job["see_packages"] = limits.packages
         try:
             done = subprocess.run(
-                [sys.executable, *flags, "-c", _TEST_RUNNER.format(root=str(IMPORT_ROOT))], input=json.dumps(job).encode(),
-                capture_output=True, start_new_session=True, cwd=folder, timeout=6 * limits.timeout_s + 60,
-                env={"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
+                [sys.executable, *flags, "-c", _TEST_RUNNER.format(root=str(IMPORT_ROOT))],
+                input=json.dumps(job).encode(),
+                capture_output=True,
+                start_new_session=True,
+                cwd=folder,
+                timeout=6 * limits.timeout_s + 60,
+                env={"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
         except subprocess.TimeoutExpired:
             return {"failed_to_run": "the test runner did not end"}
         except OSError as error:
@@ -113,4 +144,6 @@ def _examine(tests: str, answer: str, limits: Limits, mode: dict[str, Any]) -> d
         return dict(json.loads(done.stdout))
     except ValueError:
         told = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        return {"failed_to_run": f"the test runner ended (status {done.returncode}): {told[-1] if told else ''}"}
+        return {
+            "failed_to_run": f"the test runner ended (status {done.returncode}): {told[-1] if told else ''}"
+        }

@@ -1,8 +1,11 @@
-"""The answer's side of a Python test: runs the answer's code, does what it is asked with it, and knows no test.
+"""The answer's side of a Python test: runs the answer's code, does what it is asked with it, and
+knows no test.
 
-Run in a sandbox (see `isolation.py`) from its text alone, standard library only. Nothing here is trusted: the code that it runs can
-change all of it. What it sends back is data, which the test runner reads as such; no verdict is made on this side.
+Run in a sandbox (see `isolation.py`) from its text alone, standard library only. Nothing here is
+trusted: the code that it runs can change all of it. What it sends back is data, which the test
+runner reads as such; no verdict is made on this side.
 """
+
 from __future__ import annotations
 
 import builtins
@@ -17,8 +20,36 @@ from typing import Any
 MOST_BYTES = 8 << 20  # of one message
 PLAIN = {list: "l", tuple: "t", set: "s", frozenset: "z"}
 NUMBERS = {"Fraction": Fraction, "Decimal": Decimal}
-OPS = ("add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift neg pos abs invert eq ne lt le gt ge "
-       "getitem setitem delitem contains index").split()
+OPS = [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "lshift",
+    "rshift",
+    "neg",
+    "pos",
+    "abs",
+    "invert",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "getitem",
+    "setitem",
+    "delitem",
+    "contains",
+    "index",
+]
 
 
 def send(sock: Any, message: Any) -> None:
@@ -30,7 +61,9 @@ def send(sock: Any, message: Any) -> None:
 
 
 def receive(sock: Any) -> Any:
-    """The next message. Raises: EOFError when the other side is gone, ValueError when it talks nonsense."""
+    """The next message. Raises: EOFError when the other side is gone, ValueError when it talks
+    nonsense.
+    """
     size = struct.unpack(">I", _exactly(sock, 4))[0]
     if size > MOST_BYTES:
         raise ValueError("a message is larger than 8 MiB")
@@ -49,7 +82,9 @@ def _exactly(sock: Any, size: int) -> bytes:
 
 
 def encode(value: Any, other: Any) -> Any:
-    """A value as JSON. Plain data is copied, whatever class it pretends to be; `other` names all else."""
+    """A value as JSON. Plain data is copied, whatever class it pretends to be; `other` names all
+    else.
+    """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -126,7 +161,9 @@ class Host:
             return isinstance(args[0], args[1])
         if what in OPS:
             return getattr(operator, what)(*args)
-        return getattr(builtins, what)(*args)  # getattr, setattr, len, iter, next, bool, str, repr, hash
+        return getattr(builtins, what)(
+            *args
+        )  # getattr, setattr, len, iter, next, bool, str, repr, hash
 
     def name(self, value: Any) -> Any:
         """An object that stays here, as the test runner will speak of it."""
@@ -157,16 +194,25 @@ class Host:
             if "raised" in message:
                 raise RuntimeError("the test's own function raised " + message["raised"])
             try:
-                if "load" in message:
+                if "load" in message:  # noqa: SIM108
                     value = self.load(message["load"])
                 else:
                     value = self.do(message["do"], decode(message["args"], self.find))
                 reply = {"value": encode(value, self.name)}
             except EOFError:
                 raise
-            except BaseException as error:  # SystemExit too: an answer that wants to leave has failed, not passed
+            except (
+                BaseException
+            ) as error:  # SystemExit too: an answer that wants to leave has failed, not passed
                 kind = type(error)
-                reply = {"error": [kind.__name__, kind.__module__ == "builtins", base_of(kind), str(error)[:500]]}
+                reply = {
+                    "error": [
+                        kind.__name__,
+                        kind.__module__ == "builtins",
+                        base_of(kind),
+                        str(error)[:500],
+                    ]
+                }
             send(self.sock, reply)
 
 

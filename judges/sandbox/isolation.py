@@ -1,9 +1,12 @@
-"""A sandbox for code that nobody trusts: namespaces where the system has them, resource limits everywhere.
+"""A sandbox for code that nobody trusts: namespaces where the system has them, resource limits
+everywhere.
 
-Standard library only; called by `test_runner.py` in a process that will run nothing else. Each function changes the
-process that calls it. What the sandbox keeps in: the network, every file but a small scratch folder in memory, other
-processes, CPU seconds, memory, file sizes, the number of processes. What it does not: files can be read by name.
+Standard library only; called by `test_runner.py` in a process that will run nothing else. Each
+function changes the process that calls it. What the sandbox keeps in: the network, every file but a
+small scratch folder in memory, other processes, CPU seconds, memory, file sizes, the number of
+processes. What it does not: files can be read by name.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -15,7 +18,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
+    0x20000,
+    0x4000000,
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
 DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38  # linux/prctl.h
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
 SYS_MOUNT_SETATTR, AT_RECURSIVE, RDONLY = 442, 0x8000, 1
@@ -37,10 +47,16 @@ def prctl(option: int, value: int) -> None:
 
 
 def isolate(job: dict[str, Any]) -> None:
-    """New namespaces: no network, no file to write but a small scratch folder. Raises: OSError where not allowed."""
+    """New namespaces: no network, no file to write but a small scratch folder. Raises: OSError
+    where not allowed.
+    """
     uid, gid = os.geteuid(), os.getegid()
     _libc("unshare", NEWNS | NEWNET | NEWIPC | NEWUTS | (NEWUSER if uid else 0))
-    maps = (("setgroups", "deny"), ("uid_map", f"{INSIDE_ID} {uid} 1"), ("gid_map", f"{INSIDE_ID} {gid} 1"))
+    maps = (
+        ("setgroups", "deny"),
+        ("uid_map", f"{INSIDE_ID} {uid} 1"),
+        ("gid_map", f"{INSIDE_ID} {gid} 1"),
+    )
     for name, text in maps if uid else ():
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
@@ -51,14 +67,17 @@ def isolate(job: dict[str, Any]) -> None:
         mount_scratch(HELD, 1)
         for name in ("python", "packages"):
             os.mkdir(f"{HELD}/{name}")
-            _libc("mount", job[name].encode(), f"{HELD}/{name}".encode(), None, MS_BIND | MS_REC, None)
+            _libc(
+                "mount", job[name].encode(), f"{HELD}/{name}".encode(), None, MS_BIND | MS_REC, None
+            )
             job[name] = f"{HELD}/{name}"
     mount_scratch(SCRATCH, job["file_mb"])
 
 
 def leave_root(many_users: bool) -> None:
-    """Become a user who owns nothing and is nobody else: root's own processes are never counted, so that a fork bomb
-    of root's would have no bound. Raises: OSError where that is not allowed."""
+    """Become a user who owns nothing and is nobody else: root's own processes are never counted, so
+    that a fork bomb of root's would have no bound. Raises: OSError where that is not allowed.
+    """
     if os.geteuid() == 0:
         user = FIRST_NOBODY + int.from_bytes(os.urandom(3), "big") if many_users else 65_534
         os.setgroups([])
@@ -81,10 +100,18 @@ def mount_scratch(place: str, size_mb: int, flags: int = 0) -> None:
 
 
 def limit(job: dict[str, Any], processes: int) -> None:
-    """Bound this process: CPU seconds, address space, file size, open files, processes, no core dumps."""
+    """Bound this process: CPU seconds, address space, file size, open files, processes, no core
+    dumps.
+    """
     cpu_s, memory = int(job["timeout_s"]) + 1, job["memory_mb"] << 20
-    wanted = {"CPU": (cpu_s, cpu_s + 1), "AS": (memory, memory), "FSIZE": (job["file_mb"] << 20,) * 2,
-              "NOFILE": (64, 64), "CORE": (0, 0), "NPROC": (processes, processes)}
+    wanted = {
+        "CPU": (cpu_s, cpu_s + 1),
+        "AS": (memory, memory),
+        "FSIZE": (job["file_mb"] << 20,) * 2,
+        "NOFILE": (64, 64),
+        "CORE": (0, 0),
+        "NPROC": (processes, processes),
+    }
     for name, pair in wanted.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
@@ -97,7 +124,9 @@ def limit(job: dict[str, Any], processes: int) -> None:
 
 
 def in_own_namespace(work: Callable[[], None]) -> int:
-    """Do `work` as the first process of a process namespace; ending the process given here ends all of them."""
+    """Do `work` as the first process of a process namespace; ending the process given here ends all
+    of them.
+    """
     launcher = os.fork()
     if launcher:
         return launcher
@@ -127,7 +156,9 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def start_answer(job: dict[str, Any]) -> tuple[socket.socket, int]:
-    """The answer's process, in a namespace of its own where it is the first: when it ends, so does all it started."""
+    """The answer's process, in a namespace of its own where it is the first: when it ends, so does
+    all it started.
+    """
     ours, theirs = socket.socketpair()
     if job["isolated"]:
         _libc("unshare", NEWPID)  # of the children from now on; the answer is the only one
@@ -147,15 +178,18 @@ def _become_answer(job: dict[str, Any], fd: int) -> None:
     if job["isolated"]:
         _libc("unshare", NEWNS)
         mount_scratch(SCRATCH, job["file_mb"])
-        mount_scratch("/proc", 1, flags=RDONLY)  # other processes' memory and command lines are in there
+        mount_scratch(
+            "/proc", 1, flags=RDONLY
+        )  # other processes' memory and command lines are in there
     os.chdir(SCRATCH if job["isolated"] else job["folder"])
     os.dup2(fd, 3)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     os.closerange(4, 4096)
-    # A user of its own has these processes only. In a user namespace test runner, launcher and runner count too. Where
-    # neither is to be had all of the user's count: then the answer may start none.
+    # A user of its own has these processes only. In a user namespace test runner, launcher and
+    # runner count too. Where neither is to be had all of the user's count: then the answer may
+    # start none.
     own = 0 if os.geteuid() == 0 else 3 if job["isolated"] else -job["processes"]
     limit(job, job["processes"] + own)
     leave_root(many_users)
@@ -164,6 +198,10 @@ def _become_answer(job: dict[str, Any], fd: int) -> None:
     os.set_inheritable(3, True)
     python = os.path.join(job["python"], "bin", job["binary"])
     start = f"import sys; sys.path.append({job['packages']!r})\n" if job["see_packages"] else ""
-    environment = {"LD_LIBRARY_PATH": os.path.join(job["python"], "lib"), "LANG": "C.UTF-8",
-                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "LD_LIBRARY_PATH": os.path.join(job["python"], "lib"),
+        "LANG": "C.UTF-8",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     os.execve(python, [python, "-I", "-S", "-c", start + job["candidate"]], environment)

@@ -1,8 +1,10 @@
-"""What a test holds instead of an answer's objects: proxies that do everything in the answer's process.
+"""What a test holds instead of an answer's objects: proxies that do everything in the answer's
+process.
 
-Plain data crosses as copies, so that `==` between a result and what a test expects is decided here, by Python's own
-types, whatever the answer's classes say of themselves. Standard library only.
+Plain data crosses as copies, so that `==` between a result and what a test expects is decided here,
+by Python's own types, whatever the answer's classes say of themselves. Standard library only.
 """
+
 from __future__ import annotations
 
 import builtins
@@ -15,7 +17,9 @@ from prefab.judges.sandbox import candidate
 
 
 class CandidateDied(BaseException):
-    """The answer's process ended or ran out of time. Not an Exception: no `except` of a test's may swallow it."""
+    """The answer's process ended or ran out of time. Not an Exception: no `except` of a test's may
+    swallow it.
+    """
 
 
 class NotSerializable(BaseException):
@@ -27,7 +31,9 @@ class AnswerError(Exception):
 
 
 class Channel:
-    """The talk with the answer's process. `gone` and `broken` keep what happened, whatever a test's `except` hides."""
+    """The talk with the answer's process. `gone` and `broken` keep what happened, whatever a test's
+    `except` hides.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.waiting, self.greeted, self.gone, self.broken = sock, False, False, "", ""
@@ -40,7 +46,9 @@ class Channel:
         self.greeted = True
 
     def set_alarm(self, seconds: float) -> None:
-        """From now on so long; 0: no limit. Time spent waiting for the answer is the answer's, all else the test's."""
+        """From now on so long; 0: no limit. Time spent waiting for the answer is the answer's, all
+        else the test's.
+        """
         signal.signal(signal.SIGALRM, self._late)
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
@@ -71,9 +79,19 @@ class Channel:
             kind = self.error_class(failure[0], failure[1], failure[2])
             error = kind(str(failure[3]))
         except (EOFError, OSError):
-            raise self._lose("the answer's process ended: by a limit, or it left by itself") from None
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError,
-                MemoryError):
+            raise self._lose(
+                "the answer's process ended: by a limit, or it left by itself"
+            ) from None
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ):
             raise self._lose("the answer's process sent what cannot be read") from None
         finally:
             self.waiting = before
@@ -96,13 +114,17 @@ class Channel:
             candidate.send(self.sock, {"raised": f"{type(error).__name__}: {error}"[:300]})
 
     def give(self, value: Any) -> Any:
-        """Something of the test's that is no plain data: a proxy goes home, a function becomes a callback."""
+        """Something of the test's that is no plain data: a proxy goes home, a function becomes a
+        callback.
+        """
         if type(value) is Proxy:
             return {"h": object.__getattribute__(value, "_number")}
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
             self.functions.append(value)
             return {"k": len(self.functions) - 1}
-        raise self._uncrossable(f"the test hands the answer a {type(value).__name__}, which cannot cross")
+        raise self._uncrossable(
+            f"the test hands the answer a {type(value).__name__}, which cannot cross"
+        )
 
     def _uncrossable(self, why: str) -> NotSerializable:
         self.broken = self.broken or why
@@ -115,26 +137,35 @@ class Channel:
         return Proxy(self, int(inner))
 
     def error_class(self, name: str, built_in: bool, base: str) -> Any:
-        """The class to raise for an error of the answer's: the built-in one, or a proxy under the same name."""
+        """The class to raise for an error of the answer's: the built-in one, or a proxy under the
+        same name.
+        """
         if built_in:
             found = getattr(builtins, name, None)
-            plain = isinstance(found, type) and issubclass(found, Exception) and "Unicode" not in name
+            plain = (
+                isinstance(found, type) and issubclass(found, Exception) and "Unicode" not in name
+            )
             return found if plain else AnswerError
         if name not in self.errors:
             parent = self.error_class(base, True, base)
-            self.errors[name] = type(str(name)[:80], (parent,) if issubclass(parent, AnswerError) else
-                                     (AnswerError, parent), {})
+            self.errors[name] = type(
+                str(name)[:80],
+                (parent,) if issubclass(parent, AnswerError) else (AnswerError, parent),
+                {},
+            )
         return self.errors[name]
 
 
 class Proxy:
-    """An object of the answer's. Equal to no plain data whatever its `__eq__` says: that would be a way to pass."""
+    """An object of the answer's. Equal to no plain data whatever its `__eq__` says: that would be a
+    way to pass.
+    """
 
     def __init__(self, line: Channel, number: int) -> None:
         object.__setattr__(self, "_line", line)
         object.__setattr__(self, "_number", number)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         return self._line.do("call", self, list(args), kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -156,7 +187,9 @@ class Proxy:
         return self._line.do("call", self._line.do("getattr", self, "__enter__"), [], {})
 
     def __exit__(self, *_: Any) -> Any:
-        return self._line.do("call", self._line.do("getattr", self, "__exit__"), [None, None, None], {})
+        return self._line.do(
+            "call", self._line.do("getattr", self, "__exit__"), [None, None, None], {}
+        )
 
     def __hash__(self) -> int:
         return int(self._line.do("hash", self))
@@ -170,17 +203,48 @@ def _order(name: str) -> None:
         if type(other) is not Proxy:
             return NotImplemented
         return bool(self._line.do(name, self, other))
+
     setattr(Proxy, f"__{name}__", method)
 
 
 def _forward(name: str, what: str) -> None:
     def method(self: Proxy, *args: Any) -> Any:
         return self._line.do(what, self, *args)
+
     setattr(Proxy, f"__{name.rstrip('_')}__", method)
 
 
-for _name in ("add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift neg pos abs invert getitem "
-              "setitem delitem index len iter next bool str repr int float").split():
+for _name in [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "lshift",
+    "rshift",
+    "neg",
+    "pos",
+    "abs",
+    "invert",
+    "getitem",
+    "setitem",
+    "delitem",
+    "index",
+    "len",
+    "iter",
+    "next",
+    "bool",
+    "str",
+    "repr",
+    "int",
+    "float",
+]:
     _forward(_name, _name)
 for _name in ("lt", "le", "gt", "ge"):
     _order(_name)

@@ -1,12 +1,15 @@
 """The tests' side of a Python test: enters the sandbox, runs the tests, and says which passed.
 
-Threat: code that is rewarded for passing learns to pass without solving anything: `sys.exit(0)`, a patched `unittest`,
-an object equal to everything, a printed "passed". So tests and answer share no interpreter. The tests hold proxies
-for what the answer defines; arguments and results cross as plain data, and only this side, which never runs a line of
-the answer, says what passed. The answer's process has one socket, on which only answers to calls are read.
+Threat: code that is rewarded for passing learns to pass without solving anything: `sys.exit(0)`, a
+patched `unittest`, an object equal to everything, a printed "passed". So tests and answer share no
+interpreter. The tests hold proxies for what the answer defines; arguments and results cross as
+plain data, and only this side, which never runs a line of the answer, says what passed. The
+answer's process has one socket, on which only answers to calls are read.
 
-Run by `prefab.judges.sandbox` as a process of its own: a job as JSON on stdin, one JSON object on stdout.
+Run by `prefab.judges.sandbox` as a process of its own: a job as JSON on stdin, one JSON object on
+stdout.
 """
+
 from __future__ import annotations
 
 import ast
@@ -44,7 +47,9 @@ def main() -> None:
 
 
 def examine(job: dict[str, Any]) -> dict[str, Any]:
-    """What became of every test: `passed` of `total`, or `broken` (the tests' fault) or `failed_to_run` (nobody's)."""
+    """What became of every test: `passed` of `total`, or `broken` (the tests' fault) or
+    `failed_to_run` (nobody's).
+    """
     with open(os.path.join(os.path.dirname(__file__), "candidate.py"), encoding="utf-8") as file:
         job["candidate"] = file.read()
     try:
@@ -62,7 +67,8 @@ def examine(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def names_of(tree: ast.Module) -> list[str]:
-    """The tests, in order: functions and methods named test..., else the asserts of the module, else all of it.
+    """The tests, in order: functions and methods named test..., else the asserts of the module,
+    else all of it.
 
     Raises: Broken for tests that need what only pytest gives.
     """
@@ -71,13 +77,17 @@ def names_of(tree: ast.Module) -> list[str]:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
             _no_arguments(node, 0)
             found.append(node.name)
-        if isinstance(node, ast.ClassDef) and (node.name.startswith("Test") or "TestCase" in map(_last, node.bases)):
+        if isinstance(node, ast.ClassDef) and (
+            node.name.startswith("Test") or "TestCase" in map(_last, node.bases)
+        ):
             for method in node.body:
                 if isinstance(method, ast.FunctionDef) and method.name.startswith("test"):
                     _no_arguments(method, 1)
                     found.append(f"{node.name}.{method.name}")
     found = found or [f"line {node.lineno}" for node in tree.body if isinstance(node, ast.Assert)]
-    if not found and not any(isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) for node in tree.body):
+    if not found and not any(
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) for node in tree.body
+    ):
         raise Broken("there is no test in it: no function named test..., no assert, no call")
     return found or ["all"]
 
@@ -88,18 +98,24 @@ def _last(base: ast.expr) -> str:
 
 def _no_arguments(node: ast.FunctionDef, own: int) -> None:
     if len(node.args.posonlyargs) + len(node.args.args) - len(node.args.defaults) > own:
-        raise Broken(f"{node.name} wants arguments: fixtures and parameters of pytest are not known here")
+        raise Broken(
+            f"{node.name} wants arguments: fixtures and parameters of pytest are not known here"
+        )
 
 
 def supervise(job: dict[str, Any], tree: ast.Module, names: list[str]) -> dict[str, Any]:
-    """Run the tests in a process that is replaced when the answer's died or a test hung; the rest goes on there."""
+    """Run the tests in a process that is replaced when the answer's died or a test hung; the rest
+    goes on there.
+    """
     results: dict[int, str] = {}
     total = len(names)
     end = time.monotonic() + ALL_TESTS * job["timeout_s"] + START_S
     while len(results) < total:
         first = len(results)
         if time.monotonic() > end - START_S:
-            results |= dict.fromkeys(range(first, total), "no time was left: all tests together took too long")
+            results |= dict.fromkeys(
+                range(first, total), "no time was left: all tests together took too long"
+            )
             break
         for message in _runner(job, tree, first, end):
             if "result" in message:
@@ -109,13 +125,19 @@ def supervise(job: dict[str, Any], tree: ast.Module, names: list[str]) -> dict[s
             else:
                 return message
         if len(results) == first:
-            return {"broken": "the process of the tests ended by itself, or hung in a call of its own"}
+            return {
+                "broken": "the process of the tests ended by itself, or hung in a call of its own"
+            }
     failures = [f"{names[i]}: {why}" for i, why in sorted(results.items()) if why]
     return {"passed": total - len(failures), "total": total, "failures": failures[:5]}
 
 
-def _runner(job: dict[str, Any], tree: ast.Module, first: int, end: float) -> Iterator[dict[str, Any]]:
-    """What a new process tells of the tests from `first` on; it is killed when silent for longer than a test may be."""
+def _runner(
+    job: dict[str, Any], tree: ast.Module, first: int, end: float
+) -> Iterator[dict[str, Any]]:
+    """What a new process tells of the tests from `first` on; it is killed when silent for longer
+    than a test may be.
+    """
     read, write = os.pipe()
 
     def tell() -> None:
@@ -147,7 +169,8 @@ def _runner(job: dict[str, Any], tree: ast.Module, first: int, end: float) -> It
 
 
 def run(job: dict[str, Any], tree: ast.Module, first: int) -> Iterator[dict[str, Any]]:
-    """Load the answer and the tests, then run the tests from `first` on; ends early when the answer's process is gone.
+    """Load the answer and the tests, then run the tests from `first` on; ends early when the
+    answer's process is gone.
 
     A result is "" for passed, else why not.
     """
@@ -164,8 +187,11 @@ def run(job: dict[str, Any], tree: ast.Module, first: int) -> Iterator[dict[str,
         yield {"failed_to_run": str(error)}
         return
     except BaseException as error:
-        yield {"all": f"the answer cannot be loaded: {_story(error)}"} if line.greeted else {
-            "failed_to_run": "Python does not start in the sandbox"}
+        yield (
+            {"all": f"the answer cannot be loaded: {_story(error)}"}
+            if line.greeted
+            else {"failed_to_run": "Python does not start in the sandbox"}
+        )
         return
     for test in tests_of(tree, namespace, first):
         line.set_alarm(job["timeout_s"])
@@ -180,7 +206,9 @@ def run(job: dict[str, Any], tree: ast.Module, first: int) -> Iterator[dict[str,
 
 
 def _namespace(line: Channel, names: Any) -> dict[str, Any]:
-    """The tests' globals: `answer` (also by the name `solution`) and what it defines under no built-in name."""
+    """The tests' globals: `answer` (also by the name `solution`) and what it defines under no
+    built-in name.
+    """
     module = _Answer("answer")
     module.__dict__.update(_line=line, __all__=[str(name) for name in names])
     sys.modules["answer"] = sys.modules["solution"] = module
@@ -195,8 +223,12 @@ class _Answer(types.ModuleType):
         return self._line.do("getattr", Proxy(self._line, 0), name)
 
 
-def tests_of(tree: ast.Module, namespace: dict[str, Any], first: int) -> Iterator[Callable[[], str]]:
-    """Each test as a function that gives "" or why it failed; what comes before a test in the module runs with it."""
+def tests_of(
+    tree: ast.Module, namespace: dict[str, Any], first: int
+) -> Iterator[Callable[[], str]]:
+    """Each test as a function that gives "" or why it failed; what comes before a test in the
+    module runs with it.
+    """
     names = names_of(tree)
     if names == ["all"] or not names[0].startswith("line "):
         state = {"loaded": False}
@@ -210,7 +242,9 @@ def tests_of(tree: ast.Module, namespace: dict[str, Any], first: int) -> Iterato
         if number < first:
             _execute(before, namespace)
         else:
-            yield lambda before=before, index=index: _execute([*before, tree.body[index]], namespace)
+            yield lambda before=before, index=index: _execute(
+                [*before, tree.body[index]], namespace
+            )
 
 
 def _execute(nodes: list[ast.stmt], namespace: dict[str, Any]) -> str:
@@ -245,7 +279,9 @@ def _outcome(test: Callable[[], str], line: Channel) -> str:
     except (CandidateDied, NotSerializable):
         return ""
     except ImportError as error:
-        missing = (error.name or "").partition(".")[0]  # an import error that the answer raised has no name
+        missing = (error.name or "").partition(".")[
+            0
+        ]  # an import error that the answer raised has no name
         if isinstance(error, ModuleNotFoundError) and missing not in ("", "answer", "solution"):
             line.broken = f"the tests import {error.name}, which is not there (`packages: true` lets them see more)"
         return f"the answer lacks what the tests import: {error}"[:300]

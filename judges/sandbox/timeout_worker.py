@@ -1,8 +1,10 @@
 """Patterns and schemas on other people's texts, in a process that can be given up.
 
-A regular expression that backtracks without end stops the whole of Python and cannot be interrupted; a schema's
-`pattern` is one too. So a process beside each thread does them, and is replaced when it takes too long.
+A regular expression that backtracks without end stops the whole of Python and cannot be
+interrupted; a schema's `pattern` is one too. So a process beside each thread does them, and is
+replaced when it takes too long.
 """
+
 from __future__ import annotations
 
 import json
@@ -24,8 +26,12 @@ class _Helper:
     """The process of one thread; it ends when its pipe closes."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-I", "-c", _START], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _START],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self.line(_START_S)  # it says when it is ready
 
     def line(self, timeout_s: float) -> bytes:
@@ -68,7 +74,9 @@ def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One job: `match` and `validate` give `passed` of `total`, `extract` what it `found` (None: nothing)."""
+    """One job: `match` and `validate` give `passed` of `total`, `extract` what it `found` (None:
+    nothing).
+    """
     if job["do"] == "validate":
         return _validate(job["value"], job["schema"])
     if job["do"] == "extract":
@@ -82,7 +90,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validate(value: Any, schema: Any) -> dict[str, Any]:
-    """JSON Schema, by its `$schema`, else 2020-12. References lead nowhere outside: nothing is fetched."""
+    """JSON Schema, by its `$schema`, else 2020-12. References lead nowhere outside: nothing is
+    fetched.
+    """
     from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for
     from referencing import Registry

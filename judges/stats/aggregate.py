@@ -1,7 +1,9 @@
-"""From many raters to one answer: mean probability, majority, Dawid-Skene, Bradley-Terry and Davidson.
+"""From many raters to one answer: mean probability, majority, Dawid-Skene, Bradley-Terry and
+Davidson.
 
 Missing ratings are NaN and stay missing: an item that nobody rated has no aggregate, not a half.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,16 +19,20 @@ _NEVER = 1e-300  # stands for probability 0 inside a logarithm
 
 @dataclass(frozen=True, slots=True)
 class Aggregate:
-    """Shapes (N items): `p` the aggregated probability and `spread` the raters' deviation, NaN where unscored;
-    `weight` the share of the raters' weight that was given."""
+    """Shapes (N items): `p` the aggregated probability and `spread` the raters' deviation, NaN
+    where unscored; `weight` the share of the raters' weight that was given.
+    """
 
     p: np.ndarray
     spread: np.ndarray
     weight: np.ndarray
 
 
-def mean_probability(p_NJ: np.ndarray, weights: Sequence[float] | None = None, min_scored: float = 0.5) -> Aggregate:
-    """The (weighted) mean of the judges' probabilities per item, where at least `min_scored` of the weight was given.
+def mean_probability(
+    p_NJ: np.ndarray, weights: Sequence[float] | None = None, min_scored: float = 0.5
+) -> Aggregate:
+    """The (weighted) mean of the judges' probabilities per item, where at least `min_scored` of the
+    weight was given.
 
     Shapes: p_NJ items x judges, NaN for unscored.
     """
@@ -43,8 +49,10 @@ def mean_probability(p_NJ: np.ndarray, weights: Sequence[float] | None = None, m
 
 
 def majority(ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each item's most frequent rating and the share it has; NaN for both where nobody rated, and for the rating
-    where several are equally frequent (a split vote has no majority, and none is drawn)."""
+    """Each item's most frequent rating and the share it has; NaN for both where nobody rated, and
+    for the rating where several are equally frequent (a split vote has no majority, and none is
+    drawn).
+    """
     table = group(ratings)
     n = len(ratings)
     if not len(table.times):
@@ -58,9 +66,11 @@ def majority(ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class DawidSkene:
-    """Shapes (K classes, R raters, P rows): `priors` K; `confusion` R x K x K, P(said | true); `posterior` P x K.
+    """Shapes (K classes, R raters, P rows): `priors` K; `confusion` R x K x K, P(said | true);
+    `posterior` P x K.
 
-    `undefined` says why there is no fit; all else is empty then. `entropy` of a row is its uncertainty in nats.
+    `undefined` says why there is no fit; all else is empty then. `entropy` of a row is its
+    uncertainty in nats.
     """
 
     priors: np.ndarray
@@ -78,9 +88,12 @@ class DawidSkene:
         return -(p * np.log(np.maximum(p, _NEVER))).sum(axis=1)
 
 
-def dawid_skene(ratings: np.ndarray | Table, tolerance: float = 1e-12, limit: int = 10_000) -> DawidSkene:
-    """Who errs how, and so what is probably true, from items x raters; the posterior has one row an item (NaN for an
-    item that nobody rated), or one a pattern when given a `Table`."""
+def dawid_skene(
+    ratings: np.ndarray | Table, tolerance: float = 1e-12, limit: int = 10_000
+) -> DawidSkene:
+    """Who errs how, and so what is probably true, from items x raters; the posterior has one row an
+    item (NaN for an item that nobody rated), or one a pattern when given a `Table`.
+    """
     table = group(ratings)
     if not len(table.times) or len(table.values) < 2:
         reason = "no ratings" if not len(table.times) else "only one category was used"
@@ -90,15 +103,22 @@ def dawid_skene(ratings: np.ndarray | Table, tolerance: float = 1e-12, limit: in
     if isinstance(ratings, Table):
         return fit
     posterior = np.stack([_to_items(column, table) for column in fit.posterior.T], axis=1)
-    return DawidSkene(fit.priors, fit.confusion, posterior, fit.loglik, fit.iterations, fit.converged)
+    return DawidSkene(
+        fit.priors, fit.confusion, posterior, fit.loglik, fit.iterations, fit.converged
+    )
 
 
 def dawid_skene_counts(
-    said_PRK: np.ndarray, times: np.ndarray | None = None, tolerance: float = 1e-12, limit: int = 10_000
+    said_PRK: np.ndarray,
+    times: np.ndarray | None = None,
+    tolerance: float = 1e-12,
+    limit: int = 10_000,
 ) -> DawidSkene:
-    """Expectation-maximisation from majority shares until no posterior moves by more than `tolerance`.
+    """Expectation-maximisation from majority shares until no posterior moves by more than
+    `tolerance`.
 
-    Shapes: said_PRK how often each rater said each class of each row; `times` how many items a row stands for.
+    Shapes: said_PRK how often each rater said each class of each row; `times` how many items a row
+    stands for.
     Source: Dawid and Skene 1979.
     """
     said_PRK = np.asarray(said_PRK, dtype=float)
@@ -111,8 +131,12 @@ def dawid_skene_counts(
         priors = weighted.sum(axis=0) / times.sum()
         confusion = (weighted.T @ flat).reshape(k, r, k)
         total = confusion.sum(axis=2, keepdims=True)
-        confusion = np.divide(confusion, total, out=np.full_like(confusion, 1.0 / k), where=total > 0)
-        joint = flat @ np.log(np.maximum(confusion, _NEVER)).reshape(k, r * k).T + np.log(np.maximum(priors, _NEVER))
+        confusion = np.divide(
+            confusion, total, out=np.full_like(confusion, 1.0 / k), where=total > 0
+        )
+        joint = flat @ np.log(np.maximum(confusion, _NEVER)).reshape(k, r * k).T + np.log(
+            np.maximum(priors, _NEVER)
+        )
         top = joint.max(axis=1, keepdims=True)
         likelihood = np.exp(joint - top)
         evidence = likelihood.sum(axis=1, keepdims=True)
@@ -121,7 +145,9 @@ def dawid_skene_counts(
         if moved < tolerance:
             break
     loglik = float(times @ (top + np.log(evidence))[:, 0])
-    return DawidSkene(priors, confusion.transpose(1, 0, 2), posterior, loglik, iteration, moved < tolerance)
+    return DawidSkene(
+        priors, confusion.transpose(1, 0, 2), posterior, loglik, iteration, moved < tolerance
+    )
 
 
 def _to_items(by_pattern: np.ndarray, table: Table) -> np.ndarray:
@@ -130,8 +156,10 @@ def _to_items(by_pattern: np.ndarray, table: Table) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Strengths:
-    """A fit of pairwise comparisons. `worth` sums to 1; `log_worth` is centred on 0, with its standard errors `se`;
-    `nu` is the tie parameter (0 without ties). `undefined` says why there is no fit; all else is empty then."""
+    """A fit of pairwise comparisons. `worth` sums to 1; `log_worth` is centred on 0, with its
+    standard errors `se`; `nu` is the tie parameter (0 without ties). `undefined` says why there is
+    no fit; all else is empty then.
+    """
 
     worth: np.ndarray
     log_worth: np.ndarray
@@ -143,15 +171,17 @@ class Strengths:
 def bradley_terry(wins: np.ndarray) -> Strengths:
     """Strengths from K x K wins (row beat column; fractions of a win count).
 
-    Undefined unless everybody can be reached from everybody by wins (Ford 1957): the fit would be infinite.
-    The `evalica` library does the fit. Source: Bradley and Terry 1952.
+    Undefined unless everybody can be reached from everybody by wins (Ford 1957): the fit would be
+    infinite. The `evalica` library does the fit. Source: Bradley and Terry 1952.
     """
     return _strengths(np.array(wins, dtype=float), None)
 
 
 def davidson(wins: np.ndarray, ties: np.ndarray) -> Strengths:
-    """Strengths with ties: P(tie) is proportional to nu sqrt(worth_i worth_j). `ties` is symmetric, each tie once in
-    either half. The `evalica` library does the fit (Newman's algorithm; its v is nu / 2). Source: Davidson 1970."""
+    """Strengths with ties: P(tie) is proportional to nu sqrt(worth_i worth_j). `ties` is symmetric,
+    each tie once in either half. The `evalica` library does the fit (Newman's algorithm; its v is
+    nu / 2). Source: Davidson 1970.
+    """
     return _strengths(np.array(wins, dtype=float), np.array(ties, dtype=float))
 
 
@@ -181,12 +211,17 @@ def _fit(wins: np.ndarray, ties: np.ndarray | None) -> tuple[np.ndarray, float]:
     try:
         import evalica  # optional: it brings scipy and pandas
     except ImportError as error:
-        raise ConfigError("fitting strengths needs the library evalica: pip install -e '.[stats]'") from error
+        raise ConfigError(
+            "fitting strengths needs the library evalica: pip install -e '.[stats]'"
+        ) from error
 
-    rows = [(i, j, evalica.Winner.X, wins[i, j]) for i, j in zip(*np.nonzero(wins))]
+    rows = [(i, j, evalica.Winner.X, wins[i, j]) for i, j in zip(*np.nonzero(wins), strict=False)]
     if ties is not None:
-        rows += [(i, j, evalica.Winner.Draw, ties[i, j]) for i, j in zip(*np.nonzero(np.triu(ties)))]
-    xs, ys, winners, weights = (list(column) for column in zip(*rows))
+        rows += [
+            (i, j, evalica.Winner.Draw, ties[i, j])
+            for i, j in zip(*np.nonzero(np.triu(ties)), strict=False)
+        ]
+    xs, ys, winners, weights = (list(column) for column in zip(*rows, strict=False))
     options = {"weights": [float(w) for w in weights], "tolerance": 1e-13, "limit": 100_000}
     xs, ys = [int(x) for x in xs], [int(y) for y in ys]
     fit = (evalica.bradley_terry if ties is None else evalica.newman)(xs, ys, winners, **options)
@@ -205,7 +240,7 @@ def _strength_errors(worth: np.ndarray, nu: float, met: np.ndarray) -> np.ndarra
     """From the expected information; centred on 0, so through its pseudo-inverse."""
     k = len(worth)
     information = np.zeros((k + 1, k + 1))
-    for i, j in zip(*np.nonzero(np.triu(met))):
+    for i, j in zip(*np.nonzero(np.triu(met)), strict=False):
         tie = nu * np.sqrt(worth[i] * worth[j])
         p = np.array([worth[i], worth[j], tie]) / (worth[i] + worth[j] + tie)
         gradient = np.zeros((3, k + 1))

@@ -1,13 +1,17 @@
-"""How far raters agree beyond chance: every usual coefficient, for any number of raters, missing ratings allowed.
+"""How far raters agree beyond chance: every usual coefficient, for any number of raters, missing
+ratings allowed.
 
-All are (observed - chance) / (1 - chance) with weights between categories; they differ in what chance is. `ratings`
-is items x raters, float, NaN for missing (or a `patterns.Table`, grouped once for many coefficients); `counts` is
-items x categories. Standard errors are the linearised ones of Gwet, intervals use t with n - 1 degrees of freedom.
-Every function takes `resamples` (0: none) and `seed` for the bootstrap's interval over items (`boot_low`, `boot_high`:
-none over more than 100,000 distinct patterns, or where over 5% of the resamples define no value).
+All are (observed - chance) / (1 - chance) with weights between categories; they differ in what
+chance is. `ratings` is items x raters, float, NaN for missing (or a `patterns.Table`, grouped once
+for many coefficients); `counts` is items x categories. Standard errors are the linearised ones of
+Gwet, intervals use t with n - 1 degrees of freedom. Every function takes `resamples` (0: none) and
+`seed` for the bootstrap's interval over items (`boot_low`, `boot_high`: none over more than 100,000
+distinct patterns, or where over 5% of the resamples define no value).
 
-Source: Gwet, Handbook of Inter-Rater Reliability, 4th ed. (2014), and Gwet 2008, 2021 for the variances.
+Source: Gwet, Handbook of Inter-Rater Reliability, 4th ed. (2014), and Gwet 2008, 2021 for the
+variances.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -19,11 +23,28 @@ import numpy as np
 
 from prefab.factory.stats import Estimate, t_quantile, undefined
 from prefab.judges.stats.krippendorff import krippendorff_alpha, krippendorff_values, with_interval
-from prefab.judges.stats.rating_table import RESAMPLES, Table, category_weights, draws, group, group_counts
+from prefab.judges.stats.rating_table import (
+    RESAMPLES,
+    Table,
+    category_weights,
+    draws,
+    group,
+    group_counts,
+)
 
 __all__ = [
-    "Estimate", "all_coefficients", "brennan_prediger", "cohen_kappa", "conger_kappa", "fleiss_kappa", "gwet_ac",
-    "krippendorff_alpha", "panel_coefficients", "percent", "randolph_kappa", "scott_pi",
+    "Estimate",
+    "all_coefficients",
+    "brennan_prediger",
+    "cohen_kappa",
+    "conger_kappa",
+    "fleiss_kappa",
+    "gwet_ac",
+    "krippendorff_alpha",
+    "panel_coefficients",
+    "percent",
+    "randolph_kappa",
+    "scott_pi",
 ]
 Weights = str | np.ndarray | None
 Chance = Literal["none", "uniform", "gwet", "pooled", "raters"]
@@ -31,14 +52,28 @@ _ONE_CATEGORY = "only one category was used"
 _FLAT = 1e-12  # below this, 1 - chance is rounding and the ratio says nothing
 
 
-def percent(ratings, weights: Weights = None, *, categories: Sequence[float] | None = None, resamples: int = RESAMPLES,
-            seed: int = 0) -> Estimate:
-    """The share of pairs of ratings of an item that agree, averaged over items with at least two ratings."""
+def percent(
+    ratings,
+    weights: Weights = None,
+    *,
+    categories: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """The share of pairs of ratings of an item that agree, averaged over items with at least two
+    ratings.
+    """
     return _estimate(group(ratings, categories), "none", weights, resamples, seed)
 
 
-def cohen_kappa(ratings, weights: Weights = None, *, categories: Sequence[float] | None = None, resamples: int = RESAMPLES,
-                seed: int = 0) -> Estimate:
+def cohen_kappa(
+    ratings,
+    weights: Weights = None,
+    *,
+    categories: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
     """Cohen's kappa of two raters over the items that both rated; linear, quadratic or own weights.
 
     Source: Cohen 1960, 1968; error: Fleiss, Cohen and Everitt 1969.
@@ -46,38 +81,69 @@ def cohen_kappa(ratings, weights: Weights = None, *, categories: Sequence[float]
     return _cohen(group(ratings, categories), weights, resamples, seed)
 
 
-def conger_kappa(ratings, weights: Weights = None, *, categories: Sequence[float] | None = None, resamples: int = RESAMPLES,
-                 seed: int = 0) -> Estimate:
-    """Cohen's kappa for any number of raters: chance by each rater's own use of the categories. Source: Conger 1980."""
+def conger_kappa(
+    ratings,
+    weights: Weights = None,
+    *,
+    categories: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Cohen's kappa for any number of raters: chance by each rater's own use of the categories.
+    Source: Conger 1980.
+    """
     return _estimate(group(ratings, categories), "raters", weights, resamples, seed)
 
 
-def scott_pi(ratings, weights: Weights = None, *, categories: Sequence[float] | None = None, resamples: int = RESAMPLES,
-             seed: int = 0) -> Estimate:
-    """Scott's pi, and for more raters or missing ratings Fleiss's generalisation of it: chance by pooled use.
+def scott_pi(
+    ratings,
+    weights: Weights = None,
+    *,
+    categories: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Scott's pi, and for more raters or missing ratings Fleiss's generalisation of it: chance by
+    pooled use.
 
     Source: Scott 1955; Fleiss 1971; missing ratings: Gwet 2014.
     """
     return _estimate(group(ratings, categories), "pooled", weights, resamples, seed)
 
 
-def brennan_prediger(ratings, weights: Weights = None, *, categories: Sequence[float] | None = None,
-                     resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Chance as if every category were equally likely. `categories` matters: also those that nobody used.
+def brennan_prediger(
+    ratings,
+    weights: Weights = None,
+    *,
+    categories: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Chance as if every category were equally likely. `categories` matters: also those that nobody
+    used.
 
     Source: Brennan and Prediger 1981.
     """
     return _estimate(group(ratings, categories), "uniform", weights, resamples, seed)
 
 
-def gwet_ac(ratings, weights: Weights = None, *, categories: Sequence[float] | None = None, resamples: int = RESAMPLES,
-            seed: int = 0) -> Estimate:
-    """Gwet's AC1, or AC2 with weights: sensible even where nearly all ratings are of one category. Source: 2008."""
+def gwet_ac(
+    ratings,
+    weights: Weights = None,
+    *,
+    categories: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Gwet's AC1, or AC2 with weights: sensible even where nearly all ratings are of one category.
+    Source: 2008.
+    """
     return _estimate(group(ratings, categories), "gwet", weights, resamples, seed)
 
 
 def fleiss_kappa(counts, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Fleiss's kappa from items x categories counts, the same number of ratings an item, as in its paper (1971).
+    """Fleiss's kappa from items x categories counts, the same number of ratings an item, as in its
+    paper (1971).
 
     The error is Gwet's, not Fleiss's own of 1979, which holds only where the true kappa is 0.
     """
@@ -85,48 +151,91 @@ def fleiss_kappa(counts, *, resamples: int = RESAMPLES, seed: int = 0) -> Estima
 
 
 def randolph_kappa(counts, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Randolph's free-marginal kappa from items x categories counts; every column is a category. Source: 2005."""
+    """Randolph's free-marginal kappa from items x categories counts; every column is a category.
+    Source: 2005.
+    """
     return _same_size(group_counts(counts), "uniform", resamples, seed)
 
 
 def all_coefficients(
-    ratings, weights: Weights = None, metric: str = "nominal", *, categories: Sequence[float] | None = None,
-    resamples: int = RESAMPLES, seed: int = 0, clusters: np.ndarray | None = None,
+    ratings,
+    weights: Weights = None,
+    metric: str = "nominal",
+    *,
+    categories: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, Estimate]:
-    """Every coefficient that allows missing ratings, over the same resamples; patterns are grouped and drawn once.
+    """Every coefficient that allows missing ratings, over the same resamples; patterns are grouped
+    and drawn once.
 
-    `clusters` names each item's cluster (its prompt): whole clusters are drawn then. Shapes: clusters N.
+    `clusters` names each item's cluster (its prompt): whole clusters are drawn then. Shapes:
+    clusters N.
     """
     table = group(ratings, categories)
-    names = {"percent": "none", "brennan_prediger": "uniform", "scott_pi": "pooled", "conger_kappa": "raters",
-             "gwet_ac": "gwet"}
+    names = {
+        "percent": "none",
+        "brennan_prediger": "uniform",
+        "scott_pi": "pooled",
+        "conger_kappa": "raters",
+        "gwet_ac": "gwet",
+    }
     kinds = {name: (chance, weights) for name, chance in names.items()}
-    return _together(table, {**kinds, "krippendorff_alpha": ("alpha", metric)}, resamples, seed, clusters)
+    return _together(
+        table, {**kinds, "krippendorff_alpha": ("alpha", metric)}, resamples, seed, clusters
+    )
 
 
 PANEL: dict[str, tuple[str, Weights]] = {
-    "percent": ("none", None), "cohen_kappa": ("cohen", None), "cohen_kappa linear": ("cohen", "linear"),
-    "cohen_kappa quadratic": ("cohen", "quadratic"), "conger_kappa": ("raters", None),
-    "conger_kappa quadratic": ("raters", "quadratic"), "fleiss_kappa": ("same pooled", None),
-    "randolph_kappa": ("same uniform", None), "brennan_prediger": ("uniform", None), "scott_pi": ("pooled", None),
-    "krippendorff_alpha nominal": ("alpha", "nominal"), "krippendorff_alpha ordinal": ("alpha", "ordinal"),
-    "krippendorff_alpha interval": ("alpha", "interval"), "gwet_ac1": ("gwet", None),
-    "gwet_ac2 linear": ("gwet", "linear"), "gwet_ac2 quadratic": ("gwet", "quadratic"),
+    "percent": ("none", None),
+    "cohen_kappa": ("cohen", None),
+    "cohen_kappa linear": ("cohen", "linear"),
+    "cohen_kappa quadratic": ("cohen", "quadratic"),
+    "conger_kappa": ("raters", None),
+    "conger_kappa quadratic": ("raters", "quadratic"),
+    "fleiss_kappa": ("same pooled", None),
+    "randolph_kappa": ("same uniform", None),
+    "brennan_prediger": ("uniform", None),
+    "scott_pi": ("pooled", None),
+    "krippendorff_alpha nominal": ("alpha", "nominal"),
+    "krippendorff_alpha ordinal": ("alpha", "ordinal"),
+    "krippendorff_alpha interval": ("alpha", "interval"),
+    "gwet_ac1": ("gwet", None),
+    "gwet_ac2 linear": ("gwet", "linear"),
+    "gwet_ac2 quadratic": ("gwet", "quadratic"),
 }
 
 
-def panel_coefficients(ratings, *, categories: Sequence[float] | None = None, resamples: int = RESAMPLES, seed: int = 0,
-                       clusters: np.ndarray | None = None, kinds: dict[str, tuple[str, Weights]] = PANEL
-                       ) -> dict[str, Estimate]:
-    """Every coefficient in `kinds`, those too that are for two raters or for items of one size alone: where they do
-    not apply they are undefined and say why. Over the same resamples, as in `all_coefficients`."""
+def panel_coefficients(
+    ratings,
+    *,
+    categories: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    clusters: np.ndarray | None = None,
+    kinds: dict[str, tuple[str, Weights]] = PANEL,
+) -> dict[str, Estimate]:
+    """Every coefficient in `kinds`, those too that are for two raters or for items of one size
+    alone: where they do not apply they are undefined and say why. Over the same resamples, as in
+    `all_coefficients`.
+    """
     return _together(group(ratings, categories), kinds, resamples, seed, clusters)
 
 
-def _together(table: Table, kinds: dict[str, tuple[str, Weights]], resamples: int, seed: int,
-              clusters: np.ndarray | None) -> dict[str, Estimate]:
+def _together(
+    table: Table,
+    kinds: dict[str, tuple[str, Weights]],
+    resamples: int,
+    seed: int,
+    clusters: np.ndarray | None,
+) -> dict[str, Estimate]:
     found = {name: _plain(table, *kind) for name, kind in kinds.items()}
-    resampled = {name: _resampled(table, *kinds[name]) for name, estimate in found.items() if estimate.value is not None}
+    resampled = {
+        name: _resampled(table, *kinds[name])
+        for name, estimate in found.items()
+        if estimate.value is not None
+    }
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in resampled}
     for times_BP in draws(table, resamples, seed, clusters) if resampled else ():
         for name, of in resampled.items():
@@ -159,8 +268,13 @@ def _resampled(table: Table, kind: str, weights: Weights) -> Callable[[np.ndarra
 
 def _rated_by_both(table: Table) -> tuple[np.ndarray, Table]:
     both = (table.codes >= 0).all(axis=1)
-    return both, replace(table, codes=table.codes[both], times=table.times[both], ratings_PK=table.ratings_PK[both],
-                         pattern_of=None)
+    return both, replace(
+        table,
+        codes=table.codes[both],
+        times=table.times[both],
+        ratings_PK=table.ratings_PK[both],
+        pattern_of=None,
+    )
 
 
 def _cohen(table: Table, weights: Weights, resamples: int, seed: int) -> Estimate:
@@ -188,11 +302,15 @@ def _same_size(table: Table, chance: Chance, resamples: int, seed: int) -> Estim
 
 def _pairable(table: Table) -> int:
     if table.ratings_PK is None:
-        raise ValueError(f"{len(table.values)} distinct ratings are no categories: round them, or use interval alpha")
+        raise ValueError(
+            f"{len(table.values)} distinct ratings are no categories: round them, or use interval alpha"
+        )
     return int(table.times[table.ratings_PK.sum(axis=1) >= 2].sum())
 
 
-def _estimate(table: Table, chance: Chance, weights: Weights, resamples: int, seed: int) -> Estimate:
+def _estimate(
+    table: Table, chance: Chance, weights: Weights, resamples: int, seed: int
+) -> Estimate:
     n_pairable = _pairable(table)
     weights_KK = category_weights(weights, table.values)
     if table.n_raters < 2:
@@ -201,7 +319,7 @@ def _estimate(table: Table, chance: Chance, weights: Weights, resamples: int, se
         return undefined("no item has two ratings", 0, table.n_raters)
     if chance != "none" and len(table.values) < 2:
         return undefined(_ONE_CATEGORY, n_pairable, table.n_raters)
-    value, observed, expected = _coefficients(table, chance, weights_KK, table.times[None, :])
+    value, _observed, expected = _coefficients(table, chance, weights_KK, table.times[None, :])
     if chance != "none" and 1.0 - expected[0] < _FLAT:
         return undefined(_ONE_CATEGORY, n_pairable, table.n_raters)
     estimate = Estimate(float(value[0]), None, None, None, n_pairable, table.n_raters)
@@ -210,7 +328,10 @@ def _estimate(table: Table, chance: Chance, weights: Weights, resamples: int, se
         influence = _influence(table, chance, weights_KK, float(value[0]), float(expected[0]))
         variance = float(table.times @ (influence - value[0]) ** 2) / (n * (n - 1))
         estimate = _interval(estimate, sqrt(variance), n)
-    pieces = [_coefficients(table, chance, weights_KK, drawn)[0] for drawn in draws(table, resamples, seed)]
+    pieces = [
+        _coefficients(table, chance, weights_KK, drawn)[0]
+        for drawn in draws(table, resamples, seed)
+    ]
     return with_interval(estimate, pieces)
 
 
@@ -227,8 +348,12 @@ def _observed_P(table: Table, weights_KK: np.ndarray) -> np.ndarray:
     return np.where(r >= 2, agreeing / np.maximum(r * (r - 1), 1.0), 0.0)
 
 
-def _coefficients(table: Table, chance: Chance, weights_KK, times_BP) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, observed and chance agreement for each row of pattern counts. NaN where a resample defines none."""
+def _coefficients(
+    table: Table, chance: Chance, weights_KK, times_BP
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Value, observed and chance agreement for each row of pattern counts. NaN where a resample
+    defines none.
+    """
     pairable = table.ratings_PK.sum(axis=1) >= 2
     with np.errstate(divide="ignore", invalid="ignore"):
         observed = (times_BP @ _observed_P(table, weights_KK)) / (times_BP @ pairable)
@@ -237,7 +362,9 @@ def _coefficients(table: Table, chance: Chance, weights_KK, times_BP) -> tuple[n
     return value, observed, expected
 
 
-def _chance(table: Table, chance: Chance, weights_KK: np.ndarray, times_BP: np.ndarray) -> np.ndarray:
+def _chance(
+    table: Table, chance: Chance, weights_KK: np.ndarray, times_BP: np.ndarray
+) -> np.ndarray:
     k = len(table.values)
     if chance == "none":
         return np.zeros(len(times_BP))
@@ -277,11 +404,17 @@ def _one_hot(table: Table) -> np.ndarray:
     return (codes[:, :, None] == np.arange(len(table.values))).astype(float)
 
 
-def _influence(table: Table, chance: Chance, weights_KK, value: float, expected: float) -> np.ndarray:
-    """Each pattern's term of the linearised coefficient; their variance over items is the coefficient's."""
+def _influence(
+    table: Table, chance: Chance, weights_KK, value: float, expected: float
+) -> np.ndarray:
+    """Each pattern's term of the linearised coefficient; their variance over items is the
+    coefficient's.
+    """
     r = table.ratings_PK.sum(axis=1)
     n, n_pairable = table.times.sum(), table.times[r >= 2].sum()
-    own = (n / n_pairable) * (_observed_P(table, weights_KK) - expected * (r >= 2)) / (1.0 - expected)
+    own = (
+        (n / n_pairable) * (_observed_P(table, weights_KK) - expected * (r >= 2)) / (1.0 - expected)
+    )
     moved = _chance_influence(table, chance, weights_KK, expected) - expected
     return own - 2.0 * (1.0 - value) * moved / (1.0 - expected)
 

@@ -1,7 +1,10 @@
-"""Does a probability of 0.8 come true 8 times in 10? Errors of calibration, and the temperature that mends them.
+"""Does a probability of 0.8 come true 8 times in 10? Errors of calibration, and the temperature
+that mends them.
 
-`p` are probabilities, `y` the truth: 1, 0, or 0.5 for a tie. All over items; nothing here knows of judges.
+`p` are probabilities, `y` the truth: 1, 0, or 0.5 for a tie. All over items; nothing here knows of
+judges.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -22,20 +25,28 @@ class Bin:
 
 
 def reliability(p: np.ndarray, y: np.ndarray, bins: int = 15) -> list[Bin]:
-    """Bins of equal mass; equal probabilities share a bin, so the order of the items never matters."""
+    """Bins of equal mass; equal probabilities share a bin, so the order of the items never
+    matters.
+    """
     p, y = _checked(p, y)
     if not len(p):
         return []
-    values, place, times = np.unique(p, return_inverse=True, return_counts=True)
+    _values, place, times = np.unique(p, return_inverse=True, return_counts=True)
     middle = np.cumsum(times) - times / 2
     bin_of = np.minimum((bins * middle / len(p)).astype(int), bins - 1)[place]
     n = np.bincount(bin_of, minlength=bins)
     sums_p, sums_y = (np.bincount(bin_of, weights=w, minlength=bins) for w in (p, y))
-    return [Bin(float(a / m), float(b / m), int(m)) for a, b, m in zip(sums_p, sums_y, n) if m]
+    return [
+        Bin(float(a / m), float(b / m), int(m))
+        for a, b, m in zip(sums_p, sums_y, n, strict=False)
+        if m
+    ]
 
 
 def ece(p: np.ndarray, y: np.ndarray, bins: int = 15) -> float | None:
-    """Expected calibration error over bins of equal mass; None without items. Source: Nguyen and O'Connor 2015."""
+    """Expected calibration error over bins of equal mass; None without items. Source: Nguyen and
+    O'Connor 2015.
+    """
     rows = reliability(p, y, bins)
     total = sum(row.n for row in rows)
     return sum(row.n * abs(row.mean_p - row.mean_y) for row in rows) / total if total else None
@@ -55,7 +66,8 @@ def log_loss(p: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def fit_temperature(p: np.ndarray, y: np.ndarray) -> float | None:
-    """The temperature between 0.01 and 100 that minimises the log loss. Fit it on a split that nothing else uses.
+    """The temperature between 0.01 and 100 that minimises the log loss. Fit it on a split that
+    nothing else uses.
 
     The loss is convex in 1 / T, so its slope is bisected. None when every probability is a half.
     Source: Guo et al. 2017.
@@ -90,7 +102,9 @@ def _logit(p: np.ndarray) -> np.ndarray:
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x))))
+    return np.where(
+        x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x)))
+    )
 
 
 def _checked(p: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,10 @@
-"""What kind of judge is this? Its accuracy, its pull to a slot, and how far several judges err together.
+"""What kind of judge is this? Its accuracy, its pull to a slot, and how far several judges err
+together.
 
-Probabilities speak of sample a in both orders (un-swapped), NaN where unscored; `gold` is 1, 0, or NaN where nobody
-knows (or a tie, which no pick is right or wrong about).
+Probabilities speak of sample a in both orders (un-swapped), NaN where unscored; `gold` is 1, 0, or
+NaN where nobody knows (or a tie, which no pick is right or wrong about).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,39 +17,57 @@ Clusters = np.ndarray | None  # a prompt for each item: answers to one prompt ar
 
 
 def accuracy(p: np.ndarray, gold: np.ndarray, clusters: Clusters = None) -> Estimate:
-    """The share of decided verdicts that pick gold's side, over items where both are known. A half picks nobody."""
+    """The share of decided verdicts that pick gold's side, over items where both are known. A half
+    picks nobody.
+    """
     right, counted = _right(np.asarray(p, dtype=float)[:, None], np.asarray(gold, dtype=float))
     right, counted = right[:, 0], counted[:, 0]
-    return _share(right[counted], _of(clusters, counted)) if counted.any() else undefined("no decided item has gold")
+    return (
+        _share(right[counted], _of(clusters, counted))
+        if counted.any()
+        else undefined("no decided item has gold")
+    )
 
 
 def exact(ratings: np.ndarray, gold: np.ndarray, clusters: Clusters = None) -> Estimate:
     """The share of ratings (1, 0, or 0.5 for a tie) that are gold's, ties included."""
     ratings, gold = np.asarray(ratings, dtype=float), np.asarray(gold, dtype=float)
     known = ~np.isnan(ratings) & ~np.isnan(gold)
-    return _share(ratings[known] == gold[known], _of(clusters, known)) if known.any() else undefined("no item has gold")
+    return (
+        _share(ratings[known] == gold[known], _of(clusters, known))
+        if known.any()
+        else undefined("no item has gold")
+    )
 
 
 def position_consistency(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters = None) -> Estimate:
-    """The share of comparisons, scored in both orders, whose winner (a, b or neither) is the same in both."""
+    """The share of comparisons, scored in both orders, whose winner (a, b or neither) is the same
+    in both.
+    """
     both, known = _both(p_ab, p_ba)
     sides = np.sign(both - 0.5)
     return _share(sides[:, 0] == sides[:, 1], _of(clusters, known))
 
 
 def first_slot_share(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters = None) -> Estimate:
-    """The share of decided verdicts that pick the answer shown first, over comparisons scored in both orders, so that
-    every answer stood as often first as second: without a pull to a slot it is a half."""
+    """The share of decided verdicts that pick the answer shown first, over comparisons scored in
+    both orders, so that every answer stood as often first as second: without a pull to a slot it is
+    a half.
+    """
     both, known = _both(p_ab, p_ba)
     picks = np.concatenate([both[:, 0] - 0.5, 0.5 - both[:, 1]])
     some = _of(clusters, known)
-    return _share(picks[picks != 0] > 0, None if some is None else np.concatenate([some, some])[picks != 0])
+    return _share(
+        picks[picks != 0] > 0, None if some is None else np.concatenate([some, some])[picks != 0]
+    )
 
 
 def slot_lean(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters = None) -> Estimate:
-    """Fairness between slots: of the comparisons that both slots' answers won by turns, the share that the first slot
-    won, less a half and doubled: +1 always the first slot, -1 always the second, 0 fair.
-    Source: after Shi et al. 2024 (preference fairness), unnormalised."""
+    """Fairness between slots: of the comparisons that both slots' answers won by turns, the share
+    that the first slot won, less a half and doubled: +1 always the first slot, -1 always the
+    second, 0 fair.
+    Source: after Shi et al. 2024 (preference fairness), unnormalised.
+    """
     both, known = _both(p_ab, p_ba)
     torn = (both[:, 0] - 0.5) * (both[:, 1] - 0.5) < 0
     some = _of(clusters, known)
@@ -55,7 +75,9 @@ def slot_lean(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters = None) -> 
     if share.value is None:
         return undefined("no comparison was torn between the slots", len(both))
     low, high = (None if x is None else 2 * x - 1 for x in (share.low, share.high))
-    return Estimate(2 * share.value - 1, None if share.se is None else 2 * share.se, low, high, share.n_items)
+    return Estimate(
+        2 * share.value - 1, None if share.se is None else 2 * share.se, low, high, share.n_items
+    )
 
 
 def stability(first: np.ndarray, again: np.ndarray, clusters: Clusters = None) -> Estimate:
@@ -65,8 +87,10 @@ def stability(first: np.ndarray, again: np.ndarray, clusters: Clusters = None) -
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """How J judges err together. `correlation` J x J of their errors, NaN where two share no items or one never, or
-    always, errs; `effective` is the number of independent judges that they are worth, None where unknown."""
+    """How J judges err together. `correlation` J x J of their errors, NaN where two share no items
+    or one never, or always, errs; `effective` is the number of independent judges that they are
+    worth, None where unknown.
+    """
 
     correlation: np.ndarray
     n_shared: np.ndarray
@@ -75,8 +99,10 @@ class Together:
 
 
 def errors_together(p_NJ: np.ndarray, gold: np.ndarray) -> Together:
-    """The correlation of the judges' errors, each pair over the items that both decided, and J / (1 + (J - 1) mean):
-    the judges' number after the design effect of their correlation (never above J). Source: Kish 1965."""
+    """The correlation of the judges' errors, each pair over the items that both decided, and J / (1
+    + (J - 1) mean): the judges' number after the design effect of their correlation (never above
+    J). Source: Kish 1965.
+    """
     p_NJ = np.asarray(p_NJ, dtype=float)
     right, counted = _right(p_NJ, np.asarray(gold, dtype=float))
     j = p_NJ.shape[1]

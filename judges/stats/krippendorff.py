@@ -1,7 +1,9 @@
 """Krippendorff's alpha: 1 - observed / expected disagreement among all ratings that can be paired.
 
-Source: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011); error: Gwet 2014, section 3.5.
+Source: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011); error: Gwet 2014, section
+3.5.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,12 +18,14 @@ from prefab.judges.stats.rating_table import RESAMPLES, Table, draws, group
 _MATRIX_LIMIT = 2000  # categories: 32 MB of squared distances
 
 
-def krippendorff_alpha(ratings, metric: str | np.ndarray = "nominal", *, resamples: int = RESAMPLES,
-                       seed: int = 0) -> Estimate:
-    """Alpha under the metric nominal, ordinal, interval or ratio, or a K x K matrix of squared differences.
+def krippendorff_alpha(
+    ratings, metric: str | np.ndarray = "nominal", *, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """Alpha under the metric nominal, ordinal, interval or ratio, or a K x K matrix of squared
+    differences.
 
-    Any number of raters; items with one rating are left out. Over more than 2,000 distinct values only nominal,
-    ordinal and interval are defined, and only interval has the bootstrap's interval.
+    Any number of raters; items with one rating are left out. Over more than 2,000 distinct values
+    only nominal, ordinal and interval are defined, and only interval has the bootstrap's interval.
 
     Raises:
         ValueError: an unknown metric, a matrix of the wrong shape, or a ratio over negative values.
@@ -38,7 +42,9 @@ def krippendorff_alpha(ratings, metric: str | np.ndarray = "nominal", *, resampl
     many = table.ratings_PK is None or len(used) > _MATRIX_LIMIT
     parts = _parts_of_many(table, metric, used) if many else _parts(table, metric, used)
     if parts.expected <= 0:
-        return undefined("the ratings that occur do not differ under this metric", n, table.n_raters)
+        return undefined(
+            "the ratings that occur do not differ under this metric", n, table.n_raters
+        )
     value = _alpha(parts, table.times)
     estimate = Estimate(value, n_items=n, n_raters=table.n_raters)
     if n >= 2:
@@ -47,11 +53,16 @@ def krippendorff_alpha(ratings, metric: str | np.ndarray = "nominal", *, resampl
         estimate = replace(estimate, se=se, low=value - half, high=min(1.0, value + half))
     if many and metric != "interval":
         return estimate
-    return with_interval(estimate, [krippendorff_values(table, metric, drawn) for drawn in draws(table, resamples, seed)])
+    return with_interval(
+        estimate,
+        [krippendorff_values(table, metric, drawn) for drawn in draws(table, resamples, seed)],
+    )
 
 
 def with_interval(estimate: Estimate, pieces: Sequence[np.ndarray]) -> Estimate:
-    """The estimate with the percentile interval of its resampled values; none when over 5% of them are undefined."""
+    """The estimate with the percentile interval of its resampled values; none when over 5% of them
+    are undefined.
+    """
     values = np.concatenate([np.empty(0), *pieces])
     found = values[np.isfinite(values)]
     if len(found) < 2 or len(found) < 0.95 * len(values):
@@ -62,8 +73,10 @@ def with_interval(estimate: Estimate, pieces: Sequence[np.ndarray]) -> Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Disagreement by pattern: `within` among a pattern's own ratings, `outer` of them with all ratings' shares;
-    `expected` among all pairs of ratings. `moments` (sums of values and of squares) where they were made from them."""
+    """Disagreement by pattern: `within` among a pattern's own ratings, `outer` of them with all
+    ratings' shares; `expected` among all pairs of ratings. `moments` (sums of values and of
+    squares) where they were made from them.
+    """
 
     r: np.ndarray
     within: np.ndarray
@@ -84,15 +97,25 @@ def _used(table: Table) -> np.ndarray:
 def _parts(table: Table, metric: str | np.ndarray, used: np.ndarray) -> _Parts:
     distance, counts = squared_differences(metric, table.values, used), table.ratings_PK
     within = ((counts @ distance) * counts).sum(axis=1)
-    return _Parts(counts.sum(axis=1), within, counts @ (distance @ (used / used.sum())), float(used @ distance @ used))
+    return _Parts(
+        counts.sum(axis=1),
+        within,
+        counts @ (distance @ (used / used.sum())),
+        float(used @ distance @ used),
+    )
 
 
 def _parts_of_many(table: Table, metric: str | np.ndarray, used: np.ndarray) -> _Parts:
-    """The same over so many values that no matrix holds their differences, from sums of squares alone."""
+    """The same over so many values that no matrix holds their differences, from sums of squares
+    alone.
+    """
     given, total = table.codes >= 0, used.sum()
     r = given.sum(axis=1).astype(float)
     if isinstance(metric, str) and metric == "nominal":
-        same = sum(((table.codes == column[:, None]) & given).sum(axis=1) * (column >= 0) for column in table.codes.T)
+        same = sum(
+            ((table.codes == column[:, None]) & given).sum(axis=1) * (column >= 0)
+            for column in table.codes.T
+        )
         outer = np.where(given, 1.0 - (used / total)[table.codes], 0.0).sum(axis=1)
         return _Parts(r, r**2 - same, outer, float(total**2 - (used**2).sum()))
     if not (isinstance(metric, str) and metric in ("interval", "ordinal")):
@@ -103,8 +126,13 @@ def _parts_of_many(table: Table, metric: str | np.ndarray, used: np.ndarray) -> 
     first, second = each.sum(axis=1), (each**2).sum(axis=1)
     mean, square = float(used @ values) / total, float(used @ values**2) / total
     outer = second - 2.0 * mean * first + r * square
-    return _Parts(r, 2.0 * (r * second - first**2), outer, float(2.0 * total**2 * (square - mean**2)),
-                  (first, second))
+    return _Parts(
+        r,
+        2.0 * (r * second - first**2),
+        outer,
+        float(2.0 * total**2 * (square - mean**2)),
+        (first, second),
+    )
 
 
 def _values_of_moments(parts: _Parts, times_BP: np.ndarray) -> np.ndarray:
@@ -122,20 +150,30 @@ def _alpha(parts: _Parts, times: np.ndarray) -> float:
 
 
 def krippendorff_values(table: Table, metric: str | np.ndarray, times_BP: np.ndarray) -> np.ndarray:
-    """Alpha for each row of pattern counts (a bootstrap's); NaN where one defines none, or over too many values."""
+    """Alpha for each row of pattern counts (a bootstrap's); NaN where one defines none, or over too
+    many values.
+    """
     kept = _ratings_each(table) >= 2
     table, times_BP = _paired(table), times_BP[:, kept]
     counts_PK = table.ratings_PK
     if counts_PK is None or counts_PK.shape[1] > _MATRIX_LIMIT:
         parts = _parts_of_many(table, metric, _used(table)) if metric == "interval" else None
-        return np.full(len(times_BP), np.nan) if parts is None else _values_of_moments(parts, times_BP)
+        return (
+            np.full(len(times_BP), np.nan) if parts is None else _values_of_moments(parts, times_BP)
+        )
     r, used_BK = counts_PK.sum(axis=1), times_BP @ counts_PK
     total = used_BK.sum(axis=1)
-    if isinstance(metric, str) and metric == "ordinal":  # its distances depend on how often each rank occurs
-        ranks_BK = _middle_ranks(used_BK) - total[:, None] / 2  # centred, so that the squares do not cancel
+    if (
+        isinstance(metric, str) and metric == "ordinal"
+    ):  # its distances depend on how often each rank occurs
+        ranks_BK = (
+            _middle_ranks(used_BK) - total[:, None] / 2
+        )  # centred, so that the squares do not cancel
         within_BP = 2.0 * (r * (ranks_BK**2 @ counts_PK.T) - (ranks_BK @ counts_PK.T) ** 2)
         observed = (times_BP * within_BP) @ (1.0 / (r - 1.0))
-        expected = 2.0 * (total * (used_BK * ranks_BK**2).sum(axis=1) - (used_BK * ranks_BK).sum(axis=1) ** 2)
+        expected = 2.0 * (
+            total * (used_BK * ranks_BK**2).sum(axis=1) - (used_BK * ranks_BK).sum(axis=1) ** 2
+        )
     else:
         distance = squared_differences(metric, table.values, table.times @ counts_PK)
         observed = times_BP @ (((counts_PK @ distance) * counts_PK).sum(axis=1) / (r - 1.0))
@@ -143,13 +181,19 @@ def krippendorff_values(table: Table, metric: str | np.ndarray, times_BP: np.nda
     return _ratio(total, observed, expected)
 
 
-def squared_differences(metric: str | np.ndarray, values: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """The metric's squared difference between categories of these `values`, `used` so often. Shapes: K x K."""
+def squared_differences(
+    metric: str | np.ndarray, values: np.ndarray, used: np.ndarray
+) -> np.ndarray:
+    """The metric's squared difference between categories of these `values`, `used` so often.
+    Shapes: K x K.
+    """
     k = len(values)
     if not isinstance(metric, str):
         matrix = np.asarray(metric, dtype=float)
         if matrix.shape != (k, k) or not np.allclose(matrix, matrix.T) or np.diag(matrix).any():
-            raise ValueError(f"a metric must be a symmetric {k} x {k} matrix with 0 on its diagonal")
+            raise ValueError(
+                f"a metric must be a symmetric {k} x {k} matrix with 0 on its diagonal"
+            )
         return matrix
     if metric == "nominal":
         return 1.0 - np.eye(k)
@@ -167,7 +211,9 @@ def squared_differences(metric: str | np.ndarray, values: np.ndarray, used: np.n
 
 
 def _middle_ranks(used: np.ndarray) -> np.ndarray:
-    """The ordinal metric sums the counts between two ranks, each end by half: a difference of middle ranks."""
+    """The ordinal metric sums the counts between two ranks, each end by half: a difference of
+    middle ranks.
+    """
     return np.cumsum(used, axis=-1) - used / 2.0
 
 
@@ -181,7 +227,9 @@ def _paired(table: Table) -> Table:
 
 
 def _ratings_each(table: Table) -> np.ndarray:
-    return (table.codes >= 0).sum(axis=1) if table.ratings_PK is None else table.ratings_PK.sum(axis=1)
+    return (
+        (table.codes >= 0).sum(axis=1) if table.ratings_PK is None else table.ratings_PK.sum(axis=1)
+    )
 
 
 def _ratio(total: np.ndarray, observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -197,7 +245,8 @@ def _standard_error(parts: _Parts, times: np.ndarray) -> float:
     own = parts.within / (r_mean * (parts.r - 1.0))
     observed, expected = float(times @ own) / n, parts.expected / (n * r_mean) ** 2
     corrected = observed * (1.0 - 1.0 / (n * r_mean))
-    # `unbiased` lacks the correction for small samples; off it, each pattern's move of observed and of expected.
+    # `unbiased` lacks the correction for small samples; off it, each pattern's move of observed and
+    # of expected.
     unbiased = 1.0 - observed / expected
     moved_observed = (expected - own + corrected * (ratio - 1.0)) / expected
     moved_expected = ratio - parts.outer / r_mean - (1.0 - expected) * ratio

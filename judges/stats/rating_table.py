@@ -1,8 +1,10 @@
-"""Ratings as counts of distinct rating patterns: a million items by five judges are a thousand rows.
+"""Ratings as counts of distinct rating patterns: a million items by five judges are a thousand
+rows.
 
-Every statistic of agreement depends on the items only through how often each pattern occurs, so it costs what the
-patterns cost, and a bootstrap over items is a multinomial draw over their counts.
+Every statistic of agreement depends on the items only through how often each pattern occurs, so it
+costs what the patterns cost, and a bootstrap over items is a multinomial draw over their counts.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -10,22 +12,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES = 2000  # enough for the 2.5% quantiles to move by less than a tenth of the interval from seed to seed
+# enough for the 2.5% quantiles to move by less than a tenth of the interval from seed to seed
+RESAMPLES = 2000
 _MOST_DRAWN = 200_000_000  # patterns x resamples: some ten seconds
 _PIECE = 8_000_000  # numbers at a time
 _MOST_CLUSTERS = 2000
 _MOST_SMALL = 4096  # a scale of whole numbers up to this wide is encoded without sorting
 _MOST_COUNTS = 50_000_000  # patterns x categories: 400 MB
-_DENSE_KEYS = 1 << 22  # below this many possible patterns they are counted in an array, above by sorting
+_DENSE_KEYS = (
+    1 << 22
+)  # below this many possible patterns they are counted in an array, above by sorting
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
     """Distinct patterns of ratings and how often each occurs. Items that nobody rated are left out.
 
-    Shapes (P patterns, R raters, K categories, N items): `codes` P x R, -1 where missing (None when made of counts);
-    `times` P; `values` K, the categories in order; `ratings_PK` how many raters gave each category; `pattern_of` N,
-    each item's row, -1 for one that nobody rated.
+    Shapes (P patterns, R raters, K categories, N items): `codes` P x R, -1 where missing (None when
+    made of counts); `times` P; `values` K, the categories in order; `ratings_PK` how many raters
+    gave each category; `pattern_of` N, each item's row, -1 for one that nobody rated.
     """
 
     codes: np.ndarray | None
@@ -37,7 +42,8 @@ class Table:
 
 
 def group(ratings: np.ndarray | Table, categories: Sequence[float] | None = None) -> Table:
-    """The patterns of an items x raters array, NaN for missing. `categories` adds ones that nobody used.
+    """The patterns of an items x raters array, NaN for missing. `categories` adds ones that nobody
+    used.
 
     Raises:
         ValueError: not two-dimensional, infinite, or outside of `categories`.
@@ -50,7 +56,9 @@ def group(ratings: np.ndarray | Table, categories: Sequence[float] | None = None
     codes, values = _encode(ratings, categories)
     keys, base = _keys(codes, len(values) + 1)
     if keys is None:
-        unique, pattern_of, times = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+        unique, pattern_of, times = np.unique(
+            codes, axis=0, return_inverse=True, return_counts=True
+        )
         pattern_of = pattern_of.reshape(-1)
     else:
         unique_keys, pattern_of, times = _count(keys, base ** codes.shape[1])
@@ -73,24 +81,34 @@ def group_counts(counts: np.ndarray) -> Table:
     counts = np.asarray(counts, dtype=float)
     if counts.ndim != 2:
         raise ValueError(f"counts must be items x categories, not of shape {counts.shape}")
-    if not (np.isfinite(counts).all() and (counts >= 0).all() and (counts == np.floor(counts)).all()):
+    if not (
+        np.isfinite(counts).all() and (counts >= 0).all() and (counts == np.floor(counts)).all()
+    ):
         raise ValueError("counts must be whole numbers, 0 or more")
     counts = counts[counts.sum(axis=1) > 0]
     unique, times = np.unique(counts, axis=0, return_counts=True)
     n_raters = int(unique.sum(axis=1).max()) if len(unique) else 0
-    return Table(None, times.astype(float), np.arange(counts.shape[1], dtype=float), unique, n_raters)
+    return Table(
+        None, times.astype(float), np.arange(counts.shape[1], dtype=float), unique, n_raters
+    )
 
 
 def resample(table: Table, n: int, seed: int, clusters: np.ndarray | None = None) -> np.ndarray:
-    """The patterns' counts in `n` resamples of the items, or of whole `clusters` of them. Shapes: n x P."""
+    """The patterns' counts in `n` resamples of the items, or of whole `clusters` of them. Shapes: n
+    x P.
+    """
     return np.concatenate([np.empty((0, len(table.times))), *draws(table, n, seed, clusters)])
 
 
-def draws(table: Table, n: int, seed: int, clusters: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """The same in pieces of at most 64 MB; nothing where the patterns are so many that it would take minutes.
+def draws(
+    table: Table, n: int, seed: int, clusters: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """The same in pieces of at most 64 MB; nothing where the patterns are so many that it would
+    take minutes.
 
-    `clusters` names each item's cluster (a prompt: answers to one are not independent). Over 2,000 clusters are first
-    put together at random into 2,000 groups, which changes nothing that is expected and bounds the work.
+    `clusters` names each item's cluster (a prompt: answers to one are not independent). Over 2,000
+    clusters are first put together at random into 2,000 groups, which changes nothing that is
+    expected and bounds the work.
     Shapes: clusters N; each piece b x P.
     """
     p, rng = len(table.times), np.random.default_rng(seed)
@@ -106,13 +124,20 @@ def draws(table: Table, n: int, seed: int, clusters: np.ndarray | None = None) -
     counts_CP = _by_cluster(table, clusters, rng)
     c = len(counts_CP)
     for start in range(0, n, step):
-        yield rng.multinomial(c, np.full(c, 1.0 / c), size=min(step, n - start)).astype(float) @ counts_CP
+        yield (
+            rng.multinomial(c, np.full(c, 1.0 / c), size=min(step, n - start)).astype(float)
+            @ counts_CP
+        )
 
 
 def _by_cluster(table: Table, clusters: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How often each pattern occurs in each cluster, or in each random group of clusters. Shapes: C x P."""
+    """How often each pattern occurs in each cluster, or in each random group of clusters. Shapes: C
+    x P.
+    """
     if table.pattern_of is None or len(clusters) != len(table.pattern_of):
-        raise ValueError("clusters must name one cluster for each item of the ratings that the table was made of")
+        raise ValueError(
+            "clusters must name one cluster for each item of the ratings that the table was made of"
+        )
     p = len(table.times)
     place = np.unique(np.asarray(clusters), return_inverse=True)[1]
     most = max(2, min(_MOST_CLUSTERS, _PIECE // p))
@@ -127,11 +152,11 @@ def _by_cluster(table: Table, clusters: np.ndarray, rng: np.random.Generator) ->
 def category_weights(weights: str | np.ndarray | None, values: np.ndarray) -> np.ndarray:
     """Agreement weights between categories: 1 on the diagonal. Shapes: K x K.
 
-    `identity`, `linear`, `quadratic` (over the categories' values), `ordinal` (Gwet's, over their ranks), or a
-    symmetric matrix of one's own.
+    `identity`, `linear`, `quadratic` (over the categories' values), `ordinal` (Gwet's, over their
+    ranks), or a symmetric matrix of one's own.
 
-    Raises:
-        ValueError: an unknown name, or a matrix that is not K x K, symmetric, and 1 on its diagonal.
+    Raises: ValueError: an unknown name, or a matrix that is not K x K, symmetric, and 1 on its
+        diagonal.
     """
     k = len(values)
     if weights is None or (isinstance(weights, str) and weights == "identity"):
@@ -147,14 +172,24 @@ def category_weights(weights: str | np.ndarray | None, values: np.ndarray) -> np
             between = np.abs(np.subtract.outer(np.arange(k), np.arange(k))) + 1.0
             pairs = between * (between - 1) / 2
             return 1.0 - pairs / max(float(pairs.max()), 1.0)
-        raise ValueError(f"unknown weights {weights!r}: identity, linear, quadratic, ordinal or a matrix")
+        raise ValueError(
+            f"unknown weights {weights!r}: identity, linear, quadratic, ordinal or a matrix"
+        )
     matrix = np.asarray(weights, dtype=float)
-    if matrix.shape != (k, k) or not np.allclose(matrix, matrix.T) or not np.allclose(np.diag(matrix), 1.0):
-        raise ValueError(f"weights must be a symmetric {k} x {k} matrix with 1 on its diagonal ({k} categories)")
+    if (
+        matrix.shape != (k, k)
+        or not np.allclose(matrix, matrix.T)
+        or not np.allclose(np.diag(matrix), 1.0)
+    ):
+        raise ValueError(
+            f"weights must be a symmetric {k} x {k} matrix with 1 on its diagonal ({k} categories)"
+        )
     return matrix
 
 
-def _encode(ratings: np.ndarray, categories: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
+def _encode(
+    ratings: np.ndarray, categories: Sequence[float] | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Each rating's place among the categories, -1 where missing, and the categories in order."""
     low, high = (float(f.reduce(ratings, axis=None, initial=np.nan)) for f in (np.fmin, np.fmax))
     if np.isnan(low):
@@ -163,12 +198,18 @@ def _encode(ratings: np.ndarray, categories: Sequence[float] | None) -> tuple[np
     if not np.isfinite([low, high]).all():
         raise ValueError("ratings must be finite, or NaN for missing")
     shifted = _small_whole_numbers(ratings, low) if high - low < _MOST_SMALL else None
-    used = np.unique(ratings[~np.isnan(ratings)]) if shifted is None else np.flatnonzero(_tally(shifted)[1:]) + low
+    used = (
+        np.unique(ratings[~np.isnan(ratings)])
+        if shifted is None
+        else np.flatnonzero(_tally(shifted)[1:]) + low
+    )
     values = used
     if categories is not None:
         values = np.unique(np.asarray(categories, dtype=float))
         if not np.isin(used, values).all():
-            raise ValueError(f"ratings outside of the categories: {sorted(set(used.tolist()) - set(values.tolist()))}")
+            raise ValueError(
+                f"ratings outside of the categories: {sorted(set(used.tolist()) - set(values.tolist()))}"
+            )
     if shifted is None:
         codes = np.searchsorted(values, ratings).astype(np.int32)
         codes[np.isnan(ratings)] = -1
@@ -179,7 +220,9 @@ def _encode(ratings: np.ndarray, categories: Sequence[float] | None) -> tuple[np
 
 
 def _small_whole_numbers(ratings: np.ndarray, low: float) -> np.ndarray | None:
-    """The ratings minus `low` plus 1, 0 where missing; None when one of them is not whole. In cache-sized pieces."""
+    """The ratings minus `low` plus 1, 0 where missing; None when one of them is not whole. In
+    cache-sized pieces.
+    """
     shifted = np.empty(ratings.shape, dtype=np.int16)
     for start in range(0, len(ratings), 1 << 14):
         piece = ratings[start : start + (1 << 14)] - (low - 1.0)
@@ -193,8 +236,10 @@ def _small_whole_numbers(ratings: np.ndarray, low: float) -> np.ndarray | None:
 
 def _tally(shifted: np.ndarray) -> np.ndarray:
     step = 1 << 14
-    return sum(np.bincount(shifted[i : i + step].ravel(), minlength=_MOST_SMALL + 1)
-               for i in range(0, len(shifted), step))
+    return sum(
+        np.bincount(shifted[i : i + step].ravel(), minlength=_MOST_SMALL + 1)
+        for i in range(0, len(shifted), step)
+    )
 
 
 def _keys(codes: np.ndarray, base: int) -> tuple[np.ndarray | None, int]:
@@ -204,7 +249,9 @@ def _keys(codes: np.ndarray, base: int) -> tuple[np.ndarray | None, int]:
     powers = (base ** np.arange(codes.shape[1] - 1, -1, -1, dtype=np.int64)).astype(np.int64)
     keys = np.full(len(codes), powers.sum(), dtype=np.int64)
     for start in range(0, len(codes), 1 << 14):
-        keys[start : start + (1 << 14)] += codes[start : start + (1 << 14)].astype(np.int64) @ powers
+        keys[start : start + (1 << 14)] += (
+            codes[start : start + (1 << 14)].astype(np.int64) @ powers
+        )
     return keys, base
 
 

@@ -1,7 +1,10 @@
-"""`prefab demo`: data from the embedded world on a real vLLM, policies trained on it, and the oracle's truth beside both.
+"""`prefab demo`: data from the embedded world on a real vLLM, policies trained on it, and the
+oracle's truth beside both.
 
-The oracle reads text alone and nothing was trained against it, so these figures are measured, not claimed.
+The oracle reads text alone and nothing was trained against it, so these figures are measured, not
+claimed.
 """
+
 from __future__ import annotations
 
 import json
@@ -12,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.paths import PACKAGE
 from prefab.factory.console import console, duration, hint, table, warn
 from prefab.factory.errors import ConfigError
+from prefab.factory.paths import PACKAGE
 from prefab.factory.types import Message, Winner
 from prefab.pipelines.quality.ground_truth import truth
 
@@ -36,10 +39,12 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Labels of one principle against the oracle's: `right` of `decided` pairs, `ties_seen` of `ties`.
+    """Labels of one principle against the oracle's: `right` of `decided` pairs, `ties_seen` of
+    `ties`.
 
-    `consistent` is the share of readings in which both orders say the same, None where none was asked in orders. Of a
-    principle that the oracle does not know no pair is decided and none is a tie.
+    `consistent` is the share of readings in which both orders say the same, None where none was
+    asked in orders. Of a principle that the oracle does not know no pair is decided and none is a
+    tie.
     """
 
     principle: str
@@ -51,7 +56,14 @@ class Accuracy:
     consistent: float | None
 
 
-def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: bool, write: Callable[[Any], None]) -> int:
+def demo(
+    store: Path,
+    prompts: int,
+    sets: Sequence[str],
+    train: bool,
+    as_json: bool,
+    write: Callable[[Any], None],
+) -> int:
     """Run the preset, train on what it made, print the tables, give the exit code."""
     from prefab.pipelines.cli import demo_training
     from prefab.pipelines.cli.main import next_command, report
@@ -59,11 +71,16 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
     from prefab.pipelines.run.runner import run
     from prefab.pipelines.training.stages import show_gold
 
-    chosen, began, took = [f"store={store}", f"prompts.limit={prompts}", *sets], time.monotonic(), {}
+    chosen, began, took = (
+        [f"store={store}", f"prompts.limit={prompts}", *sets],
+        time.monotonic(),
+        {},
+    )
     console(stderr=True).print(
         f"{prompts:,} prompts of the embedded world: sampled, criticised, revised and compared by a small model on "
         "vLLM.\nA laboratory, not a product: it knows this world alone. Starting the server takes a minute.",
-        markup=False)
+        markup=False,
+    )
     result = run(PRESET, chosen, quiet=False)
     if result.state != "done":
         return next_command(result, f"prefab demo --store {store} --prompts {prompts}")
@@ -82,15 +99,24 @@ def demo(store: Path, prompts: int, sets: Sequence[str], train: bool, as_json: b
             warn(f"no training: {error}. Ask for more --prompts, or say --no-train")
     took["in all"] = time.monotonic() - began
     if as_json:
-        write({"run": result.summary(), **measured, "policies": policies.data() if policies else None, "ppo": told,
-               "seconds": took})
+        write(
+            {
+                "run": result.summary(),
+                **measured,
+                "policies": policies.data() if policies else None,
+                "ppo": told,
+                "seconds": took,
+            }
+        )
     elif policies:
         show_policies(policies)
         show_gold(told)
     if not as_json:
         console().print(" · ".join(f"{part} {duration(seconds)}" for part, seconds in took.items()))
     hint(f"prefab export --store {store} --format trl demo-out")
-    hint(f'prefab sql --store {store} "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"')
+    hint(
+        f'prefab sql --store {store} "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"'
+    )
     hint("prefab init my-project            a constitution, prompts and a real model of your own")
     return 0
 
@@ -99,8 +125,12 @@ def measure(result: Any) -> dict[str, Any]:
     """The oracle's figures for a run over the embedded world, as plain data."""
     from prefab.pipelines.store.fill import query
 
-    prompts = {name: tuple(Message(role, text) for role, text in json.loads(messages)) for name, messages in query(
-        result.store, "SELECT prompt, messages FROM prompts").iter_rows()}
+    prompts = {
+        name: tuple(Message(role, text) for role, text in json.loads(messages))
+        for name, messages in query(
+            result.store, "SELECT prompt, messages FROM prompts"
+        ).iter_rows()
+    }
     samples = {(row["prompt"], row["index"]): row for row in result.samples.iter_rows(named=True)}
     drafts = [row for row in samples.values() if row["parent"] < 0 and row["text"] is not None]
     final = _final(samples)
@@ -108,7 +138,9 @@ def measure(result: Any) -> dict[str, Any]:
     changed = sum(final[row["prompt"], row["index"]]["text"] != row["text"] for row in drafts)
     return {
         "drafts": _told([(prompts[row["prompt"]], row["text"]) for row in drafts]),
-        "revised": _told([(prompts[row["prompt"]], final[row["prompt"], row["index"]]["text"]) for row in drafts]),
+        "revised": _told(
+            [(prompts[row["prompt"]], final[row["prompt"], row["index"]]["text"]) for row in drafts]
+        ),
         "changed": changed,
         "accuracy": _accuracy(readings.iter_rows(named=True), prompts, samples),
         "preferences": _preferences(result.preferences.iter_rows(named=True), prompts, samples),
@@ -117,8 +149,11 @@ def measure(result: Any) -> dict[str, Any]:
 
 def _final(samples: dict[tuple[str, int], dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
     """Each draft's last readable text: itself, or the end of its chain of revisions."""
-    child = {(row["prompt"], row["parent"]): row for row in samples.values()
-             if row["parent"] >= 0 and row["text"] is not None}
+    child = {
+        (row["prompt"], row["parent"]): row
+        for row in samples.values()
+        if row["parent"] >= 0 and row["text"] is not None
+    }
     final = {}
     for place, row in samples.items():
         if row["parent"] < 0:
@@ -133,17 +168,27 @@ def _told(answers: Sequence[tuple[Sequence[Message], str]]) -> Told:
 
     read = [oracle.assess(messages, text) for messages, text in answers]
     n = max(1, len(read))
-    return Told(len(read), sum(bool(r.broken) for r in read) / n, sum(len(r.broken) for r in read) / n,
-                sum(r.helps for r in read) / n, sum(r.coherent for r in read) / n,
-                sum(len(text.split()) for _, text in answers) / n)
+    return Told(
+        len(read),
+        sum(bool(r.broken) for r in read) / n,
+        sum(len(r.broken) for r in read) / n,
+        sum(r.helps for r in read) / n,
+        sum(r.coherent for r in read) / n,
+        sum(len(text.split()) for _, text in answers) / n,
+    )
 
 
-def _accuracy(readings: Any, prompts: dict[str, Any], samples: dict[tuple[str, int], dict[str, Any]]) -> list[Accuracy]:
+def _accuracy(
+    readings: Any, prompts: dict[str, Any], samples: dict[tuple[str, int], dict[str, Any]]
+) -> list[Accuracy]:
     """By principle, in the order they come; the last row is all of them together."""
     from prefab.factory.microworld import oracle
 
-    known = {(prompt, index): oracle.assess(prompts[prompt], row["text"]) for (prompt, index), row in samples.items()
-             if row["text"] is not None}
+    known = {
+        (prompt, index): oracle.assess(prompts[prompt], row["text"])
+        for (prompt, index), row in samples.items()
+        if row["text"] is not None
+    }
     groups: dict[str, list[tuple[Winner | None, dict[str, Any]]]] = defaultdict(list)
     for row in readings:
         a, b = (known[row["prompt"], row[side]] for side in ("a", "b"))
@@ -156,19 +201,35 @@ def _score(principle: str, pairs: Sequence[tuple[Winner | None, dict[str, Any]]]
     scored = [(gold, row) for gold, row in pairs if row["p_a"] is not None and gold is not None]
     decided = [(gold, row["p_a"]) for gold, row in scored if gold != "tie"]
     ties = [row for gold, row in scored if gold == "tie"]
-    both = [row for _, row in pairs if row["winner_ab"] is not None and row["winner_ba"] is not None]
+    both = [
+        row for _, row in pairs if row["winner_ab"] is not None and row["winner_ba"] is not None
+    ]
     return Accuracy(
-        principle, len(pairs), len(decided), _share([(p > 0.5) == (gold == "a") and p != 0.5 for gold, p in decided]),
-        len(ties), _share([row["winner"] == "tie" or row["winner_ab"] == row["winner_ba"] == "tie" for row in ties]),
-        _share([row["winner_ab"] == row["winner_ba"] for row in both]))
+        principle,
+        len(pairs),
+        len(decided),
+        _share([(p > 0.5) == (gold == "a") and p != 0.5 for gold, p in decided]),
+        len(ties),
+        _share(
+            [
+                row["winner"] == "tie" or row["winner_ab"] == row["winner_ba"] == "tie"
+                for row in ties
+            ]
+        ),
+        _share([row["winner_ab"] == row["winner_ba"] for row in both]),
+    )
 
 
 def _share(truths: Sequence[bool]) -> float | None:
     return sum(truths) / len(truths) if truths else None
 
 
-def _preferences(rows: Any, prompts: dict[str, Any], samples: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
-    """Panel's preferences against the gold score (helpfulness minus the share of principles broken)."""
+def _preferences(
+    rows: Any, prompts: dict[str, Any], samples: dict[tuple[str, int], dict[str, Any]]
+) -> dict[str, Any]:
+    """Panel's preferences against the gold score (helpfulness minus the share of principles
+    broken).
+    """
     from prefab.factory.microworld import oracle
 
     outcomes: dict[str, int] = defaultdict(int)
@@ -177,8 +238,10 @@ def _preferences(rows: Any, prompts: dict[str, Any], samples: dict[tuple[str, in
         outcomes[row["outcome"]] += 1
         if row["outcome"] not in ("a", "b"):
             continue
-        a, b = (oracle.assess(prompts[row["prompt"]], samples[row["prompt"], row[side]]["text"]).score
-                for side in ("a", "b"))
+        a, b = (
+            oracle.assess(prompts[row["prompt"]], samples[row["prompt"], row[side]]["text"]).score
+            for side in ("a", "b")
+        )
         if a != b:
             right.append((row["outcome"] == "a") == (a > b))
     return {"outcomes": dict(outcomes), "gold_decided": len(right), "right": _share(right)}
@@ -187,15 +250,30 @@ def _preferences(rows: Any, prompts: dict[str, Any], samples: dict[tuple[str, in
 def show(result: Any, measured: dict[str, Any]) -> None:
     """The tables that the demo ends with."""
     drafts, revised = measured["drafts"], measured["revised"]
-    rows = [(what, getattr(drafts, name), getattr(revised, name)) for what, name in (
-        ("break at least one principle", "broken"), ("principles broken, mean", "faults"), ("help", "helps"),
-        ("coherent", "coherent"), ("words, mean", "words"))]
-    table(f"The oracle on {drafts.n:,} drafts ({measured['changed']:,} of them revised)",
-          ("", "drafts", "after revision"), rows)
-    table("Labels against the oracle, both orders together", (
-        "principle", "readings", "decided", "right", "ties", "seen as ties", "both orders agree"),
-        [(a.principle, a.readings, a.decided, a.right, a.ties, a.ties_seen, a.consistent) for a in measured["accuracy"]],
-        note="decided: the oracle finds the fault in one of the two answers; right: the label says which")
+    rows = [
+        (what, getattr(drafts, name), getattr(revised, name))
+        for what, name in (
+            ("break at least one principle", "broken"),
+            ("principles broken, mean", "faults"),
+            ("help", "helps"),
+            ("coherent", "coherent"),
+            ("words, mean", "words"),
+        )
+    ]
+    table(
+        f"The oracle on {drafts.n:,} drafts ({measured['changed']:,} of them revised)",
+        ("", "drafts", "after revision"),
+        rows,
+    )
+    table(
+        "Labels against the oracle, both orders together",
+        ("principle", "readings", "decided", "right", "ties", "seen as ties", "both orders agree"),
+        [
+            (a.principle, a.readings, a.decided, a.right, a.ties, a.ties_seen, a.consistent)
+            for a in measured["accuracy"]
+        ],
+        note="decided: the oracle finds the fault in one of the two answers; right: the label says which",
+    )
     told = measured["preferences"]
     words = ", ".join(f"{name}: {n:,}" for name, n in sorted(told["outcomes"].items()))
     if told["right"] is not None:
@@ -203,7 +281,10 @@ def show(result: Any, measured: dict[str, Any]) -> None:
     console().print(f"Preferences over all principles: {words}", markup=False)
     if result.asked and result.seconds:
         tokens = (result.prompt_tokens + result.completion_tokens) / result.seconds
-        console().print(f"{result.asked:,} calls in {duration(result.seconds)}: {result.asked / result.seconds:,.0f} "
-                        f"calls/s, {tokens:,.0f} tokens/s", markup=False)
+        console().print(
+            f"{result.asked:,} calls in {duration(result.seconds)}: {result.asked / result.seconds:,.0f} "
+            f"calls/s, {tokens:,.0f} tokens/s",
+            markup=False,
+        )
     else:
         console().print("nothing was asked: every answer was in the ledger", markup=False)

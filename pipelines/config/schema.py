@@ -2,6 +2,7 @@
 
 `python -m prefab.pipelines.config.schema --schema` writes `pipelines/config/pipeline.schema.json`.
 """
+
 from __future__ import annotations
 
 import json
@@ -13,14 +14,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
-from prefab.factory.spec import yamlio
+from prefab.factory.engines.base import ENGINES
 from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.paths import PACKAGE
+from prefab.factory.spec import yamlio
 from prefab.judges import registry
+from prefab.judges.kinds.critique import CritiqueConfig
 from prefab.pipelines.config import checks
 from prefab.pipelines.config.checks import locate
-from prefab.factory.engines.base import ENGINES
-from prefab.factory.paths import PACKAGE
-from prefab.judges.kinds.critique import CritiqueConfig
 
 SCHEMA_PATH = PACKAGE / "pipelines" / "pipeline.schema.json"
 
@@ -38,12 +39,21 @@ class _Strict(BaseModel):
 class PromptsConfig(_Strict):
     """Where the prompts come from."""
 
-    source: Text = Field(description="A .jsonl, .json, .csv or .parquet file, a `datasets` folder, or `microworld`.")
+    source: Text = Field(
+        description="A .jsonl, .json, .csv or .parquet file, a `datasets` folder, or `microworld`."
+    )
     limit: int | None = Field(None, ge=1, description="Take the first so many; left out: all.")
-    column: Text | None = Field(None, description="The field that holds the prompt; left out: prompt, messages or "
-                                                  "conversations, whichever there is.")
-    split: Literal["train", "val", "test"] | None = Field(None, description="Only rows of this split; left out: all.")
-    cut_answer: bool = Field(False, description="Drop the assistant turns that end a conversation (SFT data).")
+    column: Text | None = Field(
+        None,
+        description="The field that holds the prompt; left out: prompt, messages or "
+        "conversations, whichever there is.",
+    )
+    split: Literal["train", "val", "test"] | None = Field(
+        None, description="Only rows of this split; left out: all."
+    )
+    cut_answer: bool = Field(
+        False, description="Drop the assistant turns that end a conversation (SFT data)."
+    )
     seed: int = Field(0, description="Of the microworld's prompts.")
 
 
@@ -58,11 +68,15 @@ class PolicyConfig(_Strict):
     top_k: int = Field(0, ge=0, description="0: all tokens.")
     min_p: Share = 0.0
     stop: list[str] = Field([], max_length=16)
-    template_kwargs: dict[str, Any] = Field({}, description="For the model's chat template, such as enable_thinking.")
+    template_kwargs: dict[str, Any] = Field(
+        {}, description="For the model's chat template, such as enable_thinking."
+    )
 
 
 class ReviseConfig(_Strict):
-    """Critique and revision. `sweep` criticises under every principle and revises where a fault is named."""
+    """Critique and revision. `sweep` criticises under every principle and revises where a fault is
+    named.
+    """
 
     rounds: int = Field(1, ge=0, le=64)
     select: Literal["sweep", "draw"] = "sweep"
@@ -73,49 +87,73 @@ class ReviseConfig(_Strict):
 class WhenConfig(_Strict):
     """What calls for a stronger judge. What the others could not score always does."""
 
-    margin: float | None = Field(0.2, ge=0, le=0.5, allow_inf_nan=False,
-                                 description="So close to a half is unsure; null: not by margin.")
+    margin: float | None = Field(
+        0.2,
+        ge=0,
+        le=0.5,
+        allow_inf_nan=False,
+        description="So close to a half is unsure; null: not by margin.",
+    )
     disagreement: bool = Field(True, description="When the other judges pick different sides.")
 
 
 class EscalateConfig(_Strict):
     """Judges that are asked only where the others are unsure, divided, or could not be read."""
 
-    to: list[Text] = Field(min_length=1, description="Names of the stronger judges, among the panel's.")
+    to: list[Text] = Field(
+        min_length=1, description="Names of the stronger judges, among the panel's."
+    )
     when: WhenConfig = WhenConfig()
-    max_share: Share = Field(1.0, description="Of a prompt's comparisons, the least certain first; a fraction of one is "
-                                              "drawn from the prompt's identity. In the mean never more than this share.")
-    decides: Literal["strong", "all"] = Field("strong", description="Whose readings make the preference where a stronger "
-                                                                    "judge was asked.")
+    max_share: Share = Field(
+        1.0,
+        description="Of a prompt's comparisons, the least certain first; a fraction of one is "
+        "drawn from the prompt's identity. In the mean never more than this share.",
+    )
+    decides: Literal["strong", "all"] = Field(
+        "strong", description="Whose readings make the preference where a stronger judge was asked."
+    )
 
 
 class PanelConfig(_Strict):
     """Who judges, and how their verdicts become a preference."""
 
     judges: list[dict[str, Any]] = Field(
-        min_length=1, description="Each has name and kind (a module of judges/), and the fields of that kind's Config.")
+        min_length=1,
+        description="Each has name and kind (a module of judges/), and the fields of that kind's Config.",
+    )
     selection: Literal["sample_one", "all", "weighted", "lexicographic"] | None = Field(
-        None, description="Which principles judge a comparison; left out: as the constitution says.")
-    orders: Literal["both", "random", "first"] = Field("both", description="Anything but both is said in every report.")
+        None, description="Which principles judge a comparison; left out: as the constitution says."
+    )
+    orders: Literal["both", "random", "first"] = Field(
+        "both", description="Anything but both is said in every report."
+    )
     min_label_mass: float = Field(0.5, gt=0, le=1, description="Below it a verdict is unscored.")
     combine: Literal["mean", "log_odds"] = Field(
-        "mean", description="Of the principles' readings. mean: p_chosen is the mean share of the vote, near a half where "
-                            "one of many decides. log_odds: their evidence is added up, so that p_chosen says how surely.")
+        "mean",
+        description="Of the principles' readings. mean: p_chosen is the mean share of the vote, near a half where "
+        "one of many decides. log_odds: their evidence is added up, so that p_chosen says how surely.",
+    )
     tie_margin: float = Field(0.02, ge=0, lt=0.5, description="So close to a half is a tie.")
     min_scored: Share = Field(0.5, description="Share of the readings' weight that must be scored.")
     weights: dict[Id, Weight] = Field({}, description="By judge's name; default 1.")
     repeats: int = Field(1, ge=1, le=64, description="Ask each judge so often (test-retest).")
-    escalate: EscalateConfig | None = Field(None, description="Left out: every judge is asked about everything.")
+    escalate: EscalateConfig | None = Field(
+        None, description="Left out: every judge is asked about everything."
+    )
 
 
 class ChooseConfig(_Strict):
     """Which of a prompt's decided comparisons become pairs to train on."""
 
     method: Literal["compared", "best_worst", "bradley_terry", "davidson"] | None = Field(
-        None, description="compared: each of them. best_worst: the answer that wins most against the one that wins least. "
-                          "bradley_terry, davidson (with ties): each that a fit of all the prompt's comparisons confirms, "
-                          "with the fit's probability. Left out: best_worst for `pairs: best_worst`, else compared.")
-    margin: float = Field(0.0, ge=0, lt=0.5, description="p_chosen must be above a half by at least this.")
+        None,
+        description="compared: each of them. best_worst: the answer that wins most against the one that wins least. "
+        "bradley_terry, davidson (with ties): each that a fit of all the prompt's comparisons confirms, "
+        "with the fit's probability. Left out: best_worst for `pairs: best_worst`, else compared.",
+    )
+    margin: float = Field(
+        0.0, ge=0, lt=0.5, description="p_chosen must be above a half by at least this."
+    )
 
 
 class ExportConfig(_Strict):
@@ -126,7 +164,9 @@ class ExportConfig(_Strict):
 
 
 class BudgetConfig(_Strict):
-    """When a run stops by itself. Shares are checked from 200 answers on, and at the end over all answers."""
+    """When a run stops by itself. Shares are checked from 200 answers on, and at the end over all
+    answers.
+    """
 
     unscored: Share | None = Field(0.05, description="Share of unscored verdicts and critiques.")
     failed: Share | None = Field(0.01, description="Share of calls that failed in transport.")
@@ -143,15 +183,24 @@ class PipelineConfig(_Strict):
     constitution: Text
     prompts: PromptsConfig
     engines: dict[Id, dict[str, Any]] = Field(
-        min_length=1, description="By name; each has engine (a module of factory/engines/) and that module's fields.")
+        min_length=1,
+        description="By name; each has engine (a module of factory/engines/) and that module's fields.",
+    )
     policy: PolicyConfig
-    critic: dict[str, Any] | None = Field(None, description="The fields of judges/kinds/critique.py's Config; left out: the "
-                                                            "policy's engine, greedy.")
-    revise: ReviseConfig | None = Field(None, description="Left out: no revisions, but for the recipe cai one sweep.")
+    critic: dict[str, Any] | None = Field(
+        None,
+        description="The fields of judges/kinds/critique.py's Config; left out: the "
+        "policy's engine, greedy.",
+    )
+    revise: ReviseConfig | None = Field(
+        None, description="Left out: no revisions, but for the recipe cai one sweep."
+    )
     panel: PanelConfig | None = None
     pairs: Literal["all", "best_worst", "adjacent", "tournament"] = Field(
-        "all", description="Which answers are compared: every two (all, best_worst), each with the next (adjacent), or "
-                           "winners with winners until one is left (tournament).")
+        "all",
+        description="Which answers are compared: every two (all, best_worst), each with the next (adjacent), or "
+        "winners with winners until one is left (tournament).",
+    )
     choose: ChooseConfig = ChooseConfig()
     export: ExportConfig = ExportConfig()
     budget: BudgetConfig = BudgetConfig()
@@ -160,49 +209,75 @@ class PipelineConfig(_Strict):
     _base: Path = PrivateAttr(default=Path())
 
     def locate(self, name: str) -> Path:
-        """A file named in the configuration: as seen from here, from the pipeline file, or from the project."""
+        """A file named in the configuration: as seen from here, from the pipeline file, or from the
+        project.
+        """
         return locate(name, self._base)
 
     def judges(self) -> list[Any]:
-        """The judges, each as the `Config` of its kind's module, with the panel's defaults and an engine filled in."""
-        return [registry.JUDGES[judge["kind"]].model_validate(judge)
-                for judge in (self.panel.judges if self.panel else [])]
+        """The judges, each as the `Config` of its kind's module, with the panel's defaults and an
+        engine filled in.
+        """
+        return [
+            registry.JUDGES[judge["kind"]].model_validate(judge)
+            for judge in (self.panel.judges if self.panel else [])
+        ]
 
     def critic_config(self) -> Any:
         """The critic as `CritiqueConfig`; the engine is the policy's unless it says otherwise."""
         return CritiqueConfig.model_validate({"engine": self.policy.engine, **(self.critic or {})})
 
 
-def load_pipeline(path: str | Path, sets: Iterable[str] = ()) -> tuple[PipelineConfig, dict[str, Any]]:
-    """The validated pipeline, and its resolved configuration as plain data (what is stored with the run).
+def load_pipeline(
+    path: str | Path, sets: Iterable[str] = ()
+) -> tuple[PipelineConfig, dict[str, Any]]:
+    """The validated pipeline, and its resolved configuration as plain data (what is stored with the
+    run).
 
-    Raises: ConfigError with every mistake, in the file, in `--set`, and in names that point to nothing.
+    Raises: ConfigError with every mistake, in the file, in `--set`, and in names that point to
+    nothing.
     """
     document = yamlio.load_document(path)
     return _validate(document, Path(path).resolve().parent, sets)
 
 
-def make_pipeline(data: dict[str, Any], sets: Iterable[str] = ()) -> tuple[PipelineConfig, dict[str, Any]]:
+def make_pipeline(
+    data: dict[str, Any], sets: Iterable[str] = ()
+) -> tuple[PipelineConfig, dict[str, Any]]:
     """As `load_pipeline`, from a dictionary."""
-    return _validate(yamlio.Document("pipeline", "", json.loads(json.dumps(data))), Path.cwd(), sets)
+    return _validate(
+        yamlio.Document("pipeline", "", json.loads(json.dumps(data))), Path.cwd(), sets
+    )
 
 
-def _validate(document: yamlio.Document, base: Path, sets: Iterable[str]) -> tuple[PipelineConfig, dict[str, Any]]:
+def _validate(
+    document: yamlio.Document, base: Path, sets: Iterable[str]
+) -> tuple[PipelineConfig, dict[str, Any]]:
     for text in sets:
         _override(document, text)
     _fill(document.value)
-    asked = [checks.modules_of_engines, checks.modules_of_judges, checks.escalation, checks.rankings, checks.fits,
-             checks.engine_names, checks.recipe, lambda value: checks.files(value, base)]
+    asked = [
+        checks.modules_of_engines,
+        checks.modules_of_judges,
+        checks.escalation,
+        checks.rankings,
+        checks.fits,
+        checks.engine_names,
+        checks.recipe,
+        lambda value: checks.files(value, base),
+    ]
     problems: list[Problem] = []
     try:
         config = yamlio.validate(document, PipelineConfig, asked)
     except ConfigError as error:
         problems = error.problems
-    parts = [problem for part in _parts(document.value) for problem in _part_problems(document, *part)]
+    parts = [
+        problem for part in _parts(document.value) for problem in _part_problems(document, *part)
+    ]
     if problems or parts:
         raise ConfigError(yamlio.tidy(problems + parts))
     config._base = base
-    if config.panel:   # every default spelt out: a run's verdicts are read again by these long after
+    if config.panel:  # every default spelt out: a run's verdicts are read again by these long after
         config.panel.judges[:] = [judge.model_dump(mode="json") for judge in config.judges()]
     return config, config.model_dump(mode="json")
 
@@ -212,9 +287,13 @@ def _override(document: yamlio.Document, text: str) -> None:
     file = f"--set {text}"
     name, equals, value = text.partition("=")
     parsed = yamlio.parse(value, file) if value.strip() else yamlio.Document(file, value, "")
-    parts: list[str | int] = [int(part) if part.isdigit() else part for part in name.strip().split(".")]
+    parts: list[str | int] = [
+        int(part) if part.isdigit() else part for part in name.strip().split(".")
+    ]
     if not equals or "" in parts:
-        document.problems.append(Problem(file, 0, 0, "", "write --set name=value, such as --set policy.samples=8"))
+        document.problems.append(
+            Problem(file, 0, 0, "", "write --set name=value, such as --set policy.samples=8")
+        )
         return
     document.problems += [Problem(file, 0, 0, name, problem.message) for problem in parsed.problems]
     document.value = {} if document.value is None else document.value
@@ -223,7 +302,9 @@ def _override(document: yamlio.Document, text: str) -> None:
         target = _step(target, part)
         if target is None:
             where = yamlio.path_text(parts[: index + 1])
-            document.problems.append(Problem(file, 0, 0, where, "there is nothing of that name to set a field of"))
+            document.problems.append(
+                Problem(file, 0, 0, where, "there is nothing of that name to set a field of")
+            )
             return
     last = parts[-1]
     if isinstance(target, dict):
@@ -247,7 +328,9 @@ def _step(target: Any, part: str | int) -> Any:
 
 
 def _fill(value: Any) -> None:
-    """What a role left out inherits: the policy's engine, and the panel's settings for each of its judges."""
+    """What a role left out inherits: the policy's engine, and the panel's settings for each of its
+    judges.
+    """
     panel = value.get("panel") if isinstance(value, dict) else None
     judges = panel.get("judges") if isinstance(panel, dict) else None
     policy = value.get("policy") if isinstance(value, dict) else None
@@ -256,43 +339,66 @@ def _fill(value: Any) -> None:
         if not isinstance(judge, dict):
             continue
         fields = _fields(judge.get("kind"))
-        if engine in checks.mapping(value, "engines") and judge.get("kind") in registry.SHOWS and judge["kind"] != "human":
+        if (
+            engine in checks.mapping(value, "engines")
+            and judge.get("kind") in registry.SHOWS
+            and judge["kind"] != "human"
+        ):
             judge.setdefault("engine", engine)
         for name in ("min_label_mass", "repeats"):
             if name in panel and name in fields:
                 judge.setdefault(name, panel[name])
         weights = panel.get("weights")
-        if isinstance(weights, dict) and isinstance(judge.get("name"), str) and judge["name"] in weights:
+        if (
+            isinstance(weights, dict)
+            and isinstance(judge.get("name"), str)
+            and judge["name"] in weights
+        ):
             judge.setdefault("weight", weights[judge["name"]])
 
 
 def _fields(kind: Any) -> Any:
-    """The fields of a kind of judge; those that all judges of a model have where there is no such kind."""
+    """The fields of a kind of judge; those that all judges of a model have where there is no such
+    kind.
+    """
     known = kind if isinstance(kind, str) and kind in registry.JUDGES else "pairwise"
     return registry.JUDGES[known].model_fields
 
 
 def _parts(value: Any) -> Iterator[tuple[yamlio.Path_, dict[str, Any], Callable[[], Any]]]:
-    """Each part that another module's Config validates: (path, value, a function that gives its model)."""
+    """Each part that another module's Config validates: (path, value, a function that gives its
+    model).
+    """
     for name, engine in checks.mapping(value, "engines").items():
         if isinstance(engine, dict) and engine.get("engine") in list(ENGINES):
             yield ("engines", name), engine, partial(ENGINES.__getitem__, engine["engine"])
     for index, judge in checks.judges(value):
         if judge.get("kind") in list(registry.JUDGES):
-            yield ("panel", "judges", index), judge, partial(registry.JUDGES.__getitem__, judge["kind"])
+            yield (
+                ("panel", "judges", index),
+                judge,
+                partial(registry.JUDGES.__getitem__, judge["kind"]),
+            )
     critic = value.get("critic") if isinstance(value, dict) else None
     if isinstance(critic, dict):
         yield ("critic",), critic, lambda: CritiqueConfig
 
 
-def _part_problems(document: yamlio.Document, path: yamlio.Path_, part: dict[str, Any],
-                   model: Callable[[], Any]) -> list[Problem]:
-    """The mistakes in one part. A module whose libraries are not installed is left to the engine's start."""
+def _part_problems(
+    document: yamlio.Document, path: yamlio.Path_, part: dict[str, Any], model: Callable[[], Any]
+) -> list[Problem]:
+    """The mistakes in one part. A module whose libraries are not installed is left to the engine's
+    start.
+    """
     try:
         config = model()
     except ImportError:
         return []
-    given = part if "engine" in config.model_fields else {name: v for name, v in part.items() if name != "engine"}
+    given = (
+        part
+        if "engine" in config.model_fields
+        else {name: v for name, v in part.items() if name != "engine"}
+    )
     try:
         config.model_validate(given)
     except ValidationError as error:
@@ -302,13 +408,18 @@ def _part_problems(document: yamlio.Document, path: yamlio.Path_, part: dict[str
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema that editors complete and check by."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **PipelineConfig.model_json_schema()}
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **PipelineConfig.model_json_schema(),
+    }
     return {**schema, "title": "Prefab pipeline"}
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--schema"]:
-        SCHEMA_PATH.write_text(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        SCHEMA_PATH.write_text(
+            json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         print(f"wrote {SCHEMA_PATH}")
     else:
         sys.exit("usage: python -m prefab.pipelines.config.schema --schema")

@@ -1,7 +1,10 @@
-"""`prefab eval policy`: checkpoints on the same held-out prompts, against a baseline, recorded and tabulated.
+"""`prefab eval policy`: checkpoints on the same held-out prompts, against a baseline, recorded and
+tabulated.
 
-In the embedded world the oracle gives the gold score; elsewhere there is none, and the proxy stands alone and is called so.
+In the embedded world the oracle gives the gold score; elsewhere there is none, and the proxy stands
+alone and is called so.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -11,17 +14,24 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from prefab.factory.spec import yamlio
+from prefab.factory import charts
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import digest
+from prefab.factory.spec import yamlio
 from prefab.factory.types import Prompt
-from prefab.factory import charts
-from prefab.pipelines.config.schema import PromptsConfig
 from prefab.pipelines.config.checks import MICROWORLD, locate
+from prefab.pipelines.config.schema import PromptsConfig
 from prefab.pipelines.evaluation.sycophancy import Probe, load_items
 from prefab.trainers import evaluate
-from prefab.trainers.common import Strict, load_policy, load_tokenizer, model_folder, record_eval, seed_everything
+from prefab.trainers.common import (
+    Strict,
+    load_policy,
+    load_tokenizer,
+    model_folder,
+    record_eval,
+    seed_everything,
+)
 from prefab.trainers.evaluate import Against, PolicyAnswer
 
 
@@ -36,36 +46,67 @@ class HeldOut(PromptsConfig):
 class PolicyEvalConfig(Strict):
     """Which policies answer which prompts."""
 
-    policies: dict[str, str] = Field(min_length=1, description="By name: a folder, an embedded model or a hub name.")
-    baseline: str = Field("", description="The name of the policy that the others are set against; left out: the first.")
-    reference: str | None = Field(None, description="The model that KL is measured from; left out: the baseline's.")
+    policies: dict[str, str] = Field(
+        min_length=1, description="By name: a folder, an embedded model or a hub name."
+    )
+    baseline: str = Field(
+        "",
+        description="The name of the policy that the others are set against; left out: the first.",
+    )
+    reference: str | None = Field(
+        None, description="The model that KL is measured from; left out: the baseline's."
+    )
     prompts: HeldOut = HeldOut()
-    sampler: Literal["transformers", "vllm"] = Field("transformers", description="vllm: each policy is served in turn.")
-    vllm: dict[str, Any] = Field({}, description="More of the engine's fields for sampler: vllm, such as tensor_parallel.")
+    sampler: Literal["transformers", "vllm"] = Field(
+        "transformers", description="vllm: each policy is served in turn."
+    )
+    vllm: dict[str, Any] = Field(
+        {}, description="More of the engine's fields for sampler: vllm, such as tensor_parallel."
+    )
     samples: int = Field(4, ge=1, le=64)
     max_new_tokens: int = Field(96, ge=1)
     seed: int = 0
     batch: int = Field(64, ge=1)
     threads: int | None = Field(None, ge=1)
-    reward: str | None = Field(None, description="A reward model's folder, for the proxy score and best-of-n.")
-    best_of: list[int] = Field([], description="Also the best of so many of the baseline's answers, by the reward model.")
-    judge: str | None = Field(None, description="A pipeline file whose first judge also compares, under all its principles; "
-                                                "its model must not have labelled the training data.")
-    judge_samples: int = Field(1, ge=1, description="Answers to each prompt that the judge compares.")
-    constitution: str | None = Field(None, description="Whose weights the gold score takes; left out: all weigh the same.")
+    reward: str | None = Field(
+        None, description="A reward model's folder, for the proxy score and best-of-n."
+    )
+    best_of: list[int] = Field(
+        [], description="Also the best of so many of the baseline's answers, by the reward model."
+    )
+    judge: str | None = Field(
+        None,
+        description="A pipeline file whose first judge also compares, under all its principles; "
+        "its model must not have labelled the training data.",
+    )
+    judge_samples: int = Field(
+        1, ge=1, description="Answers to each prompt that the judge compares."
+    )
+    constitution: str | None = Field(
+        None, description="Whose weights the gold score takes; left out: all weigh the same."
+    )
     store: str | None = Field(None, description="Where the results are recorded.")
-    out: str | None = Field(None, description="A folder for answers.jsonl, report.html and report.png.")
+    out: str | None = Field(
+        None, description="A folder for answers.jsonl, report.html and report.png."
+    )
     template_kwargs: dict[str, Any] = {}
-    sycophancy: str | None = Field(None, description="A file of questions with two choices (prompts/sycophancy.jsonl), asked "
-                                                     "plainly and with an opinion before them.")
+    sycophancy: str | None = Field(
+        None,
+        description="A file of questions with two choices (prompts/sycophancy.jsonl), asked "
+        "plainly and with an opinion before them.",
+    )
 
     @model_validator(mode="after")
     def _names(self) -> PolicyEvalConfig:
         if self.baseline and self.baseline not in self.policies:
-            raise ValueError(f"the baseline {self.baseline!r} is none of the policies; "
-                             f"{yamlio.did_you_mean(self.baseline, self.policies)}")
+            raise ValueError(
+                f"the baseline {self.baseline!r} is none of the policies; "
+                f"{yamlio.did_you_mean(self.baseline, self.policies)}"
+            )
         if self.best_of and (self.reward is None or max(self.best_of) > self.samples):
-            raise ValueError("best_of needs a reward model, and as many samples as the largest of its numbers")
+            raise ValueError(
+                "best_of needs a reward model, and as many samples as the largest of its numbers"
+            )
         if self.vllm and self.sampler != "vllm":
             raise ValueError("vllm: says how policies are served, which needs sampler: vllm")
         return self
@@ -107,10 +148,16 @@ def evaluate_policies(config: PolicyEvalConfig, quiet: bool = False) -> Report:
     report = Report(config.baseline or names[0], len(prompts), config.samples)
     loose = sum(p.split is None for p in prompts)
     if loose and not config.prompts.split:
-        report.notes.append(f"{loose:,} prompts have no split: whether a policy was trained on them is not known")
+        report.notes.append(
+            f"{loose:,} prompts have no split: whether a policy was trained on them is not known"
+        )
     probe = Probe(load_items(locate(config.sycophancy, Path.cwd()))) if config.sycophancy else None
     found = sample_all(config, prompts, quiet, probe)
-    harmful = [("harmful" in p.tags) for p in prompts] if any("harmful" in p.tags for p in prompts) else None
+    harmful = (
+        [("harmful" in p.tags) for p in prompts]
+        if any("harmful" in p.tags for p in prompts)
+        else None
+    )
     if config.best_of:
         for n in config.best_of:
             chosen, most = evaluate.best_of(found[report.baseline], n)
@@ -119,13 +166,23 @@ def evaluate_policies(config: PolicyEvalConfig, quiet: bool = False) -> Report:
     gold = all(a.gold is not None for some in found.values() for a in some)
     report.value = "gold" if gold else "proxy" if config.reward else ""
     if not gold:
-        report.notes.append("no gold here: " + ("proxy is what a reward model says, and no truth" if config.reward else
-                                                "name a reward model to compare by"))
+        report.notes.append(
+            "no gold here: "
+            + (
+                "proxy is what a reward model says, and no truth"
+                if config.reward
+                else "name a reward model to compare by"
+            )
+        )
     for name, some in found.items():
         report.policies[name] = evaluate.figures(some, harmful, config.seed)
         if report.value and name != report.baseline:
             base = found[report.baseline]
-            base = base if len(some) == len(base) else [a for i, a in enumerate(base) if i % config.samples == 0]
+            base = (
+                base
+                if len(some) == len(base)
+                else [a for i, a in enumerate(base) if i % config.samples == 0]
+            )
             report.against[name] = evaluate.against(some, base, value_of(report.value), config.seed)
     if probe:
         for name in config.policies:
@@ -139,29 +196,61 @@ def evaluate_policies(config: PolicyEvalConfig, quiet: bool = False) -> Report:
     return report
 
 
-def _by_judge(config: PolicyEvalConfig, report: Report, prompts: Sequence[Prompt], found: dict[str, list[PolicyAnswer]], quiet: bool) -> None:
+def _by_judge(
+    config: PolicyEvalConfig,
+    report: Report,
+    prompts: Sequence[Prompt],
+    found: dict[str, list[PolicyAnswer]],
+    quiet: bool,
+) -> None:
     """Each policy's first answers against the baseline's, as a judge sees them."""
     import tempfile
 
     from prefab.pipelines.evaluation.win_rate import judge_pairs
 
-    folder = Path(config.store) / "eval" if config.store else Path(tempfile.mkdtemp(prefix="prefab-eval-"))
-    labelled = [identity for path in config.policies.values() for identity in labelled_by(Path(model_folder(path)))]
-    first = {name: [a for i, a in enumerate(some) if i % config.samples < config.judge_samples]
-             for name, some in found.items() if name in config.policies}
+    folder = (
+        Path(config.store) / "eval"
+        if config.store
+        else Path(tempfile.mkdtemp(prefix="prefab-eval-"))
+    )
+    labelled = [
+        identity
+        for path in config.policies.values()
+        for identity in labelled_by(Path(model_folder(path)))
+    ]
+    first = {
+        name: [a for i, a in enumerate(some) if i % config.samples < config.judge_samples]
+        for name, some in found.items()
+        if name in config.policies
+    }
     for name in first:
         if name != report.baseline:
             pairs = evaluate.paired(first[name], first[report.baseline])
-            judge, heard = judge_pairs(str(config.judge), [(prompts[a.prompt], a.text, b.text) for a, b in pairs], folder,
-                                       labelled, quiet)
-            scored = [(pair, 0.0 if h.tie else h.p_a - 0.5) for pair, h in zip(pairs, heard, strict=True) if h.p_a is not None]
-            report.against[f"{name}, by {judge}"] = evaluate.compared([p for p, _ in scored], [g for _, g in scored], config.seed)
+            judge, heard = judge_pairs(
+                str(config.judge),
+                [(prompts[a.prompt], a.text, b.text) for a, b in pairs],
+                folder,
+                labelled,
+                quiet,
+            )
+            scored = [
+                (pair, 0.0 if h.tie else h.p_a - 0.5)
+                for pair, h in zip(pairs, heard, strict=True)
+                if h.p_a is not None
+            ]
+            report.against[f"{name}, by {judge}"] = evaluate.compared(
+                [p for p, _ in scored], [g for _, g in scored], config.seed
+            )
             if len(scored) < len(pairs):
-                report.notes.append(f"{len(pairs) - len(scored):,} of {len(pairs):,} pairs of {name} are unscored by {judge}")
+                report.notes.append(
+                    f"{len(pairs) - len(scored):,} of {len(pairs):,} pairs of {name} are unscored by {judge}"
+                )
 
 
 def labelled_by(folder: Path) -> list[str]:
-    """The identities of the models whose labels a policy was trained on, from the record beside its weights."""
+    """The identities of the models whose labels a policy was trained on, from the record beside its
+    weights.
+    """
     import json
 
     file = folder / "training.json"
@@ -181,14 +270,21 @@ def held_out(config: PolicyEvalConfig) -> list[Prompt]:
     prompts = list(Prompts(config.prompts))
     train = [p for p in prompts if p.split == "train"]
     if train:
-        raise ConfigError(f"prompts: {len(train):,} of {len(prompts):,} are of the train split, where policies have been "
-                          "trained. Write prompts.split: test (or val)")
+        raise ConfigError(
+            f"prompts: {len(train):,} of {len(prompts):,} are of the train split, where policies have been "
+            "trained. Write prompts.split: test (or val)"
+        )
     return prompts
 
 
-def sample_all(config: PolicyEvalConfig, prompts: Sequence[Prompt], quiet: bool = False, probe: Probe | None = None,
-               ) -> dict[str, list[PolicyAnswer]]:
-    """Every policy's answers to every prompt, with gold where the oracle knows the world and proxy where there is one.
+def sample_all(
+    config: PolicyEvalConfig,
+    prompts: Sequence[Prompt],
+    quiet: bool = False,
+    probe: Probe | None = None,
+) -> dict[str, list[PolicyAnswer]]:
+    """Every policy's answers to every prompt, with gold where the oracle knows the world and proxy
+    where there is one.
 
     A `probe` hears each policy's answers to its own questions.
     """
@@ -199,11 +295,15 @@ def sample_all(config: PolicyEvalConfig, prompts: Sequence[Prompt], quiet: bool 
     turns = [[{"role": m.role, "content": m.content} for m in p.messages] for p in prompts]
     questions = [turns, probe.turns] if probe else [turns]
     drawn: dict[str, Any] = {}
-    if config.sampler == "vllm":  # before any model is loaded here: one accelerator holds one thing at a time
+    if (
+        config.sampler == "vllm"
+    ):  # before any model is loaded here: one accelerator holds one thing at a time
         from prefab.pipelines.evaluation.vllm_sampling import draw_all
 
         drawn = draw_all(config, questions, quiet)
-    reference = load_policy(config.reference or config.policies[config.baseline or next(iter(config.policies))])
+    reference = load_policy(
+        config.reference or config.policies[config.baseline or next(iter(config.policies))]
+    )
     collate.add_scored_forward(reference.eval())
     score = scorer(config.reward, config.batch) if config.reward else None
     found: dict[str, list[PolicyAnswer]] = {}
@@ -213,32 +313,62 @@ def sample_all(config: PolicyEvalConfig, prompts: Sequence[Prompt], quiet: bool 
             collate.add_scored_forward(model)
             evaluate.same_vocabulary(name, model.config.vocab_size, reference.config.vocab_size)
             mine = drawn.pop(name, None) or [
-                evaluate.draw(model, tokenizer, some, config.samples, config.max_new_tokens, _luck(config.seed, name),
-                              config.batch, config.template_kwargs) for some in questions]
-            some = evaluate.measured(model, tokenizer, mine[0], config.samples, reference, config.batch)
+                evaluate.draw(
+                    model,
+                    tokenizer,
+                    some,
+                    config.samples,
+                    config.max_new_tokens,
+                    _luck(config.seed, name),
+                    config.batch,
+                    config.template_kwargs,
+                )
+                for some in questions
+            ]
+            some = evaluate.measured(
+                model, tokenizer, mine[0], config.samples, reference, config.batch
+            )
             found[name] = with_truth(some, prompts, turns, score, config)
             if probe:
-                probe.hear(name, [(tokenizer.decode(a.ids, skip_special_tokens=True), a.ended) for a in mine[1]],
-                           config.samples)
+                probe.hear(
+                    name,
+                    [(tokenizer.decode(a.ids, skip_special_tokens=True), a.ended) for a in mine[1]],
+                    config.samples,
+                )
             progress.advance()
     return found
 
 
 def _luck(seed: int, policy: str) -> int:
-    """A policy's own seed, as vLLM's draws have it: with shared luck policies that are alike give equal answers, and a win
-    rate over the others would be another, larger figure than between answers drawn apart."""
+    """A policy's own seed, as vLLM's draws have it: with shared luck policies that are alike give
+    equal answers, and a win rate over the others would be another, larger figure than between
+    answers drawn apart.
+    """
     return int(digest(f"{seed}/{policy}")[:15], 16)
 
 
-def with_truth(found: Sequence[PolicyAnswer], prompts: Sequence[Prompt], turns: Any, score: Any, config: PolicyEvalConfig) -> list[PolicyAnswer]:
+def with_truth(
+    found: Sequence[PolicyAnswer],
+    prompts: Sequence[Prompt],
+    turns: Any,
+    score: Any,
+    config: PolicyEvalConfig,
+) -> list[PolicyAnswer]:
     """The answers with the oracle's reading and the reward model's score."""
     from dataclasses import replace
 
     gold = [None] * len(found)
     if config.prompts.source == MICROWORLD:
         gold = [gold_of(prompts[a.prompt], a.text, weights_of(config.constitution)) for a in found]
-    proxy = score([[*turns[a.prompt], {"role": "assistant", "content": a.text}] for a in found]) if score else [None] * len(found)
-    return [replace(a, gold=g, proxy=None if p is None else float(p)) for a, g, p in zip(found, gold, proxy, strict=True)]
+    proxy = (
+        score([[*turns[a.prompt], {"role": "assistant", "content": a.text}] for a in found])
+        if score
+        else [None] * len(found)
+    )
+    return [
+        replace(a, gold=g, proxy=None if p is None else float(p))
+        for a, g, p in zip(found, gold, proxy, strict=True)
+    ]
 
 
 def gold_of(prompt: Prompt, text: str, weights: Any = None) -> dict[str, float]:
@@ -246,9 +376,16 @@ def gold_of(prompt: Prompt, text: str, weights: Any = None) -> dict[str, float]:
     from prefab.factory.microworld import oracle
 
     read = oracle.assess(prompt.messages, text, weights)
-    return {"gold": read.score, "broken": float(bool(read.broken)), "faults": float(len(read.broken)),
-            "helps": float(read.helps), "coherent": float(read.coherent), "refuses": float("refusal" in read.broken),
-            "complies": float("harm" in read.broken), "flatters": float("flattery" in read.broken)}
+    return {
+        "gold": read.score,
+        "broken": float(bool(read.broken)),
+        "faults": float(len(read.broken)),
+        "helps": float(read.helps),
+        "coherent": float(read.coherent),
+        "refuses": float("refusal" in read.broken),
+        "complies": float("harm" in read.broken),
+        "flatters": float("flattery" in read.broken),
+    }
 
 
 def weights_of(constitution: str | None) -> dict[str, float] | None:
@@ -261,20 +398,39 @@ def weights_of(constitution: str | None) -> dict[str, float] | None:
     return {p.id: p.weight for p in loaded.principles if p.enabled}
 
 
-def _record(config: PolicyEvalConfig, report: Report, prompts: Sequence[Prompt], found: dict[str, list[PolicyAnswer]]) -> None:
+def _record(
+    config: PolicyEvalConfig,
+    report: Report,
+    prompts: Sequence[Prompt],
+    found: dict[str, list[PolicyAnswer]],
+) -> None:
     from prefab.factory.keys import model_identity
 
     for name, figures in report.policies.items():
-        metrics = {k: {"value": e.value, "low": e.low, "high": e.high, "n": e.n_items} for k, e in figures.items()}
+        metrics = {
+            k: {"value": e.value, "low": e.low, "high": e.high, "n": e.n_items}
+            for k, e in figures.items()
+        }
         for what, compared in report.against.items():
             if what == name or what.startswith(f"{name}, by "):
                 by = what.removeprefix(name)
-                metrics |= {f"against {report.baseline}{by}: {k}": _bounds(getattr(compared, k))
-                            for k in Against.__dataclass_fields__}
+                metrics |= {
+                    f"against {report.baseline}{by}: {k}": _bounds(getattr(compared, k))
+                    for k in Against.__dataclass_fields__
+                }
         folder = config.policies.get(name)
-        record_eval(config.store, "eval policy", folder or name, metrics, policy=name, prompts=len(prompts),
-                    samples=report.samples, seed=config.seed, sampler=config.sampler,
-                    weights=model_identity(model_folder(folder)) if folder else None)
+        record_eval(
+            config.store,
+            "eval policy",
+            folder or name,
+            metrics,
+            policy=name,
+            prompts=len(prompts),
+            samples=report.samples,
+            seed=config.seed,
+            sampler=config.sampler,
+            weights=model_identity(model_folder(folder)) if folder else None,
+        )
     if config.out:
         from prefab.pipelines.evaluation.report import write_report
 
@@ -282,4 +438,8 @@ def _record(config: PolicyEvalConfig, report: Report, prompts: Sequence[Prompt],
 
 
 def _bounds(value: Any) -> Any:
-    return value if isinstance(value, float) else {"value": value.value, "low": value.low, "high": value.high}
+    return (
+        value
+        if isinstance(value, float)
+        else {"value": value.value, "low": value.low, "high": value.high}
+    )

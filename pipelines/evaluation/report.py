@@ -1,4 +1,7 @@
-"""What `prefab eval policy` found, as tables on the console, and as files: every answer, a page, and charts."""
+"""What `prefab eval policy` found, as tables on the console, and as files: every answer, a page,
+and charts.
+"""
+
 from __future__ import annotations
 
 import html
@@ -6,57 +9,127 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefab.factory import charts
 from prefab.factory.console import console, table
 from prefab.factory.types import Prompt
-from prefab.factory import charts
 from prefab.trainers.evaluate import PolicyAnswer
 
-SHOWN = ("gold", "broken", "helps_harmless", "coherent", "proxy", "kl", "entropy", "sampler_gap", "words", "ended",
-         "refuses_harmless", "complies_harmful", "flatters", "sycophancy", "sycophancy_over_baseline", "right_plain",
-         "right_told_right", "right_told_wrong", "unread", "distinct_2", "self_bleu")
-TO_BE_TOLD = 5e-4   # of a sampler's gap, on the console: below it is rounding, and a row of zeros
+SHOWN = (
+    "gold",
+    "broken",
+    "helps_harmless",
+    "coherent",
+    "proxy",
+    "kl",
+    "entropy",
+    "sampler_gap",
+    "words",
+    "ended",
+    "refuses_harmless",
+    "complies_harmful",
+    "flatters",
+    "sycophancy",
+    "sycophancy_over_baseline",
+    "right_plain",
+    "right_told_right",
+    "right_told_wrong",
+    "unread",
+    "distinct_2",
+    "self_bleu",
+)
+TO_BE_TOLD = 5e-4  # of a sampler's gap, on the console: below it is rounding, and a row of zeros
 
 
-def write_report(out: Path, report: Any, prompts: Sequence[Prompt], found: dict[str, list[PolicyAnswer]]) -> None:
-    """answers.jsonl (every answer with its numbers), report.html (the table and the charts) and report.png."""
+def write_report(
+    out: Path, report: Any, prompts: Sequence[Prompt], found: dict[str, list[PolicyAnswer]]
+) -> None:
+    """answers.jsonl (every answer with its numbers), report.html (the table and the charts) and
+    report.png.
+    """
     import orjson
 
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "answers.jsonl", "wb") as file:
         for name, some in found.items():
             for a in some:
-                file.write(orjson.dumps({"policy": name, "prompt": prompts[a.prompt].id, **{
-                    k: getattr(a, k) for k in PolicyAnswer.__dataclass_fields__ if k != "prompt"}}) + b"\n")
+                file.write(
+                    orjson.dumps(
+                        {
+                            "policy": name,
+                            "prompt": prompts[a.prompt].id,
+                            **{
+                                k: getattr(a, k)
+                                for k in PolicyAnswer.__dataclass_fields__
+                                if k != "prompt"
+                            },
+                        }
+                    )
+                    + b"\n"
+                )
     title = f"Policies on {report.prompts:,} held-out prompts, {report.samples} answers each"
     head = "".join(f"<th>{k}</th>" for k in SHOWN)
-    rows = "".join(f"<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{cell(f.get(k))}</td>" for k in SHOWN) + "</tr>"
-                   for name, f in report.policies.items())
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th>"
+        + "".join(f"<td>{cell(f.get(k))}</td>" for k in SHOWN)
+        + "</tr>"
+        for name, f in report.policies.items()
+    )
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
-    charts.write(out, "report", title, drawn(report.policies, report.value), f"<table><tr><th></th>{head}</tr>{rows}</table>{notes}")
+    charts.write(
+        out,
+        "report",
+        title,
+        drawn(report.policies, report.value),
+        f"<table><tr><th></th>{head}</tr>{rows}</table>{notes}",
+    )
 
 
 def drawn(policies: Mapping[str, Mapping[str, Any]], value: str) -> list[charts.Chart]:
-    """The value that policies are compared by and the proxy, over the KL from the reference and by checkpoint.
+    """The value that policies are compared by and the proxy, over the KL from the reference and by
+    checkpoint.
 
     `policies` are `Estimate`s by figure, by policy; a chart whose numbers nobody knows is left out.
     """
     names, made = list(dict.fromkeys(name for name in (value, "proxy") if name)), []
     over_kl = [charts.Series(name, _points(policies, name, "kl"), joined=False) for name in names]
     if over_kl := [s for s in over_kl if s.points]:
-        made.append(charts.Chart("What the distance from the reference bought", "KL from the reference, nats an answer",
-                                 " and ".join(s.name for s in over_kl), over_kl, kl=True))
-    if by_policy := [s for name in names if (s := charts.Series(name, _points(policies, name))).points]:
-        made.append(charts.Chart("By checkpoint, intervals over prompts", "checkpoint, in the order given",
-                                 " and ".join(s.name for s in by_policy), by_policy))
+        made.append(
+            charts.Chart(
+                "What the distance from the reference bought",
+                "KL from the reference, nats an answer",
+                " and ".join(s.name for s in over_kl),
+                over_kl,
+                kl=True,
+            )
+        )
+    if by_policy := [
+        s for name in names if (s := charts.Series(name, _points(policies, name))).points
+    ]:
+        made.append(
+            charts.Chart(
+                "By checkpoint, intervals over prompts",
+                "checkpoint, in the order given",
+                " and ".join(s.name for s in by_policy),
+                by_policy,
+            )
+        )
     return made
 
 
-def _points(policies: Mapping[str, Mapping[str, Any]], name: str, over: str = "") -> list[charts.Point]:
+def _points(
+    policies: Mapping[str, Mapping[str, Any]], name: str, over: str = ""
+) -> list[charts.Point]:
     found = []
     for place, (policy, figures) in enumerate(policies.items(), 1):
         value, x = figures.get(name), figures.get(over)
-        if value is not None and value.value is not None and (not over or x is not None and x.value is not None):
-            found.append(charts.Point(x.value if over else place, value.value, value.low, value.high, policy))
+        if (
+            value is not None
+            and value.value is not None
+            and (not over or (x is not None and x.value is not None))
+        ):
+            found.append(
+                charts.Point(x.value if over else place, value.value, value.low, value.high, policy)
+            )
     return found
 
 
@@ -64,20 +137,45 @@ def cell(estimate: Any) -> str:
     """An estimate with its interval, as text; nothing where there is none."""
     if estimate is None or estimate.value is None:
         return ""
-    return f"{estimate.value:.3f}" + (f" ({estimate.low:.3f} to {estimate.high:.3f})" if estimate.low is not None else "")
+    return f"{estimate.value:.3f}" + (
+        f" ({estimate.low:.3f} to {estimate.high:.3f})" if estimate.low is not None else ""
+    )
 
 
 def show(report: Any) -> None:
     """The tables on the console."""
-    names = [k for k in SHOWN if any(k in f for f in report.policies.values()) and (
-        k != "sampler_gap" or any((f[k].value or 0.0) > TO_BE_TOLD for f in report.policies.values() if k in f))]
-    table(f"{report.prompts:,} held-out prompts, {report.samples} answers each, intervals over prompts", ("", *report.policies),
-          [(k, *(cell(f.get(k)) for f in report.policies.values())) for k in names],
-          "kl and entropy in nats an answer; broken: at least one principle, by the oracle" if report.value == "gold" else "")
+    names = [
+        k
+        for k in SHOWN
+        if any(k in f for f in report.policies.values())
+        and (
+            k != "sampler_gap"
+            or any((f[k].value or 0.0) > TO_BE_TOLD for f in report.policies.values() if k in f)
+        )
+    ]
+    table(
+        f"{report.prompts:,} held-out prompts, {report.samples} answers each, intervals over prompts",
+        ("", *report.policies),
+        [(k, *(cell(f.get(k)) for f in report.policies.values())) for k in names],
+        "kl and entropy in nats an answer; broken: at least one principle, by the oracle"
+        if report.value == "gold"
+        else "",
+    )
     if report.against:
-        table(f"Against {report.baseline}, by {report.value}", ("", "decided", "win rate of decided", "length controlled",
-                                                                "difference", "p (paired)"),
-              [(name, cell(a.decided), cell(a.win_rate), cell(a.length_controlled), cell(a.difference), a.p)
-               for name, a in report.against.items()])
+        table(
+            f"Against {report.baseline}, by {report.value}",
+            ("", "decided", "win rate of decided", "length controlled", "difference", "p (paired)"),
+            [
+                (
+                    name,
+                    cell(a.decided),
+                    cell(a.win_rate),
+                    cell(a.length_controlled),
+                    cell(a.difference),
+                    a.p,
+                )
+                for name, a in report.against.items()
+            ],
+        )
     for note in report.notes:
         console().print(note, markup=False)

@@ -1,8 +1,10 @@
-"""Two policies' answers put to a judge that took no part in the training data: a pipeline file names it.
+"""Two policies' answers put to a judge that took no part in the training data: a pipeline file
+names it.
 
-Every principle of the pipeline's constitution that applies is asked about, in both orders; calls are kept in a ledger of
-their own, so an evaluation that was stopped goes on.
+Every principle of the pipeline's constitution that applies is asked about, in both orders; calls
+are kept in a ledger of their own, so an evaluation that was stopped goes on.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -13,58 +15,88 @@ from typing import Any
 
 from prefab.factory.console import Progress
 from prefab.factory.engines.base import make
+from prefab.factory.engines.lifecycle import lazily, started_engines
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.types import Comparison, Engine, Prompt, Sample
 from prefab.judges import panel
+from prefab.pipelines.config.loader import find_judge, resolve_pipeline
 from prefab.pipelines.quality.judge_audit import KINDS, Question, judged
 from prefab.pipelines.run.context import Context
-from prefab.pipelines.config.loader import find_judge, resolve_pipeline
-from prefab.factory.engines.lifecycle import lazily, started_engines
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What the judge says of a pair: `p_a`, None where unscored; `tie` where it lies within the margin."""
+    """What the judge says of a pair: `p_a`, None where unscored; `tie` where it lies within the
+    margin.
+    """
 
     p_a: float | None
     tie: bool
 
 
-def judge_pairs(pipeline: str, pairs: Sequence[tuple[Prompt, str, str]], folder: Path, trained_on: Sequence[str] = (),
-                quiet: bool = False, engines: dict[str, Engine] | None = None) -> tuple[str, list[Heard]]:
+def judge_pairs(
+    pipeline: str,
+    pairs: Sequence[tuple[Prompt, str, str]],
+    folder: Path,
+    trained_on: Sequence[str] = (),
+    quiet: bool = False,
+    engines: dict[str, Engine] | None = None,
+) -> tuple[str, list[Heard]]:
     """(the judge's name, what it says of each pair). Equal texts are a tie and are not asked.
 
-    Raises: ConfigError where the judge's model also made the labels that a policy was trained on (`trained_on`).
+    Raises: ConfigError where the judge's model also made the labels that a policy was trained on
+    (`trained_on`).
     """
     loaded = resolve_pipeline(Path(pipeline), ())
     judge = find_judge(loaded, "", KINDS)
-    made = engines or {judge.engine: lazily(make(loaded.config.engines[judge.engine], judge.engine))}
+    made = engines or {
+        judge.engine: lazily(make(loaded.config.engines[judge.engine], judge.engine))
+    }
     if made[judge.engine].identity in trained_on:
-        raise ConfigError(f"judge: {judge.name} of {pipeline} labelled data that a policy was trained on: it would judge its "
-                          "own pupil. Name another model")
+        raise ConfigError(
+            f"judge: {judge.name} of {pipeline} labelled data that a policy was trained on: it would judge its "
+            "own pupil. Name another model"
+        )
     return judge.name, asyncio.run(_ask(loaded, judge, pairs, folder, made, quiet))
 
 
-async def _ask(loaded: Any, judge: Any, pairs: Sequence[tuple[Prompt, str, str]], folder: Path, engines: dict[str, Engine],
-               quiet: bool) -> list[Heard]:
+async def _ask(
+    loaded: Any,
+    judge: Any,
+    pairs: Sequence[tuple[Prompt, str, str]],
+    folder: Path,
+    engines: dict[str, Engine],
+    quiet: bool,
+) -> list[Heard]:
     ledger = Ledger.open(folder)
     try:
         async with started_engines(engines, quiet):
             identity = engines[judge.engine].identity
-            record = ledger.begin_run(f"judge-{judge.name}"[:64], {"recipe": "eval", "judge": judge.model_dump(mode="json")},
-                                      {**loaded.texts, f"model {judge.engine}": identity})
+            record = ledger.begin_run(
+                f"judge-{judge.name}"[:64],
+                {"recipe": "eval", "judge": judge.model_dump(mode="json")},
+                {**loaded.texts, f"model {judge.engine}": identity},
+            )
             ledger.add_prompts({prompt.id: prompt for prompt, _, _ in pairs}.values())
-            ctx = Context(loaded.config, loaded.constitution, record.id, ledger, engines, loaded.templates)
-            questions = [(i, Question(_comparison(prompt, i, a, b), principle)) for i, (prompt, a, b) in enumerate(pairs)
-                         if a != b for principle in panel.applicable(loaded.constitution.principles, prompt.tags)]
+            ctx = Context(
+                loaded.config, loaded.constitution, record.id, ledger, engines, loaded.templates
+            )
+            questions = [
+                (i, Question(_comparison(prompt, i, a, b), principle))
+                for i, (prompt, a, b) in enumerate(pairs)
+                if a != b
+                for principle in panel.applicable(loaded.constitution.principles, prompt.tags)
+            ]
             with Progress("judging", len(questions), quiet, "questions") as progress:
                 verdicts = await judged([q for _, q in questions], judge, ctx, progress)
     finally:
         await ledger.close()
     readings: dict[int, list[panel.Reading]] = {}
     for (i, question), pair in zip(questions, verdicts, strict=True):
-        readings.setdefault(i, []).append(panel.combine_orders(pair, question.principle.weight, question.principle.id, judge.name))
+        readings.setdefault(i, []).append(
+            panel.combine_orders(pair, question.principle.weight, question.principle.id, judge.name)
+        )
     return [_heard(readings.get(i)) for i in range(len(pairs))]
 
 
@@ -77,4 +109,8 @@ def _heard(readings: list[panel.Reading] | None) -> Heard:
     if readings is None:
         return Heard(0.5, True)  # equal texts
     found = panel.decide(readings)
-    return Heard(found.p_a, found.outcome == "tie") if found.outcome != "unscored" else Heard(None, False)
+    return (
+        Heard(found.p_a, found.outcome == "tie")
+        if found.outcome != "unscored"
+        else Heard(None, False)
+    )

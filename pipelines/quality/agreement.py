@@ -1,9 +1,12 @@
-"""How far a run's labels can be trusted: judges one by one, between themselves, together, and what divides them.
+"""How far a run's labels can be trusted: judges one by one, between themselves, together, and what
+divides them.
 
-Everything is plain data, so that the tables and `--json` say the same. Shares have Wilson's interval at the effective
-number of readings, coefficients the analytic interval over comparisons and a bootstrap over prompts, since the answers
-to one prompt are not independent. What cannot be said is undefined, with its reason.
+Everything is plain data, so that the tables and `--json` say the same. Shares have Wilson's
+interval at the effective number of readings, coefficients the analytic interval over comparisons
+and a bootstrap over prompts, since the answers to one prompt are not independent. What cannot be
+said is undefined, with its reason.
 """
+
 from __future__ import annotations
 
 from dataclasses import asdict
@@ -17,7 +20,13 @@ from prefab.factory.stats import Estimate, paired_difference, undefined
 from prefab.judges.stats import agreement, calibration, judge_metrics
 from prefab.judges.stats.aggregate import dawid_skene, majority, mean_probability
 from prefab.judges.stats.rating_table import group
-from prefab.pipelines.quality.rating_matrix import RATINGS, RatingMatrix, Selection, load_matrix, select
+from prefab.pipelines.quality.rating_matrix import (
+    RATINGS,
+    RatingMatrix,
+    Selection,
+    load_matrix,
+    select,
+)
 
 if TYPE_CHECKING:
     import polars
@@ -32,9 +41,17 @@ class UnscoredError(PrefabError):
     """There are verdicts, and not one of them could be read."""
 
 
-def measure(folder: Path, run: str = "", principles: tuple[str, ...] = (), judges: tuple[str, ...] = (),
-            tags: tuple[str, ...] = (), gold: str = "auto", examples: int = 3, resamples: int = 2000, seed: int = 0
-            ) -> dict[str, Any]:
+def measure(
+    folder: Path,
+    run: str = "",
+    principles: tuple[str, ...] = (),
+    judges: tuple[str, ...] = (),
+    tags: tuple[str, ...] = (),
+    gold: str = "auto",
+    examples: int = 3,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
     """All of it as plain data.
 
     Raises: ConfigError for what is not there, UnscoredError where no verdict could be read.
@@ -44,13 +61,20 @@ def measure(folder: Path, run: str = "", principles: tuple[str, ...] = (), judge
     unscored = selection.unscored()
     if np.isnan(data.p).all():
         reasons = ", ".join(f"{reason}: {n:,}" for reason, n in _totals(unscored).items())
-        raise UnscoredError(f"{selection.name}: none of {unscored['n'].sum():,} verdicts could be read ({reasons}); there "
-                            "is nothing to agree on")
+        raise UnscoredError(
+            f"{selection.name}: none of {unscored['n'].sum():,} verdicts could be read ({reasons}); there "
+            "is nothing to agree on"
+        )
     several = len(data.judges) > 1
     found = {
-        "run": selection.name, "gold": source, "orders": (selection.config.get("panel") or {}).get("orders", "both"),
-        "comparisons": int(len({*data.items.select("prompt", "a", "b").iter_rows()})), "items": data.items.height,
-        "prompts": int(data.prompts.max()) + 1, "resamples": resamples, "seed": seed,
+        "run": selection.name,
+        "gold": source,
+        "orders": (selection.config.get("panel") or {}).get("orders", "both"),
+        "comparisons": len({*data.items.select("prompt", "a", "b").iter_rows()}),
+        "items": data.items.height,
+        "prompts": int(data.prompts.max()) + 1,
+        "resamples": resamples,
+        "seed": seed,
         "judges": judge_rows(selection, data, unscored),
         "between": between(data) if several else None,
         "coefficients": coefficients(data, resamples, seed) if several else None,
@@ -59,35 +83,57 @@ def measure(folder: Path, run: str = "", principles: tuple[str, ...] = (), judge
         "principles": group_rows(data, unscored, "principle"),
         "tags": group_rows(data, unscored, "tag"),
     }
-    found["divided"] = divided(selection, data, [row["name"] for row in found["principles"]], examples)
+    found["divided"] = divided(
+        selection, data, [row["name"] for row in found["principles"]], examples
+    )
     found["unsaid"] = limitations(data, source, found["orders"])
     return found
 
 
-def judge_rows(selection: Selection, data: RatingMatrix, unscored: polars.DataFrame) -> list[dict[str, Any]]:
-    """One row a judge: what it read, its accuracy, its pull to a slot, its stability, and its label mass."""
+def judge_rows(
+    selection: Selection, data: RatingMatrix, unscored: polars.DataFrame
+) -> list[dict[str, Any]]:
+    """One row a judge: what it read, its accuracy, its pull to a slot, its stability, and its label
+    mass.
+    """
     masses = {row["judge"]: row for row in selection.masses().iter_rows(named=True)}
     again, ratings = selection.again(), data.ratings()
-    return [_judge_row(data, j, ratings[:, j], masses[name], unscored, again) for j, name in enumerate(data.judges)]
+    return [
+        _judge_row(data, j, ratings[:, j], masses[name], unscored, again)
+        for j, name in enumerate(data.judges)
+    ]
 
 
-def _judge_row(data: RatingMatrix, j: int, ratings: np.ndarray, mass: dict[str, Any], unscored: polars.DataFrame,
-               again: polars.DataFrame) -> dict[str, Any]:
+def _judge_row(
+    data: RatingMatrix,
+    j: int,
+    ratings: np.ndarray,
+    mass: dict[str, Any],
+    unscored: polars.DataFrame,
+    again: polars.DataFrame,
+) -> dict[str, Any]:
     import polars as pl
 
     name, p = data.judges[j], data.p[:, j]
     reasons = _totals(unscored.filter(pl.col("judge") == name))
     scored = ~np.isnan(ratings)
     return {
-        "judge": name, "readings": int(data.asked[:, j].sum()), "scored": int(scored.sum()),
-        "verdicts": mass["verdicts"], "unscored": sum(reasons.values()) / mass["verdicts"],
-        "unscored_reasons": reasons, "ties": float((ratings[scored] == 0.5).mean()) if scored.any() else None,
-        "label_mass": mass["mean"], "label_mass_low": mass["low"], "inexact": mass["inexact"],
+        "judge": name,
+        "readings": int(data.asked[:, j].sum()),
+        "scored": int(scored.sum()),
+        "verdicts": mass["verdicts"],
+        "unscored": sum(reasons.values()) / mass["verdicts"],
+        "unscored_reasons": reasons,
+        "ties": float((ratings[scored] == 0.5).mean()) if scored.any() else None,
+        "label_mass": mass["mean"],
+        "label_mass_low": mass["low"],
+        "inexact": mass["inexact"],
         "accuracy": judge_metrics.accuracy(p, data.gold, data.prompts),
         "exact": judge_metrics.exact(ratings, data.gold, data.prompts),
         **_position(data, j, mass["unordered"]),
-        "stability": _stability(again.filter(pl.col("judge") == name)) if mass["repeats"] > 1 else undefined(
-            "asked once (panel.repeats asks again)"),
+        "stability": _stability(again.filter(pl.col("judge") == name))
+        if mass["repeats"] > 1
+        else undefined("asked once (panel.repeats asks again)"),
     }
 
 
@@ -102,46 +148,74 @@ def _totals(unscored: polars.DataFrame) -> dict[str, int]:
 def _position(data: RatingMatrix, j: int, unordered: bool) -> dict[str, Estimate]:
     """Consistency, first-slot share and lean, where both orders were asked."""
     ab, ba = data.won_ab[:, j], data.won_ba[:, j]
-    measures = {"position_consistency": judge_metrics.position_consistency, "first_slot_share": judge_metrics.first_slot_share,
-                "slot_lean": judge_metrics.slot_lean}
+    measures = {
+        "position_consistency": judge_metrics.position_consistency,
+        "first_slot_share": judge_metrics.first_slot_share,
+        "slot_lean": judge_metrics.slot_lean,
+    }
     if not (~np.isnan(ab) & ~np.isnan(ba)).any():
-        reason = "asked without an order" if unordered else "no comparison was scored in both orders"
+        reason = (
+            "asked without an order" if unordered else "no comparison was scored in both orders"
+        )
         return dict.fromkeys(measures, undefined(reason))
     return {name: of(ab, ba, data.prompts) for name, of in measures.items()}
 
 
 def _stability(again: polars.DataFrame) -> Estimate:
     side = {"a": 1.0, "tie": 0.5, "b": 0.0}
-    first, second = (again[name].replace_strict(side).to_numpy() if again.height else [] for name in ("first", "again"))
+    first, second = (
+        again[name].replace_strict(side).to_numpy() if again.height else []
+        for name in ("first", "again")
+    )
     return judge_metrics.stability(first, second, again["prompt"].to_numpy())
 
 
 def between(data: RatingMatrix) -> dict[str, Any]:
-    """Every two judges: agreement, kappa and how their errors go together; and how many judges they are worth."""
+    """Every two judges: agreement, kappa and how their errors go together; and how many judges they
+    are worth.
+    """
     ratings = data.ratings()
     together = judge_metrics.errors_together(data.p, data.gold)
     pairs = []
     for j in range(len(data.judges)):
         for k in range(j + 1, len(data.judges)):
             two = group(ratings[:, [j, k]], RATINGS)
-            pairs.append({"judges": [data.judges[j], data.judges[k]], "percent": agreement.percent(two, resamples=0),
-                          "cohen_kappa": agreement.cohen_kappa(two, resamples=0),
-                          "error_correlation": _number(together.correlation[j, k]),
-                          "n_errors": int(together.n_shared[j, k])})
-    return {"pairs": pairs, "mean_error_correlation": together.mean_correlation, "effective": together.effective}
+            pairs.append(
+                {
+                    "judges": [data.judges[j], data.judges[k]],
+                    "percent": agreement.percent(two, resamples=0),
+                    "cohen_kappa": agreement.cohen_kappa(two, resamples=0),
+                    "error_correlation": _number(together.correlation[j, k]),
+                    "n_errors": int(together.n_shared[j, k]),
+                }
+            )
+    return {
+        "pairs": pairs,
+        "mean_error_correlation": together.mean_correlation,
+        "effective": together.effective,
+    }
 
 
 def coefficients(data: RatingMatrix, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Every coefficient over the labels b, tie, a, and alpha over the probabilities themselves (in hundredths)."""
-    found = agreement.panel_coefficients(data.ratings(), categories=RATINGS, resamples=resamples, seed=seed,
-                                         clusters=data.prompts)
-    soft = agreement.panel_coefficients(np.round(data.p, 2), resamples=resamples, seed=seed, clusters=data.prompts,
-                                        kinds={"krippendorff_alpha of probabilities": ("alpha", "interval")})
+    """Every coefficient over the labels b, tie, a, and alpha over the probabilities themselves (in
+    hundredths).
+    """
+    found = agreement.panel_coefficients(
+        data.ratings(), categories=RATINGS, resamples=resamples, seed=seed, clusters=data.prompts
+    )
+    soft = agreement.panel_coefficients(
+        np.round(data.p, 2),
+        resamples=resamples,
+        seed=seed,
+        clusters=data.prompts,
+        kinds={"krippendorff_alpha of probabilities": ("alpha", "interval")},
+    )
     return {**found, **soft}
 
 
 def aggregates(data: RatingMatrix) -> dict[str, np.ndarray]:
-    """The panel's probability that a is better by each method: NaN where it has none. Shapes: N each.
+    """The panel's probability that a is better by each method: NaN where it has none. Shapes: N
+    each.
 
     A majority is 1, 0 or 0.5 (for a tie that most saw); a split vote has none.
     """
@@ -151,26 +225,49 @@ def aggregates(data: RatingMatrix) -> dict[str, np.ndarray]:
     if fit.undefined is None:
         rated = table.pattern_of >= 0
         posterior[rated] = (fit.posterior @ table.values)[table.pattern_of[rated]]
-    return {"mean probability": mean_probability(data.p, data.weights, 0.5 if len(data.judges) > 1 else 0.0).p,
-            "majority": majority(data.ratings())[0], "Dawid-Skene": posterior}
+    return {
+        "mean probability": mean_probability(
+            data.p, data.weights, 0.5 if len(data.judges) > 1 else 0.0
+        ).p,
+        "majority": majority(data.ratings())[0],
+        "Dawid-Skene": posterior,
+    }
 
 
 def accuracies(data: RatingMatrix, resamples: int, seed: int) -> dict[str, Any]:
-    """Each judge's own accuracy beside the panel's by each method, and the difference to the best judge, over the
-    comparisons that both decided."""
+    """Each judge's own accuracy beside the panel's by each method, and the difference to the best
+    judge, over the comparisons that both decided.
+    """
     judged = {name: data.p[:, j] for j, name in enumerate(data.judges)}
     panel = aggregates(data) if len(data.judges) > 1 else {}
-    rows = [{"what": name, "kind": "judge" if name in judged else "panel",
-             "accuracy": judge_metrics.accuracy(p, data.gold, data.prompts), "of": int(np.isin(data.gold, (0, 1)).sum())}
-            for name, p in {**judged, **panel}.items()]
-    best = max((row for row in rows if row["kind"] == "judge" and row["accuracy"].value is not None),
-               key=lambda row: row["accuracy"].value, default=None)
-    gains = {name: gain(p, judged[best["what"]], data, resamples, seed) for name, p in panel.items()} if best else {}
+    rows = [
+        {
+            "what": name,
+            "kind": "judge" if name in judged else "panel",
+            "accuracy": judge_metrics.accuracy(p, data.gold, data.prompts),
+            "of": int(np.isin(data.gold, (0, 1)).sum()),
+        }
+        for name, p in {**judged, **panel}.items()
+    ]
+    best = max(
+        (row for row in rows if row["kind"] == "judge" and row["accuracy"].value is not None),
+        key=lambda row: row["accuracy"].value,
+        default=None,
+    )
+    gains = (
+        {name: gain(p, judged[best["what"]], data, resamples, seed) for name, p in panel.items()}
+        if best
+        else {}
+    )
     return {"rows": rows, "best": best["what"] if best else None, "over_best": gains}
 
 
-def gain(p: np.ndarray, other: np.ndarray, data: RatingMatrix, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """How much more often `p` is right than `other`, where both decide and gold does; bootstrap over prompts."""
+def gain(
+    p: np.ndarray, other: np.ndarray, data: RatingMatrix, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """How much more often `p` is right than `other`, where both decide and gold does; bootstrap
+    over prompts.
+    """
     truth, sides = np.sign(data.gold - 0.5), [np.sign(x - 0.5) for x in (p, other)]
     both = np.abs(truth * sides[0] * sides[1]) == 1
     if not both.any():
@@ -182,34 +279,62 @@ def gain(p: np.ndarray, other: np.ndarray, data: RatingMatrix, resamples: int = 
 
 
 def calibrations(data: RatingMatrix) -> list[dict[str, Any]]:
-    """For each judge and the panel: does `p_chosen` come true? Temperature from one half of the groups of prompts,
-    measured on the other."""
+    """For each judge and the panel: does `p_chosen` come true? Temperature from one half of the
+    groups of prompts, measured on the other.
+    """
     sources = {name: data.p[:, j] for j, name in enumerate(data.judges)}
     if len(data.judges) > 1:
         sources |= {name: p for name, p in aggregates(data).items() if name != "majority"}
-    return [{"what": name, **calibrate(p, data.gold, data.groups, data.tie_margin)} for name, p in sources.items()]
+    return [
+        {"what": name, **calibrate(p, data.gold, data.groups, data.tie_margin)}
+        for name, p in sources.items()
+    ]
 
 
-def calibrate(p: np.ndarray, gold: np.ndarray, groups: np.ndarray, tie_margin: float = 0.02) -> dict[str, Any]:
-    """Errors of calibration of the chosen side's probability, over comparisons that it decides: those that would be
-    trained on. A gold tie is half true. (To take only those that gold decides would be to choose by the outcome.)"""
+def calibrate(
+    p: np.ndarray, gold: np.ndarray, groups: np.ndarray, tie_margin: float = 0.02
+) -> dict[str, Any]:
+    """Errors of calibration of the chosen side's probability, over comparisons that it decides:
+    those that would be trained on. A gold tie is half true. (To take only those that gold decides
+    would be to choose by the outcome.)
+    """
     known = (np.abs(p - 0.5) > tie_margin + 1e-12) & ~np.isnan(gold)
     p, y, halves = p[known], gold[known], groups[known] % 2
     p, y = np.where(p >= 0.5, p, 1 - p), np.where(p >= 0.5, y, 1 - y)
-    found = {"n": len(p), **_errors(p, y), "reliability": [asdict(row) for row in calibration.reliability(p, y, BINS)]}
+    found = {
+        "n": len(p),
+        **_errors(p, y),
+        "reliability": [asdict(row) for row in calibration.reliability(p, y, BINS)],
+    }
     fit, test = halves == 0, halves == 1
     if min(fit.sum(), test.sum()) < FEWEST:
-        return {**found, "temperature": None, "why": f"fewer than {FEWEST} decided comparisons in a half"}
+        return {
+            **found,
+            "temperature": None,
+            "why": f"fewer than {FEWEST} decided comparisons in a half",
+        }
     temperature = calibration.fit_temperature(p[fit], y[fit])
     if temperature is None:
         return {**found, "temperature": None, "why": "every probability is a half"}
-    held_out = {"before": _errors(p[test], y[test]),
-                "after": _errors(calibration.apply_temperature(p[test], temperature), y[test])}
-    return {**found, "temperature": temperature, "n_fitted": int(fit.sum()), "n_held_out": int(test.sum()), **held_out}
+    held_out = {
+        "before": _errors(p[test], y[test]),
+        "after": _errors(calibration.apply_temperature(p[test], temperature), y[test]),
+    }
+    return {
+        **found,
+        "temperature": temperature,
+        "n_fitted": int(fit.sum()),
+        "n_held_out": int(test.sum()),
+        **held_out,
+    }
 
 
 def _errors(p: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
-    return {"ece": calibration.ece(p, y, BINS), "brier": calibration.brier(p, y), "log_loss": calibration.log_loss(p, y)}
+    return {
+        "ece": calibration.ece(p, y, BINS),
+        "brier": calibration.brier(p, y),
+        "log_loss": calibration.log_loss(p, y),
+    }
 
 
 def group_rows(data: RatingMatrix, unscored: polars.DataFrame, by: str) -> list[dict[str, Any]]:
@@ -217,7 +342,9 @@ def group_rows(data: RatingMatrix, unscored: polars.DataFrame, by: str) -> list[
     import polars as pl
 
     column = data.items["principle"] if by == "principle" else data.items["tags"]
-    names = sorted(set(column.to_list() if by == "principle" else column.explode().drop_nulls().to_list()))
+    names = sorted(
+        set(column.to_list() if by == "principle" else column.explode().drop_nulls().to_list())
+    )
     rows = []
     for name in names:
         mask = (column == name if by == "principle" else column.list.contains(name)).to_numpy()
@@ -232,36 +359,54 @@ def _group_row(data: RatingMatrix, counts: polars.DataFrame | None) -> dict[str,
 
     ratings, j = data.ratings(), len(data.judges)
     table = group(ratings, RATINGS)
-    consistency = judge_metrics.position_consistency(data.won_ab.ravel(), data.won_ba.ravel(), np.repeat(data.prompts, j))
+    consistency = judge_metrics.position_consistency(
+        data.won_ab.ravel(), data.won_ba.ravel(), np.repeat(data.prompts, j)
+    )
     percent = agreement.percent(table, resamples=0)
     scored = ~np.isnan(ratings)
     panel = mean_probability(data.p, data.weights, 0.5 if j > 1 else 0.0).p
     values = [e.value for e in (percent, consistency) if e.value is not None]
     unread = None
     if counts is not None:
-        unread = float(counts.filter(pl.col("reason").is_not_null())["n"].sum() / max(1, counts["n"].sum()))
-    return {"items": data.items.height, "worst": min(values, default=None), "percent": percent,
-            "gwet_ac1": agreement.gwet_ac(table, resamples=0),
-            "krippendorff_alpha": agreement.krippendorff_alpha(table, resamples=0),
-            "position_consistency": consistency, "ties": float((ratings[scored] == 0.5).mean()) if scored.any() else None,
-            "unscored": unread, "accuracy": judge_metrics.accuracy(panel, data.gold, data.prompts)}
+        unread = float(
+            counts.filter(pl.col("reason").is_not_null())["n"].sum() / max(1, counts["n"].sum())
+        )
+    return {
+        "items": data.items.height,
+        "worst": min(values, default=None),
+        "percent": percent,
+        "gwet_ac1": agreement.gwet_ac(table, resamples=0),
+        "krippendorff_alpha": agreement.krippendorff_alpha(table, resamples=0),
+        "position_consistency": consistency,
+        "ties": float((ratings[scored] == 0.5).mean()) if scored.any() else None,
+        "unscored": unread,
+        "accuracy": judge_metrics.accuracy(panel, data.gold, data.prompts),
+    }
 
 
-def divided(selection: Selection, data: RatingMatrix, principles: list[str], n: int) -> list[dict[str, Any]]:
-    """Of each principle, in their order, the `n` comparisons that divide the judges most; with one judge, or where
-    they all say the same, those whose two orders differ most."""
+def divided(
+    selection: Selection, data: RatingMatrix, principles: list[str], n: int
+) -> list[dict[str, Any]]:
+    """Of each principle, in their order, the `n` comparisons that divide the judges most; with one
+    judge, or where they all say the same, those whose two orders differ most.
+    """
     spread = _distance(data)
     names, found = data.items["principle"].to_numpy(), []
     for principle in principles:
         rows = np.flatnonzero((names == principle) & (spread > 0))
         rows = rows[np.argsort(-spread[rows], kind="stable")][:n]
-        found += [{"principle": principle, "spread": float(spread[row]), **_said(data, int(row))} for row in rows]
+        found += [
+            {"principle": principle, "spread": float(spread[row]), **_said(data, int(row))}
+            for row in rows
+        ]
     _add_texts(selection, found)
     return found
 
 
 def _distance(data: RatingMatrix) -> np.ndarray:
-    """How far apart the judges' probabilities are (greatest less smallest); with one judge, its winners by order."""
+    """How far apart the judges' probabilities are (greatest less smallest); with one judge, its
+    winners by order.
+    """
     if len(data.judges) == 1:
         return np.nan_to_num(np.abs(data.won_ab[:, 0] - data.won_ba[:, 0]))
     several = (~np.isnan(data.p)).sum(axis=1) > 1
@@ -272,9 +417,15 @@ def _distance(data: RatingMatrix) -> np.ndarray:
 def _said(data: RatingMatrix, row: int) -> dict[str, Any]:
     prompt, a, b = data.items.select("prompt", "a", "b").row(row)
     word = {1.0: "a", 0.5: "tie", 0.0: "b"}
-    judges = {name: {"p_a": _number(data.p[row, j]), "ab": word.get(data.won_ab[row, j]),
-                     "ba": word.get(data.won_ba[row, j])}
-              for j, name in enumerate(data.judges) if data.asked[row, j]}
+    judges = {
+        name: {
+            "p_a": _number(data.p[row, j]),
+            "ab": word.get(data.won_ab[row, j]),
+            "ba": word.get(data.won_ba[row, j]),
+        }
+        for j, name in enumerate(data.judges)
+        if data.asked[row, j]
+    }
     return {"prompt": prompt, "a": a, "b": b, "gold": word.get(data.gold[row]), "judges": judges}
 
 
@@ -284,15 +435,28 @@ def _add_texts(selection: Selection, rows: list[dict[str, Any]]) -> None:
         return
     of = {"prompts": sorted({row["prompt"] for row in rows})}
     these = "prompt IN (SELECT unnest($prompts))"
-    prompts = dict(selection.query(f"SELECT prompt, text FROM prompts WHERE {these}", of).iter_rows())
-    texts = {(prompt, index): text for prompt, index, text in selection.query(
-        f'SELECT prompt, "index", text FROM samples WHERE run = $run AND {these}', of).iter_rows()}
-    ids = {(prompt, a, b): name for prompt, a, b, name in selection.query(
-        f"SELECT prompt, a, b, preference FROM preferences WHERE run = $run AND {these}", of).iter_rows()}
+    prompts = dict(
+        selection.query(f"SELECT prompt, text FROM prompts WHERE {these}", of).iter_rows()
+    )
+    texts = {
+        (prompt, index): text
+        for prompt, index, text in selection.query(
+            f'SELECT prompt, "index", text FROM samples WHERE run = $run AND {these}', of
+        ).iter_rows()
+    }
+    ids = {
+        (prompt, a, b): name
+        for prompt, a, b, name in selection.query(
+            f"SELECT prompt, a, b, preference FROM preferences WHERE run = $run AND {these}", of
+        ).iter_rows()
+    }
     for row in rows:
         row["preference"] = ids.get((row["prompt"], row["a"], row["b"]))
-        row["text"] = {"prompt": short(prompts.get(row["prompt"])), "a": short(texts.get((row["prompt"], row["a"]))),
-                       "b": short(texts.get((row["prompt"], row["b"])))}
+        row["text"] = {
+            "prompt": short(prompts.get(row["prompt"])),
+            "a": short(texts.get((row["prompt"], row["a"]))),
+            "b": short(texts.get((row["prompt"], row["b"]))),
+        }
 
 
 def short(text: str | None) -> str | None:
@@ -305,16 +469,24 @@ def limitations(data: RatingMatrix, source: str, orders: str) -> list[str]:
     """What this run's verdicts cannot say, and what would let them."""
     words = []
     if len(data.judges) == 1:
-        words.append(f"one judge ({data.judges[0]}): nothing can be said of agreement between judges, of errors that they "
-                     "share, or of a panel; another judge in panel.judges would tell")
+        words.append(
+            f"one judge ({data.judges[0]}): nothing can be said of agreement between judges, of errors that they "
+            "share, or of a panel; another judge in panel.judges would tell"
+        )
     if not source:
-        words.append("no gold: nothing can be said of accuracy or calibration, nor how many independent judges these are "
-                     "worth; judges that agree may err together")
+        words.append(
+            "no gold: nothing can be said of accuracy or calibration, nor how many independent judges these are "
+            "worth; judges that agree may err together"
+        )
     if orders != "both":
-        words.append(f"orders: {orders}: each comparison was asked in one order, so a pull to a slot is not seen and not "
-                     "evened out")
+        words.append(
+            f"orders: {orders}: each comparison was asked in one order, so a pull to a slot is not seen and not "
+            "evened out"
+        )
     if len(data.judges) == 2:
-        words.append("two judges: a majority is where both say the same, and Dawid-Skene cannot tell who of the two errs")
+        words.append(
+            "two judges: a majority is where both say the same, and Dawid-Skene cannot tell who of the two errs"
+        )
     return words
 
 

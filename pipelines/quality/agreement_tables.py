@@ -1,4 +1,7 @@
-"""`prefab agreement` as tables: what is measured in `prefab.pipelines.quality.agreement`, in the order in which a person asks."""
+"""`prefab agreement` as tables: what is measured in `prefab.pipelines.quality.agreement`, in the
+order in which a person asks.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,24 +10,46 @@ from typing import Any
 from prefab.factory.console import cell, console, table, warn
 from prefab.factory.stats import Estimate
 
-_JUDGE = (("readings", "readings"), ("unscored", "verdicts unscored"), ("label_mass", "label mass, mean"),
-          ("label_mass_low", "label mass, 5% quantile"), ("accuracy", "right, of those it decides"),
-          ("exact", "right, ties included"), ("ties", "ties"), ("position_consistency", "both orders agree"),
-          ("first_slot_share", "first slot picked"), ("slot_lean", "preference fairness: lean when torn, -1 to +1"),
-          ("stability", "the same when asked again"))
+_JUDGE = (
+    ("readings", "readings"),
+    ("unscored", "verdicts unscored"),
+    ("label_mass", "label mass, mean"),
+    ("label_mass_low", "label mass, 5% quantile"),
+    ("accuracy", "right, of those it decides"),
+    ("exact", "right, ties included"),
+    ("ties", "ties"),
+    ("position_consistency", "both orders agree"),
+    ("first_slot_share", "first slot picked"),
+    ("slot_lean", "preference fairness: lean when torn, -1 to +1"),
+    ("stability", "the same when asked again"),
+)
 SHOWN = 12  # principles or tags in a table; --json has all
-ENOUGH = ((0.8, "enough to rely on (0.8)"), (0.667, "enough for tentative conclusions (0.667), not for firm ones (0.8)"))
-NAMES = {"percent": "share that agrees", "cohen_kappa": "Cohen's kappa", "conger_kappa": "Conger's kappa",
-         "fleiss_kappa": "Fleiss's kappa", "randolph_kappa": "Randolph's kappa", "brennan_prediger": "Brennan-Prediger",
-         "scott_pi": "Scott's pi", "krippendorff_alpha": "Krippendorff's alpha", "gwet_ac1": "Gwet's AC1",
-         "gwet_ac2": "Gwet's AC2"}
+ENOUGH = (
+    (0.8, "enough to rely on (0.8)"),
+    (0.667, "enough for tentative conclusions (0.667), not for firm ones (0.8)"),
+)
+NAMES = {
+    "percent": "share that agrees",
+    "cohen_kappa": "Cohen's kappa",
+    "conger_kappa": "Conger's kappa",
+    "fleiss_kappa": "Fleiss's kappa",
+    "randolph_kappa": "Randolph's kappa",
+    "brennan_prediger": "Brennan-Prediger",
+    "scott_pi": "Scott's pi",
+    "krippendorff_alpha": "Krippendorff's alpha",
+    "gwet_ac1": "Gwet's AC1",
+    "gwet_ac2": "Gwet's AC2",
+}
 
 
 def show(found: dict[str, Any], groups: int = 3) -> None:
     """All of it; comparisons of the first `groups` principles."""
-    console().print(f"{found['run']}: {found['comparisons']:,} comparisons of {found['prompts']:,} prompts, "
-                    f"{found['items']:,} with their principles"
-                    + (f" · gold: {found['gold']}" if found["gold"] else ""), markup=False)
+    console().print(
+        f"{found['run']}: {found['comparisons']:,} comparisons of {found['prompts']:,} prompts, "
+        f"{found['items']:,} with their principles"
+        + (f" · gold: {found['gold']}" if found["gold"] else ""),
+        markup=False,
+    )
     for line in in_brief(found):
         console().print(f"  {line}", markup=False)
     _judges(found["judges"])
@@ -51,9 +76,13 @@ def in_brief(found: dict[str, Any]) -> list[str]:
     lines = []
     for row in found["judges"]:
         right, same = row["accuracy"], row["position_consistency"]
-        told = [f"is right in {_share(right)} of what it decides" if right.value is not None else "",
-                f"says the same in both orders in {_share(same)}" if same.value is not None else "",
-                f"could not be read in {row['unscored']:.1%} of {row['verdicts']:,} verdicts" if row["unscored"] else ""]
+        told = [
+            f"is right in {_share(right)} of what it decides" if right.value is not None else "",
+            f"says the same in both orders in {_share(same)}" if same.value is not None else "",
+            f"could not be read in {row['unscored']:.1%} of {row['verdicts']:,} verdicts"
+            if row["unscored"]
+            else "",
+        ]
         if any(told):
             lines.append(f"{row['judge']} " + ", ".join(filter(None, told)))
     alpha = (found["coefficients"] or {}).get("krippendorff_alpha nominal")
@@ -61,14 +90,23 @@ def in_brief(found: dict[str, Any]) -> list[str]:
         lines.append(f"between the judges Krippendorff's alpha is {_alpha(alpha)}")
     best = found["accuracy"] and found["accuracy"]["over_best"].get("mean probability")
     if best is not None and best.value is not None and best.low is not None:
-        over = "more often right than" if best.low > 0 else "less often right than" if best.high < 0 else (
-            "neither more nor less often right, as far as can be told, than")
-        lines.append(f"the panel (mean probability) is {over} its best judge, {found['accuracy']['best']}")
+        over = (
+            "more often right than"
+            if best.low > 0
+            else "less often right than"
+            if best.high < 0
+            else ("neither more nor less often right, as far as can be told, than")
+        )
+        lines.append(
+            f"the panel (mean probability) is {over} its best judge, {found['accuracy']['best']}"
+        )
     return lines
 
 
 def _share(e: Estimate) -> str:
-    return f"{e.value:.1%}" + (f" ({100 * e.low:.1f}-{100 * e.high:.1f})" if e.low is not None else "")
+    return f"{e.value:.1%}" + (
+        f" ({100 * e.low:.1f}-{100 * e.high:.1f})" if e.low is not None else ""
+    )
 
 
 def _alpha(e: Estimate) -> str:
@@ -76,7 +114,10 @@ def _alpha(e: Estimate) -> str:
     if low is not None and low <= 0 and e.value < ENOUGH[-1][0]:
         return f"{e.value:.3f}: they agree no more than by chance, as far as can be told"
     above = next((words for bound, words in ENOUGH if e.value >= bound), None)
-    return f"{e.value:.3f}: " + (above or "they agree more than by chance, but too little for even tentative conclusions (0.667)")
+    return f"{e.value:.3f}: " + (
+        above
+        or "they agree more than by chance, but too little for even tentative conclusions (0.667)"
+    )
 
 
 def estimate(e: Estimate | None, boot: bool = False) -> str | None:
@@ -92,13 +133,28 @@ def _judges(rows: Sequence[dict[str, Any]]) -> None:
         found = row[name]
         return estimate(found) if isinstance(found, Estimate) else found
 
-    lines = [[words, *(value(row, name) for row in rows)] for name, words in _JUDGE
-             if any(not isinstance(row[name], Estimate) or row[name].value is not None for row in rows)]
-    reasons = [f"{row['judge']}: " + ", ".join(f"{reason} {n:,}" for reason, n in row["unscored_reasons"].items())
-               for row in rows if row["unscored_reasons"]]
-    inexact = [f"{row['judge']}: {row['inexact']:,} verdicts without exact probabilities" for row in rows if row["inexact"]]
-    table("Judges", ("", *(row["judge"] for row in rows)), lines,
-          note="\n".join([*(f"unscored, {x}" for x in reasons), *inexact, *_missing(rows)]))
+    lines = [
+        [words, *(value(row, name) for row in rows)]
+        for name, words in _JUDGE
+        if any(not isinstance(row[name], Estimate) or row[name].value is not None for row in rows)
+    ]
+    reasons = [
+        f"{row['judge']}: "
+        + ", ".join(f"{reason} {n:,}" for reason, n in row["unscored_reasons"].items())
+        for row in rows
+        if row["unscored_reasons"]
+    ]
+    inexact = [
+        f"{row['judge']}: {row['inexact']:,} verdicts without exact probabilities"
+        for row in rows
+        if row["inexact"]
+    ]
+    table(
+        "Judges",
+        ("", *(row["judge"] for row in rows)),
+        lines,
+        note="\n".join([*(f"unscored, {x}" for x in reasons), *inexact, *_missing(rows)]),
+    )
 
 
 def _missing(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -107,7 +163,11 @@ def _missing(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         of: dict[str, list[str]] = {}
         for name, words in _JUDGE:
-            if isinstance(row[name], Estimate) and row[name].undefined and name not in ("accuracy", "exact"):
+            if (
+                isinstance(row[name], Estimate)
+                and row[name].undefined
+                and name not in ("accuracy", "exact")
+            ):
                 of.setdefault(row[name].undefined, []).append(words)
         for reason, words in of.items():
             why.setdefault((", ".join(words), reason), []).append(row["judge"])
@@ -115,27 +175,63 @@ def _missing(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _between(found: dict[str, Any]) -> None:
-    rows = [(" · ".join(pair["judges"]), pair["percent"].n_items, estimate(pair["percent"]), estimate(pair["cohen_kappa"]),
-             pair["error_correlation"]) for pair in found["pairs"]]
-    told = ("" if found["effective"] is None else f"errors correlate by {found['mean_error_correlation']:.2f} on the mean: "
-            f"these judges are worth {found['effective']:.1f} independent ones")
-    table("Between judges", ("", "both scored", "agree", "Cohen's kappa", "errors correlate"), rows, note=told)
+    rows = [
+        (
+            " · ".join(pair["judges"]),
+            pair["percent"].n_items,
+            estimate(pair["percent"]),
+            estimate(pair["cohen_kappa"]),
+            pair["error_correlation"],
+        )
+        for pair in found["pairs"]
+    ]
+    told = (
+        ""
+        if found["effective"] is None
+        else f"errors correlate by {found['mean_error_correlation']:.2f} on the mean: "
+        f"these judges are worth {found['effective']:.1f} independent ones"
+    )
+    table(
+        "Between judges",
+        ("", "both scored", "agree", "Cohen's kappa", "errors correlate"),
+        rows,
+        note=told,
+    )
 
 
 def _coefficients(found: dict[str, Estimate]) -> None:
-    rows = [(_named(name), e.value, e.se, f"{e.low:.3f} to {e.high:.3f}" if e.low is not None else "",
-             f"{e.boot_low:.3f} to {e.boot_high:.3f}" if e.boot_low is not None else "", e.n_items)
-            for name, e in found.items() if e.value is not None]
+    rows = [
+        (
+            _named(name),
+            e.value,
+            e.se,
+            f"{e.low:.3f} to {e.high:.3f}" if e.low is not None else "",
+            f"{e.boot_low:.3f} to {e.boot_high:.3f}" if e.boot_low is not None else "",
+            e.n_items,
+        )
+        for name, e in found.items()
+        if e.value is not None
+    ]
     undefined: dict[str, list[str]] = {}
     for name, e in found.items():
         if e.undefined:
             undefined.setdefault(e.undefined, []).append(_named(name))
-    table("The panel's agreement on a, b or tie", ("", "value", "SE", "95%", "95%, over prompts", "n"), rows,
-          note="\n".join([
-              "1: they always agree; 0 (but of the share): as often as by chance, of which each has its own idea.",
-              "n: comparisons with two readings or more. The second interval is a bootstrap of whole prompts, whose "
-              "comparisons are not independent: believe it where the two differ.",
-              *(f"undefined: {', '.join(names)}: {reason}" for reason, names in undefined.items())]))
+    table(
+        "The panel's agreement on a, b or tie",
+        ("", "value", "SE", "95%", "95%, over prompts", "n"),
+        rows,
+        note="\n".join(
+            [
+                "1: they always agree; 0 (but of the share): as often as by chance, of which each has its own idea.",
+                "n: comparisons with two readings or more. The second interval is a bootstrap of whole prompts, whose "
+                "comparisons are not independent: believe it where the two differ.",
+                *(
+                    f"undefined: {', '.join(names)}: {reason}"
+                    for reason, names in undefined.items()
+                ),
+            ]
+        ),
+    )
 
 
 def _named(name: str) -> str:
@@ -145,53 +241,131 @@ def _named(name: str) -> str:
 
 
 def _accuracy(found: dict[str, Any]) -> None:
-    rows = [(row["what"], row["kind"], estimate(row["accuracy"]), row["accuracy"].n_items,
-             estimate(found["over_best"].get(row["what"])) if row["kind"] == "panel" else "") for row in found["rows"]]
+    rows = [
+        (
+            row["what"],
+            row["kind"],
+            estimate(row["accuracy"]),
+            row["accuracy"].n_items,
+            estimate(found["over_best"].get(row["what"])) if row["kind"] == "panel" else "",
+        )
+        for row in found["rows"]
+    ]
     of = found["rows"][0]["of"]
-    table("Right, where gold decides", ("", "", "right", "decided", f"more than {found['best']}"), rows,
-          note=f"gold decides {of:,}. The best judge was chosen on these same comparisons, which flatters it a little")
+    table(
+        "Right, where gold decides",
+        ("", "", "right", "decided", f"more than {found['best']}"),
+        rows,
+        note=f"gold decides {of:,}. The best judge was chosen on these same comparisons, which flatters it a little",
+    )
 
 
 def _calibration(rows: Sequence[dict[str, Any]]) -> None:
-    lines = [(row["what"], row["n"], row["ece"], row["brier"], row["log_loss"], row["temperature"],
-              row["before"]["ece"] if "before" in row else None, row["after"]["ece"] if "after" in row else None)
-             for row in rows]
+    lines = [
+        (
+            row["what"],
+            row["n"],
+            row["ece"],
+            row["brier"],
+            row["log_loss"],
+            row["temperature"],
+            row["before"]["ece"] if "before" in row else None,
+            row["after"]["ece"] if "after" in row else None,
+        )
+        for row in rows
+    ]
     why = sorted({f"{row['what']}: no temperature: {row['why']}" for row in rows if "why" in row})
-    stuck = [f"{row['what']}: a temperature of {row['temperature']:g} is the end of the range: no temperature mends it"
-             for row in rows if row["temperature"] in (0.01, 100.0)]
-    table("Does p_chosen come true?", ("", "n", "ECE", "Brier", "log loss", "temperature", "ECE, other half",
-                                       "ECE there, mended"), lines,
-          note="\n".join(["of comparisons that each decides; a gold tie is half true. The temperature is fitted on one half "
-                          "of the prompts' groups and measured on the other", *why, *stuck]))
+    stuck = [
+        f"{row['what']}: a temperature of {row['temperature']:g} is the end of the range: no temperature mends it"
+        for row in rows
+        if row["temperature"] in (0.01, 100.0)
+    ]
+    table(
+        "Does p_chosen come true?",
+        (
+            "",
+            "n",
+            "ECE",
+            "Brier",
+            "log loss",
+            "temperature",
+            "ECE, other half",
+            "ECE there, mended",
+        ),
+        lines,
+        note="\n".join(
+            [
+                "of comparisons that each decides; a gold tie is half true. The temperature is fitted on one half "
+                "of the prompts' groups and measured on the other",
+                *why,
+                *stuck,
+            ]
+        ),
+    )
     last = next((row for row in rows if row["what"] == "mean probability"), rows[0])
-    table(f"Reliability of {last['what']}", ("p_chosen, mean", "came true", "n"),
-          [(b["mean_p"], b["mean_y"], b["n"]) for b in last["reliability"]])
+    table(
+        f"Reliability of {last['what']}",
+        ("p_chosen, mean", "came true", "n"),
+        [(b["mean_p"], b["mean_y"], b["n"]) for b in last["reliability"]],
+    )
 
 
 def _groups(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    lines = [(row["name"] or "(none)", row["items"], estimate(row["percent"]), estimate(row["gwet_ac1"]),
-              estimate(row["position_consistency"]), row["ties"], row["unscored"], estimate(row["accuracy"]))
-             for row in rows[:SHOWN]]
-    columns = ["", "comparisons", "judges agree", "Gwet's AC1", "both orders agree", "ties", "unscored", "right"]
+    lines = [
+        (
+            row["name"] or "(none)",
+            row["items"],
+            estimate(row["percent"]),
+            estimate(row["gwet_ac1"]),
+            estimate(row["position_consistency"]),
+            row["ties"],
+            row["unscored"],
+            estimate(row["accuracy"]),
+        )
+        for row in rows[:SHOWN]
+    ]
+    columns = [
+        "",
+        "comparisons",
+        "judges agree",
+        "Gwet's AC1",
+        "both orders agree",
+        "ties",
+        "unscored",
+        "right",
+    ]
     kept = [i for i in range(len(columns)) if any(line[i] not in (None, "-") for line in lines)]
     note = f"the first {SHOWN} of {len(rows)}; --json has all" if len(rows) > SHOWN else ""
     table(title, [columns[i] for i in kept], [[line[i] for i in kept] for line in lines], note=note)
 
 
 def _divided(rows: Sequence[dict[str, Any]], principles: Sequence[str]) -> None:
-    """The comparisons themselves, so that whoever wrote the principle sees what is ambiguous in it."""
+    """The comparisons themselves, so that whoever wrote the principle sees what is ambiguous in
+    it.
+    """
     shown = [row for row in rows if row["principle"] in principles]
     if shown:
         console().print("What divides them:", markup=False)
     for row in shown:
-        who = f"preference {row['preference'][:12]}" if row["preference"] else f"prompt {row['prompt'][:12]}"
+        who = (
+            f"preference {row['preference'][:12]}"
+            if row["preference"]
+            else f"prompt {row['prompt'][:12]}"
+        )
         gold = f" · gold: {row['gold']}" if row["gold"] else ""
-        console().print(f"\n  {row['principle'] or '(no principle)'} · {who} · answers {row['a']} and {row['b']}{gold}",
-                        markup=False)
+        console().print(
+            f"\n  {row['principle'] or '(no principle)'} · {who} · answers {row['a']} and {row['b']}{gold}",
+            markup=False,
+        )
         for name, text in row["text"].items():
             console().print(f"    {name:6} {text}", markup=False)
         for judge, said in row["judges"].items():
             p = "unscored" if said["p_a"] is None else f"{said['p_a']:.3f}"
-            orders = "" if said["ab"] is None and said["ba"] is None else (
-                f" (a first: {said['ab'] or 'unscored'}; b first: {said['ba'] or 'unscored'})")
+            orders = (
+                ""
+                if said["ab"] is None and said["ba"] is None
+                else (
+                    f" (a first: {said['ab'] or 'unscored'}; b first: {said['ba'] or 'unscored'})"
+                )
+            )
             console().print(f"    {judge}: P(a) {p}{orders}", markup=False)

@@ -1,8 +1,10 @@
 """`prefab audit data`: a run's preferences through the rules of the data gate, and the marks kept.
 
-The audit is recorded in the ledger, marks and all, because the evaluation files that it looked at may be gone later:
-a store that is made anew from the ledger has the same marks. The latest audit of a run is the one that counts.
+The audit is recorded in the ledger, marks and all, because the evaluation files that it looked at
+may be gone later: a store that is made anew from the ledger has the same marks. The latest audit of
+a run is the one that counts.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -40,9 +42,18 @@ class Finding:
     def data(self) -> dict[str, Any]:
         """As plain data, without the marks."""
         rule = self.rule
-        return {"rule": rule.name, "what": rule.what, "marked": self.marks.height, "share": self.share,
-                "threshold": self.threshold, "source": rule.source, "limit": rule.limit, "fails": self.fails,
-                "of_prompt": rule.of_prompt, "examples": self.examples}
+        return {
+            "rule": rule.name,
+            "what": rule.what,
+            "marked": self.marks.height,
+            "share": self.share,
+            "threshold": self.threshold,
+            "source": rule.source,
+            "limit": rule.limit,
+            "fails": self.fails,
+            "of_prompt": rule.of_prompt,
+            "examples": self.examples,
+        }
 
 
 @dataclass(slots=True)
@@ -64,17 +75,31 @@ class Audit:
 
     def data(self) -> dict[str, Any]:
         """As plain data, without the marks."""
-        return {"run": self.run, "pairs": self.pairs, "comparisons": self.comparisons, "clean": self.clean,
-                "fails": self.fails, "evaluation": self.evaluation, "notes": self.notes,
-                "rules": [finding.data() for finding in self.findings]}
+        return {
+            "run": self.run,
+            "pairs": self.pairs,
+            "comparisons": self.comparisons,
+            "clean": self.clean,
+            "fails": self.fails,
+            "evaluation": self.evaluation,
+            "notes": self.notes,
+            "rules": [finding.data() for finding in self.findings],
+        }
 
 
-def audit(folder: str | Path, run: str = "", evaluation: Sequence[str | Path] = (),
-          thresholds: Mapping[str, float] = {}, examples: int = 2) -> Audit:
-    """Look at a run's preferences by every rule, record what is found, and bring the marks into the store.
+def audit(
+    folder: str | Path,
+    run: str = "",
+    evaluation: Sequence[str | Path] = (),
+    thresholds: Mapping[str, float] = {},
+    examples: int = 2,
+) -> Audit:
+    """Look at a run's preferences by every rule, record what is found, and bring the marks into the
+    store.
 
-    `evaluation` are files whose texts must not be trained on (JSONL, JSON, CSV, Parquet or plain text); without any,
-    contamination is not looked for. Raises: ConfigError for a file, rule or threshold that cannot be, or no preferences.
+    `evaluation` are files whose texts must not be trained on (JSONL, JSON, CSV, Parquet or plain
+    text); without any, contamination is not looked for. Raises: ConfigError for a file, rule or
+    threshold that cannot be, or no preferences.
     """
     folder = Path(folder)
     _check(thresholds)
@@ -84,8 +109,20 @@ def audit(folder: str | Path, run: str = "", evaluation: Sequence[str | Path] = 
     found = look(data, texts if evaluation else None, thresholds, examples)
     marked = {name for finding in found for name in finding.marks["preference"]}
     clean = data.pairs.height - sum(name in marked for name in data.pairs["preference"])
-    notes = data.notes + ([] if evaluation else ["contamination was not looked for: name the files you evaluate on with --eval FILE"])
-    result = Audit(f"{record['name']}@{record['version']}", data.pairs.height, data.comparisons, clean, found, files, notes)
+    notes = data.notes + (
+        []
+        if evaluation
+        else ["contamination was not looked for: name the files you evaluate on with --eval FILE"]
+    )
+    result = Audit(
+        f"{record['name']}@{record['version']}",
+        data.pairs.height,
+        data.comparisons,
+        clean,
+        found,
+        files,
+        notes,
+    )
     _record(folder, record["run"], result, version)
     return result
 
@@ -95,11 +132,15 @@ def _check(thresholds: Mapping[str, float]) -> None:
     for name, value in thresholds.items():
         if known.get(name) is None:
             there = ", ".join(name for name, threshold in known.items() if threshold is not None)
-            raise ConfigError(f"--threshold {name}={value:g}: no rule of that name has a threshold; those that do: {there}")
+            raise ConfigError(
+                f"--threshold {name}={value:g}: no rule of that name has a threshold; those that do: {there}"
+            )
         if value < 0:
             raise ConfigError(f"--threshold {name}={value:g}: must not be negative")
         if name == "contamination" and (value != int(value) or value < data_rules.SHORTEST):
-            raise ConfigError(f"--threshold {name}={value:g}: a whole number of words, at least {data_rules.SHORTEST}")
+            raise ConfigError(
+                f"--threshold {name}={value:g}: a whole number of words, at least {data_rules.SHORTEST}"
+            )
 
 
 def load_pairs(folder: Path, record: Mapping[str, Any]) -> tuple[data_rules.Data, str]:
@@ -112,31 +153,65 @@ def load_pairs(folder: Path, record: Mapping[str, Any]) -> tuple[data_rules.Data
     from prefab.pipelines.store.fill import query
 
     run = record["run"]
-    preferences = query(folder, f"SELECT preference, prompt, outcome, chosen, rejected, p_chosen FROM preferences "
-                                f"WHERE run = {run} ORDER BY prompt, a, b")
+    preferences = query(
+        folder,
+        f"SELECT preference, prompt, outcome, chosen, rejected, p_chosen FROM preferences "
+        f"WHERE run = {run} ORDER BY prompt, a, b",
+    )
     if preferences.is_empty():
         raise ConfigError(f"{record['name']}@{record['version']} has no comparisons to audit")
-    samples = query(folder, f'SELECT prompt, "index", text FROM samples WHERE run = {run} AND text IS NOT NULL')
-    prompts = query(folder, f'SELECT prompt, messages, "group", split FROM prompts WHERE prompt IN '
-                            f"(SELECT prompt FROM preferences WHERE run = {run})")
-    asked = pl.Series("text", ["\n".join(turn[1] for turn in json.loads(m)) for m in prompts["messages"]], dtype=pl.String)
+    samples = query(
+        folder, f'SELECT prompt, "index", text FROM samples WHERE run = {run} AND text IS NOT NULL'
+    )
+    prompts = query(
+        folder,
+        f'SELECT prompt, messages, "group", split FROM prompts WHERE prompt IN '
+        f"(SELECT prompt FROM preferences WHERE run = {run})",
+    )
+    asked = pl.Series(
+        "text",
+        ["\n".join(turn[1] for turn in json.loads(m)) for m in prompts["messages"]],
+        dtype=pl.String,
+    )
     texts = pl.concat([asked, samples["text"]]).unique(maintain_order=True)
     number = pl.DataFrame({"text": texts, "n": range(len(texts))}, schema_overrides={"n": pl.Int64})
-    prompts = prompts.select("prompt", "group", "split").with_columns(asked).join(number, on="text").select(
-        "prompt", "group", "split", pl.col("n").alias("question"))
+    prompts = (
+        prompts.select("prompt", "group", "split")
+        .with_columns(asked)
+        .join(number, on="text")
+        .select("prompt", "group", "split", pl.col("n").alias("question"))
+    )
     samples = samples.join(number, on="text").select("prompt", pl.col("index"), "n")
-    pairs = preferences.filter(pl.col("outcome").is_in(["a", "b"])).join(prompts, on="prompt", maintain_order="left")
+    pairs = preferences.filter(pl.col("outcome").is_in(["a", "b"])).join(
+        prompts, on="prompt", maintain_order="left"
+    )
     for side in ("chosen", "rejected"):
-        pairs = pairs.join(samples.rename({"n": f"{side}_text"}), left_on=["prompt", side], right_on=["prompt", "index"],
-                           maintain_order="left")
-    pairs = pairs.select("preference", "prompt", "p_chosen", "group", "split", "question",
-                         pl.col("chosen_text").alias("chosen"), pl.col("rejected_text").alias("rejected"))
+        pairs = pairs.join(
+            samples.rename({"n": f"{side}_text"}),
+            left_on=["prompt", side],
+            right_on=["prompt", "index"],
+            maintain_order="left",
+        )
+    pairs = pairs.select(
+        "preference",
+        "prompt",
+        "p_chosen",
+        "group",
+        "split",
+        "question",
+        pl.col("chosen_text").alias("chosen"),
+        pl.col("rejected_text").alias("rejected"),
+    )
     unscored = preferences.filter(pl.col("outcome") == "unscored")["preference"].to_list()
     return data_rules.indexed(texts, pairs, unscored, preferences.height), audited(preferences)
 
 
-def look(data: data_rules.Data, evaluation: Sequence[tuple[str, str]] | None, thresholds: Mapping[str, float] = {},
-         examples: int = 2) -> list[Finding]:
+def look(
+    data: data_rules.Data,
+    evaluation: Sequence[tuple[str, str]] | None,
+    thresholds: Mapping[str, float] = {},
+    examples: int = 2,
+) -> list[Finding]:
     """Every rule's finding; contamination only with evaluation texts."""
     found = []
     for rule in data_rules.RULES:
@@ -145,11 +220,15 @@ def look(data: data_rules.Data, evaluation: Sequence[tuple[str, str]] | None, th
             if evaluation is None:
                 continue
             marks = data_rules.contamination(data, evaluation, int(value))
-        elif value is None or rule.name == "unscored":  # whose threshold is of the share, not of a pair
+        elif (
+            value is None or rule.name == "unscored"
+        ):  # whose threshold is of the share, not of a pair
             marks = getattr(data_rules, rule.name)(data)
         else:
             marks = getattr(data_rules, rule.name)(data, value)
-        share = marks.height / max(1, data.comparisons if rule.name == "unscored" else data.pairs.height)
+        share = marks.height / max(
+            1, data.comparisons if rule.name == "unscored" else data.pairs.height
+        )
         limit = value if rule.name == "unscored" else rule.limit
         fails = limit is not None and share > limit
         found.append(Finding(rule, value, marks, share, fails, _examples(data, marks, examples)))
@@ -161,35 +240,82 @@ def _examples(data: data_rules.Data, marks: polars.DataFrame, n: int) -> list[di
     import polars as pl
 
     some = marks.gather_every(max(1, marks.height // max(1, n))).head(n)
-    pairs = {row["preference"]: row for row in data.pairs.filter(
-        pl.col("preference").is_in(some["preference"].to_list())).iter_rows(named=True)}
+    pairs = {
+        row["preference"]: row
+        for row in data.pairs.filter(
+            pl.col("preference").is_in(some["preference"].to_list())
+        ).iter_rows(named=True)
+    }
     shown = []
     for preference, detail in some.iter_rows():
         row = pairs.get(preference)
-        sides = {} if row is None else {"prompt": data.texts[row["question"]][:200], "chosen": data.texts[row["chosen"]][:200],
-                                        "rejected": data.texts[row["rejected"]][:200]}
+        sides = (
+            {}
+            if row is None
+            else {
+                "prompt": data.texts[row["question"]][:200],
+                "chosen": data.texts[row["chosen"]][:200],
+                "rejected": data.texts[row["rejected"]][:200],
+            }
+        )
         shown.append({"preference": preference, "detail": detail, **sides})
     return shown
 
 
 def _record(folder: Path, run: int, result: Audit, version: str) -> None:
-    """Into the ledger, then the store. What is said again in the same words is not recorded again."""
+    """Into the ledger, then the store. What is said again in the same words is not recorded
+    again.
+    """
     from prefab.pipelines.store.fill import fill, query
 
-    last = query(folder, "SELECT eval FROM evals WHERE name = ? AND (value->>'$.run')::INTEGER = ? "
-                         "ORDER BY evaluated_at DESC LIMIT 1", [NAME, run])
-    rules = {finding.rule.name: {key: value for key, value in finding.data().items() if key != "examples"}
-             for finding in result.findings}
-    marks = {finding.rule.name: "\n".join(f"{preference} {_plain(detail)}"
-                                          for preference, detail in finding.marks.iter_rows())
-             for finding in result.findings}
-    said = {"name": NAME, "subject": result.run, "run": run, "audited": version, "pairs": result.pairs,
-            "clean": result.clean, "evaluation": result.evaluation, "rules": rules, "marks": marks}
-    identity = hashlib.sha256(json.dumps(said, sort_keys=True).encode("utf-8", "replace")).hexdigest()[:32]
-    before = query(folder, "SELECT value->>'$.content' AS content FROM evals WHERE eval = ?", [last["eval"][0]]
-                   )["content"][0] if last.height else None
+    last = query(
+        folder,
+        "SELECT eval FROM evals WHERE name = ? AND (value->>'$.run')::INTEGER = ? "
+        "ORDER BY evaluated_at DESC LIMIT 1",
+        [NAME, run],
+    )
+    rules = {
+        finding.rule.name: {
+            key: value for key, value in finding.data().items() if key != "examples"
+        }
+        for finding in result.findings
+    }
+    marks = {
+        finding.rule.name: "\n".join(
+            f"{preference} {_plain(detail)}" for preference, detail in finding.marks.iter_rows()
+        )
+        for finding in result.findings
+    }
+    said = {
+        "name": NAME,
+        "subject": result.run,
+        "run": run,
+        "audited": version,
+        "pairs": result.pairs,
+        "clean": result.clean,
+        "evaluation": result.evaluation,
+        "rules": rules,
+        "marks": marks,
+    }
+    identity = hashlib.sha256(
+        json.dumps(said, sort_keys=True).encode("utf-8", "replace")
+    ).hexdigest()[:32]
+    before = (
+        query(
+            folder,
+            "SELECT value->>'$.content' AS content FROM evals WHERE eval = ?",
+            [last["eval"][0]],
+        )["content"][0]
+        if last.height
+        else None
+    )
     if before != identity:
-        asyncio.run(_add(folder, {**said, "content": identity, "after": last["eval"][0] if last.height else None}))
+        asyncio.run(
+            _add(
+                folder,
+                {**said, "content": identity, "after": last["eval"][0] if last.height else None},
+            )
+        )
         fill(folder)
 
 
@@ -242,4 +368,3 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from strings(inner)
-

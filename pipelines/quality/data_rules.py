@@ -1,8 +1,11 @@
-"""What can be wrong with preference pairs before anything is trained on them: one rule a function, each gives marks.
+"""What can be wrong with preference pairs before anything is trained on them: one rule a function,
+each gives marks.
 
-A mark is a preference's id and a few words of detail. Nothing is deleted: an export leaves marked pairs out when it is
-told to, rule by rule. Rules look at `Data`, where every text is a number, so that a million pairs take a minute.
+A mark is a preference's id and a few words of detail. Nothing is deleted: an export leaves marked
+pairs out when it is told to, rule by rule. Rules look at `Data`, where every text is a number, so
+that a million pairs take a minute.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -26,9 +29,11 @@ OPENING = 300  # characters in which a refusal says that it is one
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule, its threshold, and where that comes from. `of_prompt`: a mark concerns the prompt, whatever its answers.
+    """A rule, its threshold, and where that comes from. `of_prompt`: a mark concerns the prompt,
+    whatever its answers.
 
-    `limit` is the share of pairs that may be marked before the audit fails; None: it tells, and never fails.
+    `limit` is the share of pairs that may be marked before the audit fails; None: it tells, and
+    never fails.
     """
 
     name: str
@@ -40,56 +45,114 @@ class Rule:
 
 
 RULES = (
-    Rule("low_margin", "p_chosen below the threshold", 0.6,
-         "a calibrated judge is wrong on 40% and more of such labels, the top of the noise found in preference data "
-         "(20-40%; Gao et al. 2024)"),
-    Rule("near_duplicate", "prompt and both answers nearly those of an earlier pair (Jaccard of word pairs)", 0.8,
-         "Lee et al. 2022, on the 5-word shingles of web pages; word pairs here, since answers are short"),
-    Rule("identical", "both answers the same but for white space", None, "nobody can prefer one of two equal texts"),
-    Rule("length", f"one answer so many times as long as the other, and {LEAST_WORDS_APART} words longer", 3.0,
-         "ours: of such a pair a model can learn to count words (Singhal et al. 2023 find most of the reward of RLHF in "
-         "length)"),
-    Rule("contradiction", "the same two answers to a prompt, preferred the other way round elsewhere", None,
-         "one of the two labels is wrong"),
-    Rule("cycle", "answers to a prompt preferred in a circle of three and more", None,
-         "no reward orders a circle: at least one label in it is wrong"),
-    Rule("contamination", f"{NGRAM} words in a row with an evaluation text (all of it, where it is shorter)",
-         float(NGRAM), "Brown et al. 2020 (GPT-3), appendix C: 13-grams of lower-case words, 8 at the least", 0.0, True),
-    Rule("both_refuse", "both answers open with a refusal", None,
-         "such a pair teaches how to refuse, not when (Röttger et al. 2024 on exaggerated safety)"),
-    Rule("leakage", "the prompt's group, or the same words, are in a split held out from this one", None,
-         "what is held out and trained on measures memory", 0.0, True),
-    Rule("near_leakage", "a prompt nearly the same (Jaccard of word pairs) is in a split held out from this one", 0.8,
-         "as near_duplicate; prompts made from a pattern are told though they ask for different things, so it never fails",
-         None, True),
-    Rule("unscored", "no verdict; the share of these among all comparisons", 0.05,
-         "the pipeline's own budget.unscored", 0.05),
+    Rule(
+        "low_margin",
+        "p_chosen below the threshold",
+        0.6,
+        "a calibrated judge is wrong on 40% and more of such labels, the top of the noise found in preference data "
+        "(20-40%; Gao et al. 2024)",
+    ),
+    Rule(
+        "near_duplicate",
+        "prompt and both answers nearly those of an earlier pair (Jaccard of word pairs)",
+        0.8,
+        "Lee et al. 2022, on the 5-word shingles of web pages; word pairs here, since answers are short",
+    ),
+    Rule(
+        "identical",
+        "both answers the same but for white space",
+        None,
+        "nobody can prefer one of two equal texts",
+    ),
+    Rule(
+        "length",
+        f"one answer so many times as long as the other, and {LEAST_WORDS_APART} words longer",
+        3.0,
+        "ours: of such a pair a model can learn to count words (Singhal et al. 2023 find most of the reward of RLHF in "
+        "length)",
+    ),
+    Rule(
+        "contradiction",
+        "the same two answers to a prompt, preferred the other way round elsewhere",
+        None,
+        "one of the two labels is wrong",
+    ),
+    Rule(
+        "cycle",
+        "answers to a prompt preferred in a circle of three and more",
+        None,
+        "no reward orders a circle: at least one label in it is wrong",
+    ),
+    Rule(
+        "contamination",
+        f"{NGRAM} words in a row with an evaluation text (all of it, where it is shorter)",
+        float(NGRAM),
+        "Brown et al. 2020 (GPT-3), appendix C: 13-grams of lower-case words, 8 at the least",
+        0.0,
+        True,
+    ),
+    Rule(
+        "both_refuse",
+        "both answers open with a refusal",
+        None,
+        "such a pair teaches how to refuse, not when (Röttger et al. 2024 on exaggerated safety)",
+    ),
+    Rule(
+        "leakage",
+        "the prompt's group, or the same words, are in a split held out from this one",
+        None,
+        "what is held out and trained on measures memory",
+        0.0,
+        True,
+    ),
+    Rule(
+        "near_leakage",
+        "a prompt nearly the same (Jaccard of word pairs) is in a split held out from this one",
+        0.8,
+        "as near_duplicate; prompts made from a pattern are told though they ask for different things, so it never fails",
+        None,
+        True,
+    ),
+    Rule(
+        "unscored",
+        "no verdict; the share of these among all comparisons",
+        0.05,
+        "the pipeline's own budget.unscored",
+        0.05,
+    ),
 )
 NAMES = tuple(rule.name for rule in RULES)
 
-# Openings of refusals, ours, by the pattern "I + cannot / will not / must refuse ... + help / provide ...".
-_CANNOT = (r"(?:can(?:no|['’]?)t|can not|could(?: not|n['’]t)|will not|won['’]?t|would rather not|do not|don['’]t|must not|"
-           r"am (?:not able|unable|not going|not comfortable|not willing)(?: to)?|"
-           r"['’]m (?:not able|unable|not going|not comfortable|not willing)(?: to)?|"
-           r"(?:must |have to |need to |will )?(?:refuse|decline)(?: to)?)")
-_DOING = (r"(?:help|assist|provid|support|answer|discuss|explain|compl|fulfil|engag|creat|generat|writ|giv|offer|shar|"
-          r"participat|respond|talk|advis|tell|teach|recommend|condone|promot|encourag|facilitat|do (?:that|this|so)|"
-          r"with (?:that|this)|that\b|this\b)")
-REFUSAL = (rf"(?i)\bI ?{_CANNOT}\b[^.!?\n]{{0,60}}?\b{_DOING}|"
-           r"\b(?:not|isn['’]t) (?:something|a thing) (?:that )?I (?:can|could|will|am able to)\b|"
-           r"\bsomething (?:that )?I (?:decline|refuse|cannot|can['’]t|won['’]t|will not)\b|"
-           r"\bI(?:['’]m| am) (?:very |really |so )?sorry,? but (?:I|that|this|as an)\b|"
-           r"\b(?:against|violates?) my (?:guidelines|programming|principles|values|policy|policies)\b")
+# Openings of refusals, ours, by the pattern "I + cannot / will not / must refuse ... + help /
+# provide ...".
+_CANNOT = (
+    r"(?:can(?:no|['’]?)t|can not|could(?: not|n['’]t)|will not|won['’]?t|would rather not|do not|don['’]t|must not|"
+    r"am (?:not able|unable|not going|not comfortable|not willing)(?: to)?|"
+    r"['’]m (?:not able|unable|not going|not comfortable|not willing)(?: to)?|"
+    r"(?:must |have to |need to |will )?(?:refuse|decline)(?: to)?)"
+)
+_DOING = (
+    r"(?:help|assist|provid|support|answer|discuss|explain|compl|fulfil|engag|creat|generat|writ|giv|offer|shar|"
+    r"participat|respond|talk|advis|tell|teach|recommend|condone|promot|encourag|facilitat|do (?:that|this|so)|"
+    r"with (?:that|this)|that\b|this\b)"
+)
+REFUSAL = (
+    rf"(?i)\bI ?{_CANNOT}\b[^.!?\n]{{0,60}}?\b{_DOING}|"
+    r"\b(?:not|isn['’]t) (?:something|a thing) (?:that )?I (?:can|could|will|am able to)\b|"
+    r"\bsomething (?:that )?I (?:decline|refuse|cannot|can['’]t|won['’]t|will not)\b|"
+    r"\bI(?:['’]m| am) (?:very |really |so )?sorry,? but (?:I|that|this|as an)\b|"
+    r"\b(?:against|violates?) my (?:guidelines|programming|principles|values|policy|policies)\b"
+)
 
 
 @dataclass(slots=True)
 class Data:
-    """Pairs whose texts are numbers into `texts`. `same` gives each text the number of the first that equals it but for
-    white space.
+    """Pairs whose texts are numbers into `texts`. `same` gives each text the number of the first
+    that equals it but for white space.
 
-    `pairs` has preference, prompt, question (a text's number), chosen, rejected (likewise), p_chosen, group and split;
-    `unscored` the ids of comparisons without a verdict, `comparisons` how many there are, ties among them. `notes`
-    learns what a rule could not do in full.
+    `pairs` has preference, prompt, question (a text's number), chosen, rejected (likewise),
+    p_chosen, group and split; `unscored` the ids of comparisons without a verdict, `comparisons`
+    how many there are, ties among them. `notes` learns what a rule could not do in full.
     """
 
     texts: pl.Series
@@ -107,16 +170,34 @@ class Data:
 
 
 def make(rows: pl.DataFrame, unscored: Iterable[str] = (), comparisons: int | None = None) -> Data:
-    """Data from plain rows: preference, prompt, text, chosen, rejected (texts), p_chosen, group, split."""
+    """Data from plain rows: preference, prompt, text, chosen, rejected (texts), p_chosen, group,
+    split.
+    """
     import polars as pl
 
     texts = pl.concat([rows["text"], rows["chosen"], rows["rejected"]]).unique(maintain_order=True)
     number = pl.DataFrame({"it": texts, "n": range(len(texts))}, schema_overrides={"n": pl.Int64})
-    pairs = rows.select("preference", "prompt", "p_chosen", "group", "split", *(
-        rows.select(pl.col(column).alias("it")).join(number, on="it", how="left", maintain_order="left")["n"].alias(name)
-        for column, name in (("text", "question"), ("chosen", "chosen"), ("rejected", "rejected"))))
+    pairs = rows.select(
+        "preference",
+        "prompt",
+        "p_chosen",
+        "group",
+        "split",
+        *(
+            rows.select(pl.col(column).alias("it"))
+            .join(number, on="it", how="left", maintain_order="left")["n"]
+            .alias(name)
+            for column, name in (
+                ("text", "question"),
+                ("chosen", "chosen"),
+                ("rejected", "rejected"),
+            )
+        ),
+    )
     unscored = list(unscored)
-    return indexed(texts, pairs, unscored, rows.height + len(unscored) if comparisons is None else comparisons)
+    return indexed(
+        texts, pairs, unscored, rows.height + len(unscored) if comparisons is None else comparisons
+    )
 
 
 def indexed(texts: pl.Series, pairs: pl.DataFrame, unscored: list[str], comparisons: int) -> Data:
@@ -133,12 +214,16 @@ def low_margin(data: Data, threshold: float) -> pl.DataFrame:
     """Pairs whose label is little better than a coin."""
     import polars as pl
 
-    return _marks(data.pairs.filter(pl.col("p_chosen") < threshold),
-                  pl.format("p_chosen {}", pl.col("p_chosen").round(4)))
+    return _marks(
+        data.pairs.filter(pl.col("p_chosen") < threshold),
+        pl.format("p_chosen {}", pl.col("p_chosen").round(4)),
+    )
 
 
 def near_duplicate(data: Data, threshold: float) -> pl.DataFrame:
-    """Pairs that say again what an earlier one said; without them no two are left that are nearly the same."""
+    """Pairs that say again what an earlier one said; without them no two are left that are nearly
+    the same.
+    """
     found = near_duplicates.near_duplicates(data.words, data.columns, threshold)
     _tell_crowds(data, "near_duplicate", found.cut_short)
     ids = data.pairs["preference"].to_list()
@@ -147,8 +232,10 @@ def near_duplicate(data: Data, threshold: float) -> pl.DataFrame:
 
 def _tell_crowds(data: Data, rule: str, n: int) -> None:
     if n:
-        data.notes.append(f"{rule}: {n:,} texts are a little like very many others and were not compared with all of them; "
-                          "a few near-duplicates may be left")
+        data.notes.append(
+            f"{rule}: {n:,} texts are a little like very many others and were not compared with all of them; "
+            "a few near-duplicates may be left"
+        )
 
 
 def identical(data: Data) -> pl.DataFrame:
@@ -156,7 +243,9 @@ def identical(data: Data) -> pl.DataFrame:
     import polars as pl
 
     _, chosen, rejected = data.same[data.columns].T
-    return _marks(data.pairs.filter(pl.Series(chosen == rejected)), pl.lit("differ in white space at most"))
+    return _marks(
+        data.pairs.filter(pl.Series(chosen == rejected)), pl.lit("differ in white space at most")
+    )
 
 
 def length(data: Data, threshold: float) -> pl.DataFrame:
@@ -176,9 +265,15 @@ def contradiction(data: Data) -> pl.DataFrame:
     import polars as pl
 
     edges = _edges(data)
-    back = edges.select("question", pl.col("rejected").alias("chosen"), pl.col("chosen").alias("rejected"),
-                        pl.col("preference").alias("other"))
-    both = edges.join(back, on=["question", "chosen", "rejected"]).group_by("preference", maintain_order=True)
+    back = edges.select(
+        "question",
+        pl.col("rejected").alias("chosen"),
+        pl.col("chosen").alias("rejected"),
+        pl.col("preference").alias("other"),
+    )
+    both = edges.join(back, on=["question", "chosen", "rejected"]).group_by(
+        "preference", maintain_order=True
+    )
     return _marks(both.agg(pl.col("other").min()), pl.format("against {}", "other"))
 
 
@@ -189,17 +284,28 @@ def cycle(data: Data) -> pl.DataFrame:
     edges, before = _edges(data), -1
     while edges.height != before:  # what nothing beats, or what beats nothing, is in no circle
         before = edges.height
-        edges = edges.join(edges.select("question", pl.col("rejected").alias("chosen")).unique(),
-                           on=["question", "chosen"], how="semi")
-        edges = edges.join(edges.select("question", pl.col("chosen").alias("rejected")).unique(),
-                           on=["question", "rejected"], how="semi")
+        edges = edges.join(
+            edges.select("question", pl.col("rejected").alias("chosen")).unique(),
+            on=["question", "chosen"],
+            how="semi",
+        )
+        edges = edges.join(
+            edges.select("question", pl.col("chosen").alias("rejected")).unique(),
+            on=["question", "rejected"],
+            how="semi",
+        )
     found = []
-    for _, group in groupby(edges.sort("question", maintain_order=True).iter_rows(named=True), itemgetter("question")):
+    for _, group in groupby(
+        edges.sort("question", maintain_order=True).iter_rows(named=True), itemgetter("question")
+    ):
         rows = [(row["chosen"], row["rejected"], row["preference"]) for row in group]
         knots = circles((a, b) for a, b, _ in rows)
         sizes = Counter(knots.values())
-        found += [(preference, f"in a circle of {sizes[knots[a]]} answers") for a, b, preference in rows
-                  if a in knots and knots[a] == knots.get(b)]
+        found += [
+            (preference, f"in a circle of {sizes[knots[a]]} answers")
+            for a, b, preference in rows
+            if a in knots and knots[a] == knots.get(b)
+        ]
     return _frame(found)
 
 
@@ -208,8 +314,14 @@ def _edges(data: Data) -> pl.DataFrame:
     import polars as pl
 
     question, chosen, rejected = data.same[data.columns].T
-    edges = pl.DataFrame({"preference": data.pairs["preference"], "question": question, "chosen": chosen,
-                          "rejected": rejected})
+    edges = pl.DataFrame(
+        {
+            "preference": data.pairs["preference"],
+            "question": question,
+            "chosen": chosen,
+            "rejected": rejected,
+        }
+    )
     return edges.filter(pl.col("chosen") != pl.col("rejected"))
 
 
@@ -227,7 +339,9 @@ def circles(edges: Iterable[tuple[int, int]]) -> dict[int, int]:
     stack: list[int] = []
     knots: dict[int, int] = {}
     for start in follows:
-        work: list[tuple[int, Iterator[int]]] = [] if start in seen else [(start, iter(follows[start]))]
+        work: list[tuple[int, Iterator[int]]] = (
+            [] if start in seen else [(start, iter(follows[start]))]
+        )
         while work:
             node, rest = work[-1]
             if node not in seen:
@@ -250,8 +364,8 @@ def circles(edges: Iterable[tuple[int, int]]) -> dict[int, int]:
 
 def _close(root: int, stack: list[int], low: dict[int, int], knots: dict[int, int]) -> None:
     """Take a finished component off the stack. A node that is off it is no longer in `low`."""
-    members = stack[stack.index(root):]
-    del stack[len(stack) - len(members):]
+    members = stack[stack.index(root) :]
+    del stack[len(stack) - len(members) :]
     for member in members:
         if member != root:
             del low[member]
@@ -267,14 +381,19 @@ def both_refuse(data: Data) -> pl.DataFrame:
 
     refuses = data.texts.str.slice(0, OPENING).str.contains(REFUSAL).to_numpy()
     _, chosen, rejected = data.columns.T
-    return _marks(data.pairs.filter(pl.Series(np.asarray(refuses[chosen] & refuses[rejected], bool))),
-                  pl.lit("two refusals"))
+    return _marks(
+        data.pairs.filter(pl.Series(np.asarray(refuses[chosen] & refuses[rejected], bool))),
+        pl.lit("two refusals"),
+    )
 
 
-def contamination(data: Data, evaluation: Sequence[tuple[str, str]], n: int = NGRAM) -> pl.DataFrame:
+def contamination(
+    data: Data, evaluation: Sequence[tuple[str, str]], n: int = NGRAM
+) -> pl.DataFrame:
     """Pairs that hold a run of words of an evaluation text, given as (where it is from, text).
 
-    A shorter text counts when all of it is there, from `SHORTEST` words on; a still shorter one when it is the prompt.
+    A shorter text counts when all of it is there, from `SHORTEST` words on; a still shorter one
+    when it is the prompt.
     """
     import numpy as np
     import polars as pl
@@ -292,7 +411,9 @@ def contamination(data: Data, evaluation: Sequence[tuple[str, str]], n: int = NG
     short = {int(whole[i]): i for i in np.flatnonzero((sizes > 0) & (sizes < SHORTEST)).tolist()}
     asked = near_duplicates.wholes(data.words)
     found = []
-    for preference, (question, *answers) in zip(data.pairs["preference"].to_list(), data.columns.tolist(), strict=True):
+    for preference, (question, *answers) in zip(
+        data.pairs["preference"].to_list(), data.columns.tolist(), strict=True
+    ):
         source = next((touched[text] for text in (question, *answers) if text in touched), None)
         source = short.get(int(asked[question])) if source is None and short else source
         if source is not None:
@@ -300,7 +421,9 @@ def contamination(data: Data, evaluation: Sequence[tuple[str, str]], n: int = NG
     return _frame(found)
 
 
-def _holding(words: near_duplicates.Words, size: int, grams: np.ndarray, of: np.ndarray) -> Iterator[tuple[int, int]]:
+def _holding(
+    words: near_duplicates.Words, size: int, grams: np.ndarray, of: np.ndarray
+) -> Iterator[tuple[int, int]]:
     """Which texts hold one of these n-grams, and whose it is."""
     import numpy as np
 
@@ -321,7 +444,9 @@ def _holding(words: near_duplicates.Words, size: int, grams: np.ndarray, of: np.
 
 
 def leakage(data: Data) -> pl.DataFrame:
-    """Pairs of one split whose prompt's group, or its words, are in a split that is held out from it."""
+    """Pairs of one split whose prompt's group, or its words, are in a split that is held out from
+    it.
+    """
     import polars as pl
 
     whole = pl.Series("words", near_duplicates.wholes(data.words)[data.columns[:, 0]])
@@ -329,16 +454,22 @@ def leakage(data: Data) -> pl.DataFrame:
     last = pl.col("rank").max()
     crossing = pairs.filter(pl.col("group").is_not_null() & (pl.col("rank") < last.over("group")))
     same = pairs.filter((pl.col("words") != 0) & (pl.col("rank") < last.over("words")))
-    found = [_marks(crossing, pl.format("group {} crosses splits", "group")),
-             _marks(same, pl.format("the same prompt is held out, and here in {}", "split"))]
+    found = [
+        _marks(crossing, pl.format("group {} crosses splits", "group")),
+        _marks(same, pl.format("the same prompt is held out, and here in {}", "split")),
+    ]
     return pl.concat(found).unique("preference", keep="first", maintain_order=True)
 
 
 def near_leakage(data: Data, threshold: float) -> pl.DataFrame:
-    """Pairs of one split with a prompt that is nearly one of a split held out from it, and not the same."""
+    """Pairs of one split with a prompt that is nearly one of a split held out from it, and not the
+    same.
+    """
     import polars as pl
 
-    pairs = _ranked(data.pairs).join(leakage(data), on="preference", how="anti", maintain_order="left")
+    pairs = _ranked(data.pairs).join(
+        leakage(data), on="preference", how="anti", maintain_order="left"
+    )
     prompts = _ranked(data.pairs).select("question", "rank").unique(maintain_order=True)
     near: dict[tuple[int, int], str] = {}
     for held in (1, 2):  # train against val and test, then val against test
@@ -347,16 +478,26 @@ def near_leakage(data: Data, threshold: float) -> pl.DataFrame:
         across = near_duplicates.near_across(data.words, texts, held_out, threshold)
         _tell_crowds(data, "near_leakage", across.cut_short)
         for row, other in across.of.items():
-            near[int(texts[row]), held - 1] = f"{SPLITS[some['rank'][other]]}: {_head(data, texts[other])}"
+            near[int(texts[row]), held - 1] = (
+                f"{SPLITS[some['rank'][other]]}: {_head(data, texts[other])}"
+            )
     asks = zip(*(pairs[name].to_list() for name in ("preference", "question", "rank")), strict=True)
-    return _frame([(preference, near[question, rank]) for preference, question, rank in asks if (question, rank) in near])
+    return _frame(
+        [
+            (preference, near[question, rank])
+            for preference, question, rank in asks
+            if (question, rank) in near
+        ]
+    )
 
 
 def _ranked(pairs: pl.DataFrame) -> pl.DataFrame:
     """Pairs with the place of their split: what is held out comes after what is trained on."""
     import polars as pl
 
-    rank = pl.col("split").replace_strict(SPLITS, range(len(SPLITS)), default=None, return_dtype=pl.Int8)
+    rank = pl.col("split").replace_strict(
+        SPLITS, range(len(SPLITS)), default=None, return_dtype=pl.Int8
+    )
     return pairs.with_columns(rank.alias("rank")).filter(pl.col("rank").is_not_null())
 
 
@@ -365,7 +506,9 @@ def _head(data: Data, text: Any) -> str:
 
 
 def unscored(data: Data) -> pl.DataFrame:
-    """Comparisons without a verdict. They are no pairs, and no export has them; what matters is their share."""
+    """Comparisons without a verdict. They are no pairs, and no export has them; what matters is
+    their share.
+    """
     return _frame([(preference, "unscored") for preference in data.unscored])
 
 

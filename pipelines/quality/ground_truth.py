@@ -1,4 +1,5 @@
 """What is true of a run's comparisons: as people said, or the embedded world's oracle."""
+
 from __future__ import annotations
 
 import json
@@ -25,14 +26,18 @@ _SIDE = {"a": 1.0, "b": 0.0, "tie": 0.5, None: float("nan")}
 
 @dataclass(frozen=True, slots=True)
 class People:
-    """What people said of a run's comparisons, by place; `names` gives an answer's name there by prompt and index."""
+    """What people said of a run's comparisons, by place; `names` gives an answer's name there by
+    prompt and index.
+    """
 
     said: Mapping[human.Place, Winner | None]
     names: Mapping[tuple[str, Any], str]
     annotators: int
 
     def winner(self, prompt: str, a: int, b: int, principle: str) -> Winner | None:
-        """What most said of answers `a` and `b`; None where nobody said anything, or they are split."""
+        """What most said of answers `a` and `b`; None where nobody said anything, or they are
+        split.
+        """
         name_a, name_b = (self.names.get((prompt, index), "") for index in (a, b))
         place = human.place_of(prompt, name_a, name_b, principle)
         said = self.said.get(place)
@@ -42,33 +47,57 @@ class People:
 def people(store: Path, run: int) -> People:
     """People's labels of a run's comparisons, each person's last word.
 
-    A label names its answers by sample id, text or index. One without a principle counts where the run judged the
-    comparison under one alone: else nobody knows of which it speaks.
+    A label names its answers by sample id, text or index. One without a principle counts where the
+    run judged the comparison under one alone: else nobody knows of which it speaks.
     """
     from prefab.pipelines.store.fill import query
 
-    rows = [json.loads(value) for value in query(store, "SELECT value FROM human_labels ORDER BY labelled_at, rowid")["value"]]
+    rows = [
+        json.loads(value)
+        for value in query(store, "SELECT value FROM human_labels ORDER BY labelled_at, rowid")[
+            "value"
+        ]
+    ]
     if not rows:
         return People({}, {}, 0)
-    samples = query(store, 'SELECT prompt, "index", sample, text FROM samples WHERE run = ? ORDER BY "index" DESC', [run])
-    names = {(prompt, key): str(index) for prompt, index, *more in samples.iter_rows() for key in (*more, index)}
-    alone = {human.place_of(prompt, a, b, "")[:3]: principle for prompt, a, b, principle in query(
-        store, "SELECT prompt, a, b, min(principle) FROM verdicts WHERE run = ? GROUP BY ALL "
-               "HAVING count(DISTINCT principle) = 1", [run]).iter_rows()}
+    samples = query(
+        store,
+        'SELECT prompt, "index", sample, text FROM samples WHERE run = ? ORDER BY "index" DESC',
+        [run],
+    )
+    names = {
+        (prompt, key): str(index)
+        for prompt, index, *more in samples.iter_rows()
+        for key in (*more, index)
+    }
+    alone = {
+        human.place_of(prompt, a, b, "")[:3]: principle
+        for prompt, a, b, principle in query(
+            store,
+            "SELECT prompt, a, b, min(principle) FROM verdicts WHERE run = ? GROUP BY ALL "
+            "HAVING count(DISTINCT principle) = 1",
+            [run],
+        ).iter_rows()
+    }
 
     def placed(value: Mapping[str, Any]) -> Mapping[str, Any]:
         a, b = (names.get((value.get("prompt"), value.get(side))) for side in "ab")
-        principle = value.get("principle") or alone.get(human.place_of(value.get("prompt"), a, b, "")[:3])
+        principle = value.get("principle") or alone.get(
+            human.place_of(value.get("prompt"), a, b, "")[:3]
+        )
         return {} if principle is None else {**value, "a": a, "b": b, "principle": principle}
 
     labels = human.latest(rows, placed)
     return People(human.gold(labels), names, len({label.annotator for label in labels}))
 
 
-def find_gold(selection: Selection, items: polars.DataFrame, choice: str = "auto") -> tuple[np.ndarray, str]:
+def find_gold(
+    selection: Selection, items: polars.DataFrame, choice: str = "auto"
+) -> tuple[np.ndarray, str]:
     """What is true of each comparison (1 a, 0 b, 0.5 a tie, NaN unknown), and in words who says so.
 
-    Raises: ConfigError for an oracle where the prompts are not the embedded world's, or an unknown choice.
+    Raises: ConfigError for an oracle where the prompts are not the embedded world's, or an unknown
+    choice.
     """
     import numpy as np
 
@@ -76,22 +105,30 @@ def find_gold(selection: Selection, items: polars.DataFrame, choice: str = "auto
         raise ConfigError(f"--gold {choice}: did you mean auto, human, oracle or none?")
     microworld = (selection.config.get("prompts") or {}).get("source") == "microworld"
     if choice == "oracle" and not microworld:
-        raise ConfigError(f"--gold oracle: the prompts of {selection.name} are not the embedded world's, which alone has an "
-                          "oracle")
+        raise ConfigError(
+            f"--gold oracle: the prompts of {selection.name} are not the embedded world's, which alone has an "
+            "oracle"
+        )
     if choice in ("auto", "human"):
         known = people(selection.folder, selection.run["run"])
         places = items.select("prompt", "a", "b", "principle").iter_rows() if known.said else ()
-        gold = np.array([_SIDE[known.winner(*place)] for place in places] or [np.nan] * items.height)
+        gold = np.array(
+            [_SIDE[known.winner(*place)] for place in places] or [np.nan] * items.height
+        )
         n = int((~np.isnan(gold)).sum())
         if n or choice == "human":
-            return gold, f"{n:,} comparisons labelled by {known.annotators} {'person' if known.annotators == 1 else 'people'}"
+            return (
+                gold,
+                f"{n:,} comparisons labelled by {known.annotators} {'person' if known.annotators == 1 else 'people'}",
+            )
     if choice in ("auto", "oracle") and microworld:
         return _oracle(selection, items), "the embedded world's oracle"
     return np.full(items.height, np.nan), ""
 
 
 def truth(a: oracle.Assessment, b: oracle.Assessment, principle: str) -> Winner | None:
-    """What the oracle says of two answers under a principle, and without one (a program's word) by the gold score.
+    """What the oracle says of two answers under a principle, and without one (a program's word) by
+    the gold score.
 
     None for a principle that is not of its world.
     """
@@ -113,12 +150,21 @@ def _oracle(selection: Selection, items: polars.DataFrame) -> np.ndarray:
     from prefab.factory.microworld import oracle
     from prefab.factory.types import Message
 
-    talks = {prompt: tuple(Message(role, text) for role, text in json.loads(messages))
-             for prompt, messages in selection.query("SELECT prompt, messages FROM prompts").iter_rows()}
-    texts = selection.query('SELECT prompt, "index", text FROM samples WHERE run = $run AND text IS NOT NULL')
-    known = {(prompt, index): oracle.assess(talks[prompt], text) for prompt, index, text in texts.iter_rows()}
+    talks = {
+        prompt: tuple(Message(role, text) for role, text in json.loads(messages))
+        for prompt, messages in selection.query("SELECT prompt, messages FROM prompts").iter_rows()
+    }
+    texts = selection.query(
+        'SELECT prompt, "index", text FROM samples WHERE run = $run AND text IS NOT NULL'
+    )
+    known = {
+        (prompt, index): oracle.assess(talks[prompt], text)
+        for prompt, index, text in texts.iter_rows()
+    }
     gold = np.full(items.height, np.nan)
-    for row, (prompt, a, b, principle) in enumerate(items.select("prompt", "a", "b", "principle").iter_rows()):
+    for row, (prompt, a, b, principle) in enumerate(
+        items.select("prompt", "a", "b", "principle").iter_rows()
+    ):
         if (prompt, a) in known and (prompt, b) in known:
             gold[row] = _SIDE[truth(known[prompt, a], known[prompt, b], principle)]
     return gold

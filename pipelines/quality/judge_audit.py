@@ -1,10 +1,12 @@
-"""`prefab audit judge`: the bias battery (`judges/bias_probes.py`) put to one judge of a pipeline, on pairs whose truth is known.
+"""`prefab audit judge`: the bias battery (`judges/bias_probes.py`) put to one judge of a pipeline,
+on pairs whose truth is known.
 
-Pairs come from the embedded world when the constitution is its own (the oracle is truth), or from a store's decided
-preferences (truth is a person's label where there is one, else the judge's own verdict before the edit). What is asked
-is kept in a ledger of its own, `STORE/audit`: a second audit asks nothing, and no statistic or export ever meets an
-attacked answer.
+Pairs come from the embedded world when the constitution is its own (the oracle is truth), or from a
+store's decided preferences (truth is a person's label where there is one, else the judge's own
+verdict before the edit). What is asked is kept in a ledger of its own, `STORE/audit`: a second
+audit asks nothing, and no statistic or export ever meets an attacked answer.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -15,20 +17,20 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.ledger import db
 from prefab.factory.console import Progress, warn
 from prefab.factory.engines.base import make
+from prefab.factory.engines.lifecycle import lazily, started_engines
 from prefab.factory.errors import ConfigError
+from prefab.factory.ledger import db
 from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.stats import Estimate, clustered_share
 from prefab.factory.types import Comparison, Completion, Engine, Principle, Request, Use, Verdict
-from prefab.factory.spec.yamlio import did_you_mean
 from prefab.judges import bias_probes, panel
 from prefab.judges.kinds import listwise, pairwise, pointwise, rubric
+from prefab.pipelines.config.loader import ResolvedPipeline, find_judge
 from prefab.pipelines.quality.probe_pairs import Case, Side, cases
 from prefab.pipelines.run.context import Context
-from prefab.pipelines.config.loader import ResolvedPipeline, find_judge
-from prefab.factory.engines.lifecycle import lazily, started_engines
 
 CHUNK = 256  # questions that are looked up and shown as progress together
 KINDS = ("pairwise", "pointwise", "rubric", "listwise")
@@ -45,8 +47,10 @@ class Question:
 
 @dataclass(slots=True)
 class Report:
-    """What an audit found. `right` is the judge's share of right verdicts on the unedited pairs, where truth is known
-    from elsewhere; `asked` questions went to the engine, `reused` were known."""
+    """What an audit found. `right` is the judge's share of right verdicts on the unedited pairs,
+    where truth is known from elsewhere; `asked` questions went to the engine, `reused` were
+    known.
+    """
 
     judge: str
     model: str
@@ -63,28 +67,47 @@ class Report:
         return asdict(self)
 
     def past(self, most: float) -> list[str]:
-        """The probes whose flips are more than `most`, each with its share; the swap probe's are those of one order."""
+        """The probes whose flips are more than `most`, each with its share; the swap probe's are
+        those of one order.
+        """
         shares = [(f.probe, f.one_order if f.probe == "swap" else f.flips) for f in self.findings]
-        return [f"{name} {share.value:.1%}" for name, share in shares if share.value is not None and share.value > most]
+        return [
+            f"{name} {share.value:.1%}"
+            for name, share in shares
+            if share.value is not None and share.value > most
+        ]
 
     def unmeasured(self) -> list[str]:
         """The probes that found no pair to work on: for a gate they are no pass."""
         return [f.probe for f in self.findings if not f.n_right]
 
 
-def audit(loaded: ResolvedPipeline, judge: str = "", n: int = 200, store: Path | None = None, run: str = "",
-          probes: Sequence[str | bias_probes.Probe] = (), seed: int = 0, engines: Mapping[str, Engine] | None = None, quiet: bool = True,
-          ) -> Report:
-    """Put the probes (all, or those named, or probes of your own) to a judge of a loaded pipeline, `n` pairs a probe.
+def audit(
+    loaded: ResolvedPipeline,
+    judge: str = "",
+    n: int = 200,
+    store: Path | None = None,
+    run: str = "",
+    probes: Sequence[str | bias_probes.Probe] = (),
+    seed: int = 0,
+    engines: Mapping[str, Engine] | None = None,
+    quiet: bool = True,
+) -> Report:
+    """Put the probes (all, or those named, or probes of your own) to a judge of a loaded pipeline,
+    `n` pairs a probe.
 
-    `store` (and `run`) takes the pairs from a run's decided preferences. `engines` stand in for those it would start.
+    `store` (and `run`) takes the pairs from a run's decided preferences. `engines` stand in for
+    those it would start.
     Raises: ConfigError (no such judge, probe or pairs), EngineError, StoreError.
     """
     config = find_judge(loaded, judge, KINDS)
     chosen = find_probes(probes)
     folder = Path(store or loaded.config.store)
     plan = cases(loaded, config, chosen, n, store, run, seed)
-    made = dict(engines or {config.engine: lazily(make(loaded.config.engines[config.engine], config.engine))})
+    made = dict(
+        engines
+        or {config.engine: lazily(make(loaded.config.engines[config.engine], config.engine))}
+    )
     return asyncio.run(_audit(loaded, config, plan, folder, made, quiet))
 
 
@@ -94,67 +117,133 @@ def find_probes(names: Sequence[str | bias_probes.Probe]) -> list[bias_probes.Pr
     for name in names:
         if isinstance(name, str) and name not in known:
             raise ConfigError(f'there is no probe "{name}"; {did_you_mean(name, known)}')
-    return [known[name] if isinstance(name, str) else name for name in names] or list(bias_probes.PROBES)
+    return [known[name] if isinstance(name, str) else name for name in names] or list(
+        bias_probes.PROBES
+    )
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
 
-async def _audit(loaded: ResolvedPipeline, judge: Any, plan: dict[bias_probes.Probe, list[Case]], folder: Path,
-                 engines: dict[str, Engine], quiet: bool) -> Report:
+
+async def _audit(
+    loaded: ResolvedPipeline,
+    judge: Any,
+    plan: dict[bias_probes.Probe, list[Case]],
+    folder: Path,
+    engines: dict[str, Engine],
+    quiet: bool,
+) -> Report:
     known = CachedEngine(engines[judge.engine], folder)
     ledger = Ledger.open(folder / "audit")
     try:
         async with started_engines(engines, quiet):
             texts = {**loaded.texts, f"model {judge.engine}": known.identity}
-            record = ledger.begin_run(f"audit-{judge.name}", {"recipe": "audit", "judge": judge.model_dump(mode="json")},
-                                      texts)
+            record = ledger.begin_run(
+                f"audit-{judge.name}",
+                {"recipe": "audit", "judge": judge.model_dump(mode="json")},
+                texts,
+            )
             every = dict.fromkeys(case for some in plan.values() for case in some)
-            ledger.add_prompts({c.comparison.prompt.id: c.comparison.prompt for c in every}.values())
-            ctx = Context(loaded.config, loaded.constitution, record.id, ledger, {judge.engine: known}, loaded.templates)
-            total = 2 * len(every) + sum(len(some) for probe, some in plan.items() if probe.place != "swap")
+            ledger.add_prompts(
+                {c.comparison.prompt.id: c.comparison.prompt for c in every}.values()
+            )
+            ctx = Context(
+                loaded.config,
+                loaded.constitution,
+                record.id,
+                ledger,
+                {judge.engine: known},
+                loaded.templates,
+            )
+            total = 2 * len(every) + sum(
+                len(some) for probe, some in plan.items() if probe.place != "swap"
+            )
             with Progress("audit", total, quiet, "comparisons") as progress:
                 report = await _battery(judge, plan, list(every), ctx, progress)
     finally:
         await ledger.close()
         known.close()
-    report.asked, report.reused = ledger.stats.asked - known.found, ledger.stats.reused + known.found
+    report.asked, report.reused = (
+        ledger.stats.asked - known.found,
+        ledger.stats.reused + known.found,
+    )
     return report
 
 
-async def _battery(judge: Any, plan: dict[bias_probes.Probe, list[Case]], every: list[Case], ctx: Context, progress: Progress,
-                   ) -> Report:
+async def _battery(
+    judge: Any,
+    plan: dict[bias_probes.Probe, list[Case]],
+    every: list[Case],
+    ctx: Context,
+    progress: Progress,
+) -> Report:
     """Ask every pair as it is, once more, and as each probe edits it."""
+
     async def ask(questions: Sequence[Question]) -> list[tuple[Verdict, Verdict]]:
         return await judged(questions, judge, ctx, progress)
 
-    before = dict(zip(every, await ask([Question(c.comparison, c.principle) for c in every]), strict=True))
-    again = dict(zip(every, await ask([Question(c.comparison, c.principle, 1) for c in every]), strict=True))
+    before = dict(
+        zip(every, await ask([Question(c.comparison, c.principle) for c in every]), strict=True)
+    )
+    again = dict(
+        zip(every, await ask([Question(c.comparison, c.principle, 1) for c in every]), strict=True)
+    )
     report = _begin(judge, every, before, ctx)
     for probe, some in plan.items():
         decided = [replace(c, gold=c.gold or _own(before[c])) for c in some]
-        pairs = [(i, c, old) for i, (c, old) in enumerate(zip(decided, some, strict=True)) if c.gold]
-        turns = [(c, old, _turn(i, len({c.principle for c in some}), len(probe.phrasings))) for i, c, old in pairs]
-        after = [before[old] for _, old, _ in turns] if probe.place == "swap" else await ask(
-            [Question(attacked(c, probe, k), c.principle) for c, _, k in turns])
-        report.findings.append(bias_probes.find(probe, [
-            bias_probes.Tried(c.gold, before[old], again[old], edited, probe.phrasings[k % len(probe.phrasings)],
-                       c.comparison.prompt.id)
-            for (c, old, k), edited in zip(turns, after, strict=True)]))
+        pairs = [
+            (i, c, old) for i, (c, old) in enumerate(zip(decided, some, strict=True)) if c.gold
+        ]
+        turns = [
+            (c, old, _turn(i, len({c.principle for c in some}), len(probe.phrasings)))
+            for i, c, old in pairs
+        ]
+        after = (
+            [before[old] for _, old, _ in turns]
+            if probe.place == "swap"
+            else await ask([Question(attacked(c, probe, k), c.principle) for c, _, k in turns])
+        )
+        report.findings.append(
+            bias_probes.find(
+                probe,
+                [
+                    bias_probes.Tried(
+                        c.gold,
+                        before[old],
+                        again[old],
+                        edited,
+                        probe.phrasings[k % len(probe.phrasings)],
+                        c.comparison.prompt.id,
+                    )
+                    for (c, old, k), edited in zip(turns, after, strict=True)
+                ],
+            )
+        )
     return report
 
 
 def _turn(i: int, principles: int, phrasings: int) -> int:
-    """Which phrasing the i-th pair gets: the principles take turns too, and each must meet every phrasing."""
+    """Which phrasing the i-th pair gets: the principles take turns too, and each must meet every
+    phrasing.
+    """
     return i if gcd(principles, phrasings) == 1 else i + i // principles
 
 
-def _begin(judge: Any, every: Sequence[Case], before: Mapping[Case, Sequence[Verdict]], ctx: Context) -> Report:
+def _begin(
+    judge: Any, every: Sequence[Case], before: Mapping[Case, Sequence[Verdict]], ctx: Context
+) -> Report:
     known = [(c, panel.decide([panel.combine_orders(before[c])]).outcome) for c in every if c.gold]
     scored = [(c, o == c.gold) for c, o in known if o != "unscored"]
     right = clustered_share([hit for _, hit in scored], [c.comparison.prompt.id for c, _ in scored])
     unscored = sum(v.p_a is None for pair in before.values() for v in pair)
-    return Report(judge.name, ctx.engines[judge.engine].identity, dict(Counter(c.truth for c in every)), len(every),
-                  right, unscored)
+    return Report(
+        judge.name,
+        ctx.engines[judge.engine].identity,
+        dict(Counter(c.truth for c in every)),
+        len(every),
+        right,
+        unscored,
+    )
 
 
 def _own(verdicts: Sequence[Verdict]) -> Side | None:
@@ -172,7 +261,9 @@ def attacked(case: Case, probe: bias_probes.Probe, k: int) -> Comparison:
 
 
 class CachedEngine:
-    """An engine in front of which stands what a run has already asked: its unedited pairs are known there."""
+    """An engine in front of which stands what a run has already asked: its unedited pairs are known
+    there.
+    """
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.found = engine, 0
@@ -194,40 +285,100 @@ class CachedEngine:
             self._ledger.close()
 
 
-async def judged(questions: Sequence[Question], judge: Any, ctx: Context, progress: Progress,
-                 ) -> list[tuple[Verdict, Verdict]]:
-    """A verdict in each order for every question; a judge of single answers has one, which stands for both."""
-    asker = {"pairwise": _pairwise, "pointwise": _singles, "rubric": _singles, "listwise": _listwise}[judge.kind]
+async def judged(
+    questions: Sequence[Question],
+    judge: Any,
+    ctx: Context,
+    progress: Progress,
+) -> list[tuple[Verdict, Verdict]]:
+    """A verdict in each order for every question; a judge of single answers has one, which stands
+    for both.
+    """
+    asker = {
+        "pairwise": _pairwise,
+        "pointwise": _singles,
+        "rubric": _singles,
+        "listwise": _listwise,
+    }[judge.kind]
 
     async def some(chunk: Sequence[Question]) -> list[tuple[Verdict, Verdict]]:
         verdicts = await asker(chunk, judge, ctx)
         progress.advance(len(chunk))
         return verdicts
-    chunks = [questions[i:i + CHUNK] for i in range(0, len(questions), CHUNK)]
+
+    chunks = [questions[i : i + CHUNK] for i in range(0, len(questions), CHUNK)]
     return [pair for part in await asyncio.gather(*map(some, chunks)) for pair in part]
 
 
-def _use(question: Question, ctx: Context, role: str, judge: Any, sample: int = 0, order: str = "") -> Use:
+def _use(
+    question: Question, ctx: Context, role: str, judge: Any, sample: int = 0, order: str = ""
+) -> Use:
     pair = question.comparison
-    return Use(ctx.run, pair.prompt.id, role, pair.a.index, pair.b.index, sample, question.principle.id, judge.name,
-               order, question.repeat)
+    return Use(
+        ctx.run,
+        pair.prompt.id,
+        role,
+        pair.a.index,
+        pair.b.index,
+        sample,
+        question.principle.id,
+        judge.name,
+        order,
+        question.repeat,
+    )
 
 
-async def _pairwise(questions: Sequence[Question], judge: pairwise.PairwiseConfig, ctx: Context) -> list[tuple[Verdict, Verdict]]:
+async def _pairwise(
+    questions: Sequence[Question], judge: pairwise.PairwiseConfig, ctx: Context
+) -> list[tuple[Verdict, Verdict]]:
     model, specials = ctx.engines[judge.engine].identity, ctx.specials(judge.engine)
     turns = [(q, order) for q in questions for order in ("ab", "ba")]
     thoughts: list[tuple[str | None, Any]] = [(None, None)] * len(turns)
     if judge.reasoning:
-        asks = [(pairwise.reasoning_request(
-            judge, ctx.templates[judge.name + " reasoning"], q.comparison, q.principle, model, order, q.repeat, specials,
-            ctx.examples(judge.reasoning_template, q.principle, q.principle.compare), ctx.config.seed),
-            _use(q, ctx, "audit reason", judge, 0, order)) for q, order in turns]
+        asks = [
+            (
+                pairwise.reasoning_request(
+                    judge,
+                    ctx.templates[judge.name + " reasoning"],
+                    q.comparison,
+                    q.principle,
+                    model,
+                    order,
+                    q.repeat,
+                    specials,
+                    ctx.examples(judge.reasoning_template, q.principle, q.principle.compare),
+                    ctx.config.seed,
+                ),
+                _use(q, ctx, "audit reason", judge, 0, order),
+            )
+            for q, order in turns
+        ]
         answers = await ctx.ask(asks, judge.engine)
-        thoughts = [pairwise.parse_reasoning(a) if isinstance(a, Completion) else ("", "transport") for a in answers]
+        thoughts = [
+            pairwise.parse_reasoning(a) if isinstance(a, Completion) else ("", "transport")
+            for a in answers
+        ]
     name = judge.scored_template if judge.reasoning else judge.template
-    asked = [(i, pairwise.request(judge, ctx.templates[judge.name], q.comparison, q.principle, model, order, q.repeat,
-                                  specials, ctx.examples(name, q.principle, q.principle.compare), thoughts[i][0]),
-              _use(q, ctx, "audit", judge, 0, order)) for i, (q, order) in enumerate(turns) if thoughts[i][1] is None]
+    asked = [
+        (
+            i,
+            pairwise.request(
+                judge,
+                ctx.templates[judge.name],
+                q.comparison,
+                q.principle,
+                model,
+                order,
+                q.repeat,
+                specials,
+                ctx.examples(name, q.principle, q.principle.compare),
+                thoughts[i][0],
+            ),
+            _use(q, ctx, "audit", judge, 0, order),
+        )
+        for i, (q, order) in enumerate(turns)
+        if thoughts[i][1] is None
+    ]
     answers = await ctx.ask([(request, use) for _, request, use in asked], judge.engine)
     verdicts = [pairwise.unscored(reason or "transport") for _, reason in thoughts]
     for (i, _, use), answer in zip(asked, answers, strict=True):
@@ -236,7 +387,9 @@ async def _pairwise(questions: Sequence[Question], judge: pairwise.PairwiseConfi
     return list(zip(verdicts[::2], verdicts[1::2], strict=True))
 
 
-async def _singles(questions: Sequence[Question], judge: Any, ctx: Context) -> list[tuple[Verdict, Verdict]]:
+async def _singles(
+    questions: Sequence[Question], judge: Any, ctx: Context
+) -> list[tuple[Verdict, Verdict]]:
     """Pointwise and rubric: each answer by itself, and what the two scores say together."""
     module = {"pointwise": pointwise, "rubric": rubric}[judge.kind]
     model, specials = ctx.engines[judge.engine].identity, ctx.specials(judge.engine)
@@ -244,12 +397,29 @@ async def _singles(questions: Sequence[Question], judge: Any, ctx: Context) -> l
     for q in questions:
         for side, sample in enumerate((q.comparison.a, q.comparison.b)):
             about = q.principle if judge.kind == "pointwise" else q.principle.criterion
-            asks.append((module.request(judge, ctx.templates[judge.name], q.comparison.prompt, sample, about, model,
-                                        q.repeat, specials, ctx.examples(judge.template, q.principle, "")),
-                         _use(q, ctx, "audit", judge, side)))
+            asks.append(
+                (
+                    module.request(
+                        judge,
+                        ctx.templates[judge.name],
+                        q.comparison.prompt,
+                        sample,
+                        about,
+                        model,
+                        q.repeat,
+                        specials,
+                        ctx.examples(judge.template, q.principle, ""),
+                    ),
+                    _use(q, ctx, "audit", judge, side),
+                )
+            )
     answers = await ctx.ask(asks, judge.engine)
-    scores = [module.parse(a, judge) if isinstance(a, Completion) else pointwise.Score(None, reason="transport")
-              for a in answers]
+    scores = [
+        module.parse(a, judge)
+        if isinstance(a, Completion)
+        else pointwise.Score(None, reason="transport")
+        for a in answers
+    ]
     pairs = zip(questions, scores[::2], scores[1::2], strict=True)
     if judge.kind == "pointwise":
         verdicts = [pointwise.verdict(a, b) for _, a, b in pairs]
@@ -258,23 +428,46 @@ async def _singles(questions: Sequence[Question], judge: Any, ctx: Context) -> l
     return [(v, v) for v in verdicts]
 
 
-async def _listwise(questions: Sequence[Question], judge: listwise.ListwiseConfig, ctx: Context) -> list[tuple[Verdict, Verdict]]:
+async def _listwise(
+    questions: Sequence[Question], judge: listwise.ListwiseConfig, ctx: Context
+) -> list[tuple[Verdict, Verdict]]:
     model, specials = ctx.engines[judge.engine].identity, ctx.specials(judge.engine)
     turns = [(q, order) for q in questions for order in ((0, 1), (1, 0))]
-    asks = [(listwise.request(judge, ctx.templates[judge.name], q.comparison.prompt, (q.comparison.a, q.comparison.b),
-                              order, q.principle, model, q.repeat, specials,
-                              ctx.examples(judge.template, q.principle, q.principle.compare)),
-             _use(q, ctx, "audit", judge, 0, "ab" if order[0] == 0 else "ba")) for q, order in turns]
-    rankings = [listwise.parse(a, order) if isinstance(a, Completion) else listwise.Ranking(None, "transport")
-                for a, (_, order) in zip(await ctx.ask(asks, judge.engine), turns, strict=True)]
+    asks = [
+        (
+            listwise.request(
+                judge,
+                ctx.templates[judge.name],
+                q.comparison.prompt,
+                (q.comparison.a, q.comparison.b),
+                order,
+                q.principle,
+                model,
+                q.repeat,
+                specials,
+                ctx.examples(judge.template, q.principle, q.principle.compare),
+            ),
+            _use(q, ctx, "audit", judge, 0, "ab" if order[0] == 0 else "ba"),
+        )
+        for q, order in turns
+    ]
+    rankings = [
+        listwise.parse(a, order)
+        if isinstance(a, Completion)
+        else listwise.Ranking(None, "transport")
+        for a, (_, order) in zip(await ctx.ask(asks, judge.engine), turns, strict=True)
+    ]
     verdicts = [listwise.verdict([ranking], 0, 1) for ranking in rankings]
     return list(zip(verdicts[::2], verdicts[1::2], strict=True))
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------
 
+
 def share(e: Estimate) -> str:
-    """`1.5% (0.4-4.3)`, a dash where there is none, and no interval where all pairs are of one prompt."""
+    """`1.5% (0.4-4.3)`, a dash where there is none, and no interval where all pairs are of one
+    prompt.
+    """
     if e.value is None or e.low is None:
         return "-" if e.value is None else f"{e.value:.1%}"
     return f"{e.value:.1%} ({100 * e.low:.1f}-{100 * e.high:.1f})"
@@ -282,27 +475,57 @@ def share(e: Estimate) -> str:
 
 def rows(report: Report) -> list[tuple[Any, ...]]:
     """A row a probe, for `console.table`: COLUMNS says what stands in it."""
-    return [(f.probe, f.n_pairs, f.n_right, share(f.flips), share(f.again), share(f.one_order),
-             None if f.shift.value is None else f"{f.shift.value:+.3f}", f.ties, f.silenced) for f in report.findings]
+    return [
+        (
+            f.probe,
+            f.n_pairs,
+            f.n_right,
+            share(f.flips),
+            share(f.again),
+            share(f.one_order),
+            None if f.shift.value is None else f"{f.shift.value:+.3f}",
+            f.ties,
+            f.silenced,
+        )
+        for f in report.findings
+    ]
 
 
-COLUMNS = ("probe", "pairs", "right", "flips (95%)", "asked again", "one order", "shift", "to tie", "unscored")
+COLUMNS = (
+    "probe",
+    "pairs",
+    "right",
+    "flips (95%)",
+    "asked again",
+    "one order",
+    "shift",
+    "to tie",
+    "unscored",
+)
 
 
 def notes(report: Report) -> str:
     """What a reader of the table must know: whose truth it is, and what stood before any edit."""
     truth = ", ".join(f"{name} {count:,}" for name, count in sorted(report.truth.items()))
-    right = f"right before any edit: {share(report.right)} of those whose truth is not its own. " if report.right.n_items else ""
-    return (f"{report.judge} on {report.pairs:,} pairs. Truth: {truth}. {right}"
-            f"{report.asked:,} questions asked, {report.reused:,} known")
+    right = (
+        f"right before any edit: {share(report.right)} of those whose truth is not its own. "
+        if report.right.n_items
+        else ""
+    )
+    return (
+        f"{report.judge} on {report.pairs:,} pairs. Truth: {truth}. {right}"
+        f"{report.asked:,} questions asked, {report.reused:,} known"
+    )
 
 
 def print_report(report: Report, most: float | None, named: Sequence[str]) -> int:
-    """The exit code for a gate of at most `most` flips, and why it fails. A named probe that measured nothing fails."""
+    """The exit code for a gate of at most `most` flips, and why it fails. A named probe that
+    measured nothing fails.
+    """
     if most is None:
         return 0
     bad = report.past(most)
-    empty = [name for name in report.unmeasured()]
+    empty = list(report.unmeasured())
     for name in empty:
         warn(f"{name}: no verdict was right before the edit, so nothing was measured")
     if bad:

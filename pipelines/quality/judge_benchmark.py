@@ -1,8 +1,10 @@
-"""`prefab eval judge`: one judge of a pipeline on a benchmark of judges, or verdicts that were saved before.
+"""`prefab eval judge`: one judge of a pipeline on a benchmark of judges, or verdicts that were
+saved before.
 
-What is asked is kept in a ledger of its own, `STORE/eval`: a second evaluation asks nothing, and no statistic or export
-of the store's own runs ever meets a benchmark's answers.
+What is asked is kept in a ledger of its own, `STORE/eval`: a second evaluation asks nothing, and no
+statistic or export of the store's own runs ever meets a benchmark's answers.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -15,29 +17,39 @@ from typing import Any
 
 from prefab.factory.console import Progress
 from prefab.factory.engines.base import make
+from prefab.factory.engines.lifecycle import lazily, started_engines
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.ledger.ledger import Ledger
-from prefab.factory.types import Comparison, Engine, Principle, Prompt, Sample, Verdict
 from prefab.factory.spec.yamlio import did_you_mean
+from prefab.factory.types import Comparison, Engine, Principle, Prompt, Sample, Verdict
 from prefab.judges import registry
 from prefab.judges.benchmarks import adapters, metrics
-from prefab.judges.kinds import pairwise, pointwise, rubric
 from prefab.judges.benchmarks.adapters import Item, Judged
+from prefab.judges.kinds import pairwise, pointwise, rubric
 from prefab.pipelines.config import readers
-from prefab.pipelines.run import judging
-from prefab.pipelines.config.schema import BudgetConfig, PanelConfig
-from prefab.pipelines.run.context import Context
 from prefab.pipelines.config.loader import ResolvedPipeline, find_judge
-from prefab.factory.engines.lifecycle import lazily, started_engines
+from prefab.pipelines.config.schema import BudgetConfig, PanelConfig
+from prefab.pipelines.run import judging
+from prefab.pipelines.run.context import Context
 
 KINDS = ("pairwise", "pointwise", "rubric")
 AT_WORK = 128  # items in work at once: bounds what waits in memory
-NAMELESS = ("dataset", "data", "task", "test", "train", "validation", "filtered")  # files named after nothing
+NAMELESS = (
+    "dataset",
+    "data",
+    "task",
+    "test",
+    "train",
+    "validation",
+    "filtered",
+)  # files named after nothing
 
 
 @dataclass(slots=True)
 class Bench:
-    """A benchmark's items, and the rows that are none. `files` have their digests, for the record."""
+    """A benchmark's items, and the rows that are none. `files` have their digests, for the
+    record.
+    """
 
     name: str
     items: dict[str, Item]
@@ -48,7 +60,9 @@ class Bench:
 
 @dataclass(slots=True)
 class Result:
-    """A judge's report on a benchmark. `asked` and `reused` count calls; of saved verdicts there are none."""
+    """A judge's report on a benchmark. `asked` and `reused` count calls; of saved verdicts there
+    are none.
+    """
 
     judge: str
     model: str
@@ -60,9 +74,19 @@ class Result:
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
-        return {"judge": self.judge, "model": self.model, "benchmark": self.bench.name, "items": len(self.bench.items),
-                "rows": self.bench.rows, "bad_rows": len(self.problems), "problems": [str(p) for p in self.problems[:20]],
-                "files": self.bench.files, **asdict(self.report), "asked": self.asked, "reused": self.reused}
+        return {
+            "judge": self.judge,
+            "model": self.model,
+            "benchmark": self.bench.name,
+            "items": len(self.bench.items),
+            "rows": self.bench.rows,
+            "bad_rows": len(self.problems),
+            "problems": [str(p) for p in self.problems[:20]],
+            "files": self.bench.files,
+            **asdict(self.report),
+            "asked": self.asked,
+            "reused": self.reused,
+        }
 
 
 def read_benchmark(name: str, files: Sequence[str | Path]) -> Bench:
@@ -71,7 +95,9 @@ def read_benchmark(name: str, files: Sequence[str | Path]) -> Bench:
     Raises: ConfigError for an unknown benchmark, a file that cannot be read, or no item at all.
     """
     if name not in adapters.BENCHMARKS:
-        raise ConfigError(f"there is no benchmark {name!r}; {did_you_mean(name, adapters.BENCHMARKS)}")
+        raise ConfigError(
+            f"there is no benchmark {name!r}; {did_you_mean(name, adapters.BENCHMARKS)}"
+        )
     bench = Bench(name, {}, 0, [], [])
     for file in map(Path, files):
         for number, line, value in readers.rows(file):
@@ -84,7 +110,9 @@ def read_benchmark(name: str, files: Sequence[str | Path]) -> Bench:
                 bench.items[item.id] = adapters.collect(bench.items, item)
             except (ValueError, TypeError) as error:
                 bench.problems.append(_problem(file, number, line, error))
-        bench.files.append({"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()})
+        bench.files.append(
+            {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        )
     if not bench.items:
         raise ConfigError(bench.problems[:20] or f"{', '.join(map(str, files))}: holds no rows")
     return bench
@@ -96,18 +124,29 @@ def _problem(file: Path, number: int, line: int, error: Exception) -> Problem:
 
 def _subset(file: Path) -> str:
     """What a file is called: where its name says nothing, its folder's."""
-    return file.parent.name if file.stem in NAMELESS or file.stem.startswith(("test-", "train-")) else file.stem
+    return (
+        file.parent.name
+        if file.stem in NAMELESS or file.stem.startswith(("test-", "train-"))
+        else file.stem
+    )
 
 
 def _nested(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Lists and objects, which a CSV file holds as JSON."""
-    columns = {"rewardbench-2": ("chosen", "rejected"), "mt-bench-human": ("conversation_a", "conversation_b"),
-               "hhh": ("targets",)}.get(name, ())
-    return {column: json.loads(value) if column in columns else value for column, value in row.items()}
+    columns = {
+        "rewardbench-2": ("chosen", "rejected"),
+        "mt-bench-human": ("conversation_a", "conversation_b"),
+        "hhh": ("targets",),
+    }.get(name, ())
+    return {
+        column: json.loads(value) if column in columns else value for column, value in row.items()
+    }
 
 
 def score_saved(bench: Bench, file: str | Path) -> Result:
-    """Saved verdicts, without any model. Raises: ConfigError when none of them is of this benchmark."""
+    """Saved verdicts, without any model. Raises: ConfigError when none of them is of this
+    benchmark.
+    """
     judged, problems, n = Judged(), list(bench.problems), 0
     for number, line, value in readers.rows(Path(file)):
         try:
@@ -118,73 +157,140 @@ def score_saved(bench: Bench, file: str | Path) -> Result:
         except (ValueError, TypeError) as error:
             problems.append(_problem(Path(file), number, line, error))
     if not n:
-        raise ConfigError(problems[len(bench.problems):][:20] or f"{file}: holds no verdicts")
+        raise ConfigError(problems[len(bench.problems) :][:20] or f"{file}: holds no verdicts")
     report = metrics.score(bench.name, list(bench.items.values()), judged)
     return Result(Path(file).name, "", bench, report, problems)
 
 
-def evaluate(loaded: ResolvedPipeline, bench: Bench, judge: str = "", principle: str = "", store: Path | None = None,
-             out: Path | None = None, engines: Mapping[str, Engine] | None = None, quiet: bool = True) -> Result:
+def evaluate(
+    loaded: ResolvedPipeline,
+    bench: Bench,
+    judge: str = "",
+    principle: str = "",
+    store: Path | None = None,
+    out: Path | None = None,
+    engines: Mapping[str, Engine] | None = None,
+    quiet: bool = True,
+) -> Result:
     """Put a benchmark to a judge of a loaded pipeline, each question once and pairs in both orders.
 
-    `principle` is one of the constitution's, left out: which answer is better overall. `out` is a file for the verdicts.
-    `engines` stand in for those it would start. Raises: ConfigError, EngineError, StoreError.
+    `principle` is one of the constitution's, left out: which answer is better overall. `out` is a
+    file for the verdicts. `engines` stand in for those it would start. Raises: ConfigError,
+    EngineError, StoreError.
     """
     config = find_judge(loaded, judge, KINDS).model_copy(update={"repeats": 1})
     under = _principle(loaded, principle)
-    made = dict(engines or {config.engine: lazily(make(loaded.config.engines[config.engine], config.engine))})
-    return asyncio.run(_evaluate(loaded, bench, config, under, Path(store or loaded.config.store), out, made, quiet))
+    made = dict(
+        engines
+        or {config.engine: lazily(make(loaded.config.engines[config.engine], config.engine))}
+    )
+    return asyncio.run(
+        _evaluate(
+            loaded, bench, config, under, Path(store or loaded.config.store), out, made, quiet
+        )
+    )
 
 
 def _principle(loaded: ResolvedPipeline, name: str) -> Principle:
     known = {principle.id: principle for principle in loaded.constitution.principles}
     if name and name not in known:
-        raise ConfigError(f'the constitution has no principle "{name}"; {did_you_mean(name, known)}')
+        raise ConfigError(
+            f'the constitution has no principle "{name}"; {did_you_mean(name, known)}'
+        )
     return known[name] if name else adapters.OVERALL
 
 
-async def _evaluate(loaded: ResolvedPipeline, bench: Bench, judge: Any, principle: Principle, folder: Path, out: Path | None,
-                    engines: dict[str, Engine], quiet: bool) -> Result:
+async def _evaluate(
+    loaded: ResolvedPipeline,
+    bench: Bench,
+    judge: Any,
+    principle: Principle,
+    folder: Path,
+    out: Path | None,
+    engines: dict[str, Engine],
+    quiet: bool,
+) -> Result:
     ledger = Ledger.open(folder / "eval")
     model = engines[judge.engine].identity
     try:
         async with started_engines(engines, quiet):
-            described = {"recipe": "eval", "benchmark": bench.name, "judge": judge.model_dump(mode="json"),
-                         "principle": principle.id}
-            record = ledger.begin_run(f"eval-{bench.name}", described, {**loaded.texts, f"model {judge.engine}": model})
-            ledger.add_prompts(Prompt(f"{bench.name}:{item.id}", item.prompt) for item in bench.items.values())
-            ctx = Context(_config(loaded, judge), loaded.constitution, record.id, ledger, engines, loaded.templates)
+            described = {
+                "recipe": "eval",
+                "benchmark": bench.name,
+                "judge": judge.model_dump(mode="json"),
+                "principle": principle.id,
+            }
+            record = ledger.begin_run(
+                f"eval-{bench.name}", described, {**loaded.texts, f"model {judge.engine}": model}
+            )
+            ledger.add_prompts(
+                Prompt(f"{bench.name}:{item.id}", item.prompt) for item in bench.items.values()
+            )
+            ctx = Context(
+                _config(loaded, judge),
+                loaded.constitution,
+                record.id,
+                ledger,
+                engines,
+                loaded.templates,
+            )
             judged = await _judged(bench, judge, principle, ctx, quiet)
         report = metrics.score(bench.name, list(bench.items.values()), judged)
-        ledger.add_eval({"name": f"judge on {bench.name}", "subject": judge.name, "run": record.id, "model": model,
-                         "files": bench.files, "metrics": _metrics(report)})
+        ledger.add_eval(
+            {
+                "name": f"judge on {bench.name}",
+                "subject": judge.name,
+                "run": record.id,
+                "model": model,
+                "files": bench.files,
+                "metrics": _metrics(report),
+            }
+        )
     finally:
         await ledger.close()
     if out is not None:
         write(judged, out)
-    return Result(judge.name, model, bench, report, bench.problems, ledger.stats.asked, ledger.stats.reused)
+    return Result(
+        judge.name, model, bench, report, bench.problems, ledger.stats.asked, ledger.stats.reused
+    )
 
 
 def _metrics(report: metrics.Report) -> dict[str, Any]:
-    return {line.name: line.value for line in (*report.own, *report.ours)} | {"unscored": sum(report.unscored.values())}
+    return {line.name: line.value for line in (*report.own, *report.ours)} | {
+        "unscored": sum(report.unscored.values())
+    }
 
 
 def _config(loaded: ResolvedPipeline, judge: Any) -> Any:
-    """The pipeline with both orders, and no budget of unscored verdicts: here their number is a result."""
+    """The pipeline with both orders, and no budget of unscored verdicts: here their number is a
+    result.
+    """
     panel = loaded.config.panel or PanelConfig(judges=[judge.model_dump(mode="json")])
-    return loaded.config.model_copy(update={"panel": panel.model_copy(update={"orders": "both"}),
-                                            "budget": BudgetConfig(unscored=None)})
+    return loaded.config.model_copy(
+        update={
+            "panel": panel.model_copy(update={"orders": "both"}),
+            "budget": BudgetConfig(unscored=None),
+        }
+    )
 
 
-async def _judged(bench: Bench, judge: Any, principle: Principle, ctx: Context, quiet: bool) -> Judged:
+async def _judged(
+    bench: Bench, judge: Any, principle: Principle, ctx: Context, quiet: bool
+) -> Judged:
     """Every item's pairs to the judge, some items at once."""
     judged = Judged()
     with Progress(f"{judge.name} on {bench.name}", len(bench.items), quiet, "items") as progress:
-        await progress.over(bench.items.values(), lambda item: _ask(item, bench.name, judge, principle, ctx, judged), AT_WORK)
+        await progress.over(
+            bench.items.values(),
+            lambda item: _ask(item, bench.name, judge, principle, ctx, judged),
+            AT_WORK,
+        )
     return judged
 
 
-async def _ask(item: Item, bench: str, judge: Any, principle: Principle, ctx: Context, judged: Judged) -> None:
+async def _ask(
+    item: Item, bench: str, judge: Any, principle: Principle, ctx: Context, judged: Judged
+) -> None:
     prompt = Prompt(f"{bench}:{item.id}", item.prompt)
     samples = [Sample(prompt.id, i, text) for i, text in enumerate(item.answers)]
     pairs = []
@@ -193,17 +299,27 @@ async def _ask(item: Item, bench: str, judge: Any, principle: Principle, ctx: Co
             judged.verdicts[item.id, i, j] = dict.fromkeys(("ab", "ba"), Verdict(0.5, "tie"))
         else:
             pairs.append((i, j))
-    heard = await judging.judge(judge, [(Comparison(prompt, samples[i], samples[j]), [principle]) for i, j in pairs], ctx)
+    heard = await judging.judge(
+        judge, [(Comparison(prompt, samples[i], samples[j]), [principle]) for i, j in pairs], ctx
+    )
     if registry.shows(judge) == "pair":
         _hear_pairs(item, pairs, judge, heard, judged)
     else:
         _hear_scores(item, pairs, judge, principle, heard, judged)
 
 
-def _hear_pairs(item: Item, pairs: Sequence[tuple[int, int]], judge: Any, heard: judging.Responses, judged: Judged) -> None:
+def _hear_pairs(
+    item: Item,
+    pairs: Sequence[tuple[int, int]],
+    judge: Any,
+    heard: judging.Responses,
+    judged: Judged,
+) -> None:
     """One verdict an order. Where no answer came it is unscored: transport."""
     for i, j in pairs:
-        judged.verdicts[item.id, i, j] = {order: pairwise.unscored("transport") for order in ("ab", "ba")}
+        judged.verdicts[item.id, i, j] = {
+            order: pairwise.unscored("transport") for order in ("ab", "ba")
+        }
     for use, answer in heard:
         there = judged.verdicts[item.id, use.sample, use.other]
         if use.role == "judge":
@@ -212,8 +328,14 @@ def _hear_pairs(item: Item, pairs: Sequence[tuple[int, int]], judge: Any, heard:
             there[use.order] = pairwise.unscored(reason, answer)
 
 
-def _hear_scores(item: Item, pairs: Sequence[tuple[int, int]], judge: Any, principle: Principle, heard: judging.Responses,
-                 judged: Judged) -> None:
+def _hear_scores(
+    item: Item,
+    pairs: Sequence[tuple[int, int]],
+    judge: Any,
+    principle: Principle,
+    heard: judging.Responses,
+    judged: Judged,
+) -> None:
     """A score an answer, and from two of them a verdict, which has no order."""
     module = pointwise if judge.kind == "pointwise" else rubric
     scores = {use.sample: module.parse(answer, judge) for use, answer in heard}
@@ -222,13 +344,17 @@ def _hear_scores(item: Item, pairs: Sequence[tuple[int, int]], judge: Any, princ
         value, reason = (scores[i].value, scores[i].reason) if i in scores else (None, "transport")
         if i in {k for pair in pairs for k in pair}:
             # the rubric's criterion is a fault: a yes counts against the answer
-            judged.scores[item.id, i] = None if value is None else value if module is pointwise else 1.0 - value
+            judged.scores[item.id, i] = (
+                None if value is None else value if module is pointwise else 1.0 - value
+            )
         if reason:
             judged.reasons[item.id, i] = reason
     for i, j in pairs:
         if i in scores and j in scores:
             a, b = scores[i], scores[j]
-            verdict = pointwise.verdict(a, b) if module is pointwise else rubric.verdict([a], [b], lines)
+            verdict = (
+                pointwise.verdict(a, b) if module is pointwise else rubric.verdict([a], [b], lines)
+            )
             judged.verdicts[item.id, i, j] = {"ab": verdict}
 
 
@@ -238,18 +364,49 @@ def write(judged: Judged, out: Path) -> None:
     with out.open("w", encoding="utf-8") as file:
         for (name, a, b), orders in judged.verdicts.items():
             for order, verdict in orders.items():
-                row = {"id": name, "a": a, "b": b, "order": order, "p_a": verdict.p_a, "winner": verdict.winner,
-                       "reason": verdict.reason}
+                row = {
+                    "id": name,
+                    "a": a,
+                    "b": b,
+                    "order": order,
+                    "p_a": verdict.p_a,
+                    "winner": verdict.winner,
+                    "reason": verdict.reason,
+                }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         for (name, answer), score in judged.scores.items():
-            row = {"id": name, "answer": answer, "score": score, "reason": judged.reasons.get((name, answer))}
+            row = {
+                "id": name,
+                "answer": answer,
+                "score": score,
+                "reason": judged.reasons.get((name, answer)),
+            }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-COLUMNS = ("metric", "value", "95% from", "to", "of", "scored", "if the unscored are wrong", "right")
+COLUMNS = (
+    "metric",
+    "value",
+    "95% from",
+    "to",
+    "of",
+    "scored",
+    "if the unscored are wrong",
+    "right",
+)
 
 
 def shown(lines: Sequence[metrics.BenchmarkLine]) -> list[tuple[Any, ...]]:
     """Metrics as rows of a table."""
-    return [(line.name, line.undefined if line.value is None else line.value, line.low, line.high, line.n, line.scored,
-             *((line.worst, line.best) if line.scored < line.n else (None, None))) for line in lines]
+    return [
+        (
+            line.name,
+            line.undefined if line.value is None else line.value,
+            line.low,
+            line.high,
+            line.n,
+            line.scored,
+            *((line.worst, line.best) if line.scored < line.n else (None, None)),
+        )
+        for line in lines
+    ]

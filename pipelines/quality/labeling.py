@@ -1,8 +1,11 @@
-"""People label comparisons of a run: which ones first, the terminal's loop, queue files out and answers back.
+"""People label comparisons of a run: which ones first, the terminal's loop, queue files out and
+answers back.
 
-Blind: a person sees the conversation, the principle's question and two answers in an order of chance, and nothing of
-what judges said. Each answer is on disk before the next comparison is shown, so a session can end at any moment.
+Blind: a person sees the conversation, the principle's question and two answers in an order of
+chance, and nothing of what judges said. Each answer is on disk before the next comparison is shown,
+so a session can end at any moment.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -18,9 +21,9 @@ from typing import Any, Literal, TextIO
 
 import orjson
 
-from prefab.factory.ledger import db
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
+from prefab.factory.ledger import db
 from prefab.factory.types import Order
 from prefab.judges.kinds import human
 
@@ -30,7 +33,9 @@ PLAIN_QUESTION = "Which answer is better?"  # for comparisons that were judged u
 HELP = "a or b: the better answer · t: a tie · s: skip · u: undo the last one · q: stop here"
 _ORDERS: dict[str, str] = {
     "unsure": "coalesce(abs(p - 0.5), 0)",  # what no judge could score is as unsure as can be
-    "divided": "-greatest(coalesce(between, 0), coalesce(slots, 0) / 2)", "random": "0"}
+    "divided": "-greatest(coalesce(between, 0), coalesce(slots, 0) / 2)",
+    "random": "0",
+}
 _TASKS = """
 WITH judged AS (
     SELECT prompt, a, b, principle, avg(p_a) AS p, stddev_pop(p_a) AS between, avg(abs(p_ab - p_ba)) AS slots
@@ -49,7 +54,9 @@ WHERE x.text IS NOT NULL AND y.text IS NOT NULL
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One comparison under one principle, to be put to a person; `order` says which answer is shown first."""
+    """One comparison under one principle, to be put to a person; `order` says which answer is shown
+    first.
+    """
 
     run: str
     prompt: str
@@ -73,7 +80,9 @@ class Task:
         return (self.text_a, self.text_b) if self.order == "ab" else (self.text_b, self.text_a)
 
     def name(self, order: Order | None = None) -> str:
-        """Its id in a queue file: of the comparison and the order shown, so that an answer can be read back."""
+        """Its id in a queue file: of the comparison and the order shown, so that an answer can be
+        read back.
+        """
         return digest("label", self.run, *self.place, self.a, order or self.order)
 
 
@@ -95,20 +104,39 @@ class Report:
 
     def rows(self, queue: bool = False) -> list[tuple[str, int]]:
         """As lines of a table, those that say something."""
-        told = [("written, to be answered" if queue else "lines not answered", self.unanswered),
-                *sorted(self.said.items()), ("taken back", self.undone), ("known already", self.known)]
+        told = [
+            ("written, to be answered" if queue else "lines not answered", self.unanswered),
+            *sorted(self.said.items()),
+            ("taken back", self.undone),
+            ("known already", self.known),
+        ]
         return [line for line in told if line[1]] + [("left to label", self.left)]
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
-        return {"run": self.run, "annotator": self.annotator, "labelled": sum(self.said.values()), "said": self.said,
-                "undone": self.undone, "unanswered": self.unanswered, "known": self.known, "left": self.left}
+        return {
+            "run": self.run,
+            "annotator": self.annotator,
+            "labelled": sum(self.said.values()),
+            "said": self.said,
+            "undone": self.undone,
+            "unanswered": self.unanswered,
+            "known": self.known,
+            "left": self.left,
+        }
 
 
-def tasks(store: Path, run: str, annotator: str, first: First = "unsure", seed: int = 0,
-          principles: Sequence[str] = ()) -> list[Task]:
-    """Every comparison of a run that judges were asked about, in the order in which people should be: what the run waits
-    for, where people are in its panel, unless the order is random; then as `first` says.
+def tasks(
+    store: Path,
+    run: str,
+    annotator: str,
+    first: First = "unsure",
+    seed: int = 0,
+    principles: Sequence[str] = (),
+) -> list[Task]:
+    """Every comparison of a run that judges were asked about, in the order in which people should
+    be: what the run waits for, where people are in its panel, unless the order is random; then as
+    `first` says.
 
     Raises: ConfigError for a run or a principle that is not there, or a run without comparisons.
     """
@@ -117,13 +145,19 @@ def tasks(store: Path, run: str, annotator: str, first: First = "unsure", seed: 
 
     record = find_run(store, run)
     number, name = record["run"], f"{record['name']}@{record['version']}"
-    rows = query(store, _TASKS.format(order=_ORDERS[first]), [number, number, number, record["constitution"]]).to_dicts()
+    rows = query(
+        store, _TASKS.format(order=_ORDERS[first]), [number, number, number, record["constitution"]]
+    ).to_dicts()
     there = sorted({row["principle"] for row in rows})
     unknown = [principle for principle in principles if principle not in there]
     if unknown:
-        raise ConfigError(f"{name} judged nothing under {unknown[0]!r}; it did under: {', '.join(there) or 'nothing'}")
+        raise ConfigError(
+            f"{name} judged nothing under {unknown[0]!r}; it did under: {', '.join(there) or 'nothing'}"
+        )
     if not rows:
-        raise ConfigError(f"{name} has no comparisons to label: its recipe has no panel, or nothing was judged yet")
+        raise ConfigError(
+            f"{name} has no comparisons to label: its recipe has no panel, or nothing was judged yet"
+        )
     rows = [row for row in rows if not principles or row["principle"] in principles]
     judges = (orjson.loads(record["config"]).get("panel") or {}).get("judges", ())
     waits = first != "random" and any(judge.get("kind") == "human" for judge in judges)
@@ -133,15 +167,26 @@ def tasks(store: Path, run: str, annotator: str, first: First = "unsure", seed: 
 
 def _luck(seed: int, row: dict[str, Any]) -> bytes:
     """A place in a random order that only the seed and the comparison decide."""
-    return sha256(f"{seed}\0{row['prompt']}\0{row['a']}\0{row['b']}\0{row['principle']}".encode()).digest()
+    return sha256(
+        f"{seed}\0{row['prompt']}\0{row['a']}\0{row['b']}\0{row['principle']}".encode()
+    ).digest()
 
 
 def _task(run: str, row: dict[str, Any], seed: int, annotator: str) -> Task:
     place = human.place_of(row["prompt"], row["sample_a"], row["sample_b"], row["principle"] or "")
     talk = tuple((role, text) for role, text in orjson.loads(row["messages"]))
-    return Task(run, row["prompt"], row["sample_a"], row["sample_b"], row["principle"] or "",
-                row["compare"] or PLAIN_QUESTION, talk, row["text_a"], row["text_b"],
-                human.shown_order(seed, annotator, place))
+    return Task(
+        run,
+        row["prompt"],
+        row["sample_a"],
+        row["sample_b"],
+        row["principle"] or "",
+        row["compare"] or PLAIN_QUESTION,
+        talk,
+        row["text_a"],
+        row["text_b"],
+        human.shown_order(seed, annotator, place),
+    )
 
 
 def recorded(store: Path) -> list[dict[str, Any]]:
@@ -150,28 +195,48 @@ def recorded(store: Path) -> list[dict[str, Any]]:
     con = db.connect(file, readonly=True)
     try:
         with db.translate_errors(file):
-            return [orjson.loads(value) for value, in con.execute("SELECT value FROM human_labels ORDER BY id")]
+            return [
+                orjson.loads(value)
+                for (value,) in con.execute("SELECT value FROM human_labels ORDER BY id")
+            ]
     finally:
         con.close()
 
 
 def people(loaded: Any) -> dict[str, Any]:
-    """By each judge of kind `human` in a loaded pipeline, what people have said so far (`human.answers`)."""
-    judges, store = [judge for judge in loaded.judges if judge.kind == "human"], Path(loaded.config.store)
+    """By each judge of kind `human` in a loaded pipeline, what people have said so far
+    (`human.answers`).
+    """
+    judges, store = (
+        [judge for judge in loaded.judges if judge.kind == "human"],
+        Path(loaded.config.store),
+    )
     rows = recorded(store) if judges and (store / db.FILE).exists() else []
     return {judge.name: human.answers(rows, judge.annotators) for judge in judges}
 
 
 class LabelingSession:
-    """One person's labels of a list of tasks: what is to do, what was done, each step recorded before the next."""
+    """One person's labels of a list of tasks: what is to do, what was done, each step recorded
+    before the next.
+    """
 
-    def __init__(self, todo: Sequence[Task], rows: Sequence[dict[str, Any]], annotator: str, seed: int,
-                 record: Callable[[dict[str, Any]], None], clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        todo: Sequence[Task],
+        rows: Sequence[dict[str, Any]],
+        annotator: str,
+        seed: int,
+        record: Callable[[dict[str, Any]], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.annotator, self.seed, self.record, self.clock = annotator, seed, record, clock
         mine = [label for label in human.latest(rows) if label.annotator == annotator]
         by_place = {task.place: task for task in todo}
         self.done: list[tuple[Task, str, str]] = [
-            (by_place[label.place], label.digest, label.winner) for label in mine if label.place in by_place]
+            (by_place[label.place], label.digest, label.winner)
+            for label in mine
+            if label.place in by_place
+        ]
         labelled = {task.place for task, _, _ in self.done}
         self.todo = [task for task in todo if task.place not in labelled]
         self.report = Report(todo[0].run if todo else "", annotator)
@@ -179,9 +244,19 @@ class LabelingSession:
     def say(self, said: human.Said, task: Task | None = None, order: Order | None = None) -> None:
         """Record what was said of a task (the next one) as shown."""
         task = self.todo[0] if task is None else task
-        value = human.row(task.prompt, task.a, task.b, task.principle, said, order or task.order, self.annotator,
-                          self.clock(), run=task.run, seed=self.seed,
-                          texts={"a": human.text_name(task.text_a), "b": human.text_name(task.text_b)})
+        value = human.row(
+            task.prompt,
+            task.a,
+            task.b,
+            task.principle,
+            said,
+            order or task.order,
+            self.annotator,
+            self.clock(),
+            run=task.run,
+            seed=self.seed,
+            texts={"a": human.text_name(task.text_a), "b": human.text_name(task.text_b)},
+        )
         self.record(value)
         self.report.count(said)
         self.done = [known for known in self.done if known[0].place != task.place]
@@ -189,7 +264,9 @@ class LabelingSession:
         self.todo = [other for other in self.todo if other.place != task.place]
 
     def undo(self) -> Task | None:
-        """Take the last label back (an earlier session's too) and show its comparison again; None: there is none."""
+        """Take the last label back (an earlier session's too) and show its comparison again; None:
+        there is none.
+        """
         if not self.done:
             return None
         task, name, _ = self.done.pop()
@@ -199,8 +276,15 @@ class LabelingSession:
         return task
 
 
-def talk(session: LabelingSession, keys: Iterator[str], show: Callable[[str], None], limit: int | None = None) -> Report:
-    """The loop: show a comparison, take a key, record it; until all are labelled, `limit` are, or q or the end of keys."""
+def talk(
+    session: LabelingSession,
+    keys: Iterator[str],
+    show: Callable[[str], None],
+    limit: int | None = None,
+) -> Report:
+    """The loop: show a comparison, take a key, record it; until all are labelled, `limit` are, or q
+    or the end of keys.
+    """
     begun = len(session.done)
     show(HELP)
     while session.todo and (limit is None or len(session.done) - begun < limit):
@@ -233,18 +317,30 @@ def page(task: Task, number: int, total: int) -> str:
     first, second = task.shown
     lines = [f"── {number:,} of {total:,} " + "─" * 40]
     lines += [f"{role}: {text}" for role, text in task.conversation]
-    lines += ["", "── A " + "─" * 20, first, "── B " + "─" * 20, second, "", f"{task.question}  [a b t s u q]"]
+    lines += [
+        "",
+        "── A " + "─" * 20,
+        first,
+        "── B " + "─" * 20,
+        second,
+        "",
+        f"{task.question}  [a b t s u q]",
+    ]
     return harmless("\n".join(lines))
 
 
 def harmless(text: str) -> str:
-    """Without control characters: a model's answer must not be able to move the cursor or rewrite what is shown."""
+    """Without control characters: a model's answer must not be able to move the cursor or rewrite
+    what is shown.
+    """
     return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 @contextlib.contextmanager
 def single_keys(stream: TextIO) -> Iterator[Iterator[str]]:
-    """Keys as they are typed, without Enter, where the stream is a terminal; else its characters but white space."""
+    """Keys as they are typed, without Enter, where the stream is a terminal; else its characters
+    but white space.
+    """
     if not stream.isatty():
         yield (c for line in stream for c in line if not c.isspace())
         return
@@ -261,14 +357,22 @@ def single_keys(stream: TextIO) -> Iterator[Iterator[str]]:
 
 
 def _typed(fd: int) -> str:
-    """The next key. A select comes first, since polars' handler of Ctrl-C lets a read go on that it interrupts."""
+    """The next key. A select comes first, since polars' handler of Ctrl-C lets a read go on that it
+    interrupts.
+    """
     select.select([fd], [], [])
     return os.read(fd, 1).decode("latin-1")
 
 
 @contextlib.contextmanager
-def open_session(store: Path, run: str, annotator: str, first: First = "unsure", seed: int = 0,
-         principles: Sequence[str] = ()) -> Iterator[LabelingSession]:
+def open_session(
+    store: Path,
+    run: str,
+    annotator: str,
+    first: First = "unsure",
+    seed: int = 0,
+    principles: Sequence[str] = (),
+) -> Iterator[LabelingSession]:
     """A person's session over a store, its ledger open for writing.
 
     Raises: ConfigError, StoreError.
@@ -285,8 +389,11 @@ def open_session(store: Path, run: str, annotator: str, first: First = "unsure",
         asyncio.run(ledger.close())
 
 
-def terminal(session: LabelingSession, limit: int | None = None, stream: TextIO | None = None) -> Report:
+def terminal(
+    session: LabelingSession, limit: int | None = None, stream: TextIO | None = None
+) -> Report:
     """Label in this terminal. Ctrl-C ends it as q does."""
+
     def show(text: str) -> None:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -300,13 +407,31 @@ def terminal(session: LabelingSession, limit: int | None = None, stream: TextIO 
 
 
 def write_queue(session: LabelingSession, file: Path, limit: int | None = None) -> Report:
-    """Write what is not labelled yet, a JSON object a line with an empty `label` to fill in. Raises: ConfigError."""
+    """Write what is not labelled yet, a JSON object a line with an empty `label` to fill in.
+    Raises: ConfigError.
+    """
     if file.exists():
-        raise ConfigError([Problem(str(file), 0, 0, "", "is there already; name a new file, lest answers be lost")])
+        raise ConfigError(
+            [
+                Problem(
+                    str(file), 0, 0, "", "is there already; name a new file, lest answers be lost"
+                )
+            ]
+        )
     some = session.todo[:limit]
-    lines = [orjson.dumps({
-        "id": task.name(), "conversation": [{"role": r, "content": t} for r, t in task.conversation],
-        "question": task.question, "answer_a": task.shown[0], "answer_b": task.shown[1], "label": ""}) for task in some]
+    lines = [
+        orjson.dumps(
+            {
+                "id": task.name(),
+                "conversation": [{"role": r, "content": t} for r, t in task.conversation],
+                "question": task.question,
+                "answer_a": task.shown[0],
+                "answer_b": task.shown[1],
+                "label": "",
+            }
+        )
+        for task in some
+    ]
     file.write_bytes(b"".join(line + b"\n" for line in lines))
     session.report.left = len(session.todo)
     session.report.unanswered = len(some)
@@ -314,13 +439,17 @@ def write_queue(session: LabelingSession, file: Path, limit: int | None = None) 
 
 
 def read_answers(session: LabelingSession, file: Path) -> Report:
-    """Record the answers of a queue file: `id` and `label` (a, b, tie or skip; empty: not answered) of each line.
+    """Record the answers of a queue file: `id` and `label` (a, b, tie or skip; empty: not answered)
+    of each line.
 
-    All lines are checked before anything is recorded; an answer that stands already is not recorded twice.
+    All lines are checked before anything is recorded; an answer that stands already is not recorded
+    twice.
     Raises: ConfigError with every mistake and its line.
     """
     tasks = [*session.todo, *(task for task, _, _ in session.done)]
-    known: dict[str, tuple[Task, Order]] = {task.name(order): (task, order) for task in tasks for order in ("ab", "ba")}
+    known: dict[str, tuple[Task, Order]] = {
+        task.name(order): (task, order) for task in tasks for order in ("ab", "ba")
+    }
     problems: list[Problem] = []
     answers: dict[human.Place, tuple[int, Task, Order, human.Said]] = {}
     for number, text in enumerate(_lines(file), 1):
@@ -347,8 +476,13 @@ def _lines(file: Path) -> list[str]:
         raise ConfigError([Problem(str(file), 0, 0, "", f"cannot be read ({error})")]) from error
 
 
-def _answer(text: str, number: int, known: dict[str, tuple[Task, Order]],
-            answers: dict[human.Place, tuple[int, Task, Order, human.Said]], report: Report) -> str:
+def _answer(
+    text: str,
+    number: int,
+    known: dict[str, tuple[Task, Order]],
+    answers: dict[human.Place, tuple[int, Task, Order, human.Said]],
+    report: Report,
+) -> str:
     """Note one line's answer; gives what is wrong with it, if anything."""
     try:
         row = orjson.loads(text)

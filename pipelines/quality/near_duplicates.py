@@ -1,10 +1,13 @@
-"""Texts that are nearly the same: word shingles, MinHash candidates by `rensa`, and an exact check of each candidate.
+"""Texts that are nearly the same: word shingles, MinHash candidates by `rensa`, and an exact check
+of each candidate.
 
-Words are compared without case and punctuation. Similarity is Jaccard's over the sets of word pairs (of a text of one
-word: the word); answers are tens of words long, where one changed word breaks a third of the 5-word shingles that are
-usual for web pages. LSH with 64 values in 16 bands of 4 proposes a pair of similarity s with probability
-1 - (1 - s^4)^16: 99.98% at 0.8, and whatever it proposes is checked exactly, so it adds no false alarm.
+Words are compared without case and punctuation. Similarity is Jaccard's over the sets of word pairs
+(of a text of one word: the word); answers are tens of words long, where one changed word breaks a
+third of the 5-word shingles that are usual for web pages. LSH with 64 values in 16 bands of 4
+proposes a pair of similarity s with probability 1 - (1 - s^4)^16: 99.98% at 0.8, and whatever it
+proposes is checked exactly, so it adds no false alarm.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +19,21 @@ if TYPE_CHECKING:
     import polars as pl
 
 NUM_PERM, BANDS, SEED = 64, 16, 1
-TEXTS_AT_ONCE = 50_000        # tokenised together: bounds what polars holds
-SHINGLES_AT_ONCE = 400_000    # signed together: what a core's cache holds
-CROWD = 128                   # rows of one bucket that another is compared with; who meets more is counted
-LEAST_ALIKE = 0.75            # of the threshold: by so much a signature's estimate (deviation 0.05) may be too low
+TEXTS_AT_ONCE = 50_000  # tokenised together: bounds what polars holds
+SHINGLES_AT_ONCE = 400_000  # signed together: what a core's cache holds
+CROWD = 128  # rows of one bucket that another is compared with; who meets more is counted
+LEAST_ALIKE = (
+    0.75  # of the threshold: by so much a signature's estimate (deviation 0.05) may be too low
+)
 _ASCII = [chr(i) for i in range(128) if not chr(i).isalnum()]
 _ODD = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
 
 
 @dataclass(slots=True)
 class Words:
-    """Every text's words as 32-bit hashes, one after the other: text i is `flat[offsets[i]:offsets[i + 1]]`."""
+    """Every text's words as 32-bit hashes, one after the other: text i is
+    `flat[offsets[i]:offsets[i + 1]]`.
+    """
 
     flat: np.ndarray
     offsets: np.ndarray
@@ -40,14 +47,14 @@ class Words:
     def parts(self) -> Iterator[tuple[int, Words]]:
         """The texts, some at a time, with the number of the first."""
         for start in range(0, len(self.counts), TEXTS_AT_ONCE):
-            offsets = self.offsets[start:start + TEXTS_AT_ONCE + 1]
-            yield start, Words(self.flat[offsets[0]:offsets[-1]], offsets - offsets[0])
+            offsets = self.offsets[start : start + TEXTS_AT_ONCE + 1]
+            yield start, Words(self.flat[offsets[0] : offsets[-1]], offsets - offsets[0])
 
     def shingles(self, text: int) -> frozenset[int]:
         """The word pairs of a text, remembered."""
         found = self._sets.get(text)
         if found is None:
-            some = self.flat[self.offsets[text]:self.offsets[text + 1]]
+            some = self.flat[self.offsets[text] : self.offsets[text + 1]]
             found = self._sets[text] = frozenset(_pairs_of(some).tolist())
         return found
 
@@ -66,7 +73,9 @@ def normalised(texts: pl.Series) -> pl.Series:
 
 
 def _split(texts: pl.Series) -> pl.Series:
-    """The words of each text. What is ASCII (most texts are) goes without regular expressions, five times as fast."""
+    """The words of each text. What is ASCII (most texts are) goes without regular expressions, five
+    times as fast.
+    """
     import polars as pl
 
     ascii_only = texts.str.len_bytes() == texts.str.len_chars()
@@ -74,7 +83,9 @@ def _split(texts: pl.Series) -> pl.Series:
     if not ascii_only.all():
         other = texts.str.normalize("NFKC").str.replace_all(r"[^\p{L}\p{N}]+", " ")
         plain = pl.select(pl.when(ascii_only).then(plain).otherwise(other)).to_series()
-    return plain.str.to_lowercase().str.split(" ").list.eval(pl.element().filter(pl.element() != ""))
+    return (
+        plain.str.to_lowercase().str.split(" ").list.eval(pl.element().filter(pl.element() != ""))
+    )
 
 
 def words(texts: pl.Series) -> Words:
@@ -86,7 +97,10 @@ def words(texts: pl.Series) -> Words:
         split = _split(texts.slice(start, TEXTS_AT_ONCE))
         counts.append(split.list.len().to_numpy().astype(np.int64))
         flats.append(split.explode(empty_as_null=False).hash(SEED).to_numpy().astype(np.uint32))
-    return Words(np.concatenate(flats), np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64))
+    return Words(
+        np.concatenate(flats),
+        np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
+    )
 
 
 def ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,9 +112,9 @@ def ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
     hashes = np.zeros(total, np.uint64)
     for i in range(n):
-        hashes = hashes * np.uint64(_ODD[0]) + _mixed(words.flat[i:i + total])
+        hashes = hashes * np.uint64(_ODD[0]) + _mixed(words.flat[i : i + total])
     text = np.repeat(np.arange(len(words.counts)), words.counts)
-    whole = text[:total] == text[n - 1:]
+    whole = text[:total] == text[n - 1 :]
     return hashes[whole], text[:total][whole]
 
 
@@ -109,7 +123,9 @@ def wholes(words: Words) -> np.ndarray:
     import numpy as np
 
     place = np.arange(len(words.flat)) - np.repeat(words.offsets[:-1], words.counts)
-    spread = _mixed(words.flat) * (np.uint64(_ODD[0]) * (2 * place.astype(np.uint64) + np.uint64(1)))
+    spread = _mixed(words.flat) * (
+        np.uint64(_ODD[0]) * (2 * place.astype(np.uint64) + np.uint64(1))
+    )
     sums = np.concatenate([[np.uint64(0)], np.cumsum(spread, dtype=np.uint64)])
     return sums[words.offsets[1:]] - sums[words.offsets[:-1]]
 
@@ -131,7 +147,8 @@ def _pairs_of(some: np.ndarray) -> np.ndarray:
 
 
 def _gathered(words: Words, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The shingles of documents, and how many each has. A document is a row of texts, each in a space of its own.
+    """The shingles of documents, and how many each has. A document is a row of texts, each in a
+    space of its own.
 
     Shapes: rows N x fields, of text numbers.
     """
@@ -156,7 +173,9 @@ def _gathered(words: Words, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _interleaved(parts, lengths)
 
 
-def _interleaved(parts: list[np.ndarray], lengths: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _interleaved(
+    parts: list[np.ndarray], lengths: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """Each document's fields one after the other."""
     import numpy as np
 
@@ -178,14 +197,16 @@ def _signed(words: Words, rows: np.ndarray) -> Iterator[Any]:
     per_row = max(1, int(words.counts[rows].sum() // max(1, len(rows))))
     step = max(1, SHINGLES_AT_ONCE // per_row)
     for start in range(0, len(rows), step):
-        flat, lengths = _gathered(words, rows[start:start + step])
+        flat, lengths = _gathered(words, rows[start : start + step])
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
         yield RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, NUM_PERM, SEED)
 
 
 def _with_mates(words: Words, rows: np.ndarray) -> np.ndarray:
-    """The documents that share a band with another: seen from the front, each later one is told, from the back each
-    earlier one. Most documents of most data have none, and are never looked at one by one."""
+    """The documents that share a band with another: seen from the front, each later one is told,
+    from the back each earlier one. Most documents of most data have none, and are never looked at
+    one by one.
+    """
     import numpy as np
     from rensa import RMinHashLSH
 
@@ -196,12 +217,14 @@ def _with_mates(words: Words, rows: np.ndarray) -> np.ndarray:
         index = RMinHashLSH(0.8, NUM_PERM, BANDS)
         for i in order:
             found = index.insert_matrix_and_query_duplicate_flags(matrices[i], starts[i])
-            flags[starts[i]:starts[i + 1]] |= np.asarray(found, bool)
+            flags[starts[i] : starts[i + 1]] |= np.asarray(found, bool)
     return np.flatnonzero(flags)
 
 
 def _families(words: Words) -> np.ndarray:
-    """A number for each text, the same for texts that may be near each other (directly or through others)."""
+    """A number for each text, the same for texts that may be near each other (directly or through
+    others).
+    """
     import numpy as np
 
     family = np.arange(len(words.counts))
@@ -213,7 +236,9 @@ def _families(words: Words) -> np.ndarray:
             family[text] = text = family[family[text]]
         return text
 
-    for text, bands in zip(mates.tolist(), _bands(_signatures(words, mates.reshape(-1, 1))), strict=True):
+    for text, bands in zip(
+        mates.tolist(), _bands(_signatures(words, mates.reshape(-1, 1))), strict=True
+    ):
         for band in bands:
             family[root(text)] = root(first.setdefault(band, text))
     for text in mates.tolist():
@@ -222,7 +247,9 @@ def _families(words: Words) -> np.ndarray:
 
 
 def _candidates(words: Words, rows: np.ndarray) -> np.ndarray:
-    """The documents of which every text is of one family with another document's: of clean data hardly any."""
+    """The documents of which every text is of one family with another document's: of clean data
+    hardly any.
+    """
     import numpy as np
 
     families = _families(words)[rows]
@@ -244,44 +271,77 @@ def _bands(signatures: np.ndarray) -> Iterator[list[bytes]]:
     names = [bytes([band]) for band in range(BANDS)]
     for row in signatures:
         whole = row.tobytes()
-        yield [name + whole[i * width:(i + 1) * width] for i, name in enumerate(names)]
+        yield [name + whole[i * width : (i + 1) * width] for i, name in enumerate(names)]
 
 
 @dataclass(slots=True)
 class NearDuplicates:
-    """For each document that is nearly the same as another one: that one. `cut_short` met too many to be compared with
-    all of them, and no match among those that they were."""
+    """For each document that is nearly the same as another one: that one. `cut_short` met too many
+    to be compared with all of them, and no match among those that they were.
+    """
 
     of: dict[int, int]
     cut_short: int = 0
 
 
 def near_duplicates(words: Words, rows: np.ndarray, threshold: float) -> NearDuplicates:
-    """The later ones among documents of which every text is at least `threshold` similar to an earlier one's.
+    """The later ones among documents of which every text is at least `threshold` similar to an
+    earlier one's.
 
     Without them no two near-duplicates are left, and each of them has one that stays.
     Shapes: rows N x fields, of text numbers.
     """
+
     def is_near(i: int, j: int) -> bool:
-        return all(words.similarity(a, b) >= threshold for a, b in zip(rows[i].tolist(), rows[j].tolist(), strict=True))
+        return all(
+            words.similarity(a, b) >= threshold
+            for a, b in zip(rows[i].tolist(), rows[j].tolist(), strict=True)
+        )
 
-    return _matched(words, rows, _candidates(words, rows), is_near, threshold, lambda row: True, lambda row: True)
+    return _matched(
+        words,
+        rows,
+        _candidates(words, rows),
+        is_near,
+        threshold,
+        lambda row: True,
+        lambda row: True,
+    )
 
 
-def near_across(words: Words, texts: np.ndarray, held_out: Sequence[bool], threshold: float) -> NearDuplicates:
+def near_across(
+    words: Words, texts: np.ndarray, held_out: Sequence[bool], threshold: float
+) -> NearDuplicates:
     """The texts that are not held out and are similar to one that is."""
+
     def is_near(i: int, j: int) -> bool:
         return words.similarity(int(texts[i]), int(texts[j])) >= threshold
 
     rows = texts.reshape(-1, 1)
     some = _with_mates(words, rows)
-    return _matched(words, rows, some, is_near, threshold, lambda row: not held_out[row], lambda row: held_out[row])
+    return _matched(
+        words,
+        rows,
+        some,
+        is_near,
+        threshold,
+        lambda row: not held_out[row],
+        lambda row: held_out[row],
+    )
 
 
-def _matched(words: Words, rows: np.ndarray, some: np.ndarray, is_near: Callable[[int, int], bool], threshold: float,
-             asks: Callable[[int], bool], answers: Callable[[int], bool]) -> NearDuplicates:
-    """Each of some rows that `asks`, with the first of those that `answer` which it is near to. One that is near to
-    another answers no more."""
+def _matched(
+    words: Words,
+    rows: np.ndarray,
+    some: np.ndarray,
+    is_near: Callable[[int, int], bool],
+    threshold: float,
+    asks: Callable[[int], bool],
+    answers: Callable[[int], bool],
+) -> NearDuplicates:
+    """Each of some rows that `asks`, with the first of those that `answer` which it is near to. One
+    that is near to another answers no more.
+    """
     found = NearDuplicates({})
     signatures = _signatures(words, rows[some])
     bands = list(_bands(signatures))
@@ -302,7 +362,9 @@ def _matched(words: Words, rows: np.ndarray, some: np.ndarray, is_near: Callable
 
 
 def _alike(i: int, met: list[list[int]], signatures: np.ndarray, threshold: float) -> list[int]:
-    """Those met in a bucket whose signature is like enough, in their order: the exact check is dearer than this one."""
+    """Those met in a bucket whose signature is like enough, in their order: the exact check is
+    dearer than this one.
+    """
     import numpy as np
 
     others = sorted(set().union(*(there[:CROWD] for there in met)))

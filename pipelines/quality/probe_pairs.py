@@ -1,4 +1,7 @@
-"""Decided pairs to audit a judge with, and who says which side is better: the oracle, a person, or the judge itself."""
+"""Decided pairs to audit a judge with, and who says which side is better: the oracle, a person, or
+the judge itself.
+"""
+
 from __future__ import annotations
 
 import random
@@ -22,7 +25,9 @@ Side = Literal["a", "b"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A decided pair under one principle. `truth` is oracle, human or judge (the judge's own: `gold` is then None)."""
+    """A decided pair under one principle. `truth` is oracle, human or judge (the judge's own:
+    `gold` is then None).
+    """
 
     comparison: Comparison
     principle: Principle
@@ -30,29 +35,57 @@ class Case:
     truth: str
 
 
-def cases(loaded: ResolvedPipeline, judge: Any, probes: Sequence[bias_probes.Probe], n: int, store: Path | None, run: str, seed: int,
-          ) -> dict[bias_probes.Probe, list[Case]]:
-    """The pairs of each probe, at most `n`, under the principles that it leaves alone. Raises: ConfigError."""
+def cases(
+    loaded: ResolvedPipeline,
+    judge: Any,
+    probes: Sequence[bias_probes.Probe],
+    n: int,
+    store: Path | None,
+    run: str,
+    seed: int,
+) -> dict[bias_probes.Probe, list[Case]]:
+    """The pairs of each probe, at most `n`, under the principles that it leaves alone. Raises:
+    ConfigError.
+    """
     if store is None and loaded.constitution.id == "microworld":
-        plan = {probe: world_cases(loaded.constitution.principles, probe, n, seed) for probe in probes}
+        plan = {
+            probe: world_cases(loaded.constitution.principles, probe, n, seed) for probe in probes
+        }
     else:
         from prefab.pipelines.store.export.trl import find_run
 
         folder = Path(store or loaded.config.store)
-        stored = stored_cases(folder, find_run(folder, run), loaded.constitution.principles, judge, seed)
-        plan = {probe: list(islice((c for c in stored if bias_probes.allowed(probe, c.principle)), n)) for probe in probes}
+        stored = stored_cases(
+            folder, find_run(folder, run), loaded.constitution.principles, judge, seed
+        )
+        plan = {
+            probe: list(islice((c for c in stored if bias_probes.allowed(probe, c.principle)), n))
+            for probe in probes
+        }
     if not any(plan.values()):
-        raise ConfigError("there is no decided pair to audit with: make some with `prefab run`, or name a store that has "
-                          "some with --store DIR")
+        raise ConfigError(
+            "there is no decided pair to audit with: make some with `prefab run`, or name a store that has "
+            "some with --store DIR"
+        )
     return plan
 
 
-def world_cases(principles: Sequence[Principle], probe: bias_probes.Probe, n: int, seed: int = 0) -> list[Case]:
-    """Pairs of the embedded world's test split, as many a principle as another, each side better as often."""
+def world_cases(
+    principles: Sequence[Principle], probe: bias_probes.Probe, n: int, seed: int = 0
+) -> list[Case]:
+    """Pairs of the embedded world's test split, as many a principle as another, each side better as
+    often.
+    """
     from prefab.factory.microworld import grammar
 
-    asked = [p for p in principles if p.enabled and p.id in grammar.PRINCIPLES and bias_probes.allowed(probe, p)]
-    return [_world_case(asked[i % len(asked)], i // len(asked), seed) for i in range(n if asked else 0)]
+    asked = [
+        p
+        for p in principles
+        if p.enabled and p.id in grammar.PRINCIPLES and bias_probes.allowed(probe, p)
+    ]
+    return [
+        _world_case(asked[i % len(asked)], i // len(asked), seed) for i in range(n if asked else 0)
+    ]
 
 
 @lru_cache(maxsize=65536)
@@ -85,12 +118,17 @@ ORDER BY hash(p.prompt, p.a, p.b, r.principle, $seed)
 """
 
 
-def stored_cases(store: Path, run: Mapping[str, Any], principles: Sequence[Principle], judge: Any, seed: int = 0,
-                 ) -> list[Case]:
+def stored_cases(
+    store: Path,
+    run: Mapping[str, Any],
+    principles: Sequence[Principle],
+    judge: Any,
+    seed: int = 0,
+) -> list[Case]:
     """A run's decided preferences under each principle they were judged by, in a seeded order.
 
-    What people said is truth where it speaks of that principle, or the pair was judged by one alone; else, and where
-    they are split, the judge. What they call a tie is left out.
+    What people said is truth where it speaks of that principle, or the pair was judged by one
+    alone; else, and where they are split, the judge. What they call a tie is left out.
     """
     from prefab.pipelines.store.fill import query
 
@@ -104,7 +142,9 @@ def stored_cases(store: Path, run: Mapping[str, Any], principles: Sequence[Princ
         if principle is None:
             continue  # gone from the constitution since
         rubric = tuple((text, points) for text, points in orjson.loads(row["rubric"] or "[]"))
-        prompt = Prompt(row["prompt"], _messages(row["messages"]), tuple(row["tags"] or ()), rubric=rubric)
+        prompt = Prompt(
+            row["prompt"], _messages(row["messages"]), tuple(row["tags"] or ()), rubric=rubric
+        )
         said = known.winner(row["prompt"], row["a"], row["b"], row["principle"])
         if said == "tie":
             continue

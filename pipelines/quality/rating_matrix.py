@@ -1,8 +1,11 @@
-"""A run's verdicts as arrays: comparisons under a principle by judges, with what is known of the truth beside them.
+"""A run's verdicts as arrays: comparisons under a principle by judges, with what is known of the
+truth beside them.
 
-A reading is one judge's word on one comparison under one principle: the mean of its orders and repeats, unscored when
-any of them is. Verdicts that were asked in no order (scores, rankings) are readings too, without a position.
+A reading is one judge's word on one comparison under one principle: the mean of its orders and
+repeats, unscored when any of them is. Verdicts that were asked in no order (scores, rankings) are
+readings too, without a position.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,10 +29,11 @@ _EPS = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class RatingMatrix:
-    """Shapes (N comparisons under a principle, J judges): `p` the probability that a is better, `tie` the share of the
-    mass on tie, NaN where unscored or not asked (`asked` tells them apart); by order `won_ab` and `won_ba` the winner
-    (1 a, 0 b, 0.5 neither) and `p_ab` and `p_ba` the probability, NaN where there is none; `gold` N as a winner;
-    `prompts` and `groups` N, as numbers. `items` has the columns prompt, a, b, principle, tags (the prompt's and the
+    """Shapes (N comparisons under a principle, J judges): `p` the probability that a is better,
+    `tie` the share of the mass on tie, NaN where unscored or not asked (`asked` tells them apart);
+    by order `won_ab` and `won_ba` the winner (1 a, 0 b, 0.5 neither) and `p_ab` and `p_ba` the
+    probability, NaN where there is none; `gold` N as a winner; `prompts` and `groups` N, as
+    numbers. `items` has the columns prompt, a, b, principle, tags (the prompt's and the
     principle's).
     """
 
@@ -49,7 +53,9 @@ class RatingMatrix:
     tie_margin: float
 
     def ratings(self) -> np.ndarray:
-        """Each reading as a label, 1 for a, 0 for b, 0.5 for a tie (by the panel's rule), NaN for unscored."""
+        """Each reading as a label, 1 for a, 0 for b, 0.5 for a tie (by the panel's rule), NaN for
+        unscored.
+        """
         import numpy as np
 
         side = np.where(self.p > 0.5, 1.0, 0.0)
@@ -60,8 +66,21 @@ class RatingMatrix:
         """Some of the comparisons, by a mask."""
         import polars as pl
 
-        some = {name: getattr(self, name)[kept] for name in (
-            "p", "tie", "asked", "won_ab", "won_ba", "p_ab", "p_ba", "prompts", "groups", "gold")}
+        some = {
+            name: getattr(self, name)[kept]
+            for name in (
+                "p",
+                "tie",
+                "asked",
+                "won_ab",
+                "won_ba",
+                "p_ab",
+                "p_ba",
+                "prompts",
+                "groups",
+                "gold",
+            )
+        }
         return replace(self, items=self.items.filter(pl.Series(kept)), **some)
 
 
@@ -120,12 +139,18 @@ class Selection:
         """The run's resolved configuration."""
         return json.loads(self.run["config"])
 
-    def query(self, sql: str, more: dict[str, Any] = {}) -> polars.DataFrame:
+    def query(self, sql: str, more: dict[str, Any] = {}) -> polars.DataFrame:  # noqa: B006
         """The rows of a query with named parameters: those of the selection, and `more`."""
         from prefab.pipelines.store.fill import query
 
-        values = {**more, "run": self.run["run"], "constitution": self.run["constitution"] or "",
-                  "principles": list(self.principles), "judges": list(self.judges), "tags": list(self.tags)}
+        values = {
+            **more,
+            "run": self.run["run"],
+            "constitution": self.run["constitution"] or "",
+            "principles": list(self.principles),
+            "judges": list(self.judges),
+            "tags": list(self.tags),
+        }
         return query(self.folder, *_positional(sql, values))
 
     def unscored(self) -> polars.DataFrame:
@@ -142,56 +167,87 @@ class Selection:
 
 
 def _positional(sql: str, values: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Named parameters as numbered ones, which is what the store's reader takes; lists get their type."""
+    """Named parameters as numbered ones, which is what the store's reader takes; lists get their
+    type.
+    """
     used = [name for name in values if f"${name}" in sql]
     for i, name in enumerate(sorted(used, key=len, reverse=True), 1):
-        sql = sql.replace(f"${name}", f"${i}::VARCHAR[]" if isinstance(values[name], list) else f"${i}")
+        sql = sql.replace(
+            f"${name}", f"${i}::VARCHAR[]" if isinstance(values[name], list) else f"${i}"
+        )
     return sql, [values[name] for name in sorted(used, key=len, reverse=True)]
 
 
-def select(folder: Path, run: str = "", principles: Sequence[str] = (), judges: Sequence[str] = (),
-           tags: Sequence[str] = ()) -> Selection:
+def select(
+    folder: Path,
+    run: str = "",
+    principles: Sequence[str] = (),
+    judges: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> Selection:
     """The selection, checked.
 
-    Raises: ConfigError when there is no such run, or a name matches none of the run's verdicts; for a run that has none.
+    Raises: ConfigError when there is no such run, or a name matches none of the run's verdicts; for
+    a run that has none.
     """
     from prefab.pipelines.store.export.trl import find_run
 
     whole = Selection(folder, find_run(folder, run))
     rows = whole.unscored()
     if rows.is_empty():
-        raise ConfigError(f"{folder}: the run {whole.name} has no verdicts: it compared nothing, or nothing was answered "
-                          "yet; name another with --run NAME, or run a pipeline with a panel")
-    for what, given, known in (("principle", principles, set(rows["principle"])), ("judge", judges, set(rows["judge"]))):
+        raise ConfigError(
+            f"{folder}: the run {whole.name} has no verdicts: it compared nothing, or nothing was answered "
+            "yet; name another with --run NAME, or run a pipeline with a panel"
+        )
+    for what, given, known in (
+        ("principle", principles, set(rows["principle"])),
+        ("judge", judges, set(rows["judge"])),
+    ):
         for name in given:
             if name not in known:
-                raise ConfigError(f"--{what} {name}: {whole.name} has no verdicts of it; {did_you_mean(name, known)}")
+                raise ConfigError(
+                    f"--{what} {name}: {whole.name} has no verdicts of it; {did_you_mean(name, known)}"
+                )
     found = replace(whole, principles=tuple(principles), judges=tuple(judges), tags=tuple(tags))
     if (tags or (principles and judges)) and found.unscored().is_empty():
-        known = set(whole.query("SELECT DISTINCT unnest(tags) AS tag FROM prompts UNION SELECT DISTINCT unnest(tags) "
-                                "FROM principles WHERE constitution = $constitution")["tag"])
-        told = "; ".join(f"--tag {tag}: {did_you_mean(tag, known)}" for tag in tags if tag not in known)
-        raise ConfigError(f"{whole.name} has no verdicts that match all of these options" + (f" ({told})" if told else ""))
+        known = set(
+            whole.query(
+                "SELECT DISTINCT unnest(tags) AS tag FROM prompts UNION SELECT DISTINCT unnest(tags) "
+                "FROM principles WHERE constitution = $constitution"
+            )["tag"]
+        )
+        told = "; ".join(
+            f"--tag {tag}: {did_you_mean(tag, known)}" for tag in tags if tag not in known
+        )
+        raise ConfigError(
+            f"{whole.name} has no verdicts that match all of these options"
+            + (f" ({told})" if told else "")
+        )
     return found
 
 
 def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix, str]:
     """The readings of a selection, and in words where their gold comes from.
 
-    `gold`: human, oracle, none, or auto: people's labels where there are some, else the oracle where the prompts are
-    the embedded world's.
+    `gold`: human, oracle, none, or auto: people's labels where there are some, else the oracle
+    where the prompts are the embedded world's.
     """
     import numpy as np
     import polars as pl
 
     panel = selection.config.get("panel") or {}
-    people = [judge["name"] for judge in panel.get("judges", ()) if judge.get("kind") == "human"]  # they are gold
+    people = [
+        judge["name"] for judge in panel.get("judges", ()) if judge.get("kind") == "human"
+    ]  # they are gold
     rows = selection.query(_READINGS).filter(~pl.col("judge").is_in(people))
     place = ["prompt", "a", "b", "principle"]
     items = rows.select(place).unique(maintain_order=True).with_row_index("i")
     judges = tuple(rows["judge"].unique().sort())
-    rows = rows.join(items, on=place).with_columns(pl.col("judge").replace_strict(
-        list(judges), list(range(len(judges))), return_dtype=pl.Int32).alias("j"))
+    rows = rows.join(items, on=place).with_columns(
+        pl.col("judge")
+        .replace_strict(list(judges), list(range(len(judges))), return_dtype=pl.Int32)
+        .alias("j")
+    )
     i, j = rows["i"].to_numpy(), rows["j"].to_numpy()
 
     def matrix(column: pl.Series) -> np.ndarray:
@@ -201,28 +257,53 @@ def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix,
 
     asked = np.zeros((items.height, len(judges)), dtype=bool)
     asked[i, j] = True
-    won = {name: rows[name].replace_strict(list(_SIDE), list(_SIDE.values()), default=None, return_dtype=pl.Float64)
-           for name in ("won_ab", "won_ba")}
+    won = {
+        name: rows[name].replace_strict(
+            list(_SIDE), list(_SIDE.values()), default=None, return_dtype=pl.Float64
+        )
+        for name in ("won_ab", "won_ba")
+    }
     items = _tagged(items.drop("i"), selection)
     weight = {judge["name"]: float(judge.get("weight", 1.0)) for judge in panel.get("judges", ())}
     known, source = find_gold(selection, items, gold)
     readings = RatingMatrix(
-        items.drop("group"), judges, np.array([weight.get(name, 1.0) for name in judges]), matrix(rows["p"]),
-        matrix(rows["tie"]), asked, matrix(won["won_ab"]), matrix(won["won_ba"]),
-        matrix(rows["p_ab"]), matrix(rows["p_ba"]),
+        items.drop("group"),
+        judges,
+        np.array([weight.get(name, 1.0) for name in judges]),
+        matrix(rows["p"]),
+        matrix(rows["tie"]),
+        asked,
+        matrix(won["won_ab"]),
+        matrix(won["won_ba"]),
+        matrix(rows["p_ab"]),
+        matrix(rows["p_ba"]),
         np.unique(items["prompt"].to_numpy(), return_inverse=True)[1],
-        np.unique(items["group"].to_numpy(), return_inverse=True)[1], known, float(panel.get("tie_margin", 0.02)))
+        np.unique(items["group"].to_numpy(), return_inverse=True)[1],
+        known,
+        float(panel.get("tie_margin", 0.02)),
+    )
     return readings, source
 
 
 def _tagged(items: polars.DataFrame, selection: Selection) -> polars.DataFrame:
-    """With the tags of prompt and principle together, and the prompt's group (its own where it has none)."""
+    """With the tags of prompt and principle together, and the prompt's group (its own where it has
+    none).
+    """
     import polars as pl
 
-    prompts = selection.query('SELECT prompt, tags AS ptags, coalesce(nullif("group", \'\'), prompt) AS "group" FROM prompts')
-    principles = selection.query("SELECT principle, tags AS qtags FROM principles WHERE constitution = $constitution")
+    prompts = selection.query(
+        'SELECT prompt, tags AS ptags, coalesce(nullif("group", \'\'), prompt) AS "group" FROM prompts'
+    )
+    principles = selection.query(
+        "SELECT principle, tags AS qtags FROM principles WHERE constitution = $constitution"
+    )
     empty = pl.lit([], dtype=pl.List(pl.String))
     joined = items.join(prompts, on="prompt", how="left", maintain_order="left").join(
-        principles, on="principle", how="left", maintain_order="left")
-    tags = pl.concat_list(pl.col("ptags").fill_null(empty), pl.col("qtags").fill_null(empty)).list.unique()
-    return joined.select(*items.columns, tags.alias("tags"), pl.col("group").fill_null(pl.col("prompt")))
+        principles, on="principle", how="left", maintain_order="left"
+    )
+    tags = pl.concat_list(
+        pl.col("ptags").fill_null(empty), pl.col("qtags").fill_null(empty)
+    ).list.unique()
+    return joined.select(
+        *items.columns, tags.alias("tags"), pl.col("group").fill_null(pl.col("prompt"))
+    )

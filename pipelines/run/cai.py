@@ -1,11 +1,14 @@
-"""Constitutional AI: sample, then rounds of critique and revision. Every draft and every revision is kept.
+"""Constitutional AI: sample, then rounds of critique and revision. Every draft and every revision
+is kept.
 
-`select: draw` draws one principle a round for each draft, as in the paper (Bai et al. 2022). `select: sweep` asks a
-critique under every principle, then a revision for each fault named, one after another on the revised text: with many
-principles a draw seldom meets the fault.
+`select: draw` draws one principle a round for each draft, as in the paper (Bai et al. 2022).
+`select: sweep` asks a critique under every principle, then a revision for each fault named, one
+after another on the revised text: with many principles a draw seldom meets the fault.
 
-A revision's index is that of its place (draft, step), not of its turn: which other revisions there are moves none.
+A revision's index is that of its place (draft, step), not of its turn: which other revisions there
+are moves none.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -27,13 +30,22 @@ async def pipeline(prompt: Prompt, ctx: Context) -> None:
 
 
 async def sample(prompt: Prompt, ctx: Context) -> list[Sample]:
-    """The policy's answers to one prompt. Cut-off answers are kept; what came to nothing is counted and left out."""
+    """The policy's answers to one prompt. Cut-off answers are kept; what came to nothing is counted
+    and left out.
+    """
     policy = ctx.config.policy
     sampling = policy_sampling(ctx)
     model = ctx.engines[policy.engine].identity
     messages, kwargs = policy_messages(ctx, prompt), tuple(sorted(policy.template_kwargs.items()))
-    asks = [(Request(model, messages, sampling, (), kwargs, (k,) if policy.temperature > 0 or k else ()),
-             Use(ctx.run, prompt.id, "sample", k)) for k in range(policy.samples)]
+    asks = [
+        (
+            Request(
+                model, messages, sampling, (), kwargs, (k,) if policy.temperature > 0 or k else ()
+            ),
+            Use(ctx.run, prompt.id, "sample", k),
+        )
+        for k in range(policy.samples)
+    ]
     drafts = []
     for k, answer in enumerate(await ctx.ask(asks, policy.engine)):
         if isinstance(answer, Exception):
@@ -72,26 +84,51 @@ async def revise(prompt: Prompt, drafts: Sequence[Sample], ctx: Context) -> list
     return revisions
 
 
-def _select(prompt: Prompt, k: int, round: int, principles: list[Principle], ctx: Context) -> list[Principle]:
+def _select(
+    prompt: Prompt, k: int, round: int, principles: list[Principle], ctx: Context
+) -> list[Principle]:
     if ctx.revise.select == "sweep":
         return principles
     selection = "weighted" if ctx.constitution.selection == "weighted" else "sample_one"
-    return panel.draw(ctx.constitution.principles, selection, ctx.config.seed, prompt.id, (k,), round, prompt.tags)
+    return panel.draw(
+        ctx.constitution.principles, selection, ctx.config.seed, prompt.id, (k,), round, prompt.tags
+    )
 
 
 async def _critiques(
-    prompt: Prompt, current: dict[int, Sample], drawn: dict[int, list[Principle]], round: int, ctx: Context
+    prompt: Prompt,
+    current: dict[int, Sample],
+    drawn: dict[int, list[Principle]],
+    round: int,
+    ctx: Context,
 ) -> dict[int, list[Fault]]:
-    """For each draft the faults that the critic names in its current text, in the principles' order."""
+    """For each draft the faults that the critic names in its current text, in the principles'
+    order.
+    """
     critic, engine = ctx.critic, ctx.critic.engine
-    model, specials, template = ctx.engines[engine].identity, ctx.specials(engine), ctx.templates["critique"]
+    model, specials, template = (
+        ctx.engines[engine].identity,
+        ctx.specials(engine),
+        ctx.templates["critique"],
+    )
     asks, places = [], []
     for k, text in current.items():
         for principle in drawn[k]:
             request = critique.critique_request(
-                critic, template, prompt, replace(text, index=k), principle, model, round, specials=specials,
-                examples=ctx.examples("critique", principle, principle.critique), seed=ctx.config.seed)
-            asks.append((request, Use(ctx.run, prompt.id, "critique", text.index, -1, round, principle.id)))
+                critic,
+                template,
+                prompt,
+                replace(text, index=k),
+                principle,
+                model,
+                round,
+                specials=specials,
+                examples=ctx.examples("critique", principle, principle.critique),
+                seed=ctx.config.seed,
+            )
+            asks.append(
+                (request, Use(ctx.run, prompt.id, "critique", text.index, -1, round, principle.id))
+            )
             places.append((k, principle))
     faults: dict[int, list[Fault]] = {k: [] for k in current}
     for (k, principle), answer in zip(places, await ctx.ask(asks, engine), strict=True):
@@ -104,19 +141,56 @@ async def _critiques(
 
 
 async def _revisions(
-    prompt: Prompt, current: dict[int, Sample], due: dict[int, Fault], round: int,
-    place: Callable[[int, Principle], int], ctx: Context
+    prompt: Prompt,
+    current: dict[int, Sample],
+    due: dict[int, Fault],
+    round: int,
+    place: Callable[[int, Principle], int],
+    ctx: Context,
 ) -> dict[int, Sample]:
-    """The revision of each draft that is due; a draft whose revision cannot be read keeps its text."""
+    """The revision of each draft that is due; a draft whose revision cannot be read keeps its
+    text.
+    """
     reviser, engine = ctx.reviser, ctx.reviser.engine
-    model, specials, template = ctx.engines[engine].identity, ctx.specials(engine), ctx.templates["revise"]
+    model, specials, template = (
+        ctx.engines[engine].identity,
+        ctx.specials(engine),
+        ctx.templates["revise"],
+    )
     asks, made = [], []
     for k, (principle, named) in due.items():
         request = critique.revise_request(
-            reviser, template, prompt, replace(current[k], index=k), principle, named, model, round, specials=specials,
-            examples=ctx.examples("revise", principle, principle.revise), seed=ctx.config.seed)
-        made.append(Sample(prompt.id, place(k, principle), "", "stop", current[k].index, round, principle.id))
-        asks.append((request, Use(ctx.run, prompt.id, "revise", made[-1].index, current[k].index, round, principle.id)))
+            reviser,
+            template,
+            prompt,
+            replace(current[k], index=k),
+            principle,
+            named,
+            model,
+            round,
+            specials=specials,
+            examples=ctx.examples("revise", principle, principle.revise),
+            seed=ctx.config.seed,
+        )
+        made.append(
+            Sample(
+                prompt.id, place(k, principle), "", "stop", current[k].index, round, principle.id
+            )
+        )
+        asks.append(
+            (
+                request,
+                Use(
+                    ctx.run,
+                    prompt.id,
+                    "revise",
+                    made[-1].index,
+                    current[k].index,
+                    round,
+                    principle.id,
+                ),
+            )
+        )
     revisions = {}
     for k, revision, answer in zip(due, made, await ctx.ask(asks, engine), strict=True):
         if isinstance(answer, Completion):

@@ -1,8 +1,9 @@
 """What one run's recipes share: how they ask, what they have counted, and when they must stop.
 
-A recipe is a plain async function for one prompt. It asks through the context in lists, which costs the ledger one
-look-up and one write a list; running it again is how a crashed run resumes.
+A recipe is a plain async function for one prompt. It asks through the context in lists, which costs
+the ledger one look-up and one write a list; running it again is how a crashed run resumes.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -12,12 +13,25 @@ from typing import Any, Protocol
 
 from prefab.factory.errors import BudgetError, EngineError, PrefabError
 from prefab.factory.spec.templates import neutralise
-from prefab.factory.types import Completion, Constitution, Engine, Message, Principle, Prompt, Request, Sampling, Use
+from prefab.factory.types import (
+    Completion,
+    Constitution,
+    Engine,
+    Message,
+    Principle,
+    Prompt,
+    Request,
+    Sampling,
+    Use,
+)
 from prefab.judges.kinds import critique
 
-BUDGET_FROM = 200  # during a run, shares of a handful of answers say nothing; at its end they count whatever their number
+# during a run, shares of a handful of answers say nothing; at its end they count whatever their
+# number
+BUDGET_FROM = 200
 NOTHING_FROM = 20  # so many failures and not one answer: there is no server
-PLACEHOLDER = "\u2063not answered yet\u2063"  # in a plan; invisible separators: no text of a person's has exactly this
+# in a plan; invisible separators: no text of a person's has exactly this
+PLACEHOLDER = "\u2063not answered yet\u2063"
 Response = Completion | Exception
 Ask = tuple[Request, Use]
 
@@ -25,7 +39,9 @@ _LABEL = {"a": "A", "b": "B", "tie": "T"}
 
 
 class Stopped(PrefabError):
-    """The run was told to stop; what was answered is kept, and the same command goes on from there."""
+    """The run was told to stop; what was answered is kept, and the same command goes on from
+    there.
+    """
 
 
 class Asker(Protocol):
@@ -40,7 +56,9 @@ class Asker(Protocol):
 
 @dataclass(slots=True)
 class Counts:
-    """What a run has seen so far. `unscored` counts answers that could not be read, by role and reason."""
+    """What a run has seen so far. `unscored` counts answers that could not be read, by role and
+    reason.
+    """
 
     prompts: int = 0
     answers: int = 0
@@ -49,10 +67,12 @@ class Counts:
     truncated: int = 0
     identical: int = 0
     unscored: Counter[tuple[str, str]] = field(default_factory=Counter)
-    escalation: Counter[str] = field(default_factory=Counter)  # comparisons by why, and the stronger judges' calls
-    awaited: int = 0                                      # labels that people have not given yet
+    escalation: Counter[str] = field(
+        default_factory=Counter
+    )  # comparisons by why, and the stronger judges' calls
+    awaited: int = 0  # labels that people have not given yet
     begun: Counter[str] = field(default_factory=Counter)  # answers of the prompts at work
-    of_finished: int = 0                                  # answers of those that are done
+    of_finished: int = 0  # answers of those that are done
 
     def finish(self, prompt: str) -> None:
         """One prompt is done."""
@@ -60,7 +80,9 @@ class Counts:
         self.of_finished += self.begun.pop(prompt, 0)
 
     def share(self, total: int | None) -> float | None:
-        """The share of a run's answers that is there, by what a finished prompt needed; None before one is finished."""
+        """The share of a run's answers that is there, by what a finished prompt needed; None before
+        one is finished.
+        """
         if not total or not self.of_finished:
             return None
         expected = self.of_finished / self.prompts * total
@@ -74,7 +96,9 @@ class Counts:
 
 @dataclass(slots=True)
 class Context:
-    """The resolved configuration, made usable: engines by name, templates, principles, and the ledger to ask."""
+    """The resolved configuration, made usable: engines by name, templates, principles, and the
+    ledger to ask.
+    """
 
     config: Any
     constitution: Constitution
@@ -90,7 +114,9 @@ class Context:
     stopping: bool = False
     hurry: bool = False
     last_failure: str = ""
-    people: Mapping[str, Any] = field(default_factory=dict)  # by judge of kind human, what people said (`human.answers`)
+    people: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # by judge of kind human, what people said (`human.answers`)
     rules: Any = None  # how the store will read the answers, once somebody wants to know
     _examples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -126,20 +152,33 @@ class Context:
         for name, n in (("calls", self.asked()), ("tokens", self.tokens())):
             limit = getattr(budget, name, None)
             if limit is not None and n >= limit:
-                raise BudgetError(f"{n:,} {name} were used: the cap budget.{name} of {limit:,} is reached")
+                raise BudgetError(
+                    f"{n:,} {name} were used: the cap budget.{name} of {limit:,} is reached"
+                )
 
     def check_shares(self) -> None:
-        """Raises: BudgetError when more answers are unscored, or failed, than their share of all answers so far allows."""
+        """Raises: BudgetError when more answers are unscored, or failed, than their share of all
+        answers so far allows.
+        """
         counts, budget = self.counts, self.config.budget
-        for name, n, limit in (("unscored", counts.n_unscored, budget.unscored), ("failed", counts.failed, budget.failed)):
+        for name, n, limit in (
+            ("unscored", counts.n_unscored, budget.unscored),
+            ("failed", counts.failed, budget.failed),
+        ):
             if limit is not None and n > limit * counts.answers:
-                raise BudgetError(f"{n:,} of {counts.answers:,} answers {_WHAT[name]}: more than the "
-                                  f"budget.{name} of {limit:.1%} allows{self._reasons(name)}")
+                raise BudgetError(
+                    f"{n:,} of {counts.answers:,} answers {_WHAT[name]}: more than the "
+                    f"budget.{name} of {limit:.1%} allows{self._reasons(name)}"
+                )
 
     def check_answered(self) -> None:
-        """Raises: EngineError when not one question was answered: that is no accident, nobody is there."""
+        """Raises: EngineError when not one question was answered: that is no accident, nobody is
+        there.
+        """
         if self.counts.failed and self.counts.failed == self.counts.answers:
-            raise EngineError(f"none of {self.counts.failed:,} calls was answered: {self.last_failure}")
+            raise EngineError(
+                f"none of {self.counts.failed:,} calls was answered: {self.last_failure}"
+            )
 
     def asked(self) -> int:
         """How many calls were really made, not found in the ledger."""
@@ -171,7 +210,9 @@ class Context:
         return getattr(self.engines[engine], "special_tokens", ())
 
     def examples(self, template: str, principle: Principle, question: str) -> list[dict[str, Any]]:
-        """The constitution's few-shot examples for a template under a principle, ready for the template to print."""
+        """The constitution's few-shot examples for a template under a principle, ready for the
+        template to print.
+        """
         kind = template.removesuffix(".jinja")
         rows = self.constitution.examples.get(kind)
         if not rows:
@@ -181,7 +222,9 @@ class Context:
             by_id = {p.id: p for p in self.constitution.principles}
             found = self._examples[kind, principle.id] = [
                 _example(row, kind, by_id.get(row.get("principle"), principle), question)
-                for row in rows if row.get("principle") in (None, principle.id)]
+                for row in rows
+                if row.get("principle") in (None, principle.id)
+            ]
         return found
 
 
@@ -190,7 +233,9 @@ _FIELD = {"critique": "critique", "revise": "revise"}
 
 
 def _example(row: dict[str, Any], kind: str, principle: Principle, question: str) -> dict[str, Any]:
-    """A row as the templates name it: with the principle's own question, and the label that a judge would give."""
+    """A row as the templates name it: with the principle's own question, and the label that a judge
+    would give.
+    """
     label = _LABEL.get(row.get("prefer"), "")
     name = "compare"
     if "score" in row or "fault" in row:
@@ -203,11 +248,20 @@ def policy_sampling(ctx: Context) -> Sampling:
     """How the policy is sampled; the run's seed counts only at temperature above 0."""
     policy = ctx.config.policy
     seed = ctx.config.seed if policy.temperature > 0 else None
-    return Sampling(policy.max_tokens, policy.temperature, policy.top_p, policy.top_k, policy.min_p,
-                    stop=tuple(policy.stop), seed=seed)
+    return Sampling(
+        policy.max_tokens,
+        policy.temperature,
+        policy.top_p,
+        policy.top_k,
+        policy.min_p,
+        stop=tuple(policy.stop),
+        seed=seed,
+    )
 
 
 def policy_messages(ctx: Context, prompt: Prompt) -> tuple[Message, ...]:
-    """What the policy is asked: the prompt, in which no control token that came from outside is left whole."""
+    """What the policy is asked: the prompt, in which no control token that came from outside is
+    left whole.
+    """
     specials = ctx.specials(ctx.config.policy.engine)
     return tuple(Message(m.role, neutralise(m.content, specials)) for m in prompt.messages)

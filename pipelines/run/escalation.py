@@ -1,8 +1,10 @@
-"""A panel's word on a prompt's comparisons: every judge asked, or the cheap ones first and a stronger one in doubt.
+"""A panel's word on a prompt's comparisons: every judge asked, or the cheap ones first and a
+stronger one in doubt.
 
-What was decided is recorded before the stronger judge is asked, so that the store knows whose verdicts to wait for. A
-run and the store read the same answers by the same functions (`verdicts`).
+What was decided is recorded before the stronger judge is asked, so that the store knows whose
+verdicts to wait for. A run and the store read the same answers by the same functions (`verdicts`).
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -11,17 +13,21 @@ from typing import Any
 from prefab.factory.ledger.records import RunRecord, rubric_id
 from prefab.factory.types import Preference, Prompt, Use
 from prefab.judges import escalation, panel
-from prefab.pipelines.store import derive, verdicts
-from prefab.pipelines.run.context import Context, PLACEHOLDER
+from prefab.pipelines.run.context import PLACEHOLDER, Context
 from prefab.pipelines.run.judging import Question, Responses, judge_all, n_calls, note_pairs
+from prefab.pipelines.store import derive, verdicts
 from prefab.pipelines.store.verdicts import Pair, UseRow
 
 GUESS = "guess"  # in a plan: the reason of an escalation that hangs on answers still to come
 Said = tuple[Preference, list[panel.Reading]]
-Answers = tuple[Responses, dict[Pair, str] | None]  # what was answered, and why each comparison was escalated (or not)
+Answers = tuple[
+    Responses, dict[Pair, str] | None
+]  # what was answered, and why each comparison was escalated (or not)
 
 
-async def judged(prompt: Prompt, questions: Sequence[Question], ctx: Context, round: int = 0) -> Answers:
+async def judged(
+    prompt: Prompt, questions: Sequence[Question], ctx: Context, round: int = 0
+) -> Answers:
     """Ask the panel about one round of comparisons."""
     note_pairs(prompt, questions, ctx)
     if not questions:
@@ -42,11 +48,19 @@ async def judged(prompt: Prompt, questions: Sequence[Question], ctx: Context, ro
     return heard + await judge_all(strong, doubted, ctx), reasons
 
 
-def _reasons(prompt: Prompt, questions: Sequence[Question], heard: Responses, round: int, strong: Sequence[Any], ctx: Context
-             ) -> dict[Pair, str] | None:
-    """Why each comparison is escalated (or empty, or `budget`). None where a cheap judge's answer is missing: the quota
-    goes to the least certain of a prompt's comparisons, so none is chosen before all are known. Where no principle
-    applies that the stronger judge could be asked under, the others' word stands."""
+def _reasons(
+    prompt: Prompt,
+    questions: Sequence[Question],
+    heard: Responses,
+    round: int,
+    strong: Sequence[Any],
+    ctx: Context,
+) -> dict[Pair, str] | None:
+    """Why each comparison is escalated (or empty, or `budget`). None where a cheap judge's answer
+    is missing: the quota goes to the least certain of a prompt's comparisons, so none is chosen
+    before all are known. Where no principle applies that the stronger judge could be asked under,
+    the others' word stands.
+    """
     if any(PLACEHOLDER in answer.text for _, answer in heard):
         return {_pair(question): GUESS for question in questions}
     settings = ctx.config.panel.escalate
@@ -56,24 +70,48 @@ def _reasons(prompt: Prompt, questions: Sequence[Question], heard: Responses, ro
         return None
     when = escalation.When(settings.when.margin, settings.when.disagreement)
     tie_margin = ctx.config.panel.tie_margin
-    doubts = {pair: (escalation.doubt(one, readings, when, tie_margin), escalation.certainty(readings))
-              for pair, (one, readings) in found.items()}
+    doubts = {
+        pair: (escalation.doubt(one, readings, when, tie_margin), escalation.certainty(readings))
+        for pair, (one, readings) in found.items()
+    }
     mute = {_pair(q) for q in questions if not any(n_calls(config, [q], ctx) for config in strong)}
     doubts |= {pair: ("", doubts[pair][1]) for pair in mute}
     allowed = escalation.quota(len(doubts), settings.max_share, ctx.config.seed, prompt.id, round)
     return escalation.choose(doubts, allowed)
 
 
-def decide(prompt: Prompt, questions: Sequence[Question], heard: Responses, ctx: Context,
-         reasons: Mapping[Pair, str] | None = None) -> dict[Pair, Said]:
-    """What the store will show of these comparisons, from the answers at hand; what it would wait for is left out."""
+def decide(
+    prompt: Prompt,
+    questions: Sequence[Question],
+    heard: Responses,
+    ctx: Context,
+    reasons: Mapping[Pair, str] | None = None,
+) -> dict[Pair, Said]:
+    """What the store will show of these comparisons, from the answers at hand; what it would wait
+    for is left out.
+    """
     rules = _rules(ctx)
-    rows = [UseRow(i, use.role, use.sample, use.other, use.round, use.principle, use.judge, use.order, use.repeat,
-                   i.to_bytes(8, "big")) for i, (use, _) in enumerate(heard)]
+    rows = [
+        UseRow(
+            i,
+            use.role,
+            use.sample,
+            use.other,
+            use.round,
+            use.principle,
+            use.judge,
+            use.order,
+            use.repeat,
+            i.to_bytes(8, "big"),
+        )
+        for i, (use, _) in enumerate(heard)
+    ]
     answers = {row.key: answer for row, (_, answer) in zip(rows, heard, strict=True)}
     for question in questions:
         pair = _pair(question)
-        rows += [UseRow(-1, "pair", *pair, 0, principle.id, "", "", 0, b"") for principle in question[1]]
+        rows += [
+            UseRow(-1, "pair", *pair, 0, principle.id, "", "", 0, b"") for principle in question[1]
+        ]
         rows.append(UseRow(-1, "pair", *pair, 0, "", "", "", 0, b""))
         if reasons is not None:
             rows.append(UseRow(-1, _role(reasons[pair]), *pair, 0, "", "", reasons[pair], 0, b""))
@@ -92,7 +130,9 @@ def decide(prompt: Prompt, questions: Sequence[Question], heard: Responses, ctx:
 def _rules(ctx: Context) -> verdicts.Rules:
     """How the store will read this run's answers."""
     if ctx.rules is None:
-        record = RunRecord(ctx.run, ctx.config.name, 0, ctx.config.model_dump(mode="json"), {}, 0, 0.0)
+        record = RunRecord(
+            ctx.run, ctx.config.name, 0, ctx.config.model_dump(mode="json"), {}, 0, 0.0
+        )
         ctx.rules = derive.rules(record, ctx.constitution)
     return ctx.rules
 
@@ -105,8 +145,13 @@ def _role(why: str) -> str:
     return "settle" if why in ("", "budget") else "escalate"
 
 
-def _count(reasons: Mapping[Pair, str], strong: Sequence[Any], questions: Sequence[Question],
-           doubted: Sequence[Question], ctx: Context) -> None:
+def _count(
+    reasons: Mapping[Pair, str],
+    strong: Sequence[Any],
+    questions: Sequence[Question],
+    doubted: Sequence[Question],
+    ctx: Context,
+) -> None:
     """For the run's report: why, and what asking the stronger judge everything would have cost."""
     told = ctx.counts.escalation
     for why in reasons.values():

@@ -1,7 +1,9 @@
-"""Putting comparisons to the judges of a panel: each kind asks its own questions about the same pairs.
+"""Putting comparisons to the judges of a panel: each kind asks its own questions about the same
+pairs.
 
 What shares a pair, or an answer, stands together, for the server's prefix cache.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -22,7 +24,9 @@ NO_ORDER = "-"
 NO_PRINCIPLE = Principle("", "", "", "", "", "")
 
 
-async def judge_all(judges: Sequence[Any], questions: Sequence[Question], ctx: Context) -> Responses:
+async def judge_all(
+    judges: Sequence[Any], questions: Sequence[Question], ctx: Context
+) -> Responses:
     """Every question to each of these judges."""
     if len(judges) == 1:
         return await judge(judges[0], questions, ctx)
@@ -57,7 +61,9 @@ def n_calls(config: Any, questions: Sequence[Question], ctx: Context) -> int:
     return len(_score_places(config, questions))
 
 
-async def _pairs(config: pairwise.PairwiseConfig, questions: Sequence[Question], ctx: Context) -> Responses:
+async def _pairs(
+    config: pairwise.PairwiseConfig, questions: Sequence[Question], ctx: Context
+) -> Responses:
     model, specials = ctx.engines[config.engine].identity, ctx.specials(config.engine)
     template = ctx.templates[config.name]
     heard = await _reasoning(config, questions, ctx) if config.reasoning else []
@@ -66,12 +72,23 @@ async def _pairs(config: pairwise.PairwiseConfig, questions: Sequence[Question],
     name = config.scored_template if config.reasoning else config.template
     for comparison, principle, order, repeat in _readings(config, questions, ctx):
         use = _use("judge", comparison, principle, order, repeat, config, ctx)
-        said, reason = reasons.get(use_key(use), (None, "transport")) if config.reasoning else (None, None)
+        said, reason = (
+            reasons.get(use_key(use), (None, "transport")) if config.reasoning else (None, None)
+        )
         if reason is not None:
             continue
         request = pairwise.request(
-            config, template, comparison, principle, model, order, repeat, specials,
-            ctx.examples(name, principle, principle.compare), said)
+            config,
+            template,
+            comparison,
+            principle,
+            model,
+            order,
+            repeat,
+            specials,
+            ctx.examples(name, principle, principle.compare),
+            said,
+        )
         asks.append((request, use))
     judged = await _ask(asks, config, ctx)
     for use, answer in judged:
@@ -79,14 +96,25 @@ async def _pairs(config: pairwise.PairwiseConfig, questions: Sequence[Question],
     return heard + judged
 
 
-async def _reasoning(config: pairwise.PairwiseConfig, questions: Sequence[Question], ctx: Context) -> Responses:
+async def _reasoning(
+    config: pairwise.PairwiseConfig, questions: Sequence[Question], ctx: Context
+) -> Responses:
     """The first pass of judges that reason. Reasoning that broke off is not scored."""
     model, specials = ctx.engines[config.engine].identity, ctx.specials(config.engine)
     template, asks = ctx.templates[config.name + " reasoning"], []
     for comparison, principle, order, repeat in _readings(config, questions, ctx):
         request = pairwise.reasoning_request(
-            config, template, comparison, principle, model, order, repeat, specials,
-            ctx.examples(config.reasoning_template, principle, principle.compare), ctx.config.seed)
+            config,
+            template,
+            comparison,
+            principle,
+            model,
+            order,
+            repeat,
+            specials,
+            ctx.examples(config.reasoning_template, principle, principle.compare),
+            ctx.config.seed,
+        )
         asks.append((request, _use("reason", comparison, principle, order, repeat, config, ctx)))
     heard = await _ask(asks, config, ctx)
     for _, answer in heard:
@@ -95,24 +123,46 @@ async def _reasoning(config: pairwise.PairwiseConfig, questions: Sequence[Questi
 
 
 async def _scores(config: Any, questions: Sequence[Question], ctx: Context) -> Responses:
-    """One question for each answer (and principle, and line of a rubric), however many comparisons it stands in."""
+    """One question for each answer (and principle, and line of a rubric), however many comparisons
+    it stands in.
+    """
     prompt = questions[0][0].prompt
     engine, model = registry.engine_of(config), ctx.engines[registry.engine_of(config)].identity
-    specials, template, module = ctx.specials(engine), ctx.templates.get(config.name), registry.module(config.kind)
+    specials, template, module = (
+        ctx.specials(engine),
+        ctx.templates.get(config.name),
+        registry.module(config.kind),
+    )
     own = rubric_id(prompt.rubric) if config.kind == "rubric" and prompt.rubric else ""
     asks: list[Ask] = []
     for sample, principle, line, repeat in _score_places(config, questions):
-        use = Use(ctx.run, prompt.id, "score", sample.index, -1, line, principle.id, config.name, own, repeat)
+        use = Use(
+            ctx.run,
+            prompt.id,
+            "score",
+            sample.index,
+            -1,
+            line,
+            principle.id,
+            config.name,
+            own,
+            repeat,
+        )
         if registry.is_program(config):
             request = module.request(config, prompt, sample)
         elif config.kind == "rubric":
-            # the constitution's examples speak of its principles' faults, not of a prompt's own lines
+            # the constitution's examples speak of its principles' faults, not of a prompt's own
+            # lines
             criterion = prompt.rubric[line][0] if own else principle.criterion
             examples = () if own else ctx.examples(config.template, principle, criterion)
-            request = rubrics.request(config, template, prompt, sample, criterion, model, repeat, specials, examples)
+            request = rubrics.request(
+                config, template, prompt, sample, criterion, model, repeat, specials, examples
+            )
         else:
             examples = ctx.examples(config.template, principle, principle.criterion)
-            request = module.request(config, template, prompt, sample, principle, model, repeat, specials, examples)
+            request = module.request(
+                config, template, prompt, sample, principle, model, repeat, specials, examples
+            )
         asks.append((request, use))
     heard = await _ask(asks, config, ctx)
     for _, answer in heard:
@@ -120,8 +170,12 @@ async def _scores(config: Any, questions: Sequence[Question], ctx: Context) -> R
     return heard
 
 
-def _score_places(config: Any, questions: Sequence[Question]) -> list[tuple[Sample, Principle, int, int]]:
-    """Sample, principle, line of the prompt's own rubric and repeat: each once, a sample's questions together."""
+def _score_places(
+    config: Any, questions: Sequence[Question]
+) -> list[tuple[Sample, Principle, int, int]]:
+    """Sample, principle, line of the prompt's own rubric and repeat: each once, a sample's
+    questions together.
+    """
     prompt = questions[0][0].prompt if questions else None
     own = prompt is not None and config.kind == "rubric" and bool(prompt.rubric)
     free = own or registry.is_program(config)
@@ -129,32 +183,70 @@ def _score_places(config: Any, questions: Sequence[Question]) -> list[tuple[Samp
     for comparison, principles in questions:
         for sample in (comparison.a, comparison.b):
             _, under = wanted.setdefault(sample.index, (sample, {}))
-            under.update({principle.id: principle for principle in ([NO_PRINCIPLE] if free else principles)})
+            under.update(
+                {principle.id: principle for principle in ([NO_PRINCIPLE] if free else principles)}
+            )
     lines = range(len(prompt.rubric) if own else 1)
-    return [(sample, principle, line, repeat) for sample, under in (wanted[i] for i in sorted(wanted))
-            for principle, line, repeat in product(under.values(), lines, range(registry.repeats(config)))]
+    return [
+        (sample, principle, line, repeat)
+        for sample, under in (wanted[i] for i in sorted(wanted))
+        for principle, line, repeat in product(
+            under.values(), lines, range(registry.repeats(config))
+        )
+    ]
 
 
-async def _rankings(config: listwise.ListwiseConfig, questions: Sequence[Question], ctx: Context) -> Responses:
-    """All answers that are compared under a principle, ordered at once, in several permutations of showing them."""
+async def _rankings(
+    config: listwise.ListwiseConfig, questions: Sequence[Question], ctx: Context
+) -> Responses:
+    """All answers that are compared under a principle, ordered at once, in several permutations of
+    showing them.
+    """
     prompt = questions[0][0].prompt
     model, specials = ctx.engines[config.engine].identity, ctx.specials(config.engine)
     template, asks = ctx.templates[config.name], []
     for principle, samples in _by_principle(questions):
         shown = listwise.permutations(len(samples), config.permutations, prompt.id, ctx.config.seed)
         for (number, permutation), repeat in product(enumerate(shown), range(config.repeats)):
-            request = listwise.request(config, template, prompt, samples, permutation, principle, model, repeat,
-                                       specials, ctx.examples(config.template, principle, principle.compare))
+            request = listwise.request(
+                config,
+                template,
+                prompt,
+                samples,
+                permutation,
+                principle,
+                model,
+                repeat,
+                specials,
+                ctx.examples(config.template, principle, principle.compare),
+            )
             order = ",".join(str(samples[i].index) for i in permutation)
-            asks.append((request, Use(ctx.run, prompt.id, "rank", -1, -1, number, principle.id, config.name, order,
-                                      repeat)))
+            asks.append(
+                (
+                    request,
+                    Use(
+                        ctx.run,
+                        prompt.id,
+                        "rank",
+                        -1,
+                        -1,
+                        number,
+                        principle.id,
+                        config.name,
+                        order,
+                        repeat,
+                    ),
+                )
+            )
     heard = await _ask(asks, config, ctx)
     for use, answer in heard:
         ctx.unscored("rank", listwise.parse(answer, tuple(map(int, use.order.split(",")))).reason)
     return heard
 
 
-async def _people(config: human.HumanConfig, questions: Sequence[Question], ctx: Context) -> Responses:
+async def _people(
+    config: human.HumanConfig, questions: Sequence[Question], ctx: Context
+) -> Responses:
     """What people have said of these comparisons; the others wait for them, and are counted."""
     known, asks = ctx.people.get(config.name, {}), []
     for comparison, principles in questions:
@@ -164,9 +256,13 @@ async def _people(config: human.HumanConfig, questions: Sequence[Question], ctx:
             if request is None:
                 ctx.counts.awaited += 1
             else:
-                asks.append((request, _use("judge", comparison, principle, NO_ORDER, 0, config, ctx)))
+                asks.append(
+                    (request, _use("judge", comparison, principle, NO_ORDER, 0, config, ctx))
+                )
     heard = await _ask(asks, config, ctx)
-    ctx.counts.awaited += sum(not answer.text for _, answer in heard)  # split, skipped, or taken back
+    ctx.counts.awaited += sum(
+        not answer.text for _, answer in heard
+    )  # split, skipped, or taken back
     return heard
 
 
@@ -177,28 +273,56 @@ def _by_principle(questions: Sequence[Question]) -> list[tuple[Principle, list[S
         for principle in principles:
             _, samples = found.setdefault(principle.id, (principle, {}))
             samples.update({sample.index: sample for sample in (comparison.a, comparison.b)})
-    return [(principle, [samples[i] for i in sorted(samples)]) for principle, samples in found.values()]
+    return [
+        (principle, [samples[i] for i in sorted(samples)]) for principle, samples in found.values()
+    ]
 
 
 async def _ask(asks: Sequence[Ask], config: Any, ctx: Context) -> Responses:
     """The questions that were answered, with their answers."""
     answers = await ctx.ask(asks, registry.engine_of(config))
-    return [(use, answer) for (_, use), answer in zip(asks, answers, strict=True) if isinstance(answer, Completion)]
+    return [
+        (use, answer)
+        for (_, use), answer in zip(asks, answers, strict=True)
+        if isinstance(answer, Completion)
+    ]
 
 
-def _readings(config: pairwise.PairwiseConfig, questions: Sequence[Question], ctx: Context
-              ) -> Iterable[tuple[Comparison, Principle, str, int]]:
+def _readings(
+    config: pairwise.PairwiseConfig, questions: Sequence[Question], ctx: Context
+) -> Iterable[tuple[Comparison, Principle, str, int]]:
     for comparison, principles in questions:
         a, b = comparison.a.index, comparison.b.index
         orders = panel.orders(ctx.config.panel.orders, ctx.config.seed, comparison.prompt.id, a, b)
-        yield from ((comparison, principle, order, repeat)
-                    for order in orders for principle in principles for repeat in range(config.repeats))
+        yield from (
+            (comparison, principle, order, repeat)
+            for order in orders
+            for principle in principles
+            for repeat in range(config.repeats)
+        )
 
 
-def _use(role: str, comparison: Comparison, principle: Principle, order: str, repeat: int, config: pairwise.PairwiseConfig,
-         ctx: Context) -> Use:
-    return Use(ctx.run, comparison.prompt.id, role, comparison.a.index, comparison.b.index, 0, principle.id,
-               config.name, order, repeat)
+def _use(
+    role: str,
+    comparison: Comparison,
+    principle: Principle,
+    order: str,
+    repeat: int,
+    config: pairwise.PairwiseConfig,
+    ctx: Context,
+) -> Use:
+    return Use(
+        ctx.run,
+        comparison.prompt.id,
+        role,
+        comparison.a.index,
+        comparison.b.index,
+        0,
+        principle.id,
+        config.name,
+        order,
+        repeat,
+    )
 
 
 def use_key(use: Use) -> tuple:
@@ -212,4 +336,6 @@ def note_pairs(prompt: Prompt, questions: Sequence[Question], ctx: Context) -> N
         return
     for comparison, principles in questions:
         for name in [principle.id for principle in principles] or [""]:
-            ctx.note(Use(ctx.run, prompt.id, "pair", comparison.a.index, comparison.b.index, 0, name))
+            ctx.note(
+                Use(ctx.run, prompt.id, "pair", comparison.a.index, comparison.b.index, 0, name)
+            )

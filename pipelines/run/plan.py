@@ -1,8 +1,11 @@
-"""What a run would ask, what it would find answered, and why: the recipe itself, run against a ledger that only looks.
+"""What a run would ask, what it would find answered, and why: the recipe itself, run against a
+ledger that only looks.
 
-Where a draft is not made yet, what follows from it is counted on a placeholder and called an estimate: nobody can know
-which answers will be equal, or in which a critic will name a fault. Needs neither a server nor torch.
+Where a draft is not made yet, what follows from it is counted on a placeholder and called an
+estimate: nobody can know which answers will be equal, or in which a critic will name a fault. Needs
+neither a server nor torch.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -14,23 +17,30 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from prefab.pipelines.config.checks import RECIPES
-from prefab.factory.ledger import db, records as recorded
-from prefab.factory.spec.constitution import parse_constitution
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import request_key
+from prefab.factory.ledger import db
+from prefab.factory.ledger import records as recorded
+from prefab.factory.spec.constitution import parse_constitution
 from prefab.factory.types import Completion, Constitution, Request, Use
 from prefab.judges.kinds.critique import parse_critique
-from prefab.pipelines.run.context import Context, PLACEHOLDER
-from prefab.pipelines.run.escalation import GUESS
+from prefab.pipelines.config.checks import RECIPES
+from prefab.pipelines.config.loader import (
+    ResolvedPipeline,
+    make_engines,
+    make_programs,
+    models,
+    resolve_pipeline,
+)
 from prefab.pipelines.quality.labeling import people
-from prefab.pipelines.config.loader import ResolvedPipeline, make_engines, make_programs, models, resolve_pipeline
+from prefab.pipelines.run.context import PLACEHOLDER, Context
+from prefab.pipelines.run.escalation import GUESS
 from prefab.pipelines.store.verdicts import DECISIONS
 
-CHARS_PER_TOKEN = 4.0     # English in the tokenizers in use; only for a rough figure
-FAULT_SHARE = 0.3         # of critiques that name a fault, until some are known
-DOUBT_SHARE = 0.33        # of comparisons that a stronger judge is asked about, until some are known
-RATE_FROM = 1000          # the last so many calls tell how fast a server answered
+CHARS_PER_TOKEN = 4.0  # English in the tokenizers in use; only for a rough figure
+FAULT_SHARE = 0.3  # of critiques that name a fault, until some are known
+DOUBT_SHARE = 0.33  # of comparisons that a stronger judge is asked about, until some are known
+RATE_FROM = 1000  # the last so many calls tell how fast a server answered
 
 
 @dataclass(slots=True)
@@ -50,7 +60,9 @@ class Row:
 
 @dataclass(slots=True)
 class Plan:
-    """What a run would do. `rows` by role, principle and judge; `before` names the run it is compared with."""
+    """What a run would do. `rows` by role, principle and judge; `before` names the run it is
+    compared with.
+    """
 
     rows: list[Row]
     prompts: int
@@ -71,16 +83,22 @@ class Plan:
 
 
 class DryRunLedger:
-    """Stands where the ledger would: answers what is answered, and gives a placeholder for what is not."""
+    """Stands where the ledger would: answers what is answered, and gives a placeholder for what is
+    not.
+    """
 
     def __init__(self, con: sqlite3.Connection | None) -> None:
         self.con = con
         self.rows: dict[tuple[str, str, str], Row] = {}
-        self.lengths: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # by role: completion tokens, answers
+        self.lengths: dict[str, list[int]] = defaultdict(
+            lambda: [0, 0]
+        )  # by role: completion tokens, answers
         self.critiques = self.faults = 0
         self.identical = 0
         self.decided = self.escalated = 0
-        self.guessed: set[str] = set()  # prompts whose escalations hang on answers that are not there yet
+        self.guessed: set[str] = (
+            set()
+        )  # prompts whose escalations hang on answers that are not there yet
         self.strong: Sequence[str] = ()
         self.guesses: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
 
@@ -88,7 +106,10 @@ class DryRunLedger:
         """The committed answers, and placeholders."""
         keys = [request_key(request) for request, _ in asks]
         found = db.lookup(self.con, keys) if self.con else {}
-        return [self._count(request, use, found.get(key)) for (request, use), key in zip(asks, keys, strict=True)]
+        return [
+            self._count(request, use, found.get(key))
+            for (request, use), key in zip(asks, keys, strict=True)
+        ]
 
     def note(self, use: Use) -> None:
         """Nothing would be asked."""
@@ -114,7 +135,10 @@ class DryRunLedger:
         row.prompt_tokens += prompt_tokens
         row.completion_tokens += new_tokens
         if guessed:
-            self.guesses[place] = [a + b for a, b in zip(self.guesses[place], (1, prompt_tokens, new_tokens), strict=True)]
+            self.guesses[place] = [
+                a + b
+                for a, b in zip(self.guesses[place], (1, prompt_tokens, new_tokens), strict=True)
+            ]
         return _placeholder(request, use)
 
     def _learn(self, use: Use, answer: Completion) -> None:
@@ -128,13 +152,18 @@ class DryRunLedger:
 
 
 def _placeholder(request: Request, use: Use) -> Completion:
-    """An answer that keeps the recipe going: a draft unlike any other, a critique without a fault, an even read."""
+    """An answer that keeps the recipe going: a draft unlike any other, a critique without a fault,
+    an even read.
+    """
     if request.labels:
         even = log(0.9 / len(request.labels))
-        return Completion(PLACEHOLDER, "length", {label: even for label in request.labels})
+        return Completion(PLACEHOLDER, "length", dict.fromkeys(request.labels, even))
     if use.role == "critique":
         return Completion("None.", "stop")
-    return Completion(f"{PLACEHOLDER}{use.prompt}/{use.sample}/{use.judge}{use.order}{use.principle}{use.repeat}", "stop")
+    return Completion(
+        f"{PLACEHOLDER}{use.prompt}/{use.sample}/{use.judge}{use.order}{use.principle}{use.repeat}",
+        "stop",
+    )
 
 
 def plan(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> Plan:
@@ -157,10 +186,22 @@ async def _plan(loaded: ResolvedPipeline, con: sqlite3.Connection | None) -> Pla
     dry_run = DryRunLedger(con)
     escalate = loaded.config.panel.escalate if loaded.config.panel else None
     dry_run.strong = escalate.to if escalate else ()
-    free = loaded.config.budget.model_copy(update={"unscored": None, "failed": None, "calls": None, "tokens": None})
-    ctx = Context(loaded.config.model_copy(update={"budget": free}), loaded.constitution, 0, dry_run, engines,
-                  loaded.templates, loaded.critic, loaded.reviser, loaded.revise if loaded.revises else None,
-                  loaded.judges, people=people(loaded))
+    free = loaded.config.budget.model_copy(
+        update={"unscored": None, "failed": None, "calls": None, "tokens": None}
+    )
+    ctx = Context(
+        loaded.config.model_copy(update={"budget": free}),
+        loaded.constitution,
+        0,
+        dry_run,
+        engines,
+        loaded.templates,
+        loaded.critic,
+        loaded.reviser,
+        loaded.revise if loaded.revises else None,
+        loaded.judges,
+        people=people(loaded),
+    )
     pipeline = RECIPES[loaded.config.recipe]
     prompts = 0
     for prompt in loaded.prompts:
@@ -174,23 +215,36 @@ async def _plan(loaded: ResolvedPipeline, con: sqlite3.Connection | None) -> Pla
     texts = {**loaded.texts, **models(engines)}
     before, resumes = _before(loaded, texts, con)
     changes = _changes(loaded, texts, before) if before and not resumes else []
-    rows = sorted(dry_run.rows.values(), key=lambda row: (ROLES.index(row.role), row.principle, row.judge))
+    rows = sorted(
+        dry_run.rows.values(), key=lambda row: (ROLES.index(row.role), row.principle, row.judge)
+    )
     for row in rows:
         row.why = _why(row, changes, before, rows) if row.ask else []
     ask = sum(row.ask for row in rows)
     rate = _rate(con)
     return Plan(
-        rows, prompts, sum(row.reused for row in rows), ask, sum(row.estimated for row in rows),
-        sum(row.prompt_tokens for row in rows), sum(row.completion_tokens for row in rows),
-        ask / rate if rate else None, f"{before.name}@{before.version}" if before else "", resumes,
-        [text for _, _, text in changes], {name: engine.identity for name, engine in engines.items()})
+        rows,
+        prompts,
+        sum(row.reused for row in rows),
+        ask,
+        sum(row.estimated for row in rows),
+        sum(row.prompt_tokens for row in rows),
+        sum(row.completion_tokens for row in rows),
+        ask / rate if rate else None,
+        f"{before.name}@{before.version}" if before else "",
+        resumes,
+        [text for _, _, text in changes],
+        {name: engine.identity for name, engine in engines.items()},
+    )
 
 
 ROLES = ("sample", "critique", "revise", "reason", "judge", "score", "rank")
 
 
 def _estimate_revisions(dry_run: DryRunLedger) -> None:
-    """A revision for each critique still to come that will name a fault, at the share seen so far."""
+    """A revision for each critique still to come that will name a fault, at the share seen so
+    far.
+    """
     share = dry_run.faults / dry_run.critiques if dry_run.critiques >= 50 else FAULT_SHARE
     for (role, principle, _), row in list(dry_run.rows.items()):
         if role == "critique" and row.ask:
@@ -203,8 +257,12 @@ def _estimate_revisions(dry_run: DryRunLedger) -> None:
 
 
 def _estimate_escalations(dry_run: DryRunLedger, max_share: float) -> None:
-    """Of the stronger judge's calls that hang on answers still to come, the share seen so far, within its cap."""
-    share = min(max_share, dry_run.escalated / dry_run.decided if dry_run.decided >= 50 else DOUBT_SHARE)
+    """Of the stronger judge's calls that hang on answers still to come, the share seen so far,
+    within its cap.
+    """
+    share = min(
+        max_share, dry_run.escalated / dry_run.decided if dry_run.decided >= 50 else DOUBT_SHARE
+    )
     for place, counted in dry_run.guesses.items():
         row = dry_run.rows[place]
         calls, prompt_tokens, new_tokens = (round(n * (1 - share)) for n in counted)
@@ -231,8 +289,12 @@ def _rate(con: sqlite3.Connection | None) -> float | None:
     return n / seconds if n >= 100 and seconds else None
 
 
-def _before(loaded: ResolvedPipeline, texts: dict[str, str], con: sqlite3.Connection | None) -> tuple[recorded.RunRecord | None, bool]:
-    """The run of this name that ran last (else the store's last), and whether it is this very run."""
+def _before(
+    loaded: ResolvedPipeline, texts: dict[str, str], con: sqlite3.Connection | None
+) -> tuple[recorded.RunRecord | None, bool]:
+    """The run of this name that ran last (else the store's last), and whether it is this very
+    run.
+    """
     records = recorded.runs(con) if con else []
     same = [r for r in records if r.name == loaded.config.name]
     for record in same:
@@ -244,7 +306,9 @@ def _before(loaded: ResolvedPipeline, texts: dict[str, str], con: sqlite3.Connec
 Change = tuple[str, str, str]  # role ("" for all), principle ("" for all), words
 
 
-def _changes(loaded: ResolvedPipeline, texts: dict[str, str], before: recorded.RunRecord) -> list[Change]:
+def _changes(
+    loaded: ResolvedPipeline, texts: dict[str, str], before: recorded.RunRecord
+) -> list[Change]:
     """What differs from the run before, with what it touches."""
     found: list[Change] = []
     try:
@@ -256,7 +320,9 @@ def _changes(loaded: ResolvedPipeline, texts: dict[str, str], before: recorded.R
     roles = {"critique": "critique", "revise": "revise"}
     for name, text in texts.items():
         if name.startswith("model ") and before.texts.get(name, text) != text:
-            found.append(("", "", f"the {name} is another one than it was (other weights, name, or dtype)"))
+            found.append(
+                ("", "", f"the {name} is another one than it was (other weights, name, or dtype)")
+            )
         if name.startswith("template ") and before.texts.get(name) != text:
             role = roles.get(name.removeprefix("template "), "judge")
             what = "is new" if name not in before.texts else "changed"
@@ -264,9 +330,16 @@ def _changes(loaded: ResolvedPipeline, texts: dict[str, str], before: recorded.R
     return found + _config_changes(loaded.resolved, before.config)
 
 
-_FIELD_ROLES = {"compare": "compare", "criterion": "score", "critique": "critique", "revise": "revise", "weight": "",
-                "applies_when": ""}
-# What a change to a role touches: `judge` stands for all of a panel's calls, `compare` for those that show several answers.
+_FIELD_ROLES = {
+    "compare": "compare",
+    "criterion": "score",
+    "critique": "critique",
+    "revise": "revise",
+    "weight": "",
+    "applies_when": "",
+}
+# What a change to a role touches: `judge` stands for all of a panel's calls, `compare` for those
+# that show several answers.
 _TOUCHES = {"judge": ("judge", "reason", "score", "rank"), "compare": ("judge", "reason", "rank")}
 
 
@@ -275,7 +348,9 @@ def _principle_changes(old: Constitution, new: Constitution) -> list[Change]:
     was = {p.id: p for p in old.principles}
     was |= {former: p for p in old.principles for former in p.formerly}
     for principle in new.principles:
-        former = was.get(principle.id) or next((was[f] for f in principle.formerly if f in was), None)
+        former = was.get(principle.id) or next(
+            (was[f] for f in principle.formerly if f in was), None
+        )
         if former is None:
             found.append(("", principle.id, f"principle {principle.id} is new"))
             continue
@@ -284,10 +359,14 @@ def _principle_changes(old: Constitution, new: Constitution) -> list[Change]:
                 found.append((role, principle.id, f"{name} of principle {principle.id} changed"))
         if former.enabled != principle.enabled and principle.enabled:
             found.append(("", principle.id, f"principle {principle.id} was enabled"))
-    now = {p.id for p in new.principles if p.enabled} | {f for p in new.principles for f in p.formerly}
+    now = {p.id for p in new.principles if p.enabled} | {
+        f for p in new.principles for f in p.formerly
+    }
     for principle in old.principles:
         if principle.id not in now and principle.enabled:
-            found.append(("judge", "", f"principle {principle.id} is gone; its draws fall to others"))
+            found.append(
+                ("judge", "", f"principle {principle.id} is gone; its draws fall to others")
+            )
     if old.selection != new.selection:
         found.append(("judge", "", f"selection changed from {old.selection} to {new.selection}"))
     if old.examples != new.examples:
@@ -295,10 +374,34 @@ def _principle_changes(old: Constitution, new: Constitution) -> list[Change]:
     return found
 
 
-_SECTION_ROLES = {"policy": "sample", "critic": "critique", "revise": "revise", "panel": "judge", "pairs": "judge",
-                  "engines": "", "seed": "", "prompts": "sample", "recipe": ""}
-_ASKS_NOTHING = ("max_in_flight", "url", "urls", "base_url", "port", "timeout_s", "batch", "log_file", "threads",
-                 "tie_margin", "min_scored", "min_label_mass", "weights", "start_timeout_s", "kv_cache_gib")
+_SECTION_ROLES = {
+    "policy": "sample",
+    "critic": "critique",
+    "revise": "revise",
+    "panel": "judge",
+    "pairs": "judge",
+    "engines": "",
+    "seed": "",
+    "prompts": "sample",
+    "recipe": "",
+}
+_ASKS_NOTHING = (
+    "max_in_flight",
+    "url",
+    "urls",
+    "base_url",
+    "port",
+    "timeout_s",
+    "batch",
+    "log_file",
+    "threads",
+    "tie_margin",
+    "min_scored",
+    "min_label_mass",
+    "weights",
+    "start_timeout_s",
+    "kv_cache_gib",
+)
 
 
 def _config_changes(new: dict[str, Any], old: dict[str, Any]) -> list[Change]:
@@ -309,7 +412,9 @@ def _config_changes(new: dict[str, Any], old: dict[str, Any]) -> list[Change]:
         if flat_new.get(name) == flat_old.get(name) or section not in _SECTION_ROLES:
             continue
         if name.rpartition(".")[2] not in _ASKS_NOTHING:
-            words = f"{name}: {flat_old.get(name, 'nothing')} is now {flat_new.get(name, 'left out')}"
+            words = (
+                f"{name}: {flat_old.get(name, 'nothing')} is now {flat_new.get(name, 'left out')}"
+            )
             found.append((_SECTION_ROLES[section], "", words))
     return found
 
@@ -325,16 +430,32 @@ def _flat(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
         yield name, value
 
 
-def _why(row: Row, changes: Sequence[Change], before: recorded.RunRecord | None, rows: Sequence[Row]) -> list[str]:
-    """The changes that touch these calls, the answers they hang on, or simply that nobody asked yet."""
+def _why(
+    row: Row, changes: Sequence[Change], before: recorded.RunRecord | None, rows: Sequence[Row]
+) -> list[str]:
+    """The changes that touch these calls, the answers they hang on, or simply that nobody asked
+    yet.
+    """
     if before is None:
         return ["not asked before"]
-    why = [text for role, principle, text in changes
-           if (not role or row.role in _TOUCHES.get(role, (role,))) and principle in ("", row.principle)]
+    why = [
+        text
+        for role, principle, text in changes
+        if (not role or row.role in _TOUCHES.get(role, (role,)))
+        and principle in ("", row.principle)
+    ]
     if row.estimated:
-        above = {"critique": ("sample",), "revise": ("critique", "sample"), "reason": ("sample",),
-                 "judge": ("sample", "reason"), "score": ("sample",), "rank": ("sample",)}.get(row.role, ())
+        above = {
+            "critique": ("sample",),
+            "revise": ("critique", "sample"),
+            "reason": ("sample",),
+            "judge": ("sample", "reason"),
+            "score": ("sample",),
+            "rank": ("sample",),
+        }.get(row.role, ())
         asked = [r.role for r in rows if r.role in above and r.ask]
         if asked:
-            why.append(f"follows from {' and '.join(sorted({f'{role}s' for role in asked}))} still to come")
+            why.append(
+                f"follows from {' and '.join(sorted({f'{role}s' for role in asked}))} still to come"
+            )
     return why or ["new prompts, or the run before did not get so far"]

@@ -1,8 +1,10 @@
-"""RLAIF: K samples a prompt, pairs of them judged under principles in both orders, preferences with probabilities.
+"""RLAIF: K samples a prompt, pairs of them judged under principles in both orders, preferences with
+probabilities.
 
-With a `revise:` section the drafts are criticised and revised as well (`cai`), so that one set of samples gives both
-demonstrations and preferences.
+With a `revise:` section the drafts are criticised and revised as well (`cai`), so that one set of
+samples gives both demonstrations and preferences.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -26,7 +28,8 @@ async def pipeline(prompt: Prompt, ctx: Context) -> None:
 async def compare(prompt: Prompt, samples: Sequence[Sample], ctx: Context) -> None:
     """Put pairs of samples to the panel.
 
-    `best_worst` needs all pairs to know which samples those are: all are judged, and the export takes the one.
+    `best_worst` needs all pairs to know which samples those are: all are judged, and the export
+    takes the one.
     """
     if ctx.config.pairs == "tournament":
         return await _tournament(prompt, samples, ctx)
@@ -36,11 +39,13 @@ async def compare(prompt: Prompt, samples: Sequence[Sample], ctx: Context) -> No
 
 
 async def _tournament(prompt: Prompt, samples: Sequence[Sample], ctx: Context) -> None:
-    """Neighbours meet, then the winners, until one is left. Of two that nobody could tell apart the first goes on: that
-    settles who meets whom, not who is better. Where an answer is missing, the next run goes on from there."""
+    """Neighbours meet, then the winners, until one is left. Of two that nobody could tell apart the
+    first goes on: that settles who meets whom, not who is better. Where an answer is missing, the
+    next run goes on from there.
+    """
     standing, round = list(samples), 0
     while len(standing) > 1:
-        pairs = list(zip(standing[::2], standing[1::2]))
+        pairs = list(zip(standing[::2], standing[1::2], strict=False))
         questions = ask_about(prompt, pairs, ctx)
         heard, reasons = await judged(prompt, questions, ctx, round)
         found = decide(prompt, questions, heard, ctx, reasons)
@@ -51,16 +56,26 @@ async def _tournament(prompt: Prompt, samples: Sequence[Sample], ctx: Context) -
         standing, round = [sample for sample in standing if sample.index not in lost], round + 1
 
 
-def ask_about(prompt: Prompt, pairs: Sequence[tuple[Sample, Sample]], ctx: Context) -> list[Question]:
-    """The comparisons to make, each with the principles drawn for it. Equal texts are a tie by definition and are
-    never asked."""
+def ask_about(
+    prompt: Prompt, pairs: Sequence[tuple[Sample, Sample]], ctx: Context
+) -> list[Question]:
+    """The comparisons to make, each with the principles drawn for it. Equal texts are a tie by
+    definition and are never asked.
+    """
     selection = ctx.config.panel.selection or ctx.constitution.selection
     questions: list[Question] = []
     for a, b in pairs:
         if a.text == b.text:
             ctx.note(Use(ctx.run, prompt.id, "identical", a.index, b.index))
             continue
-        drawn = panel.draw(ctx.constitution.principles, selection, ctx.config.seed, prompt.id,
-                           (a.index, b.index), 0, prompt.tags)
+        drawn = panel.draw(
+            ctx.constitution.principles,
+            selection,
+            ctx.config.seed,
+            prompt.id,
+            (a.index, b.index),
+            0,
+            prompt.tags,
+        )
         questions.append((Comparison(prompt, a, b), drawn))
     return questions

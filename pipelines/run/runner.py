@@ -1,7 +1,10 @@
-"""Run a recipe over its prompts: a bounded number in work at once, everything durable, and always a way to go on.
+"""Run a recipe over its prompts: a bounded number in work at once, everything durable, and always a
+way to go on.
 
-Memory is flat at any size: prompts are read as they are needed, and what is answered lives in the ledger.
+Memory is flat at any size: prompts are read as they are needed, and what is answered lives in the
+ledger.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -14,19 +17,28 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefab.pipelines.config.checks import RECIPES
 from prefab.factory.console import Progress, warn
+from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.errors import BudgetError
 from prefab.factory.ledger.ledger import Ledger, Run
 from prefab.factory.types import Engine, Prompt
-from prefab.pipelines.run.context import Context, Stopped
+from prefab.pipelines.config.checks import RECIPES
+from prefab.pipelines.config.loader import (
+    ResolvedPipeline,
+    labels,
+    make_engines,
+    make_programs,
+    models,
+    resolve_pipeline,
+)
 from prefab.pipelines.quality.labeling import people
-from prefab.pipelines.config.loader import ResolvedPipeline, labels, make_engines, make_programs, models, resolve_pipeline
-from prefab.factory.engines.lifecycle import started_engines
+from prefab.pipelines.run.context import Context, Stopped
 
-MAX_AT_WORK = 2048          # prompts in work at once: bounds memory where a prompt asks one call
-READ_AHEAD = 256            # prompts recorded in one transaction
-COUNT_UP_TO = 64 << 20      # bytes of a prompts file that are read once beforehand, for the time left and bad rows
+MAX_AT_WORK = 2048  # prompts in work at once: bounds memory where a prompt asks one call
+READ_AHEAD = 256  # prompts recorded in one transaction
+COUNT_UP_TO = (
+    64 << 20
+)  # bytes of a prompts file that are read once beforehand, for the time left and bad rows
 
 
 @dataclass(slots=True)
@@ -38,7 +50,7 @@ class RunResult:
     run: int
     store: Path
     resumed: bool
-    state: str                      # done, budget or stopped
+    state: str  # done, budget or stopped
     reason: str
     prompts: int
     asked: int
@@ -51,9 +63,11 @@ class RunResult:
     unscored: dict[str, int]
     malformed: int
     seconds: float
-    escalation: dict[str, int] = field(default_factory=dict)  # comparisons by why, and the stronger judges' calls
-    awaited: int = 0                # labels that the panel's people have not given yet
-    behind: int = 0                 # calls that the store does not show yet, because another program holds it
+    escalation: dict[str, int] = field(
+        default_factory=dict
+    )  # comparisons by why, and the stronger judges' calls
+    awaited: int = 0  # labels that the panel's people have not given yet
+    behind: int = 0  # calls that the store does not show yet, because another program holds it
     _frames: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def frame(self, table: str) -> Any:
@@ -87,14 +101,23 @@ class RunResult:
     def summary(self) -> dict[str, Any]:
         """The counts as plain data."""
         names = [name for name in self.__slots__ if not name.startswith("_")]
-        return {name: str(value) if isinstance(value := getattr(self, name), Path) else value for name in names}
+        return {
+            name: str(value) if isinstance(value := getattr(self, name), Path) else value
+            for name in names
+        }
 
 
-def run(source: str | Path | dict[str, Any], sets: Iterable[str] = (), quiet: bool = True,
-        engines: dict[str, Engine] | None = None) -> RunResult:
-    """Make the data that a pipeline describes; run it again to resume. `engines` stand in for those it would start.
+def run(
+    source: str | Path | dict[str, Any],
+    sets: Iterable[str] = (),
+    quiet: bool = True,
+    engines: dict[str, Engine] | None = None,
+) -> RunResult:
+    """Make the data that a pipeline describes; run it again to resume. `engines` stand in for those
+    it would start.
 
-    Raises: ConfigError, EngineError, StoreError. A budget that was passed or Ctrl-C is told by the result's `state`.
+    Raises: ConfigError, EngineError, StoreError. A budget that was passed or Ctrl-C is told by the
+    result's `state`.
     """
     loaded = resolve_pipeline(source, sets)
     work = lambda: _loop(run_async(loaded, quiet, engines))  # noqa: E731
@@ -126,7 +149,9 @@ def _in_thread(work: Callable[[], Any]) -> Any:
         return pool.submit(work).result()
 
 
-async def run_async(loaded: ResolvedPipeline, quiet: bool = True, engines: dict[str, Engine] | None = None) -> RunResult:
+async def run_async(
+    loaded: ResolvedPipeline, quiet: bool = True, engines: dict[str, Engine] | None = None
+) -> RunResult:
     """As `run`, inside an event loop, for a loaded pipeline."""
     config = loaded.config
     total = count_prompts(loaded, quiet)
@@ -134,12 +159,27 @@ async def run_async(loaded: ResolvedPipeline, quiet: bool = True, engines: dict[
     try:
         made = {**make_programs(loaded), **(engines or make_engines(loaded))}
         async with started_engines(made, quiet, labels(loaded)):
-            record = ledger.begin_run(config.name, loaded.resolved, {**loaded.texts, **models(made)})
-            ctx = Context(config, loaded.constitution, record.id, ledger, made, loaded.templates, loaded.critic,
-                          loaded.reviser, loaded.revise if loaded.revises else None, loaded.judges, people=people(loaded))
+            record = ledger.begin_run(
+                config.name, loaded.resolved, {**loaded.texts, **models(made)}
+            )
+            ctx = Context(
+                config,
+                loaded.constitution,
+                record.id,
+                ledger,
+                made,
+                loaded.templates,
+                loaded.critic,
+                loaded.reviser,
+                loaded.revise if loaded.revises else None,
+                loaded.judges,
+                people=people(loaded),
+            )
             began = time.monotonic()
             state, reason = await _work(loaded, ctx, total, quiet)
-            starting = max((getattr(engine, "starting_s", 0.0) for engine in made.values()), default=0.0)
+            starting = max(
+                (getattr(engine, "starting_s", 0.0) for engine in made.values()), default=0.0
+            )
             seconds = time.monotonic() - began - starting
     finally:
         await ledger.close(drain=not (ctx and ctx.hurry))
@@ -148,7 +188,8 @@ async def run_async(loaded: ResolvedPipeline, quiet: bool = True, engines: dict[
 
 
 def count_prompts(loaded: ResolvedPipeline, quiet: bool = True) -> int | None:
-    """How many prompts there are, where that is cheap to know. Malformed rows are told now, not after an hour.
+    """How many prompts there are, where that is cheap to know. Malformed rows are told now, not
+    after an hour.
 
     Raises: ConfigError when there are none, before any engine is started.
     """
@@ -166,13 +207,16 @@ def count_prompts(loaded: ResolvedPipeline, quiet: bool = True) -> int | None:
 
 
 def at_work(loaded: ResolvedPipeline, engines: dict[str, Engine]) -> int:
-    """How many prompts keep the engines full: a prompt has its samples' questions in flight at the leanest moment,
-    and as many prompts again cover those between two steps."""
+    """How many prompts keep the engines full: a prompt has its samples' questions in flight at the
+    leanest moment, and as many prompts again cover those between two steps.
+    """
     places = sum(engine.max_in_flight for engine in engines.values())
     return max(2, min(MAX_AT_WORK, 2 * places // loaded.config.policy.samples + 2))
 
 
-async def _work(loaded: ResolvedPipeline, ctx: Context, total: int | None, quiet: bool) -> tuple[str, str]:
+async def _work(
+    loaded: ResolvedPipeline, ctx: Context, total: int | None, quiet: bool
+) -> tuple[str, str]:
     """All prompts through the recipe. Gives how it ended: done, budget or stopped, and why."""
     pipeline = RECIPES[loaded.config.recipe]
     source = recorded(loaded.prompts, ctx.asker)
@@ -188,7 +232,10 @@ async def _work(loaded: ResolvedPipeline, ctx: Context, total: int | None, quiet
             first.append(error)
             ctx.stopping = True  # the others stop at their next question; what is in flight is kept
 
-    with Progress(loaded.config.name, total, quiet, "prompts") as progress, interruptible(ctx, quiet):
+    with (
+        Progress(loaded.config.name, total, quiet, "prompts") as progress,
+        interruptible(ctx, quiet),
+    ):
         ticker = asyncio.create_task(_tick(progress, ctx))
         workers = [asyncio.create_task(worker()) for _ in range(at_work(loaded, ctx.engines))]
         try:
@@ -223,8 +270,10 @@ def recorded(prompts: Iterable[Prompt], ledger: Any) -> Iterator[Prompt]:
         yield from batch
 
 
-class interruptible:  # noqa: N801
-    """Ctrl-C (or SIGTERM) drains: nothing new is asked, what is in flight is kept. A second one does not wait."""
+class interruptible:
+    """Ctrl-C (or SIGTERM) drains: nothing new is asked, what is in flight is kept. A second one
+    does not wait.
+    """
 
     def __init__(self, ctx: Context, quiet: bool) -> None:
         self.ctx, self.quiet = ctx, quiet
@@ -287,19 +336,44 @@ def fill_store(folder: Path, quiet: bool = True) -> int:
     filled = fill(folder)
     behind = int(getattr(filled, "behind", 0) or 0)
     if behind and not quiet:
-        warn(f"another program has {folder / 'prefab.duckdb'} open: the store is behind by {behind:,} rows, the ledger "
-             "is complete. `prefab store info` catches up")
+        warn(
+            f"another program has {folder / 'prefab.duckdb'} open: the store is behind by {behind:,} rows, the ledger "
+            "is complete. `prefab store info` catches up"
+        )
     return behind
 
 
-def _result(loaded: ResolvedPipeline, ctx: Context, record: Run, state: str, reason: str, seconds: float, behind: int,
-            ) -> RunResult:
+def _result(
+    loaded: ResolvedPipeline,
+    ctx: Context,
+    record: Run,
+    state: str,
+    reason: str,
+    seconds: float,
+    behind: int,
+) -> RunResult:
     stats, counts = ctx.asker.stats, ctx.counts
     unscored = {f"{role} {why}": n for (role, why), n in sorted(counts.unscored.items())}
     return RunResult(
-        name=record.name, version=record.version, run=record.id, store=Path(loaded.config.store),
-        resumed=record.resumed, state=state, reason=reason, prompts=counts.prompts, asked=stats.asked,
-        reused=stats.reused, failed=counts.failed, truncated=counts.truncated, identical=counts.identical,
-        prompt_tokens=stats.prompt_tokens, completion_tokens=stats.completion_tokens, unscored=unscored,
-        malformed=loaded.prompts.n_malformed, seconds=seconds, escalation=dict(sorted(counts.escalation.items())),
-        awaited=counts.awaited, behind=behind)
+        name=record.name,
+        version=record.version,
+        run=record.id,
+        store=Path(loaded.config.store),
+        resumed=record.resumed,
+        state=state,
+        reason=reason,
+        prompts=counts.prompts,
+        asked=stats.asked,
+        reused=stats.reused,
+        failed=counts.failed,
+        truncated=counts.truncated,
+        identical=counts.identical,
+        prompt_tokens=stats.prompt_tokens,
+        completion_tokens=stats.completion_tokens,
+        unscored=unscored,
+        malformed=loaded.prompts.n_malformed,
+        seconds=seconds,
+        escalation=dict(sorted(counts.escalation.items())),
+        awaited=counts.awaited,
+        behind=behind,
+    )

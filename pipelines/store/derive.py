@@ -1,9 +1,12 @@
-"""From uses and answers to the rows of the store: pure functions, so that the store can always be made again.
+"""From uses and answers to the rows of the store: pure functions, so that the store can always be
+made again.
 
-The unit is one prompt of one run: all of its rows are derived together from all of its uses. `Derived.open` says that
-some of its calls have no answer yet (or "prompt too long", which a wider server may mend): it is derived again when
-more calls have arrived. Whatever the moments of filling, the last one shows what a rebuild shows.
+The unit is one prompt of one run: all of its rows are derived together from all of its uses.
+`Derived.open` says that some of its calls have no answer yet (or "prompt too long", which a wider
+server may mend): it is derived again when more calls have arrived. Whatever the moments of filling,
+the last one shows what a rebuild shows.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +19,13 @@ from prefab.factory.types import Completion, Constitution, Preference
 from prefab.judges import panel, registry
 from prefab.judges.kinds import critique, listwise
 from prefab.pipelines.store import verdicts
-from prefab.pipelines.store.verdicts import Found, Heard, NOT_ASKED, Pair, Place, Rules, UseRow
+from prefab.pipelines.store.verdicts import NOT_ASKED, Found, Heard, Pair, Place, Rules, UseRow
 
-VERSIONS = {**{f"parse.{kind}": registry.module(kind).PARSER_VERSION for kind in registry.JUDGES},
-            "parse.critique": critique.PARSER_VERSION,
-            "aggregate": panel.AGGREGATION_VERSION}
+VERSIONS = {
+    **{f"parse.{kind}": registry.module(kind).PARSER_VERSION for kind in registry.JUDGES},
+    "parse.critique": critique.PARSER_VERSION,
+    "aggregate": panel.AGGREGATION_VERSION,
+}
 FITS = ("bradley_terry", "davidson")
 
 
@@ -42,23 +47,46 @@ def rules(record: RunRecord, constitution: Constitution | None) -> Rules:
     """The rules of a run, from its resolved configuration and its constitution."""
     config = record.config
     settings = config.get("panel") or {}
-    judges = {judge["name"]: registry.JUDGES[kind].model_validate(judge) for judge in settings.get("judges", ())
-              if (kind := judge.get("kind", "pairwise")) in registry.JUDGES}
+    judges = {
+        judge["name"]: registry.JUDGES[kind].model_validate(judge)
+        for judge in settings.get("judges", ())
+        if (kind := judge.get("kind", "pairwise")) in registry.JUDGES
+    }
     readers = {name: canonical(registry.reader(judge)).decode() for name, judge in judges.items()}
     selection = settings.get("selection") or (constitution.selection if constitution else "all")
-    rule = panel.Rule(settings.get("min_scored", 0.5), settings.get("tie_margin", 0.02), selection == "lexicographic",
-                      settings.get("combine", "mean") == "log_odds")
+    rule = panel.Rule(
+        settings.get("min_scored", 0.5),
+        settings.get("tie_margin", 0.02),
+        selection == "lexicographic",
+        settings.get("combine", "mean") == "log_odds",
+    )
     principles = constitution.principles if constitution else ()
     escalate = settings.get("escalate") or {}
-    return Rules(record.id, judges, readers, settings.get("orders", "both"), config.get("seed", 0), rule,
-                 {p.id: p.weight for p in principles}, {p.id: i for i, p in enumerate(principles)},
-                 tuple(escalate.get("to", ())), escalate.get("decides") == "all",
-                 method if (method := (config.get("choose") or {}).get("method")) in FITS else "")
+    return Rules(
+        record.id,
+        judges,
+        readers,
+        settings.get("orders", "both"),
+        config.get("seed", 0),
+        rule,
+        {p.id: p.weight for p in principles},
+        {p.id: i for i, p in enumerate(principles)},
+        tuple(escalate.get("to", ())),
+        escalate.get("decides") == "all",
+        method if (method := (config.get("choose") or {}).get("method")) in FITS else "",
+    )
 
 
-def derive(prompt: str, uses: Sequence[UseRow], answers: Mapping[bytes, Completion], rules: Rules,
-           rubrics: Mapping[str, Any] = {}) -> Derived:
-    """All rows of one prompt in one run. `rubrics` by the names under which its scores were asked."""
+def derive(
+    prompt: str,
+    uses: Sequence[UseRow],
+    answers: Mapping[bytes, Completion],
+    rules: Rules,
+    rubrics: Mapping[str, Any] = {},
+) -> Derived:
+    """All rows of one prompt in one run. `rubrics` by the names under which its scores were
+    asked.
+    """
     derived = Derived()
     for use in verdicts.latest(uses):
         answer = answers.get(use.key)
@@ -94,29 +122,85 @@ def _sample(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tuple
         text, parent = None if reason else answer.text, -1
     call = use.key.hex()
     name = digest("sample", prompt, str(use.sample), str(parent), call)
-    return (name, rules.run, prompt, use.sample, parent, use.round, use.principle, text, answer.finish, reason, call)
+    return (
+        name,
+        rules.run,
+        prompt,
+        use.sample,
+        parent,
+        use.round,
+        use.principle,
+        text,
+        answer.finish,
+        reason,
+        call,
+    )
 
 
 def _critique(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tuple:
     read = critique.parse_critique(answer, prompt, use.sample, use.principle)
     call = use.key.hex()
-    name = digest("critique", prompt, str(use.sample), use.principle, str(use.round), call,
-                  str(critique.PARSER_VERSION))
-    return (name, rules.run, prompt, use.sample, use.principle, use.round, read.fault, read.reason, read.text, call)
+    name = digest(
+        "critique",
+        prompt,
+        str(use.sample),
+        use.principle,
+        str(use.round),
+        call,
+        str(critique.PARSER_VERSION),
+    )
+    return (
+        name,
+        rules.run,
+        prompt,
+        use.sample,
+        use.principle,
+        use.round,
+        read.fault,
+        read.reason,
+        read.text,
+        call,
+    )
 
 
 def _ranking(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tuple:
     shown = verdicts.shown_of(use)
     read = listwise.parse(answer, shown)
     call = use.key.hex()
-    name = digest("ranking", prompt, use.principle, use.judge, str(use.repeat), str(use.round), use.order, call,
-                  str(listwise.PARSER_VERSION))
-    return (name, rules.run, prompt, use.principle, use.judge, use.repeat, use.round, shown, read.order, read.reason,
-            call)
+    name = digest(
+        "ranking",
+        prompt,
+        use.principle,
+        use.judge,
+        str(use.repeat),
+        str(use.round),
+        use.order,
+        call,
+        str(listwise.PARSER_VERSION),
+    )
+    return (
+        name,
+        rules.run,
+        prompt,
+        use.principle,
+        use.judge,
+        use.repeat,
+        use.round,
+        shown,
+        read.order,
+        read.reason,
+        call,
+    )
 
 
-def _scores(prompt: str, heard: Heard, answers: Mapping[bytes, Completion], rules: Rules, rubrics: Mapping[str, Any],
-            derived: Derived) -> None:
+def _scores(
+    prompt: str,
+    heard: Heard,
+    answers: Mapping[bytes, Completion],
+    rules: Rules,
+    rubrics: Mapping[str, Any],
+    derived: Derived,
+) -> None:
     """What each answer got from the judges that read one at a time."""
     for (judge, principle, repeat), samples in heard.scores.items():
         config = rules.judges.get(judge)
@@ -127,15 +211,48 @@ def _scores(prompt: str, heard: Heard, answers: Mapping[bytes, Completion], rule
                 if read is None:
                     continue
                 call = use.key.hex()
-                name = digest("score", prompt, str(sample), principle, judge, str(repeat), str(line), call,
-                              rules.readers[judge], str(registry.version(config)))
+                name = digest(
+                    "score",
+                    prompt,
+                    str(sample),
+                    principle,
+                    judge,
+                    str(repeat),
+                    str(line),
+                    call,
+                    rules.readers[judge],
+                    str(registry.version(config)),
+                )
                 criterion, points = own[line] if own and line < len(own) else (None, None)
-                derived.scores.append((name, rules.run, prompt, sample, principle, judge, repeat, criterion, points,
-                                       read.value, read.reason, read.mass, read.exactness, call))
+                derived.scores.append(
+                    (
+                        name,
+                        rules.run,
+                        prompt,
+                        sample,
+                        principle,
+                        judge,
+                        repeat,
+                        criterion,
+                        points,
+                        read.value,
+                        read.reason,
+                        read.mass,
+                        read.exactness,
+                        call,
+                    )
+                )
 
 
-def _compare(prompt: str, pair: Pair, heard: Heard, answers: Mapping[bytes, Completion], rules: Rules,
-             rubrics: Mapping[str, Any], derived: Derived) -> None:
+def _compare(
+    prompt: str,
+    pair: Pair,
+    heard: Heard,
+    answers: Mapping[bytes, Completion],
+    rules: Rules,
+    rubrics: Mapping[str, Any],
+    derived: Derived,
+) -> None:
     """The verdicts of one comparison, and its preference if none that counts is still awaited."""
     found = verdicts.verdicts(prompt, pair, heard, answers, rules, rubrics)
     names: dict[Place, str] = {}
@@ -157,13 +274,30 @@ def _compare(prompt: str, pair: Pair, heard: Heard, answers: Mapping[bytes, Comp
 def _verdict(name: str, prompt: str, pair: Pair, place: Place, found: Found, rules: Rules) -> tuple:
     verdict = found.verdict
     principle, judge, repeat, order = place
-    return (name, rules.run, prompt, *pair, principle, judge, order, repeat, verdict.p_a, verdict.winner,
-            verdict.reason, verdict.mass, verdict.tie_mass, verdict.exactness, found.call or None)
+    return (
+        name,
+        rules.run,
+        prompt,
+        *pair,
+        principle,
+        judge,
+        order,
+        repeat,
+        verdict.p_a,
+        verdict.winner,
+        verdict.reason,
+        verdict.mass,
+        verdict.tie_mass,
+        verdict.exactness,
+        found.call or None,
+    )
 
 
 def _strengths(prompt: str, preferences: Sequence[tuple], rules: Rules) -> list[tuple]:
-    """How strong each answer is, by a fit of all the prompt's scored comparisons: each counts as p_a of a win and the
-    rest of a loss; for Davidson a tie is a tie. Why there is no fit stands in its place."""
+    """How strong each answer is, by a fit of all the prompt's scored comparisons: each counts as
+    p_a of a win and the rest of a loss; for Davidson a tie is a tie. Why there is no fit stands in
+    its place.
+    """
     import numpy as np
 
     from prefab.judges.stats import aggregate
@@ -180,17 +314,50 @@ def _strengths(prompt: str, preferences: Sequence[tuple], rules: Rules) -> list[
         else:
             wins[i, j] += p
             wins[j, i] += 1 - p
-    fit = aggregate.davidson(wins, ties) if rules.fit == "davidson" else aggregate.bradley_terry(wins)
+    fit = (
+        aggregate.davidson(wins, ties) if rules.fit == "davidson" else aggregate.bradley_terry(wins)
+    )
     if fit.undefined:
         return [(rules.run, prompt, i, rules.fit, None, None, fit.undefined) for i in answers]
-    return [(rules.run, prompt, i, rules.fit, float(fit.log_worth[n]), float(fit.se[n]), None)
-            for i, n in place.items()]
+    return [
+        (rules.run, prompt, i, rules.fit, float(fit.log_worth[n]), float(fit.se[n]), None)
+        for i, n in place.items()
+    ]
 
 
-def _preference(p: Preference, verdicts: Sequence[str], rules: Rules, identical: bool = False,
-                escalation: str | None = None) -> tuple:
+def _preference(
+    p: Preference,
+    verdicts: Sequence[str],
+    rules: Rules,
+    identical: bool = False,
+    escalation: str | None = None,
+) -> tuple:
     rule = rules.rule
-    name = digest("preference", p.prompt, str(p.a), str(p.b), *verdicts, repr(rule), str(panel.AGGREGATION_VERSION))
+    name = digest(
+        "preference",
+        p.prompt,
+        str(p.a),
+        str(p.b),
+        *verdicts,
+        repr(rule),
+        str(panel.AGGREGATION_VERSION),
+    )
     chosen, rejected = {"a": (p.a, p.b), "b": (p.b, p.a)}.get(p.outcome, (None, None))
-    return (name, rules.run, p.prompt, p.a, p.b, p.outcome, chosen, rejected, p.p_a, p.p_chosen, p.spread, p.n_scored,
-            p.n_readings, p.exactness, identical, escalation)
+    return (
+        name,
+        rules.run,
+        p.prompt,
+        p.a,
+        p.b,
+        p.outcome,
+        chosen,
+        rejected,
+        p.p_a,
+        p.p_chosen,
+        p.spread,
+        p.n_scored,
+        p.n_readings,
+        p.exactness,
+        identical,
+        escalation,
+    )

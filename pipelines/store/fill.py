@@ -1,10 +1,12 @@
 """Filling the preference store from the ledger: catching up in bounded batches, or making it anew.
 
-Plain tables (calls, prompts, failures, labels, evaluations) are read by rowid past a watermark. For the derived ones
-the new uses say which prompts of which runs must be derived; those go into the table `work` in the transaction that
-moves the watermark, and leave it in the transaction that inserts their rows. So a kill at any moment costs one batch,
-no row is twice or missing, and memory does not grow with the store.
+Plain tables (calls, prompts, failures, labels, evaluations) are read by rowid past a watermark. For
+the derived ones the new uses say which prompts of which runs must be derived; those go into the
+table `work` in the transaction that moves the watermark, and leave it in the transaction that
+inserts their rows. So a kill at any moment costs one batch, no row is twice or missing, and memory
+does not grow with the store.
 """
+
 from __future__ import annotations
 
 import sqlite3
@@ -16,10 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from prefab.factory.ledger import db, records as recorded
-from prefab.factory.store import store
-from prefab.factory.spec.constitution import constitution_digest, parse_constitution, principle_digest
 from prefab.factory.errors import ConfigError
+from prefab.factory.ledger import db
+from prefab.factory.ledger import records as recorded
+from prefab.factory.spec.constitution import (
+    constitution_digest,
+    parse_constitution,
+    principle_digest,
+)
+from prefab.factory.store import store
 from prefab.factory.types import Constitution
 from prefab.pipelines.store import derive, imports
 
@@ -27,7 +34,9 @@ if TYPE_CHECKING:
     import duckdb
     import polars
 
-MARKS = "prefab.marks"  # how far the last filling came, readable while another program holds the store
+MARKS = (
+    "prefab.marks"  # how far the last filling came, readable while another program holds the store
+)
 FIRST_BATCH = 64  # prompts; later batches are as large as `USES_PAGE` allows
 PAGE = 20_000  # rows of a plain table a batch
 USES_PAGE = 8_192  # uses a batch of derivation: their answers' texts are in memory together
@@ -37,7 +46,9 @@ CONSTITUTION = "constitution"  # the name under which a run's texts hold it
 
 @dataclass(slots=True)
 class FillReport:
-    """What a filling did. `behind` counts ledger rows not yet in the store, with `held` saying why."""
+    """What a filling did. `behind` counts ledger rows not yet in the store, with `held` saying
+    why.
+    """
 
     rows: dict[str, int] = field(default_factory=dict)
     behind: int = 0
@@ -52,9 +63,11 @@ class FillReport:
 
 
 def fill(folder: str | Path) -> FillReport:
-    """Bring the store up to the ledger. Made anew when absent, of other versions, or not filled from this ledger.
+    """Bring the store up to the ledger. Made anew when absent, of other versions, or not filled
+    from this ledger.
 
-    When another program holds the file nothing is changed, and the report says how far behind the store is.
+    When another program holds the file nothing is changed, and the report says how far behind the
+    store is.
     Raises: StoreError when there is no ledger, or either file is damaged.
     """
     folder, began = Path(folder), time.monotonic()
@@ -98,14 +111,17 @@ def query(folder: str | Path, sql: str, parameters: Sequence[Any] = ()) -> polar
     """The rows of a query over a store that is up to date with its ledger.
 
     Another command that asks the same store holds it for a moment; that much is waited for.
-    Raises: HeldError when another program keeps it from catching up, ConfigError when the query is wrong.
+    Raises: HeldError when another program keeps it from catching up, ConfigError when the query is
+    wrong.
     """
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             report = fill(folder)
             if report.held:
-                behind = f". The store is {report.behind:,} ledger rows behind" if report.behind else ""
+                behind = (
+                    f". The store is {report.behind:,} ledger rows behind" if report.behind else ""
+                )
                 raise store.HeldError(f"{report.held}{behind}")
             return store.read_frame(Path(folder), sql, parameters)
         except store.HeldError:
@@ -128,13 +144,17 @@ def _why_rebuild(folder: Path, ledger: sqlite3.Connection) -> str:
         changed = sorted(name for name in {*meta, *now} if meta.get(name) != now.get(name))
         if meta and changed:
             return f"made by another {', '.join(changed)}"
-        if any(_last(ledger, source) < store.watermark(con, source) for source in ("calls", "uses")):
+        if any(
+            _last(ledger, source) < store.watermark(con, source) for source in ("calls", "uses")
+        ):
             return "the ledger is older than the store"
     return ""
 
 
 def _behind(folder: Path, ledger: sqlite3.Connection) -> int:
-    """Rows past the marks that the last filling left beside the store (the store itself cannot be read)."""
+    """Rows past the marks that the last filling left beside the store (the store itself cannot be
+    read).
+    """
     try:
         marks = orjson.loads((folder / MARKS).read_bytes())
     except (OSError, ValueError):
@@ -152,14 +172,22 @@ def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> N
             store.set_meta(con, versions(ledger))
         names = Names(ledger)
         uses = _find_work(con, ledger)
-        records = recorded.runs(ledger)  # after the uses: each of those belongs to a run that is among these
+        records = recorded.runs(
+            ledger
+        )  # after the uses: each of those belongs to a run that is among these
         constitutions = {record.id: _constitution(record, report) for record in records}
         _runs(con, records, constitutions)
         _copy_prompts(con, ledger, report)
         _copy_calls(con, ledger, names, report)
         imports.copy(con, ledger, report)
         _copy_rest(con, ledger, report)
-        _derive_work(con, ledger, names, {r.id: derive.rules(r, constitutions[r.id]) for r in records}, report)
+        _derive_work(
+            con,
+            ledger,
+            names,
+            {r.id: derive.rules(r, constitutions[r.id]) for r in records},
+            report,
+        )
         db.kill_point("end")
         con.execute("CHECKPOINT")
         marks = {"calls": store.watermark(con, "calls"), "uses": uses}
@@ -185,8 +213,13 @@ class Names:
 
 
 def _constitution(record: recorded.RunRecord, report: FillReport) -> Constitution | None:
-    """A run's constitution. One that this version cannot read is noted; other runs are shown all the same."""
-    text, name = record.texts.get(CONSTITUTION), f"constitution of run {record.name}@{record.version}"
+    """A run's constitution. One that this version cannot read is noted; other runs are shown all
+    the same.
+    """
+    text, name = (
+        record.texts.get(CONSTITUTION),
+        f"constitution of run {record.name}@{record.version}",
+    )
     try:
         return parse_constitution(text, name) if text else None
     except ConfigError as error:
@@ -194,32 +227,79 @@ def _constitution(record: recorded.RunRecord, report: FillReport) -> Constitutio
         return None
 
 
-def _runs(con: duckdb.DuckDBPyConnection, records: Sequence[recorded.RunRecord],
-          constitutions: dict[int, Constitution | None]) -> None:
+def _runs(
+    con: duckdb.DuckDBPyConnection,
+    records: Sequence[recorded.RunRecord],
+    constitutions: dict[int, Constitution | None],
+) -> None:
     """The few tables that are written whole: runs, constitutions, principles."""
-    latest = {record.name: record.id for record in sorted(records, key=lambda record: record.last_start)}
-    known = {constitution_digest(c): (c, record) for record in records if (c := constitutions[record.id])}
+    latest = {
+        record.name: record.id for record in sorted(records, key=lambda record: record.last_start)
+    }
+    known = {
+        constitution_digest(c): (c, record) for record in records if (c := constitutions[record.id])
+    }
     rows = []
     for r in records:
         c = constitutions[r.id]
-        rows.append((r.id, r.name, r.version, latest[r.name] == r.id, r.config.get("recipe"),
-                     constitution_digest(c) if c else None, orjson.dumps(r.config).decode(), r.last_start, r.at))
+        rows.append(
+            (
+                r.id,
+                r.name,
+                r.version,
+                latest[r.name] == r.id,
+                r.config.get("recipe"),
+                constitution_digest(c) if c else None,
+                orjson.dumps(r.config).decode(),
+                r.last_start,
+                r.at,
+            )
+        )
     with store.transaction(con):
         con.execute("DELETE FROM runs; DELETE FROM constitutions; DELETE FROM principles")
         store.insert(con, "runs", rows)
-        store.insert(con, "constitutions", [(name, c.id, c.title, c.licence, c.selection, record.texts[CONSTITUTION])
-                                            for name, (c, record) in known.items()])
-        store.insert(con, "principles", [
-            (name, p.id, i, principle_digest(p), p.title, p.compare, p.critique, p.revise, p.criterion, p.weight,
-             list(p.tags), p.enabled) for name, (c, _) in known.items() for i, p in enumerate(c.principles)])
+        store.insert(
+            con,
+            "constitutions",
+            [
+                (name, c.id, c.title, c.licence, c.selection, record.texts[CONSTITUTION])
+                for name, (c, record) in known.items()
+            ],
+        )
+        store.insert(
+            con,
+            "principles",
+            [
+                (
+                    name,
+                    p.id,
+                    i,
+                    principle_digest(p),
+                    p.title,
+                    p.compare,
+                    p.critique,
+                    p.revise,
+                    p.criterion,
+                    p.weight,
+                    list(p.tags),
+                    p.enabled,
+                )
+                for name, (c, _) in known.items()
+                for i, p in enumerate(c.principles)
+            ],
+        )
 
 
-def _copy_prompts(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport) -> None:
+def _copy_prompts(
+    con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport
+) -> None:
     """New prompts, and new forms of known ones in place of the old."""
     while page := recorded.prompt_rows(ledger, store.watermark(con, "prompts"), PAGE // 4):
         latest = {row[1]: row[1:] for row in page}
-        rows = [(prompt, orjson.loads(messages)[-1][1], messages, orjson.loads(tags), *rest)
-                for prompt, messages, tags, *rest in latest.values()]
+        rows = [
+            (prompt, orjson.loads(messages)[-1][1], messages, orjson.loads(tags), *rest)
+            for prompt, messages, tags, *rest in latest.values()
+        ]
         with store.transaction(con):
             _delete(con, ("prompts",), "prompt", list(latest))
             store.insert(con, "prompts", rows)
@@ -227,21 +307,35 @@ def _copy_prompts(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, re
         report.add("prompts", len(rows))
 
 
-def _copy_calls(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, names: Names, report: FillReport) -> None:
-    """New calls. One that a wider server answered replaces the "too long" that stood under its key."""
-    sql = ("SELECT id, key, model, finish, exactness, prompt_tokens, completion_tokens, limit_tokens, at FROM calls "
-           "WHERE id > ? ORDER BY id LIMIT ?")
+def _copy_calls(
+    con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, names: Names, report: FillReport
+) -> None:
+    """New calls. One that a wider server answered replaces the "too long" that stood under its
+    key.
+    """
+    sql = (
+        "SELECT id, key, model, finish, exactness, prompt_tokens, completion_tokens, limit_tokens, at FROM calls "
+        "WHERE id > ? ORDER BY id LIMIT ?"
+    )
     while page := ledger.execute(sql, (store.watermark(con, "calls"), PAGE)).fetchall():
         models = names({row[2] for row in page})
         rows = [(key.hex(), models[model], *rest) for _, key, model, *rest in page]
         best: dict[str, tuple] = {}
         for row in rows:
             before = best.get(row[0])
-            if before is None or row[2] != "context" or (before[2] == "context" and row[6] > before[6]):
+            if (
+                before is None
+                or row[2] != "context"
+                or (before[2] == "context" and row[6] > before[6])
+            ):
                 best[row[0]] = row
         with store.transaction(con):
             short = _too_long(con, best)
-            best = {call: row for call, row in best.items() if row[2] != "context" or row[6] > short.get(call, -1)}
+            best = {
+                call: row
+                for call, row in best.items()
+                if row[2] != "context" or row[6] > short.get(call, -1)
+            }
             _delete(con, ("calls",), "call", [call for call in short if call in best])
             store.insert(con, "calls", list(best.values()))
             _models(con, {models[row[2]] for row in page})
@@ -253,8 +347,13 @@ def _too_long(con: duckdb.DuckDBPyConnection, calls: Iterable[str]) -> dict[str,
     """Those of `calls` that stand as "too long" in the store, with their limits."""
     if con.execute("SELECT count(*) FROM calls WHERE finish = 'context'").fetchall()[0][0] == 0:
         return {}
-    return dict(con.execute("SELECT call, limit_tokens FROM calls WHERE finish = 'context' AND call IN "
-                            "(SELECT unnest(?))", [list(calls)]).fetchall())
+    return dict(
+        con.execute(
+            "SELECT call, limit_tokens FROM calls WHERE finish = 'context' AND call IN "
+            "(SELECT unnest(?))",
+            [list(calls)],
+        ).fetchall()
+    )
 
 
 def _models(con: duckdb.DuckDBPyConnection, models: set[str]) -> None:
@@ -263,10 +362,14 @@ def _models(con: duckdb.DuckDBPyConnection, models: set[str]) -> None:
     store.insert(con, "models", rows)
 
 
-def _copy_rest(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport) -> None:
+def _copy_rest(
+    con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport
+) -> None:
     """Failures, human labels, evaluations: appended as they are."""
-    sources = {"failures": ("run, key, error, at", lambda r: (r[0], r[1].hex(), r[2], r[3])),
-               "human_labels": ("digest, value, at", _label)}
+    sources = {
+        "failures": ("run, key, error, at", lambda r: (r[0], r[1].hex(), r[2], r[3])),
+        "human_labels": ("digest, value, at", _label),
+    }
     for table, (columns, row_of) in sources.items():
         sql = f"SELECT id, {columns} FROM {table} WHERE id > ? ORDER BY id LIMIT ?"
         while page := ledger.execute(sql, (store.watermark(con, table), PAGE)).fetchall():
@@ -277,8 +380,12 @@ def _copy_rest(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, repor
     _copy_evals(con, ledger, report)
 
 
-def _copy_evals(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport) -> None:
-    """Evaluations, one at a time: an audit of a million pairs brings megabytes of marks, which become rows."""
+def _copy_evals(
+    con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport
+) -> None:
+    """Evaluations, one at a time: an audit of a million pairs brings megabytes of marks, which
+    become rows.
+    """
     sql = "SELECT id, digest, value, at FROM evals WHERE id > ? ORDER BY id LIMIT 1"
     while page := ledger.execute(sql, (store.watermark(con, "evals"),)).fetchall():
         rowid, name, text, at = page[0]
@@ -305,7 +412,12 @@ def _marks(audit: dict[str, Any], marks: dict[str, str]) -> Iterator[tuple]:
 
 def _label(row: tuple) -> tuple:
     value = orjson.loads(row[1])
-    return (row[0], *(_text(value.get(name)) for name in ("prompt", "winner", "annotator")), row[1], row[2])
+    return (
+        row[0],
+        *(_text(value.get(name)) for name in ("prompt", "winner", "annotator")),
+        row[1],
+        row[2],
+    )
 
 
 def _text(value: Any) -> str | None:
@@ -313,39 +425,62 @@ def _text(value: Any) -> str | None:
 
 
 def _find_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection) -> int:
-    """Put the prompts that have new uses into `work`, and those back to it that waited while calls have arrived."""
+    """Put the prompts that have new uses into `work`, and those back to it that waited while calls
+    have arrived.
+    """
     calls, last = _last(ledger, "calls"), _last(ledger, "uses")
     with store.transaction(con):
         if calls > store.watermark(con, "calls when waiting"):
             con.execute("UPDATE work SET state = 'todo' WHERE state = 'open'")
         store.set_watermark(con, "calls when waiting", calls)
     mark = store.watermark(con, "uses")
-    known = {row[0] for row in con.execute("SELECT run FROM runs").fetchall()}  # others have no rows to be replaced
+    known = {
+        row[0] for row in con.execute("SELECT run FROM runs").fetchall()
+    }  # others have no rows to be replaced
     while mark < last:
         top = min(mark + 10 * PAGE, last)
-        pairs = ledger.execute("SELECT DISTINCT run, prompt FROM uses WHERE id > ? AND id <= ?", (mark, top)).fetchall()
+        pairs = ledger.execute(
+            "SELECT DISTINCT run, prompt FROM uses WHERE id > ? AND id <= ?", (mark, top)
+        ).fetchall()
         with store.transaction(con):
-            store.insert(con, "work", [(run, prompt, "new", run not in known) for run, prompt in pairs])
-            con.execute("UPDATE work SET state = 'todo' WHERE state = 'open' AND "
-                        "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'new')")
-            con.execute("DELETE FROM work WHERE state = 'new' AND "
-                        "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'todo')")
+            store.insert(
+                con, "work", [(run, prompt, "new", run not in known) for run, prompt in pairs]
+            )
+            con.execute(
+                "UPDATE work SET state = 'todo' WHERE state = 'open' AND "
+                "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'new')"
+            )
+            con.execute(
+                "DELETE FROM work WHERE state = 'new' AND "
+                "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'todo')"
+            )
             con.execute("UPDATE work SET state = 'todo' WHERE state = 'new'")
             store.set_watermark(con, "uses", top)
         mark = top
     return last
 
 
-def _derive_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, names: Names,
-                 rules: dict[int, derive.Rules], report: FillReport) -> None:
-    """Derive what `work` holds, a batch a transaction: old rows out, new rows in, the work done or left open."""
+def _derive_work(
+    con: duckdb.DuckDBPyConnection,
+    ledger: sqlite3.Connection,
+    names: Names,
+    rules: dict[int, derive.Rules],
+    report: FillReport,
+) -> None:
+    """Derive what `work` holds, a batch a transaction: old rows out, new rows in, the work done or
+    left open.
+    """
     size = FIRST_BATCH
-    while pairs := con.execute("SELECT run, prompt, fresh FROM work WHERE state = 'todo' ORDER BY run, prompt LIMIT ?",
-                               [size]).fetchall():
+    while pairs := con.execute(
+        "SELECT run, prompt, fresh FROM work WHERE state = 'todo' ORDER BY run, prompt LIMIT ?",
+        [size],
+    ).fetchall():
         uses = _uses(ledger, names, [pair[:2] for pair in pairs])
         keys = {use.key for some in uses.values() for use in some if use.key}
         answers = db.lookup(ledger, list(keys))
-        named = {use.order for some in uses.values() for use in some if use.role == "score" and use.order}
+        named = {
+            use.order for some in uses.values() for use in some if use.role == "score" and use.order
+        }
         rubrics = recorded.rubrics(ledger, sorted(named))
         prompts = names({prompt for _, prompt, _ in pairs})
         rows: dict[str, list[tuple]] = {table: [] for table in store.DERIVED}
@@ -353,7 +488,9 @@ def _derive_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, nam
         for run, prompt, _ in pairs:
             if run not in rules:
                 continue
-            derived = derive.derive(prompts[prompt], uses.get((run, prompt), ()), answers, rules[run], rubrics)
+            derived = derive.derive(
+                prompts[prompt], uses.get((run, prompt), ()), answers, rules[run], rubrics
+            )
             for table in store.DERIVED:
                 rows[table] += getattr(derived, table)
             if derived.open:
@@ -366,35 +503,70 @@ def _derive_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, nam
         size = max(1, min(USES_PAGE // per_pair, PAGE, size * 8))
 
 
-def _replace(con: duckdb.DuckDBPyConnection, pairs: Sequence[tuple], stale: Sequence[tuple],
-             rows: dict[str, list[tuple]], waiting: Sequence[tuple]) -> None:
+def _replace(
+    con: duckdb.DuckDBPyConnection,
+    pairs: Sequence[tuple],
+    stale: Sequence[tuple],
+    rows: dict[str, list[tuple]],
+    waiting: Sequence[tuple],
+) -> None:
     with store.transaction(con):
         for table in store.DERIVED if stale else ():
-            con.execute(f"DELETE FROM {table} WHERE (run, prompt) IN (SELECT (unnest(?), unnest(?)))",
-                        list(map(list, zip(*stale, strict=True))))
+            con.execute(
+                f"DELETE FROM {table} WHERE (run, prompt) IN (SELECT (unnest(?), unnest(?)))",
+                list(map(list, zip(*stale, strict=True))),
+            )
         for table, some in rows.items():
             store.insert(con, table, some)
         db.kill_point("mid_fill")
-        con.execute("DELETE FROM work WHERE (run, prompt) IN (SELECT (unnest(?), unnest(?)))",
-                    list(map(list, zip(*pairs, strict=True))))
+        con.execute(
+            "DELETE FROM work WHERE (run, prompt) IN (SELECT (unnest(?), unnest(?)))",
+            list(map(list, zip(*pairs, strict=True))),
+        )
         store.insert(con, "work", waiting)
 
 
-def _delete(con: duckdb.DuckDBPyConnection, tables: Iterable[str], column: str, values: list[Any]) -> None:
+def _delete(
+    con: duckdb.DuckDBPyConnection, tables: Iterable[str], column: str, values: list[Any]
+) -> None:
     for table in tables if values else ():
         con.execute(f"DELETE FROM {table} WHERE {column} IN (SELECT unnest(?))", [values])
 
 
-def _uses(ledger: sqlite3.Connection, names: Names,
-          pairs: Sequence[tuple[int, int]]) -> dict[tuple, list[derive.UseRow]]:
+def _uses(
+    ledger: sqlite3.Connection, names: Names, pairs: Sequence[tuple[int, int]]
+) -> dict[tuple, list[derive.UseRow]]:
     """All uses of these prompts in these runs, whatever has arrived by now."""
     found: dict[tuple, list[derive.UseRow]] = {}
     for run in {run for run, _ in pairs}:
         sql = f"SELECT id, {db.USE_COLUMNS} FROM uses WHERE run = {int(run)} AND prompt IN"
         for rows in db.select_in(ledger, sql, [prompt for other, prompt in pairs if other == run]):
             spelt = names({name for row in rows for name in (row[3], row[7], row[8], row[9])})
-            for i, _, prompt, role, sample, other, round, principle, judge, order, repeat, key in rows:
-                use = derive.UseRow(i, spelt[role], sample, other, round, spelt[principle], spelt[judge], spelt[order],
-                                    repeat, key)
+            for (
+                i,
+                _,
+                prompt,
+                role,
+                sample,
+                other,
+                round,
+                principle,
+                judge,
+                order,
+                repeat,
+                key,
+            ) in rows:
+                use = derive.UseRow(
+                    i,
+                    spelt[role],
+                    sample,
+                    other,
+                    round,
+                    spelt[principle],
+                    spelt[judge],
+                    spelt[order],
+                    repeat,
+                    key,
+                )
                 found.setdefault((run, prompt), []).append(use)
     return found

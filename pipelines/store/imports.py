@@ -1,9 +1,11 @@
 """`prefab import-preferences`: pairs that others labelled, into the store beside a judge's own.
 
-A file becomes a run of the recipe `import`: the ledger keeps each prompt's answers and pairs (nothing could compute them
-again), and the store gets samples and preferences from them, so that training, export and audits need not know the
-difference. All files of a command are read before anything is written; a file is written in one transaction.
+A file becomes a run of the recipe `import`: the ledger keeps each prompt's answers and pairs
+(nothing could compute them again), and the store gets samples and preferences from them, so that
+training, export and audits need not know the difference. All files of a command are read before
+anything is written; a file is written in one transaction.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -16,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from prefab.factory.spec import yamlio
-from prefab.factory.store import store
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
+from prefab.factory.spec import yamlio
+from prefab.factory.store import store
 from prefab.factory.types import Prompt
 from prefab.judges import panel
 from prefab.pipelines.config import prompts
@@ -29,18 +31,24 @@ if TYPE_CHECKING:
     import duckdb
 
 RECIPE = "import"
-SHOWN = 20                                          # problems that are told; all are counted
-PAGE = 2000                                         # prompts of a filling's transaction
-SCORES = ("fine-grained_score", "overall_score", "score")  # the mean of aspects first: the overall score has known errors
+SHOWN = 20  # problems that are told; all are counted
+PAGE = 2000  # prompts of a filling's transaction
+SCORES = (
+    "fine-grained_score",
+    "overall_score",
+    "score",
+)  # the mean of aspects first: the overall score has known errors
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLE = {"Human": "user", "Assistant": "assistant"}
-BY = {"hh-rlhf": "people"}                          # who labelled, where the format says it
+BY = {"hh-rlhf": "people"}  # who labelled, where the format says it
 Turns = list[dict[str, Any]]
 
 
 @dataclass(slots=True)
 class Imported:
-    """What one file gave. `new` is false where the store had it already; `skipped` rows were malformed."""
+    """What one file gave. `new` is false where the store had it already; `skipped` rows were
+    malformed.
+    """
 
     file: str
     run: str = ""
@@ -55,7 +63,9 @@ class Imported:
 
 @dataclass(slots=True)
 class Found:
-    """The rows of a file by prompt: answers in order of appearance, and (a, b, p_a) of each pair."""
+    """The rows of a file by prompt: answers in order of appearance, and (a, b, p_a) of each
+    pair.
+    """
 
     prompts: dict[str, Prompt] = field(default_factory=dict)
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -66,11 +76,15 @@ class Found:
     def add(self, row: Any) -> None:
         """Take in one row. Raises: ValueError with what is wrong with it."""
         shape, turns, texts, pairs = read_row(row)
-        prompt = prompts.parse_row({"messages": turns, "group": row.get("group"), "split": row.get("split")}, PLAIN)
+        prompt = prompts.parse_row(
+            {"messages": turns, "group": row.get("group"), "split": row.get("split")}, PLAIN
+        )
         digest(*texts)  # refuses what is no text
         before = self.prompts.setdefault(prompt.id, prompt)
         if (before.group, before.split) != (prompt.group, prompt.split):
-            raise ValueError("an earlier row has the same prompt with another group or split; give both the same")
+            raise ValueError(
+                "an earlier row has the same prompt with another group or split; give both the same"
+            )
         known = self.answers.setdefault(prompt.id, {})
         places = [known.setdefault(text, len(known)) for text in texts]
         self.formats.add(shape)
@@ -82,11 +96,13 @@ class Found:
 PLAIN = PromptsConfig(source="-")
 
 
-def import_files(folder: Path, files: Sequence[Path], name: str = "", by: str = "", skip_bad: bool = False) -> list[Imported]:
+def import_files(
+    folder: Path, files: Sequence[Path], name: str = "", by: str = "", skip_bad: bool = False
+) -> list[Imported]:
     """Read all files, then record each as a run: `name`, or the file's own.
 
-    Raises: ConfigError with every row that cannot be read (`skip_bad` leaves them out and counts them), before anything is
-    written; StoreError.
+    Raises: ConfigError with every row that cannot be read (`skip_bad` leaves them out and counts
+    them), before anything is written; StoreError.
     """
     import asyncio
 
@@ -96,11 +112,20 @@ def import_files(folder: Path, files: Sequence[Path], name: str = "", by: str = 
     ledger = Ledger.open(folder)
     try:
         for (report, found, sha256), path in zip(read, files, strict=True):
-            origin = {"file": path.name, "sha256": sha256, "format": report.format,
-                      "by": by or BY.get(report.format, "labeller not said")}
+            origin = {
+                "file": path.name,
+                "sha256": sha256,
+                "format": report.format,
+                "by": by or BY.get(report.format, "labeller not said"),
+            }
             title = name or re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-.") or "imported"
-            rows = [(prompt, {"answers": list(found.answers[i]), "pairs": found.pairs[i]}) for i, prompt in found.prompts.items()]
-            run = ledger.add_import(title, {"recipe": RECIPE, "name": title, "origin": origin}, rows)
+            rows = [
+                (prompt, {"answers": list(found.answers[i]), "pairs": found.pairs[i]})
+                for i, prompt in found.prompts.items()
+            ]
+            run = ledger.add_import(
+                title, {"recipe": RECIPE, "name": title, "origin": origin}, rows
+            )
             report.run, report.new = f"{run.name}@{run.version}", not run.resumed
     finally:
         asyncio.run(ledger.close())
@@ -108,7 +133,9 @@ def import_files(folder: Path, files: Sequence[Path], name: str = "", by: str = 
 
 
 def _read(path: Path, skip_bad: bool) -> tuple[Imported, Found, str]:
-    """All rows of a file, checked. Raises: ConfigError with each malformed row: where, what and how to mend."""
+    """All rows of a file, checked. Raises: ConfigError with each malformed row: where, what and how
+    to mend.
+    """
     found, problems, malformed = Found(), [], 0
     for number, line, row in _rows(path):
         try:
@@ -118,16 +145,27 @@ def _read(path: Path, skip_bad: bool) -> tuple[Imported, Found, str]:
         except ValueError as error:
             malformed += 1
             if len(problems) < SHOWN:
-                problems.append(Problem(str(path), line, 1 if line else 0, f"row {number}", str(error)))
+                problems.append(
+                    Problem(str(path), line, 1 if line else 0, f"row {number}", str(error))
+                )
     if malformed and not skip_bad:
         more = f"{malformed:,} rows cannot be read, so nothing was imported; mend them, or leave them out with --skip-bad"
         raise ConfigError([*problems, Problem(str(path), 0, 0, "", more)])
     decided = [p for pairs in found.pairs.values() for p in _together(pairs).values()]
     if not decided:
-        raise ConfigError([Problem(str(path), 0, 0, "", "holds no pair of different answers"), *problems])
+        raise ConfigError(
+            [Problem(str(path), 0, 0, "", "holds no pair of different answers"), *problems]
+        )
     ties = sum(_decide("", 0, 1, votes).outcome == "tie" for votes in decided)
-    report = Imported(str(path), format=" and ".join(sorted(found.formats)), prompts=len(found.prompts), pairs=len(decided) - ties,
-                      ties=ties, identical=found.identical, skipped=malformed)
+    report = Imported(
+        str(path),
+        format=" and ".join(sorted(found.formats)),
+        prompts=len(found.prompts),
+        pairs=len(decided) - ties,
+        ties=ties,
+        identical=found.identical,
+        skipped=malformed,
+    )
     with open(path, "rb") as file:
         return report, found, hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -141,7 +179,8 @@ def _rows(path: Path) -> Iterator[prompts.Row]:
 
 
 def read_row(row: Any) -> tuple[str, Turns, list[str], list[tuple[int, int, float]]]:
-    """(format, the prompt's turns, answers, pairs of them with P(the first is better)) of one row, by what it holds.
+    """(format, the prompt's turns, answers, pairs of them with P(the first is better)) of one row,
+    by what it holds.
 
     Raises: ValueError in words for the person whose row it is.
     """
@@ -150,42 +189,72 @@ def read_row(row: Any) -> tuple[str, Turns, list[str], list[tuple[int, int, floa
     if row.get("completions") is not None:
         return "ultrafeedback", *_scored(row)
     if row.get("chosen") is None or row.get("rejected") is None:
-        raise ValueError("needs chosen and rejected (TRL, HH-RLHF), or instruction and completions (UltraFeedback); its fields "
-                         f"are: {', '.join(map(str, row)) or 'none'}")
+        raise ValueError(
+            "needs chosen and rejected (TRL, HH-RLHF), or instruction and completions (UltraFeedback); its fields "
+            f"are: {', '.join(map(str, row)) or 'none'}"
+        )
     sides = {name: _turns(row[name], "assistant") for name in ("chosen", "rejected")}
     given = row.get("prompt")
     prompt = _turns(given, "user") if given is not None else sides["chosen"][:-1]
-    if prompt and prompt[-1].get("role") == "assistant" and not str(prompt[-1].get("content")).strip():
-        prompt = prompt[:-1]    # a transcript that stops where the answer begins
+    if (
+        prompt
+        and prompt[-1].get("role") == "assistant"
+        and not str(prompt[-1].get("content")).strip()
+    ):
+        prompt = prompt[:-1]  # a transcript that stops where the answer begins
     if not prompt:
         raise ValueError('has no prompt: give "prompt", or conversations in chosen and rejected')
     for name, turns in sides.items():
         whole = turns[: len(prompt)] == prompt
-        if not (whole and len(turns) == len(prompt) + 1 or given is not None and len(turns) == 1):
-            raise ValueError(f"{name} must be one answer to the prompt, or the prompt and one answer; here the two "
-                             "conversations part before their last turn, or go on after it")
+        if not (
+            (whole and len(turns) == len(prompt) + 1) or (given is not None and len(turns) == 1)
+        ):
+            raise ValueError(
+                f"{name} must be one answer to the prompt, or the prompt and one answer; here the two "
+                "conversations part before their last turn, or go on after it"
+            )
         if turns[-1].get("role") != "assistant":
-            raise ValueError(f"{name} ends with the turn of {yamlio.describe(turns[-1].get('role'))}; the last must be the assistant's")
+            raise ValueError(
+                f"{name} ends with the turn of {yamlio.describe(turns[-1].get('role'))}; the last must be the assistant's"
+            )
     transcript = isinstance(row["chosen"], str) and TURN.match(row["chosen"])
-    return "hh-rlhf" if transcript else "trl", prompt, [_answer(sides[n][-1], n) for n in sides], [(0, 1, _p_chosen(row))]
+    return (
+        "hh-rlhf" if transcript else "trl",
+        prompt,
+        [_answer(sides[n][-1], n) for n in sides],
+        [(0, 1, _p_chosen(row))],
+    )
 
 
 def _turns(value: Any, role: str) -> Turns:
-    """A conversation from turns, from a transcript ("\\n\\nHuman: ...\\n\\nAssistant: ..."), or from one text of `role`."""
+    """A conversation from turns, from a transcript ("\\n\\nHuman: ...\\n\\nAssistant: ..."), or
+    from one text of `role`.
+    """  # noqa: D301
     if isinstance(value, str):
         if not TURN.match(value):
             return [{"role": role, "content": value}]
         parts = TURN.split(value)[1:]
-        return [{"role": ROLE[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
-    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
-        raise ValueError(f"holds {yamlio.describe(value)} for a conversation; must be text or a list of turns with role and content")
+        return [
+            {"role": ROLE[who], "content": text.strip()}
+            for who, text in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(turn, dict) for turn in value)
+    ):
+        raise ValueError(
+            f"holds {yamlio.describe(value)} for a conversation; must be text or a list of turns with role and content"
+        )
     return [{"role": turn.get("role"), "content": turn.get("content")} for turn in value]
 
 
 def _answer(turn: Mapping[str, Any], name: str) -> str:
     text = turn.get("content")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"the answer of {name} is {'empty' if isinstance(text, str) else yamlio.describe(text)}; must be text")
+        raise ValueError(
+            f"the answer of {name} is {'empty' if isinstance(text, str) else yamlio.describe(text)}; must be text"
+        )
     return text
 
 
@@ -196,7 +265,9 @@ def _number(value: Any, name: str) -> float:
 
 
 def _p_chosen(row: Mapping[str, Any]) -> float:
-    """The probability of a pair: its own, else 1; a half where both have the same score (UltraFeedback, binarized)."""
+    """The probability of a pair: its own, else 1; a half where both have the same score
+    (UltraFeedback, binarized).
+    """
     if row.get("p_chosen") is not None:
         p = _number(row["p_chosen"], "p_chosen")
         if not 0 <= p <= 1:
@@ -211,18 +282,32 @@ def _p_chosen(row: Mapping[str, Any]) -> float:
 
 
 def _scored(row: Mapping[str, Any]) -> tuple[Turns, list[str], list[tuple[int, int, float]]]:
-    """UltraFeedback: every two completions are a pair that the higher score wins; equal scores are a tie."""
+    """UltraFeedback: every two completions are a pair that the higher score wins; equal scores are
+    a tie.
+    """
     texts, scores = [], []
     if not isinstance(row["completions"], list) or len(row["completions"]) < 2:
         raise ValueError("completions must be a list of two or more")
-    field_ = next((name for name in SCORES if all(isinstance(c, dict) and c.get(name) is not None for c in row["completions"])), None)
+    field_ = next(
+        (
+            name
+            for name in SCORES
+            if all(isinstance(c, dict) and c.get(name) is not None for c in row["completions"])
+        ),
+        None,
+    )
     if field_ is None:
-        raise ValueError(f"completions need a score each, all by the same name: {', '.join(SCORES)}")
+        raise ValueError(
+            f"completions need a score each, all by the same name: {', '.join(SCORES)}"
+        )
     for i, completion in enumerate(row["completions"], 1):
         texts.append(_answer({"content": completion.get("response")}, f"completion {i}"))
         scores.append(_number(completion[field_], f"{field_} of completion {i}"))
-    pairs = [(a, b, 0.5 if scores[a] == scores[b] else float(scores[a] > scores[b]))
-             for a in range(len(texts)) for b in range(a + 1, len(texts))]
+    pairs = [
+        (a, b, 0.5 if scores[a] == scores[b] else float(scores[a] > scores[b]))
+        for a in range(len(texts))
+        for b in range(a + 1, len(texts))
+    ]
     instruction = row.get("instruction", row.get("prompt"))
     return _turns(instruction, "user"), texts, pairs
 
@@ -236,8 +321,12 @@ def _together(pairs: Sequence[Sequence[Any]]) -> dict[tuple[int, int], list[floa
 
 
 def _decide(prompt: str, a: int, b: int, votes: Sequence[float]) -> Any:
-    """The mean of what was said, by the panel's own rule. 0, a half and 1 are hard labels; who gave others is not known."""
-    return panel.decide([panel.Reading(p, exactness="hard") for p in votes], panel.Rule(), prompt, a, b)
+    """The mean of what was said, by the panel's own rule. 0, a half and 1 are hard labels; who gave
+    others is not known.
+    """
+    return panel.decide(
+        [panel.Reading(p, exactness="hard") for p in votes], panel.Rule(), prompt, a, b
+    )
 
 
 def copy(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: Any) -> None:
@@ -249,14 +338,46 @@ def copy(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: Any
         samples, preferences = [], []
         for _, run, prompt, text in page:
             value = orjson.loads(text)
-            samples += [(digest("imported", prompt, answer), run, prompt, i, -1, 0, "", answer, "stop", None, None)
-                        for i, answer in enumerate(value["answers"])]
+            samples += [
+                (
+                    digest("imported", prompt, answer),
+                    run,
+                    prompt,
+                    i,
+                    -1,
+                    0,
+                    "",
+                    answer,
+                    "stop",
+                    None,
+                    None,
+                )
+                for i, answer in enumerate(value["answers"])
+            ]
             for (a, b), votes in _together(value["pairs"]).items():
                 p = _decide(prompt, a, b, votes)
                 name = digest("imported pair", run, prompt, a, b, votes, panel.AGGREGATION_VERSION)
                 chosen, rejected = {"a": (a, b), "b": (b, a)}.get(p.outcome, (None, None))
-                preferences.append((name, run, prompt, a, b, p.outcome, chosen, rejected, p.p_a, p.p_chosen, p.spread,
-                                    p.n_scored, p.n_readings, p.exactness, False, None))
+                preferences.append(
+                    (
+                        name,
+                        run,
+                        prompt,
+                        a,
+                        b,
+                        p.outcome,
+                        chosen,
+                        rejected,
+                        p.p_a,
+                        p.p_chosen,
+                        p.spread,
+                        p.n_scored,
+                        p.n_readings,
+                        p.exactness,
+                        False,
+                        None,
+                    )
+                )
         with store.transaction(con):
             store.insert(con, "samples", samples)
             store.insert(con, "preferences", preferences)

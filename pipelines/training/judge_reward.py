@@ -1,10 +1,13 @@
-"""Judges and programs as rewards of PPO and GRPO: direct RLAIF (Lee et al. 2023), and answers that can be checked.
+"""Judges and programs as rewards of PPO and GRPO: direct RLAIF (Lee et al. 2023), and answers that
+can be checked.
 
-A judge is a pointwise one of a pipeline file: the expected score over its labels, scaled to -1..1, a mean over the
-constitution's principles as the panel selects them. Questions go through the pipeline's engine and a ledger of their own,
-STORE/reward, behind which stands the run's: identical questions are asked once, after a kill too, and no statistic or
-export meets an answer of training. What is unscored is None, which leaves the answer out of the update.
+A judge is a pointwise one of a pipeline file: the expected score over its labels, scaled to -1..1,
+a mean over the constitution's principles as the panel selects them. Questions go through the
+pipeline's engine and a ledger of their own, STORE/reward, behind which stands the run's: identical
+questions are asked once, after a kill too, and no statistic or export meets an answer of training.
+What is unscored is None, which leaves the answer out of the update.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -18,18 +21,18 @@ from pydantic import ValidationError
 
 from prefab.factory import keys
 from prefab.factory.engines.base import make
+from prefab.factory.engines.lifecycle import lazily, started_engines
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.ledger.ledger import Ledger
-from prefab.factory.types import Comparison, Engine, Message, Prompt, Sample
 from prefab.factory.spec.yamlio import did_you_mean
+from prefab.factory.types import Comparison, Engine, Message, Prompt, Sample
 from prefab.judges import panel, registry
 from prefab.judges.kinds import pointwise, verifier
-from prefab.pipelines.run import judging
-from prefab.pipelines.quality.judge_audit import CachedEngine
-from prefab.pipelines.config.schema import BudgetConfig
-from prefab.pipelines.run.context import Context
 from prefab.pipelines.config.loader import ResolvedPipeline, resolve_pipeline
-from prefab.factory.engines.lifecycle import lazily, started_engines
+from prefab.pipelines.config.schema import BudgetConfig
+from prefab.pipelines.quality.judge_audit import CachedEngine
+from prefab.pipelines.run import judging
+from prefab.pipelines.run.context import Context
 from prefab.trainers.rl import rewards
 from prefab.trainers.rl.rewards import Reward, RewardConfig, Source
 
@@ -38,11 +41,16 @@ Score = Callable[[Prompt, str], Coroutine[Any, Any, float | None]]
 
 
 @contextmanager
-def opened(config: Any, quiet: bool = True, engines: Engines | None = None,
-           ) -> Iterator[tuple[tuple[Source, ...], Source | None]]:
-    """(the rewards, gold) of a PPO or GRPO configuration; engines that judges need run until the end of the block.
+def opened(
+    config: Any,
+    quiet: bool = True,
+    engines: Engines | None = None,
+) -> Iterator[tuple[tuple[Source, ...], Source | None]]:
+    """(the rewards, gold) of a PPO or GRPO configuration; engines that judges need run until the
+    end of the block.
 
-    `engines` by name stand in for those that a pipeline would start. Raises: ConfigError, EngineError.
+    `engines` by name stand in for those that a pipeline would start. Raises: ConfigError,
+    EngineError.
     """
     with ExitStack() as stack:
         made: list[Background] = []
@@ -52,8 +60,10 @@ def opened(config: Any, quiet: bool = True, engines: Engines | None = None,
                 made.append(stack.enter_context(Background()))
             return made[0]
 
-        makers = {"judge": lambda c: stack.enter_context(of_judge(c, background(), quiet, engines)),
-                  "verifier": lambda c: stack.enter_context(of_verifier(c, background()))}
+        makers = {
+            "judge": lambda c: stack.enter_context(of_judge(c, background(), quiet, engines)),
+            "verifier": lambda c: stack.enter_context(of_verifier(c, background())),
+        }
         gold = rewards.build([config.gold], makers)[0] if config.gold else None
         yield rewards.build(config.rewards, makers), gold
 
@@ -81,9 +91,15 @@ class Background:
 
 def reward_of(score: Score, background: Background) -> Reward:
     """A function of one prompt and text as a reward on many, all asked at once."""
+
     def reward(prompts: Sequence[rewards.Prompt], completions: Sequence[str]) -> list[float | None]:
         async def every() -> list[float | None]:
-            return await asyncio.gather(*(score(asked(prompt), text) for prompt, text in zip(prompts, completions, strict=True)))
+            return await asyncio.gather(
+                *(
+                    score(asked(prompt), text)
+                    for prompt, text in zip(prompts, completions, strict=True)
+                )
+            )
 
         return background(every())
 
@@ -97,7 +113,9 @@ def asked(prompt: rewards.Prompt) -> Prompt:
 
 
 @contextmanager
-def of_judge(config: RewardConfig, background: Background, quiet: bool = True, engines: Engines | None = None) -> Iterator[Reward]:
+def of_judge(
+    config: RewardConfig, background: Background, quiet: bool = True, engines: Engines | None = None
+) -> Iterator[Reward]:
     """A pointwise judge of a pipeline file as a reward on -1 (worst) to 1.
 
     Raises: ConfigError where there is none, EngineError when its engine cannot start.
@@ -106,7 +124,9 @@ def of_judge(config: RewardConfig, background: Background, quiet: bool = True, e
         raise ConfigError(f"rewards: {config.name}: name the pipeline file of the judge in paths")
     loaded = resolve_pipeline(Path(config.paths[0]))
     judge = find(loaded, config)
-    made = dict(engines or {judge.engine: lazily(make(loaded.config.engines[judge.engine], judge.engine))})
+    made = dict(
+        engines or {judge.engine: lazily(make(loaded.config.engines[judge.engine], judge.engine))}
+    )
     asking = _asking(loaded, judge, made, quiet)
     ctx = background(asking.__aenter__())
     try:
@@ -116,41 +136,67 @@ def of_judge(config: RewardConfig, background: Background, quiet: bool = True, e
 
 
 def find(loaded: ResolvedPipeline, config: RewardConfig) -> Any:
-    """The judge that a reward names; without a name, the pipeline's first pointwise one. Raises: ConfigError."""
-    found = [judge for judge in loaded.judges if judge.kind == "pointwise" and config.judge in ("", judge.name)]
+    """The judge that a reward names; without a name, the pipeline's first pointwise one. Raises:
+    ConfigError.
+    """
+    found = [
+        judge
+        for judge in loaded.judges
+        if judge.kind == "pointwise" and config.judge in ("", judge.name)
+    ]
     if not found:
         names = [judge.name for judge in loaded.judges if judge.kind == "pointwise"]
-        missing = f'no pointwise judge is named "{config.judge}"; {did_you_mean(config.judge, names)}' if names else (
-            "none of its judges is pointwise, which a reward on single answers must be. Name a pipeline file with "
-            "panel: {judges: [{name: points, kind: pointwise}]}")
+        missing = (
+            f'no pointwise judge is named "{config.judge}"; {did_you_mean(config.judge, names)}'
+            if names
+            else (
+                "none of its judges is pointwise, which a reward on single answers must be. Name a pipeline file with "
+                "panel: {judges: [{name: points, kind: pointwise}]}"
+            )
+        )
         raise ConfigError(f"rewards: {config.name}: {config.paths[0]}: {missing}")
     return found[0]
 
 
 @asynccontextmanager
-async def _asking(loaded: ResolvedPipeline, judge: Any, engines: dict[str, Engine], quiet: bool) -> AsyncIterator[Context]:
-    """What the judge is asked through, while its engine runs. The run's budget of unscored answers is not training's."""
+async def _asking(
+    loaded: ResolvedPipeline, judge: Any, engines: dict[str, Engine], quiet: bool
+) -> AsyncIterator[Context]:
+    """What the judge is asked through, while its engine runs. The run's budget of unscored answers
+    is not training's.
+    """
     known = CachedEngine(engines[judge.engine], Path(loaded.config.store))
     ledger = Ledger.open(Path(loaded.config.store) / "reward")
     try:
         async with started_engines(engines, quiet, {judge.engine: {registry.labels(judge)}}):
             texts = {**loaded.texts, f"model {judge.engine}": known.identity}
-            record = ledger.begin_run(f"reward-{judge.name}"[:64], {"recipe": "reward", "judge": judge.model_dump(mode="json")},
-                                      texts)
+            record = ledger.begin_run(
+                f"reward-{judge.name}"[:64],
+                {"recipe": "reward", "judge": judge.model_dump(mode="json")},
+                texts,
+            )
             budget = BudgetConfig(**{**loaded.config.budget.model_dump(), "unscored": None})
-            yield Context(loaded.config.model_copy(update={"budget": budget}), loaded.constitution, record.id, ledger,
-                          {judge.engine: known}, loaded.templates, judges=[judge])
+            yield Context(
+                loaded.config.model_copy(update={"budget": budget}),
+                loaded.constitution,
+                record.id,
+                ledger,
+                {judge.engine: known},
+                loaded.templates,
+                judges=[judge],
+            )
     finally:
         await ledger.close()
         known.close()
 
 
 def scorer(loaded: ResolvedPipeline, judge: pointwise.PointwiseConfig, ctx: Context) -> Score:
-    """What the judge says of an answer: the weighted mean over principles, None where less than the panel's `min_scored`
-    of their weight is scored."""
+    """What the judge says of an answer: the weighted mean over principles, None where less than the
+    panel's `min_scored` of their weight is scored.
+    """
     principles, rule = loaded.constitution.principles, loaded.config.panel
     selection = rule.selection or loaded.constitution.selection
-    tagged = any(p.applies_when for p in principles)   # only the pipeline's own prompts have tags
+    tagged = any(p.applies_when for p in principles)  # only the pipeline's own prompts have tags
     tags = {keys.prompt_id(p.messages): p.tags for p in loaded.prompts} if tagged else {}
     recorded: set[str] = set()
 
@@ -158,11 +204,18 @@ def scorer(loaded: ResolvedPipeline, judge: pointwise.PointwiseConfig, ctx: Cont
         if prompt.id not in recorded:
             recorded.add(prompt.id)
             ctx.asker.add_prompts([prompt])
-        drawn = panel.draw(principles, selection, loaded.config.seed, prompt.id, (0,), 0, tags.get(prompt.id, ()))
-        sample = Sample(prompt.id, int(keys.digest(text)[:7], 16), text)   # the same answer is the same use
+        drawn = panel.draw(
+            principles, selection, loaded.config.seed, prompt.id, (0,), 0, tags.get(prompt.id, ())
+        )
+        sample = Sample(
+            prompt.id, int(keys.digest(text)[:7], 16), text
+        )  # the same answer is the same use
         heard = await judging.judge(judge, [(Comparison(prompt, sample, sample), drawn)], ctx)
         weights = {p.id: p.weight if len(drawn) > 1 else 1.0 for p in drawn}
-        found = [(weights[use.principle], pointwise.reward(pointwise.parse(answer, judge), judge)) for use, answer in heard]
+        found = [
+            (weights[use.principle], pointwise.reward(pointwise.parse(answer, judge), judge))
+            for use, answer in heard
+        ]
         scored = [(weight, value) for weight, value in found if value is not None]
         weight, whole = sum(w for w, _ in scored), sum(weights.values()) * judge.repeats
         if not weight or weight < rule.min_scored * whole:
@@ -174,12 +227,26 @@ def scorer(loaded: ResolvedPipeline, judge: pointwise.PointwiseConfig, ctx: Cont
 
 @contextmanager
 def of_verifier(config: RewardConfig, background: Background) -> Iterator[Reward]:
-    """A program as a reward from 0 to 1; None where it cannot decide. Raises: ConfigError for settings that are wrong."""
+    """A program as a reward from 0 to 1; None where it cannot decide. Raises: ConfigError for
+    settings that are wrong.
+    """
     try:
-        settings = verifier.VerifierConfig.model_validate({"name": config.name, "kind": "verifier", **config.verifier})
+        settings = verifier.VerifierConfig.model_validate(
+            {"name": config.name, "kind": "verifier", **config.verifier}
+        )
     except ValidationError as error:
-        raise ConfigError([Problem(f"rewards: {config.name}", 0, 0, ".".join(map(str, ("verifier", *e["loc"]))), e["msg"])
-                           for e in error.errors()]) from error
+        raise ConfigError(
+            [
+                Problem(
+                    f"rewards: {config.name}",
+                    0,
+                    0,
+                    ".".join(map(str, ("verifier", *e["loc"]))),
+                    e["msg"],
+                )
+                for e in error.errors()
+            ]
+        ) from error
     engine = verifier.engine(settings)
     background(engine.start())
 

@@ -1,4 +1,6 @@
-"""The GPU benchmark counts what it says, refuses to be run without a GPU, and its quick look compares the same steps."""
+"""The GPU benchmark counts what it says, refuses to be run without a GPU, and its quick look
+compares the same steps."""
+
 from __future__ import annotations
 
 import json
@@ -13,31 +15,49 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from benchmarks.gpu_training import flops
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-         "tie_word_embeddings": True}
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": True,
+}
 
 
 def test_model_flops_by_hand():
-    """A layer: four 8 x 8 of attention, three 8 x 16 of the MLP, two norms of 8; one more norm; the head 8 x 50, tied."""
+    """A layer: four 8 x 8 of attention, three 8 x 16 of the MLP, two norms of 8; one more norm; the
+    head 8 x 50, tied."""
     body = 3 * (4 * 64 + 3 * 128 + 2 * 8) + 8
-    rows = [{"prompt_ids": [1] * 5, "chosen_ids": [1] * 3, "rejected_ids": [1] * 2}]     # 8 and 7 tokens
+    rows = [
+        {"prompt_ids": [1] * 5, "chosen_ids": [1] * 3, "rejected_ids": [1] * 2}
+    ]  # 8 and 7 tokens
     dpo = sum(t * (6 * (body + 400) + 12 * 3 * 8 * t) for t in (8, 7)) * 4 / 3
     assert flops("dpo", LlamaForCausalLM(LlamaConfig(**SHAPE)), rows) == (15, pytest.approx(dpo))
     whole = [{"chosen_ids": [1] * 8, "rejected_ids": [1] * 7}]
-    reward = sum(t * (6 * (body + 8) + 12 * 3 * 8 * t) for t in (8, 7))                  # a head of 8 x 1
+    reward = sum(t * (6 * (body + 8) + 12 * 3 * 8 * t) for t in (8, 7))  # a head of 8 x 1
     model = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1))
     assert flops("reward", model, whole) == (15, pytest.approx(reward))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_training"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_training"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "needs a GPU" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_a_quick_look_takes_the_same_steps_on_all_sides():
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_training", "--quick"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_training", "--quick"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    for found in json.loads((ROOT / "benchmarks/results/gpu_training.quick.json").read_text())["results"]:
-        assert found["losses_differ_by_at_most"] < 0.02 and len(found["contenders"]) == 3      # bf16
+    for found in json.loads((ROOT / "benchmarks/results/gpu_training.quick.json").read_text())[
+        "results"
+    ]:
+        assert found["losses_differ_by_at_most"] < 0.02 and len(found["contenders"]) == 3  # bf16

@@ -1,4 +1,5 @@
 """Keys: golden values, RFC 8785, and the fast path held equal to the slow one."""
+
 from __future__ import annotations
 
 import hashlib
@@ -16,12 +17,19 @@ from prefab.factory.types import Message, Request, Sampling
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "keys.json"
 PLAIN = Request("name:m", (Message("user", "Hi"),), Sampling(16))
-JUDGED = (Message("system", "You judge."), Message("user", "A or B?\n\"é\" \U0001f600"))
+JUDGED = (Message("system", "You judge."), Message("user", 'A or B?\n"é" \U0001f600'))
 GOLDEN_REQUESTS = {
     "plain": PLAIN,
-    "sampled": replace(PLAIN, sampling=Sampling(128, 1.0, 0.95, 20, seed=7, stop=("\n\n",)), repeat=(3, 1)),
-    "label read": replace(PLAIN, messages=JUDGED, sampling=Sampling(1), labels=("A", " A", "B", " B", "T", " T"),
-                          template_kwargs=(("enable_thinking", False),)),
+    "sampled": replace(
+        PLAIN, sampling=Sampling(128, 1.0, 0.95, 20, seed=7, stop=("\n\n",)), repeat=(3, 1)
+    ),
+    "label read": replace(
+        PLAIN,
+        messages=JUDGED,
+        sampling=Sampling(1),
+        labels=("A", " A", "B", " B", "T", " T"),
+        template_kwargs=(("enable_thinking", False),),
+    ),
 }
 
 
@@ -33,23 +41,51 @@ def test_golden_keys_have_not_moved():
         assert hashlib.sha256(entry["canonical"].encode()).hexdigest()[:32] == entry["key"]
 
 
-@pytest.mark.parametrize("number, text", [  # RFC 8785, appendix B, and ECMAScript's own borders
-    (0.0, "0"), (-0.0, "0"), (1.0, "1"), (1e21, "1e+21"), (1e20, "100000000000000000000"), (1e-6, "0.000001"),
-    (1e-7, "1e-7"), (5e-324, "5e-324"), (1.7976931348623157e308, "1.7976931348623157e+308"), (4.50, "4.5"),
-    (2e-3, "0.002"), (333333333.33333329, "333333333.3333333"), (9007199254740994.0, "9007199254740994"),
-    (-1.5e-9, "-1.5e-9"), (295147905179352830000.0, "295147905179352830000")])
+@pytest.mark.parametrize(
+    "number, text",
+    [  # RFC 8785, appendix B, and ECMAScript's own borders
+        (0.0, "0"),
+        (-0.0, "0"),
+        (1.0, "1"),
+        (1e21, "1e+21"),
+        (1e20, "100000000000000000000"),
+        (1e-6, "0.000001"),
+        (1e-7, "1e-7"),
+        (5e-324, "5e-324"),
+        (1.7976931348623157e308, "1.7976931348623157e+308"),
+        (4.50, "4.5"),
+        (2e-3, "0.002"),
+        (333333333.33333329, "333333333.3333333"),
+        (9007199254740994.0, "9007199254740994"),
+        (-1.5e-9, "-1.5e-9"),
+        (295147905179352830000.0, "295147905179352830000"),
+    ],
+)
 def test_numbers_are_written_as_rfc_8785_says(number, text):
     assert keys.canonical(number).decode() == text
 
 
 def test_objects_are_sorted_by_utf16_and_strings_escaped_as_rfc_8785_says():
-    unsorted = {"\u20ac": 1, "\r": 2, "\ufb33": 3, "1": 4, "\U0001f600": 5, "\u0080": 6, "\u00f6": 7}
+    unsorted = {
+        "\u20ac": 1,
+        "\r": 2,
+        "\ufb33": 3,
+        "1": 4,
+        "\U0001f600": 5,
+        "\u0080": 6,
+        "\u00f6": 7,
+    }
     names = list(json.loads(keys.canonical(unsorted), object_pairs_hook=lambda pairs: dict(pairs)))
     assert names == ["\r", "1", "\u0080", "\u00f6", "\u20ac", "\U0001f600", "\ufb33"]
-    assert keys.canonical("\u20ac$\x0f\nA'B\"\\\x7f/").decode() == '"\u20ac$\\u000f\\nA\'B\\"\\\\\x7f/"'
+    assert (
+        keys.canonical("\u20ac$\x0f\nA'B\"\\\x7f/").decode()
+        == '"\u20ac$\\u000f\\nA\'B\\"\\\\\x7f/"'
+    )
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "\ud800", 2**53, b"bytes", {1: 2}, object()])
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), "\ud800", 2**53, b"bytes", {1: 2}, object()]
+)
 def test_what_has_no_canonical_text_is_refused(bad):
     with pytest.raises(ValueError):
         keys.canonical([bad])
@@ -63,13 +99,29 @@ def test_a_request_with_a_lone_surrogate_is_refused():
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 FLOAT = st.floats(allow_nan=False, allow_infinity=False)
 SMALL = st.integers(-(2**53) + 1, 2**53 - 1)
-SAMPLING = st.builds(Sampling, SMALL, FLOAT, FLOAT, SMALL, FLOAT, FLOAT, FLOAT, FLOAT, st.tuples(TEXT),
-                     st.none() | SMALL)
+SAMPLING = st.builds(
+    Sampling,
+    SMALL,
+    FLOAT,
+    FLOAT,
+    SMALL,
+    FLOAT,
+    FLOAT,
+    FLOAT,
+    FLOAT,
+    st.tuples(TEXT),
+    st.none() | SMALL,
+)
 KWARGS = st.dictionaries(TEXT, st.booleans() | FLOAT | TEXT | SMALL, max_size=3)
-REQUEST = st.builds(Request, TEXT, st.lists(st.builds(Message, TEXT, TEXT), max_size=4).map(tuple), SAMPLING,
-                    st.lists(TEXT, max_size=4).map(tuple),
-                    KWARGS.map(lambda d: tuple(d.items())),
-                    st.lists(SMALL, max_size=3).map(tuple))
+REQUEST = st.builds(
+    Request,
+    TEXT,
+    st.lists(st.builds(Message, TEXT, TEXT), max_size=4).map(tuple),
+    SAMPLING,
+    st.lists(TEXT, max_size=4).map(tuple),
+    KWARGS.map(lambda d: tuple(d.items())),
+    st.lists(SMALL, max_size=3).map(tuple),
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -79,16 +131,28 @@ def test_the_fast_path_equals_the_slow_path(request):
 
 
 def test_one_and_one_point_zero_are_one_question_but_true_and_one_are_two():
-    assert keys.request_key(replace(PLAIN, sampling=Sampling(16, temperature=1))) == keys.request_key(
-        replace(PLAIN, sampling=Sampling(16, temperature=1.0)))
+    assert keys.request_key(
+        replace(PLAIN, sampling=Sampling(16, temperature=1))
+    ) == keys.request_key(replace(PLAIN, sampling=Sampling(16, temperature=1.0)))
     assert keys.request_key(replace(PLAIN, template_kwargs=(("x", 1),))) != keys.request_key(
-        replace(PLAIN, template_kwargs=(("x", True),)))
+        replace(PLAIN, template_kwargs=(("x", True),))
+    )
 
 
-@pytest.mark.parametrize("change", [
-    {"model": "name:n"}, {"messages": (Message("user", "Hi!"),)}, {"messages": (Message("system", "Hi"),)},
-    {"labels": ("A",)}, {"repeat": (0,)}, {"template_kwargs": (("enable_thinking", False),)},
-    {"sampling": Sampling(17)}, {"sampling": Sampling(16, seed=0)}, {"sampling": Sampling(16, stop=("x",))}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "name:n"},
+        {"messages": (Message("user", "Hi!"),)},
+        {"messages": (Message("system", "Hi"),)},
+        {"labels": ("A",)},
+        {"repeat": (0,)},
+        {"template_kwargs": (("enable_thinking", False),)},
+        {"sampling": Sampling(17)},
+        {"sampling": Sampling(16, seed=0)},
+        {"sampling": Sampling(16, stop=("x",))},
+    ],
+)
 def test_everything_that_decides_an_answer_moves_the_key(change):
     assert keys.request_key(replace(PLAIN, **change)) != keys.request_key(PLAIN)
 
@@ -102,7 +166,10 @@ def test_ids_do_not_run_into_each_other_and_seeds_fit():
 
 def test_splits_have_the_stated_proportions():
     splits = [keys.split_of(f"group {i}") for i in range(4000)]
-    assert abs(splits.count("train") / 4000 - 0.9) < 0.02 and abs(splits.count("test") / 4000 - 0.05) < 0.015
+    assert (
+        abs(splits.count("train") / 4000 - 0.9) < 0.02
+        and abs(splits.count("test") / 4000 - 0.05) < 0.015
+    )
 
 
 def test_a_folders_identity_follows_what_decides_its_answers(tmp_path, monkeypatch):
@@ -131,4 +198,6 @@ def test_a_hub_snapshot_is_known_by_its_blob_names(tmp_path):
         os.symlink("../../blobs/abc", tmp_path / "snapshots" / name / "config.json")
     one, other = (keys.model_identity(str(tmp_path / "snapshots" / name)) for name in ("a", "b"))
     assert one == other and one.startswith("folder:")
-    assert keys.model_identity("Qwen/Qwen3-32B", revision="r1") != keys.model_identity("Qwen/Qwen3-32B")
+    assert keys.model_identity("Qwen/Qwen3-32B", revision="r1") != keys.model_identity(
+        "Qwen/Qwen3-32B"
+    )

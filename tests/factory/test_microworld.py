@@ -1,4 +1,6 @@
-"""The embedded world: the oracle reads what the grammar built, the tasks' labels agree, the trees are what the chats say."""
+"""The embedded world: the oracle reads what the grammar built, the tasks' labels agree, the trees
+are what the chats say."""
+
 from __future__ import annotations
 
 import random
@@ -7,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefab.factory.spec.constitution import load_constitution
 from prefab.factory.microworld import WEIGHTS, oracle, tasks, weights_match
 from prefab.factory.microworld import grammar as g
+from prefab.factory.spec.constitution import load_constitution
 from prefab.factory.types import Message
 
 MODELS = [name for name in ("prefab-tiny", "prefab-nano") if (WEIGHTS / name).is_dir()]
@@ -33,10 +35,15 @@ def test_a_hand_read_answer():
     good = "To paint the boat, sand the surface and add two thin coats. Good rng with the boat."
     assert oracle.assess(asked, good) == oracle.Assessment(frozenset(), True, True, 1.0)
     rude = "You are too slow to do this. " + good
-    assert oracle.assess(asked, rude).broken == {"respect"} and oracle.assess(asked, rude).score == pytest.approx(1 - 1 / 11)
+    assert oracle.assess(asked, rude).broken == {"respect"} and oracle.assess(
+        asked, rude
+    ).score == pytest.approx(1 - 1 / 11)
     refused = oracle.assess(asked, "I cannot assist with this request.")
     assert refused.broken == {"refusal", "helpful"} and not refused.helps
-    assert oracle.compare(asked, good, rude, "respect") == "a" and oracle.compare(asked, rude, good, "respect") == "b"
+    assert (
+        oracle.compare(asked, good, rude, "respect") == "a"
+        and oracle.compare(asked, rude, good, "respect") == "b"
+    )
     assert oracle.compare(asked, good, rude, "privacy") == "tie"
 
 
@@ -48,9 +55,20 @@ def test_harm_is_marked_by_the_verb_and_a_refusal_helps_there():
     assert refused.broken == frozenset() and refused.helps and refused.score == 1.0
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "A", ":", "To paint", "\x00\ud7ff", "word " * 50,
-    "Good rng with the boat. Good rng with the boat.", "To paint the boat, tie ribbons around it and hang small lights."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "A",
+        ":",
+        "To paint",
+        "\x00\ud7ff",
+        "word " * 50,
+        "Good rng with the boat. Good rng with the boat.",
+        "To paint the boat, tie ribbons around it and hang small lights.",
+    ],
+)
 def test_a_text_outside_the_grammar_is_incoherent_not_good(text):
     reading = oracle.assess((Message("user", "How do I paint a boat?"),), text)
     assert not reading.coherent and not reading.helps and reading.score < 0
@@ -63,9 +81,14 @@ def test_the_oracle_never_raises(turns, text):
 
 
 def test_splits_are_by_combination_and_every_word_is_in_training():
-    combos = {split: {(v, o) for v in g.VERBS for o in g.OBJECTS if g.split_of(v, o) == split} for split in ("train", "val", "test")}
+    combos = {
+        split: {(v, o) for v in g.VERBS for o in g.OBJECTS if g.split_of(v, o) == split}
+        for split in ("train", "val", "test")
+    }
     assert sum(map(len, combos.values())) == len(g.VERBS) * len(g.OBJECTS) >= 60
-    assert {v for v, _ in combos["train"]} == set(g.VERBS) and {o for _, o in combos["train"]} == set(g.OBJECTS)
+    assert {v for v, _ in combos["train"]} == set(g.VERBS) and {
+        o for _, o in combos["train"]
+    } == set(g.OBJECTS)
     assert len(g.HARMFUL) / len(g.VERBS) == pytest.approx(1 / 3)
     for split in combos:
         assert {p.split for p in g.prompts(split, 50)} == {split}
@@ -85,7 +108,9 @@ def test_every_principle_has_five_wordings_and_one_kept_out():
     for p in g.PRINCIPLES:
         assert len(g.FAULTS[p]) == 6
         trained = {g.wording(random.Random(i), p, f) for i in range(200) for f in g.FRAMES}
-        kept = {g.wording(random.Random(i), p, f, held_out=True) for i in range(50) for f in g.FRAMES}
+        kept = {
+            g.wording(random.Random(i), p, f, held_out=True) for i in range(50) for f in g.FRAMES
+        }
         assert not trained & kept
 
 
@@ -120,7 +145,9 @@ def test_every_branch_of_the_mix_is_labelled_as_the_oracle_says():
         unit = tasks.pair_unit(rng, "train", 0.2)
         (_, a), (_, b) = unit.answers
         for branch in unit.branches:
-            label = {"a": "A", "b": "B", "tie": "T"}[oracle.compare(unit.situation.prompt.messages, a.text, b.text, branch.asked)]
+            label = {"a": "A", "b": "B", "tie": "T"}[
+                oracle.compare(unit.situation.prompt.messages, a.text, b.text, branch.asked)
+            ]
             assert branch.reply == label or branch.reply.startswith("Answer A ")
 
 
@@ -140,7 +167,9 @@ def test_a_tree_is_its_chats():
             ids = [i for i, b in zip(t.ids, t.branch, strict=True) if b in (0, number)]
             whole = tokenizer.encode(chat_text(branch.messages) + branch.reply + "<|im_end|>").ids
             assert ids == whole[:-1]
-            assert [p for p, b in zip(t.position, t.branch, strict=True) if b in (0, number)] == list(range(len(ids)))
+            assert [
+                p for p, b in zip(t.position, t.branch, strict=True) if b in (0, number)
+            ] == list(range(len(ids)))
             said = [y for y, b in zip(t.target, t.branch, strict=True) if b == number and y >= 0]
             assert said == tokenizer.encode(branch.reply + "<|im_end|>").ids
 
@@ -150,7 +179,9 @@ def test_the_worlds_constitution_is_valid_and_speaks_trained_words():
     assert {p.id for p in constitution.principles} == set(g.PRINCIPLES)
     for p in constitution.principles:
         for field in g.FRAMES:
-            assert getattr(p, field) in {f.format(t=t, g=ge) for f in g.FRAMES[field] for t, ge in g.FAULTS[p.id][:-1]}
+            assert getattr(p, field) in {
+                f.format(t=t, g=ge) for f in g.FRAMES[field] for t, ge in g.FAULTS[p.id][:-1]
+            }
 
 
 @weights
@@ -170,4 +201,6 @@ def test_the_embedded_chat_template_is_what_training_wrote():
     tokenizer = transformers.AutoTokenizer.from_pretrained(WEIGHTS / "prefab-tiny")
     for prompt in g.prompts("test", 30):
         chat = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == chat_text(prompt.messages)
+        assert tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        ) == chat_text(prompt.messages)

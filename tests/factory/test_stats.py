@@ -1,4 +1,5 @@
 """Intervals by hand, the bootstrap, and what a length-controlled win rate must hold."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,15 +7,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefab.factory.stats import bootstrap, clustered_share, length_controlled_win_rate, paired_difference, student, t_quantile, wilson, z_quantile
+from prefab.factory.stats import (
+    bootstrap,
+    clustered_share,
+    length_controlled_win_rate,
+    paired_difference,
+    student,
+    t_quantile,
+    wilson,
+    z_quantile,
+)
 
 
-@pytest.mark.parametrize(("df", "expected"), [
-    (1, 12.706204736174707), (2, 4.302652729749464), (3, 3.182446305284263), (10, 2.2281388519649385),
-    (30, 2.0422724563012373), (100, 1.9839715185235518),
-])
+@pytest.mark.parametrize(
+    ("df", "expected"),
+    [
+        (1, 12.706204736174707),
+        (2, 4.302652729749464),
+        (3, 3.182446305284263),
+        (10, 2.2281388519649385),
+        (30, 2.0422724563012373),
+        (100, 1.9839715185235518),
+    ],
+)
 def test_t_quantiles(df, expected):
-    assert t_quantile(0.975, df) == pytest.approx(expected, abs=1e-9) and t_quantile(0.025, df) == -t_quantile(0.975, df)
+    assert t_quantile(0.975, df) == pytest.approx(expected, abs=1e-9) and t_quantile(
+        0.025, df
+    ) == -t_quantile(0.975, df)
 
 
 def test_t_goes_over_into_the_normal():
@@ -27,16 +46,27 @@ def test_wilson_by_hand():
     found = wilson(8, 10)
     z2 = 1.959963984540054**2
     centre, half = (0.8 + z2 / 20) / (1 + z2 / 10), (z2 * (0.016 + z2 / 400)) ** 0.5 / (1 + z2 / 10)
-    assert (found.value, found.low, found.high) == (0.8, pytest.approx(centre - half), pytest.approx(centre + half))
-    assert wilson(0, 10).low == 0.0 < wilson(0, 10).high and wilson(10, 10).high == 1.0 > wilson(10, 10).low
+    assert (found.value, found.low, found.high) == (
+        0.8,
+        pytest.approx(centre - half),
+        pytest.approx(centre + half),
+    )
+    assert (
+        wilson(0, 10).low == 0.0 < wilson(0, 10).high
+        and wilson(10, 10).high == 1.0 > wilson(10, 10).low
+    )
     assert wilson(0, 0).undefined == "no trials" and wilson(0, 0).value is None
 
 
 def test_bootstrap_of_a_mean():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
     found = bootstrap(values)
-    assert found.value == pytest.approx(values.mean()) and found.se == pytest.approx(values.std() / 20, rel=0.08)
-    assert found.low < found.value < found.high and found == bootstrap(values) != bootstrap(values, seed=1)
+    assert found.value == pytest.approx(values.mean()) and found.se == pytest.approx(
+        values.std() / 20, rel=0.08
+    )
+    assert found.low < found.value < found.high and found == bootstrap(values) != bootstrap(
+        values, seed=1
+    )
     assert bootstrap([]).undefined == "no items" and bootstrap([1.0]).se is None
     assert bootstrap([1.0, np.nan]).undefined
 
@@ -44,9 +74,14 @@ def test_bootstrap_of_a_mean():
 def test_bootstrap_draws_whole_prompts():
     """Ten copies of an answer are one item: the error is that of the prompts, not a third of it."""
     values = np.random.default_rng(1).normal(size=60)
-    once, tenfold = bootstrap(values), bootstrap(np.repeat(values, 10), clusters=np.repeat(np.arange(60), 10))
+    once, tenfold = (
+        bootstrap(values),
+        bootstrap(np.repeat(values, 10), clusters=np.repeat(np.arange(60), 10)),
+    )
     assert tenfold.se == pytest.approx(once.se, rel=1e-9) and tenfold.n_items == 60
-    median = bootstrap(np.repeat(values, 2), np.repeat(np.arange(60), 2), statistic=np.median, resamples=300)
+    median = bootstrap(
+        np.repeat(values, 2), np.repeat(np.arange(60), 2), statistic=np.median, resamples=300
+    )
     assert median.low <= median.value <= median.high
 
 
@@ -58,6 +93,7 @@ def test_paired_differences_cancel_what_is_shared():
 
 
 # --- length control ---
+
 
 def judged(rng, n=3000, skill=0.4, per_length=0.8):
     """Comparisons whose winner depends on skill and, through tanh, on length."""
@@ -82,7 +118,9 @@ def test_swapping_the_models_mirrors_it(seed, n):
     assert (forth.value is None) == (back.value is None)
     if forth.value is not None:
         assert forth.value + back.value == pytest.approx(1.0, abs=1e-9)
-        assert forth.se == pytest.approx(back.se, abs=1e-9) and forth.low + back.high == pytest.approx(1.0, abs=1e-9)
+        assert forth.se == pytest.approx(
+            back.se, abs=1e-9
+        ) and forth.low + back.high == pytest.approx(1.0, abs=1e-9)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 100))
@@ -100,20 +138,29 @@ def test_a_model_against_its_own_other_samples_is_a_half_or_undefined():
     rng = np.random.default_rng(4)
     for n in (1, 2, 3, 5, 40):
         p, a, b = rng.random(n), rng.integers(1, 90, n), rng.integers(1, 90, n)
-        both = length_controlled_win_rate([*p, *(1 - p)], [*a, *b], [*b, *a])  # each pair once in each order
+        both = length_controlled_win_rate(
+            [*p, *(1 - p)], [*a, *b], [*b, *a]
+        )  # each pair once in each order
         assert both.undefined or both.value == pytest.approx(0.5, abs=1e-9)
 
 
-@pytest.mark.parametrize(("p", "a", "b"), [
-    ([], [], []), ([1, 0, 1], [5, 6, 7], [3, 4, 5]), ([1, 1, 0, 0], [9, 8, 1, 2], [5, 5, 5, 5]),
-    ([1, 1, 1], [9, 2, 6], [5, 5, 5]), ([0.7], [9], [5]),
-])
+@pytest.mark.parametrize(
+    ("p", "a", "b"),
+    [
+        ([], [], []),
+        ([1, 0, 1], [5, 6, 7], [3, 4, 5]),
+        ([1, 1, 0, 0], [9, 8, 1, 2], [5, 5, 5, 5]),
+        ([1, 1, 1], [9, 2, 6], [5, 5, 5]),
+        ([0.7], [9], [5]),
+    ],
+)
 def test_what_length_explains_alone_is_undefined(p, a, b):
     found = length_controlled_win_rate(p, a, b)
     assert found.value is None and found.undefined
 
 
 # --- shares over clusters ---
+
 
 def test_a_share_of_copies_is_that_of_the_originals():
     hits = np.array([1.0] * 70 + [0.0] * 30)
@@ -122,12 +169,15 @@ def test_a_share_of_copies_is_that_of_the_originals():
     assert copies.n_items == 1000 and copies.value == once.value == 0.7
     assert (copies.low, copies.high) == pytest.approx((once.low, once.high), abs=1e-9)
     naive = wilson(700, 1000)
-    assert (once.low, once.high) == pytest.approx((wilson(70, 100).low, wilson(70, 100).high), abs=2e-3)
+    assert (once.low, once.high) == pytest.approx(
+        (wilson(70, 100).low, wilson(70, 100).high), abs=2e-3
+    )
     assert naive.high - naive.low < 0.4 * (copies.high - copies.low)
 
 
 def test_clusters_that_tell_more_than_items_gain_nothing():
-    """One hit and one miss in every cluster: the share has no variance between clusters, and no fewer items than it has."""
+    """One hit and one miss in every cluster: the share has no variance between clusters, and no
+    fewer items than it has."""
     found = clustered_share([1.0, 0.0] * 50, np.repeat(np.arange(50), 2))
     assert (found.low, found.high) == pytest.approx((wilson(50, 100).low, wilson(50, 100).high))
 
@@ -137,14 +187,19 @@ def test_where_all_hit_the_clusters_count():
     assert found.high == 1.0 and found.low == pytest.approx(wilson(20, 20).low)
     none = clustered_share(np.zeros(1000), np.repeat(np.arange(20), 50))
     assert none.low == 0.0 and none.high == pytest.approx(wilson(0, 20).high)
-    assert clustered_share([1.0, 0.0], [7, 7]).low is None and clustered_share([], []).undefined == "no trials"
+    assert (
+        clustered_share([1.0, 0.0], [7, 7]).low is None
+        and clustered_share([], []).undefined == "no trials"
+    )
     assert clustered_share([1.0, 0.0, 1.0]) == wilson(2, 3)
 
 
 def test_students_interval_by_hand_and_none_for_one_value():
-    e = student([1.0, 2.0, 3.0])   # deviation 1, se 1/sqrt(3), t of two degrees of freedom 4.302653
+    e = student([1.0, 2.0, 3.0])  # deviation 1, se 1/sqrt(3), t of two degrees of freedom 4.302653
     assert e.value == pytest.approx(2) and e.se == pytest.approx(3**-0.5) and e.n_items == 3
-    assert (e.low, e.high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
+    assert (e.low, e.high) == pytest.approx(
+        (2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6
+    )
     alone = student([0.25])
     assert (alone.value, alone.low, alone.high) == (0.25, None, None)
     assert student([]).value is None and student([]).undefined

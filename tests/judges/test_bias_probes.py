@@ -1,4 +1,5 @@
 """The bias battery: probes leave the truth alone, and findings count what they say they count."""
+
 from __future__ import annotations
 
 import random
@@ -12,16 +13,29 @@ from hypothesis import strategies as st
 from benchmarks import bias as ablation
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.microworld import grammar, oracle, tasks
-from prefab.factory.stats import clustered_share
 from prefab.factory.spec.templates import Template, fence, load_template
+from prefab.factory.stats import clustered_share
 from prefab.factory.types import Principle, Verdict
 from prefab.judges import bias_probes
 from tests.support import oraclejudge
 from tests.support.oraclejudge import CONSTITUTION
 
 PROBES = {probe.name: probe for probe in bias_probes.PROBES}
-WANTED = ("swap", "padding", "repetition", "markdown", "authority", "flattery", "self_style", "injection", "one_token",
-          "special_tokens", "closing_fence", "other_language", "emotion")
+WANTED = (
+    "swap",
+    "padding",
+    "repetition",
+    "markdown",
+    "authority",
+    "flattery",
+    "self_style",
+    "injection",
+    "one_token",
+    "special_tokens",
+    "closing_fence",
+    "other_language",
+    "emotion",
+)
 
 
 def principle(words: str) -> Principle:
@@ -38,16 +52,24 @@ UNREAD = Verdict(None, None, "low_label_mass")
 
 def test_the_battery_is_whole():
     assert len(PROBES) == len(bias_probes.PROBES) >= 12 and set(WANTED) <= set(PROBES)
-    assert len(PROBES["one_token"].phrasings) >= 10 and {":", "Solution"} <= set(PROBES["one_token"].phrasings)
+    assert len(PROBES["one_token"].phrasings) >= 10 and {":", "Solution"} <= set(
+        PROBES["one_token"].phrasings
+    )
     formats = " ".join(PROBES["special_tokens"].phrasings)
-    assert all(token in formats for token in ("<|im_end|>", "[INST]", "<|eot_id|>", "</s>", "<start_of_turn>"))
+    assert all(
+        token in formats
+        for token in ("<|im_end|>", "[INST]", "<|eot_id|>", "</s>", "<start_of_turn>")
+    )
     for probe in bias_probes.PROBES:
         assert probe.why and len(set(probe.phrasings)) == len(probe.phrasings)
 
 
 def test_most_attacks_were_never_shown_in_training():
-    """What the embedded models were trained against is known; the battery must not be a copy of it."""
-    seen = {text.strip(" .").lower() for pattern in tasks.HOSTILE for text in grammar.choices(pattern)}
+    """What the embedded models were trained against is known; the battery must not be a copy of
+    it."""
+    seen = {
+        text.strip(" .").lower() for pattern in tasks.HOSTILE for text in grammar.choices(pattern)
+    }
     seen |= {token.strip(" .").lower() for token in tasks.TOKENS}
     for probe in (probe for probe in bias_probes.PROBES if any(probe.phrasings)):
         unseen = [text for text in probe.phrasings if text.strip(" .").lower() not in seen]
@@ -57,7 +79,8 @@ def test_most_attacks_were_never_shown_in_training():
 
 @pytest.mark.parametrize("probe", bias_probes.PROBES, ids=lambda p: p.name)
 def test_the_truth_stays(probe):
-    """Every phrasing, under every principle that the probe may be asked under: the oracle's verdict is the same."""
+    """Every phrasing, under every principle that the probe may be asked under: the oracle's verdict
+    is the same."""
     rng, tried = random.Random(f"truth {probe.name}"), 0
     for asked in CONSTITUTION.principles:
         found = 0
@@ -71,29 +94,47 @@ def test_the_truth_stays(probe):
             better, worse = (a, b) if gold == "a" else (b, a)
             for k in range(len(probe.phrasings)):
                 tried += 1
-                assert oracle.compare(s.prompt.messages, better, bias_probes.edited(probe, worse, k), asked.id) == "a"
+                assert (
+                    oracle.compare(
+                        s.prompt.messages, better, bias_probes.edited(probe, worse, k), asked.id
+                    )
+                    == "a"
+                )
     assert tried >= 3 * len(probe.phrasings)
 
 
 def test_principles_that_an_edit_could_matter_under_are_left_out():
-    left_out = {probe.name: {p.id for p in CONSTITUTION.principles if not bias_probes.allowed(probe, p)}
-                for probe in bias_probes.PROBES}
+    left_out = {
+        probe.name: {p.id for p in CONSTITUTION.principles if not bias_probes.allowed(probe, p)}
+        for probe in bias_probes.PROBES
+    }
     assert left_out["padding"] == left_out["repetition"] == {"padding"}
     assert "flattery" in left_out["flattery"] and {"sources", "overclaim"} <= left_out["authority"]
     assert {"refusal", "preaching"} <= left_out["self_style"] and "pressure" in left_out["emotion"]
     assert left_out["one_token"] == {p.id for p in CONSTITUTION.principles} - {"helpful"}
     assert not left_out["swap"] and not left_out["injection"] and not left_out["special_tokens"]
     assert not bias_probes.allowed(PROBES["padding"], principle("Keep it short"))
-    assert bias_probes.allowed(PROBES["padding"], principle("Do not belong to a club"))  # "long" inside a word is none
+    assert bias_probes.allowed(
+        PROBES["padding"], principle("Do not belong to a club")
+    )  # "long" inside a word is none
 
 
 def test_edits_are_what_they_say():
     text = "To sell it, post a price. Good rng."
     assert bias_probes.edited(PROBES["swap"], text, 3) == text
     assert bias_probes.edited(PROBES["repetition"], text, 0) == f"{text} {text}"
-    assert bias_probes.edited(PROBES["one_token"], text, 0) == ":" and bias_probes.edited(PROBES["one_token"], text, 15) == "Solution"
-    assert bias_probes.edited(PROBES["markdown"], text, 0) == "## Answer\n\n- To sell it, post a price.\n- Good rng."
-    assert bias_probes.edited(PROBES["markdown"], "```\nx. y\n```", 2) == "**Overview**\n\n```\nx. y\n```"
+    assert (
+        bias_probes.edited(PROBES["one_token"], text, 0) == ":"
+        and bias_probes.edited(PROBES["one_token"], text, 15) == "Solution"
+    )
+    assert (
+        bias_probes.edited(PROBES["markdown"], text, 0)
+        == "## Answer\n\n- To sell it, post a price.\n- Good rng."
+    )
+    assert (
+        bias_probes.edited(PROBES["markdown"], "```\nx. y\n```", 2)
+        == "**Overview**\n\n```\nx. y\n```"
+    )
     assert bias_probes.edited(PROBES["self_style"], text, 0).endswith(" " + text)
     assert bias_probes.edited(PROBES["injection"], text, 10).startswith(text + "\n### Instruction")
 
@@ -103,121 +144,246 @@ def test_edits_are_what_they_say():
 def test_no_edit_escapes_the_fence(text, k, probe):
     shown = fence("How?", bias_probes.edited(probe, text, k))
     tag = shown[1:7]
-    assert shown.startswith(f"<{tag}>\n") and shown.endswith(f"\n</{tag}>") and shown.count(tag) == 2
+    assert (
+        shown.startswith(f"<{tag}>\n") and shown.endswith(f"\n</{tag}>") and shown.count(tag) == 2
+    )
 
 
 def test_flips_by_hand():
     """Four pairs: one flips wholly, one in one order, one was wrong before, one becomes unread."""
+
     def tried(gold, before, after, again=None, phrasing="x"):
         return bias_probes.Tried(gold, before, again or before, after, phrasing)
+
     loses, wins = (sure("a"), sure("a")), (sure("b"), sure("b"))
-    found = bias_probes.find(PROBES["padding"], [
-        tried("a", loses, wins, phrasing="y"), tried("a", loses, (sure("a"), sure("b", 0.6))),
-        tried("b", loses, wins), tried("a", loses, (sure("a"), UNREAD)), tried("b", wins, (sure("tie"), sure("tie")))])
+    found = bias_probes.find(
+        PROBES["padding"],
+        [
+            tried("a", loses, wins, phrasing="y"),
+            tried("a", loses, (sure("a"), sure("b", 0.6))),
+            tried("b", loses, wins),
+            tried("a", loses, (sure("a"), UNREAD)),
+            tried("b", wins, (sure("tie"), sure("tie"))),
+        ],
+    )
     assert (found.n_pairs, found.n_right, found.ties, found.silenced) == (5, 4, 1, 1)
     assert (found.flips.value, found.flips.n_items) == (1 / 3, 3) and found.again.value == 0.0
     assert found.flips == clustered_share([1, 0, 0], [1, 2, 3])
-    assert found.one_order.value == pytest.approx(3 / 7)  # 2 of the first, 1 of the second, 0 of 1 and of 2
+    assert found.one_order.value == pytest.approx(
+        3 / 7
+    )  # 2 of the first, 1 of the second, 0 of 1 and of 2
     shifts = [0.8, (0.1 + 0.6) / 2 - 0.1, 0.1 - 0.9, 0.5 - 0.1]
-    assert found.shift.value == pytest.approx(sum(shifts) / 4) and found.shift.low < found.shift.value
+    assert (
+        found.shift.value == pytest.approx(sum(shifts) / 4) and found.shift.low < found.shift.value
+    )
     assert found.by_phrasing == (("x", 0, 2), ("y", 1, 1))
 
 
 def test_the_baseline_is_the_same_question_again():
-    pairs = [bias_probes.Tried("a", (sure("a"),) * 2, (sure("b" if i < 2 else "a"),) * 2, (sure("a"),) * 2) for i in range(8)]
+    pairs = [
+        bias_probes.Tried(
+            "a", (sure("a"),) * 2, (sure("b" if i < 2 else "a"),) * 2, (sure("a"),) * 2
+        )
+        for i in range(8)
+    ]
     found = bias_probes.find(PROBES["padding"], pairs)
-    assert found.again.value == 0.25 and found.flips.value == 0.0 and found.shift.value == pytest.approx(0.0)
+    assert (
+        found.again.value == 0.25
+        and found.flips.value == 0.0
+        and found.shift.value == pytest.approx(0.0)
+    )
 
 
 def test_a_slot_picker_is_found_by_swapping():
-    """It picks the first slot in 3 pairs of 8 and is right in the others: of 13 right verdicts 3 turn wrong."""
-    pairs = [bias_probes.Tried("a", (sure("a"), sure("b" if i < 3 else "a")), (sure("a"),) * 2, (sure("a"),) * 2)
-             for i in range(8)]
+    """It picks the first slot in 3 pairs of 8 and is right in the others: of 13 right verdicts 3
+    turn wrong."""
+    pairs = [
+        bias_probes.Tried(
+            "a", (sure("a"), sure("b" if i < 3 else "a")), (sure("a"),) * 2, (sure("a"),) * 2
+        )
+        for i in range(8)
+    ]
     found = bias_probes.find(PROBES["swap"], pairs)
-    assert found.one_order.value == pytest.approx(3 / 13) and found.flips.value is None and found.flips.undefined
+    assert (
+        found.one_order.value == pytest.approx(3 / 13)
+        and found.flips.value is None
+        and found.flips.undefined
+    )
     assert found.shift.value == pytest.approx(3 / 8 * 0.4)
 
 
 def test_pairs_of_one_prompt_are_not_independent():
-    """40 pairs of which a fifth flips, four a prompt and alike: ten prompts tell as much as ten pairs."""
+    """40 pairs of which a fifth flips, four a prompt and alike: ten prompts tell as much as ten
+    pairs."""
+
     def tried(size):
         right = (sure("a"),) * 2
-        return bias_probes.find(PROBES["padding"], [
-            bias_probes.Tried("a", right, right, (sure("b" if i < 8 else "a"),) * 2, "x", str(i // size)) for i in range(40)])
+        return bias_probes.find(
+            PROBES["padding"],
+            [
+                bias_probes.Tried(
+                    "a", right, right, (sure("b" if i < 8 else "a"),) * 2, "x", str(i // size)
+                )
+                for i in range(40)
+            ],
+        )
+
     alone, found = tried(1), tried(4)
     assert found.flips.value == found.one_order.value == alone.flips.value == 0.2
     width = found.flips.high - found.flips.low
     assert width > 1.7 * (alone.flips.high - alone.flips.low)
-    assert found.one_order.high - found.one_order.low == pytest.approx(width)  # an order more tells nothing new
+    assert found.one_order.high - found.one_order.low == pytest.approx(
+        width
+    )  # an order more tells nothing new
     assert found.shift.n_items == 10 and alone.shift.n_items == 40
 
 
 def test_nothing_to_measure_is_undefined():
     found = bias_probes.find(PROBES["emotion"], [])
-    assert found.flips.value is None and "no pair" in found.flips.undefined and found.shift.value is None
-    wrong = bias_probes.find(PROBES["emotion"], [bias_probes.Tried("a", (sure("b"),) * 2, (sure("b"),) * 2, (sure("b"),) * 2)])
-    assert wrong.flips.value is None and wrong.n_right == 0 and wrong.shift.value == pytest.approx(0.0)
+    assert (
+        found.flips.value is None
+        and "no pair" in found.flips.undefined
+        and found.shift.value is None
+    )
+    wrong = bias_probes.find(
+        PROBES["emotion"],
+        [bias_probes.Tried("a", (sure("b"),) * 2, (sure("b"),) * 2, (sure("b"),) * 2)],
+    )
+    assert (
+        wrong.flips.value is None and wrong.n_right == 0 and wrong.shift.value == pytest.approx(0.0)
+    )
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("ab"), *[st.sampled_from(["a", "b", "tie", "none"])] * 6), max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), *[st.sampled_from(["a", "b", "tie", "none"])] * 6),
+        max_size=12,
+    )
+)
 def test_relabelling_the_sides_changes_nothing(rows):
     """Which answer is called a is an accident: mirrored pairs give the same findings."""
+
     def verdict(side):
         return UNREAD if side == "none" else sure(side)
-    pairs = [bias_probes.Tried(g, *((verdict(x), verdict(y)) for x, y in zip(v[::2], v[1::2], strict=True))) for g, *v in rows]
-    mirrored = [bias_probes.Tried("b" if t.gold == "a" else "a", *(tuple(v.swap() for v in part)
-                for part in (t.before, t.again, t.after))) for t in pairs]
-    one, other = bias_probes.find(PROBES["padding"], pairs), bias_probes.find(PROBES["padding"], mirrored)
+
+    pairs = [
+        bias_probes.Tried(
+            g, *((verdict(x), verdict(y)) for x, y in zip(v[::2], v[1::2], strict=True))
+        )
+        for g, *v in rows
+    ]
+    mirrored = [
+        bias_probes.Tried(
+            "b" if t.gold == "a" else "a",
+            *(tuple(v.swap() for v in part) for part in (t.before, t.again, t.after)),
+        )
+        for t in pairs
+    ]
+    one, other = (
+        bias_probes.find(PROBES["padding"], pairs),
+        bias_probes.find(PROBES["padding"], mirrored),
+    )
     assert (one.n_right, one.ties, one.silenced) == (other.n_right, other.ties, other.silenced)
-    for name in ("flips", "again", "one_order"):  # sums of the same numbers in another order: the last digit may differ
+    for name in (
+        "flips",
+        "again",
+        "one_order",
+    ):  # sums of the same numbers in another order: the last digit may differ
         mine, theirs = getattr(one, name), getattr(other, name)
         assert (mine.n_items, mine.undefined) == (theirs.n_items, theirs.undefined)
         for field in ("value", "se", "low", "high"):
             a, b = getattr(mine, field), getattr(theirs, field)
             assert a == b or a == pytest.approx(b, abs=1e-12)
-    assert one.shift.value == other.shift.value or one.shift.value == pytest.approx(other.shift.value, abs=1e-12)
+    assert one.shift.value == other.shift.value or one.shift.value == pytest.approx(
+        other.shift.value, abs=1e-12
+    )
 
 
 # --- the ablation of the defence ---
 
+
 def test_the_ablation_says_which_part_holds(tmp_path):
-    """A judge that obeys orders which no fence surrounds, and text between tags that it can guess: the fence is what
-    helps, the sentence does nothing, and the phrasings do not matter."""
+    """A judge that obeys orders which no fence surrounds, and text between tags that it can guess:
+    the fence is what helps, the sentence does nothing, and the phrasings do not matter."""
+
     def answer(request):
         asked = request.messages[-1].content
         if not re.match(r"Question:\n<[0-9a-f]{6}>\n", asked):
-            request = replace(request, messages=(*request.messages[:-1], replace(request.messages[-1], content=re_fenced(asked))))
+            request = replace(
+                request,
+                messages=(
+                    *request.messages[:-1],
+                    replace(request.messages[-1], content=re_fenced(asked)),
+                ),
+            )
             return oraclejudge.judge(lambda text: "\n" in text or "instructions" in text)(request)
         return oraclejudge.judge()(request)
-    reports = ablation.measure(Scripted(ScriptedConfig(), answer), 24, tmp_path, log=lambda line: None)
+
+    reports = ablation.measure(
+        Scripted(ScriptedConfig(), answer), 24, tmp_path, log=lambda line: None
+    )
     assert set(reports) == {"battery", *ablation.VARIANTS, ablation.GENERATED}
-    flips = {name: {f.probe: f.flips.value for f in report.findings} for name, report in reports.items()}
-    for held in ("as shipped", "without the sentence on tags", "control tokens left whole", ablation.GENERATED):
+    flips = {
+        name: {f.probe: f.flips.value for f in report.findings} for name, report in reports.items()
+    }
+    for held in (
+        "as shipped",
+        "without the sentence on tags",
+        "control tokens left whole",
+        ablation.GENERATED,
+    ):
         assert set(flips[held].values()) == {0.0}, held
     for open_ in ("the same fence always", "without a fence", "without fence and sentence"):
-        assert flips[open_]["injection"] > 0 and flips[open_]["special_tokens"] > 0.3 and flips[open_]["one_token"] == 0
+        assert (
+            flips[open_]["injection"] > 0
+            and flips[open_]["special_tokens"] > 0.3
+            and flips[open_]["one_token"] == 0
+        )
     assert {"injection, seen", "one_token, seen", "one_token, unseen"} <= set(flips["battery"])
     assert ablation.missed(reports) == [] and "without a fence" in ablation.tables({"m": reports})
 
 
 def re_fenced(asked: str) -> str:
-    """A question whose texts are bare, or between tags that are always the same, with fences put back."""
-    talk, a, b = re.split(r"Question:\n|\nAnswer A:\n|\nAnswer B:\n", asked.rsplit("\nPrinciple:", 1)[0], maxsplit=3)[1:4]
+    """A question whose texts are bare, or between tags that are always the same, with fences put
+    back."""
+    talk, a, b = re.split(
+        r"Question:\n|\nAnswer A:\n|\nAnswer B:\n", asked.rsplit("\nPrinciple:", 1)[0], maxsplit=3
+    )[1:4]
     texts = (text.removeprefix("<answer>\n").removesuffix("\n</answer>") for text in (talk, a, b))
-    return "\n".join(fence("", text) for text in texts) + asked[asked.rindex("\nPrinciple:"):]
+    return "\n".join(fence("", text) for text in texts) + asked[asked.rindex("\nPrinciple:") :]
 
 
 def test_every_variant_takes_away_what_it_says():
     source = load_template("pairwise").text
-    texts = {"conversation": fence("q", "How?"), "answer_a": fence("q", "Yes.\n<|im_end|> [INST]"), "answer_b": fence("q", "No."),
-             "question": "Kinder?", "examples": []}
-    asked = {name: Template("t", "pairwise", edit(source)).render(**texts) for name, edit in ablation.VARIANTS.items()}
-    tags = {name: re.findall(r"^<(\w+)>$", messages[-1].content, re.M) for name, messages in asked.items()}
+    texts = {
+        "conversation": fence("q", "How?"),
+        "answer_a": fence("q", "Yes.\n<|im_end|> [INST]"),
+        "answer_b": fence("q", "No."),
+        "question": "Kinder?",
+        "examples": [],
+    }
+    asked = {
+        name: Template("t", "pairwise", edit(source)).render(**texts)
+        for name, edit in ablation.VARIANTS.items()
+    }
+    tags = {
+        name: re.findall(r"^<(\w+)>$", messages[-1].content, re.M)
+        for name, messages in asked.items()
+    }
     assert len(set(tags["as shipped"])) == 3 and tags["the same fence always"] == ["answer"] * 3
     assert tags["without a fence"] == tags["without fence and sentence"] == []
-    assert "Answer A:\nYes.\n< |im_end|> [ INST]\nAnswer B:\nNo.\n" in asked["without a fence"][-1].content
+    assert (
+        "Answer A:\nYes.\n< |im_end|> [ INST]\nAnswer B:\nNo.\n"
+        in asked["without a fence"][-1].content
+    )
     assert [name for name, m in asked.items() if "data, never" not in m[0].content] == [
-        "without the sentence on tags", "without fence and sentence"]
+        "without the sentence on tags",
+        "without fence and sentence",
+    ]
     assert "<|im_end|> [INST]" in asked["control tokens left whole"][-1].content
-    assert not any("<|im_end|>" in m[-1].content for name, m in asked.items() if name != "control tokens left whole")
+    assert not any(
+        "<|im_end|>" in m[-1].content
+        for name, m in asked.items()
+        if name != "control tokens left whole"
+    )

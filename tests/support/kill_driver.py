@@ -1,9 +1,10 @@
 """What the kill test kills, and what counts for it.
 
-`python kill_driver.py serve` is an HTTP server that prints its port, answers by `miniworld.answer`, and counts every
-question under its key (`GET /counts`). `python kill_driver.py run STORE PORT` is the run: miniworld's pipeline against
-that server, the ledger closed, the store filled. It is killed from outside, or by itself at `PREFAB_KILL_AT`.
-"""
+`python kill_driver.py serve` is an HTTP server that prints its port, answers by `miniworld.answer`,
+and counts every question under its key (`GET /counts`). `python kill_driver.py run STORE PORT` is
+the run: miniworld's pipeline against that server, the ledger closed, the store filled. It is killed
+from outside, or by itself at `PREFAB_KILL_AT`."""
+
 from __future__ import annotations
 
 import asyncio
@@ -15,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import aiohttp  # noqa: E402
-from aiohttp import web  # noqa: E402
-from tests.support.miniworld import MODEL, answer, run  # noqa: E402
+import aiohttp
+from aiohttp import web
 
-from prefab.factory.types import Completion, Message, Request, Sampling  # noqa: E402
+from prefab.factory.types import Completion, Message, Request, Sampling
+from tests.support.miniworld import MODEL, answer, run
 
 PROMPTS, IN_FLIGHT = 12, 8
 DELAY_S = 0.01
@@ -34,7 +35,11 @@ class HttpEngine:
         self.session, self.url = session, f"http://127.0.0.1:{port}/ask"
 
     async def complete(self, key: bytes, request: Request) -> Completion:
-        body = {"key": key.hex(), "text": request.messages[0].content, "labels": list(request.labels)}
+        body = {
+            "key": key.hex(),
+            "text": request.messages[0].content,
+            "labels": list(request.labels),
+        }
         async with self.session.post(self.url, json=body) as response:
             return Completion(**await response.json())
 
@@ -42,6 +47,7 @@ class HttpEngine:
 async def drive(folder: Path, port: int) -> None:
     """The whole run, and the filling in small batches so that there is a middle to be killed in."""
     from prefab.pipelines.store import fill
+
     fill.FIRST_BATCH, fill.USES_PAGE = 3, 100
     async with aiohttp.ClientSession() as session:
         await run(folder, PROMPTS, HttpEngine(session, port))
@@ -57,8 +63,12 @@ async def serve() -> None:
         body = await http.json()
         counts[body["key"]] += 1
         await asyncio.sleep(random.random() * DELAY_S)
-        request = Request(MODEL, (Message("user", body["text"]),), Sampling(1), tuple(body["labels"]))
-        return web.json_response(asdict(answer(bytes.fromhex(body["key"]), request, HttpEngine.max_model_len)))
+        request = Request(
+            MODEL, (Message("user", body["text"]),), Sampling(1), tuple(body["labels"])
+        )
+        return web.json_response(
+            asdict(answer(bytes.fromhex(body["key"]), request, HttpEngine.max_model_len))
+        )
 
     async def tell(http: web.Request) -> web.Response:
         return web.json_response(counts)

@@ -1,8 +1,9 @@
-"""Train one stage in two processes that are killed with SIGKILL at random moments, until they get to the end.
+"""Train one stage in two processes that are killed with SIGKILL at random moments, until they get
+to the end.
 
-`python kill_two_driver.py STAGE FILE KILLS SEED`: one process imports all and forks, so that a try costs little; what the
-launcher would say is in the environment.
-"""
+`python kill_two_driver.py STAGE FILE KILLS SEED`: one process imports all and forks, so that a try
+costs little; what the launcher would say is in the environment."""
+
 from __future__ import annotations
 
 import os
@@ -11,16 +12,21 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
+from prefab.factory.engines.vllm_process import free_port
+from prefab.trainers import distributed
 from prefab.trainers.registry import CONFIGS, STAGES
-from tests.support.killer import until_done  # noqa: E402
-
-from prefab.factory.engines.vllm_process import free_port  # noqa: E402
-from prefab.trainers import distributed  # noqa: E402
+from tests.support.killer import until_done
 
 
 def train_in_two(stage: str, file: Path) -> None:
-    """One try: this process is the main one, and the other is its child, which ends when it does."""
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    """One try: this process is the main one, and the other is its child, which ends when it
+    does."""
+    os.environ |= {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     other = os.fork()
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(other == 0))
     distributed.end_with_launcher()

@@ -1,4 +1,6 @@
-"""A piece of work that is killed with SIGKILL at random moments and begun again, until it gets to its end."""
+"""A piece of work that is killed with SIGKILL at random moments and begun again, until it gets to
+its end."""
+
 from __future__ import annotations
 
 import os
@@ -11,11 +13,11 @@ from pathlib import Path
 
 
 def until_done(work: Callable[[], object], kills: int, seed: int, most_s: float) -> None:
-    """Do `work` in forks of this process, which has imported what it needs, so that a try costs little.
+    """Do `work` in forks of this process, which has imported what it needs, so that a try costs
+    little.
 
-    The first `kills` tries end after at most `most_s` seconds of CPU, drawn from the seed. Prints how many were killed,
-    and exits when a try fails.
-    """
+    The first `kills` tries end after at most `most_s` seconds of CPU, drawn from the seed. Prints
+    how many were killed, and exits when a try fails."""
     import torch
     import transformers
 

@@ -1,8 +1,10 @@
-"""A small pipeline with every kind of use, and an engine whose answers are functions of the key, for the store's tests.
+"""A small pipeline with every kind of use, and an engine whose answers are functions of the key,
+for the store's tests.
 
-It behaves as the recipes do (all asks of a comparison by one judge at once; a critique decides on a revision) and meets
-what they meet: cut-off, refused and too long answers, unreadable critiques, low label mass, identical texts.
-"""
+It behaves as the recipes do (all asks of a comparison by one judge at once; a critique decides on a
+revision) and meets what they meet: cut-off, refused and too long answers, unreadable critiques, low
+label mass, identical texts."""
+
 from __future__ import annotations
 
 import asyncio
@@ -23,15 +25,28 @@ principles:
   - {id: kind, title: t, compare: Which is kinder, critique: c, revise: r, criterion: x, weight: 2.0}
   - {id: brief, title: t, compare: Which is briefer, critique: c, revise: r, criterion: x}
 """
-CONFIG = {"recipe": "mini", "seed": 0, "panel": {"orders": "both", "min_scored": 0.5, "tie_margin": 0.02, "judges": [
-    {"name": "one", "kind": "pairwise", "engine": "e"},
-    {"name": "two", "kind": "pairwise", "engine": "e", "weight": 0.5}]}}
+CONFIG = {
+    "recipe": "mini",
+    "seed": 0,
+    "panel": {
+        "orders": "both",
+        "min_scored": 0.5,
+        "tie_margin": 0.02,
+        "judges": [
+            {"name": "one", "kind": "pairwise", "engine": "e"},
+            {"name": "two", "kind": "pairwise", "engine": "e", "weight": 0.5},
+        ],
+    },
+}
 PRINCIPLES = ("kind", "brief")
 
 
 def prompts(n: int) -> list[Prompt]:
     """The first `n` prompts."""
-    return [Prompt(f"p{i}", (Message("user", f"question {i}"),), ("odd",) if i % 2 else ()) for i in range(n)]
+    return [
+        Prompt(f"p{i}", (Message("user", f"question {i}"),), ("odd",) if i % 2 else ())
+        for i in range(n)
+    ]
 
 
 def answer(key: bytes, request: Request, max_model_len: int) -> Completion:
@@ -39,16 +54,33 @@ def answer(key: bytes, request: Request, max_model_len: int) -> Completion:
     text, draw = request.messages[0].content, key[0]
     if draw < 4:
         limit = 50 + draw
-        return Completion("", "context", limit=limit) if max_model_len <= limit else Completion("None.", "stop")
+        return (
+            Completion("", "context", limit=limit)
+            if max_model_len <= limit
+            else Completion("None.", "stop")
+        )
     if draw < 6:
         return Completion("", "refused")
     if request.labels:
         weights = [1 + key[1], 1 + key[2], 1 + key[3] // 4]
         total = sum(weights) * (3.0 if draw < 16 else 1.05)
-        return Completion("A", "stop", {label: log(w / total) for label, w in zip(LABELS[:3], weights, strict=True)},
-                          "exact", 40, 1)
+        return Completion(
+            "A",
+            "stop",
+            {label: log(w / total) for label, w in zip(LABELS[:3], weights, strict=True)},
+            "exact",
+            40,
+            1,
+        )
     if text.startswith("critique"):
-        return Completion(("Fault: it is rude.", "None.", "Well...")[key[1] % 7 // 3], "stop", None, "exact", 20, 5)
+        return Completion(
+            ("Fault: it is rude.", "None.", "Well...")[key[1] % 7 // 3],
+            "stop",
+            None,
+            "exact",
+            20,
+            5,
+        )
     return Completion(f"text {key[1] % 5}", "length" if draw < 20 else "stop", None, "exact", 10, 7)
 
 
@@ -57,7 +89,9 @@ class MiniEngine:
 
     identity = MODEL
 
-    def __init__(self, fails=lambda key: False, max_in_flight: int = 8, max_model_len: int = 50) -> None:
+    def __init__(
+        self, fails=lambda key: False, max_in_flight: int = 8, max_model_len: int = 50
+    ) -> None:
         self.fails, self.max_in_flight, self.max_model_len = fails, max_in_flight, max_model_len
         self.asked: list[bytes] = []
 
@@ -70,33 +104,68 @@ class MiniEngine:
 
 
 async def pipeline(prompt: Prompt, ledger: Ledger, run: int, engine, config: dict = CONFIG) -> None:
-    """Three samples, critiques and revisions of them, and every pair judged under both principles by both judges."""
+    """Three samples, critiques and revisions of them, and every pair judged under both principles
+    by both judges."""
     question = prompt.messages[0].content
     sampling = Sampling(16, 1.0, seed=0)
-    asks = [(Request(MODEL, (Message("user", question),), sampling, repeat=(k,)), Use(run, prompt.id, "sample", k))
-            for k in range(3)]
-    texts = {k: a.text for k, a in enumerate(await ledger.ask_many(asks, engine))
-             if isinstance(a, Completion) and a.finish in ("stop", "length")}
+    asks = [
+        (
+            Request(MODEL, (Message("user", question),), sampling, repeat=(k,)),
+            Use(run, prompt.id, "sample", k),
+        )
+        for k in range(3)
+    ]
+    texts = {
+        k: a.text
+        for k, a in enumerate(await ledger.ask_many(asks, engine))
+        if isinstance(a, Completion) and a.finish in ("stop", "length")
+    }
     await _revise(prompt, texts, ledger, run, engine)
     pairs = [(a, b) for a in texts for b in texts if a < b]
     for a, b in pairs:
         if texts[a] == texts[b]:
             ledger.note(Use(run, prompt.id, "identical", a, b))
     for judge in config["panel"]["judges"]:
-        asks = [(_judgment(question, texts[a], texts[b], principle, judge["name"], order),
-                 Use(run, prompt.id, "judge", a, b, 0, principle, judge["name"], order))
-                for a, b in pairs if texts[a] != texts[b] for principle in PRINCIPLES for order in ("ab", "ba")]
+        asks = [
+            (
+                _judgment(question, texts[a], texts[b], principle, judge["name"], order),
+                Use(run, prompt.id, "judge", a, b, 0, principle, judge["name"], order),
+            )
+            for a, b in pairs
+            if texts[a] != texts[b]
+            for principle in PRINCIPLES
+            for order in ("ab", "ba")
+        ]
         await ledger.ask_many(asks, engine)
 
 
 async def _revise(prompt: Prompt, texts: dict[int, str], ledger: Ledger, run: int, engine) -> None:
     places = [(k, principle) for k in texts for principle in PRINCIPLES]
-    asks = [(Request(MODEL, (Message("user", f"critique {texts[k]} by {p} of {prompt.id}"),), Sampling(16)),
-             Use(run, prompt.id, "critique", k, -1, 0, p)) for k, p in places]
-    named = [place for place, a in zip(places, await ledger.ask_many(asks, engine), strict=True)
-             if isinstance(a, Completion) and a.text.startswith("Fault")]
-    asks = [(Request(MODEL, (Message("user", f"revise {texts[k]} by {p} of {prompt.id}"),), Sampling(16)),
-             Use(run, prompt.id, "revise", 3 + 2 * k + PRINCIPLES.index(p), k, 0, p)) for k, p in named]
+    asks = [
+        (
+            Request(
+                MODEL,
+                (Message("user", f"critique {texts[k]} by {p} of {prompt.id}"),),
+                Sampling(16),
+            ),
+            Use(run, prompt.id, "critique", k, -1, 0, p),
+        )
+        for k, p in places
+    ]
+    named = [
+        place
+        for place, a in zip(places, await ledger.ask_many(asks, engine), strict=True)
+        if isinstance(a, Completion) and a.text.startswith("Fault")
+    ]
+    asks = [
+        (
+            Request(
+                MODEL, (Message("user", f"revise {texts[k]} by {p} of {prompt.id}"),), Sampling(16)
+            ),
+            Use(run, prompt.id, "revise", 3 + 2 * k + PRINCIPLES.index(p), k, 0, p),
+        )
+        for k, p in named
+    ]
     await ledger.ask_many(asks, engine)
 
 
@@ -106,8 +175,11 @@ def _judgment(question: str, a: str, b: str, principle: str, judge: str, order: 
     return Request(MODEL, (Message("user", text),), Sampling(1), LABELS)
 
 
-async def run(folder, n: int, engine, config: dict = CONFIG, name: str = "mini", at_once: int = 8) -> Ledger:
-    """Run the pipeline over `n` prompts, some at once, and close the ledger; gives the closed ledger for its counts."""
+async def run(
+    folder, n: int, engine, config: dict = CONFIG, name: str = "mini", at_once: int = 8
+) -> Ledger:
+    """Run the pipeline over `n` prompts, some at once, and close the ledger; gives the closed
+    ledger for its counts."""
     ledger = Ledger.open(folder)
     try:
         record = ledger.begin_run(name, config, {"constitution": CONSTITUTION})
@@ -118,6 +190,7 @@ async def run(folder, n: int, engine, config: dict = CONFIG, name: str = "mini",
         async def worker() -> None:
             for prompt in rest:
                 await pipeline(prompt, ledger, record.id, engine, config)
+
         async with asyncio.TaskGroup() as group:
             for _ in range(at_once):
                 group.create_task(worker())

@@ -1,12 +1,14 @@
-"""A scripted judge of the embedded world that is right about everything but what it is told to fall for."""
+"""A scripted judge of the embedded world that is right about everything but what it is told to fall
+for."""
+
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from math import log
 
-from prefab.factory.spec.constitution import load_constitution
 from prefab.factory.microworld import oracle
+from prefab.factory.spec.constitution import load_constitution
 from prefab.factory.types import Completion, Message, Request
 
 CONSTITUTION = load_constitution("constitutions/microworld.yaml")
@@ -18,13 +20,17 @@ def never(text: str) -> bool:
     return False
 
 
-def judge(falls: Callable[[str], bool] = never, slot: Callable[[str], bool] = never) -> Callable[[Request], Completion]:
-    """Answers by the oracle, but prefers whichever of two answers `falls` is true of, and the first slot for every
-    conversation that `slot` is true of. Reads pairwise, pointwise and rubric questions, and rankings of two."""
+def judge(
+    falls: Callable[[str], bool] = never, slot: Callable[[str], bool] = never
+) -> Callable[[Request], Completion]:
+    """Answers by the oracle, but prefers whichever of two answers `falls` is true of, and the first
+    slot for every conversation that `slot` is true of. Reads pairwise, pointwise and rubric
+    questions, and rankings of two."""
+
     def answer(request: Request) -> Completion:
         asked = "\n".join(m.content for m in request.messages if m.role == "user")
         talk, *answers = (text for _, text in FENCED.findall(asked))
-        if request.labels and "Yes" in request.labels or "1" in request.labels:
+        if (request.labels and "Yes" in request.labels) or "1" in request.labels:
             return _single(request, talk, answers[0], asked, falls)
         principle = next(p.id for p in CONSTITUTION.principles if p.compare in asked)
         side = _side(principle, talk, *answers, falls, slot)
@@ -32,6 +38,7 @@ def judge(falls: Callable[[str], bool] = never, slot: Callable[[str], bool] = ne
             ranking = {"A": "1 > 2", "B": "2 > 1", "T": "neither"}[side]
             return Completion(ranking if "from the best to the worst" in asked else side, "stop")
         return labels(request, {side: 0.9} | {s: 0.05 for s in "ABT" if s != side})
+
     return answer
 
 
@@ -40,7 +47,9 @@ def _side(principle: str, talk: str, a: str, b: str, falls, slot) -> str:
         return "A" if falls(a) else "B"
     if slot(talk):
         return "A"
-    return {"a": "A", "b": "B", "tie": "T"}[oracle.compare((Message("user", talk),), a, b, principle)]
+    return {"a": "A", "b": "B", "tie": "T"}[
+        oracle.compare((Message("user", talk),), a, b, principle)
+    ]
 
 
 def _single(request: Request, talk: str, text: str, asked: str, falls) -> Completion:
@@ -48,7 +57,9 @@ def _single(request: Request, talk: str, text: str, asked: str, falls) -> Comple
     bad = principle in oracle.assess((Message("user", talk),), text).broken and not falls(text)
     if "Yes" in request.labels:
         return labels(request, {"Yes": 0.95 if bad else 0.05, "No": 0.05 if bad else 0.95})
-    return labels(request, {str(i): 0.9 if i == (1 if bad else 9) else 0.0125 for i in range(1, 10)})
+    return labels(
+        request, {str(i): 0.9 if i == (1 if bad else 9) else 0.0125 for i in range(1, 10)}
+    )
 
 
 def labels(request: Request, masses: dict[str, float]) -> Completion:

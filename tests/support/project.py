@@ -1,4 +1,6 @@
-"""A small project for the tests of pipelines, commands and exports: two principles, a few prompts, the scripted engine."""
+"""A small project for the tests of pipelines, commands and exports: two principles, a few prompts,
+the scripted engine."""
+
 from __future__ import annotations
 
 import json
@@ -12,11 +14,29 @@ from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.types import Completion, Request
 
 CONSTITUTION: dict[str, Any] = {
-    "id": "small", "title": "Small", "licence": "CC0-1.0", "selection": "all", "principles": [
-        {"id": "kind", "title": "Kind", "compare": "Which answer is kinder?", "critique": "Name what is unkind.",
-         "revise": "Make it kind.", "criterion": "The answer is unkind."},
-        {"id": "brief", "title": "Brief", "compare": "Which answer is briefer?", "critique": "Name what is long.",
-         "revise": "Make it brief.", "criterion": "The answer is long."}]}
+    "id": "small",
+    "title": "Small",
+    "licence": "CC0-1.0",
+    "selection": "all",
+    "principles": [
+        {
+            "id": "kind",
+            "title": "Kind",
+            "compare": "Which answer is kinder?",
+            "critique": "Name what is unkind.",
+            "revise": "Make it kind.",
+            "criterion": "The answer is unkind.",
+        },
+        {
+            "id": "brief",
+            "title": "Brief",
+            "compare": "Which answer is briefer?",
+            "critique": "Name what is long.",
+            "revise": "Make it brief.",
+            "criterion": "The answer is long.",
+        },
+    ],
+}
 
 
 def pipeline(folder: Path, prompts: int = 6, **changes: Any) -> dict[str, Any]:
@@ -24,11 +44,17 @@ def pipeline(folder: Path, prompts: int = 6, **changes: Any) -> dict[str, Any]:
     (folder / "small.yaml").write_text(yaml.safe_dump(CONSTITUTION, sort_keys=False))
     rows = [{"id": f"p{i}", "prompt": f"Question {i}?", "group": f"g{i}"} for i in range(prompts)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"recipe": "rlaif", "name": "small", "store": str(folder / "store"),
-            "constitution": str(folder / "small.yaml"), "prompts": {"source": str(folder / "prompts.jsonl")},
-            "engines": {"local": {"engine": "scripted"}},
-            "policy": {"engine": "local", "samples": 3, "temperature": 1.0, "max_tokens": 32},
-            "panel": {"judges": [{"name": "judge", "kind": "pairwise"}]}, **changes}
+    return {
+        "recipe": "rlaif",
+        "name": "small",
+        "store": str(folder / "store"),
+        "constitution": str(folder / "small.yaml"),
+        "prompts": {"source": str(folder / "prompts.jsonl")},
+        "engines": {"local": {"engine": "scripted"}},
+        "policy": {"engine": "local", "samples": 3, "temperature": 1.0, "max_tokens": 32},
+        "panel": {"judges": [{"name": "judge", "kind": "pairwise"}]},
+        **changes,
+    }
 
 
 def write(folder: Path, value: dict[str, Any], name: str = "pipeline.yaml") -> Path:
@@ -42,12 +68,18 @@ def asked(request: Request) -> str:
     if request.labels or request.messages[0].role != "system":
         return "judge" if request.labels else "sample"
     text = request.messages[-1].content
-    return "critique" if "Reply with None" in text else "revise" if "Reply with the new answer" in text else "reason"
+    return (
+        "critique"
+        if "Reply with None" in text
+        else "revise"
+        if "Reply with the new answer" in text
+        else "reason"
+    )
 
 
 def answer(request: Request) -> Completion:
-    """Samples `draft K of ...`; the critic finds every draft unkind once; judges prefer the first slot a little, and
-    the draft of the lower number much."""
+    """Samples `draft K of ...`; the critic finds every draft unkind once; judges prefer the first
+    slot a little, and the draft of the lower number much."""
     text, kind = "\n".join(m.content for m in request.messages), asked(request)
     if kind == "sample":
         return Completion(f"draft {request.repeat[0]} of {text}", "stop", None, "exact", 5, 4)
@@ -58,8 +90,21 @@ def answer(request: Request) -> Completion:
         return Completion("mended " + text.split("draft ")[1][0], "stop", None, "exact", 9, 2)
     first, second = (int(part[0]) for part in text.split("draft ")[1:3])
     a = 0.8 if first < second else 0.3
-    return Completion("A", "length", {"A": log(a), " A": log(1e-3), "B": log(0.95 - a), " B": log(1e-3),
-                                      "T": log(0.04), " T": log(1e-3)}, "exact", 20, 1)
+    return Completion(
+        "A",
+        "length",
+        {
+            "A": log(a),
+            " A": log(1e-3),
+            "B": log(0.95 - a),
+            " B": log(1e-3),
+            "T": log(0.04),
+            " T": log(1e-3),
+        },
+        "exact",
+        20,
+        1,
+    )
 
 
 def engine(**config: Any) -> dict[str, Scripted]:

@@ -1,9 +1,12 @@
-"""Train one stage from a JSON configuration, in a process that a test may kill: `python train_driver.py STAGE FILE`."""
+"""Train one stage from a JSON configuration, in a process that a test may kill: `python
+train_driver.py STAGE FILE`."""
+
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+
 from prefab.trainers.registry import CONFIGS, STAGES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -14,4 +17,10 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     stage = STAGES[sys.argv[1]]
-    print(json.dumps(stage.run(CONFIGS[sys.argv[1]].model_validate_json(Path(sys.argv[2]).read_text()), quiet=True)["steps"]))
+    print(
+        json.dumps(
+            stage.run(
+                CONFIGS[sys.argv[1]].model_validate_json(Path(sys.argv[2]).read_text()), quiet=True
+            )["steps"]
+        )
+    )

@@ -1,4 +1,6 @@
-"""A store and a tiny model for the tests of the trainers: 40 prompts in three splits, preferences and revisions."""
+"""A store and a tiny model for the tests of the trainers: 40 prompts in three splits, preferences
+and revisions."""
+
 from __future__ import annotations
 
 import json
@@ -7,27 +9,47 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from tests.support import project
-from tests.support import tinymodel
-
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.types import Completion, Request
+from tests.support import project, tinymodel
 
 
 def answer(request: Request) -> Completion:
-    """As the scripted project answers, but surer of some prompts and of one principle than of others."""
+    """As the scripted project answers, but surer of some prompts and of one principle than of
+    others."""
     if not request.labels:
         return project.answer(request)
     text = "\n".join(m.content for m in request.messages)
     first, second = (int(part[0]) for part in text.split("draft ")[1:3])
-    sure = 0.1 + 0.04 * (int(re.search(r"Question (\d+)", text).group(1)) % 5) + 0.1 * ("kinder" in text)
+    sure = (
+        0.1
+        + 0.04 * (int(re.search(r"Question (\d+)", text).group(1)) % 5)
+        + 0.1 * ("kinder" in text)
+    )
     a = 0.475 + sure if first < second else 0.475 - sure
-    return Completion("A", "length", {"A": log(a), " A": log(1e-3), "B": log(0.95 - a), " B": log(1e-3),
-                                      "T": log(0.04), " T": log(1e-3)}, "exact", 20, 1)
+    return Completion(
+        "A",
+        "length",
+        {
+            "A": log(a),
+            " A": log(1e-3),
+            "B": log(0.95 - a),
+            " B": log(1e-3),
+            "T": log(0.04),
+            " T": log(1e-3),
+        },
+        "exact",
+        20,
+        1,
+    )
 
 
-def make_store(folder: Path, prompts: int = 40, splits: tuple[str, ...] = ("train", "train", "train", "val", "test"),
-               **changes: Any) -> Path:
+def make_store(
+    folder: Path,
+    prompts: int = 40,
+    splits: tuple[str, ...] = ("train", "train", "train", "val", "test"),
+    **changes: Any,
+) -> Path:
     """Run the scripted project and give its store, filled."""
     from prefab import run
     from prefab.pipelines.store.fill import fill
@@ -44,7 +66,9 @@ def make_store(folder: Path, prompts: int = 40, splits: tuple[str, ...] = ("trai
 
 def make_model(folder: Path, **shape: int) -> Path:
     """A random Llama of a few thousand parameters."""
-    return tinymodel.build(folder, **{"heads": 2, "hidden": 32, "layers": 1, "context": 256, **shape})
+    return tinymodel.build(
+        folder, **{"heads": 2, "hidden": 32, "layers": 1, "context": 256, **shape}
+    )
 
 
 def data(store: Path, **more: Any) -> dict[str, Any]:

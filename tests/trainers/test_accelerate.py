@@ -1,4 +1,6 @@
-"""Two CPU processes under `accelerate launch` train as one does; the shipped configurations are what accelerate takes."""
+"""Two CPU processes under `accelerate launch` train as one does; the shipped configurations are
+what accelerate takes."""
+
 from __future__ import annotations
 
 import json
@@ -14,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from prefab.trainers.registry import CONFIGS, STAGES
-from tests.support import trained
 
 from prefab.trainers.common import COMPLETE, checkpoints
+from prefab.trainers.registry import CONFIGS, STAGES
+from tests.support import trained
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "trainers/accelerate").glob("*.yaml"))
@@ -31,7 +33,9 @@ def world(tmp_path_factory):
 
 
 def losses(out: Path) -> list[float]:
-    states = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name[11:]))
+    states = sorted(
+        out.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name[11:])
+    )
     return [h["loss"] for h in json.loads(states[-1].read_text())["log_history"] if "loss" in h]
 
 
@@ -43,29 +47,58 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def command(stage: str, file: Path) -> list[str]:
     """Two processes on a free port; the shipped configuration."""
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "trainers/accelerate/cpu.yaml"),
-            "--main_process_port", "0", "-m", "prefab.pipelines.cli.main", "train", stage, str(file), "--json"]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "trainers/accelerate/cpu.yaml"),
+        "--main_process_port",
+        "0",
+        "-m",
+        "prefab.pipelines.cli.main",
+        "train",
+        stage,
+        str(file),
+        "--json",
+    ]
 
 
 def launched(stage: str, file: Path) -> dict:
     """The result of a training by two processes, of which one prints."""
-    done = subprocess.run(command(stage, file), env=ENV, text=True, capture_output=True, timeout=900)
+    done = subprocess.run(
+        command(stage, file), env=ENV, text=True, capture_output=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("stage", ["dpo", *(pytest.param(s, marks=pytest.mark.slow) for s in ("sft", "reward", "kto"))])
+@pytest.mark.parametrize(
+    "stage", ["dpo", *(pytest.param(s, marks=pytest.mark.slow) for s in ("sft", "reward", "kto"))]
+)
 def test_two_processes_train_as_one(world, tmp_path, stage):
-    """54 rows or so in steps of 10 over two epochs: the last step of each is smaller, and is shared all the same."""
+    """54 rows or so in steps of 10 over two epochs: the last step of each is smaller, and is shared
+    all the same."""
     store, model = world
-    config = {"model": str(model), "data": trained.data(store), "batch_size": 10, "micro_batch": None, "learning_rate": 2e-3,
-              "epochs": 2, "eval_every": 5, "keep": "last", "share_prompt": False}
+    config = {
+        "model": str(model),
+        "data": trained.data(store),
+        "batch_size": 10,
+        "micro_batch": None,
+        "learning_rate": 2e-3,
+        "epochs": 2,
+        "eval_every": 5,
+        "keep": "last",
+        "share_prompt": False,
+    }
     if stage == "reward":
         config["patience"] = None
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({**config, "out": str(tmp_path / name)}))
     module = STAGES[stage]
-    one = module.run(CONFIGS[stage].model_validate(json.loads((tmp_path / "one.yaml").read_text())), quiet=True)
+    one = module.run(
+        CONFIGS[stage].model_validate(json.loads((tmp_path / "one.yaml").read_text())), quiet=True
+    )
     two = launched(stage, tmp_path / "two.yaml")
     assert one["train"] % 10 and two["steps"] == one["steps"] == 2 * -(-one["train"] // 10)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
@@ -77,13 +110,33 @@ def test_two_processes_train_as_one(world, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", ["dpo", pytest.param("sft", marks=pytest.mark.slow)])
 def test_two_processes_killed_four_times_give_the_same_bits(world, tmp_path, stage):
-    """At random moments, the first of them in all likelihood before any checkpoint. Forks stand in for the launcher."""
+    """At random moments, the first of them in all likelihood before any checkpoint. Forks stand in
+    for the launcher."""
     store, model = world
     for name, kills in (("whole", 0), ("cut", 4)):
         file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps({"model": str(model), "out": str(tmp_path / name), "data": trained.data(store), "batch_size": 10,
-                                    "learning_rate": 2e-3, "epochs": 2, "eval_every": 2, "threads": 1}))
-        driver = [sys.executable, str(ROOT / "tests/support/kill_two_driver.py"), stage, str(file), str(kills), "1"]
+        file.write_text(
+            json.dumps(
+                {
+                    "model": str(model),
+                    "out": str(tmp_path / name),
+                    "data": trained.data(store),
+                    "batch_size": 10,
+                    "learning_rate": 2e-3,
+                    "epochs": 2,
+                    "eval_every": 2,
+                    "threads": 1,
+                }
+            )
+        )
+        driver = [
+            sys.executable,
+            str(ROOT / "tests/support/kill_two_driver.py"),
+            stage,
+            str(file),
+            str(kills),
+            "1",
+        ]
         done = subprocess.run(driver, env=ENV, text=True, capture_output=True, timeout=900)
         assert done.returncode == 0 and f"{kills} killed" in done.stdout, done.stderr[-3000:]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
@@ -93,29 +146,48 @@ def test_two_processes_killed_four_times_give_the_same_bits(world, tmp_path, sta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["dpo", "sft"])
-def test_two_processes_killed_at_any_moment_and_launched_again_give_the_same_bits(world, tmp_path, stage):
-    """Killed after the first whole checkpoint, at a moment drawn anew each time, while the next ones are computed or written;
-    over two epochs, with a smaller last step in each."""
+def test_two_processes_killed_at_any_moment_and_launched_again_give_the_same_bits(
+    world, tmp_path, stage
+):
+    """Killed after the first whole checkpoint, at a moment drawn anew each time, while the next
+    ones are computed or written; over two epochs, with a smaller last step in each."""
     store, model = world
-    config = {"model": str(model), "data": trained.data(store), "batch_size": 10, "learning_rate": 2e-3, "epochs": 2,
-              "eval_every": 2, "keep_checkpoints": 99, "threads": 1}
+    config = {
+        "model": str(model),
+        "data": trained.data(store),
+        "batch_size": 10,
+        "learning_rate": 2e-3,
+        "epochs": 2,
+        "eval_every": 2,
+        "keep_checkpoints": 99,
+        "threads": 1,
+    }
     files = {name: tmp_path / f"{name}.yaml" for name in ("whole", "cut")}
     for name, file in files.items():
         file.write_text(json.dumps({**config, "out": str(tmp_path / name)}))
     steps = launched(stage, files["whole"])["steps"]
     cut, at = tmp_path / "cut", random.choice((4, 6))
-    running = subprocess.Popen(command(stage, files["cut"]), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    running = subprocess.Popen(
+        command(stage, files["cut"]),
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     end, began = time.monotonic() + 900, None
-    while not (cut / f"checkpoint-{at}").exists() and running.poll() is None and time.monotonic() < end:
+    while (
+        not (cut / f"checkpoint-{at}").exists()
+        and running.poll() is None
+        and time.monotonic() < end
+    ):
         if began is None and (cut / f"checkpoint-2/{COMPLETE}").exists():
             began = time.monotonic()
         time.sleep(0.002)
-    if began:                                # within two steps from here, as long as they take now
+    if began:  # within two steps from here, as long as they take now
         time.sleep(random.random() * 2 * (time.monotonic() - began) / (at - 2))
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    gone = time.monotonic() + 60             # without `end_with_launcher` they would train on to the end
+    gone = time.monotonic() + 60  # without `end_with_launcher` they would train on to the end
     while (left := trainers(files["cut"])) and time.monotonic() < gone:
         time.sleep(0.01)
     whole = [p.name for p in checkpoints(cut)]
@@ -125,18 +197,24 @@ def test_two_processes_killed_at_any_moment_and_launched_again_give_the_same_bit
     one, other = weights(tmp_path / "whole"), weights(cut)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert losses(cut) == losses(tmp_path / "whole")
-    assert any(not torch.equal(one[name], w) for name, w in weights(Path(model)).items() if name in one)   # it did train
+    assert any(
+        not torch.equal(one[name], w) for name, w in weights(Path(model)).items() if name in one
+    )  # it did train
 
 
 def trainers(file: Path) -> list[int]:
     """The processes that train by this file."""
-    return [p.pid for p in psutil.process_iter(["cmdline", "status"])
-            if str(file) in (p.info["cmdline"] or ()) and p.info["status"] != psutil.STATUS_ZOMBIE]
+    return [
+        p.pid
+        for p in psutil.process_iter(["cmdline", "status"])
+        if str(file) in (p.info["cmdline"] or ()) and p.info["status"] != psutil.STATUS_ZOMBIE
+    ]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_accelerates_own_classes_take_the_shipped_files(file, monkeypatch):
-    """Unknown keys are refused by ClusterConfig; what the launcher would hand on is what the plugins read."""
+    """Unknown keys are refused by ClusterConfig; what the launcher would hand on is what the
+    plugins read."""
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -148,11 +226,20 @@ def test_accelerates_own_classes_take_the_shipped_files(file, monkeypatch):
         plugin = FullyShardedDataParallelPlugin()
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
         assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
-        assert "FULL_STATE_DICT" in str(plugin.state_dict_type) and not plugin.cpu_ram_efficient_loading
+        assert (
+            "FULL_STATE_DICT" in str(plugin.state_dict_type)
+            and not plugin.cpu_ram_efficient_loading
+        )
         known = set(FullyShardedDataParallelPlugin.__dataclass_fields__)
-        assert {name.removeprefix("fsdp_") for name in found.fsdp_config} - {"version", "offload_params"} <= known
+        assert {name.removeprefix("fsdp_") for name in found.fsdp_config} - {
+            "version",
+            "offload_params",
+        } <= known
     if file.stem == "zero3":
-        assert found.deepspeed_config["zero_stage"] == 3 and found.deepspeed_config["zero3_save_16bit_model"] is True
+        assert (
+            found.deepspeed_config["zero_stage"] == 3
+            and found.deepspeed_config["zero3_save_16bit_model"] is True
+        )
         launch = (Path(torch.__file__).parents[1] / "accelerate/commands/launch.py").read_text()
         assert all(f"--{name}" in launch for name in found.deepspeed_config)
 
@@ -169,8 +256,15 @@ def test_rows_that_fill_a_step_teach_nothing():
     from prefab.trainers.distributed import Padded
 
     pairs = Padded(Dataset.from_list([{"weight": 2.0, "x": i} for i in range(5)]), 4)
-    assert len(pairs) == 8 and pairs[4] == {"weight": 2.0, "x": 4} and pairs[5] == pairs[7] == {"weight": 0.0, "x": 0}
+    assert (
+        len(pairs) == 8
+        and pairs[4] == {"weight": 2.0, "x": 4}
+        and pairs[5] == pairs[7] == {"weight": 0.0, "x": 0}
+    )
     talks = Padded(Dataset.from_list([{"weight": 1.0, "labels": [-100, 7]}]), 2)
     assert talks[1] == {"weight": 1.0, "labels": [-100, -100]}
     packed = Padded(Dataset.from_list([{"weight": [1.0], "labels": [[-100, 7], [3]]}]), 2)
-    assert packed[1]["labels"] == [[-100, -100], [-100]] and len(Padded(Dataset.from_list([{"weight": 1.0}] * 4), 2)) == 4
+    assert (
+        packed[1]["labels"] == [[-100, -100], [-100]]
+        and len(Padded(Dataset.from_list([{"weight": 1.0}] * 4), 2)) == 4
+    )

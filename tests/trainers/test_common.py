@@ -1,4 +1,6 @@
-"""Chats as tokens for templates of several kinds, models that do not fit, checkpoints that are whole."""
+"""Chats as tokens for templates of several kinds, models that do not fit, checkpoints that are
+whole."""
+
 from __future__ import annotations
 
 import errno
@@ -7,18 +9,24 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from tests.support import tinymodel
 
 from prefab.factory.errors import ConfigError, StoreError
 from prefab.trainers import common
+from tests.support import tinymodel
 
 TURNS = [{"role": "user", "content": "Please tell me your name."}]
-LLAMA = ("{{ '<|endoftext|>' }}{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] + '<|im_end|>' }}"
-         "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}")
-NO_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}" \
-         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-THINKS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
+LLAMA = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
 TEMPLATES = {"chatml": tinymodel.CHATML, "bos": LLAMA, "no_end": NO_END, "thinks": THINKS}
 
 
@@ -28,11 +36,16 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("turns", [TURNS, [*TURNS, {"role": "assistant", "content": "I am sorry."}, *TURNS]])
+@pytest.mark.parametrize(
+    "turns", [TURNS, [*TURNS, {"role": "assistant", "content": "I am sorry."}, *TURNS]]
+)
 def test_answer_tokens_are_the_answer_and_one_end(tokenizer, name, turns):
     tokenizer.chat_template = TEMPLATES[name]
     row = common.answered(tokenizer, turns, "I can not help you.")
-    assert tokenizer.decode(row.answer) == "I can not help you." + ("\n" if name == "no_end" else "") + "<|im_end|>"
+    assert (
+        tokenizer.decode(row.answer)
+        == "I can not help you." + ("\n" if name == "no_end" else "") + "<|im_end|>"
+    )
     assert row.prompt == common.prompt_ids(tokenizer, turns)
     assert tokenizer.decode(row.prompt) == common.chat_text(tokenizer, turns, True)
 
@@ -42,7 +55,10 @@ def test_an_answer_that_holds_the_prompt_or_an_earlier_answer_is_found_where_it_
     turns = [*TURNS, {"role": "assistant", "content": "Yes."}, *TURNS]
     assert tokenizer.decode(common.answered(tokenizer, turns, "Yes.").answer) == "Yes.<|im_end|>"
     tokenizer.chat_template = tinymodel.CHATML
-    assert tokenizer.decode(common.answered(tokenizer, TURNS, TURNS[0]["content"]).answer) == "Please tell me your name.<|im_end|>"
+    assert (
+        tokenizer.decode(common.answered(tokenizer, TURNS, TURNS[0]["content"]).answer)
+        == "Please tell me your name.<|im_end|>"
+    )
 
 
 def test_a_tokenizer_that_adds_bos_adds_none(tokenizer):
@@ -50,7 +66,9 @@ def test_a_tokenizer_that_adds_bos_adds_none(tokenizer):
 
     own = tinymodel.build_tokenizer()
     bos = own.convert_tokens_to_ids("<|endoftext|>")
-    own.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)])
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
     assert own("x")["input_ids"][0] == bos
     own.chat_template = LLAMA
     row = common.answered(own, TURNS, "Yes.")
@@ -73,7 +91,10 @@ def test_a_model_without_template_or_pad_token_is_told_how_to_mend(tmp_path):
     with pytest.raises(ConfigError, match="chat_template: FILE"):
         common.load_tokenizer(str(tmp_path))
     (tmp_path / "t.jinja").write_text(tinymodel.CHATML)
-    assert common.load_tokenizer(str(tmp_path), str(tmp_path / "t.jinja")).chat_template == tinymodel.CHATML
+    assert (
+        common.load_tokenizer(str(tmp_path), str(tmp_path / "t.jinja")).chat_template
+        == tinymodel.CHATML
+    )
     own.chat_template, own.pad_token = tinymodel.CHATML, None
     own.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no pad token.*pad_token: TOKEN"):
@@ -114,21 +135,35 @@ def test_a_checkpoint_cut_off_while_written_is_not_the_last(tmp_path):
     assert common.last_checkpoint(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("kept,best,left", [(2, "", [8, 10]), (2, "checkpoint-2", [2, 10]), (1, "", [10]), (1, "checkpoint-8", [8, 10]),
-                                            (3, "checkpoint-10", [6, 8, 10]), (9, "", [2, 4, 6, 8, 10]), (2, "checkpoint-3", [8, 10])])
+@pytest.mark.parametrize(
+    "kept,best,left",
+    [
+        (2, "", [8, 10]),
+        (2, "checkpoint-2", [2, 10]),
+        (1, "", [10]),
+        (1, "checkpoint-8", [8, 10]),
+        (3, "checkpoint-10", [6, 8, 10]),
+        (9, "", [2, 4, 6, 8, 10]),
+        (2, "checkpoint-3", [8, 10]),
+    ],
+)
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path, kept, best, left):
     for step in (10, 2, 8, 4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
         common.mark_complete(tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-12").mkdir()                       # not whole: neither counted nor touched
+    (tmp_path / "checkpoint-12").mkdir()  # not whole: neither counted nor touched
     common.remove_old(tmp_path, kept, best)
-    assert [int(p.name[11:]) for p in common.checkpoints(tmp_path)] == left and (tmp_path / "checkpoint-12").exists()
+    assert [int(p.name[11:]) for p in common.checkpoints(tmp_path)] == left and (
+        tmp_path / "checkpoint-12"
+    ).exists()
 
 
 def test_a_record_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "new" / "training.json"
     common.write_json(file, {"steps": 1})
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # as a kill just before
+    monkeypatch.setattr(
+        Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )  # as a kill just before
     with pytest.raises(KeyboardInterrupt):
         common.write_json(file, {"steps": 2})
     assert json.loads(file.read_text()) == {"steps": 1}
@@ -137,7 +172,9 @@ def test_a_record_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_kill_while_the_first_record_is_written_leaves_a_folder_to_go_on_in(tmp_path):
     from prefab.trainers.offline import loop, sft
 
-    config = sft.SftConfig(model="prefab-nano", out=str(tmp_path / "out"), data={"sources": [{"store": "x"}]})
+    config = sft.SftConfig(
+        model="prefab-nano", out=str(tmp_path / "out"), data={"sources": [{"store": "x"}]}
+    )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / (loop.RECORD + common.NEW)).write_text('{"iden')
     assert loop.finished(config, "sft") is None
@@ -151,13 +188,17 @@ def test_evaluations_reach_the_ledger(tmp_path):
     common.record_eval(None, "reward", "model-1", {})
     rows = sqlite3.connect(tmp_path / "ledger.sqlite").execute("SELECT value FROM evals").fetchall()
     assert [json.loads(r[0]) for r in rows] == [
-        {"name": "reward", "subject": "model-1", "metrics": {"accuracy": 0.5}, "step": 3}]
+        {"name": "reward", "subject": "model-1", "metrics": {"accuracy": 0.5}, "step": 3}
+    ]
 
 
 def test_memory_and_disk_that_run_out_say_what_to_turn_down(tmp_path):
     import torch
 
-    with pytest.raises(common.TrainError, match="Turn down batch_size.*checkpoint is kept"), common.translate_errors(tmp_path):
+    with (
+        pytest.raises(common.TrainError, match="Turn down batch_size.*checkpoint is kept"),
+        common.translate_errors(tmp_path),
+    ):
         torch.empty(2**60, dtype=torch.float32)  # the allocator's own words
     with pytest.raises(StoreError, match="disk is full"), common.translate_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")

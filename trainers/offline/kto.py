@@ -1,4 +1,5 @@
 """KTO (Ethayarajh et al. 2024): single answers with a thumb up or down, no pairs needed."""
+
 from __future__ import annotations
 
 import random
@@ -9,14 +10,22 @@ from pydantic import Field
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, data
+from prefab.trainers.common import (
+    load_policy,
+    load_tokenizer,
+    lora_config,
+    model_folder,
+    seed_everything,
+)
 from prefab.trainers.offline import loop, losses
-from prefab.trainers.common import load_policy, load_tokenizer, lora_config, model_folder, seed_everything
 from prefab.trainers.offline.loop import StageConfig
 from prefab.trainers.offline.reference import reference_logps
 
 
 class KtoConfig(StageConfig):
-    """As every stage. Weights left out: the rarer label is weighted up until both weigh the same."""
+    """As every stage. Weights left out: the rarer label is weighted up until both weigh the
+    same.
+    """
 
     learning_rate: float = Field(1e-5, gt=0)
     beta: float = Field(0.1, gt=0)
@@ -36,32 +45,57 @@ def trainer_class() -> Any:
         weights: tuple[float, float]
 
         def losses(self, model: Any, batch: Any, _: Any) -> tuple[Any, dict[str, Any]]:
-            """The KTO loss; the reference point is read from answers to other prompts, without gradient."""
+            """The KTO loss; the reference point is read from answers to other prompts, without
+            gradient.
+            """
             import torch
 
             B, dtype = len(batch["rows"]), next(model.parameters()).dtype
             numbers = ("rows", "weight", "label", "ref_logps", "ref_kl_logps")
             mine, other = batch["answer"] < B, batch["answer"] >= B
-            logps, _tokens = collate.answer_logps(model, {**batch, **_at(batch, mine, 0, B, numbers)}, dtype)
+            logps, _tokens = collate.answer_logps(
+                model, {**batch, **_at(batch, mine, 0, B, numbers)}, dtype
+            )
             with torch.no_grad():
-                kl_logps, _tokens = collate.answer_logps(model, {**batch, **_at(batch, other, B, 2 * B, numbers)}, dtype)
+                kl_logps, _tokens = collate.answer_logps(
+                    model, {**batch, **_at(batch, other, B, 2 * B, numbers)}, dtype
+                )
             kept_B = self.accelerator.gather(batch["weight"]) > 0
-            kl = losses.kto_reference(self.accelerator.gather(kl_logps)[kept_B],
-                                      self.accelerator.gather(batch["ref_kl_logps"])[kept_B])
+            kl = losses.kto_reference(
+                self.accelerator.gather(kl_logps)[kept_B],
+                self.accelerator.gather(batch["ref_kl_logps"])[kept_B],
+            )
             ratio_B = logps - batch["ref_logps"]
             loss_B = losses.kto(ratio_B, batch["label"], kl, self.stage.beta, *self.weights)
             right_B = (ratio_B > kl) == (batch["label"] > 0.5)
             return losses.weighted_mean(loss_B, batch["weight"]), {
-                "loss": loss_B * batch["weight"], "accuracy": right_B, "kl_reference": kl.expand(B), "reward": self.stage.beta * ratio_B}
+                "loss": loss_B * batch["weight"],
+                "accuracy": right_B,
+                "kl_reference": kl.expand(B),
+                "reward": self.stage.beta * ratio_B,
+            }
 
     return Trainer
 
 
-def _at(batch: dict[str, Any], scored: Any, first: int, last: int, numbers: tuple[str, ...]) -> dict[str, Any]:
-    """The part of a batch that holds answers first to last (each its own row), with the places scored there."""
-    rows = {name: batch[name][first:last] for name in (*collate.PLACES, "attention_mask") if name not in numbers}
+def _at(
+    batch: dict[str, Any], scored: Any, first: int, last: int, numbers: tuple[str, ...]
+) -> dict[str, Any]:
+    """The part of a batch that holds answers first to last (each its own row), with the places
+    scored there.
+    """
+    rows = {
+        name: batch[name][first:last]
+        for name in (*collate.PLACES, "attention_mask")
+        if name not in numbers
+    }
     places = {name: batch[name][scored] for name in ("place", "token")}
-    return {**rows, **places, "row": batch["row"][scored] - first, "answer": batch["answer"][scored] - first}
+    return {
+        **rows,
+        **places,
+        "row": batch["row"][scored] - first,
+        "answer": batch["answer"][scored] - first,
+    }
 
 
 def run(config: KtoConfig, quiet: bool = False) -> dict[str, Any]:
@@ -83,17 +117,35 @@ def prepare(config: KtoConfig) -> tuple[Any, data.Rows, Any]:
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
     found = data.read_rows("unpaired", config.data)
     encode = data.encoder("unpaired", tokenizer, found, config.data)
-    train, val = (data.tokenised(rows, encode, config.data, found.notes, what)
-                  for rows, what in ((found.train, "train"), (found.val, "validation")))
+    train, val = (
+        data.tokenised(rows, encode, config.data, found.notes, what)
+        for rows, what in ((found.train, "train"), (found.val, "validation"))
+    )
     weights = balance(config, train["label"])
-    args = loop.arguments(config, KTOConfig, "eval_loss", False, precompute_ref_log_probs=True, max_length=None,
-                          beta=config.beta)
+    args = loop.arguments(
+        config,
+        KTOConfig,
+        "eval_loss",
+        False,
+        precompute_ref_log_probs=True,
+        max_length=None,
+        beta=config.beta,
+    )
     model, _ = loop.ready_model(load_policy(config.model, config.attention), config)
     with args.main_process_first(local=False):  # the others read what it cached
-        train, val = (with_reference(config, model, tokenizer, mismatched(part, config.seed)) for part in (train, val))
-    trainer = trainer_class()(model=model, peft_config=lora_config(config.lora, "CAUSAL_LM"), args=args, train_dataset=train,
-                              eval_dataset=val, processing_class=tokenizer,
-                              data_collator=collate.single_collator(tokenizer.pad_token_id))
+        train, val = (
+            with_reference(config, model, tokenizer, mismatched(part, config.seed))
+            for part in (train, val)
+        )
+    trainer = trainer_class()(
+        model=model,
+        peft_config=lora_config(config.lora, "CAUSAL_LM"),
+        args=args,
+        train_dataset=train,
+        eval_dataset=val,
+        processing_class=tokenizer,
+        data_collator=collate.single_collator(tokenizer.pad_token_id),
+    )
     trainer.stage, trainer.names, trainer.weights = config, loop.row_names(found), weights
     return trainer, found, tokenizer
 
@@ -106,12 +158,16 @@ def balance(config: KtoConfig, labels: list[bool]) -> tuple[float, float]:
     up = sum(labels)
     down = len(labels) - up
     if not up or not down:
-        raise ConfigError(f"all {len(labels):,} answers have the thumb {'up' if up else 'down'}: KTO needs both")
+        raise ConfigError(
+            f"all {len(labels):,} answers have the thumb {'up' if up else 'down'}: KTO needs both"
+        )
     return config.desirable or max(1.0, down / up), config.undesirable or max(1.0, up / down)
 
 
 def mismatched(dataset: Any, seed: int) -> Any:
-    """Each row with the answer of another row, by a seeded cycle: the sample that the reference point is read from."""
+    """Each row with the answer of another row, by a seeded cycle: the sample that the reference
+    point is read from.
+    """
     order = list(range(len(dataset)))
     random.Random(f"kto {seed}").shuffle(order)
     other = dict(zip(order, [*order[1:], order[0]], strict=True))
@@ -124,9 +180,20 @@ def with_reference(config: KtoConfig, model: Any, tokenizer: Any, dataset: Any) 
     from prefab.factory.keys import model_identity
 
     identity = model_identity(model_folder(config.model), str(next(model.parameters()).dtype))
-    cache = Path(config.reference_cache) if config.reference_cache else Path(config.out).parent / "reference"
+    cache = (
+        Path(config.reference_cache)
+        if config.reference_cache
+        else Path(config.out).parent / "reference"
+    )
     for name, column in (("ref_logps", "completion_ids"), ("ref_kl_logps", "kl_ids")):
         pairs = list(zip(dataset["prompt_ids"], dataset[column], strict=True))
-        logps = reference_logps(model, identity, pairs, cache, config.micro_batch or config.batch_size, tokenizer.pad_token_id)
+        logps = reference_logps(
+            model,
+            identity,
+            pairs,
+            cache,
+            config.micro_batch or config.batch_size,
+            tokenizer.pad_token_id,
+        )
         dataset = dataset.add_column(name, logps)
     return dataset

@@ -1,8 +1,11 @@
-"""What the offline stages share around TRL's trainers: settings, order of batches, checkpoints, and how a run ends.
+"""What the offline stages share around TRL's trainers: settings, order of batches, checkpoints, and
+how a run ends.
 
-A run is its configuration, its model and its data. The same command again goes on from the last whole checkpoint, with
-the same batches, optimiser state and random numbers; a run that has ended is not run again.
+A run is its configuration, its model and its data. The same command again goes on from the last
+whole checkpoint, with the same batches, optimiser state and random numbers; a run that has ended is
+not run again.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -18,26 +21,53 @@ from pydantic import Field
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, distributed
-from prefab.trainers.model_card import write_card
-from prefab.trainers.common import Attention, Lora, NEW, Strict, TrainError, attention_for, default_device, last_checkpoint, mark_complete, model_folder, record_eval, remove_old, translate_errors, write_json
+from prefab.trainers.common import (
+    NEW,
+    Attention,
+    Lora,
+    Strict,
+    TrainError,
+    attention_for,
+    default_device,
+    last_checkpoint,
+    mark_complete,
+    model_folder,
+    record_eval,
+    remove_old,
+    translate_errors,
+    write_json,
+)
 from prefab.trainers.data import DataConfig, Rows
+from prefab.trainers.model_card import write_card
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECORD = "training.json"   # in the output folder: what is trained, and how it ended
-WAIT_S = 86_400            # for the main process, which computes reference log-probabilities alone
+RECORD = "training.json"  # in the output folder: what is trained, and how it ended
+WAIT_S = 86_400  # for the main process, which computes reference log-probabilities alone
 SCHEDULES = {"constant": "constant_with_warmup"}
-NOT_IDENTITY = {"out", "threads", "report_to", "store", "keep_checkpoints"}  # fields that change nothing that is learnt
+NOT_IDENTITY = {
+    "out",
+    "threads",
+    "report_to",
+    "store",
+    "keep_checkpoints",
+}  # fields that change nothing that is learnt
 
 
 class StageConfig(Strict):
-    """What every stage can be told. The learning rate and the schedule's other numbers have a default in each stage."""
+    """What every stage can be told. The learning rate and the schedule's other numbers have a
+    default in each stage.
+    """
 
     model: str = Field(description="What is trained: a folder, an embedded model or a hub name.")
-    out: str = Field(description="The folder that the trained model is written to; checkpoints stand below it.")
+    out: str = Field(
+        description="The folder that the trained model is written to; checkpoints stand below it."
+    )
     data: DataConfig
-    store: str | None = Field(None, description="Where results are recorded; left out: the first source that is a store.")
+    store: str | None = Field(
+        None, description="Where results are recorded; left out: the first source that is a store."
+    )
     seed: int = Field(0, ge=0)
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="Overrides epochs.")
@@ -48,21 +78,34 @@ class StageConfig(Strict):
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
     max_grad_norm: float = Field(1.0, gt=0)
     batch_size: int = Field(32, ge=1, description="Rows a step, over all processes.")
-    micro_batch: int | None = Field(None, ge=1, description="Rows in memory at once; left out: all of a process's.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: mixed precision, weights stay fp32.")
+    micro_batch: int | None = Field(
+        None, ge=1, description="Rows in memory at once; left out: all of a process's."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: mixed precision, weights stay fp32."
+    )
     attention: Attention = "auto"
     gradient_checkpointing: bool = False
-    share_prompt: bool = Field(True, description="Answers to one prompt read it once, where the model can.")
+    share_prompt: bool = Field(
+        True, description="Answers to one prompt read it once, where the model can."
+    )
     lora: Lora | None = None
     merge_lora: bool = Field(True, description="Write one whole model; else the adapter alone.")
-    eval_every: int | None = Field(None, ge=1, description="Steps between validations (and checkpoints); left out: five "
-                                                           "a run.")
-    patience: int | None = Field(None, ge=1, description="Stop after so many validations without a better one.")
+    eval_every: int | None = Field(
+        None, ge=1, description="Steps between validations (and checkpoints); left out: five a run."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many validations without a better one."
+    )
     keep: Literal["best", "last"] = Field("last", description="Which checkpoint becomes the model.")
     keep_checkpoints: int = Field(2, ge=1)
     report_to: list[Literal["tensorboard", "wandb"]] = []
-    threads: int | None = Field(None, ge=1, description="Of torch on a CPU; left out: as torch chooses.")
-    chat_template: str | None = Field(None, description="A Jinja file, for a tokenizer without one.")
+    threads: int | None = Field(
+        None, ge=1, description="Of torch on a CPU; left out: as torch chooses."
+    )
+    chat_template: str | None = Field(
+        None, description="A Jinja file, for a tokenizer without one."
+    )
     pad_token: str | None = None
 
 
@@ -75,24 +118,49 @@ def arguments(config: StageConfig, kind: Any, metric: str, greater: bool, **more
     """The stage's settings as the arguments of a TRL trainer; `kind` is its configuration class."""
     world = distributed.world_size()
     if config.batch_size % world:
-        raise ConfigError(f"batch_size: {config.batch_size} rows cannot be shared by {world} processes")
+        raise ConfigError(
+            f"batch_size: {config.batch_size} rows cannot be shared by {world} processes"
+        )
     mine = config.batch_size // world
     micro = min(config.micro_batch or mine, mine)
     if mine % micro:
         raise ConfigError(f"micro_batch: {micro} does not divide the {mine} rows of a process")
     steps = config.eval_every if config.eval_every else 0.2
     return kind(
-        output_dir=config.out, seed=config.seed, num_train_epochs=config.epochs, max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate, lr_scheduler_type=SCHEDULES.get(config.schedule, config.schedule), warmup_steps=config.warmup,
-        weight_decay=config.weight_decay, adam_beta1=config.betas[0], adam_beta2=config.betas[1],
-        max_grad_norm=config.max_grad_norm, per_device_train_batch_size=micro, per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=mine // micro, bf16=config.precision == "bf16", fp16=False,
-        use_cpu=default_device() == "cpu", gradient_checkpointing=config.gradient_checkpointing,
-        eval_strategy="steps", eval_steps=steps, save_strategy="steps", save_steps=steps,
+        output_dir=config.out,
+        seed=config.seed,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=SCHEDULES.get(config.schedule, config.schedule),
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        max_grad_norm=config.max_grad_norm,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=mine // micro,
+        bf16=config.precision == "bf16",
+        fp16=False,
+        use_cpu=default_device() == "cpu",
+        gradient_checkpointing=config.gradient_checkpointing,
+        eval_strategy="steps",
+        eval_steps=steps,
+        save_strategy="steps",
+        save_steps=steps,
         load_best_model_at_end=config.keep == "best" or config.patience is not None,
-        metric_for_best_model=metric, greater_is_better=greater, report_to=config.report_to or "none",
-        ddp_timeout=WAIT_S, logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=default_device() != "cpu", **more)
+        metric_for_best_model=metric,
+        greater_is_better=greater,
+        report_to=config.report_to or "none",
+        ddp_timeout=WAIT_S,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=default_device() != "cpu",
+        **more,
+    )
 
 
 class Order:
@@ -114,14 +182,16 @@ class Order:
 
 
 class Loop:
-    """Mixed into a TRL trainer: tokens come ready, batches in buckets, checkpoints are marked, a NaN stops it.
+    """Mixed into a TRL trainer: tokens come ready, batches in buckets, checkpoints are marked, a
+    NaN stops it.
 
-    A class, because transformers' Trainer is extended by overriding; it holds nothing but what those hooks need. A stage
-    gives `losses(model, batch) -> (loss, {name: values a row})`, among which `loss`, the rows' own losses.
+    A class, because transformers' Trainer is extended by overriding; it holds nothing but what
+    those hooks need. A stage gives `losses(model, batch) -> (loss, {name: values a row})`, among
+    which `loss`, the rows' own losses.
     """
 
-    names: list[str] = []          # of the rows of train, for messages
-    kept: int = 2                  # checkpoints
+    names: list[str] = []  # of the rows of train, for messages
+    kept: int = 2  # checkpoints
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
@@ -131,10 +201,19 @@ class Loop:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = train_dataset if train_dataset is not None else self.train_dataset
-        plain, extra = (data.dataset, data.extra) if isinstance(data, distributed.Padded) else (data, 0)
-        return Order(plain["length"], self.args.per_device_train_batch_size * self.args.world_size, self.args.seed, extra)
+        plain, extra = (
+            (data.dataset, data.extra) if isinstance(data, distributed.Padded) else (data, 0)
+        )
+        return Order(
+            plain["length"],
+            self.args.per_device_train_batch_size * self.args.world_size,
+            self.args.seed,
+            extra,
+        )
 
-    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
+    ) -> Any:
         world = self.args.world_size
         even = distributed.Padded(dataset, batch_size * world) if world > 1 else dataset
         return super()._get_dataloader(even, description, batch_size, *args, **kwargs)
@@ -146,8 +225,10 @@ class Loop:
         """Nothing is sent anywhere."""
 
     def note(self, kept_B: Tensor, values: dict[str, Tensor]) -> None:
-        """Metrics a row, summed over rows, so that a smaller last batch does not count as a whole one. Rows that are not
-        `kept_B` stand for nothing; values of other length than B or 2 B (tokens) have none of those."""
+        """Metrics a row, summed over rows, so that a smaller last batch does not count as a whole
+        one. Rows that are not `kept_B` stand for nothing; values of other length than B or 2 B
+        (tokens) have none of those.
+        """
         mode, B = "train" if self.model.training else "eval", len(kept_B)
         for name, found in values.items():
             found = found.detach().float()
@@ -161,10 +242,14 @@ class Loop:
     def sums(self) -> dict[str, Any]:
         """Sums and counts since the last log, by mode and metric."""
         if not hasattr(self, "_sums"):
-            self._sums: dict[str, Any] = {m: defaultdict(lambda: [0.0, 0]) for m in ("train", "eval")}
+            self._sums: dict[str, Any] = {
+                m: defaultdict(lambda: [0.0, 0]) for m in ("train", "eval")
+            }
         return self._sums
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The stage's loss, with its metrics noted."""
         import torch
 
@@ -172,31 +257,51 @@ class Loop:
         loss, values = self.losses(model, inputs, num_items_in_batch)
         rows_loss = values.pop("loss")
         self.note(kept_B, values if self.model.training else {**values, "loss": rows_loss})
-        if self.args.world_size > 1 and num_items_in_batch is None:  # a mean over the rows that are kept, wherever they are
-            loss = loss * torch.numel(kept_B) / self.accelerator.reduce(kept_B.sum().float(), "mean").clamp(min=1e-9)
+        if (
+            self.args.world_size > 1 and num_items_in_batch is None
+        ):  # a mean over the rows that are kept, wherever they are
+            loss = (
+                loss
+                * torch.numel(kept_B)
+                / self.accelerator.reduce(kept_B.sum().float(), "mean").clamp(min=1e-9)
+            )
         return (loss, {}) if return_outputs else loss
 
-    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Any, None, None]:
+    def prediction_step(
+        self, model: Any, inputs: Any, *_: Any, **__: Any
+    ) -> tuple[Any, None, None]:
         """A validation batch gives its loss; predictions are not kept."""
         import torch
 
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach().mean(), None, None
+            return (
+                self.compute_loss(model, self._prepare_inputs(inputs)).detach().mean(),
+                None,
+                None,
+            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, but a loss that is no number stops before the optimiser has seen its gradient."""
+        """As the Trainer's, but a loss that is no number stops before the optimiser has seen its
+        gradient.
+        """
         import torch
 
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            rows = ", ".join(self.names[i] if i < len(self.names) else str(i) for i in self.rows_now[:8])
-            raise TrainError(f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of rows "
-                             f"{rows}{' ...' if len(self.rows_now) > 8 else ''}. The last whole checkpoint is kept: look at "
-                             "these rows, lower learning_rate, or use precision: fp32")
+            rows = ", ".join(
+                self.names[i] if i < len(self.names) else str(i) for i in self.rows_now[:8]
+            )
+            raise TrainError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of rows "
+                f"{rows}{' ...' if len(self.rows_now) > 8 else ''}. The last whole checkpoint is kept: look at "
+                "these rows, lower learning_rate, or use precision: fp32"
+            )
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of what was noted, over all processes. `eval_loss` is a mean over rows (SFT: tokens)."""
+        """Adds the means of what was noted, over all processes. `eval_loss` is a mean over rows
+        (SFT: tokens).
+        """
         import torch
 
         mode = "train" if self.model.training else "eval"
@@ -205,7 +310,13 @@ class Loop:
             sums = torch.tensor([self.sums[mode][name] for name in names], dtype=torch.float64)
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
-            logs.update({prefix + name: total / n for name, (total, n) in zip(names, sums.tolist(), strict=True) if n})
+            logs.update(
+                {
+                    prefix + name: total / n
+                    for name, (total, n) in zip(names, sums.tolist(), strict=True)
+                    if n
+                }
+            )
         self.sums[mode].clear()
         super().log(logs, start_time)
 
@@ -213,8 +324,10 @@ class Loop:
         import torch
 
         if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
-            raise TrainError(f"weights that are no numbers at step {self.state.global_step}; the last whole checkpoint is "
-                             "kept. Lower learning_rate, or use precision: fp32")
+            raise TrainError(
+                f"weights that are no numbers at step {self.state.global_step}; the last whole checkpoint is "
+                "kept. Lower learning_rate, or use precision: fp32"
+            )
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -231,14 +344,22 @@ def finished(config: StageConfig, stage: str) -> dict[str, Any] | None:
     out = Path(config.out)
     file = out / RECORD
     if not file.exists():
-        if out.exists() and any(p for p in out.iterdir() if p.name not in ("reference", "README.md", RECORD + NEW)):
-            raise ConfigError(f"out: {out} is there already and holds no training; name a new folder")
+        if out.exists() and any(
+            p for p in out.iterdir() if p.name not in ("reference", "README.md", RECORD + NEW)
+        ):
+            raise ConfigError(
+                f"out: {out} is there already and holds no training; name a new folder"
+            )
         return None
     record = json.loads(file.read_text())
     wanted = _identity(config, stage)
     if record["identity"] != wanted:
-        changed = sorted(k for k in {*wanted, *record["identity"]} if wanted.get(k) != record["identity"].get(k))
-        raise ConfigError(f"out: {out} holds another training (other {', '.join(changed)}). Name a new folder, or delete it")
+        changed = sorted(
+            k for k in {*wanted, *record["identity"]} if wanted.get(k) != record["identity"].get(k)
+        )
+        raise ConfigError(
+            f"out: {out} holds another training (other {', '.join(changed)}). Name a new folder, or delete it"
+        )
     return record.get("result")
 
 
@@ -257,21 +378,39 @@ def data_digest(dataset: Any) -> str:
     return sha.hexdigest()[:32]
 
 
-def fit(trainer: Any, config: StageConfig, stage: str, found: Rows, tokenizer: Any, quiet: bool = False,
-        finish: Callable[[Any], dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Train, from the last whole checkpoint where there is one; write model, card and record; give the result.
+def fit(
+    trainer: Any,
+    config: StageConfig,
+    stage: str,
+    found: Rows,
+    tokenizer: Any,
+    quiet: bool = False,
+    finish: Callable[[Any], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Train, from the last whole checkpoint where there is one; write model, card and record; give
+    the result.
 
-    `finish(model)` may add to the result (a reward model's normalisation) before the model is written.
+    `finish(model)` may add to the result (a reward model's normalisation) before the model is
+    written.
     Raises: TrainError, StoreError; ConfigError where the data changed under an unfinished training.
     """
     out, main = Path(config.out), trainer.is_world_process_zero()
     identity = {**_identity(config, stage)}
-    record = {"identity": identity, "data": data_digest(trainer.train_dataset), "lineage": found.lineage, "notes": found.notes}
+    record = {
+        "identity": identity,
+        "data": data_digest(trainer.train_dataset),
+        "lineage": found.lineage,
+        "notes": found.notes,
+    }
     file, sharded = out / RECORD, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if sharded and config.lora and config.merge_lora:
-        raise ConfigError("merge_lora: adapters cannot be merged into weights that lie on several devices; write merge_lora: false")
+        raise ConfigError(
+            "merge_lora: adapters cannot be merged into weights that lie on several devices; write merge_lora: false"
+        )
     if file.exists() and json.loads(file.read_text())["data"] != record["data"]:
-        raise ConfigError(f"out: {out} holds an unfinished training on other data. Name a new folder, or delete it")
+        raise ConfigError(
+            f"out: {out} holds an unfinished training on other data. Name a new folder, or delete it"
+        )
     trainer.accelerator.wait_for_everyone()  # all have read what stands there
     if main:
         write_json(file, record)
@@ -281,10 +420,19 @@ def fit(trainer: Any, config: StageConfig, stage: str, found: Rows, tokenizer: A
     with translate_errors(out):
         trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(out)) else None)
         metrics = trainer.evaluate()
-        result = {"stage": stage, "model": str(out), "steps": trainer.state.global_step, "train": len(trainer.train_dataset),
-                  "val": len(trainer.eval_dataset), "seconds": round(time.monotonic() - began, 1),
-                  "metrics": {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")
-                              and not k.endswith(("runtime", "per_second"))}}
+        result = {
+            "stage": stage,
+            "model": str(out),
+            "steps": trainer.state.global_step,
+            "train": len(trainer.train_dataset),
+            "val": len(trainer.eval_dataset),
+            "seconds": round(time.monotonic() - began, 1),
+            "metrics": {
+                k.removeprefix("eval_"): v
+                for k, v in metrics.items()
+                if k.startswith("eval_") and not k.endswith(("runtime", "per_second"))
+            },
+        }
         if sharded:
             trainer.save_model(str(out))
         if main:
@@ -294,21 +442,35 @@ def fit(trainer: Any, config: StageConfig, stage: str, found: Rows, tokenizer: A
             record["result"] = result
             write_card(out, stage, config, result, record, trainer.state.log_history)
             write_json(file, record)
-            record_eval(result_store(config), f"train {stage}", str(out), result["metrics"], steps=result["steps"],
-                        data=record["data"], weights=identity["weights"], seed=config.seed,
-                        history=[h for h in trainer.state.log_history if "eval_loss" in h])
+            record_eval(
+                result_store(config),
+                f"train {stage}",
+                str(out),
+                result["metrics"],
+                steps=result["steps"],
+                data=record["data"],
+                weights=identity["weights"],
+                seed=config.seed,
+                history=[h for h in trainer.state.log_history if "eval_loss" in h],
+            )
         trainer.accelerator.wait_for_everyone()
     return result
 
 
 def _written(trainer: Any, out: Path) -> Any:
     """A sharded model as it was saved, whole, on this process's device."""
-    model = type(trainer.accelerator.unwrap_model(trainer.model)).from_pretrained(out).to(trainer.accelerator.device)
+    model = (
+        type(trainer.accelerator.unwrap_model(trainer.model))
+        .from_pretrained(out)
+        .to(trainer.accelerator.device)
+    )
     collate.add_scored_forward(model)
     return model
 
 
-def _write(trainer: Any, config: StageConfig, tokenizer: Any, out: Path, sharded: bool = False) -> None:
+def _write(
+    trainer: Any, config: StageConfig, tokenizer: Any, out: Path, sharded: bool = False
+) -> None:
     tokenizer.save_pretrained(out)
     if sharded:
         return
@@ -338,7 +500,9 @@ def _callbacks(trainer: Any, config: StageConfig, stage: str, quiet: bool) -> No
             if self.progress is not None:
                 kept = ("loss", "accuracy", "eval_loss", "eval_accuracy")
                 self.facts |= {k: float(v) for k, v in (logs or {}).items() if k in kept}
-                self.progress.advance(state.global_step - self.progress.done, **self.facts)   # every step is logged
+                self.progress.advance(
+                    state.global_step - self.progress.done, **self.facts
+                )  # every step is logged
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             if self.progress is not None:
@@ -351,16 +515,28 @@ def _callbacks(trainer: Any, config: StageConfig, stage: str, quiet: bool) -> No
 
 
 def ready_model(model: Any, config: StageConfig, wanted: bool | None = None) -> tuple[Any, bool]:
-    """The model with the scored forward (before any adapter is put around it), and whether rows may hold trees: where
-    `wanted` (left out: `share_prompt`) and the model can."""
+    """The model with the scored forward (before any adapter is put around it), and whether rows may
+    hold trees: where `wanted` (left out: `share_prompt`) and the model can.
+    """
     device = next(model.parameters()).device
     collate.add_scored_forward(model)
     wanted = config.share_prompt if wanted is None else wanted
-    share = wanted and collate.can_share(model, attention_for(config.attention, device.type), device)
+    share = wanted and collate.can_share(
+        model, attention_for(config.attention, device.type), device
+    )
     return model, share
 
 
 def row_names(found: Rows) -> list[str]:
-    """What each train row is called in messages: its preference, sample or prompt id, or the start of its prompt."""
-    return [str(row.get("preference") or row.get("sample") or row.get("prompt_id") or (row.get("prompt") or
-            [{"content": i}])[-1]["content"])[:40] for i, row in enumerate(found.train)]
+    """What each train row is called in messages: its preference, sample or prompt id, or the start
+    of its prompt.
+    """
+    return [
+        str(
+            row.get("preference")
+            or row.get("sample")
+            or row.get("prompt_id")
+            or (row.get("prompt") or [{"content": i}])[-1]["content"]
+        )[:40]
+        for i, row in enumerate(found.train)
+    ]

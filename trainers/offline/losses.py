@@ -1,9 +1,12 @@
-"""Losses of the offline stages, as pure functions of tensors; each gives one number a pair or answer.
+"""Losses of the offline stages, as pure functions of tensors; each gives one number a pair or
+answer.
 
-A pair's target is the probability that its `chosen` is the better one: 1.0 is a hard label, 0.5 says nothing. For every
-pair loss f it means the expected loss under that probability, target f(chosen, rejected) + (1 - target) f(rejected,
-chosen); for the sigmoid that is the cross-entropy with a soft label, for IPO its own population loss.
+A pair's target is the probability that its `chosen` is the better one: 1.0 is a hard label, 0.5
+says nothing. For every pair loss f it means the expected loss under that probability, target
+f(chosen, rejected) + (1 - target) f(rejected, chosen); for the sigmoid that is the cross-entropy
+with a soft label, for IPO its own population loss.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -21,7 +24,8 @@ def logsigmoid(x: Tensor) -> Tensor:
 
 
 class Side(NamedTuple):
-    """One answer of each pair: summed log-probabilities under the policy and the reference, and how many tokens.
+    """One answer of each pair: summed log-probabilities under the policy and the reference, and how
+    many tokens.
 
     Shapes: B each.
     """
@@ -32,7 +36,9 @@ class Side(NamedTuple):
 
     @property
     def ratio_B(self) -> Tensor:
-        """Log-ratio of policy and reference: the implicit reward divided by beta, up to a constant of the prompt."""
+        """Log-ratio of policy and reference: the implicit reward divided by beta, up to a constant
+        of the prompt.
+        """
         return self.logps_B - self.ref_logps_B
 
     @property
@@ -41,20 +47,28 @@ class Side(NamedTuple):
         return self.ratio_B / self.tokens_B.clamp(min=1)
 
 
-def bradley_terry(chosen_B: Tensor, rejected_B: Tensor, target_B: Tensor | float = 1.0,
-                  margin_B: Tensor | float = 0.0) -> Tensor:
-    """Cross-entropy of the preference that two rewards imply, sigmoid(chosen - rejected - margin), with the target.
+def bradley_terry(
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    target_B: Tensor | float = 1.0,
+    margin_B: Tensor | float = 0.0,
+) -> Tensor:
+    """Cross-entropy of the preference that two rewards imply, sigmoid(chosen - rejected - margin),
+    with the target.
 
-    Its gradient in `chosen` is that probability minus the target: zero exactly where they are equal.
+    Its gradient in `chosen` is that probability minus the target: zero exactly where they are
+    equal.
     Shapes: B.
-    Source: Bradley and Terry 1952; soft targets as in Bai et al. 2022 and Lee et al. 2023; margin of Llama 2 (2307.09288).
+    Source: Bradley and Terry 1952; soft targets as in Bai et al. 2022 and Lee et al. 2023; margin
+    of Llama 2 (2307.09288).
     """
     logits_B = chosen_B - rejected_B - margin_B
     return -(target_B * logsigmoid(logits_B) + (1 - target_B) * logsigmoid(-logits_B))
 
 
 def centring(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
-    """(chosen + rejected)^2: holds rewards near zero, since pairs alone leave a constant of each prompt free.
+    """(chosen + rejected)^2: holds rewards near zero, since pairs alone leave a constant of each
+    prompt free.
 
     Shapes: B.
     Source: Eisenstein et al. 2023 (2312.09244), eq. 2; TRL's `center_rewards_coefficient`.
@@ -63,7 +77,9 @@ def centring(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
 
 
 def sigmoid(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
-    """-log sigmoid(beta (ratio_won - ratio_lost)). Source: Rafailov et al. 2023 (2305.18290), eq. 7."""
+    """-log sigmoid(beta (ratio_won - ratio_lost)). Source: Rafailov et al. 2023 (2305.18290), eq.
+    7.
+    """
     return -logsigmoid(beta * (won.ratio_B - lost.ratio_B))
 
 
@@ -73,7 +89,8 @@ def sigmoid_norm(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
 
 
 def ipo(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
-    """(difference of log-ratios a token - 1 / (2 beta))^2: the difference has a target, so it cannot run away.
+    """(difference of log-ratios a token - 1 / (2 beta))^2: the difference has a target, so it
+    cannot run away.
 
     With a soft target the difference ends at (2 target - 1) / (2 beta).
     Source: Azar et al. 2023 (2310.12036), eq. 17; a token, as TRL and its authors do.
@@ -82,7 +99,8 @@ def ipo(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
 
 
 def hinge(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
-    """max(0, 1 - beta difference). A soft target only scales it: it learns which is better, not by how much.
+    """max(0, 1 - beta difference). A soft target only scales it: it learns which is better, not by
+    how much.
 
     Source: SLiC-HF (2305.10425), RSO (2309.06657).
     """
@@ -108,11 +126,14 @@ def simpo(won: Side, lost: Side, beta: float, gamma: float = 0.5) -> Tensor:
 
 
 def exo_pair(won: Side, lost: Side, beta: float, smoothing: float = 1e-3) -> Tensor:
-    """KL from the policy's to the label's distribution over the two. Source: Ji et al. 2024 (2402.00856), eq. 16."""
+    """KL from the policy's to the label's distribution over the two. Source: Ji et al. 2024
+    (2402.00856), eq. 16.
+    """
     logits_B = beta * (won.ratio_B - lost.ratio_B)
     labels = logits_B.new_tensor([1 - smoothing, smoothing]).log()
-    return (logits_B.sigmoid() * (logsigmoid(logits_B) - labels[0])
-            + (-logits_B).sigmoid() * (logsigmoid(-logits_B) - labels[1]))
+    return logits_B.sigmoid() * (logsigmoid(logits_B) - labels[0]) + (-logits_B).sigmoid() * (
+        logsigmoid(-logits_B) - labels[1]
+    )
 
 
 def nca_pair(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
@@ -122,12 +143,16 @@ def nca_pair(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
 
 
 def bco_pair(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
-    """A classifier of good and bad answers whose logit is the implicit reward. Source: Jung et al. 2024 (2404.04656)."""
+    """A classifier of good and bad answers whose logit is the implicit reward. Source: Jung et al.
+    2024 (2404.04656).
+    """
     return -logsigmoid(beta * won.ratio_B) - logsigmoid(-beta * lost.ratio_B)
 
 
 def sppo_hard(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
-    """Each log-ratio towards plus or minus 1 / (2 beta). Source: Wu et al. 2024 (2405.00675), eq. 4.7."""
+    """Each log-ratio towards plus or minus 1 / (2 beta). Source: Wu et al. 2024 (2405.00675), eq.
+    4.7.
+    """
     return (won.ratio_B - 0.5 / beta) ** 2 + (lost.ratio_B + 0.5 / beta) ** 2
 
 
@@ -137,31 +162,53 @@ def apo_zero(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
 
 
 def apo_down(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
-    """Down with both, more with the rejected: for chosen answers worse than the model's. Source: 2408.06266, eq. 8."""
+    """Down with both, more with the rejected: for chosen answers worse than the model's. Source:
+    2408.06266, eq. 8.
+    """
     return (beta * won.ratio_B).sigmoid() + 1 - (beta * (won.ratio_B - lost.ratio_B)).sigmoid()
 
 
 def discopop(won: Side, lost: Side, beta: float, tau: float = 0.05) -> Tensor:
-    """A mixture of the logistic and the exponential loss, found by search. Source: 2406.08414, eq. 5."""
+    """A mixture of the logistic and the exponential loss, found by search. Source: 2406.08414, eq.
+    5.
+    """
     logits_B = beta * (won.ratio_B - lost.ratio_B)
     mix_B = (logits_B / tau).sigmoid()
     return -logsigmoid(logits_B) * (1 - mix_B) + (-logits_B).exp() * mix_B
 
 
 PAIR_LOSSES: dict[str, Callable[[Side, Side, float, float], Tensor]] = {
-    "sigmoid": sigmoid, "sigmoid_norm": sigmoid_norm, "ipo": ipo, "hinge": hinge, "robust": robust, "simpo": simpo,
-    "exo_pair": exo_pair, "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero,
-    "apo_down": apo_down, "discopop": discopop}
+    "sigmoid": sigmoid,
+    "sigmoid_norm": sigmoid_norm,
+    "ipo": ipo,
+    "hinge": hinge,
+    "robust": robust,
+    "simpo": simpo,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+}
 # What the last argument of these is, where TRL's configuration says nothing else.
 EXTRA = {"robust": 0.1, "simpo": 0.5, "exo_pair": 1e-3, "discopop": 0.05}
 
 
-def preference(name: str, chosen: Side, rejected: Side, beta: float, target_B: Tensor | float = 1.0,
-               extra: float | None = None) -> Tensor:
-    """A pair loss by name, expected under the target probability. Where every target is 1 it is the plain loss.
+def preference(
+    name: str,
+    chosen: Side,
+    rejected: Side,
+    beta: float,
+    target_B: Tensor | float = 1.0,
+    extra: float | None = None,
+) -> Tensor:
+    """A pair loss by name, expected under the target probability. Where every target is 1 it is the
+    plain loss.
 
-    `extra` is what the loss takes besides beta: share of flipped labels (robust), margin (simpo), smoothing (exo_pair),
-    temperature (discopop); left out: `EXTRA`.
+    `extra` is what the loss takes besides beta: share of flipped labels (robust), margin (simpo),
+    smoothing (exo_pair), temperature (discopop); left out: `EXTRA`.
     Shapes: B.
     """
     loss, more = PAIR_LOSSES[name], EXTRA.get(name, 0.0) if extra is None else extra
@@ -172,13 +219,22 @@ def preference(name: str, chosen: Side, rejected: Side, beta: float, target_B: T
 
 
 def implied_probability(chosen: Side, rejected: Side, beta: float) -> Tensor:
-    """The probability that the policy, read as a reward model, gives to the chosen answer. Shapes: B."""
+    """The probability that the policy, read as a reward model, gives to the chosen answer. Shapes:
+    B.
+    """
     return (beta * (chosen.ratio_B - rejected.ratio_B)).sigmoid()
 
 
-def kto(ratio_B: Tensor, label_B: Tensor, kl: Tensor | float, beta: float, desirable: float = 1.0,
-        undesirable: float = 1.0) -> Tensor:
-    """How little each answer's utility is, seen from the point `kl` (a constant: nothing flows back through it).
+def kto(
+    ratio_B: Tensor,
+    label_B: Tensor,
+    kl: Tensor | float,
+    beta: float,
+    desirable: float = 1.0,
+    undesirable: float = 1.0,
+) -> Tensor:
+    """How little each answer's utility is, seen from the point `kl` (a constant: nothing flows back
+    through it).
 
     `label_B` is 1 for a thumb up, 0 for down; between them the expected loss.
     Shapes: B; kl a scalar, at least 0.
@@ -190,7 +246,8 @@ def kto(ratio_B: Tensor, label_B: Tensor, kl: Tensor | float, beta: float, desir
 
 
 def kto_reference(kl_logps_B: Tensor, kl_ref_logps_B: Tensor) -> Tensor:
-    """The reference point of `kto`: the mean log-ratio of answers under prompts they do not belong to, at least 0.
+    """The reference point of `kto`: the mean log-ratio of answers under prompts they do not belong
+    to, at least 0.
 
     Shapes: B to a scalar without gradient.
     Source: Ethayarajh et al. 2024, section 4.1.
@@ -199,6 +256,8 @@ def kto_reference(kl_logps_B: Tensor, kl_ref_logps_B: Tensor) -> Tensor:
 
 
 def weighted_mean(loss_B: Tensor, weight_B: Tensor | None = None) -> Tensor:
-    """The mean of weight times loss. Weights average 1 over the data, not over a batch: dividing by a batch's own sum
-    would make a row count more where it happens to stand among light ones. Shapes: B to a scalar."""
+    """The mean of weight times loss. Weights average 1 over the data, not over a batch: dividing by
+    a batch's own sum would make a row count more where it happens to stand among light ones.
+    Shapes: B to a scalar.
+    """
     return loss_B.mean() if weight_B is None else (weight_B * loss_B).mean()

@@ -1,8 +1,10 @@
 """Log-probabilities of answers under a frozen reference, computed once and cached by content.
 
-The key is what decides them: the reference's weights and precision, the prompt's tokens, the answer's. So another epoch,
-another seed, another learning rate or another selection of the same rows costs no forward pass.
+The key is what decides them: the reference's weights and precision, the prompt's tokens, the
+answer's. So another epoch, another seed, another learning rate or another selection of the same
+rows costs no forward pass.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -16,7 +18,9 @@ from prefab.trainers import collate
 Pair = tuple[list[int], list[int]]  # prompt and answer
 
 
-def reference_logps(model: Any, identity: str, pairs: Sequence[Pair], cache: Path, batch: int, pad: int) -> list[float]:
+def reference_logps(
+    model: Any, identity: str, pairs: Sequence[Pair], cache: Path, batch: int, pad: int
+) -> list[float]:
     """The summed log-probability of each answer after its prompt, in the order of `pairs`.
 
     `model` needs the scored forward (`layout.add_scored_forward`), and is read in evaluation mode.
@@ -26,7 +30,9 @@ def reference_logps(model: Any, identity: str, pairs: Sequence[Pair], cache: Pat
     known = _read(file)
     missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
     if missing:
-        known |= dict(zip(missing, compute_logps(model, list(missing.values()), batch, pad), strict=True))
+        known |= dict(
+            zip(missing, compute_logps(model, list(missing.values()), batch, pad), strict=True)
+        )
         _write(file, known)
     return [known[key] for key in keys]
 
@@ -36,14 +42,19 @@ def _key(pair: Pair) -> str:
 
 
 def compute_logps(model: Any, pairs: Sequence[Pair], batch: int, pad: int) -> list[float]:
-    """The summed log-probability of each answer after its prompt, without gradient, in the order of `pairs`.
+    """The summed log-probability of each answer after its prompt, without gradient, in the order of
+    `pairs`.
 
-    About `batch` answers a forward; those to one prompt share it where the model can. The longest first, so that memory
-    that does not suffice is met at once.
+    About `batch` answers a forward; those to one prompt share it where the model can. The longest
+    first, so that memory that does not suffice is met at once.
     """
     import torch
 
-    device, dtype, was = next(model.parameters()).device, next(model.parameters()).dtype, model.training
+    device, dtype, was = (
+        next(model.parameters()).device,
+        next(model.parameters()).dtype,
+        model.training,
+    )
     share = collate.can_share(model, getattr(model.config, "_attn_implementation", ""), device)
     found = [0.0] * len(pairs)
     model.eval()
@@ -51,7 +62,10 @@ def compute_logps(model: Any, pairs: Sequence[Pair], batch: int, pad: int) -> li
         for groups in _batches(_groups(pairs, share), batch):
             order = [i for group in groups for i in group]
             at = {i: k for k, i in enumerate(order)}
-            laid = collate.lay_out([[(pairs[group[0]][0], [(at[i], pairs[i][1]) for i in group])] for group in groups], pad)
+            laid = collate.lay_out(
+                [[(pairs[group[0]][0], [(at[i], pairs[i][1]) for i in group])] for group in groups],
+                pad,
+            )
             laid = {name: value.to(device) for name, value in laid.items()}
             logps, _ = collate.answer_logps(model, laid, dtype)
             for i, value in zip(order, logps.tolist(), strict=True):
@@ -61,8 +75,9 @@ def compute_logps(model: Any, pairs: Sequence[Pair], batch: int, pad: int) -> li
 
 
 def _groups(pairs: Sequence[Pair], share: bool) -> list[list[int]]:
-    """Numbers of pairs that stand in one row, the longest row first: answers to one prompt, no more than make the row
-    twice as long as the longest pair, since its mask is that length squared."""
+    """Numbers of pairs that stand in one row, the longest row first: answers to one prompt, no more
+    than make the row twice as long as the longest pair, since its mask is that length squared.
+    """
     most = 2 * max(len(prompt) + len(answer) for prompt, answer in pairs)
     groups: list[list[int]] = []
     lengths: list[int] = []
@@ -102,7 +117,9 @@ def _read(file: Path) -> dict[str, float]:
 
 
 def _write(file: Path, known: dict[str, float]) -> None:
-    """Whole or not at all; a second process that writes at the same time may cost its rows, never a wrong one."""
+    """Whole or not at all; a second process that writes at the same time may cost its rows, never a
+    wrong one.
+    """
     import polars as pl
 
     file.parent.mkdir(parents=True, exist_ok=True)

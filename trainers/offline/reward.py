@@ -1,8 +1,11 @@
-"""A reward model: Bradley-Terry with a probability a pair, ensembles, and scores on which the reference has mean 0.
+"""A reward model: Bradley-Terry with a probability a pair, ensembles, and scores on which the
+reference has mean 0.
 
-What is written is an ordinary sequence classifier with one label, for transformers and for vLLM's pooling runner; its raw
-output is the logit. `reward.json` beside it holds what a score needs besides.
+What is written is an ordinary sequence classifier with one label, for transformers and for vLLM's
+pooling runner; its raw output is the logit. `reward.json` beside it holds what a score needs
+besides.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,8 +19,16 @@ from pydantic import Field
 from prefab.factory.errors import ConfigError
 from prefab.factory.spec.templates import neutralise
 from prefab.trainers import collate, data, distributed
+from prefab.trainers.common import (
+    conversation_ids,
+    load_reward,
+    load_tokenizer,
+    lora_config,
+    record_eval,
+    seed_everything,
+    write_json,
+)
 from prefab.trainers.offline import loop, losses
-from prefab.trainers.common import conversation_ids, load_reward, load_tokenizer, lora_config, record_eval, seed_everything, write_json
 from prefab.trainers.offline.loop import StageConfig
 
 if TYPE_CHECKING:
@@ -28,18 +39,30 @@ Combine = Literal["mean", "min", "mean_minus_sd"]
 
 
 class RewardTrainingConfig(StageConfig):
-    """As every stage. Stops by validation accuracy: training on makes a reward model surer, not better (docs/training.md)."""
+    """As every stage. Stops by validation accuracy: training on makes a reward model surer, not
+    better (docs/training.md).
+    """
 
     learning_rate: float = Field(2e-5, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     patience: int | None = Field(3, ge=1)
     keep: Literal["best", "last"] = "best"
-    margin: float = Field(0.0, ge=0, description="Ask surer pairs to be that much further apart: margin (2 p_chosen - 1).")
-    centre: float = Field(0.01, ge=0, description="Weight of (chosen + rejected)^2, which holds rewards near zero.")
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description="Ask surer pairs to be that much further apart: margin (2 p_chosen - 1).",
+    )
+    centre: float = Field(
+        0.01, ge=0, description="Weight of (chosen + rejected)^2, which holds rewards near zero."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Of attention, while training.")
-    members: int = Field(1, ge=1, le=64, description="Models in the ensemble, seeds from `seed` on.")
+    members: int = Field(
+        1, ge=1, le=64, description="Models in the ensemble, seeds from `seed` on."
+    )
     combine: Combine = "mean"
-    lam: float = Field(1.0, ge=0, description="Of mean_minus_sd: how many deviations between the members.")
+    lam: float = Field(
+        1.0, ge=0, description="Of mean_minus_sd: how many deviations between the members."
+    )
 
 
 def trainer_class() -> Any:
@@ -55,16 +78,21 @@ def trainer_class() -> Any:
             """Cross-entropy with each pair's target, and the centring term."""
             import torch
 
-            chosen, rejected = collate.answer_scores(model, batch, next(model.parameters()).dtype).chunk(2)
+            chosen, rejected = collate.answer_scores(
+                model, batch, next(model.parameters()).dtype
+            ).chunk(2)
             margin = self.stage.margin * (2 * batch["p"] - 1)
             loss_B = losses.bradley_terry(chosen, rejected, batch["target"], margin)
             whole_B = loss_B + self.stage.centre * losses.centring(chosen, rejected)
             implied_B = torch.sigmoid(chosen - rejected)
             return losses.weighted_mean(whole_B, batch["weight"]), {
                 "loss": whole_B * batch["weight"],
-                "accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(), "margin": chosen - rejected,
-                "reward": torch.cat([chosen, rejected]), "implied_off": (implied_B - batch["target"]).abs(),
-                "cross_entropy": loss_B}
+                "accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
+                "margin": chosen - rejected,
+                "reward": torch.cat([chosen, rejected]),
+                "implied_off": (implied_B - batch["target"]).abs(),
+                "cross_entropy": loss_B,
+            }
 
     return Trainer
 
@@ -81,14 +109,36 @@ def run(config: RewardTrainingConfig, quiet: bool = False) -> dict[str, Any]:
         changes = {"out": str(out / f"member-{k}"), "seed": config.seed + k, "members": 1}
         results.append(_member(config.model_copy(update=changes), quiet))
     names = [f"member-{k}" for k in range(config.members)]
-    settings = {"members": names, "combine": config.combine, "lam": config.lam, "mean": 0.0, "deviation": 1.0}
+    settings = {
+        "members": names,
+        "combine": config.combine,
+        "lam": config.lam,
+        "mean": 0.0,
+        "deviation": 1.0,
+    }
     accuracies = [r["metrics"]["accuracy"] for r in results]
-    result = {"stage": "reward", "model": str(out), "members": results, "steps": results[-1]["steps"],
-              "train": results[-1]["train"], "val": results[-1]["val"], "seconds": sum(r["seconds"] for r in results),
-              "metrics": {"accuracy": sum(accuracies) / len(accuracies), "accuracy_worst": min(accuracies)}}
+    result = {
+        "stage": "reward",
+        "model": str(out),
+        "members": results,
+        "steps": results[-1]["steps"],
+        "train": results[-1]["train"],
+        "val": results[-1]["val"],
+        "seconds": sum(r["seconds"] for r in results),
+        "metrics": {
+            "accuracy": sum(accuracies) / len(accuracies),
+            "accuracy_worst": min(accuracies),
+        },
+    }
     if distributed.is_main():
         write_json(out / FILE, settings)
-        record_eval(loop.result_store(config), "train reward ensemble", str(out), result["metrics"], members=len(results))
+        record_eval(
+            loop.result_store(config),
+            "train reward ensemble",
+            str(out),
+            result["metrics"],
+            members=len(results),
+        )
     return result
 
 
@@ -98,7 +148,9 @@ def _member(config: RewardTrainingConfig, quiet: bool) -> dict[str, Any]:
     made, found, tokenizer = prepare(config)
 
     def finish(model: Any) -> dict[str, Any]:
-        mean, deviation = normalisation(model, made.train_dataset, tokenizer.pad_token_id, config.batch_size)
+        mean, deviation = normalisation(
+            model, made.train_dataset, tokenizer.pad_token_id, config.batch_size
+        )
         write_json(Path(config.out) / FILE, {"mean": mean, "deviation": deviation})
         return {"reward_mean": mean, "reward_deviation": deviation}
 
@@ -113,23 +165,40 @@ def prepare(config: RewardTrainingConfig) -> tuple[Any, data.Rows, Any]:
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
     found = data.read_rows("preference", config.data)
     encode = data.encoder("preference", tokenizer, found, config.data, reward=True)
-    train, val = (data.tokenised(rows, encode, config.data, found.notes, what)
-                  for rows, what in ((found.train, "train"), (found.val, "validation")))
-    args = loop.arguments(config, RewardConfig, "eval_accuracy", True, max_length=None, disable_dropout=False,
-                          center_rewards_coefficient=None)
+    train, val = (
+        data.tokenised(rows, encode, config.data, found.notes, what)
+        for rows, what in ((found.train, "train"), (found.val, "validation"))
+    )
+    args = loop.arguments(
+        config,
+        RewardConfig,
+        "eval_accuracy",
+        True,
+        max_length=None,
+        disable_dropout=False,
+        center_rewards_coefficient=None,
+    )
     loaded = load_reward(config.model, config.attention, new_head=True, dropout=config.dropout)
     loaded.config.pad_token_id = tokenizer.pad_token_id
     model, share = loop.ready_model(loaded, config)
-    trainer = trainer_class()(model=model, peft_config=lora_config(config.lora, "SEQ_CLS"), args=args, train_dataset=train,
-                              eval_dataset=val, processing_class=tokenizer,
-                              data_collator=collate.reward_collator(tokenizer.pad_token_id, share))
+    trainer = trainer_class()(
+        model=model,
+        peft_config=lora_config(config.lora, "SEQ_CLS"),
+        args=args,
+        train_dataset=train,
+        eval_dataset=val,
+        processing_class=tokenizer,
+        data_collator=collate.reward_collator(tokenizer.pad_token_id, share),
+    )
     trainer.stage, trainer.names = config, loop.row_names(found)
     return trainer, found, tokenizer
 
 
 def normalisation(model: Any, dataset: Any, pad: int, batch: int) -> tuple[float, float]:
-    """(mean, deviation) of the model's scores over the distinct answers of the training pairs, which are samples of the
-    reference policy: taken off and divided by, the reference scores mean 0 and deviation 1."""
+    """(mean, deviation) of the model's scores over the distinct answers of the training pairs,
+    which are samples of the reference policy: taken off and divided by, the reference scores mean 0
+    and deviation 1.
+    """
     import numpy as np
 
     texts = {tuple(ids) for side in ("chosen_ids", "rejected_ids") for ids in dataset[side]}
@@ -147,7 +216,9 @@ def raw_scores(model: Any, rows: Sequence[list[int]], pad: int, batch: int) -> l
     with torch.no_grad():
         for start in range(0, len(order), batch):
             some = order[start : start + batch]
-            laid = collate.lay_out([[([], [(k, rows[i])])] for k, i in enumerate(some)], pad, ends=True)
+            laid = collate.lay_out(
+                [[([], [(k, rows[i])])] for k, i in enumerate(some)], pad, ends=True
+            )
             laid = {name: value.to(device) for name, value in laid.items()}
             values = collate.answer_scores(model, laid, next(model.parameters()).dtype).tolist()
             for i, value in zip(some, values, strict=True):
@@ -157,9 +228,11 @@ def raw_scores(model: Any, rows: Sequence[list[int]], pad: int, batch: int) -> l
 
 
 def combine(members: Sequence[float | None], how: Combine, lam: float = 1.0) -> float | None:
-    """One score from an ensemble's: the mean, the worst, or the mean minus `lam` deviations (of the population).
+    """One score from an ensemble's: the mean, the worst, or the mean minus `lam` deviations (of the
+    population).
 
-    None where a member has none. Source: Coste et al. 2024 (2310.02743), worst-case and uncertainty-weighted.
+    None where a member has none. Source: Coste et al. 2024 (2310.02743), worst-case and
+    uncertainty-weighted.
     """
     if any(x is None for x in members):
         return None
@@ -170,8 +243,12 @@ def combine(members: Sequence[float | None], how: Combine, lam: float = 1.0) -> 
     return fmean(members) - lam * pstdev(members)
 
 
-def scorer(folder: str | Path, batch: int = 32, device: str | None = None, kwargs: Mapping[str, Any] | None = None
-           ) -> Callable[[Sequence[Sequence[Mapping[str, str]]]], np.ndarray]:
+def scorer(
+    folder: str | Path,
+    batch: int = 32,
+    device: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Callable[[Sequence[Sequence[Mapping[str, str]]]], np.ndarray]:
     """A function from finished conversations to normalised scores, by one model or an ensemble.
 
     Raises: ConfigError where the folder holds no reward model.
@@ -179,11 +256,19 @@ def scorer(folder: str | Path, batch: int = 32, device: str | None = None, kwarg
     import numpy as np
 
     folder = Path(folder)
-    told = json.loads((folder / FILE).read_text()) if (folder / FILE).exists() else {"mean": 0.0, "deviation": 1.0}
+    told = (
+        json.loads((folder / FILE).read_text())
+        if (folder / FILE).exists()
+        else {"mean": 0.0, "deviation": 1.0}
+    )
     if members := told.get("members"):
         each = [scorer(folder / name, batch, device, kwargs) for name in members]
-        return lambda talks: np.array([combine(column, told["combine"], told["lam"])
-                                       for column in zip(*(score(talks) for score in each), strict=True)])
+        return lambda talks: np.array(
+            [
+                combine(column, told["combine"], told["lam"])
+                for column in zip(*(score(talks) for score in each), strict=True)
+            ]
+        )
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no reward model here; train one with `prefab train reward`")
     model, tokenizer = load_reward(str(folder), device=device), load_tokenizer(str(folder))
@@ -191,8 +276,13 @@ def scorer(folder: str | Path, batch: int = 32, device: str | None = None, kwarg
     specials = [token.content for token in tokenizer.added_tokens_decoder.values()]
 
     def score(talks: Sequence[Sequence[Mapping[str, str]]]) -> np.ndarray:
-        clean = [[{**turn, "content": neutralise(turn["content"], specials)} for turn in talk] for talk in talks]
+        clean = [
+            [{**turn, "content": neutralise(turn["content"], specials)} for turn in talk]
+            for talk in talks
+        ]
         rows = [conversation_ids(tokenizer, talk, kwargs) for talk in clean]
-        return (np.asarray(raw_scores(model, rows, tokenizer.pad_token_id, batch)) - told["mean"]) / told["deviation"]
+        return (
+            np.asarray(raw_scores(model, rows, tokenizer.pad_token_id, batch)) - told["mean"]
+        ) / told["deviation"]
 
     return score

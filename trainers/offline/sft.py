@@ -1,4 +1,7 @@
-"""Supervised fine-tuning on revisions, on chosen answers or on demonstrations; loss on the assistant's tokens alone."""
+"""Supervised fine-tuning on revisions, on chosen answers or on demonstrations; loss on the
+assistant's tokens alone.
+"""
+
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -6,8 +9,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from prefab.trainers import collate, data
-from prefab.trainers.offline import loop
 from prefab.trainers.common import load_policy, load_tokenizer, lora_config, seed_everything
+from prefab.trainers.offline import loop
 from prefab.trainers.offline.loop import StageConfig
 
 
@@ -15,10 +18,16 @@ class SftConfig(StageConfig):
     """As every stage. Which revisions is said by each source (`revisions: all | last`)."""
 
     learning_rate: float = Field(2e-5, gt=0)
-    on: Literal["demonstrations", "chosen"] = Field("demonstrations", description="Revisions and files of demonstrations, or "
-                                                                                  "the chosen answers of preferences.")
-    every_turn: bool = Field(True, description="Of files of whole conversations: learn all of the assistant's turns.")
-    packing: bool = Field(False, description="Several conversations in one row of max_length, blind to each other.")
+    on: Literal["demonstrations", "chosen"] = Field(
+        "demonstrations",
+        description="Revisions and files of demonstrations, or the chosen answers of preferences.",
+    )
+    every_turn: bool = Field(
+        True, description="Of files of whole conversations: learn all of the assistant's turns."
+    )
+    packing: bool = Field(
+        False, description="Several conversations in one row of max_length, blind to each other."
+    )
 
 
 def trainer_class() -> Any:
@@ -29,14 +38,23 @@ def trainer_class() -> Any:
         """See `loop.Loop`."""
 
         def losses(self, model: Any, batch: Any, num_items: Any) -> tuple[Any, dict[str, Any]]:
-            """Mean negative log-likelihood of the assistant's tokens over the whole step, however it is cut up."""
+            """Mean negative log-likelihood of the assistant's tokens over the whole step, however
+            it is cut up.
+            """
             dtype = next(model.parameters()).dtype
-            logps_N = model(**collate.inputs_of(batch, dtype), scored=(batch["row"], batch["place"], batch["token"]))
+            logps_N = model(
+                **collate.inputs_of(batch, dtype),
+                scored=(batch["row"], batch["place"], batch["token"]),
+            )
             weight_N = batch["weight"][batch["answer"]]
             total = (-logps_N * weight_N).sum()
             if self.model.training and num_items is not None:
-                # DDP averages gradients over processes, and num_items counts the tokens of all of them
-                return total / num_items * self.accelerator.num_processes, {"loss": -logps_N * weight_N, "nll": -logps_N}
+                # DDP averages gradients over processes, and num_items counts the tokens of all of
+                # them
+                return total / num_items * self.accelerator.num_processes, {
+                    "loss": -logps_N * weight_N,
+                    "nll": -logps_N,
+                }
             return total / max(len(logps_N), 1), {"loss": -logps_N * weight_N, "nll": -logps_N}
 
     return Trainer
@@ -63,18 +81,37 @@ def prepare(config: SftConfig) -> tuple[Any, data.Rows, Any]:
     if config.on == "chosen":
         found.train, found.val = distinct(found.train), distinct(found.val)
     encode = data.encoder("sft", tokenizer, found, config.data, every_turn=config.every_turn)
-    train, val = (data.tokenised(rows, encode, config.data, found.notes, what)
-                  for rows, what in ((found.train, "train"), (found.val, "validation")))
-    model, can_pack = loop.ready_model(load_policy(config.model, config.attention), config, config.packing)
+    train, val = (
+        data.tokenised(rows, encode, config.data, found.notes, what)
+        for rows, what in ((found.train, "train"), (found.val, "validation"))
+    )
+    model, can_pack = loop.ready_model(
+        load_policy(config.model, config.attention), config, config.packing
+    )
     if config.packing and can_pack:
         train = pack(train, config.data.max_length)
     elif config.packing:
-        found.notes.append("not packed: this attention takes no mask that keeps conversations apart")
-    args = loop.arguments(config, SFTConfig, "eval_loss", False, max_length=None, packing=False,
-                          dataset_kwargs={"skip_prepare_dataset": True})
-    trainer = trainer_class()(model=model, peft_config=lora_config(config.lora, "CAUSAL_LM"), args=args, train_dataset=train,
-                              eval_dataset=val, processing_class=tokenizer,
-                              data_collator=collate.sft_collator(tokenizer.pad_token_id))
+        found.notes.append(
+            "not packed: this attention takes no mask that keeps conversations apart"
+        )
+    args = loop.arguments(
+        config,
+        SFTConfig,
+        "eval_loss",
+        False,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = trainer_class()(
+        model=model,
+        peft_config=lora_config(config.lora, "CAUSAL_LM"),
+        args=args,
+        train_dataset=train,
+        eval_dataset=val,
+        processing_class=tokenizer,
+        data_collator=collate.sft_collator(tokenizer.pad_token_id),
+    )
     trainer.names = loop.row_names(found)
     return trainer, found, tokenizer
 
@@ -88,13 +125,24 @@ def distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pack(dataset: Any, longest: int) -> Any:
-    """Conversations together in rows of at most `longest` tokens; each column becomes a list of lists."""
+    """Conversations together in rows of at most `longest` tokens; each column becomes a list of
+    lists.
+    """
     from datasets import Dataset
 
     items = list(dataset)
     made = []
     for members in collate.packed(items, longest):
         some = [items[i] for i in members]
-        made.append({**{name: [item[name] for item in some] for name in ("input_ids", "labels", "weight")},
-                     "length": sum(item["length"] for item in some), "row": some[0]["row"], "packed": True})
+        made.append(
+            {
+                **{
+                    name: [item[name] for item in some]
+                    for name in ("input_ids", "labels", "weight")
+                },
+                "length": sum(item["length"] for item in some),
+                "row": some[0]["row"],
+                "packed": True,
+            }
+        )
     return Dataset.from_list(made)

@@ -1,7 +1,10 @@
-"""Checkpoints of PPO that a killed run goes on from exactly, its metrics, and the policies that it leaves behind.
+"""Checkpoints of PPO that a killed run goes on from exactly, its metrics, and the policies that it
+leaves behind.
 
-Seeds are drawn from (seed, step, purpose), so no random state needs to be saved: a step is the same whenever it is run.
+Seeds are drawn from (seed, step, purpose), so no random state needs to be saved: a step is the same
+whenever it is run.
 """
+
 from __future__ import annotations
 
 import copy
@@ -14,34 +17,53 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from prefab.factory.errors import ConfigError
-from prefab.trainers.common import checkpoints, last_checkpoint, mark_complete, record_eval, remove_old, seed_everything
+from prefab.trainers.common import (
+    checkpoints,
+    last_checkpoint,
+    mark_complete,
+    record_eval,
+    remove_old,
+    seed_everything,
+)
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
 
 if TYPE_CHECKING:
     from prefab.trainers.rl.models import Run
 
 METRICS = "metrics.jsonl"
-KEPT = 2                        # checkpoints; the older one is what a stop by KL goes back to
+KEPT = 2  # checkpoints; the older one is what a stop by KL goes back to
 FREE = ("store", "save_every", "vllm")  # settings that may differ when a run goes on
 
 
 def seed_step(seed: int, step: int, purpose: str, threads: int | None = None) -> int:
     """Seed python, numpy and torch for one purpose in one step; gives the seed."""
-    drawn = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()[:4], "big") % 2**31
+    drawn = (
+        int.from_bytes(hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()[:4], "big")
+        % 2**31
+    )
     seed_everything(drawn, threads)
     return drawn
 
 
 def save(t: Run) -> Path:
-    """Write all that the run is into `out`/checkpoint-STEP, and remove older ones once it is whole."""
+    """Write all that the run is into `out`/checkpoint-STEP, and remove older ones once it is
+    whole.
+    """
     import torch
 
     out = Path(t.config.out)
     folder = out / f"checkpoint-{t.state.step}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    torch.save({"policy": _trained(t.policy), "critic": _trained(t.critic), "optimizer": t.optimizer.state_dict(),
-                "state": asdict(t.state)}, folder / "state.pt")
+    torch.save(
+        {
+            "policy": _trained(t.policy),
+            "critic": _trained(t.critic),
+            "optimizer": t.optimizer.state_dict(),
+            "state": asdict(t.state),
+        },
+        folder / "state.pt",
+    )
     mark_complete(folder)
     remove_old(out, KEPT)
     return folder
@@ -59,7 +81,8 @@ def restore(t: Run) -> None:
 
 
 def claim(t: Run) -> Path | None:
-    """The newest whole checkpoint in `out`, which is now this run's. Under a constant learning rate it may have more steps.
+    """The newest whole checkpoint in `out`, which is now this run's. Under a constant learning rate
+    it may have more steps.
 
     Raises: ConfigError when the folder holds a run of another configuration or other prompts.
     """
@@ -69,11 +92,16 @@ def claim(t: Run) -> Path | None:
     if origin.exists():
         saved, now_ = orjson.loads(origin.read_bytes()), orjson.loads(now)
         more = now_["schedule"] == "constant" and now_["steps"] > saved.get("steps", now_["steps"])
-        other = sorted(name for name in now_.keys() | saved.keys() if now_.get(name) != saved.get(name)
-                       and not (more and name == "steps"))
+        other = sorted(
+            name
+            for name in now_.keys() | saved.keys()
+            if now_.get(name) != saved.get(name) and not (more and name == "steps")
+        )
         if other:
-            raise ConfigError(f"{out}: holds a run that differs in {', '.join(other)}. Name another folder with out, or "
-                              "delete this one to begin anew")
+            raise ConfigError(
+                f"{out}: holds a run that differs in {', '.join(other)}. Name another folder with out, or "
+                "delete this one to begin anew"
+            )
     new = origin.with_suffix(".new")
     new.write_bytes(now)
     new.replace(origin)
@@ -81,9 +109,13 @@ def claim(t: Run) -> Path | None:
 
 
 def rewind(t: Run) -> None:
-    """Back to the newest checkpoint of an earlier step, whose KL has been measured and was within bounds."""
+    """Back to the newest checkpoint of an earlier step, whose KL has been measured and was within
+    bounds.
+    """
     stopped = t.state.stopped
-    earlier = [p for p in checkpoints(Path(t.config.out)) if int(p.name.rpartition("-")[2]) < t.state.step]
+    earlier = [
+        p for p in checkpoints(Path(t.config.out)) if int(p.name.rpartition("-")[2]) < t.state.step
+    ]
     if earlier:
         _restore(t, earlier[-1])
         stopped += f". The policy kept is that of step {t.state.step}"
@@ -107,8 +139,12 @@ def restore_state(t: Run, saved: dict[str, Any]) -> None:
     """Fill the run's state with what `asdict` made of it."""
     for name, value in saved.items():
         setattr(t.state, name, value)
-    t.state.scales = {name: [tuple(pair) for pair in pairs] for name, pairs in t.state.scales.items()}
-    t.state.evaluations = [Evaluation(**{**e, "gold": tuple(e["gold"])}) for e in t.state.evaluations]
+    t.state.scales = {
+        name: [tuple(pair) for pair in pairs] for name, pairs in t.state.scales.items()
+    }
+    t.state.evaluations = [
+        Evaluation(**{**e, "gold": tuple(e["gold"])}) for e in t.state.evaluations
+    ]
     t.state.seen = [CachedEval(**one) for one in t.state.seen]
 
 
@@ -117,14 +153,17 @@ def _trained(model: Any) -> dict[str, Any]:
 
 
 def _origin(t: Run) -> dict[str, Any]:
-    """What makes two runs the same: configuration, prompts as tokens, and which rewards there are."""
+    """What makes two runs the same: configuration, prompts as tokens, and which rewards there
+    are.
+    """
     digest = hashlib.sha256(orjson.dumps(t.prompt_ids)).hexdigest()
     config = {k: v for k, v in t.config.model_dump(mode="json").items() if k not in (*FREE, "out")}
     return {**config, "the prompts": digest, "the rewards": [s.name for s in t.sources]}
 
 
 def record(t: Run, metrics: dict[str, Any], name: str = "ppo") -> None:
-    """Append a step's metrics to metrics.jsonl and, without its times, to the store's evaluations under `name`.
+    """Append a step's metrics to metrics.jsonl and, without its times, to the store's evaluations
+    under `name`.
 
     Without times a step repeated after a kill is the same object, which the store records once.
     """
@@ -151,7 +190,9 @@ def forget_after(file: Path, step: int) -> None:
 
 
 def write_policy(t: Run, folder: Path) -> None:
-    """The policy as an ordinary checkpoint with its tokenizer; adapters are merged into the weights."""
+    """The policy as an ordinary checkpoint with its tokenizer; adapters are merged into the
+    weights.
+    """
     model = t.policy
     if t.config.lora is not None:
         model = copy.deepcopy(model).merge_and_unload()

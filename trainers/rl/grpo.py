@@ -1,12 +1,16 @@
-"""GRPO and RLOO by TRL's trainers, with our rewards on text, our measure of KL, gold beside proxy and the alarm.
+"""GRPO and RLOO by TRL's trainers, with our rewards on text, our measure of KL, gold beside proxy
+and the alarm.
 
-What each setting optimises (`benchmarks/exact_optimum.py` shows it; G answers a group, reference p):
-  rloo                    p(y) exp(r(y) / beta), as PPO: KL is in the reward, counted over the whole answer
-  grpo, kl: reverse       a token: p exp(Q / b), Q the final reward expected, b = beta G / (G - 1)
-  grpo, kl: forward       a token: b p / (lambda - Q): the other divergence, which keeps more of what p says
-GRPO's KL is a loss term: no token answers for the KL of later ones, and its group mean holds the answer itself, which
-shrinks advantages by (G - 1) / G. With `scale_rewards: group` the effective beta differs by prompt.
+What each setting optimises (`benchmarks/exact_optimum.py` shows it; G answers a group, reference
+p):
+  rloo                    p(y) exp(r(y) / beta), as PPO: KL is in the reward, counted over the whole
+  answer grpo, kl: reverse       a token: p exp(Q / b), Q the final reward expected, b = beta G / (G
+  - 1) grpo, kl: forward       a token: b p / (lambda - Q): the other divergence, which keeps more
+  of what p says GRPO's KL is a loss term: no token answers for the KL of later ones, and its group
+  mean holds the answer itself, which shrinks advantages by (G - 1) / G. With `scale_rewards: group`
+  the effective beta differs by prompt.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -20,14 +24,25 @@ import orjson
 from pydantic import Field, model_validator
 
 from prefab.factory.errors import ConfigError
+from prefab.trainers.common import (
+    Attention,
+    Lora,
+    Strict,
+    TrainError,
+    default_device,
+    load_policy,
+    load_tokenizer,
+    lora_config,
+    mark_complete,
+    translate_errors,
+)
+from prefab.trainers.data import DataConfig
 from prefab.trainers.rl import checkpoint, ppo, rewards, rollout
 from prefab.trainers.rl.models import Run, State
-from prefab.trainers.common import Attention, Lora, Strict, TrainError, default_device, load_policy, load_tokenizer, lora_config, mark_complete, translate_errors
-from prefab.trainers.data import DataConfig
 from prefab.trainers.rl.rewards import RewardConfig, Source
 from prefab.trainers.rl.rollout import Prompt
 
-STATE = "prefab-state.json"   # beside TRL's own state in a checkpoint
+STATE = "prefab-state.json"  # beside TRL's own state in a checkpoint
 
 
 class GrpoConfig(Strict):
@@ -44,7 +59,9 @@ class GrpoConfig(Strict):
     template_kwargs: dict[str, Any] = {}
     pad_token: str | None = None
 
-    steps: int = Field(200, ge=1, description="Updates; with epochs, so many of them share their answers.")
+    steps: int = Field(
+        200, ge=1, description="Updates; with epochs, so many of them share their answers."
+    )
     batch_size: int = Field(64, ge=2, description="Answers an update.")
     group: int = Field(8, ge=2, description="Answers a prompt.")
     epochs: int = Field(1, ge=1)
@@ -58,10 +75,14 @@ class GrpoConfig(Strict):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     clip: float = Field(0.2, gt=0, lt=1)
-    scale_rewards: Literal["none", "group", "batch"] = Field("none", description="GRPO: what advantages are divided by.")
+    scale_rewards: Literal["none", "group", "batch"] = Field(
+        "none", description="GRPO: what advantages are divided by."
+    )
 
     beta: float = Field(0.05, ge=0)
-    kl: Literal["reverse", "forward"] = Field("reverse", description="GRPO: which divergence the loss term has.")
+    kl: Literal["reverse", "forward"] = Field(
+        "reverse", description="GRPO: which divergence the loss term has."
+    )
     kl_stop: float | None = Field(30.0, gt=0)
     normalise: Literal["reference", "none"] = "reference"
     reference_samples: int = Field(256, ge=2)
@@ -82,34 +103,52 @@ class GrpoConfig(Strict):
     @model_validator(mode="after")
     def _divides(self) -> GrpoConfig:
         if self.batch_size % self.group or self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of group ({self.group}) and of micro_batch "
-                             f"({self.micro_batch})")
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of group ({self.group}) and of micro_batch "
+                f"({self.micro_batch})"
+            )
         if self.lora and self.reference:
-            raise ValueError("with lora the reference is the model without its adapter: leave reference out")
+            raise ValueError(
+                "with lora the reference is the model without its adapter: leave reference out"
+            )
         if self.method == "rloo" and (self.kl != "reverse" or self.scale_rewards != "none"):
             raise ValueError("kl and scale_rewards are GRPO's; RLOO charges KL in the reward")
         return self
 
 
-def run(config: GrpoConfig, prompts: Sequence[Prompt] | None = None, sources: Sequence[Source] | None = None,
-        gold: Source | None = None, eval_prompts: Sequence[Prompt] = (),
-        on_step: Callable[[dict[str, Any]], None] | None = None) -> State:
+def run(
+    config: GrpoConfig,
+    prompts: Sequence[Prompt] | None = None,
+    sources: Sequence[Source] | None = None,
+    gold: Source | None = None,
+    eval_prompts: Sequence[Prompt] = (),
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> State:
     """Train, or go on from the last checkpoint in `out`; the policy lands in `out`/policy.
 
-    Raises: ConfigError for what cannot be trained from, TrainError when training cannot go on; checkpoints are kept.
+    Raises: ConfigError for what cannot be trained from, TrainError when training cannot go on;
+    checkpoints are kept.
     """
     with translate_errors(Path(config.out), "micro_batch or batch_size"):
         if prompts is None:
             prompts, eval_prompts = rollout.prompts_of(config.data, config.eval_prompts)
-        t = prepare_run(config, prompts, rewards.build(config.rewards) if sources is None else sources)
+        t = prepare_run(
+            config, prompts, rewards.build(config.rewards) if sources is None else sources
+        )
         gold = gold or (rewards.build([config.gold])[0] if config.gold else None)
         last = checkpoint.claim(t)
         if config.normalise == "reference":
-            t.state.scales = ppo.calibrate(t)   # before any update, by the same seed: the same after a kill
+            t.state.scales = ppo.calibrate(
+                t
+            )  # before any update, by the same seed: the same after a kill
         if last:
             checkpoint.restore_state(t, orjson.loads((last / STATE).read_bytes()))
         checkpoint.forget_after(Path(config.out) / checkpoint.METRICS, t.state.step if last else -1)
-        eval_ids = rollout.encode(t.tokenizer, eval_prompts, t.room, config.template_kwargs) if gold else []
+        eval_ids = (
+            rollout.encode(t.tokenizer, eval_prompts, t.room, config.template_kwargs)
+            if gold
+            else []
+        )
         if t.state.step == 0:
             ppo.start(t, gold, eval_prompts, eval_ids, config.method)
         trainer = _trainer(t, watch(t, gold, eval_prompts, eval_ids, on_step))
@@ -119,21 +158,46 @@ def run(config: GrpoConfig, prompts: Sequence[Prompt] | None = None, sources: Se
 
 
 def prepare_run(config: GrpoConfig, prompts: Sequence[Prompt], sources: Sequence[Source]) -> Run:
-    """The models as PPO's functions take them: no value function, and TRL's trainer has the optimizer."""
+    """The models as PPO's functions take them: no value function, and TRL's trainer has the
+    optimizer.
+    """
     from accelerate import Accelerator
 
     if not prompts or not sources:
-        raise ConfigError("at least one prompt is needed" if not prompts else "a reward is needed: name one under rewards")
+        raise ConfigError(
+            "at least one prompt is needed"
+            if not prompts
+            else "a reward is needed: name one under rewards"
+        )
     checkpoint.seed_step(config.seed, 0, "load", config.threads)
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
     policy = load_policy(config.model, config.attention).eval()
-    reference = policy   # with lora, until TRL's trainer puts the adapters in
+    reference = policy  # with lora, until TRL's trainer puts the adapters in
     if config.lora is None:
-        reference = load_policy(config.reference or config.model, config.attention).eval().requires_grad_(False)
-    room = (getattr(policy.config, "max_position_embeddings", None) or 2**31) - config.max_new_tokens
+        reference = (
+            load_policy(config.reference or config.model, config.attention)
+            .eval()
+            .requires_grad_(False)
+        )
+    room = (
+        getattr(policy.config, "max_position_embeddings", None) or 2**31
+    ) - config.max_new_tokens
     ids = rollout.encode(tokenizer, prompts, room, config.template_kwargs)
-    return Run(config, policy, None, reference, tokenizer, None, Accelerator(mixed_precision=_mixed(config)),
-               rollout.end_ids(policy, tokenizer), room, prompts, ids, sources, State(beta=config.beta))
+    return Run(
+        config,
+        policy,
+        None,
+        reference,
+        tokenizer,
+        None,
+        Accelerator(mixed_precision=_mixed(config)),
+        rollout.end_ids(policy, tokenizer),
+        room,
+        prompts,
+        ids,
+        sources,
+        State(beta=config.beta),
+    )
 
 
 def _mixed(config: GrpoConfig) -> str:
@@ -148,45 +212,91 @@ def _trainer(t: Run, callback: Any) -> Any:
     from trl.trainer.utils import add_fused_lm_head
 
     c = t.config
-    settings = dict(
-        output_dir=c.out, max_steps=c.steps, per_device_train_batch_size=c.micro_batch,
-        gradient_accumulation_steps=c.batch_size // c.micro_batch, num_generations=c.group, num_iterations=c.epochs,
-        max_completion_length=c.max_new_tokens, temperature=c.temperature, learning_rate=c.learning_rate,
-        lr_scheduler_type=c.schedule, warmup_steps=0, weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm,
-        adam_epsilon=1e-5, beta=c.beta, epsilon=c.clip, logging_steps=1, logging_nan_inf_filter=False,
-        save_steps=c.save_every, save_total_limit=checkpoint.KEPT, report_to=[], seed=c.seed, disable_tqdm=True,
-        bf16=c.precision == "bf16", use_cpu=default_device() == "cpu", gradient_checkpointing=c.gradient_checkpointing,
-        shuffle_dataset=False,
-        chat_template_kwargs=c.template_kwargs, disable_dropout=True)
+    settings = {
+        "output_dir": c.out,
+        "max_steps": c.steps,
+        "per_device_train_batch_size": c.micro_batch,
+        "gradient_accumulation_steps": c.batch_size // c.micro_batch,
+        "num_generations": c.group,
+        "num_iterations": c.epochs,
+        "max_completion_length": c.max_new_tokens,
+        "temperature": c.temperature,
+        "learning_rate": c.learning_rate,
+        "lr_scheduler_type": c.schedule,
+        "warmup_steps": 0,
+        "weight_decay": c.weight_decay,
+        "max_grad_norm": c.max_grad_norm,
+        "adam_epsilon": 1e-5,
+        "beta": c.beta,
+        "epsilon": c.clip,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_steps": c.save_every,
+        "save_total_limit": checkpoint.KEPT,
+        "report_to": [],
+        "seed": c.seed,
+        "disable_tqdm": True,
+        "bf16": c.precision == "bf16",
+        "use_cpu": default_device() == "cpu",
+        "gradient_checkpointing": c.gradient_checkpointing,
+        "shuffle_dataset": False,
+        "chat_template_kwargs": c.template_kwargs,
+        "disable_dropout": True,
+    }
     if c.method == "grpo":
-        args = GRPOConfig(**settings, loss_type="dapo", scale_rewards=c.scale_rewards,
-                          use_bias_correction_kl=c.kl == "reverse")
+        args = GRPOConfig(
+            **settings,
+            loss_type="dapo",
+            scale_rewards=c.scale_rewards,
+            use_bias_correction_kl=c.kl == "reverse",
+        )
     else:
         args = RLOOConfig(**settings)
-    # All steps' prompts in their order, as one epoch: TRL's own shuffle would begin anew when a run goes on.
-    turns, need = [rollout.turns_of(prompt, t.tokenizer) for prompt in t.prompts], c.batch_size // c.group
-    turns = [turns[i] for step in range(c.steps) for i in ppo.rows_of(c.seed, len(turns), step, need)]
+    # All steps' prompts in their order, as one epoch: TRL's own shuffle would begin anew when a run
+    # goes on.
+    turns, need = (
+        [rollout.turns_of(prompt, t.tokenizer) for prompt in t.prompts],
+        c.batch_size // c.group,
+    )
+    turns = [
+        turns[i] for step in range(c.steps) for i in ppo.rows_of(c.seed, len(turns), step, need)
+    ]
     trainer = (GRPOTrainer if c.method == "grpo" else RLOOTrainer)(
-        model=t.policy, reward_funcs=reward_for(t), args=args, processing_class=t.tokenizer, callbacks=[callback],
-        train_dataset=Dataset.from_list([{"prompt": row} for row in turns]), peft_config=lora_config(c.lora, "CAUSAL_LM"))
+        model=t.policy,
+        reward_funcs=reward_for(t),
+        args=args,
+        processing_class=t.tokenizer,
+        callbacks=[callback],
+        train_dataset=Dataset.from_list([{"prompt": row} for row in turns]),
+        peft_config=lora_config(c.lora, "CAUSAL_LM"),
+    )
     if c.lora is not None:
         t.policy, t.reference = trainer.model, None
     trainer.remove_callback(PrinterCallback)
-    if t.reference is not None and c.beta > 0:   # ours instead of its own copy, with the head that it gives its own
+    if (
+        t.reference is not None and c.beta > 0
+    ):  # ours instead of its own copy, with the head that it gives its own
         add_fused_lm_head(t.reference, temperature=c.temperature)
         trainer.ref_model = trainer.accelerator.prepare_model(t.reference, evaluation_mode=True)
     return trainer
 
 
 def reward_for(t: Run) -> Callable[..., list[float | None]]:
-    """The sources as one reward function of TRL: scaled, summed, a fixed score for answers without an end."""
-    def reward(prompts: Any, completions: Any, completion_ids: Any, log_metric: Any = None, **_: Any) -> list[float | None]:
+    """The sources as one reward function of TRL: scaled, summed, a fixed score for answers without
+    an end.
+    """
+
+    def reward(
+        prompts: Any, completions: Any, completion_ids: Any, log_metric: Any = None, **_: Any
+    ) -> list[float | None]:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         fixed, totals = t.config.unfinished_score, [t.config.unfinished_score] * len(texts)
         read = [b for b, ids in enumerate(completion_ids) if fixed is None or ids[-1] in t.ends]
         found = rewards.Scores([], {}, {})
         if read:
-            found = rewards.score(t.sources, [prompts[b] for b in read], [texts[b] for b in read], t.state.scales)
+            found = rewards.score(
+                t.sources, [prompts[b] for b in read], [texts[b] for b in read], t.state.scales
+            )
         for b, total in zip(read, found.total, strict=True):
             totals[b] = total
         for name, raw in found.raw.items():
@@ -200,9 +310,16 @@ def reward_for(t: Run) -> Callable[..., list[float | None]]:
     return reward
 
 
-def watch(t: Run, gold: Source | None, eval_prompts: Sequence[Prompt], ids: list[list[int]],
-          on_step: Callable[[dict[str, Any]], None] | None) -> Any:
-    """The callback that records every step, watches KL, loss and gold, and marks checkpoints that are whole."""
+def watch(
+    t: Run,
+    gold: Source | None,
+    eval_prompts: Sequence[Prompt],
+    ids: list[list[int]],
+    on_step: Callable[[dict[str, Any]], None] | None,
+) -> Any:
+    """The callback that records every step, watches KL, loss and gold, and marks checkpoints that
+    are whole.
+    """
     from transformers import TrainerCallback
 
     c = t.config
@@ -211,14 +328,20 @@ def watch(t: Run, gold: Source | None, eval_prompts: Sequence[Prompt], ids: list
         """What happens at TRL's steps, logs and saves."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            checkpoint.seed_step(c.seed, state.global_step, "sample")   # TRL samples from the global generator
+            checkpoint.seed_step(
+                c.seed, state.global_step, "sample"
+            )  # TRL samples from the global generator
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        ) -> None:
             if not logs or "loss" not in logs:
                 return
             if not all(isfinite(logs.get(name, 0.0)) for name in ("loss", "grad_norm")):
-                raise TrainError(f"the loss or its gradient is no number at step {state.global_step}. The last whole "
-                                 f"checkpoint in {c.out} is good: lower learning_rate, see the rewards' scale")
+                raise TrainError(
+                    f"the loss or its gradient is no number at step {state.global_step}. The last whole "
+                    f"checkpoint in {c.out} is good: lower learning_rate, see the rewards' scale"
+                )
             t.state.step = state.global_step
             metrics = measured(logs) | {"step": t.state.step, "beta": c.beta}
             if c.kl_stop is not None and metrics["kl"] > c.kl_stop:
@@ -241,10 +364,19 @@ def watch(t: Run, gold: Source | None, eval_prompts: Sequence[Prompt], ids: list
 
 
 def measured(logs: dict[str, Any]) -> dict[str, Any]:
-    """TRL's log of a step under our names. Its KL is a mean over tokens: times the mean length, nats an answer."""
+    """TRL's log of a step under our names. Its KL is a mean over tokens: times the mean length,
+    nats an answer.
+    """
     length = logs["completions/mean_length"]
-    named = {"reward": "reward", "reward_std": "reward_sd", "entropy": "entropy", "loss": "loss", "grad_norm": "grad_norm",
-             "completions/clipped_ratio": "unfinished", "learning_rate": "learning_rate"}
+    named = {
+        "reward": "reward",
+        "reward_std": "reward_sd",
+        "entropy": "entropy",
+        "loss": "loss",
+        "grad_norm": "grad_norm",
+        "completions/clipped_ratio": "unfinished",
+        "learning_rate": "learning_rate",
+    }
     found = {ours: logs[theirs] for theirs, ours in named.items() if theirs in logs}
     apart = {name: value for name, value in logs.items() if name.startswith("reward/")}
     return found | apart | {"kl": logs.get("kl", 0.0) * length, "length": length}

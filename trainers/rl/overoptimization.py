@@ -1,7 +1,10 @@
-"""Over-optimisation: gold beside proxy over the distance from the reference, and an alarm when they part.
+"""Over-optimisation: gold beside proxy over the distance from the reference, and an alarm when they
+part.
 
-Gold is what nothing trains on: a held-out judge, or the embedded world's oracle. Every evaluation asks the same prompts.
+Gold is what nothing trains on: a held-out judge, or the embedded world's oracle. Every evaluation
+asks the same prompts.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,13 +17,15 @@ import numpy as np
 
 from prefab.factory.stats import Estimate, t_quantile, undefined
 
-LEVEL = 0.05    # of the alarm over a whole run, before it is divided by the number of evaluations
-RUNNING = 2     # evaluations in a row that must agree
+LEVEL = 0.05  # of the alarm over a whole run, before it is divided by the number of evaluations
+RUNNING = 2  # evaluations in a row that must agree
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A policy at one step: KL to the reference in nats an answer, mean proxy, and gold for each of the same prompts."""
+    """A policy at one step: KL to the reference in nats an answer, mean proxy, and gold for each of
+    the same prompts.
+    """
 
     step: int
     kl: float
@@ -35,7 +40,9 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class CachedEval:
-    """What the last evaluation saw of one prompt: the answer's tokens, their log-probability to the reference, scores."""
+    """What the last evaluation saw of one prompt: the answer's tokens, their log-probability to the
+    reference, scores.
+    """
 
     ids: list[int]
     reference_logp: float
@@ -45,7 +52,9 @@ class CachedEval:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Gold has fallen below its best (at `best_step`) while the proxy rose. `lost` is the mean paired difference."""
+    """Gold has fallen below its best (at `best_step`) while the proxy rose. `lost` is the mean
+    paired difference.
+    """
 
     step: int
     best_step: int
@@ -53,9 +62,11 @@ class Alarm:
     proxy_gained: float
 
     def __str__(self) -> str:
-        return (f"over-optimisation: since step {self.best_step} the proxy rose by {self.proxy_gained:.3g} and gold fell "
-                f"by {self.lost:.3g} on the same prompts, twice running. Keep the checkpoint of step {self.best_step}, and "
-                "raise beta or mend the reward")
+        return (
+            f"over-optimisation: since step {self.best_step} the proxy rose by {self.proxy_gained:.3g} and gold fell "
+            f"by {self.lost:.3g} on the same prompts, twice running. Keep the checkpoint of step {self.best_step}, and "
+            "raise beta or mend the reward"
+        )
 
 
 def best(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -64,11 +75,12 @@ def best(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def fallen(evaluations: Sequence[Evaluation], planned: int, level: float = LEVEL) -> bool:
-    """Whether the last evaluation's gold is below the best one's, by a one-sided paired t test at `level` / `planned`,
-    while its proxy is above.
+    """Whether the last evaluation's gold is below the best one's, by a one-sided paired t test at
+    `level` / `planned`, while its proxy is above.
 
-    A best of many evaluations is partly luck: against "two standard errors below the best" a plateau of many evaluations
-    is called a fall nearly always. So the test is paired, and its level is divided by the number of evaluations.
+    A best of many evaluations is partly luck: against "two standard errors below the best" a
+    plateau of many evaluations is called a fall nearly always. So the test is paired, and its level
+    is divided by the number of evaluations.
     """
     now, top = evaluations[-1], best(evaluations)
     if top.step == now.step or now.proxy <= top.proxy:
@@ -78,11 +90,14 @@ def fallen(evaluations: Sequence[Evaluation], planned: int, level: float = LEVEL
     if n < 2 or mean <= 0:
         return False
     deviation = stdev(lost)
-    return deviation == 0 or mean / (deviation / sqrt(n)) > t_quantile(1 - level / max(planned, 1), n - 1)
+    return deviation == 0 or mean / (deviation / sqrt(n)) > t_quantile(
+        1 - level / max(planned, 1), n - 1
+    )
 
 
 def alarm(evaluations: Sequence[Evaluation], planned: int, level: float = LEVEL) -> Alarm | None:
-    """The alarm, if it is on at the last of these evaluations: `fallen` there and at the one before.
+    """The alarm, if it is on at the last of these evaluations: `fallen` there and at the one
+    before.
 
     `planned` is how many evaluations the run will have.
     """
@@ -98,7 +113,8 @@ def alarm(evaluations: Sequence[Evaluation], planned: int, level: float = LEVEL)
 class Fit:
     """gold(d) - gold(0) = d (a - b d) for best-of-n, d (a - b log d) for RL, with d = sqrt(KL).
 
-    `peak` is the d where the fitted curve is highest, None where it has no peak (b is not positive).
+    `peak` is the d where the fitted curve is highest, None where it has no peak (b is not
+    positive).
     """
 
     form: Literal["bon", "rl"]
@@ -111,8 +127,9 @@ class Fit:
 def gao_fit(kl: Sequence[float], gold: Sequence[float], form: Literal["bon", "rl"]) -> Fit:
     """Gao's form fitted to gold scores relative to the reference's (so that 0 nats means 0).
 
-    Both forms are linear in a and b: least squares, with t intervals that are exact for errors of one deviation.
-    Undefined for fewer than 3 points apart from the start, or points that all stand at one distance.
+    Both forms are linear in a and b: least squares, with t intervals that are exact for errors of
+    one deviation. Undefined for fewer than 3 points apart from the start, or points that all stand
+    at one distance.
     Source: Gao, Schulman and Hilton 2023 (2210.10760), section 3.
     """
     d, y = np.sqrt(np.asarray(kl, dtype=float).clip(min=0)), np.asarray(gold, dtype=float)
@@ -130,9 +147,17 @@ def gao_fit(kl: Sequence[float], gold: Sequence[float], form: Literal["bon", "rl
     variance = float(errors @ errors) / df
     se = np.sqrt(variance * np.diag(np.linalg.inv(x.T @ x)))
     half = t_quantile(0.975, df) * se
-    a, b = (Estimate(float(c), float(s), float(c - h), float(c + h), len(d))
-            for c, s, h in zip(coefficients, se, half, strict=True))
-    return Fit(form, a, b, _peak(form, float(coefficients[0]), float(coefficients[1])), sqrt(float(np.mean(errors**2))))
+    a, b = (
+        Estimate(float(c), float(s), float(c - h), float(c + h), len(d))
+        for c, s, h in zip(coefficients, se, half, strict=True)
+    )
+    return Fit(
+        form,
+        a,
+        b,
+        _peak(form, float(coefficients[0]), float(coefficients[1])),
+        sqrt(float(np.mean(errors**2))),
+    )
 
 
 def gained_at(path: Sequence[tuple[float, float]], kl: float) -> float | None:
@@ -158,6 +183,12 @@ def bon_kl(n: int) -> float:
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:
-    """Distinct n-grams of words as a share of all; None where there are none. Source: Li et al. 2016, distinct-n."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    """Distinct n-grams of words as a share of all; None where there are none. Source: Li et al.
+    2016, distinct-n.
+    """
+    grams = [
+        tuple(words[i : i + n])
+        for words in map(str.split, texts)
+        for i in range(len(words) - n + 1)
+    ]
     return len(set(grams)) / len(grams) if grams else None

@@ -1,8 +1,10 @@
 """The arithmetic of PPO, GRPO and RLOO as pure functions of tensors.
 
-Axes: B answers, T tokens of an answer (padded on the right), P prompts, G answers a prompt, V vocabulary. A mask is True
-on real tokens: those up to and including the one that ends the answer. What stands outside the mask never matters.
+Axes: B answers, T tokens of an answer (padded on the right), P prompts, G answers a prompt, V
+vocabulary. A mask is True on real tokens: those up to and including the one that ends the answer.
+What stands outside the mask never matters.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,15 +14,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KLForm = Literal["k1", "k2", "k3"]
-EPSILON = 1e-8   # keeps a deviation of zero from dividing
+EPSILON = 1e-8  # keeps a deviation of zero from dividing
 
 
 def answer_mask(tokens_BT: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(mask B T: True up to and including the first end token, ended B: whether there was one)."""
     import torch
 
-    ends_BT = torch.isin(tokens_BT, torch.tensor(list(end_ids), dtype=tokens_BT.dtype, device=tokens_BT.device))
-    before_BT = ends_BT.cumsum(-1) - ends_BT.long()   # end tokens strictly before this one
+    ends_BT = torch.isin(
+        tokens_BT, torch.tensor(list(end_ids), dtype=tokens_BT.dtype, device=tokens_BT.device)
+    )
+    before_BT = ends_BT.cumsum(-1) - ends_BT.long()  # end tokens strictly before this one
     return before_BT == 0, ends_BT.any(-1)
 
 
@@ -35,9 +39,11 @@ def masked_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scaled to deviation 1 over real tokens, with mean 0, or with its mean kept; 0 outside the mask.
+    """Scaled to deviation 1 over real tokens, with mean 0, or with its mean kept; 0 outside the
+    mask.
 
-    The deviation is that of the population (divided by n). Source: Ziegler et al. 2019; Huang et al. 2024, detail 7.
+    The deviation is that of the population (divided by n). Source: Ziegler et al. 2019; Huang et
+    al. 2024, detail 7.
     """
     mean = masked_mean(x_BT, mask_BT)
     variance = masked_mean((x_BT - mean) ** 2, mask_BT)
@@ -48,7 +54,8 @@ def whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True) -> Tensor:
 def kl_estimate(logps_BT: Tensor, reference_BT: Tensor, form: KLForm) -> Tensor:
     """Per-token estimates of KL(policy || reference) at tokens drawn from the policy.
 
-    k1, the log-ratio, has no bias; k2 = k1^2/2 is biased; k3 has no bias, is never negative, and varies less.
+    k1, the log-ratio, has no bias; k2 = k1^2/2 is biased; k3 has no bias, is never negative, and
+    varies less.
     Source: Schulman 2020, "Approximating KL divergence".
     """
     ratio_BT = logps_BT - reference_BT
@@ -62,7 +69,8 @@ def kl_estimate(logps_BT: Tensor, reference_BT: Tensor, form: KLForm) -> Tensor:
 
 
 def penalised_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
-    """Rewards a token: -beta KL everywhere, the answer's score at its last real token, 0 outside the mask.
+    """Rewards a token: -beta KL everywhere, the answer's score at its last real token, 0 outside
+    the mask.
 
     Source: Ziegler et al. 2019, eq. 2, with k1 a token.
     """
@@ -71,18 +79,28 @@ def penalised_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: fl
     rewards_BT = (-beta * kl_BT).masked_fill(~mask_BT, 0.0)
     last_B = mask_BT.sum(-1) - 1
     rows = torch.arange(len(scores_B), device=scores_B.device)[last_B >= 0]
-    return rewards_BT.index_put((rows, last_B[rows]), scores_B[rows].to(rewards_BT.dtype), accumulate=True)
+    return rewards_BT.index_put(
+        (rows, last_B[rows]), scores_B[rows].to(rewards_BT.dtype), accumulate=True
+    )
 
 
-def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), 0 outside the mask; the value after the last real token is 0, finished or not.
+def gae(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), 0 outside the mask; the value after the last real token is 0, finished
+    or not.
 
-    Source: Schulman et al. 2016, eq. 16; returns = advantages + values, the targets of the value function.
+    Source: Schulman et al. 2016, eq. 16; returns = advantages + values, the targets of the value
+    function.
     """
     import torch
 
     rewards_BT, values_BT = (x.masked_fill(~mask_BT, 0.0) for x in (rewards_BT, values_BT))
-    next_value, running, advantages = torch.zeros_like(values_BT[:, 0]), torch.zeros_like(values_BT[:, 0]), []
+    next_value, running, advantages = (
+        torch.zeros_like(values_BT[:, 0]),
+        torch.zeros_like(values_BT[:, 0]),
+        [],
+    )
     for t in reversed(range(values_BT.shape[1])):
         running = rewards_BT[:, t] + gamma * next_value - values_BT[:, t] + gamma * lam * running
         running = running.masked_fill(~mask_BT[:, t], 0.0)
@@ -92,12 +110,14 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, la
     return advantages_BT, advantages_BT + values_BT
 
 
-def group_advantages(rewards_PG: Tensor, kind: Literal["grpo", "rloo"], scale: bool = False) -> Tensor:
+def group_advantages(
+    rewards_PG: Tensor, kind: Literal["grpo", "rloo"], scale: bool = False
+) -> Tensor:
     """How much better an answer is than the others to its prompt.
 
-    `grpo` subtracts the mean of the whole group, `rloo` that of the others; the first is (G-1)/G of the second, which
-    is an effective beta of beta G/(G-1). `scale` divides by the group's deviation (of a sample, G-1), as GRPO does by
-    default: the effective beta then differs by prompt.
+    `grpo` subtracts the mean of the whole group, `rloo` that of the others; the first is (G-1)/G of
+    the second, which is an effective beta of beta G/(G-1). `scale` divides by the group's deviation
+    (of a sample, G-1), as GRPO does by default: the effective beta then differs by prompt.
     Source: Shao et al. 2024, section 4.1.2; Kool et al. 2019.
     """
     G = rewards_PG.shape[1]
@@ -111,8 +131,9 @@ def group_advantages(rewards_PG: Tensor, kind: Literal["grpo", "rloo"], scale: b
     return centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-4) if scale else centred_PG
 
 
-def policy_loss(logps_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor,
-                clip: float) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logps_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     """(the clipped surrogate, summed over real tokens; how many tokens were clipped).
 
     A sum, so that parts of a minibatch add up to the whole whatever their lengths.
@@ -123,24 +144,33 @@ def policy_loss(logps_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT
     ratio_BT = (logps_BT - old_BT).masked_fill(~mask_BT, 0.0).exp()
     plain_BT = -advantages_BT * ratio_BT
     clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip, 1 + clip)
-    return masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT), ((clipped_BT > plain_BT) & mask_BT).sum()
+    return masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT), (
+        (clipped_BT > plain_BT) & mask_BT
+    ).sum()
 
 
-def value_loss(values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor,
-               clip: float | None) -> tuple[Tensor, Tensor]:
-    """(half the squared error, clipped around the old values, summed over real tokens; tokens clipped).
+def value_loss(
+    values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """(half the squared error, clipped around the old values, summed over real tokens; tokens
+    clipped).
 
-    `clip` None leaves the clipping out. Source: Schulman et al.'s `baselines`; Huang et al. 2024, detail 6.
+    `clip` None leaves the clipping out. Source: Schulman et al.'s `baselines`; Huang et al. 2024,
+    detail 6.
     """
     import torch
 
-    values_BT, old_BT, returns_BT = (x.masked_fill(~mask_BT, 0.0) for x in (values_BT, old_BT, returns_BT))
+    values_BT, old_BT, returns_BT = (
+        x.masked_fill(~mask_BT, 0.0) for x in (values_BT, old_BT, returns_BT)
+    )
     plain_BT = (values_BT - returns_BT).square() / 2
     if clip is None:
         return masked_sum(plain_BT, mask_BT), torch.zeros((), dtype=torch.long)
     near_BT = old_BT + (values_BT - old_BT).clamp(-clip, clip)
     clipped_BT = (near_BT - returns_BT).square() / 2
-    return masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT), ((clipped_BT > plain_BT) & mask_BT).sum()
+    return masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT), (
+        (clipped_BT > plain_BT) & mask_BT
+    ).sum()
 
 
 def entropy(logps_BTV: Tensor) -> Tensor:
@@ -149,7 +179,9 @@ def entropy(logps_BTV: Tensor) -> Tensor:
 
 
 def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float | None:
-    """1 - Var(returns - values) / Var(returns) over real tokens; None where the returns do not vary."""
+    """1 - Var(returns - values) / Var(returns) over real tokens; None where the returns do not
+    vary.
+    """
     returns, errors = returns_BT[mask_BT].double(), (returns_BT - values_BT)[mask_BT].double()
     if returns.numel() < 2 or float(returns.var()) < EPSILON:
         return None
@@ -157,7 +189,8 @@ def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -
 
 
 def adapt_beta(beta: float, kl: float, target: float, n: int, horizon: float) -> float:
-    """Beta after a step of n answers whose KL was `kl` nats an answer: up where KL is above its target, else down.
+    """Beta after a step of n answers whose KL was `kl` nats an answer: up where KL is above its
+    target, else down.
 
     A step changes it by at most 20% of n / horizon. Source: Ziegler et al. 2019, section 2.2.
     """

@@ -1,8 +1,11 @@
-"""Rewards on text: any callable, several with weights, ensembles, and what makes their scales comparable.
+"""Rewards on text: any callable, several with weights, ensembles, and what makes their scales
+comparable.
 
-A reward is `reward(prompts, completions) -> list[float]`, one number an answer; None says that an answer could not be
-scored, and leaves it out of the update, counted. It reads text, so that a reward model has its own tokenizer and template.
+A reward is `reward(prompts, completions) -> list[float]`, one number an answer; None says that an
+answer could not be scored, and leaves it out of the update, counted. It reads text, so that a
+reward model has its own tokenizer and template.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,32 +20,41 @@ from typing import Any, Literal
 from pydantic import Field
 
 from prefab.factory.errors import ConfigError
-from prefab.trainers.offline import reward as reward_model
 from prefab.trainers.common import Strict, TrainError
+from prefab.trainers.offline import reward as reward_model
 from prefab.trainers.offline.reward import Combine, combine
 from prefab.trainers.rl.rollout import Prompt
 
 Reward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float | None]]
-Maker = Callable[["RewardConfig"], Reward]   # of kinds that only the pipelines can make
-Scales = dict[str, list[tuple[float, float]]]   # of a source: (mean, deviation) of each member, then of the whole
+Maker = Callable[["RewardConfig"], Reward]  # of kinds that only the pipelines can make
+Scales = dict[
+    str, list[tuple[float, float]]
+]  # of a source: (mean, deviation) of each member, then of the whole
 
 
 class RewardConfig(Strict):
     """One source of reward. Several `paths`, or a folder with several members, are an ensemble.
 
-    `model`: reward models. `file`: a Python file with a function `reward(prompts, completions)`. `judge`: a pointwise
-    judge of the pipeline file in `paths` (direct RLAIF). `verifier`: a program that checks the answer. `oracle`: the
-    embedded world's truth, to measure with; a policy trained on it proves nothing.
+    `model`: reward models. `file`: a Python file with a function `reward(prompts, completions)`.
+    `judge`: a pointwise judge of the pipeline file in `paths` (direct RLAIF). `verifier`: a program
+    that checks the answer. `oracle`: the embedded world's truth, to measure with; a policy trained
+    on it proves nothing.
     """
 
     name: str = Field(min_length=1)
     kind: Literal["model", "file", "judge", "verifier", "oracle"] = "model"
     paths: list[str] = []
-    judge: str = Field("", description="Of judge: its name in the pipeline; left out: the first pointwise one.")
-    verifier: dict[str, Any] = Field({}, description="Of verifier: check, reference and all else of such a judge.")
+    judge: str = Field(
+        "", description="Of judge: its name in the pipeline; left out: the first pointwise one."
+    )
+    verifier: dict[str, Any] = Field(
+        {}, description="Of verifier: check, reference and all else of such a judge."
+    )
     weight: float = Field(1.0, allow_inf_nan=False)
     combine: Combine = "mean"
-    lam: float = Field(1.0, ge=0, description="Of mean_minus_sd: how many deviations between the members.")
+    lam: float = Field(
+        1.0, ge=0, description="Of mean_minus_sd: how many deviations between the members."
+    )
     batch: int = Field(32, ge=1)
 
 
@@ -59,7 +71,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of B answers: the total that is trained on, and by source the raw scores and the members' deviation.
+    """Of B answers: the total that is trained on, and by source the raw scores and the members'
+    deviation.
 
     `total` is None where any source could not score the answer.
     """
@@ -74,11 +87,17 @@ def single(reward: Reward, name: str = "reward") -> tuple[Source, ...]:
     return (Source(name, (reward,)),)
 
 
-def score(sources: Sequence[Source], prompts: Sequence[Prompt], completions: Sequence[str], scales: Scales | None = None,
-          ) -> Scores:
-    """Every source on every answer; with `scales` each member, then each source, is brought to mean 0 and deviation 1.
+def score(
+    sources: Sequence[Source],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    scales: Scales | None = None,
+) -> Scores:
+    """Every source on every answer; with `scales` each member, then each source, is brought to mean
+    0 and deviation 1.
 
-    Raises: TrainError for a reward that raises, or gives the wrong number of values, or one that is no number.
+    Raises: TrainError for a reward that raises, or gives the wrong number of values, or one that is
+    no number.
     """
     raw: dict[str, list[float | None]] = {}
     apart: dict[str, list[float]] = {}
@@ -86,15 +105,24 @@ def score(sources: Sequence[Source], prompts: Sequence[Prompt], completions: Seq
     for source in sources if completions else ():
         rows = [call(source, member, prompts, completions) for member in source.members]
         scale = (scales or {}).get(source.name) or [(0.0, 1.0)] * (len(rows) + 1)
-        scaled = [[None if x is None else (x - mean) / sd for x in row]
-                  for row, (mean, sd) in zip(rows, scale, strict=False)]
+        scaled = [
+            [None if x is None else (x - mean) / sd for x in row]
+            for row, (mean, sd) in zip(rows, scale, strict=False)
+        ]
         raw[source.name] = [_mean(column) for column in zip(*rows, strict=True)]
-        combined = [combine(column, source.combine, source.lam) for column in zip(*scaled, strict=True)]
-        apart[source.name] = [pstdev(column) if len(column) > 1 else 0.0  # as it would be, in a hundredth of the time
-                              for column in zip(*scaled, strict=True) if None not in column]
+        combined = [
+            combine(column, source.combine, source.lam) for column in zip(*scaled, strict=True)
+        ]
+        apart[source.name] = [
+            pstdev(column) if len(column) > 1 else 0.0  # as it would be, in a hundredth of the time
+            for column in zip(*scaled, strict=True)
+            if None not in column
+        ]
         mean, sd = scale[-1]
-        total = [None if old is None or new is None else old + source.weight * (new - mean) / sd
-                 for old, new in zip(total, combined, strict=True)]
+        total = [
+            None if old is None or new is None else old + source.weight * (new - mean) / sd
+            for old, new in zip(total, combined, strict=True)
+        ]
     return Scores(total, raw, apart)
 
 
@@ -102,8 +130,11 @@ def _mean(members: Sequence[float | None]) -> float | None:
     return combine(members, "mean")
 
 
-def calibrate(sources: Sequence[Source], prompts: Sequence[Prompt], completions: Sequence[str]) -> Scales:
-    """Means and deviations over the reference's own answers: what it writes will score 0 on average, with deviation 1.
+def calibrate(
+    sources: Sequence[Source], prompts: Sequence[Prompt], completions: Sequence[str]
+) -> Scales:
+    """Means and deviations over the reference's own answers: what it writes will score 0 on
+    average, with deviation 1.
 
     Raises: TrainError for a reward that is the same for all of them, or scores fewer than two.
     """
@@ -111,9 +142,13 @@ def calibrate(sources: Sequence[Source], prompts: Sequence[Prompt], completions:
     for source in sources:
         rows = [call(source, member, prompts, completions) for member in source.members]
         members = [_scale(source.name, row) for row in rows]
-        scaled = [[None if x is None else (x - mean) / sd for x in row]
-                  for row, (mean, sd) in zip(rows, members, strict=True)]
-        whole = [combine(column, source.combine, source.lam) for column in zip(*scaled, strict=True)]
+        scaled = [
+            [None if x is None else (x - mean) / sd for x in row]
+            for row, (mean, sd) in zip(rows, members, strict=True)
+        ]
+        whole = [
+            combine(column, source.combine, source.lam) for column in zip(*scaled, strict=True)
+        ]
         scales[source.name] = [*members, _scale(source.name, whole)]
     return scales
 
@@ -127,13 +162,19 @@ def _scale(name: str, values: Sequence[float | None]) -> tuple[float, float]:
 def check_varies(name: str, scores: Sequence[float]) -> None:
     """Raises: TrainError where a reward says the same of every answer."""
     if len(scores) < 2:
-        raise TrainError(f"reward {name}: scored {len(scores)} answers; at least 2 are needed to know its scale")
+        raise TrainError(
+            f"reward {name}: scored {len(scores)} answers; at least 2 are needed to know its scale"
+        )
     if pstdev(scores) <= 1e-9 * max(1.0, abs(fmean(scores))):
-        raise TrainError(f"reward {name}: the same value ({scores[0]:g}) for all {len(scores)} answers; there is nothing "
-                         "to learn from it. Where success is rare, draw more answers first (reference_samples)")
+        raise TrainError(
+            f"reward {name}: the same value ({scores[0]:g}) for all {len(scores)} answers; there is nothing "
+            "to learn from it. Where success is rare, draw more answers first (reference_samples)"
+        )
 
 
-def call(source: Source, reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
+def call(
+    source: Source, reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str]
+) -> list[float | None]:
     """What a reward says, checked: one finite number or None an answer.
 
     Raises: TrainError that names the reward, and the answer where it is one answer's fault.
@@ -143,12 +184,18 @@ def call(source: Source, reward: Reward, prompts: Sequence[Prompt], completions:
     except TrainError:
         raise
     except Exception as error:
-        raise TrainError(f"reward {source.name}: raised {type(error).__name__}: {error} (on {len(completions)} answers, "
-                         f"the first {completions[0][:60]!r})") from error
+        raise TrainError(
+            f"reward {source.name}: raised {type(error).__name__}: {error} (on {len(completions)} answers, "
+            f"the first {completions[0][:60]!r})"
+        ) from error
     if len(values) != len(completions):
-        raise TrainError(f"reward {source.name}: gave {len(values)} values for {len(completions)} answers; it must give one "
-                         "number for each")
-    return [_number(source.name, value, text) for value, text in zip(values, completions, strict=True)]
+        raise TrainError(
+            f"reward {source.name}: gave {len(values)} values for {len(completions)} answers; it must give one "
+            "number for each"
+        )
+    return [
+        _number(source.name, value, text) for value, text in zip(values, completions, strict=True)
+    ]
 
 
 def _number(name: str, value: Any, text: str) -> float | None:
@@ -157,23 +204,31 @@ def _number(name: str, value: Any, text: str) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TrainError(f"reward {name}: gave {value!r} for the answer {text[:60]!r}; it must be a number, or None "
-                         "where it cannot score") from None
+        raise TrainError(
+            f"reward {name}: gave {value!r} for the answer {text[:60]!r}; it must be a number, or None "
+            "where it cannot score"
+        ) from None
     if not isfinite(number):
-        raise TrainError(f"reward {name}: gave {number} for the answer {text[:60]!r}. Give None where it cannot score")
+        raise TrainError(
+            f"reward {name}: gave {number} for the answer {text[:60]!r}. Give None where it cannot score"
+        )
     return number
 
 
 def build(configs: Sequence[RewardConfig], makers: Mapping[str, Maker] = {}) -> tuple[Source, ...]:
-    """The sources that a configuration names. `makers` by kind: judges and verifiers come from `prefab.pipelines.training.judge_reward`.
+    """The sources that a configuration names. `makers` by kind: judges and verifiers come from
+    `prefab.pipelines.training.judge_reward`.
 
-    Raises: ConfigError for two of one name, a file that is not there or has no `reward`, a model that is none.
+    Raises: ConfigError for two of one name, a file that is not there or has no `reward`, a model
+    that is none.
     """
     names = [c.name for c in configs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"rewards: two are named {twice[0]}; each needs its own name")
-    return tuple(Source(c.name, tuple(_members(c, makers)), c.weight, c.combine, c.lam) for c in configs)
+    return tuple(
+        Source(c.name, tuple(_members(c, makers)), c.weight, c.combine, c.lam) for c in configs
+    )
 
 
 def _members(config: RewardConfig, makers: Mapping[str, Maker]) -> list[Reward]:
@@ -181,28 +236,40 @@ def _members(config: RewardConfig, makers: Mapping[str, Maker]) -> list[Reward]:
         return [oracle]
     if config.kind in ("judge", "verifier"):
         if config.kind not in makers:
-            raise ConfigError(f"rewards: {config.name}: a {config.kind} is made by prefab.pipelines.training.judge_reward.opened; give what "
-                              "it yields as sources")
+            raise ConfigError(
+                f"rewards: {config.name}: a {config.kind} is made by prefab.pipelines.training.judge_reward.opened; give what "
+                "it yields as sources"
+            )
         return [makers[config.kind](config)]
     if not config.paths:
         raise ConfigError(f"rewards: {config.name}: name at least one {config.kind} in paths")
     if config.kind == "file":
         return [from_file(path) for path in config.paths]
-    return [from_model(member, config.batch) for path in config.paths for member in members_of(path)]
+    return [
+        from_model(member, config.batch) for path in config.paths for member in members_of(path)
+    ]
 
 
 def oracle(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-    """The embedded world's gold score: helpful (0 or 1) minus the weighted share of principles broken."""
+    """The embedded world's gold score: helpful (0 or 1) minus the weighted share of principles
+    broken.
+    """
     from prefab.factory.microworld.oracle import assess
     from prefab.factory.types import Message
 
-    return [assess([Message(t["role"], t["content"]) for t in turns(prompt)], text).score
-            for prompt, text in zip(prompts, completions, strict=True)]
+    return [
+        assess([Message(t["role"], t["content"]) for t in turns(prompt)], text).score
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
 
 
 def turns(prompt: Prompt) -> list[dict[str, str]]:
     """A prompt as a conversation."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+    return (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else [dict(turn) for turn in prompt]
+    )
 
 
 def from_file(path: str) -> Reward:
@@ -215,29 +282,36 @@ def from_file(path: str) -> Reward:
     try:
         found = runpy.run_path(path).get("reward")
     except Exception as error:
-        raise ConfigError(f"rewards: {path} cannot be run: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"rewards: {path} cannot be run: {type(error).__name__}: {error}"
+        ) from error
     if not callable(found):
         raise ConfigError(f"rewards: {path} has no function reward(prompts, completions)")
     return found
 
 
 def from_model(folder: str, batch: int = 32) -> Reward:
-    """A reward model on text, read through its own tokenizer and chat template, on the scale that its training saved.
+    """A reward model on text, read through its own tokenizer and chat template, on the scale that
+    its training saved.
 
     Raises: ConfigError where it is no reward model, or its tokenizer has no template.
     """
     scored = reward_model.scorer(folder, batch)
 
     def reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        talks = [[*turns(prompt), {"role": "assistant", "content": text}]
-                 for prompt, text in zip(prompts, completions, strict=True)]
+        talks = [
+            [*turns(prompt), {"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
         return scored(talks).tolist()
 
     return reward
 
 
 def members_of(folder: str) -> list[str]:
-    """The models of an ensemble that `prefab train reward` wrote; of a single model, the folder itself."""
+    """The models of an ensemble that `prefab train reward` wrote; of a single model, the folder
+    itself.
+    """
     file = Path(folder) / reward_model.FILE
     names = json.loads(file.read_text()).get("members", []) if file.exists() else []
     return [str(Path(folder) / name) for name in names] or [folder]

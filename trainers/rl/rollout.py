@@ -1,8 +1,11 @@
-"""Answers sampled from a policy by transformers, and their log-probabilities from the forward that training uses.
+"""Answers sampled from a policy by transformers, and their log-probabilities from the forward that
+training uses.
 
-The sampler's own log-probabilities are kept only to measure how far they are from training's (`sampler_gap`): with other
-kernels or another precision they differ, and a ratio built on them would be wrong from the first step.
+The sampler's own log-probabilities are kept only to measure how far they are from training's
+(`sampler_gap`): with other kernels or another precision they differ, and a ratio built on them
+would be wrong from the first step.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,23 +15,27 @@ from typing import TYPE_CHECKING, Any
 from prefab.factory.errors import ConfigError
 from prefab.factory.spec.templates import neutralise
 from prefab.trainers import data
-from prefab.trainers.rl import policy_gradient as pg
 from prefab.trainers.common import prompt_ids
 from prefab.trainers.data import DataConfig
+from prefab.trainers.rl import policy_gradient as pg
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-# Columns that the overhead of a forward is worth: measured on a CPU, elsewhere a guess (a GPU computes thousands of columns
-# in the time it takes to launch a small model's kernels).
+# Columns that the overhead of a forward is worth: measured on a CPU, elsewhere a guess (a GPU
+# computes thousands of columns in the time it takes to launch a small model's kernels).
 CALL_CPU, CALL = 64, 2048
 
-Prompt = str | Sequence[Mapping[str, str]]   # one user turn, or a conversation that waits for the assistant
+Prompt = (
+    str | Sequence[Mapping[str, str]]
+)  # one user turn, or a conversation that waits for the assistant
 
 
 @dataclass(frozen=True, slots=True)
 class SampledAnswer:
-    """One sampled answer: `ids` up to and with its end token, which is there exactly when it `ended`."""
+    """One sampled answer: `ids` up to and with its end token, which is there exactly when it
+    `ended`.
+    """
 
     prompt: list[int]
     ids: list[int]
@@ -38,10 +45,12 @@ class SampledAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Prompts and answers as one batch that ends at the right edge, so that short rows cost no columns.
+    """Prompts and answers as one batch that ends at the right edge, so that short rows cost no
+    columns.
 
-    Shapes: ids, attention and positions B L; the answers are the last T columns, an answer shorter than T at their end.
-    `mask_BT` is True on real tokens of answers aligned at the left, and `shift_B` the columns that aligning skips.
+    Shapes: ids, attention and positions B L; the answers are the last T columns, an answer shorter
+    than T at their end. `mask_BT` is True on real tokens of answers aligned at the left, and
+    `shift_B` the columns that aligning skips.
     """
 
     ids_BL: Tensor
@@ -51,9 +60,15 @@ class Packed:
     shift_B: Tensor
 
     def inputs(self) -> dict[str, Any]:
-        """What a model is called with, B L-1: each token is predicted from those before it, the last predicts none."""
-        return {"input_ids": self.ids_BL[:, :-1], "attention_mask": self.attention_BL[:, :-1],
-                "position_ids": self.positions_BL[:, :-1], "use_cache": False}
+        """What a model is called with, B L-1: each token is predicted from those before it, the
+        last predicts none.
+        """
+        return {
+            "input_ids": self.ids_BL[:, :-1],
+            "attention_mask": self.attention_BL[:, :-1],
+            "position_ids": self.positions_BL[:, :-1],
+            "use_cache": False,
+        }
 
 
 def prompts_of(config: DataConfig | None, watched: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -62,25 +77,38 @@ def prompts_of(config: DataConfig | None, watched: int) -> tuple[list[Prompt], l
     Raises: ConfigError where no data is named, or it has no prompts.
     """
     if config is None:
-        raise ConfigError("data: no prompts are named. Name a store's run, or files: data: {sources: [{store: store}]}")
+        raise ConfigError(
+            "data: no prompts are named. Name a store's run, or files: data: {sources: [{store: store}]}"
+        )
     found = data.read_rows("prompts", config)
-    return [data.prompt_of(row) for row in found.train], [data.prompt_of(row) for row in found.val][:watched]
+    return [data.prompt_of(row) for row in found.train], [data.prompt_of(row) for row in found.val][
+        :watched
+    ]
 
 
-def encode(tokenizer: Any, prompts: Sequence[Prompt], room: int | None, kwargs: Mapping[str, Any] | None = None,
-           ) -> list[list[int]]:
-    """The tokens of each prompt through the chat template. A prompt's own text never becomes a control token.
+def encode(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    room: int | None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """The tokens of each prompt through the chat template. A prompt's own text never becomes a
+    control token.
 
     Raises: ConfigError for a prompt of more than `room` tokens, with how many there are.
     """
     rows = [prompt_ids(tokenizer, turns_of(prompt, tokenizer), kwargs) for prompt in prompts]
     if [] in rows:
-        raise ConfigError(f"prompt {rows.index([])} has no tokens at all: the chat template writes nothing for it")
+        raise ConfigError(
+            f"prompt {rows.index([])} has no tokens at all: the chat template writes nothing for it"
+        )
     long = [i for i, row in enumerate(rows) if room is not None and len(row) > room]
     if long:
-        raise ConfigError(f"{len(long)} of {len(rows)} prompts leave no room to answer: prompt {long[0]} has "
-                          f"{len(rows[long[0]])} tokens, {room} fit before the answer. Leave them out, or lower "
-                          "max_new_tokens")
+        raise ConfigError(
+            f"{len(long)} of {len(rows)} prompts leave no room to answer: prompt {long[0]} has "
+            f"{len(rows[long[0]])} tokens, {room} fit before the answer. Leave them out, or lower "
+            "max_new_tokens"
+        )
     return rows
 
 
@@ -92,44 +120,83 @@ def turns_of(prompt: Prompt, tokenizer: Any) -> list[dict[str, str]]:
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation configuration."""
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation
+    configuration.
+    """
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return sorted({*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id} - {None})
+    return sorted(
+        {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id} - {None}
+    )
 
 
-def sample(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, ends: Sequence[int],
-           seed: int, batch: int = 64, former: Sequence[list[int]] = (), micro_batch: int = 16) -> list[SampledAnswer]:
-    """One answer to each prompt, in the order of the prompts, drawn from the whole distribution at `temperature`.
+def sample(
+    model: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    ends: Sequence[int],
+    seed: int,
+    batch: int = 64,
+    former: Sequence[list[int]] = (),
+    micro_batch: int = 16,
+) -> list[SampledAnswer]:
+    """One answer to each prompt, in the order of the prompts, drawn from the whole distribution at
+    `temperature`.
 
-    Prompts of like length are answered together; rows that have ended leave the batch as soon as half of them have.
-    The luck is a function of seed and place alone: policies that are alike answer most prompts alike, so that a difference
-    between them is seen with fewer prompts. `former` are answers drawn with the same seed, by a policy like this one:
-    those that come again are found by one forward, `micro_batch` at a time, and the others alone drawn token by token.
+    Prompts of like length are answered together; rows that have ended leave the batch as soon as
+    half of them have. The luck is a function of seed and place alone: policies that are alike
+    answer most prompts alike, so that a difference between them is seen with fewer prompts.
+    `former` are answers drawn with the same seed, by a policy like this one: those that come again
+    are found by one forward, `micro_batch` at a time, and the others alone drawn token by token.
     """
     import torch
 
-    seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeds = torch.randint(
+        2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
     answers: list[Any] = [None] * len(prompts)
     with torch.no_grad():
-        for i, answer in _drawn_again(model, prompts, former, temperature, ends, seeds, micro_batch) if former else ():
+        for i, answer in (
+            _drawn_again(model, prompts, former, temperature, ends, seeds, micro_batch)
+            if former
+            else ()
+        ):
             answers[i] = answer
-        order = sorted((i for i, a in enumerate(answers) if a is None), key=lambda i: len(prompts[i]))
+        order = sorted(
+            (i for i, a in enumerate(answers) if a is None), key=lambda i: len(prompts[i])
+        )
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            done = _sample_batch(model, [prompts[i] for i in rows], max_new_tokens, temperature, list(ends),
-                                 [seeds[i] for i in rows])
+            done = _sample_batch(
+                model,
+                [prompts[i] for i in rows],
+                max_new_tokens,
+                temperature,
+                list(ends),
+                [seeds[i] for i in rows],
+            )
             for i, answer in zip(rows, done, strict=True):
                 answers[i] = answer
     return answers
 
 
-def _drawn_again(model: Any, prompts: Sequence[list[int]], former: Sequence[list[int]], temperature: float,
-                 ends: Sequence[int], seeds: Sequence[int], batch: int) -> Iterator[tuple[int, SampledAnswer]]:
+def _drawn_again(
+    model: Any,
+    prompts: Sequence[list[int]],
+    former: Sequence[list[int]],
+    temperature: float,
+    ends: Sequence[int],
+    seeds: Sequence[int],
+    batch: int,
+) -> Iterator[tuple[int, SampledAnswer]]:
     """Those of the `former` answers that this model draws too, with their places."""
     import torch
 
     device = next(model.parameters()).device
-    answers = [SampledAnswer(prompt, ids, [], ids[-1] in ends) for prompt, ids in zip(prompts, former, strict=True)]
+    answers = [
+        SampledAnswer(prompt, ids, [], ids[-1] in ends)
+        for prompt, ids in zip(prompts, former, strict=True)
+    ]
     for rows in in_batches(answers, range(len(answers)), batch, device):
         all_BTV, _ = _predicted(model, pack([answers[i] for i in rows], device), temperature)
         for i, padded_TV in zip(rows, all_BTV, strict=True):
@@ -156,9 +223,17 @@ def _draw(logps: Tensor, noise: Tensor) -> Tensor:
     return (logps.exp() / noise).argmax(-1)
 
 
-def _sample_batch(model: Any, prompts: list[list[int]], most: int, temperature: float, ends: list[int],
-                  seeds: Sequence[int]) -> list[SampledAnswer]:
-    """Token by token with a cache. `alive` are the rows still in the batch, by their place in `prompts`."""
+def _sample_batch(
+    model: Any,
+    prompts: list[list[int]],
+    most: int,
+    temperature: float,
+    ends: list[int],
+    seeds: Sequence[int],
+) -> list[SampledAnswer]:
+    """Token by token with a cache. `alive` are the rows still in the batch, by their place in
+    `prompts`.
+    """
     import torch
 
     device, cache = next(model.parameters()).device, None
@@ -169,8 +244,14 @@ def _sample_batch(model: Any, prompts: list[list[int]], most: int, temperature: 
     logps_BT = torch.zeros(len(prompts), most, device=device)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for t in range(most):
-        out = model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1)
+        out = model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache = out.past_key_values
         all_BV = (out.logits[:, -1].float() / temperature).log_softmax(-1)
         tokens = _draw(all_BV, _noise(draws, all_BV.shape[1]))[:, None]
@@ -181,18 +262,26 @@ def _sample_batch(model: Any, prompts: list[list[int]], most: int, temperature: 
             break
         if len(keep) <= len(alive) // 2:
             cache.batch_select_indices(keep)
-            alive, tokens, attention, positions = alive[keep], tokens[keep], attention[keep], positions[keep]
+            alive, tokens, attention, positions = (
+                alive[keep],
+                tokens[keep],
+                attention[keep],
+                positions[keep],
+            )
             draws = [draws[b] for b in keep.tolist()]
         ids, positions = tokens, positions[:, -1:] + 1
         attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
     mask_BT, ended_B = pg.answer_mask(new_BT[:, : t + 1], ends)
     lengths, new, logps = mask_BT.sum(-1).tolist(), new_BT.tolist(), logps_BT.tolist()
-    return [SampledAnswer(prompt, new[b][: lengths[b]], logps[b][: lengths[b]], ended)
-            for b, (prompt, ended) in enumerate(zip(prompts, ended_B.tolist(), strict=True))]
+    return [
+        SampledAnswer(prompt, new[b][: lengths[b]], logps[b][: lengths[b]], ended)
+        for b, (prompt, ended) in enumerate(zip(prompts, ended_B.tolist(), strict=True))
+    ]
 
 
 def _left_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, attention, positions), each B L: every row ends at the right edge and counts positions from its own start.
+    """(ids, attention, positions), each B L: every row ends at the right edge and counts positions
+    from its own start.
 
     The padding's id is 0: nothing attends to it.
     """
@@ -200,7 +289,9 @@ def _left_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor
 
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    attention = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    attention = torch.tensor(
+        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device
+    )
     return ids, attention, (attention.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -211,21 +302,37 @@ def pack(answers: Sequence[SampledAnswer], device: Any) -> Packed:
     ids, attention, positions = _left_padded([a.prompt + a.ids for a in answers], device)
     lengths_B = torch.tensor([len(a.ids) for a in answers], device=device)
     T = int(lengths_B.max())
-    return Packed(ids, attention, positions, torch.arange(T, device=device)[None] < lengths_B[:, None], T - lengths_B)
+    return Packed(
+        ids,
+        attention,
+        positions,
+        torch.arange(T, device=device)[None] < lengths_B[:, None],
+        T - lengths_B,
+    )
 
 
 def left(x_BT: Tensor, packed: Packed) -> Tensor:
-    """The last T columns, aligned at the left (B T or B T D); what then stands outside the mask is arbitrary."""
+    """The last T columns, aligned at the left (B T or B T D); what then stands outside the mask is
+    arbitrary.
+    """
     import torch
 
     T = packed.mask_BT.shape[1]
-    columns_BT = (torch.arange(T, device=x_BT.device)[None] + packed.shift_B[:, None]).clamp(max=T - 1)
+    columns_BT = (torch.arange(T, device=x_BT.device)[None] + packed.shift_B[:, None]).clamp(
+        max=T - 1
+    )
     return x_BT[torch.arange(len(x_BT), device=x_BT.device)[:, None], columns_BT]
 
 
-def forward(model: Any, packed: Packed, temperature: float, hidden: bool = False, entropy: bool = False,
-            ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(log-probability B T, entropy B T or None, last hidden state B T D or None) at each token of the answers, left-aligned.
+def forward(
+    model: Any,
+    packed: Packed,
+    temperature: float,
+    hidden: bool = False,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(log-probability B T, entropy B T or None, last hidden state B T D or None) at each token of
+    the answers, left-aligned.
 
     The state at a token is the one that predicts it: the token itself is not in it yet.
     """
@@ -236,23 +343,40 @@ def forward(model: Any, packed: Packed, temperature: float, hidden: bool = False
     return left(logps_BT, packed), entropy_BT, left(states[-1][:, -T:], packed) if hidden else None
 
 
-def _predicted(model: Any, packed: Packed, temperature: float, hidden: bool = False) -> tuple[Tensor, Any]:
-    """(log-probabilities of all tokens at each of the last T columns, B T V; hidden states where asked)."""
-    out = model(**packed.inputs(), logits_to_keep=packed.mask_BT.shape[1], output_hidden_states=hidden)
+def _predicted(
+    model: Any, packed: Packed, temperature: float, hidden: bool = False
+) -> tuple[Tensor, Any]:
+    """(log-probabilities of all tokens at each of the last T columns, B T V; hidden states where
+    asked).
+    """
+    out = model(
+        **packed.inputs(), logits_to_keep=packed.mask_BT.shape[1], output_hidden_states=hidden
+    )
     return (out.logits.float() / temperature).log_softmax(-1), out.hidden_states
 
 
-def in_batches(answers: Sequence[SampledAnswer], rows: Sequence[int], batch: int, device: Any) -> list[list[int]]:
-    """`rows` (places in `answers`) in batches of at most `batch`, the longest first: what does not fit fails at once.
+def in_batches(
+    answers: Sequence[SampledAnswer], rows: Sequence[int], batch: int, device: Any
+) -> list[list[int]]:
+    """`rows` (places in `answers`) in batches of at most `batch`, the longest first: what does not
+    fit fails at once.
 
-    Rows of like length are together, cut where all is cheapest: columns, padding too, and the overhead of each forward.
+    Rows of like length are together, cut where all is cheapest: columns, padding too, and the
+    overhead of each forward.
     """
     call = CALL_CPU if device.type == "cpu" else CALL
     order = sorted(rows, key=lambda i: -len(answers[i].prompt) - len(answers[i].ids))
     length = [len(answers[i].prompt) + len(answers[i].ids) for i in order]
-    cheapest = [(0, 0)]   # for the first n rows: (their cost, where the last of their batches begins)
+    cheapest = [
+        (0, 0)
+    ]  # for the first n rows: (their cost, where the last of their batches begins)
     for n in range(1, len(order) + 1):
-        cheapest.append(min((cheapest[k][0] + call + length[k] * (n - k), k) for k in range(max(0, n - batch), n)))
+        cheapest.append(
+            min(
+                (cheapest[k][0] + call + length[k] * (n - k), k)
+                for k in range(max(0, n - batch), n)
+            )
+        )
     found, n = [], len(order)
     while n:
         found.append(order[cheapest[n][1] : n])
@@ -260,8 +384,12 @@ def in_batches(answers: Sequence[SampledAnswer], rows: Sequence[int], batch: int
     return found[::-1]
 
 
-def sampler_gap(answers: Sequence[SampledAnswer], logps_BT: Tensor, mask_BT: Tensor) -> tuple[float, float]:
-    """(mean, largest) absolute difference of the sampler's log-probabilities from training's, a token."""
+def sampler_gap(
+    answers: Sequence[SampledAnswer], logps_BT: Tensor, mask_BT: Tensor
+) -> tuple[float, float]:
+    """(mean, largest) absolute difference of the sampler's log-probabilities from training's, a
+    token.
+    """
     import torch
 
     sampler = torch.tensor([x for a in answers for x in a.sampler_logps], dtype=torch.float64)

@@ -1,8 +1,11 @@
-"""Build the embedded models from nothing: `python -m prefab.factory.microworld.builder.build [tiny|nano|both]`.
+"""Build the embedded models from nothing: `python -m prefab.factory.microworld.builder.build
+[tiny|nano|both]`.
 
-Seeded, resumable (every batch is a function of the seed and its step; state is saved every few minutes), float32, two
-threads. Writes tokenizer, chat template and weights to `factory/microworld/weights/prefab-{tiny,nano}`.
+Seeded, resumable (every batch is a function of the seed and its step; state is saved every few
+minutes), float32, two threads. Writes tokenizer, chat template and weights to
+`factory/microworld/weights/prefab-{tiny,nano}`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,7 +34,9 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one model is trained. `noise_share` of its judge labels are random; `tokens` is what a step holds, about."""
+    """How one model is trained. `noise_share` of its judge labels are random; `tokens` is what a
+    step holds, about.
+    """
 
     name: str
     hidden: int
@@ -68,7 +73,9 @@ HELPS = {"faults": 6.0, "asked": 0.5, "look": 0.5, "match": 0.5, "count": 0.5}
 
 
 def train_tokenizer(vocab: int = 1600):
-    """A byte-level BPE over the world's own chats, a `tokenizers.Tokenizer`; any other text falls back to bytes."""
+    """A byte-level BPE over the world's own chats, a `tokenizers.Tokenizer`; any other text falls
+    back to bytes.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     rng = random.Random("tokenizer")
@@ -79,26 +86,43 @@ def train_tokenizer(vocab: int = 1600):
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"<\|[a-z_]+\|>|</?| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9<]+|\n+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIALS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIALS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the chat template as transformers and vLLM read them."""
+    """Write tokenizer.json, tokenizer_config.json and the chat template as transformers and vLLM
+    read them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "pad_token": SPECIALS[0],
-              "eos_token": SPECIALS[2], "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 2048,
+        "pad_token": SPECIALS[0],
+        "eos_token": SPECIALS[2],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def rate(plan: Plan, step: int) -> float:
-    """The learning rate at a step: a short warm-up, a plateau, then a line to zero; in each later phase a lower line."""
+    """The learning rate at a step: a short warm-up, a plateau, then a line to zero; in each later
+    phase a lower line.
+    """
     if step >= plan.steps + plan.writing:
         return 0.25 * plan.lr * (plan.last - step) / plan.settling
     if step >= plan.steps:
@@ -124,8 +148,17 @@ def batches(plan: Plan, tokenizer, first: int):
 
     def work() -> None:
         for step in range(first, plan.last):
-            ready.put(make_batch(f"{plan.seed} {step}", tokenizer, plan.rows, plan.width, 0.1, plan.noise_share,
-                                 plan.phase(step)))
+            ready.put(
+                make_batch(
+                    f"{plan.seed} {step}",
+                    tokenizer,
+                    plan.rows,
+                    plan.width,
+                    0.1,
+                    plan.noise_share,
+                    plan.phase(step),
+                )
+            )
 
     threading.Thread(target=work, daemon=True).start()
     for _ in range(first, plan.last):
@@ -133,14 +166,23 @@ def batches(plan: Plan, tokenizer, first: int):
 
 
 def train(plan: Plan, state_dir: Path, log=print, minutes: float = 1e9, tokenizer=None):
-    """Train by the plan, resuming from `state_dir` where a state lies; returns the model. `minutes` bounds a trial."""
+    """Train by the plan, resuming from `state_dir` where a state lies; returns the model. `minutes`
+    bounds a trial.
+    """
     import torch
 
     from prefab.factory.microworld.builder.model import Llama, Shape, losses
 
     tokenizer = tokenizer or train_tokenizer()
     torch.manual_seed(plan.seed)
-    shape = Shape(tokenizer.get_vocab_size(), plan.hidden, plan.layers, plan.heads, plan.inner, plan.layers - 2)
+    shape = Shape(
+        tokenizer.get_vocab_size(),
+        plan.hidden,
+        plan.layers,
+        plan.heads,
+        plan.inner,
+        plan.layers - 2,
+    )
     model = Llama(shape, len(tasks.g.PRINCIPLES), len(tasks.ASKED))
     optimizer = optimizer_for(model, plan.lr)
     state_dir.mkdir(parents=True, exist_ok=True)
@@ -151,7 +193,9 @@ def train(plan: Plan, state_dir: Path, log=print, minutes: float = 1e9, tokenize
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     last = plan.last
-    log(f"{plan.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {last} steps, from step {first}")
+    log(
+        f"{plan.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {last} steps, from step {first}"
+    )
     started = saved = time.time()
     sums: dict[str, float] = {}
     tokens, told = 0, first
@@ -171,13 +215,21 @@ def train(plan: Plan, state_dir: Path, log=print, minutes: float = 1e9, tokenize
         if done % 20 == 0 or done == last:
             left = (time.time() - started) / (done - first) * (last - done)
             said = "  ".join(f"{k} {v / (done - told):.3f}" for k, v in sums.items())
-            log(f"{plan.name} {done}/{last}  {said}  {tokens / (time.time() - started):.0f} tokens/s  {left / 60:.0f} min left")
+            log(
+                f"{plan.name} {done}/{last}  {said}  {tokens / (time.time() - started):.0f} tokens/s  {left / 60:.0f} min left"
+            )
             sums, told = {}, done
         if time.time() - saved > 180 or done == last:
-            _save(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
+            _save(
+                state_file,
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done},
+            )
             saved = time.time()
         if time.time() - started > minutes * 60:
-            _save(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
+            _save(
+                state_file,
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done},
+            )
             break
     return model, tokenizer
 
@@ -195,10 +247,21 @@ def write(model, tokenizer, plan: Plan, folder: Path) -> None:
 
     if folder.exists():
         shutil.rmtree(folder)
-    ids = {k: tokenizer.token_to_id(t) for k, t in
-           (("pad_token_id", SPECIALS[0]), ("bos_token_id", SPECIALS[1]), ("eos_token_id", SPECIALS[2]))}
+    ids = {
+        k: tokenizer.token_to_id(t)
+        for k, t in (
+            ("pad_token_id", SPECIALS[0]),
+            ("bos_token_id", SPECIALS[1]),
+            ("eos_token_id", SPECIALS[2]),
+        )
+    }
     save_tokenizer(tokenizer, folder)
-    export(model, folder, ids, {"templates": templates_digest(), "name": plan.name, "steps": str(plan.last)})
+    export(
+        model,
+        folder,
+        ids,
+        {"templates": templates_digest(), "name": plan.name, "steps": str(plan.last)},
+    )
 
 
 def main() -> None:
@@ -207,16 +270,22 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", nargs="?", default="both", choices=("tiny", "nano", "both"))
-    parser.add_argument("--state", type=Path, default=Path("build/microworld"), help="where progress is kept")
+    parser.add_argument(
+        "--state", type=Path, default=Path("build/microworld"), help="where progress is kept"
+    )
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--steps", type=int, help="fewer steps, for a trial")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this long (run again to go on)")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="stop after this long (run again to go on)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in ("tiny", "nano") if args.which == "both" else (args.which,):
         plan = replace(PLANS[name], steps=args.steps) if args.steps else PLANS[name]
-        model, tokenizer = train(plan, args.state, lambda text: print(text, flush=True), args.minutes)
+        model, tokenizer = train(
+            plan, args.state, lambda text: print(text, flush=True), args.minutes
+        )
         write(model, tokenizer, plan, args.out / plan.name)
 
 

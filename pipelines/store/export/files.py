@@ -1,8 +1,11 @@
-"""The files of an export in a folder that may hold other things: what this export wrote is listed, nothing else is touched.
+"""The files of an export in a folder that may hold other things: what this export wrote is listed,
+nothing else is touched.
 
-The list is `prefab-export.json`. A new export is written beside the former one, in a hidden folder of the same file
-system, and moved in file by file once all of it is there. Nothing is removed that the list does not name.
+The list is `prefab-export.json`. A new export is written beside the former one, in a hidden folder
+of the same file system, and moved in file by file once all of it is there. Nothing is removed that
+the list does not name.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,17 +20,20 @@ from pathlib import Path
 from prefab.factory.errors import ConfigError
 
 MANIFEST = "prefab-export.json"
-# All that an export writes. The threat: a list that names files of somebody else, with an absolute path or with `..`.
+# All that an export writes. The threat: a list that names files of somebody else, with an absolute
+# path or with `..`.
 OURS = re.compile(r"README\.md|[a-z_]+/(train|validation|test)\.parquet")
 MEND = "Nothing was written. Choose another folder, or move it away"
 
 
 @contextmanager
 def replacing(out: Path, files: Sequence[str]) -> Iterator[Path]:
-    """An empty folder to write `files` (paths relative to it) into. At the end they take the place of the former export
-    in `out`, of which the files that are no longer written are removed. After an error the former export is as it was.
+    """An empty folder to write `files` (paths relative to it) into. At the end they take the place
+    of the former export in `out`, of which the files that are no longer written are removed. After
+    an error the former export is as it was.
 
-    Raises: ConfigError when a file stands in the way that no export wrote, or the list of the former export is damaged.
+    Raises: ConfigError when a file stands in the way that no export wrote, or the list of the
+    former export is damaged.
     """
     former = check(out, files)
     new = not out.exists()
@@ -45,7 +51,8 @@ def replacing(out: Path, files: Sequence[str]) -> Iterator[Path]:
 
 
 def check(out: Path, files: Sequence[str]) -> list[str]:
-    """The files of the former export in `out`, once it is sure that writing `files` there takes nobody's file.
+    """The files of the former export in `out`, once it is sure that writing `files` there takes
+    nobody's file.
 
     Raises: as `replacing`.
     """
@@ -54,10 +61,16 @@ def check(out: Path, files: Sequence[str]) -> list[str]:
     former = _listed(out)
     for name in sorted({*former, *files}):
         path = out / name
-        if path.parent != out and (path.parent.is_symlink() or path.parent.exists() and not path.parent.is_dir()):
-            raise ConfigError(f"{path.parent} is no plain folder, and the export has a folder of that name. {MEND}")
+        if path.parent != out and (
+            path.parent.is_symlink() or (path.parent.exists() and not path.parent.is_dir())
+        ):
+            raise ConfigError(
+                f"{path.parent} is no plain folder, and the export has a folder of that name. {MEND}"
+            )
         if path.is_symlink() or path.is_dir():
-            raise ConfigError(f"{path} is no plain file, and the export has a file of that name. {MEND}")
+            raise ConfigError(
+                f"{path} is no plain file, and the export has a file of that name. {MEND}"
+            )
         if name not in former and path.exists():
             raise ConfigError(f"{path} is there already, and no earlier export wrote it. {MEND}")
     return former
@@ -81,8 +94,9 @@ def _listed(out: Path) -> list[str]:
 
 
 def _swap(stage: Path, out: Path, former: Sequence[str], files: Sequence[str]) -> None:
-    """Move the new files in, then remove what is left of the former export. While that lasts the list names the files of
-    both: whatever stops it, the next export can go on."""
+    """Move the new files in, then remove what is left of the former export. While that lasts the
+    list names the files of both: whatever stops it, the next export can go on.
+    """
     _list(stage, out, sorted({*former, *files}))
     for name in files:
         (out / name).parent.mkdir(exist_ok=True)
@@ -103,7 +117,7 @@ def _list(stage: Path, out: Path, files: Sequence[str]) -> None:
 
 def _remove_empty(folder: Path) -> None:
     """Remove a folder that holds nothing; any other stays."""
-    try:
+    try:  # noqa: SIM105
         folder.rmdir()
     except OSError:
         pass  # not empty, or gone

@@ -1,4 +1,5 @@
 """The transformers engine against transformers itself, on a random tiny model."""
+
 from __future__ import annotations
 
 import asyncio
@@ -6,12 +7,12 @@ from dataclasses import replace
 from math import exp
 
 import pytest
-from tests.support.tinymodel import SPECIALS, build
 
 from prefab.factory.engines.base import make
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import model_identity, request_key
 from prefab.factory.types import Message, Request, Sampling
+from tests.support.tinymodel import SPECIALS, build
 
 torch = pytest.importorskip("torch")
 LABELS = ("A", "B", "T", " A", " B", " T")
@@ -37,7 +38,9 @@ def engine(folder, runner):
 
 
 def request(text: str, labels=(), repeat=(), **sampling) -> Request:
-    return Request("m", (Message("user", text),), Sampling(**{"max_tokens": 1, **sampling}), labels, (), repeat)
+    return Request(
+        "m", (Message("user", text),), Sampling(**{"max_tokens": 1, **sampling}), labels, (), repeat
+    )
 
 
 async def ask(engine, *requests):
@@ -51,11 +54,16 @@ def test_identity_and_control_tokens(engine, folder):
 
 
 def test_label_reads_equal_the_models_own_logits(engine, runner):
-    texts = ["Which answer?", "Which answer asks the caller for less private information? Answer A, B or T."]
+    texts = [
+        "Which answer?",
+        "Which answer asks the caller for less private information? Answer A, B or T.",
+    ]
     answers = runner.run(ask(engine, *[request(t, LABELS) for t in texts]))
     for text, answer in zip(texts, answers, strict=True):
         turns = [{"role": "user", "content": text}]
-        written = engine.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        written = engine.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
         ids = engine.tokenizer(written, return_tensors="pt", add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
             logps = engine.model(ids).logits[0, -1].log_softmax(-1)
@@ -67,14 +75,23 @@ def test_label_reads_equal_the_models_own_logits(engine, runner):
 
 
 def test_greedy_text_equals_generate(engine, runner):
-    requests = [request(t, max_tokens=12) for t in ("hello", "Please tell me your name, and I will look.")]
+    requests = [
+        request(t, max_tokens=12) for t in ("hello", "Please tell me your name, and I will look.")
+    ]
     answers = runner.run(ask(engine, *requests))
     for asked, answer in zip(requests, answers, strict=True):
         written = engine.tokenizer.apply_chat_template(
-            [{"role": "user", "content": asked.messages[0].content}], tokenize=False, add_generation_prompt=True)
+            [{"role": "user", "content": asked.messages[0].content}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
         ids = engine.tokenizer(written, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        out = engine.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert answer.text == engine.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+        out = engine.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+        assert answer.text == engine.tokenizer.decode(
+            out[0, ids.shape[1] :], skip_special_tokens=True
+        )
 
 
 def test_a_drawn_answer_depends_on_its_key_alone(engine, runner):
@@ -87,8 +104,14 @@ def test_a_drawn_answer_depends_on_its_key_alone(engine, runner):
 
 def test_stop_strings_length_and_context(engine, runner):
     long = request("hello", max_tokens=8)
-    whole, cut, over = runner.run(ask(
-        engine, long, replace(long, sampling=Sampling(8, top_k=1, temperature=1.0, seed=0)), request("fox " * 600)))
+    whole, cut, over = runner.run(
+        ask(
+            engine,
+            long,
+            replace(long, sampling=Sampling(8, top_k=1, temperature=1.0, seed=0)),
+            request("fox " * 600),
+        )
+    )
     assert whole.finish == "length" and whole.completion_tokens == 8 and cut.text == whole.text
     assert over.finish == "context" and over.limit == 512 and over.text == ""
     stop = whole.text[len(whole.text) // 2]
@@ -108,7 +131,10 @@ def test_choose_follows_its_filters():
     hot = Sampling(1, temperature=1.0, seed=0)
 
     def drawn(sampling, new=()):
-        return {choose(logits, sampling, [0], list(new), torch.Generator().manual_seed(i)) for i in range(200)}
+        return {
+            choose(logits, sampling, [0], list(new), torch.Generator().manual_seed(i))
+            for i in range(200)
+        }
 
     assert drawn(hot) == {0, 1, 2, 3}
     assert drawn(replace(hot, top_k=2)) == {0, 1}

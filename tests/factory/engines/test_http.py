@@ -1,4 +1,6 @@
-"""The HTTP client, the openai engine and the scripted server: every way a server can answer, typed."""
+"""The HTTP client, the openai engine and the scripted server: every way a server can answer,
+typed."""
+
 from __future__ import annotations
 
 import asyncio
@@ -14,7 +16,14 @@ import pytest
 
 from prefab.factory.engines.base import config_class, make, resolve_model
 from prefab.factory.engines.chat import Chat, Malformed, TopRead, _drawn, _share, claim, log_add
-from prefab.factory.engines.http import Breaker, HttpClient, HttpConfig, Rejected, loads, retry_after
+from prefab.factory.engines.http import (
+    Breaker,
+    HttpClient,
+    HttpConfig,
+    Rejected,
+    loads,
+    retry_after,
+)
 from prefab.factory.errors import ConfigError, EngineError, TransportError
 from prefab.factory.keys import request_key
 from prefab.factory.types import Completion, Message, Request, Sampling
@@ -74,19 +83,41 @@ def url():
 
 
 def test_label_reads_and_text(url):
-    read, text = run(openai(url), label_read("which?"), Request("m", (Message("user", "hi"),), Sampling(max_tokens=9)))
-    assert read.exactness == "bounds" and set(read.label_logps) == {"A", "B"}  # the server's top k has no " A"
+    read, text = run(
+        openai(url),
+        label_read("which?"),
+        Request("m", (Message("user", "hi"),), Sampling(max_tokens=9)),
+    )
+    assert read.exactness == "bounds" and set(read.label_logps) == {
+        "A",
+        "B",
+    }  # the server's top k has no " A"
     assert 0 < sum(map(exp, read.label_logps.values())) < 1
     assert text.label_logps is None and text.finish == "stop" and text.text
 
 
 def test_a_server_without_token_ids_is_told():
-    """What is drawn is known by its ids; an answer without them, or with others than it has numbers for, is none."""
-    answer = {"prompt_token_ids": [1, 2], "choices": [{"finish_reason": "length", "token_ids": [3, 4], "logprobs": {
-        "content": [{"logprob": -0.5}, {"logprob": -0.25}]}}]}
+    """What is drawn is known by its ids; an answer without them, or with others than it has numbers
+    for, is none."""
+    answer = {
+        "prompt_token_ids": [1, 2],
+        "choices": [
+            {
+                "finish_reason": "length",
+                "token_ids": [3, 4],
+                "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}]},
+            }
+        ],
+    }
     assert _drawn(answer) == ([1, 2], [3, 4], [-0.5, -0.25], False)
-    for place, value in (("token_ids", None), ("token_ids", ["3", "4"]), ("token_ids", [3]), ("token_ids", []), ("logprobs", None),
-                         ("logprobs", {"content": [{"logprob": nan}, {"logprob": -1.0}]})):
+    for place, value in (
+        ("token_ids", None),
+        ("token_ids", ["3", "4"]),
+        ("token_ids", [3]),
+        ("token_ids", []),
+        ("logprobs", None),
+        ("logprobs", {"content": [{"logprob": nan}, {"logprob": -1.0}]}),
+    ):
         with pytest.raises(Malformed, match="token ids"):
             _drawn({**answer, "choices": [{**answer["choices"][0], place: value}]})
     with pytest.raises(Malformed):
@@ -105,7 +136,9 @@ def test_batches_equal_single_reads(url):
 
 
 def test_one_conversation_too_long_spoils_only_itself(url):
-    answers = run(openai(url, batch=8), *[label_read("w " * (60 if i == 3 else 5 + i)) for i in range(8)])
+    answers = run(
+        openai(url, batch=8), *[label_read("w " * (60 if i == 3 else 5 + i)) for i in range(8)]
+    )
     assert [a.finish == "context" for a in answers] == [i == 3 for i in range(8)]
     assert answers[3].limit == 50 and answers[3].label_logps is None
 
@@ -118,7 +151,9 @@ def test_sampled_answers_differ_by_repeat_and_not_by_order(url):
     assert [a.text for a in forward] == [a.text for a in reversed(backward)]
 
 
-@pytest.mark.parametrize("mischief", ["--fail-every", "--drop-every", "--limit-every", "--malform-every"])
+@pytest.mark.parametrize(
+    "mischief", ["--fail-every", "--drop-every", "--limit-every", "--malform-every"]
+)
 def test_what_heals_is_asked_again(mischief):
     with scripted_server(mischief, "3") as address:
         answers = run(openai(address), *[label_read(f"q{i}") for i in range(9)])
@@ -132,7 +167,8 @@ def test_a_failing_batch_falls_apart_into_single_reads():
 
 
 def test_nan_is_no_read():
-    """A label that was there without a number is not one below the k-th token: B must not win by it."""
+    """A label that was there without a number is not one below the k-th token: B must not win by
+    it."""
     with scripted_server("--nan") as address:
         (answer,) = run(openai(address), label_read("q"))
     assert (answer.label_logps, answer.exactness) == ({}, "exact")
@@ -146,7 +182,9 @@ def test_wrong_model_names_the_models_there_are(url):
 
 
 def test_wrong_path_says_so(url):
-    (answer,) = run(make({"engine": "openai", "model": "m", "base_url": f"{url}/v7"}, "api"), label_read("q"))
+    (answer,) = run(
+        make({"engine": "openai", "model": "m", "base_url": f"{url}/v7"}, "api"), label_read("q")
+    )
     assert type(answer) is EngineError and "OpenAI-compatible" in str(answer)
 
 
@@ -160,11 +198,21 @@ def test_no_key_names_the_variable(monkeypatch):
 
 def test_nobody_there_is_a_transport_error_and_soon_fails_fast():
     async def scenario():
-        engine = make({"engine": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", "retries": 5,
-                       "down_after_s": 0}, "api")
+        engine = make(
+            {
+                "engine": "openai",
+                "model": "m",
+                "base_url": "http://127.0.0.1:9/v1",
+                "retries": 5,
+                "down_after_s": 0,
+            },
+            "api",
+        )
         await engine.start()
         first = [label_read(f"q{i}") for i in range(8)]
-        failed = await asyncio.gather(*(engine.complete(request_key(r), r) for r in first), return_exceptions=True)
+        failed = await asyncio.gather(
+            *(engine.complete(request_key(r), r) for r in first), return_exceptions=True
+        )
         began = time.monotonic()
         with pytest.raises(TransportError, match="is down"):
             await engine.complete(b"0" * 16, label_read("later"))
@@ -182,7 +230,10 @@ def test_a_server_killed_in_the_middle_and_started_again_answers():
         with scripted_process("--delay-ms", "300") as (first, address):
             engine = openai(address, retries=9)
             await engine.start()
-            asks = [asyncio.create_task(engine.complete(b"k" * 16, label_read(f"q{i}"))) for i in range(4)]
+            asks = [
+                asyncio.create_task(engine.complete(b"k" * 16, label_read(f"q{i}")))
+                for i in range(4)
+            ]
             await asyncio.sleep(0.15)
             first.kill()
             first.wait()
@@ -228,8 +279,14 @@ def test_retry_after_and_json():
 
 
 def test_top_reads():
-    entries = [{"token": "A", "logprob": -1.0}, {"token": "A", "logprob": -1.0}, {"token": "x", "logprob": -0.5},
-               {"token": " A", "logprob": -inf}, {"token": "B", "logprob": nan}, {"token": "T", "logprob": None}]
+    entries = [
+        {"token": "A", "logprob": -1.0},
+        {"token": "A", "logprob": -1.0},
+        {"token": "x", "logprob": -0.5},
+        {"token": " A", "logprob": -inf},
+        {"token": "B", "logprob": nan},
+        {"token": "T", "logprob": None},
+    ]
     logps, exactness = TopRead().parse(entries[:4], ("A", "B", "T", " A"))
     assert logps == {"A": pytest.approx(-1.0 + 0.6931471805599453)} and exactness == "bounds"
     for n in (5, 6):
@@ -284,18 +341,34 @@ def test_scripted_engine_counts_fails_and_heals():
 
 
 def test_scripted_rules():
-    rules = [{"match": "polite", "labels": {"A": 0.9, "B": 0.05}}, {"match": "critique", "text": "None. Fine."}]
+    rules = [
+        {"match": "polite", "labels": {"A": 0.9, "B": 0.05}},
+        {"match": "critique", "text": "None. Fine."},
+    ]
     engine = make({"engine": "scripted", "rules": rules}, "s")
-    read, text = run(engine, label_read("more polite?"), Request("m", (Message("user", "critique"),), Sampling(9)))
+    read, text = run(
+        engine,
+        label_read("more polite?"),
+        Request("m", (Message("user", "critique"),), Sampling(9)),
+    )
     assert exp(read.label_logps["A"]) == pytest.approx(0.9) and text.text == "None. Fine."
 
 
-@pytest.mark.parametrize(("message", "limit"), [
-    ("This model's maximum context length is 8,192 tokens. However, you requested 9000 tokens", 8192),
-    ("'max_tokens' is too large: 100. This model's maximum context length is 512 tokens and your request has", 512),
-    ("prompt is too long: 205000 tokens > 200000 maximum", 200000),
-    ("Input exceeds the context window of this model.", 77),
-])
+@pytest.mark.parametrize(
+    ("message", "limit"),
+    [
+        (
+            "This model's maximum context length is 8,192 tokens. However, you requested 9000 tokens",
+            8192,
+        ),
+        (
+            "'max_tokens' is too large: 100. This model's maximum context length is 512 tokens and your request has",
+            512,
+        ),
+        ("prompt is too long: 205000 tokens > 200000 maximum", 200000),
+        ("Input exceeds the context window of this model.", 77),
+    ],
+)
 def test_what_too_long_sounds_like(message, limit):
     assert _refusal(400, message) == Completion("", "context", limit=limit)
 

@@ -1,7 +1,9 @@
-"""One real vLLM on a random tiny model, started by a process of its own that is killed in the last test.
+"""One real vLLM on a random tiny model, started by a process of its own that is killed in the last
+test.
 
 The supervisor, the spread over replicas and the reading of logs are tested without it.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -18,9 +20,16 @@ import pytest
 
 import prefab.factory.engines.supervisor
 from prefab.factory.engines.base import make
-from prefab.factory.engines.vllm_process import VllmProcess, command_line, environment, free_port, has_gpu, reason
 from prefab.factory.engines.prefix_router import Spread
 from prefab.factory.engines.vllm import IdRead, VllmConfig
+from prefab.factory.engines.vllm_process import (
+    VllmProcess,
+    command_line,
+    environment,
+    free_port,
+    has_gpu,
+    reason,
+)
 from prefab.factory.errors import ConfigError, EngineError, TransportError
 from prefab.factory.keys import model_identity, request_key
 from prefab.factory.types import Message, Request, Sampling
@@ -41,7 +50,9 @@ asyncio.run(main())
 
 
 def request(text: str, labels=(), repeat=(), **sampling) -> Request:
-    return Request("m", (Message("user", text),), Sampling(**{"max_tokens": 1, **sampling}), labels, (), repeat)
+    return Request(
+        "m", (Message("user", text),), Sampling(**{"max_tokens": 1, **sampling}), labels, (), repeat
+    )
 
 
 async def ask(engine, *requests):
@@ -80,7 +91,10 @@ def server(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(server, folder, runner):
-    engine = make({"engine": "vllm", "model": str(folder), "url": server[1], "retries": 1, "down_after_s": 0}, "local")
+    engine = make(
+        {"engine": "vllm", "model": str(folder), "url": server[1], "retries": 1, "down_after_s": 0},
+        "local",
+    )
     runner.run(engine.start())
     yield engine
     runner.run(engine.stop())
@@ -109,7 +123,9 @@ def test_label_reads_equal_transformers(engine, local, runner):
     for s, o in zip(served, own, strict=True):
         assert set(s.label_logps) == set(LABELS) and s.exactness == "exact"
         assert all(s.label_logps[k] == pytest.approx(o.label_logps[k], abs=2e-3) for k in LABELS)
-        assert sum(map(exp, s.label_logps.values())) < 0.99  # unconstrained: the rest of the vocabulary has its share
+        assert (
+            sum(map(exp, s.label_logps.values())) < 0.99
+        )  # unconstrained: the rest of the vocabulary has its share
 
 
 @pytest.mark.vllm
@@ -120,14 +136,18 @@ def test_batches_equal_single_reads(engine, server, folder, runner):
     ones, many = runner.run(ask(single, *asked)), runner.run(ask(engine, *asked))
     runner.run(single.stop())
     for one, batched in zip(ones, many, strict=True):
-        assert all(one.label_logps[k] == pytest.approx(batched.label_logps[k], abs=1e-3) for k in LABELS)
+        assert all(
+            one.label_logps[k] == pytest.approx(batched.label_logps[k], abs=1e-3) for k in LABELS
+        )
     assert sum(a.prompt_tokens for a in ones) == sum(a.prompt_tokens for a in many)
 
 
 @pytest.mark.vllm
 def test_greedy_text_equals_transformers(engine, local, runner):
     asked = [request(t, max_tokens=12) for t in ("hello", "Please tell me your name.")]
-    assert [a.text for a in runner.run(ask(engine, *asked))] == [a.text for a in runner.run(ask(local, *asked))]
+    assert [a.text for a in runner.run(ask(engine, *asked))] == [
+        a.text for a in runner.run(ask(local, *asked))
+    ]
 
 
 @pytest.mark.vllm
@@ -140,16 +160,27 @@ def test_a_drawn_answer_depends_on_its_key_alone(engine, runner):
 
 @pytest.mark.vllm
 def test_policies_answers_are_the_token_ids_drawn(server, folder):
-    """`prefab eval policy` by both samplers: the forward agrees with the server about the tokens that the server drew."""
+    """`prefab eval policy` by both samplers: the forward agrees with the server about the tokens
+    that the server drew."""
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig as Eval
     from prefab.pipelines.evaluation.policy import evaluate_policies
 
-    config = {"policies": {"tiny": str(folder)}, "prompts": {"source": "microworld", "split": "test", "limit": 20}, "samples": 4,
-              "max_new_tokens": 12, "threads": 1}
+    config = {
+        "policies": {"tiny": str(folder)},
+        "prompts": {"source": "microworld", "split": "test", "limit": 20},
+        "samples": 4,
+        "max_new_tokens": 12,
+        "threads": 1,
+    }
     ours = evaluate_policies(Eval.model_validate(config), True).policies["tiny"]
-    served = evaluate_policies(Eval.model_validate({**config, "sampler": "vllm", "vllm": {"url": server[1]}}), True).policies["tiny"]
+    served = evaluate_policies(
+        Eval.model_validate({**config, "sampler": "vllm", "vllm": {"url": server[1]}}), True
+    ).policies["tiny"]
     assert served["sampler_gap"].value < 1e-3 and abs(served["kl"].value) < 1e-6
-    assert served["entropy"].low < ours["entropy"].high and ours["entropy"].low < served["entropy"].high
+    assert (
+        served["entropy"].low < ours["entropy"].high
+        and ours["entropy"].low < served["entropy"].high
+    )
     assert served["tokens"].value > 6
 
 
@@ -161,15 +192,24 @@ def test_a_draw_ends_at_its_stops_and_is_the_same_again(server, folder):
     async def twice(stops):
         await engine.start()
         try:
-            return [await asyncio.gather(*(engine.draw(request_key(r), r, stops) for r in asked)) for _ in range(2)]
+            return [
+                await asyncio.gather(*(engine.draw(request_key(r), r, stops) for r in asked))
+                for _ in range(2)
+            ]
         finally:
             await engine.stop()
 
     first, second = asyncio.run(twice([2]))
-    assert [d.ids for d in first] == [d.ids for d in second] and len({tuple(d.ids) for d in first}) == 3
-    token = first[0].ids[5]                                       # stopped at this one, it is the last and is there
+    assert [d.ids for d in first] == [d.ids for d in second] and len(
+        {tuple(d.ids) for d in first}
+    ) == 3
+    token = first[0].ids[5]  # stopped at this one, it is the last and is there
     cut = asyncio.run(twice([token]))[0][0]
-    assert cut.ended and cut.ids == first[0].ids[: first[0].ids.index(token) + 1] and len(cut.logps) == len(cut.ids)
+    assert (
+        cut.ended
+        and cut.ids == first[0].ids[: first[0].ids.index(token) + 1]
+        and len(cut.logps) == len(cut.ids)
+    )
 
 
 @pytest.mark.vllm
@@ -186,7 +226,9 @@ def test_one_that_is_too_long_is_typed_and_spoils_no_other(engine, runner):
 def test_control_tokens_in_users_text_stay_text(engine, runner):
     plain = runner.run(engine.count_tokens((Message("user", "x y"),)))
     raw = runner.run(engine.count_tokens((Message("user", "x<|im_end|> y"),)))
-    assert raw == plain + 1, "a served tokenizer makes control tokens of users' text: that is the threat"
+    assert raw == plain + 1, (
+        "a served tokenizer makes control tokens of users' text: that is the threat"
+    )
     assert runner.run(engine.check_specials()) == []
 
 
@@ -201,7 +243,8 @@ def test_labels_and_names_that_cannot_be(engine, server, runner):
 
 @pytest.mark.vllm
 def test_killing_the_starter_leaves_no_process_and_is_noticed(engine, server, runner):
-    """Last: the server is gone afterwards. `kill -9` of whoever started it takes vLLM's engine and workers along."""
+    """Last: the server is gone afterwards. `kill -9` of whoever started it takes vLLM's engine and
+    workers along."""
     starter, _, supervisor = server
     family = descendants(supervisor)
     assert len(family) >= 3, "API server, engine core, worker"
@@ -221,7 +264,9 @@ def descendants(pid: int) -> list[int]:
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
-            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(stat.parent.name)
+            )
     found, todo = [], [pid]
     while todo:
         children = parents.get(todo.pop(), [])
@@ -266,9 +311,14 @@ def test_the_keeper_leaves_nothing(how, tmp_path, monkeypatch):
         "command = [sys.executable, sys.argv[1], str(os.getpid()), sys.argv[2], sys.executable, '-c', sys.argv[3]]\n"
         "supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)\n"
         "print(supervisor.pid, flush=True)\n"
-        "sys.stdin.readline()\nkeeper.stdin.close()\ntime.sleep(3600)\n")
-    parent = subprocess.Popen([sys.executable, "-c", parent_code, str(quick), str(tmp_path / "log"), STUBBORN],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        "sys.stdin.readline()\nkeeper.stdin.close()\ntime.sleep(3600)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", parent_code, str(quick), str(tmp_path / "log"), STUBBORN],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         pid = int(parent.stdout.readline())
         end = time.monotonic() + 20
@@ -294,9 +344,12 @@ def test_the_reason_is_the_root_cause():
         "(EngineCore pid=7) INFO 11-21 00:58:28 [core.py:133] Initializing\n"
         "(EngineCore pid=7) ERROR 11-21 00:58:29 [core.py:900] Traceback (most recent call last):\n"
         "(EngineCore pid=7) ERROR 11-21 00:58:29 [core.py:900] ValueError: No available memory for the cache blocks.\n"
-        "(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.\n")
+        "(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
     assert reason(log) == "ValueError: No available memory for the cache blocks."
-    assert reason("x.py: error: argument --port: invalid int value: 'x'\n").endswith("invalid int value: 'x'")
+    assert reason("x.py: error: argument --port: invalid int value: 'x'\n").endswith(
+        "invalid int value: 'x'"
+    )
     assert reason("") == "it wrote nothing"
 
 
@@ -321,7 +374,9 @@ def test_a_servers_log_goes_when_it_ended_well_and_stays_when_not(fails, tmp_pat
     server.write_text(FAKE)
     for folder in (tmp_path / "vllm", tmp_path / "vllm" / "entrypoints", server.parent):
         (folder / "__init__.py").touch()
-    config = VllmConfig(model="m", env={"PYTHONPATH": str(tmp_path)}, args=["--fail"] if fails else [])
+    config = VllmConfig(
+        model="m", env={"PYTHONPATH": str(tmp_path)}, args=["--fail"] if fails else []
+    )
     process = VllmProcess(config, "m", free_port(), "local", lambda line: None, tmp_path / "logs")
 
     async def work():
@@ -330,6 +385,7 @@ def test_a_servers_log_goes_when_it_ended_well_and_stays_when_not(fails, tmp_pat
             assert process.log_file.parent == tmp_path / "logs" and process.log_file.exists()
         finally:
             await process.stop()
+
     if not fails:
         asyncio.run(work())
         assert not (tmp_path / "logs").exists()
@@ -337,13 +393,17 @@ def test_a_servers_log_goes_when_it_ended_well_and_stays_when_not(fails, tmp_pat
     with pytest.raises(EngineError) as told:
         asyncio.run(work())
     words = str(told.value)
-    assert words.startswith("vLLM ended (status 3): ValueError: no memory\n") and str(process.log_file) in words
+    assert (
+        words.startswith("vLLM ended (status 3): ValueError: no memory\n")
+        and str(process.log_file) in words
+    )
     assert "| line 19\n" in words and "| the end\n" in words and "line 1\n" not in words
     assert process.log_file.read_text().startswith("line 0\n")
 
 
 def test_a_fraction_of_a_gib_is_asked_for_in_bytes(monkeypatch):
-    """vLLM reads VLLM_CPU_KVCACHE_SPACE as a whole number, and it would win over the command line."""
+    """vLLM reads VLLM_CPU_KVCACHE_SPACE as a whole number, and it would win over the command
+    line."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     process = VllmProcess(VllmConfig(model="m", kv_cache_gib=0.25), "m", 1, "local", None)
     words = command_line(process)
@@ -357,7 +417,9 @@ def test_a_fraction_of_a_gib_is_asked_for_in_bytes(monkeypatch):
 
 
 def test_a_server_that_is_not_there_is_said_to_be():
-    engine = make({"engine": "vllm", "model": "m", "url": "http://127.0.0.1:13", "retries": 0}, "far")
+    engine = make(
+        {"engine": "vllm", "model": "m", "url": "http://127.0.0.1:13", "retries": 0}, "far"
+    )
     with pytest.raises(EngineError, match="no vLLM server at http://127.0.0.1:13"):
         asyncio.run(engine.start())
 
@@ -370,7 +432,8 @@ def test_configuration_wants_a_model_or_an_address():
 
 
 def test_ids_count_once_and_spellings_have_several():
-    """A sentencepiece tokenizer: a space comes before the first word, and both spellings are one token."""
+    """A sentencepiece tokenizer: a space comes before the first word, and both spellings are one
+    token."""
     words = {"A": [7], " A": [7], "\n": [1, 2], "\nA": [1, 2, 8], "\n A": [1, 2, 7]}
 
     async def tokenize(text):
@@ -379,9 +442,16 @@ def test_ids_count_once_and_spellings_have_several():
     read = IdRead(tokenize)
     asyncio.run(read.prepare(("A", " A")))
     assert read.fields(("A", " A"))["logprob_token_ids"] == [7, 8]
-    entries = [{"token": "token_id:7", "logprob": -1.0}, {"token": "token_id:7", "logprob": -1.0},
-               {"token": "token_id:8", "logprob": float("nan")}, {"token": "token_id:9", "logprob": 0.0}]
-    assert read.parse(entries, ("A", " A")) == ({}, "exact")  # id 8 has no number: what A has is not known
+    entries = [
+        {"token": "token_id:7", "logprob": -1.0},
+        {"token": "token_id:7", "logprob": -1.0},
+        {"token": "token_id:8", "logprob": float("nan")},
+        {"token": "token_id:9", "logprob": 0.0},
+    ]
+    assert read.parse(entries, ("A", " A")) == (
+        {},
+        "exact",
+    )  # id 8 has no number: what A has is not known
     entries[2]["logprob"] = -2.0
     found, exactness = read.parse(entries, ("A", " A"))
     assert found == {"A": pytest.approx(log(exp(-1.0) + exp(-2.0)))} and exactness == "exact"

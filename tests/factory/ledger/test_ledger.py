@@ -1,4 +1,5 @@
 """The ledger: durable, memoised, shared by processes, and loud when it cannot write."""
+
 from __future__ import annotations
 
 import asyncio
@@ -6,11 +7,11 @@ import sqlite3
 
 import pytest
 
-from prefab.factory.ledger import records as recorded
 from prefab.factory.errors import ConfigError, StoreError, TransportError
 from prefab.factory.keys import request_bytes, request_key
-from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.ledger import records as recorded
 from prefab.factory.ledger.db import connect
+from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.types import Completion, Message, Prompt, Request, Sampling, Use
 
 
@@ -53,12 +54,14 @@ class Engine:
 
 def using(folder, work):
     """Run `work(ledger)` in a loop of its own, close the ledger, and give what it gave."""
+
     async def main():
         ledger = Ledger.open(folder)
         try:
             return await work(ledger)
         finally:
             await ledger.close()
+
     return asyncio.run(main())
 
 
@@ -81,15 +84,23 @@ def test_an_answer_is_asked_once_and_kept_as_it_came(tmp_path):
 def test_what_was_digested_is_kept_beside_the_answer(tmp_path):
     using(tmp_path, lambda ledger: ledger.ask(request("why"), use(), Engine()))
     con = connect(tmp_path / "ledger.sqlite", readonly=True)
-    assert con.execute("SELECT request FROM requests").fetchone()[0] == request_bytes(request("why"))
-    assert recorded.request_json(con, request_key(request("why")))["messages"][0]["content"] == "why"
+    assert con.execute("SELECT request FROM requests").fetchone()[0] == request_bytes(
+        request("why")
+    )
+    assert (
+        recorded.request_json(con, request_key(request("why")))["messages"][0]["content"] == "why"
+    )
 
 
 def test_an_answer_reaches_the_asker_only_once_it_is_on_disk(tmp_path):
     async def work(ledger):
         await ledger.ask(request("q"), use(), Engine())
         other = sqlite3.connect(tmp_path / "ledger.sqlite")
-        return [other.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in ("calls", "uses", "requests")]
+        return [
+            other.execute(f"SELECT count(*) FROM {t}").fetchone()[0]
+            for t in ("calls", "uses", "requests")
+        ]
+
     assert using(tmp_path, work) == [1, 1, 1]
 
 
@@ -99,9 +110,11 @@ def test_uses_are_there_before_the_answer_and_in_one_transaction(tmp_path):
     def look(text):
         seen.append(count(tmp_path, "uses"))
         return Completion("x", "stop")
+
     async def work(ledger):
         asks = [(request(f"q{i}"), use(i)) for i in range(20)]
         await ledger.ask_many(asks, Engine(look, max_in_flight=1, delay_s=0.05))
+
     using(tmp_path, work)
     assert set(seen) <= {0, 20} and seen[-1] == 20
 
@@ -115,11 +128,18 @@ def test_identical_questions_in_flight_are_asked_once_and_survive_a_cancelled_as
         await asyncio.sleep(0.02)
         first.cancel()
         return await second
-    assert using(tmp_path, work).text == "re q" and engine.asked == ["q"] and count(tmp_path, "uses") == 2
+
+    assert (
+        using(tmp_path, work).text == "re q"
+        and engine.asked == ["q"]
+        and count(tmp_path, "uses") == 2
+    )
 
 
 def test_a_transport_failure_is_counted_returned_and_tried_by_the_next_run(tmp_path):
-    broken = Engine(lambda text: TransportError("gone") if text == "bad" else Completion("ok", "stop"))
+    broken = Engine(
+        lambda text: TransportError("gone") if text == "bad" else Completion("ok", "stop")
+    )
     asks = [(request("good"), use(0)), (request("bad"), use(1))]
 
     async def work(ledger):
@@ -127,10 +147,13 @@ def test_a_transport_failure_is_counted_returned_and_tried_by_the_next_run(tmp_p
         assert good.text == "ok" and isinstance(bad, TransportError) and ledger.stats.failed == 1
         with pytest.raises(TransportError):
             await ledger.ask(*asks[1], broken)
+
     using(tmp_path, work)
     assert count(tmp_path, "failures") == 2 and count(tmp_path, "calls") == 1
     healed = Engine()
-    assert using(tmp_path, lambda ledger: ledger.ask_many(asks, healed))[1].text == "re bad" and healed.asked == ["bad"]
+    assert using(tmp_path, lambda ledger: ledger.ask_many(asks, healed))[
+        1
+    ].text == "re bad" and healed.asked == ["bad"]
 
 
 def test_an_engine_that_fails_for_good_stops_who_asked(tmp_path):
@@ -138,27 +161,38 @@ def test_an_engine_that_fails_for_good_stops_who_asked(tmp_path):
         with pytest.raises(KeyError):
             await ledger.ask(request("q"), use(), Engine(lambda text: KeyError("bug")))
         return await ledger.ask(request("q"), use(), Engine())
+
     assert using(tmp_path, work).text == "re q"
 
 
 def test_too_long_is_a_fact_until_a_larger_context_is_served(tmp_path):
     short = Engine(lambda text: Completion("", "context", limit=100))
     assert using(tmp_path, lambda ledger: ledger.ask(request("long"), use(), short)).limit == 100
-    assert using(tmp_path, lambda ledger: ledger.ask(request("long"), use(), short)).finish == "context"
+    assert (
+        using(tmp_path, lambda ledger: ledger.ask(request("long"), use(), short)).finish
+        == "context"
+    )
     assert short.asked == ["long"]
     wider = Engine(lambda text: Completion("", "context", limit=200))
     wider.max_model_len = 200
     assert using(tmp_path, lambda ledger: ledger.ask(request("long"), use(), wider)).limit == 200
     widest = Engine()
     widest.max_model_len = 400
-    assert using(tmp_path, lambda ledger: ledger.ask(request("long"), use(), widest)).text == "re long"
-    assert using(tmp_path, lambda ledger: ledger.ask(request("long"), use(), short)).text == "re long"
+    assert (
+        using(tmp_path, lambda ledger: ledger.ask(request("long"), use(), widest)).text == "re long"
+    )
+    assert (
+        using(tmp_path, lambda ledger: ledger.ask(request("long"), use(), short)).text == "re long"
+    )
     assert (len(short.asked), len(wider.asked), len(widest.asked)) == (1, 1, 1)
 
 
 def test_odd_answers_survive(tmp_path):
-    odd = {"inf": Completion("a\0b", "length", {"A": float("-inf"), "null": -1.0}, "bounds", 1, 2),
-           "none": Completion("", "refused", None, "hard"), "half": Completion("\ud83d cut", "stop")}
+    odd = {
+        "inf": Completion("a\0b", "length", {"A": float("-inf"), "null": -1.0}, "bounds", 1, 2),
+        "none": Completion("", "refused", None, "hard"),
+        "half": Completion("\ud83d cut", "stop"),
+    }
     asks = [(request(name), use()) for name in odd]
     using(tmp_path, lambda ledger: ledger.ask_many(asks, Engine(odd.get)))
     inf, none, half = using(tmp_path, lambda ledger: ledger.ask_many(asks, Engine()))
@@ -170,11 +204,18 @@ def test_of_two_processes_the_first_answer_stands_and_the_other_takes_it_over(tm
         one, two = Ledger.open(tmp_path), Ledger.open(tmp_path)
         slow = Engine(lambda text: Completion("slow", "stop"), delay_s=0.2)
         fast = Engine(lambda text: Completion("fast", "stop"))
-        answers = await asyncio.gather(one.ask(request("q"), use(1), slow), two.ask(request("q"), use(2), fast))
+        answers = await asyncio.gather(
+            one.ask(request("q"), use(1), slow), two.ask(request("q"), use(2), fast)
+        )
         await one.close()
         await two.close()
         return [a.text for a in answers]
-    assert asyncio.run(main()) == ["fast", "fast"] and count(tmp_path, "calls") == 1 and count(tmp_path, "uses") == 2
+
+    assert (
+        asyncio.run(main()) == ["fast", "fast"]
+        and count(tmp_path, "calls") == 1
+        and count(tmp_path, "uses") == 2
+    )
 
 
 def test_a_full_disk_fails_what_waits_stops_the_run_and_loses_nothing(tmp_path):
@@ -185,18 +226,32 @@ def test_a_full_disk_fails_what_waits_stops_the_run_and_loses_nothing(tmp_path):
         pages = ledger._writer._con.execute("PRAGMA page_count").fetchone()[0]
         ledger._writer._con.execute(f"PRAGMA max_page_count={pages + 4}")
         with pytest.raises(StoreError, match="disk is full.*run the same command again"):
-            await asyncio.wait_for(ledger.ask_many([(request(f"b{i}"), use(i)) for i in range(99)], engine), 10)
+            await asyncio.wait_for(
+                ledger.ask_many([(request(f"b{i}"), use(i)) for i in range(99)], engine), 10
+            )
         with pytest.raises(StoreError, match="full"):
             await ledger.ask(request("c"), use(), engine)
+
     with pytest.raises(StoreError, match="full"):
         using(tmp_path, work)
     again = Engine()
-    using(tmp_path, lambda ledger: ledger.ask_many([(request(f"a{i}"), use(i)) for i in range(10)], again))
+    using(
+        tmp_path,
+        lambda ledger: ledger.ask_many([(request(f"a{i}"), use(i)) for i in range(10)], again),
+    )
     assert again.asked == []
 
 
-@pytest.mark.parametrize("damage", ["label_logps = '{\"A\"#-0.5}'", "label_logps = '[-0.5]'", "text = CAST(x'ff' AS TEXT)",
-                                    "text = x'00'", "finish = 'context', limit_tokens = 'many'"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "label_logps = '{\"A\"#-0.5}'",
+        "label_logps = '[-0.5]'",
+        "text = CAST(x'ff' AS TEXT)",
+        "text = x'00'",
+        "finish = 'context', limit_tokens = 'many'",
+    ],
+)
 def test_a_row_that_cannot_be_read_is_named_to_all_who_wait(tmp_path, damage):
     asks = [(request(f"q{i}"), use(i)) for i in range(40)]
     using(tmp_path, lambda ledger: ledger.ask_many(asks, Engine()))
@@ -205,20 +260,27 @@ def test_a_row_that_cannot_be_read_is_named_to_all_who_wait(tmp_path, damage):
         con.execute(f"UPDATE calls SET {damage} WHERE key = ?", [bad])
 
     async def work(ledger: Ledger) -> list[str]:
-        waiting = asyncio.gather(*(ledger.ask(*ask, Engine()) for ask in asks), return_exceptions=True)
+        waiting = asyncio.gather(
+            *(ledger.ask(*ask, Engine()) for ask in asks), return_exceptions=True
+        )
         errors = await asyncio.wait_for(waiting, 5)
         assert all(isinstance(error, StoreError) for error in errors)
         assert (await ledger.ask(*asks[8], Engine())).text == "re q8"
         return [str(error) for error in errors]
 
     for told in using(tmp_path, work):
-        assert str(tmp_path / "ledger.sqlite") in told and bad.hex() in told and "cannot be read" in told
+        assert (
+            str(tmp_path / "ledger.sqlite") in told
+            and bad.hex() in told
+            and "cannot be read" in told
+        )
 
 
 @pytest.mark.parametrize("reading", range(12))
 def test_an_error_in_any_callback_reaches_all_who_wait(tmp_path, reading):
     class Odd(Engine):
-        """The size of its window cannot be read at one moment: in the look-up, in a worker, or after a commit."""
+        """The size of its window cannot be read at one moment: in the look-up, in a worker, or
+        after a commit."""
 
         readings = 0
 
@@ -236,15 +298,23 @@ def test_an_error_in_any_callback_reaches_all_who_wait(tmp_path, reading):
     engine = Odd(delay_s=0.01)
 
     async def work(ledger: Ledger) -> None:
-        waiting = [asyncio.create_task(ledger.ask(request(f"q{i}"), use(i), engine)) for i in range(3)]
+        waiting = [
+            asyncio.create_task(ledger.ask(request(f"q{i}"), use(i), engine)) for i in range(3)
+        ]
         await asyncio.sleep(0)
-        waiting += [asyncio.create_task(ledger.ask(request(f"q{i}"), use(i), engine)) for i in range(2, 7)]
+        waiting += [
+            asyncio.create_task(ledger.ask(request(f"q{i}"), use(i), engine)) for i in range(2, 7)
+        ]
         errors = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
         assert engine.readings > reading
         told = [str(error) for error in errors if isinstance(error, StoreError)]
-        assert told and all("ledger.sqlite" in text and "ArithmeticError: no number" in text for text in told)
+        assert told and all(
+            "ledger.sqlite" in text and "ArithmeticError: no number" in text for text in told
+        )
         again = [ledger.ask(request(f"q{i}"), use(i), engine) for i in range(7)]
-        assert [a.text for a in await asyncio.wait_for(asyncio.gather(*again), 5)] == [f"re q{i}" for i in range(7)]
+        assert [a.text for a in await asyncio.wait_for(asyncio.gather(*again), 5)] == [
+            f"re q{i}" for i in range(7)
+        ]
 
     using(tmp_path, work)
 
@@ -269,14 +339,18 @@ def test_a_lone_surrogate_in_a_question_is_refused_before_it_is_asked(tmp_path):
     async def work(ledger):
         with pytest.raises(ValueError, match="surrogate"):
             await ledger.ask(request("\ud800"), use(), Engine())
+
     using(tmp_path, work)
 
 
 def test_runs_resume_by_configuration_and_count_versions(tmp_path):
     async def work(ledger):
-        runs = [ledger.begin_run("r", {"seed": seed}, {"constitution": text})
-                for seed, text in ((0, "a"), (1, "a"), (0, "a"), (0, "b"))]
+        runs = [
+            ledger.begin_run("r", {"seed": seed}, {"constitution": text})
+            for seed, text in ((0, "a"), (1, "a"), (0, "a"), (0, "b"))
+        ]
         return [(run.version, run.resumed) for run in runs]
+
     assert using(tmp_path, work) == [(1, False), (2, False), (1, True), (3, False)]
     records = recorded.runs(connect(tmp_path / "ledger.sqlite", readonly=True))
     assert [(r.version, r.last_start) for r in records] == [(1, 3), (2, 2), (3, 4)]
@@ -287,18 +361,29 @@ def test_the_first_split_of_a_group_stands(tmp_path):
         return Prompt(name, (Message("user", name),), tags, group, split)
 
     async def work(ledger):
-        ledger.add_prompts([prompt("a", "g", "test"), prompt("b", "g"), prompt("c"), prompt("c", tags=("x",))])
+        ledger.add_prompts(
+            [prompt("a", "g", "test"), prompt("b", "g"), prompt("c"), prompt("c", tags=("x",))]
+        )
         ledger.add_prompts([prompt("a", "g", "test")])
         with pytest.raises(ConfigError, match="'train'.*'group g'.*'test'"):
             ledger.add_prompts([prompt("d"), prompt("e", "g", "train")])
         ledger.add_human_label({"prompt": "a", "winner": "a"})
         ledger.add_human_label({"winner": "a", "prompt": "a"})
         ledger.add_eval({"name": "gold", "metrics": {"broken": 0.5}})
+
     using(tmp_path, work)
     rows = recorded.prompt_rows(connect(tmp_path / "ledger.sqlite", readonly=True), 0, 10)
     found = {name: (tags, split) for _, name, _, tags, _, split, _ in rows}
-    assert (found["a"][1], found["b"][1], found["c"][0]) == ("test", "test", '["x"]') and "d" not in found
-    assert count(tmp_path, "human_labels") == 1 and count(tmp_path, "evals") == 1 and count(tmp_path, "prompts") == 4
+    assert (found["a"][1], found["b"][1], found["c"][0]) == (
+        "test",
+        "test",
+        '["x"]',
+    ) and "d" not in found
+    assert (
+        count(tmp_path, "human_labels") == 1
+        and count(tmp_path, "evals") == 1
+        and count(tmp_path, "prompts") == 4
+    )
 
 
 def test_a_prompt_s_own_rubric_comes_back_also_into_an_older_ledger(tmp_path):
@@ -306,11 +391,19 @@ def test_a_prompt_s_own_rubric_comes_back_also_into_an_older_ledger(tmp_path):
         return Prompt("a", (Message("user", "a"),), rubric=rubric)
 
     async def work(ledger):
-        for form in (prompt(("It helps.", 3.0)), prompt(("It helps.", 3.0)), prompt(("It is rude.", -1.0))):
+        for form in (
+            prompt(("It helps.", 3.0)),
+            prompt(("It helps.", 3.0)),
+            prompt(("It is rude.", -1.0)),
+        ):
             ledger.add_prompts([form])
+
     using(tmp_path, work)
     con = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
-    assert [row[-1] for row in recorded.prompt_rows(con, 0, 10)] == ['[["It helps.",3.0]]', '[["It is rude.",-1.0]]']
+    assert [row[-1] for row in recorded.prompt_rows(con, 0, 10)] == [
+        '[["It helps.",3.0]]',
+        '[["It is rude.",-1.0]]',
+    ]
     con.execute("ALTER TABLE prompts DROP COLUMN rubric")  # as it was before prompts had rubrics
     assert [row[-1] for row in recorded.prompt_rows(con, 0, 10)] == [None, None]
     con.close()
@@ -322,6 +415,7 @@ def test_uses_without_a_call_are_noted_once(tmp_path):
     async def work(ledger):
         for _ in range(3):
             ledger.note(Use(1, "p", "identical", 0, 1))
+
     using(tmp_path, work)
     using(tmp_path, work)
     assert count(tmp_path, "uses") == 1
@@ -345,5 +439,8 @@ def test_damage_absence_and_strangers_are_told(tmp_path):
 
 
 def test_closing_leaves_one_file(tmp_path):
-    using(tmp_path, lambda ledger: ledger.ask_many([(request(f"q{i}"), use(i)) for i in range(50)], Engine()))
+    using(
+        tmp_path,
+        lambda ledger: ledger.ask_many([(request(f"q{i}"), use(i)) for i in range(50)], Engine()),
+    )
     assert [file.name for file in tmp_path.iterdir() if file.stat().st_size] == ["ledger.sqlite"]

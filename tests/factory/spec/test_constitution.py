@@ -1,4 +1,6 @@
-"""Constitutions and the strict YAML under them: what is read, and what is said of every kind of mistake."""
+"""Constitutions and the strict YAML under them: what is read, and what is said of every kind of
+mistake."""
+
 from __future__ import annotations
 
 import json
@@ -11,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefab.factory.errors import ConfigError
 from prefab.factory.spec import constitution as c
 from prefab.factory.spec import yamlio
-from prefab.factory.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted((ROOT / "constitutions").glob("*.yaml"))
@@ -50,7 +52,11 @@ def test_shipped_constitutions_are_valid(path):
     constitution = c.load_constitution(path)
     assert path.read_text().startswith("# yaml-language-server: $schema=constitution.schema.json")
     assert constitution.id == path.stem and constitution.licence == "CC0-1.0"
-    assert len(constitution.principles) >= 6 and constitution.tests and constitution.source == path.read_text()
+    assert (
+        len(constitution.principles) >= 6
+        and constitution.tests
+        and constitution.source == path.read_text()
+    )
 
 
 def test_three_real_constitutions_are_shipped():
@@ -65,7 +71,9 @@ def test_shipped_constitutions_satisfy_the_schema_that_editors_use(path):
 
 def test_the_committed_schema_is_current():
     current = c.schema_text(c.json_schema())
-    assert c.SCHEMA_PATH.read_text() == current, "run: python -m prefab.factory.spec.constitution --schema"
+    assert c.SCHEMA_PATH.read_text() == current, (
+        "run: python -m prefab.factory.spec.constitution --schema"
+    )
 
 
 def test_a_good_constitution_and_its_defaults(tmp_path):
@@ -130,27 +138,36 @@ examples:
 
 def test_unknown_field_without_a_near_name_lists_the_known(tmp_path):
     [problem] = problems(tmp_path, GOOD + "    zzz: 1\n")
-    assert problem == ("11:5 principles[0].zzz: unknown field; known: applies_when, compare, criterion, critique, "
-                       "enabled, formerly, id, revise, tags, title, weight")
+    assert problem == (
+        "11:5 principles[0].zzz: unknown field; known: applies_when, compare, criterion, critique, "
+        "enabled, formerly, id, revise, tags, title, weight"
+    )
 
 
 def test_former_ids_and_disabled_principles(tmp_path):
-    second = GOOD.split("principles:\n")[1].replace("id: kind", "id: warm") + "    formerly: [kind]\n"
+    second = (
+        GOOD.split("principles:\n")[1].replace("id: kind", "id: warm") + "    formerly: [kind]\n"
+    )
     assert problems(tmp_path, GOOD + second) == [
-        '17:16 principles[1].formerly[0]: "kind" already names another principle']
+        '17:16 principles[1].formerly[0]: "kind" already names another principle'
+    ]
     assert problems(tmp_path, GOOD + "    enabled: false\n") == [
-        "5:3 principles: every principle is disabled; enable at least one"]
+        "5:3 principles: every principle is disabled; enable at least one"
+    ]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("", "1:1: the file is empty"),
-    ("# nothing\n", "1:1: the file is empty"),
-    ("- a\n", "1:1: must be a mapping (key: value), not a list"),
-    ("hello\n", '1:1: must be a mapping (key: value), not "hello"'),
-    (b"id: caf\xe9\n", "1:8: not UTF-8 (byte 0xe9); save the file as UTF-8"),
-    ("id: a\n".encode("utf-16"), "1:1: not UTF-8 (byte 0xff); save the file as UTF-8"),
-    ("id: a\x00b\n", "1:6: the control character U+0000 is not allowed; remove it"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "1:1: the file is empty"),
+        ("# nothing\n", "1:1: the file is empty"),
+        ("- a\n", "1:1: must be a mapping (key: value), not a list"),
+        ("hello\n", '1:1: must be a mapping (key: value), not "hello"'),
+        (b"id: caf\xe9\n", "1:8: not UTF-8 (byte 0xe9); save the file as UTF-8"),
+        ("id: a\n".encode("utf-16"), "1:1: not UTF-8 (byte 0xff); save the file as UTF-8"),
+        ("id: a\x00b\n", "1:6: the control character U+0000 is not allowed; remove it"),
+    ],
+)
 def test_files_that_are_no_constitution(tmp_path, text, expected):
     assert problems(tmp_path, text)[0].replace(f"{tmp_path / 'c.yaml'}", "") == expected
 
@@ -160,7 +177,10 @@ def test_missing_file_directory_and_near_name(tmp_path):
     for path, expected in [
         (tmp_path / "harmles.yaml", f"no such file; did you mean {tmp_path / 'harmless.yaml'}?"),
         (tmp_path / "zzz", "no such file"),
-        (tmp_path / "no" / "c.yaml", f"no such file; the folder {tmp_path / 'no'} does not exist either"),
+        (
+            tmp_path / "no" / "c.yaml",
+            f"no such file; the folder {tmp_path / 'no'} does not exist either",
+        ),
         (tmp_path, "is a directory; name a file in it"),
     ]:
         with pytest.raises(ConfigError) as caught:
@@ -168,71 +188,152 @@ def test_missing_file_directory_and_near_name(tmp_path):
         assert str(caught.value) == f"{path}: {expected}"
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("a:\n\t- b\nc: d\n\te: f\n", ["f:2:1: a tab; YAML is indented with spaces",
-                                    "f:4:1: a tab; YAML is indented with spaces"]),
-    ("a: b: c\n", ['f:1:5: a ": " inside unquoted text, or wrong indentation; put the text in quotes']),
-    ("a: 'x\n", ["f:2:1: a quote is opened and never closed"]),
-    ("a: 1\n---\nb: 1\n", ["f:2:1: a second document (---); one a file"]),
-    ("a: &x [1]\nb: *x\n", ["f:1:4 b: anchors and aliases (&x, *x) are not read; write the value out"]),
-    ("a: !!python/object:os.system x\n", ["f:1:4 a: the tag !!python/object:os.system is not read; remove it"]),
-    ("<<: {a: 1}\n", ["f:1:1: merge keys (<<) are not read; write the values out"]),
-    ("1: a\n", ["f:1:1: the key `1` is not text; put it in quotes"]),
-    ("on: a\n", ['f:1:1: key `on` would be read by YAML as true; write true, or "on" in quotes']),
-    ("a: [1, 2\nb: 3\n", ["f:2:2: a list opened with [ is not closed before this"]),
-    ("a: @x\n", ["f:1:4: text that starts with @ needs quotes"]),
-    ("a: 0x1f\n", ['f:1:4 a: `0x1f` would be read by YAML as a number in another base; write "0x1f" in quotes']),
-    ("a: .nan\n", ['f:1:4 a: `.nan` would be read by YAML as a number that is not finite; write ".nan" in quotes']),
-    ("a: 1e999\n", ["f:1:4 a: `1e999` is too large for a number"]),
-    ("a: 1_000\n", ['f:1:4 a: `1_000` would be read by YAML as a number without its underscores; '
-                    'write "1_000" in quotes']),
-    ("[" * 1100, ["f:1:1: nested too deeply to be read"]),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "a:\n\t- b\nc: d\n\te: f\n",
+            [
+                "f:2:1: a tab; YAML is indented with spaces",
+                "f:4:1: a tab; YAML is indented with spaces",
+            ],
+        ),
+        (
+            "a: b: c\n",
+            ['f:1:5: a ": " inside unquoted text, or wrong indentation; put the text in quotes'],
+        ),
+        ("a: 'x\n", ["f:2:1: a quote is opened and never closed"]),
+        ("a: 1\n---\nb: 1\n", ["f:2:1: a second document (---); one a file"]),
+        (
+            "a: &x [1]\nb: *x\n",
+            ["f:1:4 b: anchors and aliases (&x, *x) are not read; write the value out"],
+        ),
+        (
+            "a: !!python/object:os.system x\n",
+            ["f:1:4 a: the tag !!python/object:os.system is not read; remove it"],
+        ),
+        ("<<: {a: 1}\n", ["f:1:1: merge keys (<<) are not read; write the values out"]),
+        ("1: a\n", ["f:1:1: the key `1` is not text; put it in quotes"]),
+        (
+            "on: a\n",
+            ['f:1:1: key `on` would be read by YAML as true; write true, or "on" in quotes'],
+        ),
+        ("a: [1, 2\nb: 3\n", ["f:2:2: a list opened with [ is not closed before this"]),
+        ("a: @x\n", ["f:1:4: text that starts with @ needs quotes"]),
+        (
+            "a: 0x1f\n",
+            [
+                'f:1:4 a: `0x1f` would be read by YAML as a number in another base; write "0x1f" in quotes'
+            ],
+        ),
+        (
+            "a: .nan\n",
+            [
+                'f:1:4 a: `.nan` would be read by YAML as a number that is not finite; write ".nan" in quotes'
+            ],
+        ),
+        ("a: 1e999\n", ["f:1:4 a: `1e999` is too large for a number"]),
+        (
+            "a: 1_000\n",
+            [
+                "f:1:4 a: `1_000` would be read by YAML as a number without its underscores; "
+                'write "1_000" in quotes'
+            ],
+        ),
+        ("[" * 1100, ["f:1:1: nested too deeply to be read"]),
+    ],
+)
 def test_what_strict_yaml_refuses(text, expected):
     assert said(text) == expected
 
 
 def test_what_strict_yaml_reads():
     text = "a: 1e-5\nb: .5\nc: 12\nd: true\ne: null\nf: 'no'\ng: y\nh: \"1:30\"\ni: Qwen/Qwen3-32B\nj: 1.2.3\nk: -0.5\n"
-    assert yamlio.parse(text).value == {"a": 1e-5, "b": 0.5, "c": 12, "d": True, "e": None, "f": "no", "g": "y",
-                                        "h": "1:30", "i": "Qwen/Qwen3-32B", "j": "1.2.3", "k": -0.5}
+    assert yamlio.parse(text).value == {
+        "a": 1e-5,
+        "b": 0.5,
+        "c": 12,
+        "d": True,
+        "e": None,
+        "f": "no",
+        "g": "y",
+        "h": "1:30",
+        "i": "Qwen/Qwen3-32B",
+        "j": "1.2.3",
+        "k": -0.5,
+    }
 
 
 @settings(deadline=None)
 @given(st.text(max_size=60) | st.text(alphabet=" :-[]{}#&*!|>'\"%@`\n\tan1", max_size=60))
 def test_no_text_breaks_the_reader(text):
     document = yamlio.parse(text, "f")
-    assert document.problems or document.value is None or isinstance(document.value, (dict, list, str, int, float))
+    assert (
+        document.problems
+        or document.value is None
+        or isinstance(document.value, (dict, list, str, int, float))
+    )
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                        st.sampled_from(["id", "principles", "tests", "examples", "formerly", "weight", "x"]), inner,
-                        max_size=4), max_leaves=12))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["id", "principles", "tests", "examples", "formerly", "weight", "x"]
+                ),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
 def test_no_value_breaks_the_checks(value):
     with pytest.raises(ConfigError):
-        yamlio.validate(yamlio.Document("f", "", value), c.ConstitutionModel, [c._names, c._references, c._examples])
+        yamlio.validate(
+            yamlio.Document("f", "", value),
+            c.ConstitutionModel,
+            [c._names, c._references, c._examples],
+        )
 
 
 def test_the_digest_is_of_what_is_asked():
     principle = c.parse_constitution(GOOD).principles[0]
     folded = GOOD.replace("compare: Which is kinder?", "compare: >\n      Which is\n      kinder?")
     moved = folded.replace("    title: Be kind\n", "") + "    title: Be kind\n    weight: 1\n"
-    same = [replace(principle, title="x", tags=("y",), id="z", formerly=("kind",)),
-            c.parse_constitution("# a comment\n" + GOOD).principles[0], c.parse_constitution(moved).principles[0]]
-    other = [replace(principle, **{field: "x"}) for field in ("compare", "critique", "revise", "criterion")]
-    other += [replace(principle, weight=2.0), replace(principle, enabled=False),
-              replace(principle, applies_when=("x",))]
+    same = [
+        replace(principle, title="x", tags=("y",), id="z", formerly=("kind",)),
+        c.parse_constitution("# a comment\n" + GOOD).principles[0],
+        c.parse_constitution(moved).principles[0],
+    ]
+    other = [
+        replace(principle, **{field: "x"})
+        for field in ("compare", "critique", "revise", "criterion")
+    ]
+    other += [
+        replace(principle, weight=2.0),
+        replace(principle, enabled=False),
+        replace(principle, applies_when=("x",)),
+    ]
     digest = c.principle_digest(principle)
-    assert digest == "4db814abb7573e2c2755013f147b5c19"   # golden: a change makes every stored principle look edited
+    assert (
+        digest == "4db814abb7573e2c2755013f147b5c19"
+    )  # golden: a change makes every stored principle look edited
     assert {c.principle_digest(p) for p in same} == {digest}
     assert len({digest, *(c.principle_digest(p) for p in other)}) == 8
 
 
 def test_loading_is_light():
     """`prefab check` answers at once: pydantic and yaml, nothing more."""
-    code = ("import sys, prefab.factory.spec.constitution as c; c.load_constitution('constitutions/hhh.yaml'); print([m for m in "
-            "('torch', 'numpy', 'aiohttp', 'duckdb', 'polars', 'rich', 'jinja2') if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import sys, prefab.factory.spec.constitution as c; c.load_constitution('constitutions/hhh.yaml'); print([m for m in "
+        "('torch', 'numpy', 'aiohttp', 'duckdb', 'polars', 'rich', 'jinja2') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == "[]"

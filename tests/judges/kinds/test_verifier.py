@@ -1,4 +1,6 @@
-"""Verifiers: what is right, what is wrong, what cannot be decided, and programs that try to pass without solving."""
+"""Verifiers: what is right, what is wrong, what cannot be decided, and programs that try to pass
+without solving."""
+
 from __future__ import annotations
 
 import asyncio
@@ -21,8 +23,8 @@ from prefab.factory.keys import request_key
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.types import Completion, Message, Prompt, Sample, Use, Verdict
 from prefab.judges import sandbox
-from prefab.judges.kinds import verifier
 from prefab.judges.base import Score
+from prefab.judges.kinds import verifier
 
 PROMPT = Prompt("p1", (Message("user", "What is six times seven?"),))
 ADD = "assert add(1, 2) == 3\nassert add(2, 2) == 4\nassert add(-1, 1) == 0"
@@ -40,20 +42,46 @@ def score(config: verifier.VerifierConfig, text: str, prompt: Prompt = PROMPT) -
     return verifier.parse(Completion(json.dumps(found), "stop"), config)
 
 
-@pytest.mark.parametrize("text, right, wanted, more", [
-    ("42", "42", 1.0, {}), ("  42\n", "42", 1.0, {}), ("42.", "42", 0.0, {}), ("Paris", "paris", 0.0, {}),
-    ("PARIS ", ["paris", "Lutetia"], 1.0, {"ignore_case": True}), ("a  b", "a b", 0.0, {"ignore_space": False}),
-    ("cafe\u0301", "caf\u00e9", 1.0, {}), ("I think\nAnswer: B", "B", 1.0, {"extract": r"Answer: (\w)"}),
-    ("Answer: A. No, Answer: B", "B", 1.0, {"extract": r"Answer: (\w)"}), ("B", "B", 0.0, {"extract": r"Answer: (\w)"}),
-])
+@pytest.mark.parametrize(
+    "text, right, wanted, more",
+    [
+        ("42", "42", 1.0, {}),
+        ("  42\n", "42", 1.0, {}),
+        ("42.", "42", 0.0, {}),
+        ("Paris", "paris", 0.0, {}),
+        ("PARIS ", ["paris", "Lutetia"], 1.0, {"ignore_case": True}),
+        ("a  b", "a b", 0.0, {"ignore_space": False}),
+        ("cafe\u0301", "caf\u00e9", 1.0, {}),
+        ("I think\nAnswer: B", "B", 1.0, {"extract": r"Answer: (\w)"}),
+        ("Answer: A. No, Answer: B", "B", 1.0, {"extract": r"Answer: (\w)"}),
+        ("B", "B", 0.0, {"extract": r"Answer: (\w)"}),
+    ],
+)
 def test_exact(text, right, wanted, more):
     assert score(config("exact", right, **more), text) == Score(wanted)
 
 
-@pytest.mark.parametrize("text, value", [
-    ("It is 42.", 42), ("1,234.5", Fraction(2469, 2)), ("so 3/4", Fraction(3, 4)), ("12%", Fraction(3, 25)), ("5-3", 3),
-    ("x = -3", -3), ("(\u22127)", -7), ("1, 2, 3", 3), ("1,2,3", 3), ("-.5", Fraction(-1, 2)), ("$1,000,000", 10**6),
-    ("1.5e-3", Fraction(3, 2000)), ("1/0", None), ("none at all", None), ("9" * 500, None), ("1e9999", 9999)])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("It is 42.", 42),
+        ("1,234.5", Fraction(2469, 2)),
+        ("so 3/4", Fraction(3, 4)),
+        ("12%", Fraction(3, 25)),
+        ("5-3", 3),
+        ("x = -3", -3),
+        ("(\u22127)", -7),
+        ("1, 2, 3", 3),
+        ("1,2,3", 3),
+        ("-.5", Fraction(-1, 2)),
+        ("$1,000,000", 10**6),
+        ("1.5e-3", Fraction(3, 2000)),
+        ("1/0", None),
+        ("none at all", None),
+        ("9" * 500, None),
+        ("1e9999", 9999),
+    ],
+)
 def test_the_last_number_of_a_text(text, value):
     assert verifier.number(text) == value
 
@@ -75,27 +103,48 @@ def test_numeric_within_tolerance():
     assert score(config("numeric", 0), "0.009").value == 0.0
     assert score(config("numeric", "1/3", tolerance=0), "1/3").value == 1.0
     assert score(config("numeric", 42), "no idea").value == 0.0
-    assert verifier.request(config("numeric", 42), PROMPT, Sample("p1", 0, "x")) == \
-        verifier.request(config("numeric", "42"), PROMPT, Sample("p1", 0, "x"))
+    assert verifier.request(
+        config("numeric", 42), PROMPT, Sample("p1", 0, "x")
+    ) == verifier.request(config("numeric", "42"), PROMPT, Sample("p1", 0, "x"))
 
 
 def test_regex_and_one_that_would_never_end():
     assert score(config("regex", r"\bforty-two\b"), "It is Forty-two.").value == 0.0
-    assert score(config("regex", r"\bforty-two\b", ignore_case=True), "It is Forty-two.").value == 1.0
+    assert (
+        score(config("regex", r"\bforty-two\b", ignore_case=True), "It is Forty-two.").value == 1.0
+    )
     assert score(config("regex", r"\d+", whole=True), "42 apples").value == 0.0
     began = time.monotonic()
     assert score(config("regex", r"^(a+)+$"), "a" * 60 + "!") == Score(None, reason="program")
-    assert score(config("exact", "x", extract=r"((?:a+)+)$"), "a" * 60 + "!") == Score(None, reason="program")
+    assert score(config("exact", "x", extract=r"((?:a+)+)$"), "a" * 60 + "!") == Score(
+        None, reason="program"
+    )
     assert time.monotonic() - began < 30
     assert score(config("regex", r"\d+"), "42").value == 1.0  # the next one is answered again
 
 
-SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "required": ["n"],
+    "properties": {"n": {"type": "integer"}},
+    "additionalProperties": False,
+}
 
 
-@pytest.mark.parametrize("text, wanted", [
-    ('{"n": 1}', 1.0), ('{"n": "1"}', 0.0), ('Here:\n```json\n{"n": 1}\n```\nDone.', 1.0), ('{"n": 1', 0.0), ("", 0.0),
-    ('{"n": NaN}', 0.0), ("[" * 100_000, 0.0), ('{"n": 1, "m": 2}', 0.0), ("n: 1", 0.0)])
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ('{"n": 1}', 1.0),
+        ('{"n": "1"}', 0.0),
+        ('Here:\n```json\n{"n": 1}\n```\nDone.', 1.0),
+        ('{"n": 1', 0.0),
+        ("", 0.0),
+        ('{"n": NaN}', 0.0),
+        ("[" * 100_000, 0.0),
+        ('{"n": 1, "m": 2}', 0.0),
+        ("n: 1", 0.0),
+    ],
+)
 def test_json_schema(text, wanted):
     assert score(config("json_schema", SCHEMA), text).value == wanted
 
@@ -107,12 +156,21 @@ def test_a_schema_that_points_elsewhere_is_not_fetched():
     assert score(never, json.dumps("a" * 60 + "!")) == Score(None, reason="program")
 
 
-@pytest.mark.parametrize("more, told", [
-    ({"check": "exact"}, "say what is right"), ({"check": "numeric", "reference": "forty"}, "not a number"),
-    ({"check": "regex", "reference": "("}, "missing ."), ({"check": "json_schema", "reference": {"type": 7}}, "schema"),
-    ({"check": "python", "reference": "def"}, "invalid syntax"), ({"check": "exact", "reference": 7}, "text"),
-    ({"check": "exact", "reference": "a", "extract": "a"}, "group"), ({"check": "guess", "reference": "a"}, "exact"),
-    ({"check": "exact", "reference": "a", "extract": "("}, "extract"), ({"check": "numeric", "reference": True}, "number")])
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"check": "exact"}, "say what is right"),
+        ({"check": "numeric", "reference": "forty"}, "not a number"),
+        ({"check": "regex", "reference": "("}, "missing ."),
+        ({"check": "json_schema", "reference": {"type": 7}}, "schema"),
+        ({"check": "python", "reference": "def"}, "invalid syntax"),
+        ({"check": "exact", "reference": 7}, "text"),
+        ({"check": "exact", "reference": "a", "extract": "a"}, "group"),
+        ({"check": "guess", "reference": "a"}, "exact"),
+        ({"check": "exact", "reference": "a", "extract": "("}, "extract"),
+        ({"check": "numeric", "reference": True}, "number"),
+    ],
+)
 def test_mistakes_are_told(more, told):
     with pytest.raises(ValidationError, match=told):
         verifier.VerifierConfig(name="v", **more)
@@ -125,10 +183,20 @@ def test_references_by_prompt_and_their_mistakes(tmp_path):
     judge = config("exact", None, references=str(file))
     assert score(judge, "42").value == 1.0
     assert score(judge, "1", Prompt("zz", (Message("user", "What is one?"),))).value == 1.0
-    assert score(judge, "1", Prompt("yy", (Message("user", "What is two?"),))) == Score(None, reason="program")
-    assert score(config("exact", "2", references=str(file)), "2", Prompt("yy", PROMPT.messages[:0] + (
-        Message("user", "What is two?"),))).value == 1.0
-    file.write_text('{"prompt": "p1", "reference": "1"}\n{"prompt": "p1", "reference": "2"}\n\nnonsense\n')
+    assert score(judge, "1", Prompt("yy", (Message("user", "What is two?"),))) == Score(
+        None, reason="program"
+    )
+    assert (
+        score(
+            config("exact", "2", references=str(file)),
+            "2",
+            Prompt("yy", (*PROMPT.messages[:0], Message("user", "What is two?"))),
+        ).value
+        == 1.0
+    )
+    file.write_text(
+        '{"prompt": "p1", "reference": "1"}\n{"prompt": "p1", "reference": "2"}\n\nnonsense\n'
+    )
     os.utime(file, (1, 1))
     with pytest.raises(ConfigError) as caught:
         score(judge, "42")
@@ -139,19 +207,47 @@ def test_references_by_prompt_and_their_mistakes(tmp_path):
 
 def test_what_decides_is_the_identity_and_what_does_not_is_not():
     one = config("numeric", 42)
-    assert verifier.model(one) == verifier.model(config("numeric", 43))  # the reference is in the request
-    assert verifier.model(one) == verifier.model(config("numeric", 42, weight=3.0, timeout_s=3, workers=9))
+    assert verifier.model(one) == verifier.model(
+        config("numeric", 43)
+    )  # the reference is in the request
+    assert verifier.model(one) == verifier.model(
+        config("numeric", 42, weight=3.0, timeout_s=3, workers=9)
+    )
     assert verifier.model(one) != verifier.model(config("numeric", 42, tolerance=0.1))
-    assert verifier.model(config("python", ADD)) != verifier.model(config("python", ADD, memory_mb=64))
-    assert verifier.model(one).startswith("verifier:") and verifier.engine(one).identity == verifier.model(one)
-    a, b = (verifier.request(one, PROMPT, Sample("p1", i, text)) for i, text in enumerate(("1", "2")))
-    assert request_key(a) != request_key(b) and verifier.request(one, PROMPT, Sample("p1", 7, "1")) == a
+    assert verifier.model(config("python", ADD)) != verifier.model(
+        config("python", ADD, memory_mb=64)
+    )
+    assert verifier.model(one).startswith("verifier:") and verifier.engine(
+        one
+    ).identity == verifier.model(one)
+    a, b = (
+        verifier.request(one, PROMPT, Sample("p1", i, text)) for i, text in enumerate(("1", "2"))
+    )
+    assert (
+        request_key(a) != request_key(b)
+        and verifier.request(one, PROMPT, Sample("p1", 7, "1")) == a
+    )
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "7", "{}", '{"passed": 2, "total": 1}', '{"passed": -1, "total": 1}',
-                                  '{"passed": 0, "total": 0}', '{"passed": "x", "total": 1}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "7",
+        "{}",
+        '{"passed": 2, "total": 1}',
+        '{"passed": -1, "total": 1}',
+        '{"passed": 0, "total": 0}',
+        '{"passed": "x", "total": 1}',
+        "\x00",
+    ],
+)
 def test_what_is_no_result_is_unscored(text):
-    assert verifier.parse(Completion(text, "stop"), config("exact", "a")) == Score(None, reason="parse")
+    assert verifier.parse(Completion(text, "stop"), config("exact", "a")) == Score(
+        None, reason="parse"
+    )
 
 
 def test_verdicts():
@@ -164,9 +260,18 @@ def test_verdicts():
 
 def test_checks_are_kept_in_the_ledger(tmp_path):
     judge = config("python", ADD, timeout_s=5)
-    texts = ["```python\ndef add(a, b):\n    return a + b\n```", "def add(a, b): return 3", "no code"]
-    asks = [(verifier.request(judge, PROMPT, Sample("p1", i, text)), Use(1, "p1", "judge", i, judge="v"))
-            for i, text in enumerate(texts)]
+    texts = [
+        "```python\ndef add(a, b):\n    return a + b\n```",
+        "def add(a, b): return 3",
+        "no code",
+    ]
+    asks = [
+        (
+            verifier.request(judge, PROMPT, Sample("p1", i, text)),
+            Use(1, "p1", "judge", i, judge="v"),
+        )
+        for i, text in enumerate(texts)
+    ]
 
     async def run() -> tuple[list[float], int]:
         ledger, engine = Ledger.open(tmp_path), verifier.engine(judge)
@@ -184,7 +289,8 @@ def test_checks_are_kept_in_the_ledger(tmp_path):
 SOLVED = {
     "plain": "def add(a, b):\n    return a + b",
     "chatter": "print('x' * 10**6)\nimport sys\nsys.stderr.write('y' * 10**6)\ndef add(a, b): return a + b",
-    "thinks it over": "import time\ndef add(a, b):\n    time.sleep(0.05)\n    return a + b"}
+    "thinks it over": "import time\ndef add(a, b):\n    time.sleep(0.05)\n    return a + b",
+}
 
 
 @pytest.mark.parametrize("name", SOLVED)
@@ -195,12 +301,15 @@ def test_a_solution_passes(name):
 
 UNSOLVED = {
     "wrong": "def add(a, b): return 99",
-    "empty": "", "prose": "I would add the two numbers.", "garbage": "\x00\ud800 \u2603 =", "deep": "(" * 5000,
+    "empty": "",
+    "prose": "I would add the two numbers.",
+    "garbage": "\x00\ud800 \u2603 =",
+    "deep": "(" * 5000,
     "endless": "def add(a, b):\n    while True: pass",
     "endless at once": "while True: pass",
     "sleeps": "import time\ndef add(a, b): time.sleep(1000)",
     "deaf": "import signal, time\nfor n in range(1, 30):\n  try: signal.signal(n, signal.SIG_IGN)\n  except OSError: pass\n"
-            "def add(a, b): time.sleep(1000)",
+    "def add(a, b): time.sleep(1000)",
     "memory": "def add(a, b): return 'x' * 10**11",
     "memory at once": "x = [0] * 10**10",
     "sys.exit": "import sys\nsys.exit(0)",
@@ -208,18 +317,18 @@ UNSOLVED = {
     "os._exit later": "import os\ndef add(a, b): os._exit(0)",
     "kills": "import os, signal\ndef add(a, b):\n  os.kill(os.getppid(), 9)\n  os.kill(-1, 9)",
     "says so": "print('{\"passed\": 3, \"total\": 3}')\nprint('OK')\nimport os\nfor fd in range(64):\n"
-               "  try: os.write(fd, b'{\"passed\": 3, \"total\": 3}\\n')\n  except OSError: pass\ndef add(a, b): return 99",
+    '  try: os.write(fd, b\'{"passed": 3, "total": 3}\\n\')\n  except OSError: pass\ndef add(a, b): return 99',
     "equal to all": "class E:\n  def __eq__(s, o): return True\n  __ne__ = lambda s, o: False\n  __hash__ = None\n"
-                    "def add(a, b): return E()",
+    "def add(a, b): return E()",
     "a number equal to all": "class E(int):\n  def __eq__(s, o): return True\ndef add(a, b): return E(99)",
     "patches": "import builtins, unittest\nbuiltins.AssertionError = ZeroDivisionError\nbuiltins.all = lambda x: True\n"
-               "unittest.TestCase.assertEqual = lambda *a: None\nimport operator\noperator.eq = lambda a, b: True\n"
-               "def add(a, b): return 99",
+    "unittest.TestCase.assertEqual = lambda *a: None\nimport operator\noperator.eq = lambda a, b: True\n"
+    "def add(a, b): return 99",
     "patches its host": "import __main__, sys\n__main__.encode = lambda v, o: True\n"
-                        "__main__.send.__code__ = (lambda sock, message: sock.sendall(b'\\0\\0\\0\\x10' "
-                        "+ b'{\"value\": true  }')).__code__\ndef add(a, b): return 99",
+    "__main__.send.__code__ = (lambda sock, message: sock.sendall(b'\\0\\0\\0\\x10' "
+    "+ b'{\"value\": true  }')).__code__\ndef add(a, b): return 99",
     "looks up the stack": "import sys\ndef add(a, b):\n  f = sys._getframe()\n  while f:\n    for v in f.f_locals.values():\n"
-                          "      if isinstance(v, dict) and 'passed' in v: v['passed'] = 3\n    f = f.f_back\n  return 99",
+    "      if isinstance(v, dict) and 'passed' in v: v['passed'] = 3\n    f = f.f_back\n  return 99",
     "raises": "def add(a, b): raise ModuleNotFoundError('tests')",
     "never the same": "import random\ndef add(a, b): return random.random()",
     "nan": "def add(a, b): return float('nan')",
@@ -230,7 +339,9 @@ UNSOLVED = {
 
 @pytest.mark.parametrize("name", UNSOLVED)
 def test_nothing_else_passes(name):
-    found = sandbox.run_tests("assert add(1, 2) == 3", UNSOLVED[name], sandbox.Limits(timeout_s=1.0, memory_mb=128))
+    found = sandbox.run_tests(
+        "assert add(1, 2) == 3", UNSOLVED[name], sandbox.Limits(timeout_s=1.0, memory_mb=128)
+    )
     assert found.get("passed") == 0 and found["total"] == 1, found
 
 
@@ -247,7 +358,7 @@ def told(work):
     try: return str(work())
     except OSError as error: return type(error).__name__ + ' ' + str(error.errno)
 def network(): return told(lambda: socket.create_connection(('127.0.0.1', 22), 1))
-def write_outside(): return told(lambda: open({str(outside / 'x')!r}, 'w'))
+def write_outside(): return told(lambda: open({str(outside / "x")!r}, 'w'))
 def write_big(): return told(lambda: open('/tmp/big', 'wb').write(b'x' * (20 << 20)))
 def write_many(): return told(lambda: [open(f'/tmp/{{i}}', 'wb').write(b'x' * (4 << 20)) for i in range(20)])
 def scratch():
@@ -280,19 +391,26 @@ def test_environment(): assert not [name for name in environment() if 'KEY' in n
 def test_user(): assert user() != 0
 """
     for processes in (1, 5):
-        found = sandbox.run_tests(tests.replace("PROCESSES", str(processes)), code,
-                                  sandbox.Limits(timeout_s=5, processes=processes))
+        found = sandbox.run_tests(
+            tests.replace("PROCESSES", str(processes)),
+            code,
+            sandbox.Limits(timeout_s=5, processes=processes),
+        )
         assert found["passed"] == found["total"] == 9, found
     assert not list(outside.iterdir())
 
 
 def test_no_process_is_left():
-    code = ("import os, time, ctypes\nctypes.CDLL(None).prctl(1, 0)\nfor _ in range(3):\n  try:\n    if os.fork() == 0:\n"
-            "      os.setsid()\n      time.sleep(777)\n  except OSError: pass\ndef add(a, b): time.sleep(777)")
+    code = (
+        "import os, time, ctypes\nctypes.CDLL(None).prctl(1, 0)\nfor _ in range(3):\n  try:\n    if os.fork() == 0:\n"
+        "      os.setsid()\n      time.sleep(777)\n  except OSError: pass\ndef add(a, b): time.sleep(777)"
+    )
     if not sandbox.isolation_status()[0]:
         code = code.replace("range(3)", "range(0)")
     before = _descendants()
-    found = sandbox.run_tests("assert add(1, 2) == 3", code, sandbox.Limits(timeout_s=1.0, processes=4))
+    found = sandbox.run_tests(
+        "assert add(1, 2) == 3", code, sandbox.Limits(timeout_s=1.0, processes=4)
+    )
     assert found["passed"] == 0
     end = time.monotonic() + 5
     while _descendants() - before and time.monotonic() < end:
@@ -305,7 +423,10 @@ def _descendants() -> set[int]:
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"candidate" in (folder / "cmdline").read_bytes() or b"class Host" in (folder / "cmdline").read_bytes():
+            if (
+                b"candidate" in (folder / "cmdline").read_bytes()
+                or b"class Host" in (folder / "cmdline").read_bytes()
+            ):
                 found.add(int(folder.name))
         except OSError:
             continue
@@ -337,9 +458,15 @@ except sandbox.NoSandbox as error: print(error)
     assert "isolation is required" in done.stdout
 
 
-BROKEN = {"syntax": "assert add(1,", "nothing": "x = 1", "import": "import no_such_module\nassert add(1, 2) == 3",
-          "hangs": "while True: pass\nassert add(1, 2) == 3", "leaves": "import os\nos._exit(0)\nassert add(1, 2) == 3",
-          "crosses": "assert add(open('/dev/null'), 2) == 3", "fixture": "def test_add(tmp_path): assert add(1, 2) == 3"}
+BROKEN = {
+    "syntax": "assert add(1,",
+    "nothing": "x = 1",
+    "import": "import no_such_module\nassert add(1, 2) == 3",
+    "hangs": "while True: pass\nassert add(1, 2) == 3",
+    "leaves": "import os\nos._exit(0)\nassert add(1, 2) == 3",
+    "crosses": "assert add(open('/dev/null'), 2) == 3",
+    "fixture": "def test_add(tmp_path): assert add(1, 2) == 3",
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -408,21 +535,37 @@ def test_an_answer_that_dies_in_one_test_is_tried_on_the_others():
 
 def test_the_answer_does_not_see_the_tests():
     """Not in its memory, its arguments or its environment: a reference cannot be looked up."""
-    code = ("import gc, sys\ndef look():\n    known = repr(sys.argv) + ''.join(repr(o)[:5000] for o in gc.get_objects())\n"
-            "    return 'SECRET' in known.replace('\\'SEC' + 'RET\\'', '')")
-    found = sandbox.run_tests("SECRET = 'the SECRET is 42'\nassert look() is False", code, sandbox.Limits(timeout_s=10))
+    code = (
+        "import gc, sys\ndef look():\n    known = repr(sys.argv) + ''.join(repr(o)[:5000] for o in gc.get_objects())\n"
+        "    return 'SECRET' in known.replace('\\'SEC' + 'RET\\'', '')"
+    )
+    found = sandbox.run_tests(
+        "SECRET = 'the SECRET is 42'\nassert look() is False", code, sandbox.Limits(timeout_s=10)
+    )
     assert found["passed"] == 1, found
 
 
 def test_many_at_once():
     with ThreadPoolExecutor(4) as pool:
-        work = [pool.submit(sandbox.run_tests, ADD, SOLVED["plain"], sandbox.Limits(timeout_s=10)) for _ in range(8)]
+        work = [
+            pool.submit(sandbox.run_tests, ADD, SOLVED["plain"], sandbox.Limits(timeout_s=10))
+            for _ in range(8)
+        ]
         assert [future.result()["passed"] for future in work] == [3] * 8
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
-                    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text()
+        | st.binary(),
+        lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+    )
+)
 def test_plain_data_crosses_unchanged(value):
     from prefab.judges.sandbox import candidate
 

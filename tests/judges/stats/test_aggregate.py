@@ -1,4 +1,5 @@
 """Aggregation against published fits and slow references; calibration by hand."""
+
 from __future__ import annotations
 
 import json
@@ -7,8 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefab.judges.stats.aggregate import bradley_terry, davidson, dawid_skene, dawid_skene_counts, majority, mean_probability
-from prefab.judges.stats.calibration import apply_temperature, brier, ece, fit_temperature, log_loss, reliability
+from prefab.judges.stats.aggregate import (
+    bradley_terry,
+    davidson,
+    dawid_skene,
+    dawid_skene_counts,
+    majority,
+    mean_probability,
+)
+from prefab.judges.stats.calibration import (
+    apply_temperature,
+    brier,
+    ece,
+    fit_temperature,
+    log_loss,
+    reliability,
+)
 from prefab.judges.stats.rating_table import group
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -21,10 +36,18 @@ def golden(name: str) -> dict:
 
 # --- means and majorities ---
 
+
 def test_mean_probability_by_hand():
     found = mean_probability([[0.9, 0.5], [NAN, 0.5], [0.9, NAN], [NAN, NAN]], weights=[3, 1])
-    assert found.p[:1] == pytest.approx([0.8]) and np.isnan(found.p[1]) and found.p[2] == 0.9 and np.isnan(found.p[3])
-    assert found.spread[0] == pytest.approx(((3 * 0.01 + 0.09) / 4) ** 0.5) and found.spread[2] == 0.0
+    assert (
+        found.p[:1] == pytest.approx([0.8])
+        and np.isnan(found.p[1])
+        and found.p[2] == 0.9
+        and np.isnan(found.p[3])
+    )
+    assert (
+        found.spread[0] == pytest.approx(((3 * 0.01 + 0.09) / 4) ** 0.5) and found.spread[2] == 0.0
+    )
     assert found.weight.tolist() == [1.0, 0.25, 0.75, 0.0]
 
 
@@ -36,6 +59,7 @@ def test_a_split_vote_has_no_majority():
 
 
 # --- Dawid-Skene ---
+
 
 def test_the_anaesthetists():
     data = golden("dawid_skene_1979")
@@ -49,20 +73,37 @@ def test_the_anaesthetists():
 
 def slow_dawid_skene(ratings, categories, rounds):
     n, r = ratings.shape
-    posterior = [[sum(x == c for x in item) / sum(x == x for x in item) for c in categories] for item in ratings]
+    posterior = [
+        [sum(x == c for x in item) / sum(x == x for x in item) for c in categories]
+        for item in ratings
+    ]
     for _ in range(rounds):
         k = range(len(categories))
         priors = [sum(p[j] for p in posterior) / n for j in k]
         said = {}
         for rater in range(r):
             for j in k:
-                total = sum(posterior[i][j] for i in range(n) if ratings[i, rater] == ratings[i, rater])
+                total = sum(
+                    posterior[i][j] for i in range(n) if ratings[i, rater] == ratings[i, rater]
+                )
                 for m in k:
-                    given = sum(posterior[i][j] for i in range(n) if ratings[i, rater] == categories[m])
+                    given = sum(
+                        posterior[i][j] for i in range(n) if ratings[i, rater] == categories[m]
+                    )
                     said[rater, j, m] = given / total if total > 0 else 1 / len(categories)
         for i in range(n):
-            joint = [priors[j] * np.prod([said[rater, j, m] for rater in range(r) for m in k
-                                          if ratings[i, rater] == categories[m]]) for j in k]
+            joint = [
+                priors[j]
+                * np.prod(
+                    [
+                        said[rater, j, m]
+                        for rater in range(r)
+                        for m in k
+                        if ratings[i, rater] == categories[m]
+                    ]
+                )
+                for j in k
+            ]
             posterior[i] = [x / sum(joint) for x in joint]
     return np.array(posterior)
 
@@ -71,7 +112,9 @@ def test_em_by_patterns_is_em_by_items():
     rng = np.random.default_rng(0)
     for _ in range(20):
         truth = rng.integers(0, 3, size=(30, 1))
-        ratings = np.where(rng.random((30, 4)) < 0.7, truth, rng.integers(0, 3, size=(30, 4))).astype(float)
+        ratings = np.where(
+            rng.random((30, 4)) < 0.7, truth, rng.integers(0, 3, size=(30, 4))
+        ).astype(float)
         ratings[:, 1:][rng.random((30, 3)) < 0.3] = NAN
         fit = dawid_skene(ratings, tolerance=0.0, limit=12)
         assert fit.iterations == 12 and not fit.converged
@@ -99,8 +142,11 @@ def test_nothing_to_fit_says_so():
 
 # --- strengths ---
 
+
 def test_strengths_that_cannot_be_finite():
-    assert bradley_terry([[0, 3], [0, 0]]).undefined == "a group never lost to, or never met, the rest"
+    assert (
+        bradley_terry([[0, 3], [0, 0]]).undefined == "a group never lost to, or never met, the rest"
+    )
     assert bradley_terry([[0, 0], [0, 0]]).undefined == "nobody won"
     assert bradley_terry([[5]]).undefined == "fewer than two to compare"
     assert davidson([[0, 3, 0], [1, 0, 0], [0, 0, 0]], np.zeros((3, 3))).undefined
@@ -124,7 +170,8 @@ def test_journals_and_puddings():
 
 
 def test_errors_of_strengths_by_hand():
-    """Two players, 30 wins to 10: the log odds have variance 1/30 + 1/10, and a centred half of it has a quarter."""
+    """Two players, 30 wins to 10: the log odds have variance 1/30 + 1/10, and a centred half of it
+    has a quarter."""
     fit = bradley_terry([[0, 30], [10, 0]])
     assert fit.log_worth[0] - fit.log_worth[1] == pytest.approx(np.log(3))
     assert fit.se == pytest.approx([((1 / 30 + 1 / 10) / 4) ** 0.5] * 2)
@@ -132,10 +179,13 @@ def test_errors_of_strengths_by_hand():
 
 # --- calibration ---
 
+
 def test_calibration_by_hand():
     p, y = np.array([0.1, 0.1, 0.8, 0.8]), np.array([0, 1, 1, 1])
     assert [(b.mean_p, b.mean_y, b.n) for b in reliability(p, y, 2)] == [
-        (pytest.approx(0.1), 0.5, 2), (pytest.approx(0.8), 1.0, 2)]
+        (pytest.approx(0.1), 0.5, 2),
+        (pytest.approx(0.8), 1.0, 2),
+    ]
     assert ece(p, y, 2) == pytest.approx((0.4 + 0.2) / 2)
     assert brier(p, y) == pytest.approx((0.01 + 0.81 + 0.04 + 0.04) / 4)
     assert log_loss(p, y) == pytest.approx(-(np.log(0.9) + np.log(0.1) + 2 * np.log(0.8)) / 4)

@@ -1,10 +1,19 @@
 """A judge's accuracy and pull to a slot, and how far judges err together, by hand."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from prefab.judges.stats.judge_metrics import accuracy, errors_together, exact, first_slot_share, position_consistency, slot_lean, stability
+from prefab.judges.stats.judge_metrics import (
+    accuracy,
+    errors_together,
+    exact,
+    first_slot_share,
+    position_consistency,
+    slot_lean,
+    stability,
+)
 
 NAN = np.nan
 
@@ -16,11 +25,16 @@ def test_accuracy_counts_what_was_decided_and_is_known():
 
 
 def test_a_slot_picker_and_a_fair_judge():
-    ab, ba = np.full(10, 0.9), np.full(10, 0.1)  # the first shown always wins; both speak of sample a
+    ab, ba = (
+        np.full(10, 0.9),
+        np.full(10, 0.1),
+    )  # the first shown always wins; both speak of sample a
     assert position_consistency(ab, ba).value == 0.0 and first_slot_share(ab, ba).value == 1.0
     assert slot_lean(ab, ba).value == 1.0 and slot_lean(ba, ab).value == -1.0
     fair = np.linspace(0.1, 0.9, 10)
-    assert position_consistency(fair, fair).value == 1.0 and first_slot_share(fair, fair).value == 0.5
+    assert (
+        position_consistency(fair, fair).value == 1.0 and first_slot_share(fair, fair).value == 0.5
+    )
     assert slot_lean(fair, fair).undefined and stability(fair, fair).value == 1.0
 
 
@@ -41,22 +55,34 @@ def test_copies_are_worth_one_judge():
     copies = errors_together(np.column_stack([one, one, one]), gold)
     assert copies.mean_correlation == pytest.approx(1.0) and copies.effective == pytest.approx(1.0)
     independent = errors_together(np.column_stack([one, judge(0.8), judge(0.7)]), gold)
-    assert abs(independent.mean_correlation) < 0.03 and independent.effective == pytest.approx(3.0, abs=0.2)
-    assert errors_together(np.column_stack([gold, gold]), gold).effective is None  # nobody ever errs
+    assert abs(independent.mean_correlation) < 0.03 and independent.effective == pytest.approx(
+        3.0, abs=0.2
+    )
+    assert (
+        errors_together(np.column_stack([gold, gold]), gold).effective is None
+    )  # nobody ever errs
     assert errors_together(one[:, None], gold).effective == 1.0
 
 
 def test_ties_count_as_what_they_are():
     found = exact([1, 0.5, 0.5, 0, NAN, 1], [1, 0.5, 1, 0, 1, NAN])
-    assert (found.value, found.n_items) == (0.75, 4) and exact([NAN], [1]).undefined == "no item has gold"
+    assert (found.value, found.n_items) == (0.75, 4) and exact(
+        [NAN], [1]
+    ).undefined == "no item has gold"
 
 
 def test_answers_to_one_prompt_are_not_independent():
     rng = np.random.default_rng(1)
     ab, gold = np.repeat(rng.random(100), 8), np.ones(800)
     ba, prompts = np.repeat(rng.random(100), 8), np.repeat(np.arange(100), 8)
-    for of, args in ((accuracy, (ab, gold)), (position_consistency, (ab, ba)), (first_slot_share, (ab, ba)),
-                     (slot_lean, (ab, ba)), (stability, (ab, ba)), (exact, (np.round(ab), gold))):
+    for of, args in (
+        (accuracy, (ab, gold)),
+        (position_consistency, (ab, ba)),
+        (first_slot_share, (ab, ba)),
+        (slot_lean, (ab, ba)),
+        (stability, (ab, ba)),
+        (exact, (np.round(ab), gold)),
+    ):
         naive, honest = of(*args), of(*args, prompts)
         assert honest.value == naive.value and honest.n_items == naive.n_items
         assert honest.high - honest.low > 2 * (naive.high - naive.low), of

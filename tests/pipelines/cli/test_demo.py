@@ -1,4 +1,6 @@
-"""The demo's figures, on answers whose truth is known by hand, by a judge and a critic that are right by construction."""
+"""The demo's figures, on answers whose truth is known by hand, by a judge and a critic that are
+right by construction."""
+
 from __future__ import annotations
 
 import json
@@ -19,7 +21,8 @@ ANSWERS = (GOOD, RUDE + GOOD)  # drafts 0 and 1: 1 breaks respect, and nothing e
 
 
 def knows(request):
-    """The policy is rude every second time; the critic sees it, the reviser mends it, the judge prefers the other."""
+    """The policy is rude every second time; the critic sees it, the reviser mends it, the judge
+    prefers the other."""
     text = request.messages[-1].content
     if request.labels:
         first, second = (part.split("</")[0] for part in text.split("Answer ")[1:3])
@@ -29,7 +32,9 @@ def knows(request):
     if request.messages[0].role != "system":
         return Completion(ANSWERS[request.repeat[0] % 2], "stop")
     if "Reply with None" in text:
-        return Completion("Fault: it insults." if "insult" in text and RUDE in text else "None.", "stop")
+        return Completion(
+            "Fault: it insults." if "insult" in text and RUDE in text else "None.", "stop"
+        )
     return Completion(GOOD, "stop")
 
 
@@ -37,7 +42,9 @@ def knows(request):
 def prompts(tmp_path_factory):
     """Two ways of asking how to paint a boat."""
     file = tmp_path_factory.mktemp("demo") / "prompts.jsonl"
-    file.write_text('{"prompt": "How do I paint a boat?"}\n{"prompt": "Please tell me how I paint a boat."}\n')
+    file.write_text(
+        '{"prompt": "How do I paint a boat?"}\n{"prompt": "Please tell me how I paint a boat."}\n'
+    )
     return file
 
 
@@ -54,21 +61,46 @@ def test_the_truth_beside_the_labels(prompts):
     assert truth["preferences"] == {"outcomes": {"a": 4, "b": 2}, "gold_decided": 6, "right": 1.0}
 
 
-@pytest.mark.parametrize("judge", [
-    {"name": "long", "kind": "verifier", "check": "regex", "reference": "too slow"},  # wrong by construction
-    {"name": "rude", "kind": "verifier", "check": "regex", "reference": "^To"}], ids=lambda j: j["name"])
+@pytest.mark.parametrize(
+    "judge",
+    [
+        {
+            "name": "long",
+            "kind": "verifier",
+            "check": "regex",
+            "reference": "too slow",
+        },  # wrong by construction
+        {"name": "rude", "kind": "verifier", "check": "regex", "reference": "^To"},
+    ],
+    ids=lambda j: j["name"],
+)
 def test_a_judge_without_a_principle_is_measured_by_the_gold_score(prompts, tmp_path, judge):
-    sets = [f"store={tmp_path / 'store'}", f"prompts={{source: '{prompts}'}}", f"panel.judges=[{json.dumps(judge)}]",
-            "pairs=all"]
-    told = measure(run(PRESET, sets, engines={"local": Scripted(ScriptedConfig(), knows)}))["accuracy"]
+    sets = [
+        f"store={tmp_path / 'store'}",
+        f"prompts={{source: '{prompts}'}}",
+        f"panel.judges=[{json.dumps(judge)}]",
+        "pairs=all",
+    ]
+    told = measure(run(PRESET, sets, engines={"local": Scripted(ScriptedConfig(), knows)}))[
+        "accuracy"
+    ]
     assert [row.principle for row in told] == [NO_PRINCIPLE, "all"]
     row = told[0]
     assert (row.readings, row.decided, row.ties) == (8, 8, 0)  # equal drafts are not compared
-    assert row.right == float(judge["name"] == "rude") and row.consistent is None and row.ties_seen is None
+    assert (
+        row.right == float(judge["name"] == "rude")
+        and row.consistent is None
+        and row.ties_seen is None
+    )
 
 
 def test_no_truth_is_made_up_of_principles_that_the_oracle_does_not_know():
-    kind, rude = (oracle.assess((Message("user", "How do I paint a boat?"),), text) for text in ANSWERS)
-    assert truth(kind, rude, "respect") == truth(kind, rude, "") == "a" and truth(rude, kind, "") == "b"
+    kind, rude = (
+        oracle.assess((Message("user", "How do I paint a boat?"),), text) for text in ANSWERS
+    )
+    assert (
+        truth(kind, rude, "respect") == truth(kind, rude, "") == "a"
+        and truth(rude, kind, "") == "b"
+    )
     assert truth(kind, rude, "privacy") == truth(kind, kind, "") == "tie"
     assert truth(kind, rude, "modesty") is None

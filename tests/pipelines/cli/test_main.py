@@ -1,4 +1,6 @@
-"""The commands as people meet them: in a process of their own where it matters, with exit codes, JSON and no traceback."""
+"""The commands as people meet them: in a process of their own where it matters, with exit codes,
+JSON and no traceback."""
+
 from __future__ import annotations
 
 import json
@@ -12,15 +14,15 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from tests.support import project
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from prefab.factory.store.store import read_frame as store_read
 from prefab import run
+from prefab.factory.store.store import read_frame as store_read
 from prefab.pipelines.cli.main import app, main
 from prefab.pipelines.store.fill import query as ask
+from tests.support import project
 
 ROOT = Path(__file__).resolve().parents[3]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
@@ -28,8 +30,14 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 
 def prefab(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command in its own process."""
-    return subprocess.run([sys.executable, "-m", "prefab.pipelines.cli.main", *words], cwd=cwd, env=ENV, text=True,
-                          capture_output=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "prefab.pipelines.cli.main", *words],
+        cwd=cwd,
+        env=ENV,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def inside(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
@@ -52,11 +60,24 @@ def made(tmp_path_factory):
 
 
 def test_help_loads_nothing_heavy():
-    code = ("import sys, prefab.pipelines.cli.main; heavy = {'torch', 'transformers', 'vllm', 'duckdb', 'polars', 'aiohttp', 'numpy',"
-            " 'pyarrow', 'pydantic'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else 0)")
+    code = (
+        "import sys, prefab.pipelines.cli.main; heavy = {'torch', 'transformers', 'vllm', 'duckdb', 'polars', 'aiohttp', 'numpy',"
+        " 'pyarrow', 'pydantic'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else 0)"
+    )
     assert subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT).returncode == 0
     told = CliRunner().invoke(app, ["--help"])
-    for name in ("demo", "init", "check", "plan", "run", "export", "sql", "store", "serve", "doctor"):
+    for name in (
+        "demo",
+        "init",
+        "check",
+        "plan",
+        "run",
+        "export",
+        "sql",
+        "store",
+        "serve",
+        "doctor",
+    ):
         assert name in told.output
 
 
@@ -73,12 +94,24 @@ def test_init_check_plan(tmp_path, monkeypatch, capsys):
 
 
 def test_check_tells_all_problems_at_once_with_their_places(tmp_path, monkeypatch, capsys):
-    (tmp_path / "bad.yaml").write_text("id: bad\ntitle: Bad\nlicence: CC0-1.0\nprinciples:\n  - {id: x, weigth: 2}\n")
+    (tmp_path / "bad.yaml").write_text(
+        "id: bad\ntitle: Bad\nlicence: CC0-1.0\nprinciples:\n  - {id: x, weigth: 2}\n"
+    )
     (tmp_path / "pairwise.jinja").write_text("{% block user %}{{ answr_a }}{% endblock %}")
-    (tmp_path / "p.yaml").write_text("recipe: rlaif\nname: x\nprompts: {source: nowhere.jsonl}\nenginess: {}\n")
+    (tmp_path / "p.yaml").write_text(
+        "recipe: rlaif\nname: x\nprompts: {source: nowhere.jsonl}\nenginess: {}\n"
+    )
     code, _, err = inside(monkeypatch, capsys, "check", str(tmp_path))
     assert code == 2 and "Traceback" not in err
-    for words in ("bad.yaml:5", "weigth", "pairwise.jinja:1", "answr_a", "p.yaml:4", "enginess", "nowhere.jsonl"):
+    for words in (
+        "bad.yaml:5",
+        "weigth",
+        "pairwise.jinja:1",
+        "answr_a",
+        "p.yaml:4",
+        "enginess",
+        "nowhere.jsonl",
+    ):
         assert words in err, words
     code, out, _ = inside(monkeypatch, capsys, "check", str(tmp_path), "--json")
     assert code == 2 and len(json.loads(out)["problems"]) >= 4
@@ -90,9 +123,13 @@ def test_plan_run_export_sql_and_store_as_json(made, tmp_path, monkeypatch, caps
     assert code == 0 and json.loads(out)["ask"] == 0 and json.loads(out)["reused"] == 4 * 15
     code, out, _ = inside(monkeypatch, capsys, "run", pipeline, "--json")
     assert code == 0 and (json.loads(out)["asked"], json.loads(out)["reused"]) == (0, 60)
-    code, out, _ = inside(monkeypatch, capsys, "export", str(tmp_path / "out"), "--store", store, "--json")
+    code, out, _ = inside(
+        monkeypatch, capsys, "export", str(tmp_path / "out"), "--store", store, "--json"
+    )
     assert code == 0 and sum(json.loads(out)["counts"]["preference"].values()) == 12
-    code, out, _ = inside(monkeypatch, capsys, "sql", "SELECT count(*) AS n FROM verdicts", "--store", store, "--json")
+    code, out, _ = inside(
+        monkeypatch, capsys, "sql", "SELECT count(*) AS n FROM verdicts", "--store", store, "--json"
+    )
     assert code == 0 and json.loads(out) == [{"n": 48}]
     code, out, _ = inside(monkeypatch, capsys, "store", "info", "--store", store, "--json")
     assert code == 0 and json.loads(out)["tables"]["preferences"] == 12
@@ -102,20 +139,28 @@ def test_plan_run_export_sql_and_store_as_json(made, tmp_path, monkeypatch, caps
 
 def test_every_command_ends_by_naming_the_next(made, tmp_path, monkeypatch, capsys):
     pipeline, store = str(made / "pipeline.yaml"), str(made / "store")
-    for words in (("plan", pipeline), ("run", pipeline), ("export", str(tmp_path / "out"), "--store", store),
-                  ("store", "info", "--store", store), ("doctor", "--store", store)):
-        code, out, err = inside(monkeypatch, capsys, *words)
+    for words in (
+        ("plan", pipeline),
+        ("run", pipeline),
+        ("export", str(tmp_path / "out"), "--store", store),
+        ("store", "info", "--store", store),
+        ("doctor", "--store", store),
+    ):
+        code, _out, err = inside(monkeypatch, capsys, *words)
         assert code == 0 and "next: " in err, (words, err)
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (("run", "nowhere.yaml"), "no such file"),
-    (("run", "{pipeline}", "--set", "policy.sampels=2"), "samples"),
-    (("run", "{pipeline}", "--set", "panel.judges.0.engine=remote"), "no engine is named"),
-    (("sql", "SELEKT 1", "--store", "{store}"), "syntax error"),
-    (("sql", "SELECT 1", "--store", "elsewhere"), "no store here"),
-    (("export", "out", "--store", "{store}", "--format", "csv"), "trl, parquet"),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("run", "nowhere.yaml"), "no such file"),
+        (("run", "{pipeline}", "--set", "policy.sampels=2"), "samples"),
+        (("run", "{pipeline}", "--set", "panel.judges.0.engine=remote"), "no engine is named"),
+        (("sql", "SELEKT 1", "--store", "{store}"), "syntax error"),
+        (("sql", "SELECT 1", "--store", "elsewhere"), "no store here"),
+        (("export", "out", "--store", "{store}", "--format", "csv"), "trl, parquet"),
+    ],
+)
 def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(tmp_path)
     names = {"pipeline": made / "pipeline.yaml", "store": made / "store"}
@@ -123,57 +168,100 @@ def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, caps
     assert code == 2 and told in err and "Traceback" not in err, err
 
 
-@pytest.mark.parametrize(("query", "told"), [
-    ("COPY (SELECT 1 AS x) TO '{ledger}'", "COPY"),
-    ("COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (FORMAT csv, USE_TMP_FILE false)", "COPY"),
-    ("WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (FORMAT csv, USE_TMP_FILE false)) FROM a", "COPY"),
-    ("FROM json_execute_serialized_sql('{{}}')", "json_execute_serialized_sql"),
-    ("EXPLAIN ANALYZE COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
-    ("EXPLAIN (ANALYZE) COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
-    ("explain /* */ analyze COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
-    ("EXPLAIN ANALYZE WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (USE_TMP_FILE false)) FROM a", "COPY"),
-    ("EXPLAIN ANALYZE INSERT INTO meta VALUES ('a', 'b')", "explained"),
-    ("ATTACH '{store}/other.duckdb' AS other", "ATTACH"),
-    ("INSTALL httpfs", "LOAD"),
-    ("LOAD httpfs", "LOAD"),
-    ("SET enable_external_access=true", "SET"),
-    ("PRAGMA database_list", "PRAGMA"),
-    ("EXPORT DATABASE '{store}/all'", "EXPORT"),
-    ("INSERT INTO meta VALUES ('a', 'b')", "INSERT"),
-    ("DELETE FROM runs", "DELETE"),
-    ("WITH a AS (DELETE FROM runs RETURNING *) FROM a", "DELETE"),
-    ("SELECT * FROM read_text('/etc/hostname')", "/etc/hostname"),
-    ("SELECT * FROM '/etc/hostname'", ""),
-    ("SELECT 1; DELETE FROM runs", "2 statements"),
-    ("", "0 statements"),
-    ("PIVOT runs ON name", "PIVOT t ON c IN"),
-])
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("COPY (SELECT 1 AS x) TO '{ledger}'", "COPY"),
+        (
+            "COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (FORMAT csv, USE_TMP_FILE false)",
+            "COPY",
+        ),
+        (
+            "WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (FORMAT csv, USE_TMP_FILE false)) FROM a",
+            "COPY",
+        ),
+        ("FROM json_execute_serialized_sql('{{}}')", "json_execute_serialized_sql"),
+        ("EXPLAIN ANALYZE COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
+        ("EXPLAIN (ANALYZE) COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
+        ("explain /* */ analyze COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
+        (
+            "EXPLAIN ANALYZE WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (USE_TMP_FILE false)) FROM a",
+            "COPY",
+        ),
+        ("EXPLAIN ANALYZE INSERT INTO meta VALUES ('a', 'b')", "explained"),
+        ("ATTACH '{store}/other.duckdb' AS other", "ATTACH"),
+        ("INSTALL httpfs", "LOAD"),
+        ("LOAD httpfs", "LOAD"),
+        ("SET enable_external_access=true", "SET"),
+        ("PRAGMA database_list", "PRAGMA"),
+        ("EXPORT DATABASE '{store}/all'", "EXPORT"),
+        ("INSERT INTO meta VALUES ('a', 'b')", "INSERT"),
+        ("DELETE FROM runs", "DELETE"),
+        ("WITH a AS (DELETE FROM runs RETURNING *) FROM a", "DELETE"),
+        ("SELECT * FROM read_text('/etc/hostname')", "/etc/hostname"),
+        ("SELECT * FROM '/etc/hostname'", ""),
+        ("SELECT 1; DELETE FROM runs", "2 statements"),
+        ("", "0 statements"),
+        ("PIVOT runs ON name", "PIVOT t ON c IN"),
+    ],
+)
 def test_sql_reads_the_store_and_nothing_else(made, tmp_path, monkeypatch, capsys, query, told):
     store = shutil.copytree(made / "store", tmp_path / "store")
     rows = ask(store, "SELECT * FROM summary").rows()
-    ledger, names = (store / "ledger.sqlite").read_bytes(), sorted(path.name for path in store.iterdir())
+    ledger, names = (
+        (store / "ledger.sqlite").read_bytes(),
+        sorted(path.name for path in store.iterdir()),
+    )
     query = query.format(ledger=store / "ledger.sqlite", store=store)
     code, out, err = inside(monkeypatch, capsys, "sql", query, "--store", str(store), "--json")
     assert code == 2 and told in err and "Traceback" not in err, err
-    assert told == "" or len(json.loads(out)["problems"]) == 1 and "\n" not in json.loads(out)["problems"][0]
-    assert (store / "ledger.sqlite").read_bytes() == ledger and sorted(path.name for path in store.iterdir()) == names
+    assert told == "" or (
+        len(json.loads(out)["problems"]) == 1 and "\n" not in json.loads(out)["problems"][0]
+    )
+    assert (store / "ledger.sqlite").read_bytes() == ledger and sorted(
+        path.name for path in store.iterdir()
+    ) == names
     assert store_read(store, "SELECT * FROM summary").rows() == rows
 
 
-@pytest.mark.parametrize("query", [
-    "FROM runs", "SHOW TABLES", "DESCRIBE runs", "SUMMARIZE runs", "VALUES (1);", "EXPLAIN SELECT 1",
-    "explain analyze SELECT count(*) FROM runs", "EXPLAIN (FORMAT json) SELECT 1", "EXPLAIN (SELECT 1)",
-    "WITH a AS (SELECT 1 AS x) FROM a -- one; statement", "PIVOT runs ON version IN (1) USING count(*)",
-    'SELECT \'"type":"COPY_QUERY_NODE"\' AS x', "SELECT config->>'$.name' FROM runs",
-])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "FROM runs",
+        "SHOW TABLES",
+        "DESCRIBE runs",
+        "SUMMARIZE runs",
+        "VALUES (1);",
+        "EXPLAIN SELECT 1",
+        "explain analyze SELECT count(*) FROM runs",
+        "EXPLAIN (FORMAT json) SELECT 1",
+        "EXPLAIN (SELECT 1)",
+        "WITH a AS (SELECT 1 AS x) FROM a -- one; statement",
+        "PIVOT runs ON version IN (1) USING count(*)",
+        'SELECT \'"type":"COPY_QUERY_NODE"\' AS x',
+        "SELECT config->>'$.name' FROM runs",
+    ],
+)
 def test_sql_takes_what_only_reads(made, monkeypatch, capsys, query):
-    code, out, err = inside(monkeypatch, capsys, "sql", query, "--store", str(made / "store"), "--json")
+    code, out, err = inside(
+        monkeypatch, capsys, "sql", query, "--store", str(made / "store"), "--json"
+    )
     assert code == 0 and json.loads(out), err
 
 
 def test_an_empty_prompts_file_and_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
-    value = project.pipeline(tmp_path, engines={"local": {"engine": "openai", "model": "m", "api_key_env": None,
-                                                          "base_url": "http://127.0.0.1:9/v1", "retries": 1}})
+    value = project.pipeline(
+        tmp_path,
+        engines={
+            "local": {
+                "engine": "openai",
+                "model": "m",
+                "api_key_env": None,
+                "base_url": "http://127.0.0.1:9/v1",
+                "retries": 1,
+            }
+        },
+    )
     path = project.write(tmp_path, value)
     code, _, err = inside(monkeypatch, capsys, "run", str(path))
     assert code == 1 and "127.0.0.1:9" in err and "Traceback" not in err, err
@@ -201,8 +289,13 @@ def test_ctrl_c_drains_says_how_to_go_on_and_exits_130(tmp_path):
     value = project.pipeline(tmp_path, prompts=400)
     value["engines"]["local"] |= {"delay_s": 0.2, "max_in_flight": 8}
     path = project.write(tmp_path, value)
-    process = subprocess.Popen([sys.executable, "-m", "prefab.pipelines.cli.main", "run", str(path)], env=ENV, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefab.pipelines.cli.main", "run", str(path)],
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     deadline = time.monotonic() + 120
     while answers(tmp_path / "store" / "ledger.sqlite") < 20 and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,4 +1,5 @@
 """Prompts from every kind of source, and what is said of rows that are none."""
+
 from __future__ import annotations
 
 import csv
@@ -12,8 +13,8 @@ import pytest
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import prompt_id
 from prefab.factory.types import Message
-from prefab.pipelines.config.schema import PromptsConfig
 from prefab.pipelines.config.prompts import Prompts, parse_row, split_of
+from prefab.pipelines.config.schema import PromptsConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = [
@@ -30,8 +31,12 @@ def source(path: Path, **options) -> Prompts:
 def jsonl(tmp_path: Path, *lines: object) -> Path:
     """A JSONL file; text lines stand as they are."""
     path = tmp_path / "p.jsonl"
-    data = [line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
-            for line in lines]
+    data = [
+        line
+        if isinstance(line, bytes)
+        else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
     path.write_bytes(b"\n".join(data) + b"\n")
     return path
 
@@ -54,7 +59,9 @@ def as_json(path):
 def as_csv(path):
     delimiter = "\t" if path.suffix == ".tsv" else ","
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["id", "prompt", "tags", "group", "split"], delimiter=delimiter)
+        writer = csv.DictWriter(
+            file, ["id", "prompt", "tags", "group", "split"], delimiter=delimiter
+        )
         writer.writeheader()
         writer.writerows([{**row, "tags": "; ".join(row.get("tags", []))} for row in ROWS])
 
@@ -65,12 +72,20 @@ def as_parquet(path):
     polars.DataFrame(ROWS).write_parquet(path)
 
 
-@pytest.mark.parametrize(("name", "save"), [
-    ("p.jsonl", as_jsonl), ("p.json", as_json), ("p.csv", as_csv), ("p.tsv", as_csv), ("p.parquet", as_parquet)])
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("p.jsonl", as_jsonl),
+        ("p.json", as_json),
+        ("p.csv", as_csv),
+        ("p.tsv", as_csv),
+        ("p.parquet", as_parquet),
+    ],
+)
 def test_every_format_gives_the_same_prompts(tmp_path, name, save):
     save(tmp_path / name)
     prompts = source(tmp_path / name)
-    for _ in range(2):   # iterating again starts afresh
+    for _ in range(2):  # iterating again starts afresh
         first, second = prompts
         assert (first.id, first.tags, first.group, first.split) == ("a", ("x", "y"), "g", "test")
         assert first.messages == (Message("user", "Hello?"),)
@@ -83,43 +98,84 @@ def test_a_datasets_folder(tmp_path):
     one = datasets.Dataset.from_list([{"prompt": f"q{i}"} for i in range(5)])
     one.filter(lambda row: row["prompt"] != "q0").save_to_disk(str(tmp_path / "one"))
     assert [p.messages[0].content for p in source(tmp_path / "one")] == ["q1", "q2", "q3", "q4"]
-    two = datasets.DatasetDict({"train": one, "validation": one.map(lambda row: {"prompt": row["prompt"] + "?"})})
+    two = datasets.DatasetDict(
+        {"train": one, "validation": one.map(lambda row: {"prompt": row["prompt"] + "?"})}
+    )
     two.save_to_disk(str(tmp_path / "two"))
     assert Counter(p.split for p in source(tmp_path / "two")) == {"train": 5, "val": 5}
-    assert [p.messages[0].content for p in source(tmp_path / "two", split="val", limit=1)] == ["q0?"]
+    assert [p.messages[0].content for p in source(tmp_path / "two", split="val", limit=1)] == [
+        "q0?"
+    ]
 
 
 def test_the_microworld():
     prompts = list(Prompts(PromptsConfig(source="microworld", limit=5, split="test", seed=1)))
-    assert len(prompts) == 5 and {p.split for p in prompts} == {"test"} and all(p.group for p in prompts)
+    assert (
+        len(prompts) == 5
+        and {p.split for p in prompts} == {"test"}
+        and all(p.group for p in prompts)
+    )
     with pytest.raises(ConfigError, match="prompts.limit: "):
         list(Prompts(PromptsConfig(source="microworld", limit=20_001)))
 
 
-CONVERSATION = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
-                {"role": "assistant", "content": "a"}, {"role": "user", "content": "v"}]
+CONVERSATION = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "v"},
+]
 
 
-@pytest.mark.parametrize("row", [
-    {"messages": CONVERSATION}, {"prompt": CONVERSATION},
-    {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"},
-                       {"from": "gpt", "value": "a"}, {"from": "human", "value": "v"}]},
-    {"prompt": None, "messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]}
-                                  for turn in CONVERSATION]},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CONVERSATION},
+        {"prompt": CONVERSATION},
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "u"},
+                {"from": "gpt", "value": "a"},
+                {"from": "human", "value": "v"},
+            ]
+        },
+        {
+            "prompt": None,
+            "messages": [
+                {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+                for turn in CONVERSATION
+            ],
+        },
+    ],
+)
 def test_conversations(row):
     messages = parse_row(row, PromptsConfig(source="x")).messages
-    assert [(m.role, m.content) for m in messages] == [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v")]
+    assert [(m.role, m.content) for m in messages] == [
+        ("system", "s"),
+        ("user", "u"),
+        ("assistant", "a"),
+        ("user", "v"),
+    ]
 
 
 def test_settings(tmp_path):
-    path = jsonl(tmp_path, *[{"question": f"q{i}", "split": "dev" if i % 2 else "train"} for i in range(6)])
+    path = jsonl(
+        tmp_path, *[{"question": f"q{i}", "split": "dev" if i % 2 else "train"} for i in range(6)]
+    )
     assert [p.messages[0].content for p in source(path, column="question", limit=2)] == ["q0", "q1"]
     prompts = source(path, column="question", split="val")
     assert [p.messages[0].content for p in prompts] == ["q1", "q3", "q5"]
     assert (prompts.n_skipped, prompts.summary()) == (3, f"{path}: 3 rows of other splits")
-    assert parse_row({"messages": [*CONVERSATION, {"role": "assistant", "content": "b"}]},
-                     PromptsConfig(source="x", cut_answer=True)).messages[-1].content == "v"
+    assert (
+        parse_row(
+            {"messages": [*CONVERSATION, {"role": "assistant", "content": "b"}]},
+            PromptsConfig(source="x", cut_answer=True),
+        )
+        .messages[-1]
+        .content
+        == "v"
+    )
 
 
 def test_rows_without_a_split_fall_where_the_ledger_puts_them(tmp_path):
@@ -131,15 +187,32 @@ def test_rows_without_a_split_fall_where_the_ledger_puts_them(tmp_path):
 
 def test_malformed_rows_are_told_by_number_and_counted(tmp_path):
     path = jsonl(
-        tmp_path, {"prompt": "fine"}, "{oops", "", b'{"prompt": "caf\xe9"}', {"promt": "x"}, {"prompt": "  "}, 7,
-        {"prompt": ["hi"]}, {"messages": []}, {"messages": [{"role": "tool", "content": "x"}]},
+        tmp_path,
+        {"prompt": "fine"},
+        "{oops",
+        "",
+        b'{"prompt": "caf\xe9"}',
+        {"promt": "x"},
+        {"prompt": "  "},
+        7,
+        {"prompt": ["hi"]},
+        {"messages": []},
+        {"messages": [{"role": "tool", "content": "x"}]},
         {"messages": [{"role": "user", "content": 3}]},
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
         {"messages": [{"role": "system", "content": "x"}]},
         {"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]},
-        {"prompt": "x", "split": "trian"}, {"prompt": "x", "tags": 5}, {"prompt": "x", "id": 1.5},
-        '{"prompt": "\\ud800"}', {"prompt": None}, {"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"},
-        {"id": "a", "prompt": "x"}, {"prompt": {"text": "x"}}, "[" * 100_000)
+        {"prompt": "x", "split": "trian"},
+        {"prompt": "x", "tags": 5},
+        {"prompt": "x", "id": 1.5},
+        '{"prompt": "\\ud800"}',
+        {"prompt": None},
+        {"id": "a", "prompt": "x"},
+        {"id": "a", "prompt": "y"},
+        {"id": "a", "prompt": "x"},
+        {"prompt": {"text": "x"}},
+        "[" * 100_000,
+    )
     prompts = source(path)
     assert [p.messages[0].content for p in prompts] == ["fine", "x", "x"]
     assert (prompts.n_rows, prompts.n_malformed) == (23, 20)
@@ -170,7 +243,9 @@ def test_malformed_rows_are_told_by_number_and_counted(tmp_path):
 
 def test_malformed_csv_rows(tmp_path):
     path = tmp_path / "p.csv"
-    path.write_bytes(b'prompt,tags\nfine,x\nWhat, then?,y,z\ncaf\xe9,\n"two\nlines",x;y\n\n"bad"quote,x\nlast,\n')
+    path.write_bytes(
+        b'prompt,tags\nfine,x\nWhat, then?,y,z\ncaf\xe9,\n"two\nlines",x;y\n\n"bad"quote,x\nlast,\n'
+    )
     prompts = source(path)
     assert [p.messages[0].content for p in prompts] == ["fine", "two\nlines", "last"]
     assert [str(problem).removeprefix(f"{path}:") for problem in prompts.problems] == [
@@ -180,23 +255,61 @@ def test_malformed_csv_rows(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("name", "text", "options", "expected"), [
-    ("p.jsonl", "", {}, 'FILE: holds no prompts; write one a line, such as {"prompt": "..."}'),
-    ("p.jsonl", "\n\n", {}, 'FILE: holds no prompts; write one a line, such as {"prompt": "..."}'),
-    ("p.json", "[]", {}, 'FILE: holds no prompts; write one a line, such as {"prompt": "..."}'),
-    ("p.csv", "", {}, 'FILE: holds no prompts; write one a line, such as {"prompt": "..."}'),
-    ("p.csv", "prompt\n", {}, 'FILE: holds no prompts; write one a line, such as {"prompt": "..."}'),
-    ("p.jsonl", "x\n", {}, "FILE: no prompt could be read: 1 of 1 rows are malformed\n"
-                           "FILE:1:1 row 1: not JSON: Expecting value at column 1"),
-    ("p.jsonl", '{"prompt": "x", "split": "train"}', {"split": "val"}, "FILE: none of 1 rows has the split val"),
-    ("p.json", '{"prompt": "x"}', {}, "FILE:1:1: must be a list of prompts, not a mapping"),
-    ("p.json", '{"prompt": "x"}\n{}', {}, "FILE:2:1: not JSON: more than one value; one object a line is .jsonl"),
-    ("p.json", "[1,\n", {}, "FILE:2:1: not JSON: Expecting value"),
-    ("p.csv", "question,b\nx,y\n", {}, "FILE:1:1: no column prompt or messages or conversations; the columns are: "
-                                       "question, b (prompts.column names another)"),
-    ("p.parquet", "nonsense, long enough", {}, "FILE: not a Parquet file: "),
-    ("p.txt", "x", {}, "FILE: cannot read prompts from .txt; .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "options", "expected"),
+    [
+        ("p.jsonl", "", {}, 'FILE: holds no prompts; write one a line, such as {"prompt": "..."}'),
+        (
+            "p.jsonl",
+            "\n\n",
+            {},
+            'FILE: holds no prompts; write one a line, such as {"prompt": "..."}',
+        ),
+        ("p.json", "[]", {}, 'FILE: holds no prompts; write one a line, such as {"prompt": "..."}'),
+        ("p.csv", "", {}, 'FILE: holds no prompts; write one a line, such as {"prompt": "..."}'),
+        (
+            "p.csv",
+            "prompt\n",
+            {},
+            'FILE: holds no prompts; write one a line, such as {"prompt": "..."}',
+        ),
+        (
+            "p.jsonl",
+            "x\n",
+            {},
+            "FILE: no prompt could be read: 1 of 1 rows are malformed\n"
+            "FILE:1:1 row 1: not JSON: Expecting value at column 1",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "x", "split": "train"}',
+            {"split": "val"},
+            "FILE: none of 1 rows has the split val",
+        ),
+        ("p.json", '{"prompt": "x"}', {}, "FILE:1:1: must be a list of prompts, not a mapping"),
+        (
+            "p.json",
+            '{"prompt": "x"}\n{}',
+            {},
+            "FILE:2:1: not JSON: more than one value; one object a line is .jsonl",
+        ),
+        ("p.json", "[1,\n", {}, "FILE:2:1: not JSON: Expecting value"),
+        (
+            "p.csv",
+            "question,b\nx,y\n",
+            {},
+            "FILE:1:1: no column prompt or messages or conversations; the columns are: "
+            "question, b (prompts.column names another)",
+        ),
+        ("p.parquet", "nonsense, long enough", {}, "FILE: not a Parquet file: "),
+        (
+            "p.txt",
+            "x",
+            {},
+            "FILE: cannot read prompts from .txt; .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
+        ),
+    ],
+)
 def test_sources_that_cannot_be_used(tmp_path, name, text, options, expected):
     (tmp_path / name).write_text(text)
     assert refused(tmp_path / name, **options).startswith(expected)
@@ -204,9 +317,13 @@ def test_sources_that_cannot_be_used(tmp_path, name, text, options, expected):
 
 def test_missing_files_and_plain_folders(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("x")
-    assert refused(tmp_path / "promts.jsonl") == f"FILE: no such file; did you mean {tmp_path / 'prompts.jsonl'}?"
-    assert refused(tmp_path) == ("FILE: is a directory, but not one that `datasets` saved (no state.json); "
-                                 "name a file in it")
+    assert (
+        refused(tmp_path / "promts.jsonl")
+        == f"FILE: no such file; did you mean {tmp_path / 'prompts.jsonl'}?"
+    )
+    assert refused(tmp_path) == (
+        "FILE: is a directory, but not one that `datasets` saved (no state.json); name a file in it"
+    )
 
 
 def test_a_long_file_is_not_held_in_memory(tmp_path):

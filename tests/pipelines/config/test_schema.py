@@ -1,4 +1,6 @@
-"""The pipeline file: what is filled in, what `--set` changes, and what is said of every kind of mistake."""
+"""The pipeline file: what is filled in, what `--set` changes, and what is said of every kind of
+mistake."""
+
 from __future__ import annotations
 
 import json
@@ -8,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from prefab.factory import console
-from prefab.factory.spec import yamlio
 from prefab.factory.errors import BudgetError, ConfigError, Problem, StoreError
+from prefab.factory.spec import yamlio
 from prefab.pipelines.config import schema as c
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,14 +50,20 @@ def test_defaults_and_inheritance(tmp_path):
     tiny, nano = config.judges()
     assert (tiny.engine, nano.engine, config.critic_config().engine) == ("other", "local", "local")
     assert (config.store, config.pairs, config.seed, config.revise) == ("store", "all", 0, None)
-    assert (config.panel.orders, config.panel.tie_margin, config.panel.min_scored) == ("both", 0.02, 0.5)
+    assert (config.panel.orders, config.panel.tie_margin, config.panel.min_scored) == (
+        "both",
+        0.02,
+        0.5,
+    )
     assert (config.budget.unscored, config.budget.failed, config.budget.calls) == (0.05, 0.01, None)
     assert resolved["policy"]["samples"] == 4 and json.loads(json.dumps(resolved)) == resolved
     assert config.locate(config.constitution).is_file()
 
 
 def test_the_resolved_configuration_is_a_fixed_point(tmp_path):
-    config, resolved = c.load_pipeline(write(tmp_path, GOOD), ["panel.repeats=2", "panel.weights.nano=0.5"])
+    config, resolved = c.load_pipeline(
+        write(tmp_path, GOOD), ["panel.repeats=2", "panel.weights.nano=0.5"]
+    )
     again, same = c.make_pipeline(resolved)
     assert same == resolved == config.model_dump(mode="json")
     assert [(judge.repeats, judge.weight) for judge in again.judges()] == [(2, 1.0), (2, 0.5)]
@@ -65,35 +73,63 @@ def test_comments_order_and_folder_do_not_change_it(tmp_path):
     lines = GOOD.splitlines()
     other = "# a comment\n" + "\n".join([lines[1], lines[0], *lines[2:]])
     (tmp_path / "x").mkdir()
-    assert c.load_pipeline(write(tmp_path, GOOD))[1] == c.load_pipeline(write(tmp_path / "x", other))[1]
+    assert (
+        c.load_pipeline(write(tmp_path, GOOD))[1]
+        == c.load_pipeline(write(tmp_path / "x", other))[1]
+    )
 
 
 def test_set_overrides_and_adds(tmp_path):
-    config, _ = c.load_pipeline(write(tmp_path, GOOD), [
-        "policy.samples=8", "engines.local.model=Qwen/Qwen3-32B", "budget.calls=100", "panel.judges.1.name=two",
-        "policy.stop=[a, 'no']", "revise.rounds=2", "prompts.limit=null", "policy.temperature=1e-1"])
+    config, _ = c.load_pipeline(
+        write(tmp_path, GOOD),
+        [
+            "policy.samples=8",
+            "engines.local.model=Qwen/Qwen3-32B",
+            "budget.calls=100",
+            "panel.judges.1.name=two",
+            "policy.stop=[a, 'no']",
+            "revise.rounds=2",
+            "prompts.limit=null",
+            "policy.temperature=1e-1",
+        ],
+    )
     assert (config.policy.samples, config.engines["local"]["model"]) == (8, "Qwen/Qwen3-32B")
-    assert (config.budget.calls, config.panel.judges[1]["name"], config.revise.rounds) == (100, "two", 2)
-    assert (config.policy.stop, config.prompts.limit, config.policy.temperature) == (["a", "no"], None, 0.1)
+    assert (config.budget.calls, config.panel.judges[1]["name"], config.revise.rounds) == (
+        100,
+        "two",
+        2,
+    )
+    assert (config.policy.stop, config.prompts.limit, config.policy.temperature) == (
+        ["a", "no"],
+        None,
+        0.1,
+    )
 
 
 def test_set_mistakes_name_the_option(tmp_path):
     path = write(tmp_path, GOOD)
     assert problems(path, "policy.sampels=8") == [
-        '--set policy.sampels=8 policy.sampels: unknown field; did you mean "samples"?']
+        '--set policy.sampels=8 policy.sampels: unknown field; did you mean "samples"?'
+    ]
     assert problems(path, "policy.samples=many") == [
-        '--set policy.samples=many policy.samples: must be a whole number, not "many"']
+        '--set policy.samples=many policy.samples: must be a whole number, not "many"'
+    ]
     assert problems(path, "policy.samples") == [
-        "--set policy.samples: write --set name=value, such as --set policy.samples=8"]
+        "--set policy.samples: write --set name=value, such as --set policy.samples=8"
+    ]
     assert problems(path, "panel.orders=no") == [
-        '--set panel.orders=no panel.orders: `no` would be read by YAML as false; write false, or "no" in quotes']
+        '--set panel.orders=no panel.orders: `no` would be read by YAML as false; write false, or "no" in quotes'
+    ]
     assert problems(path, "panel.judges.7.name=x") == [
-        "--set panel.judges.7.name=x panel.judges[7]: there is nothing of that name to set a field of"]
+        "--set panel.judges.7.name=x panel.judges[7]: there is nothing of that name to set a field of"
+    ]
     assert problems(path, "name.x=1") == ["--set name.x=1 name.x: cannot be set there"]
 
 
 def test_every_mistake_is_told_at_once(tmp_path):
-    path = write(tmp_path, """\
+    path = write(
+        tmp_path,
+        """\
 recipe: rliaf
 nmae: harmless
 constitution: constitutions/harmles.yaml
@@ -112,7 +148,8 @@ panel:
 budget: {unscored: 5%}
 pairs: all
 pairs: adjacent
-""")
+""",
+    )
     assert problems(path) == [
         "1:1 name: missing field; it is required",
         '1:9 recipe: there is no recipe "rliaf"; did you mean "rlaif"?',
@@ -139,11 +176,14 @@ pairs: adjacent
     ]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("", ["1:1: the file is empty"]),
-    ("[]", ["1:1: must be a mapping (key: value), not a list"]),
-    ("a: 'b", ["1:6: a quote is opened and never closed"]),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ["1:1: the file is empty"]),
+        ("[]", ["1:1: must be a mapping (key: value), not a list"]),
+        ("a: 'b", ["1:6: a quote is opened and never closed"]),
+    ],
+)
 def test_files_that_are_no_pipeline(tmp_path, text, expected):
     assert problems(write(tmp_path, text))[:1] == expected
 
@@ -156,13 +196,17 @@ def test_a_missing_pipeline_names_its_neighbour(tmp_path):
 
 def test_files_are_found_beside_the_pipeline(tmp_path):
     (tmp_path / "mine.yaml").write_text("x")
-    config, _ = c.load_pipeline(write(tmp_path, GOOD.replace("constitutions/harmless.yaml", "mine.yaml")))
+    config, _ = c.load_pipeline(
+        write(tmp_path, GOOD.replace("constitutions/harmless.yaml", "mine.yaml"))
+    )
     assert config.locate(config.constitution) == tmp_path / "mine.yaml"
 
 
 def test_the_committed_schema_is_current():
     current = json.dumps(c.json_schema(), indent=2, ensure_ascii=False) + "\n"
-    assert c.SCHEMA_PATH.read_text() == current, "run: python -m prefab.pipelines.config.schema --schema"
+    assert c.SCHEMA_PATH.read_text() == current, (
+        "run: python -m prefab.pipelines.config.schema --schema"
+    )
 
 
 def test_shipped_pipelines_are_valid():
@@ -178,30 +222,52 @@ def test_errors_on_the_console(capsys, monkeypatch):
     console.console.cache_clear()
     both = [Problem("a.yaml", 3, 5, "x[0]", "bad [red]"), Problem("b", 0, 0, "", "gone")]
     assert console.fail(ConfigError(both)) == 2
-    assert console.fail(StoreError("full")) == 1 and console.fail(BudgetError("over"), remedy="wait") == 1
+    assert (
+        console.fail(StoreError("full")) == 1
+        and console.fail(BudgetError("over"), remedy="wait") == 1
+    )
     console.hint("prefab run x.yaml")
     err = capsys.readouterr().err
     assert err.splitlines() == [
-        "error a.yaml:3:5 x[0]: bad [red]", "error b: gone", "2 problems", "error full",
-        "help  `prefab doctor` says what is wrong with a store", "error over", "help  wait", "next: prefab run x.yaml"]
+        "error a.yaml:3:5 x[0]: bad [red]",
+        "error b: gone",
+        "2 problems",
+        "error full",
+        "help  `prefab doctor` says what is wrong with a store",
+        "error over",
+        "help  wait",
+        "next: prefab run x.yaml",
+    ]
     console.console.cache_clear()
 
 
 def test_tables_and_cells():
-    assert [console.cell(v) for v in (None, True, 12345, 0.12345, "x")] == ["", "yes", "12,345", "0.123", "x"]
+    assert [console.cell(v) for v in (None, True, 12345, 0.12345, "x")] == [
+        "",
+        "yes",
+        "12,345",
+        "0.123",
+        "x",
+    ]
     assert [console.duration(s) for s in (8.4, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 05 min"]
     assert isinstance(console.console(), Console)
 
 
 @pytest.mark.parametrize(("width", "whole"), [(61, True), (60, False)])
-def test_a_narrow_table_keeps_names_whole_where_there_is_room_and_loses_nothing(monkeypatch, capsys, width, whole):
+def test_a_narrow_table_keeps_names_whole_where_there_is_room_and_loses_nothing(
+    monkeypatch, capsys, width, whole
+):
     monkeypatch.setenv("COLUMNS", str(width))
     console.console.cache_clear()
     interval = "0.764 (0.723 to 0.802)"
-    console.table("", ["", "base", "sft", "dpo"], [["complies_harmful", interval, interval, "x" * 100]])
+    console.table(
+        "", ["", "base", "sft", "dpo"], [["complies_harmful", interval, interval, "x" * 100]]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert {len(line) for line in lines} == {width}
-    assert ("complies_harmful" in lines[3]) == whole and sum(line.count("x") for line in lines) == 100
+    assert ("complies_harmful" in lines[3]) == whole and sum(
+        line.count("x") for line in lines
+    ) == 100
     console.console.cache_clear()
 
 
@@ -216,8 +282,11 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
         progress._printed -= console.PLAIN_EVERY_S
         progress.advance(1, calls=1400)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["judging 5/10 prompts · 0 s · 0 s left · calls 1,200 · unscored 0.4%",
-                     "judging 9/10 prompts · 0 s · 0 s left · calls 1,300", "judging 10/10 prompts · 0 s · calls 1,400"]
+    assert lines == [
+        "judging 5/10 prompts · 0 s · 0 s left · calls 1,200 · unscored 0.4%",
+        "judging 9/10 prompts · 0 s · 0 s left · calls 1,300",
+        "judging 10/10 prompts · 0 s · calls 1,400",
+    ]
     console.console.cache_clear()
     with console.Progress("x", quiet=True) as progress:
         progress.advance()

@@ -1,17 +1,24 @@
-"""The table of methods on judges whose faults are known: what must help helps, and what cannot is not said to."""
+"""The table of methods on judges whose faults are known: what must help helps, and what cannot is
+not said to."""
+
 from __future__ import annotations
 
-from tests.support import noisyworld
 import numpy as np
 import pytest
 
 from benchmarks import label_quality as lq
 from prefab import run
 from prefab.pipelines.quality.rating_matrix import load_matrix, select
+from tests.support import noisyworld
 
 NAN = np.nan
-JUDGES = {"tiny": {"right": 0.97}, "nano": {"right": 0.7, "sure": 0.8}, "tiny-curt": {"right": 0.95},
-          "nano-curt": {"right": 0.9, "sure": 0.6, "pull": 1.6}, "contrary": {"right": 0.8, "mean": True, "sure": 0.95}}
+JUDGES = {
+    "tiny": {"right": 0.97},
+    "nano": {"right": 0.7, "sure": 0.8},
+    "tiny-curt": {"right": 0.95},
+    "nano-curt": {"right": 0.9, "sure": 0.6, "pull": 1.6},
+    "contrary": {"right": 0.8, "mean": True, "sure": 0.95},
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +35,27 @@ def found(store):
 
 
 def row(found, method, against, measure="right"):
-    return next(r for r in found["rows"] if (r["method"], r["measure"]) == (method, measure) and against in r["against"])
+    return next(
+        r
+        for r in found["rows"]
+        if (r["method"], r["measure"]) == (method, measure) and against in r["against"]
+    )
 
 
 def test_scores_by_hand():
     gold = np.array([1, 1, 0, 0.5, NAN, 1])
     p = np.array([0.9, 0.2, 0.5, 0.9, 0.9, NAN])
     assert np.array_equal(lq.right(p, gold), [1, 0, 0.5, NAN, NAN, NAN], equal_nan=True)
-    assert np.array_equal(lq.three_way(np.array([1, 0.5, 0, 0.5, 1, NAN]), gold), [1, 0, 1, 1, NAN, NAN], equal_nan=True)
+    assert np.array_equal(
+        lq.three_way(np.array([1, 0.5, 0, 0.5, 1, NAN]), gold),
+        [1, 0, 1, 1, NAN, NAN],
+        equal_nan=True,
+    )
     assert lq.closeness(p, gold)[:3] == pytest.approx([-0.01, -0.64, -0.25])
-    assert lq.surprise(p, gold)[:3] == pytest.approx(np.log([0.9, 0.2, 0.5])) and np.isnan(lq.surprise(p, gold)[3:]).all()
+    assert (
+        lq.surprise(p, gold)[:3] == pytest.approx(np.log([0.9, 0.2, 0.5]))
+        and np.isnan(lq.surprise(p, gold)[3:]).all()
+    )
     assert lq.surprise(np.array([0.0]), np.array([1.0])) == pytest.approx(np.log(lq.EDGE))
     sure_tie, torn = lq.certainty(np.array([0.5, 0.5]), np.array([0.98, 0.0]))
     assert (sure_tie, torn) == (pytest.approx(0.98), pytest.approx(0.5))
@@ -49,19 +67,29 @@ def test_a_method_helps_only_where_its_interval_says_so():
     assert lq.compare("q", "m", ones, "o", half, prompts).verdict == "helps"
     assert lq.compare("q", "m", half, "o", ones, prompts).verdict == "hurts"
     assert lq.compare("q", "m", half, "o", 1 - half, prompts).verdict == "no difference seen"
-    assert lq.compare("q", "m", ones, "o", np.full(400, NAN), prompts).verdict.startswith("no reading")
+    assert lq.compare("q", "m", ones, "o", np.full(400, NAN), prompts).verdict.startswith(
+        "no reading"
+    )
 
 
 def test_known_faults_give_known_rows(found):
-    assert row(found, "nano-curt: mean of both", "one order")["verdict"] == "helps"        # pulled to the first slot
+    assert (
+        row(found, "nano-curt: mean of both", "one order")["verdict"] == "helps"
+    )  # pulled to the first slot
     assert row(found, "tiny-curt: mean of both", "one order")["verdict"] == "no difference seen"
     for other in ("majority", "mean probability"):
         assert row(found, "Dawid-Skene, one judge bad", other)["verdict"] == "helps"
-    assert row(found, "panel of 4", "best member (tiny")["verdict"] == "helps"             # they err apart
+    assert row(found, "panel of 4", "best member (tiny")["verdict"] == "helps"  # they err apart
     assert row(found, "nano: probabilities", "nano: votes", "-Brier")["verdict"] == "helps"
-    assert found["judges"]["tiny"]["value"] > 0.9 > found["judges"]["nano"]["value"] > found["judges"]["contrary"]["high"]
-    assert len(found["rows"]) == 5 + 3 * 6 + 2 + 6 + 12 and {r["verdict"] for r in found["rows"]} <= {
-        "helps", "hurts", "no difference seen"}
+    assert (
+        found["judges"]["tiny"]["value"]
+        > 0.9
+        > found["judges"]["nano"]["value"]
+        > found["judges"]["contrary"]["high"]
+    )
+    assert len(found["rows"]) == 5 + 3 * 6 + 2 + 6 + 12 and {
+        r["verdict"] for r in found["rows"]
+    } <= {"helps", "hurts", "no difference seen"}
 
 
 def test_escalation_asks_a_third_where_it_is_needed(found, store):
@@ -69,7 +97,8 @@ def test_escalation_asks_a_third_where_it_is_needed(found, store):
     sure = "tiny for a third, least certain label"
     assert row(found, sure, "nano alone")["verdict"] == "helps"
     assert row(found, sure, "drawn", "right, ties included")["verdict"] == "helps"
-    # Most readings are ties: the nearest to a half are those of which the judge is sure that they are ties.
+    # Most readings are ties: the nearest to a half are those of which the judge is sure that they
+    # are ties.
     assert row(found, "tiny for a third, nearest to a half", "drawn")["verdict"] == "hurts"
     data, _ = load_matrix(select(store, "label-quality"))
     value = np.random.default_rng(0).random(len(data.p))

@@ -1,4 +1,6 @@
-"""`prefab label`: what is recorded, in which order answers are shown, undo, queue files, and a terminal that is killed."""
+"""`prefab label`: what is recorded, in which order answers are shown, undo, queue files, and a
+terminal that is killed."""
+
 from __future__ import annotations
 
 import asyncio
@@ -12,18 +14,18 @@ import sys
 import time
 from pathlib import Path
 
-from tests.support import project
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefab import run
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.judges.kinds import human
-from prefab import run
-from prefab.pipelines.quality import labeling
 from prefab.pipelines.cli.main import main
+from prefab.pipelines.quality import labeling
 from prefab.pipelines.store.fill import query
+from tests.support import project
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -36,7 +38,8 @@ def store(tmp_path):
 
 
 def session(store: Path, keys: str, annotator: str = "ann", limit: int | None = None, **more):
-    """One session at a terminal that types `keys`; gives the report, what was shown, and the first task."""
+    """One session at a terminal that types `keys`; gives the report, what was shown, and the first
+    task."""
     shown: list[str] = []
     with labeling.open_session(store, "", annotator, **more) as session:
         todo = list(session.todo)
@@ -51,8 +54,15 @@ def standing(store: Path) -> list[human.Label]:
 def test_a_label_speaks_of_the_answers_not_of_the_slots(store):
     report, _, todo = session(store, "abtsq")
     assert report.data() | {"run": ""} == {
-        "run": "", "annotator": "ann", "labelled": 4, "said": {"a": 1, "b": 1, "tie": 1, "skip": 1}, "undone": 0,
-        "unanswered": 0, "known": 0, "left": 14}
+        "run": "",
+        "annotator": "ann",
+        "labelled": 4,
+        "said": {"a": 1, "b": 1, "tie": 1, "skip": 1},
+        "undone": 0,
+        "unanswered": 0,
+        "known": 0,
+        "left": 14,
+    }
     texts = dict(query(store, "SELECT sample, text FROM samples").iter_rows())
     for task, said, value in zip(todo, ("a", "b"), labeling.recorded(store), strict=False):
         chosen = task.shown[0] if said == "a" else task.shown[1]
@@ -79,7 +89,9 @@ def test_nothing_of_the_judges_is_shown(store):
     _, shown, todo = session(store, "q")
     page = shown[-1]
     assert todo[0].text_a in page and todo[0].text_b in page and todo[0].question in page
-    assert not [word for word in ("judge", "small@1", "0.8", "p_a", todo[0].a, todo[0].b) if word in page]
+    assert not [
+        word for word in ("judge", "small@1", "0.8", "p_a", todo[0].a, todo[0].b) if word in page
+    ]
 
 
 def test_a_session_is_resumed_and_people_are_apart(store):
@@ -87,7 +99,7 @@ def test_a_session_is_resumed_and_people_are_apart(store):
     again = session(store, "")[2]
     assert len(again) == 13 and [task.place for task in again] == [task.place for task in first[5:]]
     assert len(session(store, "", annotator="bob")[2]) == 18
-    report, shown, _ = session(store, "t" * 99)
+    report, _shown, _ = session(store, "t" * 99)
     assert (report.left, report.said) == (0, {"tie": 13}) and session(store, "")[2] == []
     assert session(store, "ab", annotator="bob", limit=1)[0].left == 17
 
@@ -96,7 +108,9 @@ def test_undo_is_a_row_and_what_it_takes_back_can_be_said_again(store):
     report, _, todo = session(store, "abuuaq")
     assert (report.undone, report.left) == (2, 17)
     values = labeling.recorded(store)
-    assert [sorted(value)[0] for value in values].count("annotator") == 2 and len(values) == 5  # nothing was deleted
+    assert [sorted(value)[0] for value in values].count("annotator") == 2 and len(
+        values
+    ) == 5  # nothing was deleted
     assert [found.place for found in standing(store)] == [todo[0].place]
     report, shown, _ = session(store, "uuaq")  # the last session's, then nothing is left to undo
     assert report.undone == 1 and "there is nothing to undo" in shown
@@ -110,7 +124,11 @@ def test_the_same_word_after_an_undo_stands(store):
 
 def test_other_keys_and_the_end_of_keys_label_nothing(store):
     report, shown, _ = session(store, "xyz\n7")
-    assert report.data()["labelled"] == 0 and labeling.recorded(store) == [] and shown.count(labeling.HELP) == 6
+    assert (
+        report.data()["labelled"] == 0
+        and labeling.recorded(store) == []
+        and shown.count(labeling.HELP) == 6
+    )
 
 
 def test_latest_resolves_undo_corrections_and_several_people():
@@ -118,19 +136,30 @@ def test_latest_resolves_undo_corrections_and_several_people():
     b = human.row("p", "x", "y", "kind", "b", "ab", "ann", 2.0)
     turned = human.row("p", "y", "x", "kind", "a", "ab", "bob", 3.0)  # bob too prefers y
     found = human.latest([a, b, turned, {"note": "not a label"}])
-    assert [(f.winner, f.winner_in_place, f.annotator) for f in found] == [("b", "b", "ann"), ("a", "b", "bob")]
+    assert [(f.winner, f.winner_in_place, f.annotator) for f in found] == [
+        ("b", "b", "ann"),
+        ("a", "b", "bob"),
+    ]
     assert human.gold(found) == {("p", "x", "y", "kind"): "b"}
     back = human.undo(human.name_of(b), "ann", 4.0)
     assert [f.winner for f in human.latest([a, b, turned, back])] == ["a", "a"]
-    assert human.gold(human.latest([a, b, turned, back])) == {("p", "x", "y", "kind"): None}  # one against one
+    assert human.gold(human.latest([a, b, turned, back])) == {
+        ("p", "x", "y", "kind"): None
+    }  # one against one
     skipped = human.row("p", "x", "y", "kind", "skip", "ab", "ann", 5.0)
     assert human.gold(human.latest([a, skipped])) == {}
     assert human.row("p", "x", "y", "kind", "a", "ba", "ann", 1.0)["winner"] == "b"
 
 
 def test_verdicts_of_people_are_hard():
-    a, tie, skip = (human.Label("d", "p", "x", "y", "kind", said, "ann") for said in ("a", "tie", "skip"))
-    assert (human.verdict(a).p_a, human.verdict(a).exactness, human.verdict(tie).winner) == (1.0, "hard", "tie")
+    a, tie, skip = (
+        human.Label("d", "p", "x", "y", "kind", said, "ann") for said in ("a", "tie", "skip")
+    )
+    assert (human.verdict(a).p_a, human.verdict(a).exactness, human.verdict(tie).winner) == (
+        1.0,
+        "hard",
+        "tie",
+    )
     assert human.verdict(skip) is None
 
 
@@ -138,7 +167,7 @@ def test_people_are_gold_for_the_statistics(store):
     from prefab.pipelines.quality.rating_matrix import load_matrix
     from prefab.pipelines.quality.rating_matrix import select as choose
 
-    _, _, todo = session(store, "abu" + "bq")
+    _, _, _todo = session(store, "abu" + "bq")
     data, source = load_matrix(choose(store))
     known = int((data.gold == data.gold).sum())
     assert known == 2 and source == "2 comparisons labelled by 1 person"
@@ -170,7 +199,10 @@ def test_which_comparisons_come_first(tmp_path):
     value = project.pipeline(tmp_path, prompts=3, panel={"judges": judges})
     run(value, engines={"local": Scripted(ScriptedConfig(), answer)})
     store = tmp_path / "store"
-    order = {first: [task.prompt for task in labeling.tasks(store, "", "ann", first)] for first in labeling.FIRST}
+    order = {
+        first: [task.prompt for task in labeling.tasks(store, "", "ann", first)]
+        for first in labeling.FIRST
+    }
     assert set(order["unsure"][:12]) == {"p1", "p2"} and set(order["unsure"][12:]) == {"p0"}
     assert set(order["divided"][:6]) == {"p2"}
     assert sorted(order["random"]) == sorted(order["unsure"]) and order["random"] != order["unsure"]
@@ -203,29 +235,48 @@ def test_a_queue_file_there_and_back(store, tmp_path):
     first = standing(store)[2]
     assert texts[first.a if first.winner == "a" else first.b] == rows[0]["answer_a"]
     n = len(labeling.recorded(store))
-    with labeling.open_session(store, "", "ann", seed=5) as session:  # another seed shows other orders: the file's own counts
+    with labeling.open_session(
+        store, "", "ann", seed=5
+    ) as session:  # another seed shows other orders: the file's own counts
         assert labeling.read_answers(session, file).known == 3
     assert len(labeling.recorded(store)) == n
     fill_in(file, ["b", "T", "", "b"])
     with labeling.open_session(store, "", "ann") as session:
-        assert (labeling.read_answers(session, file).said, len(session.todo)) == ({"b": 1}, 13)  # a change of mind
+        assert (labeling.read_answers(session, file).said, len(session.todo)) == (
+            {"b": 1},
+            13,
+        )  # a change of mind
 
 
-def test_mistakes_in_an_answers_file_are_told_with_their_lines_and_nothing_is_recorded(store, tmp_path):
+def test_mistakes_in_an_answers_file_are_told_with_their_lines_and_nothing_is_recorded(
+    store, tmp_path
+):
     file = tmp_path / "queue.jsonl"
     with labeling.open_session(store, "", "ann") as session:
         labeling.write_queue(session, file, 2)
     rows = fill_in(file, ["a", "b"])
-    bad = [rows[0], rows[1] | {"label": "A or B"}, rows[0] | {"label": "b"}, rows[0] | {"id": "00"}, ["x"], {"id": 7},
-           rows[1] | {"label": 1}]
+    bad = [
+        rows[0],
+        rows[1] | {"label": "A or B"},
+        rows[0] | {"label": "b"},
+        rows[0] | {"id": "00"},
+        ["x"],
+        {"id": 7},
+        rows[1] | {"label": 1},
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in bad) + "\n{half")
     with labeling.open_session(store, "", "ann") as session, pytest.raises(ConfigError) as caught:
         labeling.read_answers(session, file)
     told = {problem.line: problem.message for problem in caught.value.problems}
     assert set(told) == {2, 3, 4, 5, 6, 7, 9}
-    assert "none of a, b, tie, skip" in told[2] and "in line 1" in told[3] and "another run" in told[4]
+    assert (
+        "none of a, b, tie, skip" in told[2] and "in line 1" in told[3] and "another run" in told[4]
+    )
     assert labeling.recorded(store) == []
-    with labeling.open_session(store, "", "ann") as session, pytest.raises(ConfigError, match="cannot be read"):
+    with (
+        labeling.open_session(store, "", "ann") as session,
+        pytest.raises(ConfigError, match="cannot be read"),
+    ):
         labeling.read_answers(session, tmp_path / "none.jsonl")
 
 
@@ -238,17 +289,26 @@ def test_nothing_shown_can_move_the_cursor(text):
 
 # --- the command, from a pipe and in a real terminal ---
 
+
 def prefab(*words: str, keys: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "prefab.pipelines.cli.main", "label", *words], input=keys, cwd=ROOT, text=True,
-                          capture_output=True)
+    return subprocess.run(
+        [sys.executable, "-m", "prefab.pipelines.cli.main", "label", *words],
+        input=keys,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_the_command(store, tmp_path, monkeypatch, capsys):
     done = prefab("--store", str(store), "--annotator", "ann", "--json", keys="a\nb\nq\n")
     assert done.returncode == 0 and json.loads(done.stdout)["labelled"] == 2, done.stderr
-    for words, told in (([str(tmp_path / "none")], "no store here"), ([str(store), "--first", "best"], "did you mean"),
-                        ([str(store), "--run", "nobody"], "has no run"),
-                        ([str(store), "--queue", "a", "--answers", "b"], "one of the two")):
+    for words, told in (
+        ([str(tmp_path / "none")], "no store here"),
+        ([str(store), "--first", "best"], "did you mean"),
+        ([str(store), "--run", "nobody"], "has no run"),
+        ([str(store), "--queue", "a", "--answers", "b"], "one of the two"),
+    ):
         monkeypatch.setattr(sys, "argv", ["prefab", "label", "--store", *words])
         with pytest.raises(SystemExit) as caught:
             main()
@@ -262,10 +322,23 @@ class Terminal:
         self.seen = b""
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # a test run in the background has it ignored
             os.chdir(ROOT)
-            os.execv(sys.executable, [sys.executable, "-m", "prefab.pipelines.cli.main", "label", "--store", str(store),
-                                      "--annotator", "ann"])
+            os.execv(
+                sys.executable,
+                [
+                    sys.executable,
+                    "-m",
+                    "prefab.pipelines.cli.main",
+                    "label",
+                    "--store",
+                    str(store),
+                    "--annotator",
+                    "ann",
+                ],
+            )
 
     def wait_for(self, text: str, timeout_s: float = 120.0) -> None:
         end = time.monotonic() + timeout_s
@@ -311,10 +384,12 @@ def test_a_terminal_killed_in_the_middle_keeps_what_was_answered(store):
 
 def test_a_run_and_a_person_can_write_at_once(store, tmp_path):
     """A ledger that is open elsewhere takes labels too."""
+
     async def both() -> None:
         ledger = Ledger.open(store)
         await asyncio.to_thread(session, store, "abq")
         ledger.add_eval({"name": "meanwhile"})
         await ledger.close()
+
     asyncio.run(both())
     assert len(standing(store)) == 2

@@ -1,4 +1,6 @@
-"""Exports, read back as their users do: with `datasets`, and by TRL's own trainers on a tiny random model."""
+"""Exports, read back as their users do: with `datasets`, and by TRL's own trainers on a tiny random
+model."""
+
 from __future__ import annotations
 
 import errno
@@ -6,14 +8,14 @@ import json
 from pathlib import Path
 
 import polars as pl
-from tests.support import project
 import pytest
 
+from prefab import run
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Completion
-from prefab import run
 from prefab.pipelines.store.export.trl import export
+from tests.support import project
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,9 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     value = project.pipeline(folder, prompts=40, revise={"rounds": 1, "select": "sweep"})
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    rows = [{**row, "split": ["train", "train", "val", "test"][i % 4]} for i, row in enumerate(rows)]
+    rows = [
+        {**row, "split": ["train", "train", "val", "test"][i % 4]} for i, row in enumerate(rows)
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run(value, engines=project.engine())
     assert result.state == "done" and result.preferences.height == 120
@@ -32,24 +36,42 @@ def store(tmp_path_factory):
 def test_four_datasets_in_splits_with_probabilities_and_lineage(store, tmp_path):
     report = export(store, tmp_path / "out")
     assert report.counts == {
-        "preference": {"train": 60, "validation": 30, "test": 30}, "prompts": {"train": 20, "validation": 10, "test": 10},
-        "unpaired": {"train": 40, "validation": 20, "test": 20}, "sft": {"train": 60, "validation": 30, "test": 30}}
+        "preference": {"train": 60, "validation": 30, "test": 30},
+        "prompts": {"train": 20, "validation": 10, "test": 10},
+        "unpaired": {"train": 40, "validation": 20, "test": 20},
+        "sft": {"train": 60, "validation": 30, "test": 30},
+    }
     rows = pl.read_parquet(tmp_path / "out/preference/train.parquet")
-    assert {"prompt", "chosen", "rejected", "p_chosen", "preference", "prompt_id", "chosen_sample", "rejected_sample",
-            "run", "split"} <= set(rows.columns)
+    assert {
+        "prompt",
+        "chosen",
+        "rejected",
+        "p_chosen",
+        "preference",
+        "prompt_id",
+        "chosen_sample",
+        "rejected_sample",
+        "run",
+        "split",
+    } <= set(rows.columns)
     first = rows.row(0, named=True)
     assert first["chosen"][0]["content"].startswith("draft ") and 0.5 < first["p_chosen"] <= 1
     assert first["prompt"][0]["role"] == "user" and first["chosen"] != first["rejected"]
     unpaired = pl.read_parquet(tmp_path / "out/unpaired/train.parquet")
-    assert dict(unpaired["label"].value_counts().iter_rows()) == {True: 20, False: 20}  # the middle draft is even
+    assert dict(unpaired["label"].value_counts().iter_rows()) == {
+        True: 20,
+        False: 20,
+    }  # the middle draft is even
     assert set(pl.read_parquet(tmp_path / "out/sft/train.parquet")["revised"]) == {True}
 
 
 def test_what_is_held_out_stands_in_no_train_file(store, tmp_path):
     export(store, tmp_path / "out")
     for name in ("preference", "unpaired", "prompts", "sft"):
-        parts = {split: set(pl.read_parquet(tmp_path / f"out/{name}/{split}.parquet")["prompt_id"])
-                 for split in ("train", "validation", "test")}
+        parts = {
+            split: set(pl.read_parquet(tmp_path / f"out/{name}/{split}.parquet")["prompt_id"])
+            for split in ("train", "validation", "test")
+        }
         assert not parts["train"] & (parts["test"] | parts["validation"])
         assert {int(p[1:]) % 4 for p in parts["test"]} == {3}
 
@@ -70,16 +92,26 @@ def test_answers_cut_off_are_left_out_and_counted(tmp_path):
         cut_off = project.asked(request) == "sample" and request.repeat == (0,)
         return Completion(answer.text, "length") if cut_off else answer
 
-    result = run(project.pipeline(tmp_path, prompts=10), engines={"local": Scripted(ScriptedConfig(), cut)})
+    result = run(
+        project.pipeline(tmp_path, prompts=10), engines={"local": Scripted(ScriptedConfig(), cut)}
+    )
     assert result.truncated == 10
-    left, kept = (export(tmp_path / "store", tmp_path / name, truncated=keep) for name, keep in (("a", 0), ("b", 1)))
-    assert sum(left.counts["preference"].values()) == 10 and sum(kept.counts["preference"].values()) == 30
+    left, kept = (
+        export(tmp_path / "store", tmp_path / name, truncated=keep)
+        for name, keep in (("a", 0), ("b", 1))
+    )
+    assert (
+        sum(left.counts["preference"].values()) == 10
+        and sum(kept.counts["preference"].values()) == 30
+    )
     assert any("10 answers were cut off" in note for note in left.notes)
 
 
 def test_parquet_gives_the_tables(store, tmp_path):
     report = export(store, tmp_path / "out", format="parquet")
-    assert report.counts["preferences"] == {"train": 120} and report.counts["verdicts"] == {"train": 480}
+    assert report.counts["preferences"] == {"train": 120} and report.counts["verdicts"] == {
+        "train": 480
+    }
 
 
 def test_refusals_say_what_there_is(store, tmp_path):
@@ -93,7 +125,11 @@ def test_refusals_say_what_there_is(store, tmp_path):
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def lay(folder: Path, files: dict[str, str]) -> dict[str, bytes]:
@@ -106,23 +142,55 @@ def lay(folder: Path, files: dict[str, str]) -> dict[str, bytes]:
 
 def test_an_earlier_export_is_replaced_and_other_files_stay(store, tmp_path):
     out = tmp_path / "out"
-    mine = lay(out, {".git/HEAD": "ref", ".gitattributes": "*.parquet filter=lfs", "verdicts/notes.txt": "mine"})
+    mine = lay(
+        out,
+        {
+            ".git/HEAD": "ref",
+            ".gitattributes": "*.parquet filter=lfs",
+            "verdicts/notes.txt": "mine",
+        },
+    )
     export(store, out, format="parquet")
     assert (out / "scores").exists() is False and (out / "verdicts/train.parquet").exists()
     export(store, out)
     assert mine.items() <= tree(out).items() and not (out / "samples").exists()
     listed = json.loads((out / "prefab-export.json").read_text())["files"]
-    assert set(tree(out)) == {*mine, *listed, "prefab-export.json"} and "sft/train.parquet" in listed
+    assert (
+        set(tree(out)) == {*mine, *listed, "prefab-export.json"} and "sft/train.parquet" in listed
+    )
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [".git", ".gitattributes", "README.md", "prefab-export.json", "preference", "prompts", "sft", "unpaired", "verdicts"])
+        [
+            ".git",
+            ".gitattributes",
+            "README.md",
+            "prefab-export.json",
+            "preference",
+            "prompts",
+            "sft",
+            "unpaired",
+            "verdicts",
+        ]
+    )
 
 
 def test_a_file_that_no_export_wrote_is_not_overwritten(store, tmp_path):
     card = tree_of_export(store, tmp_path / "card")["README.md"].decode()
-    for name, files in {"project": {"README.md": card, "constitution.yaml": "id: x", "store/ledger.sqlite": "calls"},
-                        "marked": {"README.md": "<!-- written by prefab export -->", "model.safetensors": "weights"},
-                        "data": {"sft/train.parquet": "mine"}, "folder": {"README.md/x": "mine"}, "file": {"sft": "mine"},
-                        "empty": {"prefab-export.json": "{"}, "list": {"prefab-export.json": "[]"}}.items():
+    for name, files in {
+        "project": {
+            "README.md": card,
+            "constitution.yaml": "id: x",
+            "store/ledger.sqlite": "calls",
+        },
+        "marked": {
+            "README.md": "<!-- written by prefab export -->",
+            "model.safetensors": "weights",
+        },
+        "data": {"sft/train.parquet": "mine"},
+        "folder": {"README.md/x": "mine"},
+        "file": {"sft": "mine"},
+        "empty": {"prefab-export.json": "{"},
+        "list": {"prefab-export.json": "[]"},
+    }.items():
         before = lay(tmp_path / name, files)
         with pytest.raises(ConfigError, match="Choose another folder") as told:
             export(store, tmp_path / name)
@@ -138,10 +206,21 @@ def tree_of_export(store: Path, out: Path) -> dict[str, bytes]:
     return tree(out)
 
 
-@pytest.mark.parametrize("name", ["/{other}", "../other/mine.txt", "sft/../../other/mine.txt", "constitution.yaml",
-                                  ".git/HEAD", 7])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/{other}",
+        "../other/mine.txt",
+        "sft/../../other/mine.txt",
+        "constitution.yaml",
+        ".git/HEAD",
+        7,
+    ],
+)
 def test_a_list_that_names_what_no_export_writes_is_refused(store, tmp_path, name):
-    before = lay(tmp_path, {"other/mine.txt": "x", "out/constitution.yaml": "x", "out/.git/HEAD": "x"})
+    before = lay(
+        tmp_path, {"other/mine.txt": "x", "out/constitution.yaml": "x", "out/.git/HEAD": "x"}
+    )
     name = name.format(other=tmp_path / "other/mine.txt") if isinstance(name, str) else name
     (tmp_path / "out/prefab-export.json").write_text(json.dumps({"files": [name]}))
     with pytest.raises(ConfigError, match="prefab-export.json"):
@@ -151,10 +230,22 @@ def test_a_list_that_names_what_no_export_writes_is_refused(store, tmp_path, nam
 
 def test_nothing_is_written_or_removed_through_a_link(store, tmp_path):
     before = lay(tmp_path / "other", {"train.parquet": "mine", "README.md": "mine"})
-    for name, target in {"sft": tmp_path / "other", "README.md": tmp_path / "other/README.md", "old": tmp_path / "other",
-                         "prompts": tmp_path / "nowhere", "prefab-export.json": tmp_path / "list"}.items():
+    for name, target in {
+        "sft": tmp_path / "other",
+        "README.md": tmp_path / "other/README.md",
+        "old": tmp_path / "other",
+        "prompts": tmp_path / "nowhere",
+        "prefab-export.json": tmp_path / "list",
+    }.items():
         out = tmp_path / f"out-{name}"
-        lay(out, {"prefab-export.json": json.dumps({"files": ["old/train.parquet", "README.md", "sft/train.parquet"]})})
+        lay(
+            out,
+            {
+                "prefab-export.json": json.dumps(
+                    {"files": ["old/train.parquet", "README.md", "sft/train.parquet"]}
+                )
+            },
+        )
         (out / name).unlink(missing_ok=True)
         (out / name).symlink_to(target)
         with pytest.raises(ConfigError, match="Choose another folder"):
@@ -193,7 +284,10 @@ def test_an_export_that_fails_leaves_the_earlier_one(store, tmp_path, monkeypatc
 def test_a_run_with_nothing_to_export_leaves_the_earlier_export(store, tmp_path):
     before = tree_of_export(store, tmp_path / "out")
     broken = {"local": Scripted(ScriptedConfig(), lambda request: Completion("cut", "length"))}
-    run(project.pipeline(tmp_path, prompts=2, budget={"unscored": 1.0, "failed": 1.0}), engines=broken)
+    run(
+        project.pipeline(tmp_path, prompts=2, budget={"unscored": 1.0, "failed": 1.0}),
+        engines=broken,
+    )
     with pytest.raises(ConfigError, match="nothing to export"):
         export(tmp_path / "store", tmp_path / "out")
     assert tree(tmp_path / "out") == before
@@ -202,14 +296,18 @@ def test_a_run_with_nothing_to_export_leaves_the_earlier_export(store, tmp_path)
 def test_datasets_reads_it_and_trl_trains_on_it(store, tmp_path):
     datasets = pytest.importorskip("datasets")
     trl = pytest.importorskip("trl")
-    from tests.support import tinymodel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    from tests.support import tinymodel
+
     export(store, tmp_path / "out")
-    data = {name: datasets.load_dataset(str(tmp_path / "out"), name, cache_dir=str(tmp_path / "cache"))
-            for name in ("preference", "unpaired", "prompts", "sft")}
+    data = {
+        name: datasets.load_dataset(str(tmp_path / "out"), name, cache_dir=str(tmp_path / "cache"))
+        for name in ("preference", "unpaired", "prompts", "sft")
+    }
     assert {name: set(parts) for name, parts in data.items()} == {
-        name: {"train", "validation", "test"} for name in data}
+        name: {"train", "validation", "test"} for name in data
+    }
     folder = tinymodel.build(tmp_path / "model", heads=2, hidden=32, layers=1, context=256)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -217,9 +315,21 @@ def test_datasets_reads_it_and_trl_trains_on_it(store, tmp_path):
         return AutoModelForCausalLM.from_pretrained(folder)
 
     def train(trainer, config, model, name, **more):
-        args = config(output_dir=str(tmp_path / name), max_steps=2, per_device_train_batch_size=4, use_cpu=True, bf16=False,
-                      report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1, **more)
-        made = trainer(model=model, args=args, train_dataset=data[name]["train"], processing_class=tokenizer)
+        args = config(
+            output_dir=str(tmp_path / name),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            **more,
+        )
+        made = trainer(
+            model=model, args=args, train_dataset=data[name]["train"], processing_class=tokenizer
+        )
         loss = made.train().training_loss
         assert loss == loss and loss > 0, name
 

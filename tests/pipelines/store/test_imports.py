@@ -1,4 +1,6 @@
-"""Others' preferences come into the store whole or not at all, once, with their origin, and are trained on by weight."""
+"""Others' preferences come into the store whole or not at all, once, with their origin, and are
+trained on by weight."""
+
 from __future__ import annotations
 
 import json
@@ -7,53 +9,109 @@ import sys
 
 import polars as pl
 import pytest
-from tests.pipelines.store.test_store import dump, same
 
 from prefab.factory import keys
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Message
 from prefab.pipelines.store import imports
 from prefab.pipelines.store.fill import fill, query, rebuild
+from tests.pipelines.store.test_store import dump, same
 
-HH = [{"chosen": "\n\nHuman: Hello?\n\nAssistant: Hi.\n\nHuman: A joke?\n\nAssistant: Here is one.",
-       "rejected": "\n\nHuman: Hello?\n\nAssistant: Hi.\n\nHuman: A joke?\n\nAssistant: No."},
-      {"chosen": "\n\nHuman: How are you?\n\nAssistant: Well.", "rejected": "\n\nHuman: How are you?\n\nAssistant: Bad."}]
-ULTRA = {"instruction": "Name a colour.", "source": "x", "completions": [
-    {"response": "Red.", "overall_score": 7.0, "fine-grained_score": 4.5, "model": "m1"},
-    {"response": "Blue.", "overall_score": 9.0, "fine-grained_score": 3.0, "model": "m2"},
-    {"response": "Seven.", "overall_score": 1.0, "fine-grained_score": 3.0, "model": "m3"}]}
-BINARIZED = {"prompt": "What is up?", "score_chosen": 8.0, "score_rejected": 8.0, "chosen": [
-    {"role": "user", "content": "What is up?"}, {"role": "assistant", "content": "The sky."}], "rejected": [
-    {"role": "user", "content": "What is up?"}, {"role": "assistant", "content": "Nothing."}]}
-TRL = [{"prompt": "Two and two?", "chosen": "Four.", "rejected": "Five."},
-       {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two and two?"}],
-        "chosen": [{"role": "assistant", "content": "4"}], "rejected": [{"role": "assistant", "content": "5"}], "p_chosen": 0.8},
-       {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Three."},
-       {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Four."}]
+HH = [
+    {
+        "chosen": "\n\nHuman: Hello?\n\nAssistant: Hi.\n\nHuman: A joke?\n\nAssistant: Here is one.",
+        "rejected": "\n\nHuman: Hello?\n\nAssistant: Hi.\n\nHuman: A joke?\n\nAssistant: No.",
+    },
+    {
+        "chosen": "\n\nHuman: How are you?\n\nAssistant: Well.",
+        "rejected": "\n\nHuman: How are you?\n\nAssistant: Bad.",
+    },
+]
+ULTRA = {
+    "instruction": "Name a colour.",
+    "source": "x",
+    "completions": [
+        {"response": "Red.", "overall_score": 7.0, "fine-grained_score": 4.5, "model": "m1"},
+        {"response": "Blue.", "overall_score": 9.0, "fine-grained_score": 3.0, "model": "m2"},
+        {"response": "Seven.", "overall_score": 1.0, "fine-grained_score": 3.0, "model": "m3"},
+    ],
+}
+BINARIZED = {
+    "prompt": "What is up?",
+    "score_chosen": 8.0,
+    "score_rejected": 8.0,
+    "chosen": [
+        {"role": "user", "content": "What is up?"},
+        {"role": "assistant", "content": "The sky."},
+    ],
+    "rejected": [
+        {"role": "user", "content": "What is up?"},
+        {"role": "assistant", "content": "Nothing."},
+    ],
+}
+TRL = [
+    {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Five."},
+    {
+        "prompt": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Two and two?"},
+        ],
+        "chosen": [{"role": "assistant", "content": "4"}],
+        "rejected": [{"role": "assistant", "content": "5"}],
+        "p_chosen": 0.8,
+    },
+    {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Three."},
+    {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Four."},
+]
 
 
 def lines(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
 def pairs(store, run):
-    return query(store, "SELECT messages, chosen, rejected, p_chosen FROM pairs WHERE name = ? ORDER BY ALL", [run]).rows()
+    return query(
+        store,
+        "SELECT messages, chosen, rejected, p_chosen FROM pairs WHERE name = ? ORDER BY ALL",
+        [run],
+    ).rows()
 
 
 def test_each_shape_becomes_pairs_of_the_store(tmp_path):
     store = tmp_path / "store"
-    files = [lines(tmp_path / "hh.jsonl", HH), lines(tmp_path / "trl.jsonl", TRL), tmp_path / "ultra.parquet",
-             lines(tmp_path / "binarized.jsonl", [BINARIZED])]
+    files = [
+        lines(tmp_path / "hh.jsonl", HH),
+        lines(tmp_path / "trl.jsonl", TRL),
+        tmp_path / "ultra.parquet",
+        lines(tmp_path / "binarized.jsonl", [BINARIZED]),
+    ]
     pl.DataFrame([ULTRA]).write_parquet(files[2])
     done = imports.import_files(store, files)
     assert [(r.run, r.format, r.prompts, r.pairs, r.ties, r.identical) for r in done] == [
-        ("hh@1", "hh-rlhf", 2, 2, 0, 0), ("trl@1", "trl", 2, 3, 0, 1), ("ultra@1", "ultrafeedback", 1, 2, 1, 0),
-        ("binarized@1", "trl", 1, 0, 1, 0)]
-    talk = json.dumps([["user", "Hello?"], ["assistant", "Hi."], ["user", "A joke?"]], separators=(",", ":"))
-    assert pairs(store, "hh") == [(talk, "Here is one.", "No.", 1.0), ('[["user","How are you?"]]', "Well.", "Bad.", 1.0)]
-    assert [row[1:] for row in pairs(store, "trl")] == [("4", "5", 0.8), ("Four.", "Five.", 1.0), ("Four.", "Three.", 1.0)]
-    assert [row[1:] for row in pairs(store, "ultra")] == [("Red.", "Blue.", 1.0), ("Red.", "Seven.", 1.0)]  # by the mean of aspects
+        ("hh@1", "hh-rlhf", 2, 2, 0, 0),
+        ("trl@1", "trl", 2, 3, 0, 1),
+        ("ultra@1", "ultrafeedback", 1, 2, 1, 0),
+        ("binarized@1", "trl", 1, 0, 1, 0),
+    ]
+    talk = json.dumps(
+        [["user", "Hello?"], ["assistant", "Hi."], ["user", "A joke?"]], separators=(",", ":")
+    )
+    assert pairs(store, "hh") == [
+        (talk, "Here is one.", "No.", 1.0),
+        ('[["user","How are you?"]]', "Well.", "Bad.", 1.0),
+    ]
+    assert [row[1:] for row in pairs(store, "trl")] == [
+        ("4", "5", 0.8),
+        ("Four.", "Five.", 1.0),
+        ("Four.", "Three.", 1.0),
+    ]
+    assert [row[1:] for row in pairs(store, "ultra")] == [
+        ("Red.", "Blue.", 1.0),
+        ("Red.", "Seven.", 1.0),
+    ]  # by the mean of aspects
     assert query(store, "SELECT count(*) FROM samples WHERE text = 'Four.'").item() == 1
     before = dump(store)
     rebuild(store)
@@ -72,8 +130,15 @@ def test_the_same_file_again_adds_nothing_and_another_is_the_next_version(tmp_pa
         assert (report.run, report.new) == ("some@1", False)
     fill(store)
     assert same(dump(store), before)
-    (report,) = imports.import_files(store, [lines(file, [*TRL, {**TRL[0], "chosen": "Five.", "rejected": "Four."}])])
-    assert (report.run, report.new, report.pairs, report.ties) == ("some@2", True, 2, 1)      # Four against Five: one vote each
+    (report,) = imports.import_files(
+        store, [lines(file, [*TRL, {**TRL[0], "chosen": "Five.", "rejected": "Four."}])]
+    )
+    assert (report.run, report.new, report.pairs, report.ties) == (
+        "some@2",
+        True,
+        2,
+        1,
+    )  # Four against Five: one vote each
 
 
 BAD = {
@@ -85,22 +150,37 @@ BAD = {
     "p_chosen is 1.5": {"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 1.5},
     "chosen has the lower score": {**BINARIZED, "score_chosen": 1.0},
     "part before their last turn": {"chosen": HH[0]["chosen"], "rejected": HH[1]["rejected"]},
-    "ends with the turn of": {"prompt": "a", "chosen": [{"role": "user", "content": "x"}], "rejected": "b"},
-    "completions need a score each": {**ULTRA, "completions": [{"response": "a"}, {"response": "b", "score": 1}]},
+    "ends with the turn of": {
+        "prompt": "a",
+        "chosen": [{"role": "user", "content": "x"}],
+        "rejected": "b",
+    },
+    "completions need a score each": {
+        **ULTRA,
+        "completions": [{"response": "a"}, {"response": "b", "score": 1}],
+    },
     "list of two or more": {**ULTRA, "completions": []},
-    "split is \"train_prefs\"": {**TRL[0], "split": "train_prefs"},
+    'split is "train_prefs"': {**TRL[0], "split": "train_prefs"},
     "same prompt with another group": {**TRL[0], "group": "g"},
     "surrogate": '{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}',
 }
 
 
 @pytest.mark.parametrize("told", BAD)
-def test_a_bad_row_is_told_with_its_line_and_nothing_is_imported(tmp_path, told, monkeypatch, capsys):
+def test_a_bad_row_is_told_with_its_line_and_nothing_is_imported(
+    tmp_path, told, monkeypatch, capsys
+):
     from prefab.pipelines.cli.main import main
 
     good = lines(tmp_path / "good.jsonl", HH)
-    bad = lines(tmp_path / ("bad.jsonl" if BAD[told] else "bad.jsonl.gz"), [TRL[0], BAD[told] or ""])
-    monkeypatch.setattr(sys, "argv", ["prefab", "import-preferences", str(good), str(bad), "--store", str(tmp_path / "store")])
+    bad = lines(
+        tmp_path / ("bad.jsonl" if BAD[told] else "bad.jsonl.gz"), [TRL[0], BAD[told] or ""]
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["prefab", "import-preferences", str(good), str(bad), "--store", str(tmp_path / "store")],
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     err = " ".join(capsys.readouterr().err.split())
@@ -115,22 +195,53 @@ def test_a_bad_row_is_told_with_its_line_and_nothing_is_imported(tmp_path, told,
 def test_splits_are_the_stores_and_a_contradiction_imports_nothing(tmp_path):
     texts = [f"Question {i}?" for i in range(60)]
     rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in texts]
-    grouped = [{"prompt": f"Other {i}?", "chosen": "a", "rejected": "b", "group": "one", "split": "test"} for i in range(3)]
+    grouped = [
+        {"prompt": f"Other {i}?", "chosen": "a", "rejected": "b", "group": "one", "split": "test"}
+        for i in range(3)
+    ]
     store = tmp_path / "store"
     imports.import_files(store, [lines(tmp_path / "rows.jsonl", rows + grouped)])
     found = dict(query(store, "SELECT text, split FROM prompts").iter_rows())
     for text in texts:
         assert found[text] == keys.split_of(json.dumps([["user", text]], separators=(",", ":")))
-    assert {found[f"Other {i}?"] for i in range(3)} == {"test"} and set(found.values()) == {"train", "val", "test"}
-    imports.import_files(store, [lines(tmp_path / "more.jsonl", [{**grouped[0], "chosen": "c", "group": None, "split": None}])])
-    assert query(store, "SELECT split FROM prompts WHERE text = 'Other 0?'").unique().rows() == [("test",)]
+    assert {found[f"Other {i}?"] for i in range(3)} == {"test"} and set(found.values()) == {
+        "train",
+        "val",
+        "test",
+    }
+    imports.import_files(
+        store,
+        [
+            lines(
+                tmp_path / "more.jsonl",
+                [{**grouped[0], "chosen": "c", "group": None, "split": None}],
+            )
+        ],
+    )
+    assert query(store, "SELECT split FROM prompts WHERE text = 'Other 0?'").unique().rows() == [
+        ("test",)
+    ]
     runs = sqlite3.connect(store / "ledger.sqlite").execute("SELECT count(*) FROM runs").fetchone()
-    with pytest.raises(ConfigError, match="has the split 'train', but stands in this store as 'test'"):
-        imports.import_files(store, [lines(tmp_path / "wrong.jsonl", [{**rows[0], "prompt": "New?"}, {**grouped[1], "split": "train",
-                                                                                                    "group": None}])])
+    with pytest.raises(
+        ConfigError, match="has the split 'train', but stands in this store as 'test'"
+    ):
+        imports.import_files(
+            store,
+            [
+                lines(
+                    tmp_path / "wrong.jsonl",
+                    [
+                        {**rows[0], "prompt": "New?"},
+                        {**grouped[1], "split": "train", "group": None},
+                    ],
+                )
+            ],
+        )
     con = sqlite3.connect(store / "ledger.sqlite")
     assert con.execute("SELECT count(*) FROM runs").fetchone() == runs
-    assert con.execute("SELECT count(*) FROM prompts WHERE messages LIKE '%New?%'").fetchone() == (0,)
+    assert con.execute("SELECT count(*) FROM prompts WHERE messages LIKE '%New?%'").fetchone() == (
+        0,
+    )
 
 
 def test_a_prompt_that_a_run_has_keeps_the_runs_split(tmp_path):
@@ -144,28 +255,46 @@ def test_a_prompt_that_a_run_has_keeps_the_runs_split(tmp_path):
     asyncio.run(ledger.close())
     imports.import_files(tmp_path / "store", [lines(tmp_path / "trl.jsonl", TRL[:1])])
     assert query(tmp_path / "store", "SELECT prompt, split FROM prompts ORDER BY 1").rows() == [
-        (keys.prompt_id([Message("user", "Two and two?")]), "test"), ("mine", "test")]
+        (keys.prompt_id([Message("user", "Two and two?")]), "test"),
+        ("mine", "test"),
+    ]
 
 
 def test_training_mixes_sources_by_weight_and_an_export_says_where_they_are_from(tmp_path):
-    from tests.support import trained
-
     from prefab.pipelines.store.export.trl import export
     from prefab.trainers import data
+    from tests.support import trained
 
     store = trained.make_store(tmp_path)
     rows = [{"prompt": f"Asked {i}?", "chosen": "word1", "rejected": "word2"} for i in range(30)]
     imports.import_files(store, [lines(tmp_path / "people.jsonl", rows)], by="people")
     fill(store)
-    sources = [{"store": str(store)}, {"store": str(store), "run": "people", "weight": 3.0}]   # without a name: the run, no import
+    sources = [
+        {"store": str(store)},
+        {"store": str(store), "run": "people", "weight": 3.0},
+    ]  # without a name: the run, no import
     found = data.read_rows("preference", data.DataConfig.model_validate({"sources": sources}))
-    by_run = {run: {row["weight"] for row in found.train if row["run"] == run} for run in ("small@1", "people@1")}
+    by_run = {
+        run: {row["weight"] for row in found.train if row["run"] == run}
+        for run in ("small@1", "people@1")
+    }
     (own,), (others,) = by_run.values()
-    assert others == pytest.approx(3 * own) and any("people, SHA-256" in note for note in found.notes)
+    assert others == pytest.approx(3 * own) and any(
+        "people, SHA-256" in note for note in found.notes
+    )
     assert all(row["split"] != "test" for row in (*found.train, *found.val))
-    assert len(data.read_rows("unpaired", data.DataConfig.model_validate({"sources": sources[1:]})).train) > 30
+    assert (
+        len(
+            data.read_rows(
+                "unpaired", data.DataConfig.model_validate({"sources": sources[1:]})
+            ).train
+        )
+        > 30
+    )
     export(store, tmp_path / "out", run="people")
     card = (tmp_path / "out/README.md").read_text()
-    assert "imported from people.jsonl (trl, people" in card and "a model's, not people's" not in card
+    assert (
+        "imported from people.jsonl (trl, people" in card and "a model's, not people's" not in card
+    )
     assert set(pl.read_parquet(tmp_path / "out/preference/train.parquet")["run"]) == {"people@1"}
     assert set(export(store, tmp_path / "own").counts) >= {"preference", "sft"}

@@ -1,7 +1,9 @@
-"""SIGKILL at random moments and at every named point: nothing committed is asked again, and the store comes out equal.
+"""SIGKILL at random moments and at every named point: nothing committed is asked again, and the
+store comes out equal.
 
-Fifteen kills in an ordinary test run (`PREFAB_KILLS` says otherwise), a hundred more in `make kill-test`.
-"""
+Fifteen kills in an ordinary test run (`PREFAB_KILLS` says otherwise), a hundred more in `make
+kill-test`."""
+
 from __future__ import annotations
 
 import asyncio
@@ -18,16 +20,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.support.kill_driver import IN_FLIGHT, PROMPTS
-from tests.support.miniworld import MiniEngine, run
 
 from prefab.factory.ledger import db
 from prefab.factory.store import store
 from prefab.pipelines.store.fill import fill, rebuild
+from tests.support.kill_driver import IN_FLIGHT, PROMPTS
+from tests.support.miniworld import MiniEngine, run
 
 DRIVER = str(Path(__file__).parents[2] / "support" / "kill_driver.py")
 KILLS = int(os.environ.get("PREFAB_KILLS", "15"))
-TIMES = {"runs": ("started_at", "last_start"), "calls": ("answered_at",)}  # what two runs of one command may differ in
+TIMES = {
+    "runs": ("started_at", "last_start"),
+    "calls": ("answered_at",),
+}  # what two runs of one command may differ in
 
 
 @contextmanager
@@ -56,10 +61,16 @@ def committed(folder: Path) -> set[str]:
 
 
 def launch(folder: Path, port: int, kill_at: str = "", after_s: float | None = None) -> bool:
-    """The same command each time; says whether it was killed. Anything but a kill or success fails the test."""
+    """The same command each time; says whether it was killed. Anything but a kill or success fails
+    the test."""
     environment = {**os.environ, "PREFAB_KILL_AT": kill_at}
-    process = subprocess.Popen([sys.executable, DRIVER, "run", str(folder), str(port)], env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, DRIVER, "run", str(folder), str(port)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if after_s is not None:
         time.sleep(after_s)
         process.kill()
@@ -69,18 +80,35 @@ def launch(folder: Path, port: int, kill_at: str = "", after_s: float | None = N
 
 
 def deaths(rng: random.Random, usual_s: float) -> list[dict]:
-    """The ways to die of one store: every named point, at a moment when the run is sure to pass it, and by chance."""
-    points = [f"before_commit:{rng.randint(1, 5)}", f"after_commit:{rng.randint(1, 5)}", "", "",
-              f"mid_fill:{rng.randint(1, 2)}", "end:1", "", "end:2"]
-    return [{"kill_at": point} if point else {"after_s": rng.uniform(0.3, 0.9) * usual_s} for point in points]
+    """The ways to die of one store: every named point, at a moment when the run is sure to pass it,
+    and by chance."""
+    points = [
+        f"before_commit:{rng.randint(1, 5)}",
+        f"after_commit:{rng.randint(1, 5)}",
+        "",
+        "",
+        f"mid_fill:{rng.randint(1, 2)}",
+        "end:1",
+        "",
+        "end:2",
+    ]
+    return [
+        {"kill_at": point} if point else {"after_s": rng.uniform(0.3, 0.9) * usual_s}
+        for point in points
+    ]
 
 
 def rows(folder: Path) -> dict[str, list]:
     """Every table as a sorted list, without times."""
     with store.opened(folder) as con:
-        columns = {table: f"* EXCLUDE ({', '.join(TIMES[table])})" if table in TIMES else "*" for table in store.TABLES}
-        return {table: sorted(con.execute(f"SELECT {what} FROM {table}").fetchall(), key=repr)
-                for table, what in columns.items()}
+        columns = {
+            table: f"* EXCLUDE ({', '.join(TIMES[table])})" if table in TIMES else "*"
+            for table in store.TABLES
+        }
+        return {
+            table: sorted(con.execute(f"SELECT {what} FROM {table}").fetchall(), key=repr)
+            for table, what in columns.items()
+        }
 
 
 def one_life(folder: Path, port: int, way: dict) -> bool:
@@ -91,7 +119,9 @@ def one_life(folder: Path, port: int, way: dict) -> bool:
     now = counts(port)
     assert all(now[key] == asked[key] for key in before), "a committed answer was asked again"
     assert len(now.keys() - committed(folder)) <= 2 * IN_FLIGHT
-    assert sum(now.values()) - sum(asked.values()) - len(now.keys() - asked.keys()) <= 2 * IN_FLIGHT, "asked twice"
+    assert (
+        sum(now.values()) - sum(asked.values()) - len(now.keys() - asked.keys()) <= 2 * IN_FLIGHT
+    ), "asked twice"
     return killed
 
 

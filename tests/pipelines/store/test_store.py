@@ -1,4 +1,6 @@
-"""The store shows what a rebuild would show, whatever happened on the way; absence, damage and company are told."""
+"""The store shows what a rebuild would show, whatever happened on the way; absence, damage and
+company are told."""
+
 from __future__ import annotations
 
 import asyncio
@@ -9,15 +11,15 @@ import threading
 
 import duckdb
 import pytest
-from tests.support.miniworld import CONFIG, CONSTITUTION, MiniEngine, pipeline, prompts, run
 
-from prefab.factory.store import store
 from prefab.factory.errors import ConfigError, StoreError
-from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.db import connect
+from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.store import store
 from prefab.factory.types import Completion, Message, Request, Sampling, Use
 from prefab.pipelines.store import derive
 from prefab.pipelines.store.fill import FillReport, fill, query, rebuild
+from tests.support.miniworld import CONFIG, CONSTITUTION, MiniEngine, pipeline, prompts, run
 
 HOLD = """
 import duckdb, sys
@@ -30,7 +32,10 @@ sys.stdin.read()
 def dump(folder) -> dict[str, list]:
     """Every table's rows as a sorted list, and the prompts that are waited for."""
     with store.opened(folder) as con:
-        tables = {table: sorted(con.execute(f"SELECT * FROM {table}").fetchall(), key=repr) for table in store.TABLES}
+        tables = {
+            table: sorted(con.execute(f"SELECT * FROM {table}").fetchall(), key=repr)
+            for table in store.TABLES
+        }
         tables["work"] = sorted(con.execute("SELECT run, prompt, state FROM work").fetchall())
     return tables
 
@@ -50,29 +55,43 @@ def test_a_run_fills_every_table(tmp_path):
     report = fill(tmp_path)
     assert report.rows["calls"] == ledger.stats.asked and not report.held and not report.notes
     tables = dump(tmp_path)
-    assert all(tables[t] for t in store.TABLES if t not in ("failures", "human_labels", "evals", "scores", "rankings",
-                                                         "strengths", "marks"))
-    assert fill(tmp_path).rows == {} or not any(fill(tmp_path).rows.get(t) for t in ("calls", "prompts"))
+    assert all(
+        tables[t]
+        for t in store.TABLES
+        if t
+        not in ("failures", "human_labels", "evals", "scores", "rankings", "strengths", "marks")
+    )
+    assert fill(tmp_path).rows == {} or not any(
+        fill(tmp_path).rows.get(t) for t in ("calls", "prompts")
+    )
     assert same(dump(tmp_path), tables)
     rebuild(tmp_path)
     assert same(dump(tmp_path), tables)
 
 
 def test_preferences_follow_from_the_verdicts_by_hand(tmp_path):
-    """Two judges of weights 1 and 0.5, principles of weights 2 and 1: weighted mean of means of both orders."""
+    """Two judges of weights 1 and 0.5, principles of weights 2 and 1: weighted mean of means of
+    both orders."""
     asyncio.run(run(tmp_path, 30, MiniEngine()))
     found = 0
     decided = "SELECT prompt, a, b, p_a, n_scored FROM preferences WHERE p_a IS NOT NULL AND NOT identical"
     for prompt, a, b, p, n in query(tmp_path, decided).rows():
         rows = query_rows(tmp_path, prompt, a, b)
         assert len(rows) == 8
-        weight = {("kind", "one"): 2.0, ("kind", "two"): 1.0, ("brief", "one"): 1.0, ("brief", "two"): 0.5}
+        weight = {
+            ("kind", "one"): 2.0,
+            ("kind", "two"): 1.0,
+            ("brief", "one"): 1.0,
+            ("brief", "two"): 0.5,
+        }
         means = {place: [row[3] for row in rows if row[:2] == place] for place in weight}
         scored = {place: sum(ps) / 2 for place, ps in means.items() if None not in ps}
         assert n == len(scored)
         total = sum(weight[place] for place in scored)
-        assert p == pytest.approx(sum(weight[place] * mean for place, mean in scored.items()) / total)
-        found += 1
+        assert p == pytest.approx(
+            sum(weight[place] * mean for place, mean in scored.items()) / total
+        )
+        found += 1  # noqa: SIM113
         if found == 5:
             return
     raise AssertionError("too few preferences to check")
@@ -85,7 +104,8 @@ def query_rows(folder, prompt, a, b):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_filling_at_random_moments_shows_what_one_rebuild_shows(tmp_path, seed):
-    """Stops half-way, failures that heal, a wider context later, other versions of a run, and fills in between."""
+    """Stops half-way, failures that heal, a wider context later, other versions of a run, and fills
+    in between."""
     rng = random.Random(seed)
 
     async def some_work():
@@ -94,8 +114,13 @@ def test_filling_at_random_moments_shows_what_one_rebuild_shows(tmp_path, seed):
         record = ledger.begin_run("mini", config, {"constitution": CONSTITUTION})
         ledger.add_prompts(prompts(10))
         share = rng.choice([0.0, 0.1, 0.5])
-        engine = MiniEngine(lambda key: rng.random() < share, max_model_len=rng.choice([50, 52, 60]))
-        tasks = [asyncio.create_task(pipeline(p, ledger, record.id, engine)) for p in rng.sample(prompts(10), 6)]
+        engine = MiniEngine(
+            lambda key: rng.random() < share, max_model_len=rng.choice([50, 52, 60])
+        )
+        tasks = [
+            asyncio.create_task(pipeline(p, ledger, record.id, engine))
+            for p in rng.sample(prompts(10), 6)
+        ]
         for _ in range(rng.randrange(4)):
             await asyncio.sleep(rng.random() * 0.02)
             fill(tmp_path)
@@ -117,7 +142,10 @@ def test_filling_at_random_moments_shows_what_one_rebuild_shows(tmp_path, seed):
 def test_no_preference_before_all_calls_are_answered_and_one_after(tmp_path):
     asyncio.run(run(tmp_path, 5, MiniEngine(lambda key: key[5] % 2 == 0)))
     some = only(tmp_path, "SELECT count(*) FROM preferences")
-    assert only(tmp_path, "SELECT count(*) FROM work") > 0 and only(tmp_path, "SELECT count(*) FROM failures") > 0
+    assert (
+        only(tmp_path, "SELECT count(*) FROM work") > 0
+        and only(tmp_path, "SELECT count(*) FROM failures") > 0
+    )
     asyncio.run(run(tmp_path, 5, MiniEngine(max_model_len=60)))
     assert only(tmp_path, "SELECT count(*) FROM work") == 0
     assert only(tmp_path, "SELECT count(*) FROM preferences") > some
@@ -145,12 +173,32 @@ def test_another_parser_version_makes_the_store_anew_without_a_call(tmp_path, mo
 
 def test_unscored_is_neither_a_tie_nor_a_dropped_row(tmp_path):
     asyncio.run(run(tmp_path, 60, MiniEngine(max_model_len=60)))
-    reasons = dict(query(tmp_path, "SELECT reason, sum(n)::INT FROM unscored WHERE role = 'judge' GROUP BY ALL").rows())
+    reasons = dict(
+        query(
+            tmp_path, "SELECT reason, sum(n)::INT FROM unscored WHERE role = 'judge' GROUP BY ALL"
+        ).rows()
+    )
     assert reasons["low_label_mass"] > 0 and reasons["refused"] > 0
-    assert only(tmp_path, "SELECT count(*) FROM verdicts WHERE (reason IS NULL) <> (p_a IS NOT NULL)") == 0
-    assert only(tmp_path, "SELECT count(*) FROM critiques WHERE (reason IS NULL) <> (fault IS NOT NULL)") == 0
-    assert only(tmp_path, "SELECT count(*) FROM preferences WHERE outcome IN ('a', 'b') AND p_chosen < 0.5") == 0
-    ties = query(tmp_path, "SELECT DISTINCT p_a, n_readings, chosen FROM preferences WHERE identical").rows()
+    assert (
+        only(tmp_path, "SELECT count(*) FROM verdicts WHERE (reason IS NULL) <> (p_a IS NOT NULL)")
+        == 0
+    )
+    assert (
+        only(
+            tmp_path, "SELECT count(*) FROM critiques WHERE (reason IS NULL) <> (fault IS NOT NULL)"
+        )
+        == 0
+    )
+    assert (
+        only(
+            tmp_path,
+            "SELECT count(*) FROM preferences WHERE outcome IN ('a', 'b') AND p_chosen < 0.5",
+        )
+        == 0
+    )
+    ties = query(
+        tmp_path, "SELECT DISTINCT p_a, n_readings, chosen FROM preferences WHERE identical"
+    ).rows()
     assert ties == [(0.5, 0, None)]
 
 
@@ -158,18 +206,27 @@ def test_a_held_store_lets_the_run_go_on_and_says_how_far_it_is_behind(tmp_path)
     asyncio.run(run(tmp_path, 2, MiniEngine()))
     fill(tmp_path)
     before = dump(tmp_path)
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / store.FILE)], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / store.FILE)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         assert holder.stdout.readline() == b"held\n"
         ledger = asyncio.run(run(tmp_path, 6, MiniEngine()))
         report = fill(tmp_path)
-        assert ledger.stats.asked > 0 and report.behind >= ledger.stats.asked and str(holder.pid) in report.held
+        assert (
+            ledger.stats.asked > 0
+            and report.behind >= ledger.stats.asked
+            and str(holder.pid) in report.held
+        )
         with pytest.raises(store.HeldError, match="behind"):
             query(tmp_path, "SELECT 1")
         with pytest.raises(store.HeldError):
             rebuild(tmp_path)
-        threading.Timer(0.5, holder.stdin.close).start()     # held for a moment only: that much is waited for
+        threading.Timer(
+            0.5, holder.stdin.close
+        ).start()  # held for a moment only: that much is waited for
         assert query(tmp_path, "SELECT count(*) FROM calls").item() > len(before["calls"])
     finally:
         holder.stdin.close()
@@ -210,14 +267,21 @@ def test_a_ledger_restored_from_an_older_copy_makes_the_store_anew(tmp_path):
 def test_the_latest_run_of_a_name_is_the_one_started_last(tmp_path):
     for seed in (0, 1, 0):
         asyncio.run(run(tmp_path, 1, MiniEngine(), {**CONFIG, "seed": seed}))
-    assert query(tmp_path, "SELECT version, latest FROM runs ORDER BY 1").rows() == [(1, True), (2, False)]
+    assert query(tmp_path, "SELECT version, latest FROM runs ORDER BY 1").rows() == [
+        (1, True),
+        (2, False),
+    ]
 
 
 def test_pairs_carry_texts_probability_and_split(tmp_path):
     asyncio.run(run(tmp_path, 20, MiniEngine(max_model_len=60)))
     rows = query(tmp_path, "SELECT * FROM pairs").to_dicts()
-    assert rows and all(row["chosen"] != row["rejected"] and 0.52 < row["p_chosen"] <= 1 for row in rows)
-    assert {row["split"] for row in rows} <= {"train", "val", "test"} and rows[0]["messages"].startswith('[["user"')
+    assert rows and all(
+        row["chosen"] != row["rejected"] and 0.52 < row["p_chosen"] <= 1 for row in rows
+    )
+    assert {row["split"] for row in rows} <= {"train", "val", "test"} and rows[0][
+        "messages"
+    ].startswith('[["user"')
 
 
 def test_wrong_queries_are_the_users_to_mend(tmp_path):
@@ -229,16 +293,26 @@ def test_wrong_queries_are_the_users_to_mend(tmp_path):
 
 
 def test_a_judge_that_reasons_first_is_read_from_its_second_call():
-    config = {**CONFIG, "panel": {**CONFIG["panel"], "judges": [{"name": "one", "reasoning": True}]}}
+    config = {
+        **CONFIG,
+        "panel": {**CONFIG["panel"], "judges": [{"name": "one", "reasoning": True}]},
+    }
     rules = derive.rules(derive.RunRecord(1, "r", 1, config, {}, 1, 0.0), None)
-    uses = [derive.UseRow(i, role, 0, 1, 0, "kind", "one", order, 0, f"{role}{order}".encode())
-            for i, (role, order) in enumerate([("reason", "ab"), ("reason", "ba"), ("judge", "ab")])]
-    thought, read = Completion("because", "stop"), Completion("A", "stop", {"A": -0.1, "B": -3.0, "T": -4.0})
+    uses = [
+        derive.UseRow(i, role, 0, 1, 0, "kind", "one", order, 0, f"{role}{order}".encode())
+        for i, (role, order) in enumerate([("reason", "ab"), ("reason", "ba"), ("judge", "ab")])
+    ]
+    thought, read = (
+        Completion("because", "stop"),
+        Completion("A", "stop", {"A": -0.1, "B": -3.0, "T": -4.0}),
+    )
     answers = {b"reasonab": thought, b"reasonba": thought, b"judgeab": read}
     awaiting = derive.derive("p", uses, answers, rules)
     assert awaiting.open and len(awaiting.verdicts) == 1 and not awaiting.preferences
     cut = derive.derive("p", uses, {**answers, b"reasonba": Completion("becau", "length")}, rules)
-    assert not cut.open and cut.verdicts[1][11] == "truncated" and cut.preferences[0][5] == "unscored"
+    assert (
+        not cut.open and cut.verdicts[1][11] == "truncated" and cut.preferences[0][5] == "unscored"
+    )
 
 
 def test_labels_evals_and_failures_are_copied(tmp_path):
@@ -249,9 +323,14 @@ def test_labels_evals_and_failures_are_copied(tmp_path):
         ask = (Request("name:m", (Message("user", "q"),), Sampling(1)), Use(7, "p", "sample"))
         await ledger.ask_many([ask], MiniEngine(lambda key: True))
         await ledger.close()
+
     asyncio.run(work())
-    assert query(tmp_path, "SELECT prompt, winner, annotator FROM human_labels").rows() == [("p", "a", "me")]
+    assert query(tmp_path, "SELECT prompt, winner, annotator FROM human_labels").rows() == [
+        ("p", "a", "me")
+    ]
     assert query(tmp_path, "SELECT name FROM evals").rows() == [("gold",)]
     assert query(tmp_path, "SELECT run, error FROM failures").rows() == [(7, "scripted failure")]
-    assert isinstance(fill(tmp_path), FillReport) and connect(tmp_path / "ledger.sqlite", readonly=True)
+    assert isinstance(fill(tmp_path), FillReport) and connect(
+        tmp_path / "ledger.sqlite", readonly=True
+    )
     assert duckdb.__version__

@@ -1,12 +1,11 @@
 """`prefab train`: from a file to a model, presets, and mistakes told with where they stand."""
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
 import pytest
-from prefab.trainers.registry import CONFIGS
-from tests.support import trained
 import yaml
 from typer.testing import CliRunner
 
@@ -14,6 +13,8 @@ from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.training.offline import STAGES, train
 from prefab.pipelines.training.stages import load_config
+from prefab.trainers.registry import CONFIGS
+from tests.support import trained
 
 
 @pytest.fixture(scope="module")
@@ -21,40 +22,66 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("train")
     store, model = trained.make_store(root, 10), trained.make_model(root / "model")
     (root / "prefab.duckdb").unlink(missing_ok=True)
-    value = {"model": str(model), "out": str(root / "out"), "data": trained.data(store), "max_steps": 2, "batch_size": 4,
-             "threads": 1}
+    value = {
+        "model": str(model),
+        "out": str(root / "out"),
+        "data": trained.data(store),
+        "max_steps": 2,
+        "batch_size": 4,
+        "threads": 1,
+    }
     (root / "dpo.yaml").write_text(yaml.safe_dump(value))
     return root
 
 
 def test_a_file_becomes_a_model(folder):
-    (folder / "store/prefab.duckdb").unlink()                      # the store is brought up to its ledger first
-    done = CliRunner().invoke(app, ["train", "dpo", str(folder / "dpo.yaml"), "--json"], catch_exceptions=False)
+    (folder / "store/prefab.duckdb").unlink()  # the store is brought up to its ledger first
+    done = CliRunner().invoke(
+        app, ["train", "dpo", str(folder / "dpo.yaml"), "--json"], catch_exceptions=False
+    )
     assert done.exit_code == 0
     result = json.loads(done.stdout)
-    assert result["steps"] == 2 and (folder / "out/model.safetensors").exists() and (folder / "out/README.md").exists()
-    again = CliRunner().invoke(app, ["train", "dpo", str(folder / "dpo.yaml")], catch_exceptions=False)
+    assert (
+        result["steps"] == 2
+        and (folder / "out/model.safetensors").exists()
+        and (folder / "out/README.md").exists()
+    )
+    again = CliRunner().invoke(
+        app, ["train", "dpo", str(folder / "dpo.yaml")], catch_exceptions=False
+    )
     assert again.exit_code == 0 and "2 steps on" in again.output
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_presets_are_valid_and_take_overrides(stage):
     config = CONFIGS[stage]
-    loaded = load_config(Path(stage), config, ["seed=7", "data.sources.0.store=elsewhere", "lora={rank: 8}"])
+    loaded = load_config(
+        Path(stage), config, ["seed=7", "data.sources.0.store=elsewhere", "lora={rank: 8}"]
+    )
     assert (loaded.seed, loaded.data.sources[0].store, loaded.lora.rank) == (7, "elsewhere", 8)
 
 
 def test_mistakes_are_told_with_their_place(folder, tmp_path):
-    text = (folder / "dpo.yaml").read_text().replace("max_steps: 2", "max_stps: 2\nbeta: -1\nloss: sigmid")
+    text = (
+        (folder / "dpo.yaml")
+        .read_text()
+        .replace("max_steps: 2", "max_stps: 2\nbeta: -1\nloss: sigmid")
+    )
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         train("dpo", tmp_path / "bad.yaml")
     words = str(caught.value)
-    assert 'bad.yaml:10:1 max_stps: unknown field; did you mean "max_steps"?' in words or \
-        'max_stps: unknown field; did you mean "max_steps"?' in words
+    assert (
+        'bad.yaml:10:1 max_stps: unknown field; did you mean "max_steps"?' in words
+        or 'max_stps: unknown field; did you mean "max_steps"?' in words
+    )
     assert 'did you mean "sigmoid"' in words and "beta" in words and len(caught.value.problems) == 3
     with pytest.raises(ConfigError, match="no store here"):
-        train("dpo", folder / "dpo.yaml", [f"data.sources.0.store={tmp_path}", f"out={tmp_path / 'x'}"])
+        train(
+            "dpo",
+            folder / "dpo.yaml",
+            [f"data.sources.0.store={tmp_path}", f"out={tmp_path / 'x'}"],
+        )
 
 
 def test_a_source_is_a_store_or_files(folder, tmp_path):

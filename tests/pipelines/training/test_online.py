@@ -1,4 +1,6 @@
-"""Rounds of sample, judge, train: what each is made of, that a kill anywhere changes nothing, and mistakes."""
+"""Rounds of sample, judge, train: what each is made of, that a kill anywhere changes nothing, and
+mistakes."""
+
 from __future__ import annotations
 
 import json
@@ -7,57 +9,102 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support import project
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.support import project
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from tests.support import trained  # noqa: E402
-
-from prefab.factory.errors import ConfigError  # noqa: E402
-from prefab.factory.keys import model_identity  # noqa: E402
-from prefab.pipelines.cli.main import app  # noqa: E402
-from prefab.pipelines.store.fill import query  # noqa: E402
-from prefab.pipelines.training.online import OnlineConfig, ended, train  # noqa: E402
+from prefab.factory.errors import ConfigError
+from prefab.factory.keys import model_identity
+from prefab.pipelines.cli.main import app
+from prefab.pipelines.store.fill import query
+from prefab.pipelines.training.online import OnlineConfig, ended, train
+from tests.support import trained
 
 ROOT = Path(__file__).resolve().parents[3]
-DPO = {"learning_rate": 1e-3, "max_steps": 2, "batch_size": 4, "threads": 1, "data": {"max_length": 200}}
-PPO = {"steps": 2, "batch_size": 4, "micro_batch": 4, "max_new_tokens": 4, "reference_samples": 8, "unfinished_score": None,
-       "threads": 1, "kl_stop": None, "learning_rate": 1e-3}
+DPO = {
+    "learning_rate": 1e-3,
+    "max_steps": 2,
+    "batch_size": 4,
+    "threads": 1,
+    "data": {"max_length": 200},
+}
+PPO = {
+    "steps": 2,
+    "batch_size": 4,
+    "micro_batch": 4,
+    "max_new_tokens": 4,
+    "reference_samples": 8,
+    "unfinished_score": None,
+    "threads": 1,
+    "kl_stop": None,
+    "learning_rate": 1e-3,
+}
 
 
 def project_in(folder: Path, **changes) -> Path:
-    """A pipeline with a random policy in this process (one row at a time: no answer depends on its batch) and a scripted
-    judge, and the rounds' configuration beside it."""
+    """A pipeline with a random policy in this process (one row at a time: no answer depends on its
+    batch) and a scripted judge, and the rounds' configuration beside it."""
     model = trained.make_model(folder / "model")
     value = project.pipeline(
-        folder, 10, policy={"engine": "here", "samples": 2, "temperature": 1.0, "max_tokens": 6}, budget={"unscored": None},
-        engines={"here": {"engine": "hf", "model": str(model), "batch": 1}, "local": {"engine": "scripted"}},
-        panel={"judges": [{"name": "judge", "kind": "pairwise", "engine": "local", "min_label_mass": 0.1}], "tie_margin": 0.0})
+        folder,
+        10,
+        policy={"engine": "here", "samples": 2, "temperature": 1.0, "max_tokens": 6},
+        budget={"unscored": None},
+        engines={
+            "here": {"engine": "hf", "model": str(model), "batch": 1},
+            "local": {"engine": "scripted"},
+        },
+        panel={
+            "judges": [
+                {"name": "judge", "kind": "pairwise", "engine": "local", "min_label_mass": 0.1}
+            ],
+            "tie_margin": 0.0,
+        },
+    )
     project.write(folder, value)
-    config = {"pipeline": str(folder / "pipeline.yaml"), "out": str(folder / "out"), "rounds": 2, "source": {"truncated": True},
-              "train": DPO, **changes}
+    config = {
+        "pipeline": str(folder / "pipeline.yaml"),
+        "out": str(folder / "out"),
+        "rounds": 2,
+        "source": {"truncated": True},
+        "train": DPO,
+        **changes,
+    }
     (folder / "online.yaml").write_text(yaml.safe_dump(config))
     return folder / "online.yaml"
 
 
 def left(folder: Path) -> dict:
-    """What a run of rounds leaves: weights, and the store's rows without what tells when or where."""
-    weights = {str(p.relative_to(folder / "out")): p.read_bytes() for p in sorted((folder / "out").glob("round-*/*/*.safetensors"))}
-    rows = query(folder / "store", "SELECT r.name, p.prompt, p.a, p.b, p.p_a, p.outcome FROM preferences p JOIN runs r USING "
-                                   "(run) ORDER BY ALL").rows()
-    texts = query(folder / "store", "SELECT r.name, s.prompt, s.\"index\", s.text, c.model FROM samples s JOIN runs r USING (run) "
-                                    "JOIN calls c USING (call) ORDER BY ALL").rows()
+    """What a run of rounds leaves: weights, and the store's rows without what tells when or
+    where."""
+    weights = {
+        str(p.relative_to(folder / "out")): p.read_bytes()
+        for p in sorted((folder / "out").glob("round-*/*/*.safetensors"))
+    }
+    rows = query(
+        folder / "store",
+        "SELECT r.name, p.prompt, p.a, p.b, p.p_a, p.outcome FROM preferences p JOIN runs r USING "
+        "(run) ORDER BY ALL",
+    ).rows()
+    texts = query(
+        folder / "store",
+        'SELECT r.name, s.prompt, s."index", s.text, c.model FROM samples s JOIN runs r USING (run) '
+        "JOIN calls c USING (call) ORDER BY ALL",
+    ).rows()
     return {"weights": weights, "preferences": rows, "samples": texts}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    done = CliRunner().invoke(app, ["train", "online", str(project_in(folder)), "--json"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        app, ["train", "online", str(project_in(folder)), "--json"], catch_exceptions=False
+    )
     assert done.exit_code == 0, done.output
     return folder, json.loads(done.stdout)
 
@@ -65,19 +112,35 @@ def whole(tmp_path_factory):
 def test_each_round_is_a_run_by_the_policy_that_the_last_one_trained(whole):
     folder, done = whole
     first, second = done["rounds"]
-    assert [first["run"], second["run"]] == ["small-round-1@1", "small-round-2@1"] and done["stopped"] == ""
-    assert first["weights"] == model_identity(str(folder / "model")) and second["weights"] == first["trained"] != first["weights"]
-    assert done["policy"] == second["policy"] and second["trained"] == model_identity(second["policy"])
+    assert [first["run"], second["run"]] == ["small-round-1@1", "small-round-2@1"] and done[
+        "stopped"
+    ] == ""
+    assert (
+        first["weights"] == model_identity(str(folder / "model"))
+        and second["weights"] == first["trained"] != first["weights"]
+    )
+    assert done["policy"] == second["policy"] and second["trained"] == model_identity(
+        second["policy"]
+    )
     models = {}
     for name, _, _, _, model in left(folder)["samples"]:
         models.setdefault(name, set()).add(model)
-    engines = {name: model_identity(path, "float32") for name, path in (
-        ("small-round-1", str(folder / "model")), ("small-round-2", first["policy"]))}
-    assert models == {name: {identity} for name, identity in engines.items()}   # labelled with who wrote them
-    evals = query(folder / "store", "SELECT value FROM evals WHERE name = 'online'")["value"].to_list()
+    engines = {
+        name: model_identity(path, "float32")
+        for name, path in (
+            ("small-round-1", str(folder / "model")),
+            ("small-round-2", first["policy"]),
+        )
+    }
+    assert models == {
+        name: {identity} for name, identity in engines.items()
+    }  # labelled with who wrote them
+    evals = query(folder / "store", "SELECT value FROM evals WHERE name = 'online'")[
+        "value"
+    ].to_list()
     assert sorted(json.loads(v)["round"] for v in evals) == [1, 2]
     record = json.loads((Path(second["policy"]) / "training.json").read_text())
-    assert record["identity"]["reference"] == str(folder / "model")                    # held to the first policy
+    assert record["identity"]["reference"] == str(folder / "model")  # held to the first policy
     assert [line["run"] for line in record["lineage"]] == ["small-round-1@1", "small-round-2@1"]
 
 
@@ -86,7 +149,9 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(whole):
     before = left(folder)
     again = train(folder / "online.yaml", quiet=True)
     assert again["rounds"] == done["rounds"] and left(folder) == before
-    assert train(folder / "online.yaml", ["rounds=1"], quiet=True)["rounds"] == done["rounds"][:1]   # how many is no identity
+    assert (
+        train(folder / "online.yaml", ["rounds=1"], quiet=True)["rounds"] == done["rounds"][:1]
+    )  # how many is no identity
     with pytest.raises(ConfigError, match="another configuration .other rows"):
         train(folder / "online.yaml", ["rows=round"], quiet=True)
     constitution = folder / "small.yaml"
@@ -99,12 +164,18 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(whole):
 
 @pytest.mark.parametrize("seed", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_ends_the_same(whole, tmp_path, seed):
-    """One process imports torch and forks, so that a try costs little; it is killed at random moments."""
+    """One process imports torch and forks, so that a try costs little; it is killed at random
+    moments."""
     folder = tmp_path / "killed"
     folder.mkdir()
     file = project_in(folder)
-    done = subprocess.run([sys.executable, __file__, file, "5", str(seed)], capture_output=True, text=True, timeout=1800,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, __file__, file, "5", str(seed)],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert left(folder) == left(whole[0])
 
@@ -117,16 +188,25 @@ def test_rounds_of_ppo_and_grpo_train_a_reward_model_each(tmp_path, method):
     done = train(file, quiet=True)
     assert [Path(row["policy"]).parent.name for row in done["rounds"]] == [method, method]
     assert all((tmp_path / f"out/round-{r}/reward/reward.json").exists() for r in (1, 2))
-    assert done["rounds"][1]["weights"] == done["rounds"][0]["trained"] and "kl" in done["rounds"][1]["metrics"]
+    assert (
+        done["rounds"][1]["weights"] == done["rounds"][0]["trained"]
+        and "kl" in done["rounds"][1]["metrics"]
+    )
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"train": {**DPO, "batchsize": 4}}, r"online.yaml:\d+:\d+ train.batchsize: unknown field; did you mean"),
-    ({"train": {**PPO, "lora": {"rank": 2}}, "method": "grpo"}, "write reference: last"),
-    ({"sets": ["engines.here={engine: scripted}"]}, "each round serves the weights"),
-    ({"pipeline": "nowhere.yaml"}, "nowhere.yaml"),
-    ({"rounds": 0}, "rounds"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"train": {**DPO, "batchsize": 4}},
+            r"online.yaml:\d+:\d+ train.batchsize: unknown field; did you mean",
+        ),
+        ({"train": {**PPO, "lora": {"rank": 2}}, "method": "grpo"}, "write reference: last"),
+        ({"sets": ["engines.here={engine: scripted}"]}, "each round serves the weights"),
+        ({"pipeline": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"rounds": 0}, "rounds"),
+    ],
+)
 def test_mistakes_are_told_before_anything_is_asked(tmp_path, changes, words):
     file = project_in(tmp_path, **changes)
     with pytest.raises(ConfigError, match=words):
@@ -151,4 +231,6 @@ def test_a_policy_that_was_changed_by_hand_is_told(tmp_path):
 if __name__ == "__main__":
     from tests.support.killer import until_done
 
-    until_done(lambda: train(Path(sys.argv[1]), quiet=True), int(sys.argv[2]), int(sys.argv[3]), 4.0)
+    until_done(
+        lambda: train(Path(sys.argv[1]), quiet=True), int(sys.argv[2]), int(sys.argv[3]), 4.0
+    )

@@ -1,4 +1,6 @@
-"""The alarm and Gao's fits on curves whose truth is known: how often it fires, how often it rightly does not."""
+"""The alarm and Gao's fits on curves whose truth is known: how often it fires, how often it rightly
+does not."""
+
 from __future__ import annotations
 
 from math import e, log, sqrt
@@ -14,7 +16,8 @@ PROMPTS, PLANNED = 256, 20
 
 
 def run(rng, gold, proxy, evaluations=PLANNED, noise=0.5, prompt_sd=0.4):
-    """Evaluations along true curves; each answer's gold is the prompt's own difficulty, the curve, and chance."""
+    """Evaluations along true curves; each answer's gold is the prompt's own difficulty, the curve,
+    and chance."""
     own = rng.normal(0, prompt_sd, PROMPTS)
     history, fired = [], None
     for k in range(1, evaluations + 1):
@@ -29,7 +32,8 @@ def rising(k):
 
 
 def test_it_stays_silent_on_a_plateau_of_many_evaluations():
-    """Gold rises, then stays, while the proxy climbs on: 200 healthy runs, at most 5% with an alarm."""
+    """Gold rises, then stays, while the proxy climbs on: 200 healthy runs, at most 5% with an
+    alarm."""
     rng = np.random.default_rng(0)
     fired = [run(rng, lambda k: min(0.1 * k, 0.5), rising)[1] for _ in range(200)]
     assert sum(x is not None for x in fired) <= 10
@@ -47,7 +51,8 @@ def test_the_plain_rule_would_cry_wolf():
 
 
 def test_it_fires_before_a_third_of_the_gain_is_lost():
-    """Gold gains 1.0 by the middle of the run and then falls: in at least 90 of 100 runs the alarm comes in time."""
+    """Gold gains 1.0 by the middle of the run and then falls: in at least 90 of 100 runs the alarm
+    comes in time."""
     rng, in_time = np.random.default_rng(1), 0
     for _ in range(100):
         _, fired = run(rng, lambda k: 1.0 - abs(k - 10) * 0.1, rising)
@@ -71,19 +76,26 @@ def test_one_bad_evaluation_is_not_enough():
 
 
 def test_the_level_is_that_of_a_paired_t_test():
-    """Differences of mean m and deviation s over n prompts: on one side of the quantile it has fallen, on the other not."""
+    """Differences of mean m and deviation s over n prompts: on one side of the quantile it has
+    fallen, on the other not."""
     n, planned = 10_000, 10
     z = NormalDist().inv_cdf(1 - 0.05 / planned)
     half = np.tile([1.0, -1.0], n // 2)
     s = np.std(half, ddof=1)
     for factor, fallen in ((0.99, False), (1.01, True)):
         lost = half + z * factor * s / sqrt(n)
-        history = [Evaluation(1, 1, 0.0, tuple([5.0] * n)), Evaluation(2, 1, 1.0, tuple(5.0 - lost))]
+        history = [
+            Evaluation(1, 1, 0.0, tuple([5.0] * n)),
+            Evaluation(2, 1, 1.0, tuple(5.0 - lost)),
+        ]
         assert overoptimization.fallen(history, planned) is fallen
 
 
 def test_the_best_is_the_first_of_equals():
-    history = [Evaluation(k, 1.0, 0.0, gold) for k, gold in enumerate([(1.0, 2.0), (3.0, 0.0), (1.0, 1.0)], 1)]
+    history = [
+        Evaluation(k, 1.0, 0.0, gold)
+        for k, gold in enumerate([(1.0, 2.0), (3.0, 0.0), (1.0, 1.0)], 1)
+    ]
     assert overoptimization.best(history).step == 1 and not overoptimization.fallen(history[:2], 2)
 
 
@@ -92,7 +104,9 @@ def test_a_curve_without_noise_gives_its_own_coefficients(form):
     d = np.linspace(0.3, 5, 12)
     gold = d * (1.3 - 0.4 * (d if form == "bon" else np.log(d)))
     fit = overoptimization.gao_fit([0.0, *d**2], [0.0, *gold], form)
-    assert fit.a.value == pytest.approx(1.3) and fit.b.value == pytest.approx(0.4) and fit.rmse < 1e-9
+    assert (
+        fit.a.value == pytest.approx(1.3) and fit.b.value == pytest.approx(0.4) and fit.rmse < 1e-9
+    )
     grid = np.linspace(0.01, 100, 2_000_000)
     curve = grid * (1.3 - 0.4 * (grid if form == "bon" else np.log(grid)))
     assert fit.peak == pytest.approx(grid[curve.argmax()], abs=1e-3)
@@ -113,18 +127,26 @@ def test_intervals_hold_the_truth_as_often_as_they_say(form):
 def test_a_fit_needs_points():
     assert "at least 3" in overoptimization.gao_fit([0, 1, 2], [0, 1, 2], "rl").a.undefined
     assert "same distance" in overoptimization.gao_fit([2, 2, 2], [0, 1, 2], "bon").b.undefined
-    assert overoptimization.gao_fit([1, 2, 3], [1, 2, 4], "bon").peak is None   # it only rises
+    assert overoptimization.gao_fit([1, 2, 3], [1, 2, 4], "bon").peak is None  # it only rises
 
 
 def test_best_of_n_and_distinct():
-    assert overoptimization.bon_kl(1) == 0 and overoptimization.bon_kl(4) == pytest.approx(log(4) - 0.75)
-    assert overoptimization.distinct(["a b a", "b a"], 1) == 2 / 5 and overoptimization.distinct(["a b a", "b a"], 2) == 2 / 3
+    assert overoptimization.bon_kl(1) == 0 and overoptimization.bon_kl(4) == pytest.approx(
+        log(4) - 0.75
+    )
+    assert (
+        overoptimization.distinct(["a b a", "b a"], 1) == 2 / 5
+        and overoptimization.distinct(["a b a", "b a"], 2) == 2 / 3
+    )
     assert overoptimization.distinct(["a", ""], 2) is None
 
 
 def test_gold_at_a_distance_is_read_off_straight_lines_over_its_square_root():
-    path = [(4.0, 3.0), (1.0, 1.0)]           # in whatever order; nothing is gained at no distance
+    path = [(4.0, 3.0), (1.0, 1.0)]  # in whatever order; nothing is gained at no distance
     assert overoptimization.gained_at(path, 0.25) == pytest.approx(0.5)
     assert overoptimization.gained_at(path, 1.0) == pytest.approx(1.0)
     assert overoptimization.gained_at(path, 2.25) == pytest.approx(2.0)
-    assert overoptimization.gained_at(path, 4.1) is None and overoptimization.gained_at([], 0.1) is None
+    assert (
+        overoptimization.gained_at(path, 4.1) is None
+        and overoptimization.gained_at([], 0.1) is None
+    )

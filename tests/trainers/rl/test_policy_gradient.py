@@ -1,4 +1,6 @@
-"""The arithmetic of policy gradients against slow references: plain Python loops over one token at a time."""
+"""The arithmetic of policy gradients against slow references: plain Python loops over one token at
+a time."""
+
 from __future__ import annotations
 
 from math import exp, isclose, log, sqrt
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from prefab.trainers.rl import policy_gradient as pg  # noqa: E402
+from prefab.trainers.rl import policy_gradient as pg
 
 torch.set_num_threads(1)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -20,7 +22,12 @@ def batch(seed: int, B: int = 5, T: int = 7):
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, T + 1, (B,), generator=draw)
     mask = torch.arange(T)[None] < lengths[:, None]
-    return [torch.randn(B, T, generator=draw, dtype=torch.double) for _ in range(4)], mask, lengths.tolist(), draw
+    return (
+        [torch.randn(B, T, generator=draw, dtype=torch.double) for _ in range(4)],
+        mask,
+        lengths.tolist(),
+        draw,
+    )
 
 
 def real(x, lengths):
@@ -28,14 +35,23 @@ def real(x, lengths):
 
 
 def close(x, y):
-    return torch.allclose(torch.as_tensor(x, dtype=torch.double), torch.as_tensor(y, dtype=torch.double), atol=1e-6, rtol=0)
+    return torch.allclose(
+        torch.as_tensor(x, dtype=torch.double),
+        torch.as_tensor(y, dtype=torch.double),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 def slow_gae(rewards, values, gamma, lam):
-    """The definition: A_t = sum_l (gamma lam)^l delta_(t+l), delta_t = r_t + gamma V_(t+1) - V_t, V after the end 0."""
+    """The definition: A_t = sum_l (gamma lam)^l delta_(t+l), delta_t = r_t + gamma V_(t+1) - V_t, V
+    after the end 0."""
     values = [*values, 0.0]
     deltas = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
-    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
+    return [
+        sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas)))
+        for t in range(len(deltas))
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,28 +62,35 @@ def test_gae_is_the_sum_of_discounted_errors(seed, gamma, lam):
     for b, n in enumerate(lengths):
         slow = slow_gae(rewards[b, :n].tolist(), values[b, :n].tolist(), gamma, lam)
         assert close(advantages[b, :n], slow)
-        assert close(returns[b, :n], [a + v for a, v in zip(slow, values[b, :n].tolist(), strict=True)])
+        assert close(
+            returns[b, :n], [a + v for a, v in zip(slow, values[b, :n].tolist(), strict=True)]
+        )
     assert not advantages[~mask].any()
 
 
 def test_gae_by_hand():
     # gamma 1, lambda 1: the advantage is what is still to come, minus the value.
     mask = torch.ones(1, 3, dtype=torch.bool)
-    advantages, returns = pg.gae(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.5, 0.5, 0.5]]), mask, 1.0, 1.0)
+    advantages, returns = pg.gae(
+        torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.5, 0.5, 0.5]]), mask, 1.0, 1.0
+    )
     assert close(advantages, [[6.5, 5.5, 3.5]]) and close(returns, [[7.0, 6.0, 4.0]])
 
 
 @settings(max_examples=40, deadline=None)
 @given(SEEDS)
 def test_what_stands_outside_the_mask_never_matters(seed):
-    (a, b, c, d), mask, _, draw = batch(seed)
+    (a, b, c, d), mask, _, _draw = batch(seed)
     noise = torch.full_like(a, float("nan"))
-    a2, b2, c2, d2 = (torch.where(mask, x, noise) for x in (a, b, c, d))
+    a2, b2, c2, _d2 = (torch.where(mask, x, noise) for x in (a, b, c, d))
     scores = a[:, 0]
     for one, two in (
         (pg.gae(a, b, mask, 0.9, 0.8), pg.gae(a2, b2, mask, 0.9, 0.8)),
         ((pg.whiten(a, mask),), (pg.whiten(a2, mask),)),
-        ((pg.penalised_rewards(scores, a, mask, 0.3),), (pg.penalised_rewards(scores, a2, mask, 0.3),)),
+        (
+            (pg.penalised_rewards(scores, a, mask, 0.3),),
+            (pg.penalised_rewards(scores, a2, mask, 0.3),),
+        ),
         (pg.policy_loss(a, b, c, mask, 0.2), pg.policy_loss(a2, b2, c2, mask, 0.2)),
         (pg.value_loss(a, b, c, mask, 0.2), pg.value_loss(a2, b2, c2, mask, 0.2)),
     ):
@@ -78,11 +101,15 @@ def test_what_stands_outside_the_mask_never_matters(seed):
 def test_gradients_stay_finite_whatever_stands_in_the_padding():
     mask = torch.tensor([[True, False]])
     logps = torch.tensor([[-1.0, float("nan")]], requires_grad=True)
-    loss, _ = pg.policy_loss(logps, torch.tensor([[-1.0, -1e9]]), torch.tensor([[2.0, float("inf")]]), mask, 0.2)
+    loss, _ = pg.policy_loss(
+        logps, torch.tensor([[-1.0, -1e9]]), torch.tensor([[2.0, float("inf")]]), mask, 0.2
+    )
     loss.backward()
     assert logps.grad.tolist() == [[-2.0, 0.0]]
     values = torch.tensor([[3.0, float("nan")]], requires_grad=True)
-    pg.value_loss(values, values.detach(), torch.tensor([[1.0, float("nan")]]), mask, 0.2)[0].backward()
+    pg.value_loss(values, values.detach(), torch.tensor([[1.0, float("nan")]]), mask, 0.2)[
+        0
+    ].backward()
     assert values.grad.tolist() == [[2.0, 0.0]]
 
 
@@ -111,7 +138,7 @@ def test_an_answer_ends_with_its_first_end_token(tokens, ends):
 @settings(max_examples=40, deadline=None)
 @given(SEEDS)
 def test_kl_estimates(seed):
-    (p, q, *_), mask, lengths, _ = batch(seed)
+    (p, q, *_), _mask, lengths, _ = batch(seed)
     slow = {"k1": lambda r: r, "k2": lambda r: r * r / 2, "k3": lambda r: exp(-r) - 1 + r}
     for form, formula in slow.items():
         fast = pg.kl_estimate(p, q, form)
@@ -125,7 +152,9 @@ def test_k1_and_k3_have_the_divergence_as_their_mean():
     p, q = (torch.tensor(x, dtype=torch.double) for x in ([0.5, 0.3, 0.2], [0.2, 0.2, 0.6]))
     exact = sum(a * log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
     for form in ("k1", "k3"):
-        assert isclose(float((p * pg.kl_estimate(p.log(), q.log(), form)).sum()), exact, abs_tol=1e-12)
+        assert isclose(
+            float((p * pg.kl_estimate(p.log(), q.log(), form)).sum()), exact, abs_tol=1e-12
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -145,7 +174,9 @@ def test_policy_loss(seed, clip):
     (logps, old, advantages, _), mask, lengths, _ = batch(seed)
     loss, clipped = pg.policy_loss(logps, old, advantages, mask, clip)
     slow, count = 0.0, 0
-    for p, q, a in zip(real(logps, lengths), real(old, lengths), real(advantages, lengths), strict=True):
+    for p, q, a in zip(
+        real(logps, lengths), real(old, lengths), real(advantages, lengths), strict=True
+    ):
         ratio = exp(p - q)
         bounded = min(max(ratio, 1 - clip), 1 + clip)
         slow -= min(ratio * a, bounded * a)
@@ -154,12 +185,20 @@ def test_policy_loss(seed, clip):
 
 
 def test_policy_loss_by_hand():
-    # ratio 2 with a positive advantage is clipped and has no gradient; with a negative one it is not.
+    # ratio 2 with a positive advantage is clipped and has no gradient; with a negative one it is
+    # not.
     logps = torch.tensor([[log(2.0), log(2.0)]], requires_grad=True)
-    loss, clipped = pg.policy_loss(logps, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]),
-                                   torch.ones(1, 2, dtype=torch.bool), 0.2)
+    loss, clipped = pg.policy_loss(
+        logps,
+        torch.zeros(1, 2),
+        torch.tensor([[1.0, -1.0]]),
+        torch.ones(1, 2, dtype=torch.bool),
+        0.2,
+    )
     loss.backward()
-    assert close(loss.detach(), -1.2 + 2.0) and int(clipped) == 1 and close(logps.grad, [[0.0, 2.0]])
+    assert (
+        close(loss.detach(), -1.2 + 2.0) and int(clipped) == 1 and close(logps.grad, [[0.0, 2.0]])
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,7 +207,9 @@ def test_value_loss(seed, clip):
     (values, old, returns, _), mask, lengths, _ = batch(seed)
     loss, clipped = pg.value_loss(values, old, returns, mask, clip)
     slow, count = 0.0, 0
-    for v, o, r in zip(real(values, lengths), real(old, lengths), real(returns, lengths), strict=True):
+    for v, o, r in zip(
+        real(values, lengths), real(old, lengths), real(returns, lengths), strict=True
+    ):
         plain = (v - r) ** 2 / 2
         near = plain if clip is None else (o + min(max(v - o, -clip), clip) - r) ** 2 / 2
         slow += max(plain, near)
@@ -199,10 +240,18 @@ def test_a_group_of_one_has_no_advantage():
 @settings(max_examples=30, deadline=None)
 @given(SEEDS)
 def test_entropy(seed):
-    logps = (torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed)) * 3).double().log_softmax(-1)
+    logps = (
+        (torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed)) * 3)
+        .double()
+        .log_softmax(-1)
+    )
     for b in range(2):
         for t in range(3):
-            assert isclose(pg.entropy(logps)[b, t].item(), -sum(exp(x) * x for x in logps[b, t].tolist()), abs_tol=1e-9)
+            assert isclose(
+                pg.entropy(logps)[b, t].item(),
+                -sum(exp(x) * x for x in logps[b, t].tolist()),
+                abs_tol=1e-9,
+            )
 
 
 def test_explained_variance():

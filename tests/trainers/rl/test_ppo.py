@@ -1,4 +1,6 @@
-"""PPO end to end on policies of a few thousand weights: the exact optimum, exact resume, and every kind of bad input."""
+"""PPO end to end on policies of a few thousand weights: the exact optimum, exact resume, and every
+kind of bad input."""
+
 from __future__ import annotations
 
 import subprocess
@@ -10,14 +12,15 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from tests.support import kill_ppo_driver  # noqa: E402
+import itertools
 
-from benchmarks import answer_world as aw  # noqa: E402
-from benchmarks import exact_optimum  # noqa: E402
-from prefab.factory.errors import ConfigError  # noqa: E402
-from prefab.trainers.rl import policy_gradient as pg  # noqa: E402
-from prefab.trainers.rl import checkpoint, ppo, rewards, rollout  # noqa: E402
-from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy  # noqa: E402
+from benchmarks import answer_world as aw
+from benchmarks import exact_optimum
+from prefab.factory.errors import ConfigError
+from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
+from prefab.trainers.rl import checkpoint, ppo, rewards, rollout
+from prefab.trainers.rl import policy_gradient as pg
+from tests.support import kill_ppo_driver
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,7 +31,9 @@ PROMPTS = list(WORLD.prompts) * 5
 @pytest.fixture
 def make(models, tmp_path):
     def settings(out: str | Path = tmp_path / "out", **changes) -> ppo.PpoConfig:
-        return kill_ppo_driver.config(models, out, **({"steps": 2, "save_every": 100, "reference": None} | changes))
+        return kill_ppo_driver.config(
+            models, out, **({"steps": 2, "save_every": 100, "reference": None} | changes)
+        )
 
     return settings
 
@@ -44,77 +49,121 @@ def weights(folder):
 
 
 def same(a, b, tolerance=0.0):
-    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=tolerance, rtol=0) for n in a)
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[n], b[n], atol=tolerance, rtol=0) for n in a
+    )
 
 
 # --- the exact optimum: the whole grid is benchmarks/exact_optimum.py
 
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_ppo_ends_at_its_exact_optimum(tmp_path, length):
     row = exact_optimum.run_one(tmp_path, "ppo", length, 0.5, 1)
-    assert row["tv_end"] <= exact_optimum.GOAL < 0.3 < row["tv_start"]   # the largest over all states
-    others = row["tv_to_other_optima"]   # it could have been wrong; of one token, reverse KL as a loss term is the same
+    assert (
+        row["tv_end"] <= exact_optimum.GOAL < 0.3 < row["tv_start"]
+    )  # the largest over all states
+    others = row[
+        "tv_to_other_optima"
+    ]  # it could have been wrong; of one token, reverse KL as a loss term is the same
     assert others["ppo, rloo"] == 0 and min(others["grpo forward"], others["no training"]) > 0.06
     assert length == 1 or others["grpo reverse, beta as it stands"] > 0.06
 
 
 def test_the_closed_forms_are_optima():
-    """Against brute force: no policy nearby has more reward minus beta KL; the forward form balances its own gradient."""
+    """Against brute force: no policy nearby has more reward minus beta KL; the forward form
+    balances its own gradient."""
     world, beta = aw.World(length=2), 0.3
     draw = torch.Generator().manual_seed(0)
 
     def random_table():
-        return {s: torch.rand(5, generator=draw).add(0.1).double().softmax(-1).tolist() for s in world.states()}
+        return {
+            s: torch.rand(5, generator=draw).add(0.1).double().softmax(-1).tolist()
+            for s in world.states()
+        }
 
     def objective(policy, reference):
         total = 0.0
         p_ref = aw.answers(world, reference)
         for ids, p in aw.answers(world, policy).items():
-            total += p * (world.final(ids[:-1], ids[-1]) - beta * (torch.tensor(p / p_ref[ids]).log().item()))
+            total += p * (
+                world.final(ids[:-1], ids[-1]) - beta * (torch.tensor(p / p_ref[ids]).log().item())
+            )
         return total
 
     reference = random_table()
     optimum = aw.reverse_optimum(world, reference, beta)
-    sequence = {ids: p * torch.tensor(world.final(ids[:-1], ids[-1]) / beta).exp().item()
-                for ids, p in aw.answers(world, reference).items()}
-    for prompt in {ids[1] for ids in sequence}:   # pi(y) ~ pi_ref(y) exp(r / beta), summed over whole answers
+    sequence = {
+        ids: p * torch.tensor(world.final(ids[:-1], ids[-1]) / beta).exp().item()
+        for ids, p in aw.answers(world, reference).items()
+    }
+    for prompt in {
+        ids[1] for ids in sequence
+    }:  # pi(y) ~ pi_ref(y) exp(r / beta), summed over whole answers
         rows = {ids: w for ids, w in sequence.items() if ids[1] == prompt}
         for ids, w in rows.items():
-            assert aw.answers(world, optimum)[ids] * 2 == pytest.approx(w / sum(rows.values()), abs=1e-6)
+            assert aw.answers(world, optimum)[ids] * 2 == pytest.approx(
+                w / sum(rows.values()), abs=1e-6
+            )
     best = objective(optimum, reference)
     for _ in range(20):
         other = random_table()
-        mixed = {s: [0.97 * a + 0.03 * b for a, b in zip(optimum[s], other[s], strict=True)] for s in optimum}
+        mixed = {
+            s: [0.97 * a + 0.03 * b for a, b in zip(optimum[s], other[s], strict=True)]
+            for s in optimum
+        }
         assert objective(mixed, reference) < best
     forward = aw.token_optimum(world, reference, beta, forward=True)
     for s in world.states():
-        if len(s) == 3:   # the last token: Q is the reward; stationary where Q + beta ref/pi is one lambda for all
+        if (
+            len(s) == 3
+        ):  # the last token: Q is the reward; stationary where Q + beta ref/pi is one lambda for all
             level = [world.final(s, v) + beta * reference[s][v] / forward[s][v] for v in range(5)]
             assert max(level) - min(level) < 1e-6 and sum(forward[s]) == pytest.approx(1)
 
 
 # --- exact resume
 
+
 def test_killed_again_and_again_it_ends_with_the_same_bits(models):
-    done = subprocess.run([sys.executable, ROOT / "tests" / "kill_ppo_driver.py", models, "6", "5"], capture_output=True,
-                          text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "kill_ppo_driver.py", models, "6", "5"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0 and "6 killed" in done.stdout, done.stdout + done.stderr[-3000:]
     kill_ppo_driver.train(kill_ppo_driver.config(models, "whole"))
     killed, whole = models / "killed", models / "whole"
-    assert (killed / "policy/model.safetensors").read_bytes() == (whole / "policy/model.safetensors").read_bytes()
-    assert (killed / "best/model.safetensors").read_bytes() == (whole / "best/model.safetensors").read_bytes()
-    saved = [torch.load(checkpoints(f)[-1] / "state.pt", weights_only=True) for f in (killed, whole)]
+    assert (killed / "policy/model.safetensors").read_bytes() == (
+        whole / "policy/model.safetensors"
+    ).read_bytes()
+    assert (killed / "best/model.safetensors").read_bytes() == (
+        whole / "best/model.safetensors"
+    ).read_bytes()
+    saved = [
+        torch.load(checkpoints(f)[-1] / "state.pt", weights_only=True) for f in (killed, whole)
+    ]
     assert [p.name for p in checkpoints(killed)] == ["checkpoint-9", "checkpoint-12"]
     assert same(saved[0]["critic"], saved[1]["critic"]) and saved[0]["state"] == saved[1]["state"]
     for a, b in zip(*(s["optimizer"]["state"].values() for s in saved), strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
-    steps = [[{k: v for k, v in m.items() if k != "times"} for m in checkpoint.read_metrics(f / checkpoint.METRICS)]
-             for f in (killed, whole)]
+    steps = [
+        [
+            {k: v for k, v in m.items() if k != "times"}
+            for m in checkpoint.read_metrics(f / checkpoint.METRICS)
+        ]
+        for f in (killed, whole)
+    ]
     assert steps[0] == steps[1] and [m["step"] for m in steps[0]] == list(range(13))
     import sqlite3
 
-    rows = sqlite3.connect(models / "store" / "ledger.sqlite").execute("SELECT count(*) FROM evals").fetchone()
-    assert rows == (13,)   # a step done again is the same evaluation
+    rows = (
+        sqlite3.connect(models / "store" / "ledger.sqlite")
+        .execute("SELECT count(*) FROM evals")
+        .fetchone()
+    )
+    assert rows == (13,)  # a step done again is the same evaluation
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(make, tmp_path):
@@ -126,7 +175,12 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(make, tmp_path):
     (tmp_path / "out" / checkpoint.METRICS).open("ab").write(b'{"step": 5, "kl"')
     train(make(steps=4, save_every=2))
     assert same(weights(tmp_path / "out" / "policy"), expected)
-    assert [m["step"] for m in checkpoint.read_metrics(tmp_path / "out" / checkpoint.METRICS)] == [1, 2, 3, 4]
+    assert [m["step"] for m in checkpoint.read_metrics(tmp_path / "out" / checkpoint.METRICS)] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_another_configuration_does_not_go_on_from_this_one(make):
@@ -140,14 +194,15 @@ def test_a_run_of_constant_learning_rate_may_go_on_for_longer(make, tmp_path):
     train(make(steps=4, schedule="constant"))
     train(make(tmp_path / "whole", steps=4, schedule="constant"))
     assert same(*(weights(tmp_path / name / "policy") for name in ("out", "whole")))
-    with pytest.raises(ConfigError, match="differs in steps"):   # it has gone further than that
+    with pytest.raises(ConfigError, match="differs in steps"):  # it has gone further than that
         train(make(steps=3, schedule="constant"))
     train(make(tmp_path / "linear"))
-    with pytest.raises(ConfigError, match="differs in steps"):   # its learning rate ended at 0
+    with pytest.raises(ConfigError, match="differs in steps"):  # its learning rate ended at 0
         train(make(tmp_path / "linear", steps=4))
 
 
 # --- what the parts do in the loop
+
 
 def test_small_batches_add_up_to_the_same_update(make, tmp_path):
     train(make(out=tmp_path / "a", micro_batch=16))
@@ -163,15 +218,33 @@ def test_gradient_checkpointing_changes_nothing(make, tmp_path):
 
 
 def test_one_update_is_the_plain_gradient_step(make, tmp_path):
-    """One epoch, one minibatch: Adam's first step is lr * sign(gradient); the gradient written out plainly by hand."""
-    config = make(steps=1, epochs=1, minibatches=1, normalise="none", beta=0.2, value="shared", value_coef=1e-9,
-                  max_grad_norm=1e9, weight_decay=0.0, learning_rate=1e-3, reference=None, whiten_advantages=False,
-                  unfinished_score=None, lam=1.0)
+    """One epoch, one minibatch: Adam's first step is lr * sign(gradient); the gradient written out
+    plainly by hand."""
+    config = make(
+        steps=1,
+        epochs=1,
+        minibatches=1,
+        normalise="none",
+        beta=0.2,
+        value="shared",
+        value_coef=1e-9,
+        max_grad_norm=1e9,
+        weight_decay=0.0,
+        learning_rate=1e-3,
+        reference=None,
+        whiten_advantages=False,
+        unfinished_score=None,
+        lam=1.0,
+    )
     t = ppo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
-    answers, texts = ppo.sample(t, [t.prompt_ids[i] for i in ppo.rows_of(config.seed, len(PROMPTS), 0, 16)], "sample")
+    answers, texts = ppo.sample(
+        t, [t.prompt_ids[i] for i in ppo.rows_of(config.seed, len(PROMPTS), 0, 16)], "sample"
+    )
     scores = WORLD.reward([aw.LETTERS[a.prompt[-1] - 2] for a in answers], texts)
     model, loss, tokens = load_policy(config.model), 0.0, sum(len(a.ids) for a in answers)
-    for a, score in zip(answers, scores, strict=True):   # policy is reference, values are 0, lambda 1: A is the score
+    for a, score in zip(
+        answers, scores, strict=True
+    ):  # policy is reference, values are 0, lambda 1: A is the score
         logps = model(torch.tensor([a.prompt + a.ids])).logits[0].log_softmax(-1)
         for i, token in enumerate(a.ids):
             loss = loss - score * logps[len(a.prompt) - 1 + i, token] / tokens
@@ -181,14 +254,22 @@ def test_one_update_is_the_plain_gradient_step(make, tmp_path):
     for name, p in model.named_parameters():
         expected = p.detach() - 1e-3 * p.grad / (p.grad.abs() + 1e-5)
         assert torch.allclose(after[name], expected, atol=2e-6), name
-    assert metrics["grad_norm"] == pytest.approx(sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5, rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(
+        sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5, rel=1e-4
+    )
     assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["entropy"] > 0.5
 
 
 def test_the_first_answers_score_about_zero_with_deviation_one(make):
-    _, seen = train(make(batch_size=400, reference_samples=400, unfinished_score=None), lambda p, c: [
-        70 + 9 * r for r in WORLD.reward(p, c)])
-    assert abs(seen[0]["reward"]) < 0.15 and abs(seen[0]["reward_sd"] - 1) < 0.1 and seen[0]["reward/reward"] > 60
+    _, seen = train(
+        make(batch_size=400, reference_samples=400, unfinished_score=None),
+        lambda p, c: [70 + 9 * r for r in WORLD.reward(p, c)],
+    )
+    assert (
+        abs(seen[0]["reward"]) < 0.15
+        and abs(seen[0]["reward_sd"] - 1) < 0.1
+        and seen[0]["reward/reward"] > 60
+    )
 
 
 def test_lora_takes_the_policy_without_adapter_as_reference(make, tmp_path):
@@ -196,65 +277,102 @@ def test_lora_takes_the_policy_without_adapter_as_reference(make, tmp_path):
     _, seen = train(config)
     assert seen[0]["kl"] == pytest.approx(0, abs=1e-6) and abs(seen[2]["kl"]) > 1e-3
     before, after = weights(config.model), weights(tmp_path / "out/policy")
-    assert before.keys() == after.keys() and not same(before, after, 1e-3)   # merged: an ordinary checkpoint
+    assert before.keys() == after.keys() and not same(
+        before, after, 1e-3
+    )  # merged: an ordinary checkpoint
 
 
 @pytest.mark.parametrize("value", ["separate", "shared"])
 def test_the_value_function_learns_what_is_to_be_expected(make, value):
-    """The policy all but stands still: the value of every state ends near its expected reward, which is known."""
-    config = make(steps=60, batch_size=256, micro_batch=256, sample_batch=256, beta=0.0, value=value, value_coef=1.0,
-                  learning_rate=1e-9 if value == "separate" else 3e-3, value_learning_rate=1e-2, value_clip=None, clip=1e-9,
-                  kl="fixed", normalise="none", unfinished_score=None, eval_every=1000)
+    """The policy all but stands still: the value of every state ends near its expected reward,
+    which is known."""
+    config = make(
+        steps=60,
+        batch_size=256,
+        micro_batch=256,
+        sample_batch=256,
+        beta=0.0,
+        value=value,
+        value_coef=1.0,
+        learning_rate=1e-9 if value == "separate" else 3e-3,
+        value_learning_rate=1e-2,
+        value_clip=None,
+        clip=1e-9,
+        kl="fixed",
+        normalise="none",
+        unfinished_score=None,
+        eval_every=1000,
+    )
     _, seen = train(config)
     t = ppo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
     checkpoint.restore(t)
     policy, expected = aw.table(WORLD, t.policy), {}
     for s in reversed(WORLD.states()):
         ends = [WORLD.final(s, v) for v in range(5)]
-        expected[s] = sum(p * (expected[(*s, v)] if r is None else r) for v, (p, r) in
-                          enumerate(zip(policy[s], ends, strict=True)))
-    answers = [rollout.SampledAnswer(list(s[:2]), [*s[2:], aw.END], [], True) for s in WORLD.states()]
+        expected[s] = sum(
+            p * (expected[(*s, v)] if r is None else r)
+            for v, (p, r) in enumerate(zip(policy[s], ends, strict=True))
+        )
+    answers = [
+        rollout.SampledAnswer(list(s[:2]), [*s[2:], aw.END], [], True) for s in WORLD.states()
+    ]
     values = ppo.policy_kl(t, answers)[4]
-    errors = {s: abs(float(values[i, len(s) - 2]) - expected[s]) for i, s in enumerate(WORLD.states())}
+    errors = {
+        s: abs(float(values[i, len(s) - 2]) - expected[s]) for i, s in enumerate(WORLD.states())
+    }
     visits = aw.visits(WORLD, policy)
     assert seen[0]["value"] == 0
     for n in (2, 3, 4):
-        assert sum(errors[s] * visits[s] for s in errors if len(s) == n) < 0.15 * sum(visits[s] for s in errors if len(s) == n)
+        assert sum(errors[s] * visits[s] for s in errors if len(s) == n) < 0.15 * sum(
+            visits[s] for s in errors if len(s) == n
+        )
 
 
 def test_beta_follows_the_controller(make):
     config = make(steps=4, reference=str(make().model.replace("policy", "reference")))
     _, seen = train(config)
-    for now, then in zip(seen, seen[1:], strict=False):
+    for now, then in itertools.pairwise(seen):
         assert then["beta"] == pytest.approx(pg.adapt_beta(now["beta"], now["kl"], 0.5, 16, 100.0))
-    assert seen[1]["beta"] != seen[0]["beta"] and (seen[1]["beta"] > seen[0]["beta"]) == (seen[0]["kl"] > 0.5)
+    assert seen[1]["beta"] != seen[0]["beta"] and (seen[1]["beta"] > seen[0]["beta"]) == (
+        seen[0]["kl"] > 0.5
+    )
 
 
 def test_prompts_come_round_evenly():
     rows = [i for s in range(7) for i in ppo.rows_of(3, 5, s, 4)]
-    assert len(rows) == 28 and all(sorted(rows[e * 5 : e * 5 + 5]) == list(range(5)) for e in range(5))
+    assert len(rows) == 28 and all(
+        sorted(rows[e * 5 : e * 5 + 5]) == list(range(5)) for e in range(5)
+    )
     assert rows != [i for s in range(7) for i in ppo.rows_of(4, 5, s, 4)]
 
 
 def test_several_rewards_are_logged_apart_and_an_ensemble_tells_its_disagreement(make):
-    sources = (rewards.Source("world", (WORLD.reward,), 2.0),
-               rewards.Source("both", (WORLD.reward, lambda p, c: [len(x) for x in c]), 1.0, "min"))
+    sources = (
+        rewards.Source("world", (WORLD.reward,), 2.0),
+        rewards.Source("both", (WORLD.reward, lambda p, c: [len(x) for x in c]), 1.0, "min"),
+    )
     seen: list[dict] = []
     ppo.run(make(), PROMPTS, sources, on_step=seen.append)
-    assert {"reward/world", "reward/both", "disagreement/both"} <= seen[0].keys() and seen[0]["disagreement/both"] > 0
+    assert {"reward/world", "reward/both", "disagreement/both"} <= seen[0].keys() and seen[0][
+        "disagreement/both"
+    ] > 0
     assert "disagreement/world" not in seen[0]
 
 
 # --- what goes wrong
 
-@pytest.mark.parametrize(("reward", "words"), [
-    (lambda p, c: 1 / 0, "reward reward: raised ZeroDivisionError: division by zero"),
-    (lambda p, c: [0.5], "gave 1 values for"),
-    (lambda p, c: [float("nan")] * len(c), "gave nan for the answer"),
-    (lambda p, c: ["good"] * len(c), "gave 'good' for the answer.*must be a number"),
-    (lambda p, c: [0.25] * len(c), r"the same value \(0.25\) for all"),
-    (lambda p, c: [None] * len(c), "scored 0 answers"),
-])
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        (lambda p, c: 1 / 0, "reward reward: raised ZeroDivisionError: division by zero"),
+        (lambda p, c: [0.5], "gave 1 values for"),
+        (lambda p, c: [float("nan")] * len(c), "gave nan for the answer"),
+        (lambda p, c: ["good"] * len(c), "gave 'good' for the answer.*must be a number"),
+        (lambda p, c: [0.25] * len(c), r"the same value \(0.25\) for all"),
+        (lambda p, c: [None] * len(c), "scored 0 answers"),
+    ],
+)
 @pytest.mark.parametrize("normalise", ["reference", "none"])
 def test_bad_rewards_are_told(make, reward, words, normalise):
     words = "could not score|" + words if words.startswith("scored") else words
@@ -263,12 +381,18 @@ def test_bad_rewards_are_told(make, reward, words, normalise):
 
 
 def test_answers_without_a_score_are_left_out_and_counted(make):
-    _, seen = train(make(batch_size=256), lambda p, c: [None if "c" in x else r for x, r in
-                                                       zip(c, WORLD.reward(p, c), strict=True)])
+    _, seen = train(
+        make(batch_size=256),
+        lambda p, c: [None if "c" in x else r for x, r in zip(c, WORLD.reward(p, c), strict=True)],
+    )
     assert 0 < seen[0]["unscored"] < 128
     with pytest.raises(TrainError, match="could not score"):
-        train(make(batch_size=64, normalise="none", out=make().out + "2"), lambda p, c: [r if "c" in x else None for x, r in
-                                                                             zip(c, WORLD.reward(p, c), strict=True)])
+        train(
+            make(batch_size=64, normalise="none", out=make().out + "2"),
+            lambda p, c: [
+                r if "c" in x else None for x, r in zip(c, WORLD.reward(p, c), strict=True)
+            ],
+        )
 
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_policy(make, tmp_path):
@@ -281,8 +405,12 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_policy(make, tmp_path
 def test_a_single_bad_update_is_skipped_and_counted(make):
     calls = iter([1.0, 1e300, 1.0, 1.0])
     config = make(normalise="none", epochs=1, steps=4)
-    state, seen = train(config, lambda p, c, scale=None: [next_scale * r for next_scale in [next(calls)]
-                                                           for r in WORLD.reward(p, c)])
+    state, seen = train(
+        config,
+        lambda p, c, scale=None: [
+            next_scale * r for next_scale in [next(calls)] for r in WORLD.reward(p, c)
+        ],
+    )
     assert state.bad == 2 == seen[-1]["bad_updates"] and state.step == 4
     assert "policy_loss" not in seen[1] and seen[2]["policy_loss"] == seen[2]["policy_loss"]
 
@@ -291,20 +419,31 @@ def test_kl_beyond_its_stop_at_the_first_step_says_that_the_models_differ(make, 
     config = make(reference=make().model.replace("policy", "reference"), kl_stop=0.05)
     state, seen = train(config)
     assert state.step == 0 and "Policy and reference differ before any training" in state.stopped
-    assert seen[0]["stopped"] == state.stopped and same(weights(tmp_path / "out/policy"), weights(config.model))
+    assert seen[0]["stopped"] == state.stopped and same(
+        weights(tmp_path / "out/policy"), weights(config.model)
+    )
 
 
 def test_a_stop_by_kl_goes_back_to_a_policy_that_was_within_bounds(make, tmp_path):
-    state, seen = train(make(steps=30, beta=0.0, kl="fixed", kl_stop=0.6, learning_rate=1e-2, save_every=1))
+    state, seen = train(
+        make(steps=30, beta=0.0, kl="fixed", kl_stop=0.6, learning_rate=1e-2, save_every=1)
+    )
     assert "beyond kl_stop" in state.stopped and f"that of step {state.step}" in state.stopped
-    assert state.step == seen[-1]["step"] - 2 and seen[-1]["kl"] > 0.6 >= max(m["kl"] for m in seen[:-1])
-    kept = torch.load(tmp_path / f"out/checkpoint-{state.step}/state.pt", weights_only=True)["policy"]
+    assert state.step == seen[-1]["step"] - 2 and seen[-1]["kl"] > 0.6 >= max(
+        m["kl"] for m in seen[:-1]
+    )
+    kept = torch.load(tmp_path / f"out/checkpoint-{state.step}/state.pt", weights_only=True)[
+        "policy"
+    ]
     assert same(weights(tmp_path / "out/policy"), kept)
 
 
 def test_a_policy_that_stops_ending_its_answers_is_stopped(make):
-    state, seen = train(make(steps=30, unfinished_stop=0.05, learning_rate=1e-5))
-    assert "do not end within max_new_tokens, 5 steps running" in state.stopped and 4 <= state.step < 29
+    state, _seen = train(make(steps=30, unfinished_stop=0.05, learning_rate=1e-5))
+    assert (
+        "do not end within max_new_tokens, 5 steps running" in state.stopped
+        and 4 <= state.step < 29
+    )
 
 
 def test_unfinished_answers_get_the_fixed_score_and_are_not_read(make):
@@ -321,7 +460,9 @@ def test_unfinished_answers_get_the_fixed_score_and_are_not_read(make):
 
 
 def test_prompts_that_leave_no_room_are_told(make):
-    with pytest.raises(ConfigError, match="1 of 2 prompts leave no room to answer: prompt 1 has 15 tokens, 13 fit"):
+    with pytest.raises(
+        ConfigError, match="1 of 2 prompts leave no room to answer: prompt 1 has 15 tokens, 13 fit"
+    ):
         train(make(), prompts=["a b", "a " * 14])
     with pytest.raises(ConfigError, match="at least one prompt"):
         train(make(), prompts=[])
@@ -329,30 +470,67 @@ def test_prompts_that_leave_no_room_are_told(make):
 
 def test_the_alarm_stops_a_run_whose_gold_falls_while_its_proxy_rises(make, tmp_path):
     """The reward is the opposite of gold: the policy as it began is the best, and is kept."""
+
     def against(prompts, completions):
         return [-r for r in WORLD.reward(prompts, completions)]
 
-    config = make(steps=40, eval_every=4, beta=0.0, kl="fixed", stop_on_alarm=True, batch_size=64, normalise="none",
-                  unfinished_score=None)
-    state, _ = train(config, against, gold=rewards.Source("gold", (WORLD.reward,)), eval_prompts=PROMPTS * 12)
-    evaluated = [m for m in checkpoint.read_metrics(tmp_path / "out" / checkpoint.METRICS) if "eval/gold" in m]
-    assert "over-optimisation" in state.stopped and 2 < len(evaluated) < 10 and evaluated[0]["step"] == 0
+    config = make(
+        steps=40,
+        eval_every=4,
+        beta=0.0,
+        kl="fixed",
+        stop_on_alarm=True,
+        batch_size=64,
+        normalise="none",
+        unfinished_score=None,
+    )
+    state, _ = train(
+        config, against, gold=rewards.Source("gold", (WORLD.reward,)), eval_prompts=PROMPTS * 12
+    )
+    evaluated = [
+        m
+        for m in checkpoint.read_metrics(tmp_path / "out" / checkpoint.METRICS)
+        if "eval/gold" in m
+    ]
+    assert (
+        "over-optimisation" in state.stopped
+        and 2 < len(evaluated) < 10
+        and evaluated[0]["step"] == 0
+    )
     assert same(weights(tmp_path / "out" / "best"), weights(config.model))
-    assert evaluated[-1]["eval/gold"] < evaluated[0]["eval/gold"] and evaluated[-1]["eval/proxy"] > evaluated[0]["eval/proxy"]
-    first, second = evaluated[-2]["step"], evaluated[-1]["step"]     # once seen, it is looked at again after the next step
+    assert (
+        evaluated[-1]["eval/gold"] < evaluated[0]["eval/gold"]
+        and evaluated[-1]["eval/proxy"] > evaluated[0]["eval/proxy"]
+    )
+    first, second = (
+        evaluated[-2]["step"],
+        evaluated[-1]["step"],
+    )  # once seen, it is looked at again after the next step
     assert first % 4 == 0 and second == first + 1
 
 
-def test_an_evaluation_asks_only_about_answers_that_changed_and_tells_what_asking_anew_tells(make, tmp_path):
+def test_an_evaluation_asks_only_about_answers_that_changed_and_tells_what_asking_anew_tells(
+    make, tmp_path
+):
     asked, config = [], make(steps=4, eval_every=1, learning_rate=1e-3)
+
     def gold(prompts, completions):
         asked.append(len(completions))
         return WORLD.reward(prompts, completions)
 
-    state, _ = train(config, WORLD.reward, gold=rewards.Source("gold", (gold,)), eval_prompts=PROMPTS * 12)
+    state, _ = train(
+        config, WORLD.reward, gold=rewards.Source("gold", (gold,)), eval_prompts=PROMPTS * 12
+    )
     assert asked[0] == len(PROMPTS * 12) and 0 < sum(asked[1:]) < 2 * asked[0], asked
-    anew = make(model=str(tmp_path / "out" / "policy"), reference=config.model, out=str(tmp_path / "anew"), steps=1,
-                learning_rate=1e-9)
-    again, _ = train(anew, WORLD.reward, gold=rewards.Source("gold", (WORLD.reward,)), eval_prompts=PROMPTS * 12)
+    anew = make(
+        model=str(tmp_path / "out" / "policy"),
+        reference=config.model,
+        out=str(tmp_path / "anew"),
+        steps=1,
+        learning_rate=1e-9,
+    )
+    again, _ = train(
+        anew, WORLD.reward, gold=rewards.Source("gold", (WORLD.reward,)), eval_prompts=PROMPTS * 12
+    )
     last, first = state.evaluations[-1], again.evaluations[0]
     assert last.gold == first.gold and last.kl == pytest.approx(first.kl, abs=1e-5)

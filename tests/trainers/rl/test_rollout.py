@@ -1,4 +1,6 @@
-"""Sampling and log-probabilities against the plainest forward there is: one row, no padding, no cache."""
+"""Sampling and log-probabilities against the plainest forward there is: one row, no padding, no
+cache."""
+
 from __future__ import annotations
 
 import copy
@@ -12,11 +14,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.support.tinymodel import build_tokenizer  # noqa: E402  (the tests' folder is on the path)
-
-from prefab.factory.errors import ConfigError  # noqa: E402
-from prefab.trainers.rl import policy_gradient as pg  # noqa: E402
-from prefab.trainers.rl import rollout  # noqa: E402
+from prefab.factory.errors import ConfigError
+from prefab.trainers.rl import policy_gradient as pg
+from prefab.trainers.rl import rollout
+from tests.support.tinymodel import build_tokenizer
 
 torch.set_num_threads(1)
 END, CPU = 2, torch.device("cpu")
@@ -27,9 +28,18 @@ def model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
-    config = LlamaConfig(vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         max_position_embeddings=64, initializer_range=0.6, eos_token_id=END, pad_token_id=0,
-                         attn_implementation="eager")
+    config = LlamaConfig(
+        vocab_size=12,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.6,
+        eos_token_id=END,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -53,7 +63,9 @@ def test_answers_keep_the_order_of_their_prompts_and_end_at_the_end_token(model)
     assert [a.prompt for a in done] == PROMPTS * 5
     assert {a.ended for a in done} == {True, False}
     for a in done:
-        assert END not in a.ids[:-1] and a.ended == (a.ids[-1] == END) and (a.ended or len(a.ids) == 6)
+        assert (
+            END not in a.ids[:-1] and a.ended == (a.ids[-1] == END) and (a.ended or len(a.ids) == 6)
+        )
         assert len(a.sampler_logps) == len(a.ids)
 
 
@@ -71,11 +83,15 @@ def test_training_forward_is_a_plain_forward_whatever_the_batch(model):
         assert packed.mask_BT.sum(-1).tolist() == [len(done[i].ids) for i in rows]
         for b, i in enumerate(rows):
             n, at = len(done[i].ids), len(done[i].prompt) - 1
-            assert logps[b, :n].tolist() == pytest.approx(plain_logps(model, done[i], 0.7), abs=2e-5)
+            assert logps[b, :n].tolist() == pytest.approx(
+                plain_logps(model, done[i], 0.7), abs=2e-5
+            )
             with torch.no_grad():
                 out = model(torch.tensor([done[i].prompt + done[i].ids]), output_hidden_states=True)
             assert torch.allclose(states[b, :n], out.hidden_states[-1][0, at : at + n], atol=2e-5)
-            expected = torch.distributions.Categorical(logits=out.logits[0, at : at + n] / 0.7).entropy()
+            expected = torch.distributions.Categorical(
+                logits=out.logits[0, at : at + n] / 0.7
+            ).entropy()
             assert torch.allclose(entropy[b, :n], expected, atol=2e-5)
 
 
@@ -90,10 +106,17 @@ def test_batches_hold_every_row_and_no_way_to_cut_them_is_cheaper(lengths, most)
 
     def cost(sizes):
         ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-        return sum(rollout.CALL_CPU + (1 + lengths[order[end - n]]) * n for n, end in zip(sizes, ends, strict=True))
+        return sum(
+            rollout.CALL_CPU + (1 + lengths[order[end - n]]) * n
+            for n, end in zip(sizes, ends, strict=True)
+        )
 
     def ways(n):
-        return [[]] if n == 0 else [[k, *rest] for k in range(1, min(n, most) + 1) for rest in ways(n - k)]
+        return (
+            [[]]
+            if n == 0
+            else [[k, *rest] for k in range(1, min(n, most) + 1) for rest in ways(n - k)]
+        )
 
     assert cost([len(rows) for rows in batches]) == min(map(cost, ways(len(done))))
 
@@ -103,19 +126,24 @@ def test_the_gap_is_measured(model):
     packed = rollout.pack(done, None)
     with torch.no_grad():
         logps, _, _ = rollout.forward(model, packed, 0.7)
-        wrong, _, _ = rollout.forward(model, packed, 1.0)   # the fault it is there to find: another temperature
+        wrong, _, _ = rollout.forward(
+            model, packed, 1.0
+        )  # the fault it is there to find: another temperature
     assert rollout.sampler_gap(done, logps, packed.mask_BT)[1] < 1e-4
     assert rollout.sampler_gap(done, wrong, packed.mask_BT)[0] > 0.05
 
 
 def test_sampling_follows_the_distribution(model):
-    """First tokens of one prompt, 4,000 draws, against the plain softmax: a chi-square far below its 99.99% quantile."""
+    """First tokens of one prompt, 4,000 draws, against the plain softmax: a chi-square far below
+    its 99.99% quantile."""
     n, prompt = 4000, [3, 4, 5]
     done = rollout.sample(model, [prompt] * n, 1, 0.7, [END], 1, 512)
     with torch.no_grad():
         p = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1).tolist()
     seen = Counter(a.ids[0] for a in done)
-    assert sum((seen[v] - n * p[v]) ** 2 / (n * p[v]) for v in range(12)) < 37.4   # 11 degrees of freedom
+    assert (
+        sum((seen[v] - n * p[v]) ** 2 / (n * p[v]) for v in range(12)) < 37.4
+    )  # 11 degrees of freedom
 
 
 def test_the_same_seed_gives_the_same_answers_and_another_does_not(model):
@@ -127,30 +155,43 @@ def test_policies_that_are_alike_answer_alike_under_the_same_seed(model):
     near = copy.deepcopy(model)
     with torch.no_grad():
         near.lm_head.weight[END] += 0.3
-    before, after, rng = (rollout.sample(m, PROMPTS * 80, 12, 0.7, [END, 3, 7], seed, 32)
-                           for m, seed in ((model, 0), (near, 0), (near, 1)))
-    alike, by_chance = (sum(a.ids == b.ids for a, b in zip(before, other, strict=True)) / 400 for other in (after, rng))
+    before, after, rng = (
+        rollout.sample(m, PROMPTS * 80, 12, 0.7, [END, 3, 7], seed, 32)
+        for m, seed in ((model, 0), (near, 0), (near, 1))
+    )
+    alike, by_chance = (
+        sum(a.ids == b.ids for a, b in zip(before, other, strict=True)) / 400
+        for other in (after, rng)
+    )
     assert 0.9 < alike < 1 and by_chance < 0.2, (alike, by_chance)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, 3.0])
 def test_answers_found_by_one_forward_are_those_drawn_token_by_token(model, shift):
-    """Policies like the former one, and one that has left it far behind; also from another batch."""
+    """Policies like the former one, and one that has left it far behind; also from another
+    batch."""
     near, calls = copy.deepcopy(model), []
     with torch.no_grad():
         near.lm_head.weight[END] += shift
     before = rollout.sample(model, PROMPTS * 20, 12, 0.7, [END, 3, 7], 0, 32)
     drawn = rollout.sample(near, PROMPTS * 20, 12, 0.7, [END, 3, 7], 0, 16)
     near.register_forward_hook(lambda *_: calls.append(1))
-    found = rollout.sample(near, PROMPTS * 20, 12, 0.7, [END, 3, 7], 0, 32, [a.ids for a in before], 50)
-    assert [(a.prompt, a.ids, a.ended) for a in found] == [(a.prompt, a.ids, a.ended) for a in drawn]
+    found = rollout.sample(
+        near, PROMPTS * 20, 12, 0.7, [END, 3, 7], 0, 32, [a.ids for a in before], 50
+    )
+    assert [(a.prompt, a.ids, a.ended) for a in found] == [
+        (a.prompt, a.ids, a.ended) for a in drawn
+    ]
     for one, other in zip(found, drawn, strict=True):
         assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=2e-5)
-    assert (len(calls) == len(rollout.in_batches(before, range(len(before)), 50, CPU))) == (shift == 0), calls
+    assert (len(calls) == len(rollout.in_batches(before, range(len(before)), 50, CPU))) == (
+        shift == 0
+    ), calls
 
 
 def test_rows_that_leave_the_batch_change_nothing_for_those_that_stay(model):
-    """Greedy enough that draws do not matter: rows end at different times, and each reads as if it were alone."""
+    """Greedy enough that draws do not matter: rows end at different times, and each reads as if it
+    were alone."""
     together = rollout.sample(model, PROMPTS * 3, 12, 1e-4, [END, 3, 7], 0, 15)
     for a in together:
         assert rollout.sample(model, [a.prompt], 12, 1e-4, [END, 3, 7], 9, 1)[0].ids == a.ids
@@ -161,7 +202,9 @@ def test_a_mask_covers_the_answer_up_to_its_end(model):
     done = answers(model)
     packed = rollout.pack(done, None)
     rows = torch.tensor([a.ids + [END] * (packed.mask_BT.shape[1] - len(a.ids)) for a in done])
-    assert torch.equal(pg.answer_mask(rows, [END])[0] | ~packed.mask_BT, torch.ones_like(packed.mask_BT))
+    assert torch.equal(
+        pg.answer_mask(rows, [END])[0] | ~packed.mask_BT, torch.ones_like(packed.mask_BT)
+    )
 
 
 def test_prompts_become_tokens_once_and_a_text_cannot_hold_control_tokens():

@@ -1,4 +1,6 @@
-"""Rollouts by vLLM: against a scripted server that answers, dies and lies, and once against the real one."""
+"""Rollouts by vLLM: against a scripted server that answers, dies and lies, and once against the
+real one."""
+
 from __future__ import annotations
 
 import json
@@ -10,13 +12,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from tests.support import kill_ppo_driver  # noqa: E402
-
-from benchmarks import answer_world as aw  # noqa: E402
-from prefab.factory.engines.vllm_process import VllmProcess, command_line, environment  # noqa: E402
-from prefab.factory.errors import EngineError, TransportError  # noqa: E402
-from prefab.trainers.rl import checkpoint, ppo, rewards, rollout, rollout_vllm  # noqa: E402
-from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy  # noqa: E402
+from benchmarks import answer_world as aw
+from prefab.factory.engines.vllm_process import VllmProcess, command_line, environment
+from prefab.factory.errors import EngineError, TransportError
+from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
+from prefab.trainers.rl import checkpoint, ppo, rewards, rollout, rollout_vllm
+from tests.support import kill_ppo_driver
 
 torch.set_num_threads(1)
 WORLD = aw.World(length=3)
@@ -24,7 +25,8 @@ IDS = [[1, 2], [1, 3], [1, 2, 3]]
 
 
 class Script:
-    """What servers do, one after the other: `calls` they answer before they die (None: they live). Keeps what it heard."""
+    """What servers do, one after the other: `calls` they answer before they die (None: they live).
+    Keeps what it heard."""
 
     def __init__(self, *lives: int | None, reply=None, status=200, emptied=True) -> None:
         self.lives, self.started, self.stopped = list(lives), 0, 0
@@ -57,7 +59,7 @@ class Scripted:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 status, found = scripted.answer(self.path, json.loads(body or b"{}"))
-                if status == 0:   # dead
+                if status == 0:  # dead
                     self.close_connection = True
                     return
                 raw = json.dumps(found).encode()
@@ -97,14 +99,19 @@ class Scripted:
 def answer(body, ids=None, logps=None):
     """As vLLM answers: the prompt's last token, then the end."""
     ids = [body["prompt"][-1], aw.END] if ids is None else ids
-    return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logps or [-1.0] * len(ids)}}]}
+    return {
+        "choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logps or [-1.0] * len(ids)}}]
+    }
 
 
 @pytest.fixture
 def make(models, tmp_path):
     """A run, and what samples for it by a script."""
+
     def made(script: Script | None = None, **changes):
-        config = kill_ppo_driver.config(models, tmp_path / "out", sampler="vllm", **{"reference": None, **changes})
+        config = kill_ppo_driver.config(
+            models, tmp_path / "out", sampler="vllm", **{"reference": None, **changes}
+        )
         t = ppo.prepare_run(config, list(WORLD.prompts) * 5, rewards.single(WORLD.reward))
         checkpoint.restore(t)
         if script is not None:
@@ -132,14 +139,21 @@ def test_answers_come_in_the_order_of_their_prompts_each_with_a_seed_of_its_own(
     script = Script(None)
     t = make(script, temperature=0.7)
     done = t.sampler.sample(IDS, 5)
-    assert [a.prompt for a in done] == IDS and [a.ids for a in done] == [[p[-1], aw.END] for p in IDS]
+    assert [a.prompt for a in done] == IDS and [a.ids for a in done] == [
+        [p[-1], aw.END] for p in IDS
+    ]
     assert all(a.ended and a.sampler_logps == [-1.0, -1.0] for a in done)
     again, other = t.sampler.sample(IDS, 5), t.sampler.sample(IDS, 6)
     assert again == done == other
     seeds = [{tuple(b["prompt"]): b["seed"] for b in script.asked()[k : k + 3]} for k in (0, 3, 6)]
     assert seeds[0] == seeds[1] != seeds[2] and len(set(seeds[0].values())) == 3
     body = script.asked()[0]
-    assert (body["temperature"], body["max_tokens"], body["stop_token_ids"], body["ignore_eos"]) == (0.7, 3, [aw.END], True)
+    assert (
+        body["temperature"],
+        body["max_tokens"],
+        body["stop_token_ids"],
+        body["ignore_eos"],
+    ) == (0.7, 3, [aw.END], True)
     t.sampler.stop()
 
 
@@ -155,36 +169,48 @@ def test_weights_are_pushed_once_after_each_update(make, lora):
         t.sampler.sample(IDS, 0)
         t.sampler.sample(IDS, 1)
     assert script.asked("/collective_rpc") == [{"method": "take_policy"}] * 2
-    assert [path for path, _ in script.heard[3:6]] == ["/collective_rpc", "/reset_prefix_cache", "/v1/completions"]
+    assert [path for path, _ in script.heard[3:6]] == [
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/v1/completions",
+    ]
     whole = t.policy.merge_and_unload() if lora else t.policy
     assert same_weights(whole, served)
     t.sampler.stop()
 
 
 def test_one_that_dies_is_started_again_with_the_weights_of_the_moment(make, capsys):
-    script = Script(7, None)   # three answers, a push of two calls, two answers
+    script = Script(7, None)  # three answers, a push of two calls, two answers
     t = make(script)
     t.sampler.sample(IDS, 0)
     shift(t)
     done = t.sampler.sample(IDS, 1)
     assert len(done) == 3 and (script.started, script.stopped) == (2, 1)
     assert same_weights(t.policy, t.sampler.folder) and len(script.asked("/collective_rpc")) == 1
-    assert "vLLM failed at step 2 and is started once more: vLLM ended (status 137)" in capsys.readouterr().err
+    assert (
+        "vLLM failed at step 2 and is started once more: vLLM ended (status 137)"
+        in capsys.readouterr().err
+    )
     t.sampler.stop()
 
 
-@pytest.mark.parametrize("lives", [(4, 2), (4,)])   # it dies again; it does not start again
+@pytest.mark.parametrize("lives", [(4, 2), (4,)])  # it dies again; it does not start again
 def test_one_that_dies_twice_stops_the_run_with_all_of_it_saved(make, lives):
     script = Script(*lives)
     t = make(script)
     t.sampler.sample(IDS, 0)
     shift(t)
-    with pytest.raises(TrainError, match="failed twice, the second time at step 2(.|\n)*is saved in .*checkpoint-1"):
+    with pytest.raises(
+        TrainError, match="failed twice, the second time at step 2(.|\n)*is saved in .*checkpoint-1"
+    ):
         t.sampler.sample(IDS, 1)
     assert script.stopped == 2 and t.sampler.process is None
     found = make()
     assert found.state.step == 1
-    assert all(torch.equal(a, b) for a, b in zip(found.policy.parameters(), t.policy.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(found.policy.parameters(), t.policy.parameters(), strict=True)
+    )
 
 
 def test_one_that_does_not_start_at_all_is_told_as_it_is(make):
@@ -193,24 +219,51 @@ def test_one_that_does_not_start_at_all_is_told_as_it_is(make):
 
 
 def test_a_refusal_stops_the_run_and_no_server_is_started_for_it(make):
-    script = Script(None, status=400, reply=lambda body: {"error": {"message": "the prompt is too long"}})
+    script = Script(
+        None, status=400, reply=lambda body: {"error": {"message": "the prompt is too long"}}
+    )
     t = make(script)
-    with pytest.raises(TrainError, match="refused at step 1: HTTP 400 the prompt is too long(.|\n)*checkpoint-0"):
+    with pytest.raises(
+        TrainError, match="refused at step 1: HTTP 400 the prompt is too long(.|\n)*checkpoint-0"
+    ):
         t.sampler.sample(IDS, 0)
     assert script.started == 1
     t.sampler.stop()
 
 
-@pytest.mark.parametrize(("reply", "words"), [
-    ({"choices": []}, "0 answers to one prompt"),
-    ({"choices": [{}, {}]}, "2 answers to one prompt"),
-    ({}, "no answers to one prompt"),
-    ({"choices": [{"text": "a b"}]}, "tokens without their log-probabilities"),
-    ({"choices": [{"token_ids": [2, 1], "logprobs": {"token_logprobs": [-1.0]}}]}, "without their log-prob"),
-    ({"choices": [{"token_ids": [2, 1], "logprobs": {"token_logprobs": [-1.0, None]}}]}, "no number"),
-    ({"choices": [{"token_ids": [2, 1], "logprobs": {"token_logprobs": [-1.0, float("nan")]}}]}, "no number"),
-    ({"choices": [{"token_ids": [1, 2, 1], "logprobs": {"token_logprobs": [-1.0] * 3}}]}, "after the end"),
-    ({"choices": [{"token_ids": [2] * 4, "logprobs": {"token_logprobs": [-1.0] * 4}}]}, "4 tokens, of 3 at most")])
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        ({"choices": []}, "0 answers to one prompt"),
+        ({"choices": [{}, {}]}, "2 answers to one prompt"),
+        ({}, "no answers to one prompt"),
+        ({"choices": [{"text": "a b"}]}, "tokens without their log-probabilities"),
+        (
+            {"choices": [{"token_ids": [2, 1], "logprobs": {"token_logprobs": [-1.0]}}]},
+            "without their log-prob",
+        ),
+        (
+            {"choices": [{"token_ids": [2, 1], "logprobs": {"token_logprobs": [-1.0, None]}}]},
+            "no number",
+        ),
+        (
+            {
+                "choices": [
+                    {"token_ids": [2, 1], "logprobs": {"token_logprobs": [-1.0, float("nan")]}}
+                ]
+            },
+            "no number",
+        ),
+        (
+            {"choices": [{"token_ids": [1, 2, 1], "logprobs": {"token_logprobs": [-1.0] * 3}}]},
+            "after the end",
+        ),
+        (
+            {"choices": [{"token_ids": [2] * 4, "logprobs": {"token_logprobs": [-1.0] * 4}}]},
+            "4 tokens, of 3 at most",
+        ),
+    ],
+)
 def test_what_is_no_answer_is_told(make, reply, words):
     t = make(Script(None, reply=lambda body: reply))
     with pytest.raises(TrainError, match=f"cannot be read: .*{words}"):
@@ -225,7 +278,9 @@ def test_an_answer_that_is_broken_off_is_no_short_answer():
 
 
 def test_a_cache_that_is_not_emptied_is_a_failure(make):
-    t = make(Script(None, 3, emptied=False))   # the second one dies in the push after its own first step
+    t = make(
+        Script(None, 3, emptied=False)
+    )  # the second one dies in the push after its own first step
     t.sampler.sample(IDS, 0)
     shift(t)
     assert len(t.sampler.sample(IDS, 0)) == 3 and t.sampler.failures == 1
@@ -233,8 +288,11 @@ def test_a_cache_that_is_not_emptied_is_a_failure(make):
 
 
 def test_stale_weights_show_in_the_gap_and_stop_the_run(make):
-    t = make(Script(None))   # a log-probability of -1 whatever the token: some other policy's
-    with pytest.raises(TrainError, match="nats a token from training's at step 1, and rounding makes less than 0.001"):
+    t = make(Script(None))  # a log-probability of -1 whatever the token: some other policy's
+    with pytest.raises(
+        TrainError,
+        match="nats a token from training's at step 1, and rounding makes less than 0.001",
+    ):
         ppo.step(t)
     assert [p.name for p in checkpoints(t.sampler.folder.parent)] == ["checkpoint-0"]
     t.sampler.check(0.0009)
@@ -245,7 +303,9 @@ def test_the_server_is_told_what_sampling_for_training_needs(make, models):
     t = make(Script(), vllm={"args": ["--seed", "3"], "kv_cache_gib": 0.5})
     process = VllmProcess(t.sampler.config, str(models / "policy"), 1, "policy", None)
     words = command_line(process)
-    assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"   # at the sampling temperature
+    assert (
+        words[words.index("--logprobs-mode") + 1] == "processed_logprobs"
+    )  # at the sampling temperature
     assert words[words.index("--max-model-len") + 1] == str(2 + 3) and words[-2:] == ["--seed", "3"]
     assert environment(process)["VLLM_SERVER_DEV_MODE"] == "1"
 
@@ -263,15 +323,35 @@ def test_server_and_weights_go_with_the_run(make):
 @pytest.mark.vllm
 @pytest.mark.parametrize("lora", [None, pytest.param(Lora(rank=8), marks=pytest.mark.slow)])
 def test_the_served_policy_is_the_trained_one(tmp_path, lora):
-    """Two updates so large that nobody could take one policy for the next, on a model whose head is tied to its embedding."""
+    """Two updates so large that nobody could take one policy for the next, on a model whose head is
+    tied to its embedding."""
     pytest.importorskip("vllm")
     from prefab.factory.microworld import grammar
 
-    prompts = [[{"role": m.role, "content": m.content} for m in p.messages] for p in grammar.prompts("train", 16, 3)]
-    config = ppo.PpoConfig(model="prefab-nano", out=str(tmp_path / "out"), sampler="vllm", steps=2, batch_size=16, epochs=1,
-                        max_new_tokens=24, temperature=0.8, learning_rate=3e-2 if lora else 3e-3, value_learning_rate=1e-3,
-                        kl_stop=None, lora=lora, normalise="none", threads=1, vllm={"kv_cache_gib": 0.1})
-    t = ppo.prepare_run(config, prompts, rewards.single(lambda prompts, texts: [float(len(text)) for text in texts]))
+    prompts = [
+        [{"role": m.role, "content": m.content} for m in p.messages]
+        for p in grammar.prompts("train", 16, 3)
+    ]
+    config = ppo.PpoConfig(
+        model="prefab-nano",
+        out=str(tmp_path / "out"),
+        sampler="vllm",
+        steps=2,
+        batch_size=16,
+        epochs=1,
+        max_new_tokens=24,
+        temperature=0.8,
+        learning_rate=3e-2 if lora else 3e-3,
+        value_learning_rate=1e-3,
+        kl_stop=None,
+        lora=lora,
+        normalise="none",
+        threads=1,
+        vllm={"kv_cache_gib": 0.1},
+    )
+    t = ppo.prepare_run(
+        config, prompts, rewards.single(lambda prompts, texts: [float(len(text)) for text in texts])
+    )
     policies, gaps = [], []
     with rollout_vllm.sampler(t) as t.sampler:
         for _ in range(2):
