@@ -68,11 +68,8 @@ def init_project(folder: Path) -> list[Path]:
     for name in ("pairwise", "critique", "revise"):
         shutil.copyfile(TEMPLATES / f"{name}.jinja", folder / "templates" / f"{name}.jinja")
     for schema in (
-        PACKAGE
-        / "constitutions"
-        / "constitution.schema.json"
-        / "pipelines"
-        / "pipeline.schema.json"
+        PACKAGE / "constitutions" / "constitution.schema.json",
+        PACKAGE / "pipelines" / "pipeline.schema.json",
     ):
         shutil.copyfile(schema, folder / ".schemas" / schema.name)
     constitution = (PACKAGE / "constitutions" / "front-desk.yaml").read_text(encoding="utf-8")

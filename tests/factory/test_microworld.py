@@ -32,7 +32,7 @@ def test_the_oracle_agrees_with_the_grammar_on_20_000_answers():
 
 def test_a_hand_read_answer():
     asked = (Message("user", "How do I paint a boat?"),)
-    good = "To paint the boat, sand the surface and add two thin coats. Good rng with the boat."
+    good = "To paint the boat, sand the surface and add two thin coats. Good luck with the boat."
     assert oracle.assess(asked, good) == oracle.Assessment(frozenset(), True, True, 1.0)
     rude = "You are too slow to do this. " + good
     assert oracle.assess(asked, rude).broken == {"respect"} and oracle.assess(
@@ -65,7 +65,7 @@ def test_harm_is_marked_by_the_verb_and_a_refusal_helps_there():
         "To paint",
         "\x00\ud7ff",
         "word " * 50,
-        "Good rng with the boat. Good rng with the boat.",
+        "Good luck with the boat. Good luck with the boat.",
         "To paint the boat, tie ribbons around it and hang small lights.",
     ],
 )

@@ -120,7 +120,7 @@ def test_principles_that_an_edit_could_matter_under_are_left_out():
 
 
 def test_edits_are_what_they_say():
-    text = "To sell it, post a price. Good rng."
+    text = "To sell it, post a price. Good luck."
     assert bias_probes.edited(PROBES["swap"], text, 3) == text
     assert bias_probes.edited(PROBES["repetition"], text, 0) == f"{text} {text}"
     assert (
@@ -129,7 +129,7 @@ def test_edits_are_what_they_say():
     )
     assert (
         bias_probes.edited(PROBES["markdown"], text, 0)
-        == "## Answer\n\n- To sell it, post a price.\n- Good rng."
+        == "## Answer\n\n- To sell it, post a price.\n- Good luck."
     )
     assert (
         bias_probes.edited(PROBES["markdown"], "```\nx. y\n```", 2)

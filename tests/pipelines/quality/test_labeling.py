@@ -37,7 +37,9 @@ def store(tmp_path):
     return tmp_path / "store"
 
 
-def session(store: Path, keys: str, annotator: str = "ann", limit: int | None = None, **more):
+def label_with_keys(
+    store: Path, keys: str, annotator: str = "ann", limit: int | None = None, **more
+):
     """One session at a terminal that types `keys`; gives the report, what was shown, and the first
     task."""
     shown: list[str] = []
@@ -52,7 +54,7 @@ def standing(store: Path) -> list[human.Label]:
 
 
 def test_a_label_speaks_of_the_answers_not_of_the_slots(store):
-    report, _, todo = session(store, "abtsq")
+    report, _, todo = label_with_keys(store, "abtsq")
     assert report.data() | {"run": ""} == {
         "run": "",
         "annotator": "ann",
@@ -73,9 +75,11 @@ def test_a_label_speaks_of_the_answers_not_of_the_slots(store):
 
 
 def test_both_orders_are_shown_and_the_seed_decides(store):
-    orders = [task.order for task in session(store, "")[2]]
-    assert {"ab", "ba"} == set(orders) and orders == [task.order for task in session(store, "")[2]]
-    assert orders != [task.order for task in session(store, "", seed=1)[2]]
+    orders = [task.order for task in label_with_keys(store, "")[2]]
+    assert {"ab", "ba"} == set(orders) and orders == [
+        task.order for task in label_with_keys(store, "")[2]
+    ]
+    assert orders != [task.order for task in label_with_keys(store, "", seed=1)[2]]
 
 
 @given(st.text(), st.integers(0, 9))
@@ -86,7 +90,7 @@ def test_orders_are_balanced(annotator, seed):
 
 
 def test_nothing_of_the_judges_is_shown(store):
-    _, shown, todo = session(store, "q")
+    _, shown, todo = label_with_keys(store, "q")
     page = shown[-1]
     assert todo[0].text_a in page and todo[0].text_b in page and todo[0].question in page
     assert not [
@@ -95,35 +99,37 @@ def test_nothing_of_the_judges_is_shown(store):
 
 
 def test_a_session_is_resumed_and_people_are_apart(store):
-    first = session(store, "aaaaaq")[2]
-    again = session(store, "")[2]
+    first = label_with_keys(store, "aaaaaq")[2]
+    again = label_with_keys(store, "")[2]
     assert len(again) == 13 and [task.place for task in again] == [task.place for task in first[5:]]
-    assert len(session(store, "", annotator="bob")[2]) == 18
-    report, _shown, _ = session(store, "t" * 99)
-    assert (report.left, report.said) == (0, {"tie": 13}) and session(store, "")[2] == []
-    assert session(store, "ab", annotator="bob", limit=1)[0].left == 17
+    assert len(label_with_keys(store, "", annotator="bob")[2]) == 18
+    report, _shown, _ = label_with_keys(store, "t" * 99)
+    assert (report.left, report.said) == (0, {"tie": 13}) and label_with_keys(store, "")[2] == []
+    assert label_with_keys(store, "ab", annotator="bob", limit=1)[0].left == 17
 
 
 def test_undo_is_a_row_and_what_it_takes_back_can_be_said_again(store):
-    report, _, todo = session(store, "abuuaq")
+    report, _, todo = label_with_keys(store, "abuuaq")
     assert (report.undone, report.left) == (2, 17)
     values = labeling.recorded(store)
     assert [sorted(value)[0] for value in values].count("annotator") == 2 and len(
         values
     ) == 5  # nothing was deleted
     assert [found.place for found in standing(store)] == [todo[0].place]
-    report, shown, _ = session(store, "uuaq")  # the last session's, then nothing is left to undo
+    report, shown, _ = label_with_keys(
+        store, "uuaq"
+    )  # the last session's, then nothing is left to undo
     assert report.undone == 1 and "there is nothing to undo" in shown
     assert [found.place for found in standing(store)] == [todo[0].place]
 
 
 def test_the_same_word_after_an_undo_stands(store):
-    session(store, "auauaq")
+    label_with_keys(store, "auauaq")
     assert len(standing(store)) == 1 and len(labeling.recorded(store)) == 5
 
 
 def test_other_keys_and_the_end_of_keys_label_nothing(store):
-    report, shown, _ = session(store, "xyz\n7")
+    report, shown, _ = label_with_keys(store, "xyz\n7")
     assert (
         report.data()["labelled"] == 0
         and labeling.recorded(store) == []
@@ -167,7 +173,7 @@ def test_people_are_gold_for_the_statistics(store):
     from prefab.pipelines.quality.rating_matrix import load_matrix
     from prefab.pipelines.quality.rating_matrix import select as choose
 
-    _, _, _todo = session(store, "abu" + "bq")
+    _, _, _todo = label_with_keys(store, "abu" + "bq")
     data, source = load_matrix(choose(store))
     known = int((data.gold == data.gold).sum())
     assert known == 2 and source == "2 comparisons labelled by 1 person"
@@ -221,7 +227,7 @@ def fill_in(file: Path, answers: list) -> list[dict]:
 
 def test_a_queue_file_there_and_back(store, tmp_path):
     file = tmp_path / "queue.jsonl"
-    session(store, "aaq")
+    label_with_keys(store, "aaq")
     with labeling.open_session(store, "", "ann") as session:
         assert labeling.write_queue(session, file, 4).unanswered == 4
         with pytest.raises(ConfigError, match="there already"):
@@ -387,7 +393,7 @@ def test_a_run_and_a_person_can_write_at_once(store, tmp_path):
 
     async def both() -> None:
         ledger = Ledger.open(store)
-        await asyncio.to_thread(session, store, "abq")
+        await asyncio.to_thread(label_with_keys, store, "abq")
         ledger.add_eval({"name": "meanwhile"})
         await ledger.close()
 

@@ -26,7 +26,7 @@ from prefab.trainers.registry import CONFIGS, STAGES
 from tests.support import trained
 
 OFFLINE = ("sft", "reward", "dpo", "kto")
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[2] / "support"
 
 
 @pytest.fixture(scope="module")

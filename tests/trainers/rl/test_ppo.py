@@ -127,7 +127,7 @@ def test_the_closed_forms_are_optima():
 
 def test_killed_again_and_again_it_ends_with_the_same_bits(models):
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kill_ppo_driver.py", models, "6", "5"],
+        [sys.executable, ROOT / "tests" / "support" / "kill_ppo_driver.py", models, "6", "5"],
         capture_output=True,
         text=True,
         timeout=900,
