@@ -17,17 +17,29 @@ setup:           ## make $(VENV) (nothing if it is up to date)
 demo: setup      ## the whole loop on the embedded world, with the truth beside it
 	@$(BIN)/prefab demo
 
+# One process a core that this process may use; a file's tests stay in one process (they share servers and models), and
+# files are handed out in the order of tests/conftest.py, the longest first. Another number: make test JOBS=4
+JOBS ?= auto
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: setup      ## every test but the slow ones
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup  ## the slow ones too
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+coverage: setup  ## every test but the slow ones, with coverage and its floor
+	$(PYTEST) -m "not slow" --cov --cov-report=
 
 kill-test: setup ## 100 SIGKILLs and more, at random moments and at each named point
 	$(PY) -m pytest tests/pipelines/store/test_kill.py -m "slow or not slow"
 
-lint: setup      ## ruff
+lint: setup      ## ruff: rules and format
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup     ## mypy over all product code
+	$(BIN)/mypy -p prefab
 
 world: setup     ## build the embedded world's models from nothing (about an hour)
 	$(PY) -m prefab.factory.microworld.builder.build
@@ -57,10 +69,10 @@ requirements:    ## resolve requirements.txt and requirements-gpu.txt again
 	sed -i '1i # Made by `make requirements` from pyproject.toml; installed with --no-deps by `make setup`.' requirements*.txt
 
 clean:           ## caches and build leavings; never a store
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo test test-all kill-test lint world world-eval bench peers-venvs requirements clean distclean
+.PHONY: help setup demo test test-all coverage kill-test lint types world world-eval bench peers-venvs requirements clean distclean

@@ -1,4 +1,10 @@
-"""Settings of all tests."""
+"""Settings of all tests: hypothesis, the order of the files, and which skips are allowed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -7,6 +13,55 @@ settings.register_profile(
     "prefab", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )  # machines are noisy
 settings.load_profile("prefab")
+
+HERE = Path(__file__).parent
+# What a machine may lack, or have: a test skipped for any other reason is a failure.
+MAY_SKIP = re.compile(
+    r"limits only: .*"  # no user namespaces: the sandbox has limits of resources alone
+    r"|there is a GPU"
+    r"|/proc and subreapers"  # not Linux
+    r"|no Python that an ordinary user may run"  # running as root, without a Python of the system
+    r"|the project's folder is root's alone"
+)
+# The files that take longest, in seconds of one core. Processes take files from the top, so that
+# none of them begins last.
+LONGEST = {
+    "trainers/rl/test_rollout_vllm.py": 55,
+    "factory/engines/test_vllm.py": 50,
+}
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """The processes of `-n auto`: one a core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order inside a file stays."""
+    items.sort(key=lambda item: -LONGEST.get(item.path.as_posix().removeprefix(f"{HERE}/"), 0))
+
+
+def fail_unexpected_skip(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """A report of a skip that MAY_SKIP does not name becomes one of a failure."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        if not MAY_SKIP.fullmatch(reason.removeprefix("Skipped: ")):
+            report.outcome = "failed"
+            report.longrepr = f"{reason}\n(MAY_SKIP in tests/conftest.py does not allow this skip)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    report = yield
+    fail_unexpected_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    fail_unexpected_skip(report)
+    return report
 
 
 @pytest.fixture(scope="module")

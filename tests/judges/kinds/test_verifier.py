@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import request_key
 from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.paths import IMPORT_ROOT
 from prefab.factory.types import Completion, Message, Prompt, Sample, Use, Verdict
 from prefab.judges import sandbox
 from prefab.judges.base import Score
@@ -436,8 +437,8 @@ def _descendants() -> set[int]:
 def test_with_limits_only(tmp_path):
     """As where no namespaces are to be had; in a process of its own, by an ordinary user."""
     code = f"""
-import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parents[2])!r})
-from judges import sandbox
+import sys; sys.path.insert(0, {str(IMPORT_ROOT)!r})
+from prefab.judges import sandbox
 sandbox._known.append({{"isolated": False, "why": "none here", "says": "limits only"}})
 quick = sandbox.Limits(timeout_s=1.0)
 fork = "import os, time\\ndef add(a, b):\\n  if os.fork() == 0: time.sleep(99)\\n  return a + b"
