@@ -23,15 +23,16 @@ SHOWS: dict[str, Shows] = {
 JUDGES = Registry(
     "prefab.judges",
     {
-        "pairwise": "prefab.judges.kinds.pairwise:PairwiseConfig",
-        "pointwise": "prefab.judges.kinds.pointwise:PointwiseConfig",
-        "rubric": "prefab.judges.kinds.rubric:RubricConfig",
-        "listwise": "prefab.judges.kinds.listwise:ListwiseConfig",
-        "human": "prefab.judges.kinds.human:HumanConfig",
-        "verifier": "prefab.judges.kinds.verifier:VerifierConfig",
-        "reward_model": "prefab.judges.kinds.reward_model:RewardModelConfig",
+        "pairwise": "prefab.judges.kinds.pairwise:PairwiseJudge",
+        "pointwise": "prefab.judges.kinds.pointwise:PointwiseJudge",
+        "rubric": "prefab.judges.kinds.rubric:RubricJudge",
+        "listwise": "prefab.judges.kinds.listwise:ListwiseJudge",
+        "human": "prefab.judges.kinds.human:HumanJudge",
+        "verifier": "prefab.judges.kinds.verifier:VerifierJudge",
+        "reward_model": "prefab.judges.kinds.reward_model:RewardModelJudge",
     },
 )
+CRITICS = Registry("prefab.critics", {"critique": "prefab.judges.kinds.critique:Critic"})
 
 
 def module(kind: str) -> Any:

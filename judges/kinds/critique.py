@@ -149,3 +149,9 @@ def _free_text(
         return Request(model, messages, sampling, (), kwargs_of(config), (sample, round, repeat))
     repeats = (repeat,) if repeat else ()
     return Request(model, messages, Sampling(config.max_tokens), (), kwargs_of(config), repeats)
+
+
+class Critic:
+    """The kind `critique`: its configuration class is `Config`."""
+
+    Config = CritiqueConfig

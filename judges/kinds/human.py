@@ -284,3 +284,9 @@ class Clerk:
 def engine(config: HumanConfig) -> Clerk:
     """The engine of this judge."""
     return Clerk()
+
+
+class HumanJudge:
+    """The kind `human`: its configuration class is `Config`."""
+
+    Config = HumanConfig

@@ -125,3 +125,9 @@ def verdict(rankings: Sequence[Ranking], a: int, b: int) -> Verdict:
     return Verdict(
         p, "tie" if 2 * wins == len(rankings) else "a" if p > 0.5 else "b", exactness="hard"
     )
+
+
+class ListwiseJudge:
+    """The kind `listwise`: its configuration class is `Config`."""
+
+    Config = ListwiseConfig

@@ -176,3 +176,9 @@ def _variables(
         "question": principle.compare,
         "examples": examples,
     }
+
+
+class PairwiseJudge:
+    """The kind `pairwise`: its configuration class is `Config`."""
+
+    Config = PairwiseConfig

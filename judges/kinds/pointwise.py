@@ -109,3 +109,9 @@ def verdict(a: Score, b: Score) -> Verdict:
 
 def _weaker(a: Score, b: Score):
     return next(e for e in ("hard", "bounds", "exact") if e in (a.exactness, b.exactness))
+
+
+class PointwiseJudge:
+    """The kind `pointwise`: its configuration class is `Config`."""
+
+    Config = PointwiseConfig

@@ -445,3 +445,9 @@ def _served(answer: dict[str, Any], url: str) -> Completion:
         "stop",
         prompt_tokens=tokens,
     )
+
+
+class RewardModelJudge:
+    """The kind `reward_model`: its configuration class is `Config`."""
+
+    Config = RewardModelConfig

@@ -148,3 +148,9 @@ def _compare(a: dict[float, float], b: dict[float, float]) -> tuple[float, float
 def _weakest(scores: Iterable[Score]):
     found = {s.exactness for s in scores}
     return next(e for e in ("hard", "bounds", "exact") if e in found)
+
+
+class RubricJudge:
+    """The kind `rubric`: its configuration class is `Config`."""
+
+    Config = RubricConfig

@@ -450,3 +450,9 @@ _CHECKS = {
     "json_schema": _json,
     "python": _python,
 }
+
+
+class VerifierJudge:
+    """The kind `verifier`: its configuration class is `Config`."""
+
+    Config = VerifierConfig

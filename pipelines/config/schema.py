@@ -219,7 +219,7 @@ class PipelineConfig(_Strict):
         engine filled in.
         """
         return [
-            registry.JUDGES[judge["kind"]].model_validate(judge)
+            registry.JUDGES[judge["kind"]].Config.model_validate(judge)
             for judge in (self.panel.judges if self.panel else [])
         ]
 
@@ -362,7 +362,11 @@ def _fields(kind: Any) -> Any:
     kind.
     """
     known = kind if isinstance(kind, str) and kind in registry.JUDGES else "pairwise"
-    return registry.JUDGES[known].model_fields
+    return registry.JUDGES[known].Config.model_fields
+
+
+def _judge_config(kind: str) -> Any:
+    return registry.JUDGES[kind].Config
 
 
 def _parts(value: Any) -> Iterator[tuple[yamlio.Path_, dict[str, Any], Callable[[], Any]]]:
@@ -377,7 +381,7 @@ def _parts(value: Any) -> Iterator[tuple[yamlio.Path_, dict[str, Any], Callable[
             yield (
                 ("panel", "judges", index),
                 judge,
-                partial(registry.JUDGES.__getitem__, judge["kind"]),
+                partial(_judge_config, judge["kind"]),
             )
     critic = value.get("critic") if isinstance(value, dict) else None
     if isinstance(critic, dict):

@@ -48,7 +48,7 @@ def rules(record: RunRecord, constitution: Constitution | None) -> Rules:
     config = record.config
     settings = config.get("panel") or {}
     judges = {
-        judge["name"]: registry.JUDGES[kind].model_validate(judge)
+        judge["name"]: registry.JUDGES[kind].Config.model_validate(judge)
         for judge in settings.get("judges", ())
         if (kind := judge.get("kind", "pairwise")) in registry.JUDGES
     }
