@@ -9,6 +9,14 @@ from math import log
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.types import Completion, Request
 
+KINDS = {
+    "pairwise": {"kind": "pairwise"},
+    "reasoning": {"kind": "pairwise", "reasoning": True},
+    "pointwise": {"kind": "pointwise"},
+    "scale": {"kind": "pointwise", "low": 2, "high": 9, "repeats": 2},
+    "rubric": {"kind": "rubric"},
+    "listwise": {"kind": "listwise"},
+}
 SEEN = re.compile(r"(good|bad \d) answer")
 
 
@@ -52,4 +60,32 @@ def engine(good: int = 1, say=None, **config) -> dict[str, Scripted]:
     """The engine under the name that `project.pipeline` uses; `say(request)` may answer first."""
     return {
         "local": Scripted(ScriptedConfig(**config), lambda r: (say and say(r)) or answer(r, good))
+    }
+
+
+def panel(names, **settings):
+    """The configuration of a panel with a judge of each of these kinds."""
+    return {"judges": [{"name": name, **KINDS[name]} for name in names], **settings}
+
+
+def two_engines(good=1, say=None, **config):
+    """A strong engine that is right, and a cheap one that is, for odd prompts, nearly even and
+    leans the wrong way."""
+
+    def cheap(request):
+        said = say(request) if say else None
+        if said or "A" not in request.labels:
+            return said
+        text = request.messages[-1].content
+        if not any(f"Question {i}?" in text for i in range(1, 100, 2)):
+            return None
+        seen = SEEN.findall(text)
+        if "good" not in seen:
+            return read(request.labels, "A" if seen[0] < seen[1] else "B")
+        p = {"A": 0.5, "B": 0.4} if seen[0] != "good" else {"A": 0.4, "B": 0.5}
+        return read(request.labels, max(p, key=p.get), 0.4)
+
+    return {
+        **engine(good, cheap, model="local", **config),
+        "big": Scripted(ScriptedConfig(model="big", **config), lambda r: answer(r, good)),
     }

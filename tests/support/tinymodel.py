@@ -11,6 +11,19 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
 )
+LLAMA = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "bos": LLAMA, "no_end": NO_END, "thinks": THINKS}
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SENTENCES = (
     "Which answer asks the caller for less private information? Answer A, B or T.",

@@ -13,21 +13,9 @@ import pytest
 from prefab.factory.errors import ConfigError, StoreError
 from prefab.trainers import common
 from tests.support import tinymodel
+from tests.support.tinymodel import LLAMA, TEMPLATES, THINKS
 
 TURNS = [{"role": "user", "content": "Please tell me your name."}]
-LLAMA = (
-    "{{ '<|endoftext|>' }}{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
-)
-NO_END = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-THINKS = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
-)
-TEMPLATES = {"chatml": tinymodel.CHATML, "bos": LLAMA, "no_end": NO_END, "thinks": THINKS}
 
 
 @pytest.fixture(scope="module")

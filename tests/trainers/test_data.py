@@ -14,7 +14,7 @@ from prefab.factory.store import store as factory_store
 from prefab.pipelines.store.export.trl import export
 from prefab.trainers import data
 from tests.support import tinymodel, trained
-from tests.trainers.test_common import TEMPLATES, THINKS
+from tests.support.tinymodel import TEMPLATES, THINKS
 
 
 @pytest.fixture(scope="module")

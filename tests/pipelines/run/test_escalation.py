@@ -16,8 +16,10 @@ from prefab.judges.panel import Reading, decide
 from prefab.pipelines.config.loader import resolve_pipeline
 from prefab.pipelines.run.plan import plan
 from prefab.pipelines.store.fill import query
-from tests.pipelines.run.test_panel_kinds import KINDS, checked
 from tests.support import planted, project
+from tests.support.planted import KINDS
+from tests.support.planted import two_engines as engines
+from tests.support.store_rows import checked
 
 UNSCORED = Reading(None, reason="parse")
 
@@ -88,29 +90,6 @@ def pipeline(folder, prompts=4, cheap=("pairwise",), strong="pairwise", settings
     return {
         **value,
         "engines": {name: {"engine": "scripted", "model": name} for name in ("local", "big")},
-    }
-
-
-def engines(good=1, say=None, **config):
-    """A strong engine that is right, and a cheap one that is, for odd prompts, nearly even and
-    leans the wrong way."""
-
-    def cheap(request):
-        said = say(request) if say else None
-        if said or "A" not in request.labels:
-            return said
-        text = request.messages[-1].content
-        if not any(f"Question {i}?" in text for i in range(1, 100, 2)):
-            return None
-        seen = planted.SEEN.findall(text)
-        if "good" not in seen:
-            return planted.read(request.labels, "A" if seen[0] < seen[1] else "B")
-        p = {"A": 0.5, "B": 0.4} if seen[0] != "good" else {"A": 0.4, "B": 0.5}
-        return planted.read(request.labels, max(p, key=p.get), 0.4)
-
-    return {
-        **planted.engine(good, cheap, model="local", **config),
-        "big": Scripted(ScriptedConfig(model="big", **config), lambda r: planted.answer(r, good)),
     }
 
 

@@ -14,36 +14,17 @@ from prefab.factory.errors import ConfigError, EngineError
 from prefab.factory.types import Completion
 from prefab.pipelines.config.loader import resolve_pipeline
 from prefab.pipelines.run.plan import plan
-from prefab.pipelines.store.fill import fill, query, rebuild
-from tests.pipelines.store.test_store import dump, same
+from prefab.pipelines.store.fill import fill, query
 from tests.support import planted, project
+from tests.support.planted import KINDS, panel
+from tests.support.store_rows import checked
 
-KINDS = {
-    "pairwise": {"kind": "pairwise"},
-    "reasoning": {"kind": "pairwise", "reasoning": True},
-    "pointwise": {"kind": "pointwise"},
-    "scale": {"kind": "pointwise", "low": 2, "high": 9, "repeats": 2},
-    "rubric": {"kind": "rubric"},
-    "listwise": {"kind": "listwise"},
-}
 PANELS = [[name] for name in KINDS] + [
     ["pairwise", "pointwise"],
     ["pointwise", "rubric"],
     ["listwise", "rubric"],
     list(KINDS),
 ]
-
-
-def panel(names, **settings):
-    return {"judges": [{"name": name, **KINDS[name]} for name in names], **settings}
-
-
-def checked(folder):
-    """The store as it was filled, seen to be what a rebuild shows."""
-    filled = dump(folder)
-    rebuild(folder)
-    assert same(dump(folder), filled)
-    return filled
 
 
 @pytest.mark.parametrize("names", PANELS, ids="+".join)

@@ -13,9 +13,9 @@ from prefab.judges.kinds import human
 from prefab.pipelines.cli.main import next_command
 from prefab.pipelines.quality import agreement, labeling
 from prefab.pipelines.run.plan import plan
-from tests.pipelines.run.test_escalation import engines
-from tests.pipelines.run.test_panel_kinds import checked
 from tests.support import project
+from tests.support.planted import two_engines as engines
+from tests.support.store_rows import checked
 
 
 def pipeline(folder, **settings):

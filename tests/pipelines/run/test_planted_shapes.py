@@ -13,8 +13,8 @@ from prefab import run
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.types import Completion
 from prefab.pipelines.store.export.trl import export
-from tests.pipelines.run.test_panel_kinds import panel
 from tests.support import planted, project
+from tests.support.planted import panel
 
 FEW_SHOT = """examples:
   pairwise: [{prompt: P, a: First, b: Second, prefer: b}, {prompt: P, a: Third, b: Fourth, prefer: a}]

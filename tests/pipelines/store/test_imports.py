@@ -15,7 +15,7 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.types import Message
 from prefab.pipelines.store import imports
 from prefab.pipelines.store.fill import fill, query, rebuild
-from tests.pipelines.store.test_store import dump, same
+from tests.support.store_rows import dump, same
 
 HH = [
     {

@@ -14,8 +14,8 @@ from prefab.factory.store.datasets import choice
 from prefab.factory.types import Completion
 from prefab.pipelines.run.plan import plan
 from prefab.pipelines.store.export.trl import export
-from tests.pipelines.run.test_panel_kinds import checked
 from tests.support import planted, project
+from tests.support.store_rows import checked
 
 P = {(0, 1): 0.8, (0, 2): 0.9, (1, 2): 0.7}  # of the lower number, in either order
 

@@ -20,6 +20,7 @@ from prefab.factory.types import Completion, Message, Request, Sampling, Use
 from prefab.pipelines.store import derive
 from prefab.pipelines.store.fill import FillReport, fill, query, rebuild
 from tests.support.miniworld import CONFIG, CONSTITUTION, MiniEngine, pipeline, prompts, run
+from tests.support.store_rows import dump, same
 
 HOLD = """
 import duckdb, sys
@@ -27,23 +28,6 @@ con = duckdb.connect(sys.argv[1], read_only=True)
 print("held", flush=True)
 sys.stdin.read()
 """
-
-
-def dump(folder) -> dict[str, list]:
-    """Every table's rows as a sorted list, and the prompts that are waited for."""
-    with store.opened(folder) as con:
-        tables = {
-            table: sorted(con.execute(f"SELECT * FROM {table}").fetchall(), key=repr)
-            for table in store.TABLES
-        }
-        tables["work"] = sorted(con.execute("SELECT run, prompt, state FROM work").fetchall())
-    return tables
-
-
-def same(one: dict, other: dict) -> bool:
-    for table in {*one, *other}:
-        assert one[table] == other[table], table
-    return True
 
 
 def only(folder, sql):
