@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks import answer_world as aw
+from tests.support import answer_world as aw
 
 RESULT = Path(__file__).parent / "results" / "exact_optimum.json"
 METHODS = ("ppo", "rloo", "grpo reverse", "grpo forward")

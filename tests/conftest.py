@@ -67,7 +67,7 @@ def pytest_runtest_makereport():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two policies of the answer world, as `policy` and `reference` in a folder."""
-    from benchmarks import answer_world
+    from tests.support import answer_world
 
     folder = tmp_path_factory.mktemp("models")
     answer_world.build(folder / "policy", 1)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -36,6 +36,28 @@ def end_with_launcher() -> None:
     """
     if world_size() > 1 and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def forget_earlier_runs() -> None:
+    """Reset the state that accelerate shares between all objects of a process, so that a run may
+    have another precision than an earlier one. Under a launcher a process trains one run.
+    """
+    if world_size() > 1:
+        return
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    # transformers sets it for each run and accelerate reads it for the next one
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
+def accelerator_for(precision: Literal["fp32", "bf16"]) -> Any:
+    """A fresh Accelerator of this precision, whatever was trained before in this process."""
+    from accelerate import Accelerator
+
+    forget_earlier_runs()
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
 
 
 def main_alone(work: Callable[[], None]) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from benchmarks.answer_world import World
 from prefab.trainers.rl import ppo, rewards
+from tests.support.answer_world import World
 from tests.support.killer import until_done
 
 WORLD = World(length=3)

@@ -116,6 +116,7 @@ def result_store(config: StageConfig) -> str | None:
 
 def arguments(config: StageConfig, kind: Any, metric: str, greater: bool, **more: Any) -> Any:
     """The stage's settings as the arguments of a TRL trainer; `kind` is its configuration class."""
+    distributed.forget_earlier_runs()
     world = distributed.world_size()
     if config.batch_size % world:
         raise ConfigError(

@@ -12,7 +12,7 @@ import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
@@ -26,9 +26,7 @@ from prefab.trainers.common import (
     seed_everything,
 )
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
-
-if TYPE_CHECKING:
-    from prefab.trainers.rl.models import Run
+from prefab.trainers.rl.state import PpoRun, Run, State
 
 METRICS = "metrics.jsonl"
 KEPT = 2  # checkpoints; the older one is what a stop by KL goes back to
@@ -45,7 +43,7 @@ def seed_step(seed: int, step: int, purpose: str, threads: int | None = None) ->
     return drawn
 
 
-def save(t: Run) -> Path:
+def save(t: PpoRun) -> Path:
     """Write all that the run is into `out`/checkpoint-STEP, and remove older ones once it is
     whole.
     """
@@ -69,7 +67,7 @@ def save(t: Run) -> Path:
     return folder
 
 
-def restore(t: Run) -> None:
+def restore(t: PpoRun) -> None:
     """Go on from the newest whole checkpoint, if there is one, and forget metrics of later steps.
 
     Raises: ConfigError (see `claim`).
@@ -108,7 +106,7 @@ def claim(t: Run) -> Path | None:
     return last_checkpoint(out)
 
 
-def rewind(t: Run) -> None:
+def rewind(t: PpoRun) -> None:
     """Back to the newest checkpoint of an earlier step, whose KL has been measured and was within
     bounds.
     """
@@ -122,7 +120,7 @@ def rewind(t: Run) -> None:
     t.state.stopped = stopped
 
 
-def _restore(t: Run, folder: Path) -> None:
+def _restore(t: PpoRun, folder: Path) -> None:
     import torch
 
     saved = torch.load(folder / "state.pt", map_location=t.accelerator.device, weights_only=True)
@@ -132,20 +130,24 @@ def _restore(t: Run, folder: Path) -> None:
                 if name in weights:
                     parameter.copy_(weights[name])
     t.optimizer.load_state_dict(saved["optimizer"])
-    restore_state(t, saved["state"])
+    t.state = restored_state(saved["state"])
 
 
-def restore_state(t: Run, saved: dict[str, Any]) -> None:
-    """Fill the run's state with what `asdict` made of it."""
-    for name, value in saved.items():
-        setattr(t.state, name, value)
-    t.state.scales = {
-        name: [tuple(pair) for pair in pairs] for name, pairs in t.state.scales.items()
-    }
-    t.state.evaluations = [
-        Evaluation(**{**e, "gold": tuple(e["gold"])}) for e in t.state.evaluations
-    ]
-    t.state.seen = [CachedEval(**one) for one in t.state.seen]
+def restored_state(saved: dict[str, Any]) -> State:
+    """A state from what `asdict` made of it."""
+    return State(
+        **{
+            **saved,
+            "scales": {
+                name: [(mean, deviation) for mean, deviation in pairs]
+                for name, pairs in saved["scales"].items()
+            },
+            "evaluations": [
+                Evaluation(**{**e, "gold": tuple(e["gold"])}) for e in saved["evaluations"]
+            ],
+            "seen": [CachedEval(**one) for one in saved["seen"]],
+        }
+    )
 
 
 def _trained(model: Any) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _origin(t: Run) -> dict[str, Any]:
     return {**config, "the prompts": digest, "the rewards": [s.name for s in t.sources]}
 
 
-def record(t: Run, metrics: dict[str, Any], name: str = "ppo") -> None:
+def record(t: Run, metrics: dict[str, Any], name: str) -> None:
     """Append a step's metrics to metrics.jsonl and, without its times, to the store's evaluations
     under `name`.
 

@@ -18,16 +18,12 @@ from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import orjson
-from pydantic import Field, model_validator
 
-from prefab.factory.errors import ConfigError
+from prefab.trainers import distributed
 from prefab.trainers.common import (
-    Attention,
-    Lora,
-    Strict,
     TrainError,
     default_device,
     load_policy,
@@ -36,84 +32,14 @@ from prefab.trainers.common import (
     mark_complete,
     translate_errors,
 )
-from prefab.trainers.data import DataConfig
-from prefab.trainers.rl import checkpoint, ppo, rewards, rollout
-from prefab.trainers.rl.models import Run, State
-from prefab.trainers.rl.rewards import RewardConfig, Source
+from prefab.trainers.rl import checkpoint, evaluation, rewards, rollout
+from prefab.trainers.rl.config import GrpoConfig
+from prefab.trainers.rl.models import check_inputs, room_for_prompt
+from prefab.trainers.rl.rewards import Source
 from prefab.trainers.rl.rollout import Prompt
+from prefab.trainers.rl.state import GrpoRun, State
 
 STATE = "prefab-state.json"  # beside TRL's own state in a checkpoint
-
-
-class GrpoConfig(Strict):
-    """A GRPO or RLOO run, resolved. Fields of the same name mean what they mean in PPO."""
-
-    method: Literal["grpo", "rloo"] = "grpo"
-    model: str
-    reference: str | None = None
-    out: str
-    store: str | None = None
-    data: DataConfig | None = None
-    rewards: list[RewardConfig] = []
-    chat_template: str | None = None
-    template_kwargs: dict[str, Any] = {}
-    pad_token: str | None = None
-
-    steps: int = Field(
-        200, ge=1, description="Updates; with epochs, so many of them share their answers."
-    )
-    batch_size: int = Field(64, ge=2, description="Answers an update.")
-    group: int = Field(8, ge=2, description="Answers a prompt.")
-    epochs: int = Field(1, ge=1)
-    micro_batch: int = Field(16, ge=1)
-    sample_batch: int = Field(64, ge=1, description="Prompts answered together in evaluations.")
-    max_new_tokens: int = Field(128, ge=1)
-    temperature: float = Field(1.0, gt=0, le=10)
-
-    learning_rate: float = Field(1e-5, gt=0)
-    schedule: Literal["linear", "constant"] = "linear"
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    clip: float = Field(0.2, gt=0, lt=1)
-    scale_rewards: Literal["none", "group", "batch"] = Field(
-        "none", description="GRPO: what advantages are divided by."
-    )
-
-    beta: float = Field(0.05, ge=0)
-    kl: Literal["reverse", "forward"] = Field(
-        "reverse", description="GRPO: which divergence the loss term has."
-    )
-    kl_stop: float | None = Field(30.0, gt=0)
-    normalise: Literal["reference", "none"] = "reference"
-    reference_samples: int = Field(256, ge=2)
-    unfinished_score: float | None = -2.0
-
-    lora: Lora | None = None
-    attention: Attention = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    gradient_checkpointing: bool = False
-    seed: int = Field(0, ge=0, lt=2**31)
-    threads: int | None = Field(None, ge=1)
-    save_every: int = Field(20, ge=1)
-    gold: RewardConfig | None = None
-    eval_every: int = Field(20, ge=1)
-    eval_prompts: int = Field(256, ge=2)
-    stop_on_alarm: bool = False
-
-    @model_validator(mode="after")
-    def _divides(self) -> GrpoConfig:
-        if self.batch_size % self.group or self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of group ({self.group}) and of micro_batch "
-                f"({self.micro_batch})"
-            )
-        if self.lora and self.reference:
-            raise ValueError(
-                "with lora the reference is the model without its adapter: leave reference out"
-            )
-        if self.method == "rloo" and (self.kl != "reverse" or self.scale_rewards != "none"):
-            raise ValueError("kl and scale_rewards are GRPO's; RLOO charges KL in the reward")
-        return self
 
 
 def run(
@@ -132,79 +58,71 @@ def run(
     with translate_errors(Path(config.out), "micro_batch or batch_size"):
         if prompts is None:
             prompts, eval_prompts = rollout.prompts_of(config.data, config.eval_prompts)
-        t = prepare_run(
-            config, prompts, rewards.build(config.rewards) if sources is None else sources
-        )
-        gold = gold or (rewards.build([config.gold])[0] if config.gold else None)
-        last = checkpoint.claim(t)
-        if config.normalise == "reference":
-            t.state.scales = ppo.calibrate(
-                t
-            )  # before any update, by the same seed: the same after a kill
-        if last:
-            checkpoint.restore_state(t, orjson.loads((last / STATE).read_bytes()))
-        checkpoint.forget_after(Path(config.out) / checkpoint.METRICS, t.state.step if last else -1)
+        if sources is None:
+            sources = rewards.build(config.rewards)
+        if gold is None and config.gold:
+            gold = rewards.build([config.gold])[0]
+        t = prepare_run(config, prompts, sources)
+        last = _restore(t)
         eval_ids = (
             rollout.encode(t.tokenizer, eval_prompts, t.room, config.template_kwargs)
             if gold
             else []
         )
         if t.state.step == 0:
-            ppo.start(t, gold, eval_prompts, eval_ids, config.method)
+            evaluation.start(t, gold, eval_prompts, eval_ids, config.method)
         trainer = _trainer(t, watch(t, gold, eval_prompts, eval_ids, on_step))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         checkpoint.finish(t)
         return t.state
 
 
-def prepare_run(config: GrpoConfig, prompts: Sequence[Prompt], sources: Sequence[Source]) -> Run:
-    """The models as PPO's functions take them: no value function, and TRL's trainer has the
-    optimizer.
+def _restore(t: GrpoRun) -> Path | None:
+    """The checkpoint to go on from, whose state is now the run's; metrics of later steps are
+    dropped.
     """
-    from accelerate import Accelerator
+    last = checkpoint.claim(t)
+    if last:
+        t.state = checkpoint.restored_state(orjson.loads((last / STATE).read_bytes()))
+    elif t.config.normalise == "reference":
+        t.state.scales = evaluation.calibrate(t)
+    checkpoint.forget_after(Path(t.config.out) / checkpoint.METRICS, t.state.step if last else -1)
+    return last
 
-    if not prompts or not sources:
-        raise ConfigError(
-            "at least one prompt is needed"
-            if not prompts
-            else "a reward is needed: name one under rewards"
-        )
+
+def prepare_run(
+    config: GrpoConfig, prompts: Sequence[Prompt], sources: Sequence[Source]
+) -> GrpoRun:
+    """The models and encoded prompts; there is no value function, and TRL's trainer has the
+    optimizer.
+
+    Raises: ConfigError for no prompts, no rewards, a model that does not load.
+    """
+    check_inputs(config.method.upper(), prompts, sources)
     checkpoint.seed_step(config.seed, 0, "load", config.threads)
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
     policy = load_policy(config.model, config.attention).eval()
     reference = policy  # with lora, until TRL's trainer puts the adapters in
     if config.lora is None:
-        reference = (
-            load_policy(config.reference or config.model, config.attention)
-            .eval()
-            .requires_grad_(False)
-        )
-    room = (
-        getattr(policy.config, "max_position_embeddings", None) or 2**31
-    ) - config.max_new_tokens
-    ids = rollout.encode(tokenizer, prompts, room, config.template_kwargs)
-    return Run(
-        config,
-        policy,
-        None,
-        reference,
-        tokenizer,
-        None,
-        Accelerator(mixed_precision=_mixed(config)),
-        rollout.end_ids(policy, tokenizer),
-        room,
-        prompts,
-        ids,
-        sources,
-        State(beta=config.beta),
+        reference = load_policy(config.reference or config.model, config.attention)
+        reference = reference.eval().requires_grad_(False)
+    room = room_for_prompt(policy, config)
+    return GrpoRun(
+        config=config,
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        accelerator=distributed.accelerator_for(config.precision),
+        ends=rollout.end_ids(policy, tokenizer),
+        room=room,
+        prompts=prompts,
+        prompt_ids=rollout.encode(tokenizer, prompts, room, config.template_kwargs),
+        sources=sources,
+        state=State(beta=config.beta),
     )
 
 
-def _mixed(config: GrpoConfig) -> str:
-    return "bf16" if config.precision == "bf16" else "no"
-
-
-def _trainer(t: Run, callback: Any) -> Any:
+def _trainer(t: GrpoRun, callback: Any) -> Any:
     """TRL's trainer for this configuration, with our reference and our reward."""
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -259,7 +177,9 @@ def _trainer(t: Run, callback: Any) -> Any:
         c.batch_size // c.group,
     )
     turns = [
-        turns[i] for step in range(c.steps) for i in ppo.rows_of(c.seed, len(turns), step, need)
+        turns[i]
+        for step in range(c.steps)
+        for i in evaluation.rows_of(c.seed, len(turns), step, need)
     ]
     trainer = (GRPOTrainer if c.method == "grpo" else RLOOTrainer)(
         model=t.policy,
@@ -281,7 +201,7 @@ def _trainer(t: Run, callback: Any) -> Any:
     return trainer
 
 
-def reward_for(t: Run) -> Callable[..., list[float | None]]:
+def reward_for(t: GrpoRun) -> Callable[..., list[float | None]]:
     """The sources as one reward function of TRL: scaled, summed, a fixed score for answers without
     an end.
     """
@@ -290,19 +210,18 @@ def reward_for(t: Run) -> Callable[..., list[float | None]]:
         prompts: Any, completions: Any, completion_ids: Any, log_metric: Any = None, **_: Any
     ) -> list[float | None]:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-        fixed, totals = t.config.unfinished_score, [t.config.unfinished_score] * len(texts)
-        read = [b for b, ids in enumerate(completion_ids) if fixed is None or ids[-1] in t.ends]
-        found = rewards.Scores([], {}, {})
-        if read:
-            found = rewards.score(
-                t.sources, [prompts[b] for b in read], [texts[b] for b in read], t.state.scales
-            )
-        for b, total in zip(read, found.total, strict=True):
-            totals[b] = total
+        totals, found = rewards.score_ended(
+            t.sources,
+            prompts,
+            texts,
+            [ids[-1] in t.ends for ids in completion_ids],
+            t.config.unfinished_score,
+            t.state.scales,
+        )
+        if t.state.step == 0:
+            rewards.check_all_vary(found)
         for name, raw in found.raw.items():
             known = [x for x in raw if x is not None]
-            if t.state.step == 0 and len({texts[b] for b in read}) > 1:
-                rewards.check_varies(name, known)
             if log_metric and known:
                 log_metric(f"reward/{name}", fmean(known))
         return totals
@@ -311,7 +230,7 @@ def reward_for(t: Run) -> Callable[..., list[float | None]]:
 
 
 def watch(
-    t: Run,
+    t: GrpoRun,
     gold: Source | None,
     eval_prompts: Sequence[Prompt],
     ids: list[list[int]],
@@ -346,9 +265,9 @@ def watch(
             metrics = measured(logs) | {"step": t.state.step, "beta": c.beta}
             if c.kl_stop is not None and metrics["kl"] > c.kl_stop:
                 t.state.stopped = f"KL {metrics['kl']:.1f} nats an answer, beyond kl_stop ({c.kl_stop:g}). Raise beta or kl_stop"
-            elif gold and ppo.due(t):
+            elif gold and evaluation.due(t):
                 t.policy.eval()
-                metrics |= ppo.evaluate(t, gold, eval_prompts, ids)
+                metrics |= evaluation.evaluate(t, gold, eval_prompts, ids)
                 t.policy.train()
             checkpoint.record(t, metrics | {"stopped": t.state.stopped}, c.method)
             control.should_training_stop = control.should_training_stop or bool(t.state.stopped)

@@ -6,80 +6,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prefab.factory.errors import ConfigError
+from prefab.trainers import distributed
 from prefab.trainers.common import Lora, load_policy, load_tokenizer, with_lora
-from prefab.trainers.rl import checkpoint, rewards, rollout
-from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
+from prefab.trainers.rl import checkpoint, rollout
+from prefab.trainers.rl.config import PpoConfig, RlConfig
 from prefab.trainers.rl.rewards import Source
-from prefab.trainers.rl.rollout import Packed, Prompt, SampledAnswer
+from prefab.trainers.rl.rollout import Packed, Prompt, SampledAnswer, TransformersSampler
+from prefab.trainers.rl.state import PpoRun, Run, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefab.trainers.rl.ppo import PpoConfig
-    from prefab.trainers.rl.rollout_vllm import Sampler
 
+def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[Source]) -> PpoRun:
+    """Models, optimizer and encoded prompts, with nothing trained yet.
 
-@dataclass(slots=True)
-class State:
-    """What a run knows beside weights and optimizer; saved with them."""
-
-    step: int = 0
-    beta: float = 0.0
-    scales: rewards.Scales = field(default_factory=dict)
-    bad_in_a_row: int = 0
-    bad: int = 0
-    unfinished_in_a_row: int = 0
-    evaluations: list[Evaluation] = field(default_factory=list)
-    seen: list[CachedEval] = field(default_factory=list)
-    stopped: str = ""
-
-
-@dataclass(slots=True)
-class Run:
-    """A run's models and data; `reference` None means the policy with its adapter off."""
-
-    config: PpoConfig
-    policy: Any
-    critic: Any
-    reference: Any
-    tokenizer: Any
-    optimizer: Any
-    accelerator: Any
-    ends: list[int]
-    room: int
-    prompts: Sequence[Prompt]
-    prompt_ids: list[list[int]]
-    sources: Sequence[Source]
-    state: State
-    sampler: Sampler | None = None  # vLLM's; None: transformers samples
-
-
-def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[Source]) -> Run:
-    """Models, optimizer and encoded prompts, with nothing trained yet."""
-    import torch
-    from accelerate import Accelerator
-
-    if not prompts or not sources:
-        raise ConfigError(
-            "PPO needs at least one prompt"
-            if not prompts
-            else "PPO needs a reward: name one under rewards"
-        )
+    Raises: ConfigError for no prompts, no rewards, several processes, a model that does not load.
+    """
+    check_inputs("PPO", prompts, sources)
     checkpoint.seed_step(config.seed, 0, "load", config.threads)
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    accelerator = distributed.accelerator_for(config.precision)
     if accelerator.num_processes > 1:
         raise ConfigError(
             "PPO runs in one process; start it with `prefab train ppo`, not with accelerate launch"
         )
-    device = accelerator.device.type
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
+    policy, reference, trunk = _load_models(config, accelerator.device.type)
+    critic = _critic(trunk, policy.config.hidden_size).to(accelerator.device)
+    room = room_for_prompt(policy, config)
+    ends = rollout.end_ids(policy, tokenizer)
+    return PpoRun(
+        config=config,
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        accelerator=accelerator,
+        ends=ends,
+        room=room,
+        prompts=prompts,
+        prompt_ids=rollout.encode(tokenizer, prompts, room, config.template_kwargs),
+        sources=sources,
+        state=State(beta=config.beta),
+        critic=critic,
+        optimizer=_optimizer(config, policy, critic),
+        sampler=_sampler(config, policy, ends, accelerator),
+    )
+
+
+def check_inputs(method: str, prompts: Sequence[Prompt], sources: Sequence[Source]) -> None:
+    """Raises: ConfigError where there is no prompt, or no reward."""
+    if not prompts:
+        raise ConfigError(f"{method} needs at least one prompt")
+    if not sources:
+        raise ConfigError(f"{method} needs a reward: name one under rewards")
+
+
+def room_for_prompt(policy: Any, config: RlConfig) -> int:
+    """The tokens that a prompt may have, so that the longest answer still fits."""
+    longest: int = getattr(policy.config, "max_position_embeddings", None) or 2**31
+    return longest - config.max_new_tokens
+
+
+def _load_models(config: PpoConfig, device: str) -> tuple[Any, Any, Any]:
+    """(policy, reference or None, the value function's own trunk or None)."""
 
     def model(name: str, lora: Lora | None) -> Any:
-        return _quiet(
+        return _without_dropout(
             with_lora(load_policy(name, config.attention, device=device), lora, "CAUSAL_LM")
         )
 
@@ -88,42 +83,44 @@ def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[
         reference = model(config.reference or config.model, None).requires_grad_(False)
     if config.value == "separate":
         trunk = model(config.value_model or config.model, config.lora)
-    critic = _critic(trunk, policy.config.hidden_size).to(accelerator.device)
     for checkpointed in (policy, trunk) if config.gradient_checkpointing else ():
         if checkpointed is not None:  # it takes effect in training mode alone, that is in updates
             checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
             checkpointed.enable_input_require_grads()
+    return policy, reference, trunk
+
+
+def _optimizer(config: PpoConfig, policy: Any, critic: Any) -> Any:
+    import torch
+
+    rates = ((policy, config.learning_rate), (critic, config.value_learning_rate))
     groups = [
-        {"params": [p for p in policy.parameters() if p.requires_grad], "lr": config.learning_rate},
-        {
-            "params": [p for p in critic.parameters() if p.requires_grad],
-            "lr": config.value_learning_rate,
-        },
+        {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
+        for model, rate in rates
     ]
-    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=config.weight_decay, fused=True)
-    room = (
-        getattr(policy.config, "max_position_embeddings", None) or 2**31
-    ) - config.max_new_tokens
-    ids = rollout.encode(tokenizer, prompts, room, config.template_kwargs)
-    ends = rollout.end_ids(policy, tokenizer)
-    return Run(
-        config,
-        policy,
-        critic,
-        reference,
-        tokenizer,
-        optimizer,
-        accelerator,
+    return torch.optim.AdamW(groups, eps=1e-5, weight_decay=config.weight_decay, fused=True)
+
+
+def policy_sampler(t: Run, model: Any) -> TransformersSampler:
+    """What samples answers of this model in the run's way."""
+    return _sampler(t.config, model, t.ends, t.accelerator)
+
+
+def _sampler(
+    config: RlConfig, model: Any, ends: list[int], accelerator: Any
+) -> TransformersSampler:
+    return TransformersSampler(
+        model,
+        config.max_new_tokens,
+        config.temperature,
         ends,
-        room,
-        prompts,
-        ids,
-        sources,
-        State(beta=config.beta),
+        config.sample_batch,
+        config.micro_batch,
+        accelerator.autocast,
     )
 
 
-def _quiet(model: Any) -> Any:
+def _without_dropout(model: Any) -> Any:
     """The model in evaluation mode with every dropout at zero: a ratio must not differ by
     chance.
     """
@@ -146,13 +143,14 @@ def _critic(trunk: Any, hidden: int) -> Any:
     return torch.nn.ModuleDict({"head": head} | ({"trunk": trunk} if trunk is not None else {}))
 
 
-def values_of(t: Run, packed: Packed, states_BTD: Tensor | None) -> Tensor:
+def values_of(t: PpoRun, packed: Packed, states_BTD: Tensor | None) -> Tensor:
     """The value before each token of the answers, B T."""
     if "trunk" in t.critic:
         T = packed.mask_BT.shape[1]
         out = t.critic["trunk"](**packed.inputs(), logits_to_keep=1, output_hidden_states=True)
         states_BTD = rollout.left(out.hidden_states[-1][:, -T:], packed)
-    return t.critic["head"](states_BTD).float()[..., 0]
+    values_BT: Tensor = t.critic["head"](states_BTD).float()[..., 0]
+    return values_BT
 
 
 @contextmanager
@@ -163,7 +161,7 @@ def as_reference(t: Run) -> Iterator[Any]:
 
 
 def policy_kl(
-    t: Run, answers: list[SampledAnswer]
+    t: PpoRun, answers: list[SampledAnswer]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask, log-probabilities, reference's, entropies, values) of answers, each B T, by the
     forward that trains.
@@ -182,9 +180,11 @@ def policy_kl(
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
             n = packed.mask_BT.shape[1]
             mask[rows, :n] = packed.mask_BT
-            logps[rows, :n], entropy[rows, :n], states = rollout.forward(
+            logps[rows, :n], entropy_BT, states = rollout.forward(
                 t.policy, packed, t.config.temperature, "trunk" not in t.critic, entropy=True
             )
+            assert entropy_BT is not None  # it was asked for
+            entropy[rows, :n] = entropy_BT
             values[rows, :n] = values_of(t, packed, states)
             with as_reference(t) as reference:
                 reference_logps[rows, :n] = rollout.forward(

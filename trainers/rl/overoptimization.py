@@ -47,7 +47,7 @@ class CachedEval:
     ids: list[int]
     reference_logp: float
     proxy: float | None
-    gold: float | None
+    gold: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def fallen(evaluations: Sequence[Evaluation], planned: int, level: float = LEVEL
     """Whether the last evaluation's gold is below the best one's, by a one-sided paired t test at
     `level` / `planned`, while its proxy is above.
 
-    A best of many evaluations is partly luck: against "two standard errors below the best" a
+    The best of many evaluations is partly chance: against "two standard errors below the best" a
     plateau of many evaluations is called a fall nearly always. So the test is paired, and its level
     is divided by the number of evaluations.
     """

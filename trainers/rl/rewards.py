@@ -77,6 +77,8 @@ class Scores:
     `total` is None where any source could not score the answer.
     """
 
+    texts: Sequence[str]
+
     total: list[float | None]
     raw: dict[str, list[float | None]]
     disagreement: dict[str, list[float]]
@@ -99,31 +101,58 @@ def score(
     Raises: TrainError for a reward that raises, or gives the wrong number of values, or one that is
     no number.
     """
-    raw: dict[str, list[float | None]] = {}
-    apart: dict[str, list[float]] = {}
-    total: list[float | None] = [0.0] * len(completions)
+    found = Scores(completions, [0.0] * len(completions), {}, {})
     for source in sources if completions else ():
         rows = [call(source, member, prompts, completions) for member in source.members]
         scale = (scales or {}).get(source.name) or [(0.0, 1.0)] * (len(rows) + 1)
-        scaled = [
-            [None if x is None else (x - mean) / sd for x in row]
-            for row, (mean, sd) in zip(rows, scale, strict=False)
+        columns = list(
+            zip(*(_scaled(row, one) for row, one in zip(rows, scale, strict=False)), strict=True)
+        )
+        found.raw[source.name] = [_mean(column) for column in zip(*rows, strict=True)]
+        found.disagreement[source.name] = [
+            pstdev(known) if len(known) > 1 else 0.0  # the same value in a hundredth of the time
+            for column in columns
+            if len(known := [x for x in column if x is not None]) == len(column)
         ]
-        raw[source.name] = [_mean(column) for column in zip(*rows, strict=True)]
-        combined = [
-            combine(column, source.combine, source.lam) for column in zip(*scaled, strict=True)
+        whole = _scaled([combine(c, source.combine, source.lam) for c in columns], scale[-1])
+        found.total[:] = [
+            None if old is None or new is None else old + source.weight * new
+            for old, new in zip(found.total, whole, strict=True)
         ]
-        apart[source.name] = [
-            pstdev(column) if len(column) > 1 else 0.0  # as it would be, in a hundredth of the time
-            for column in zip(*scaled, strict=True)
-            if None not in column
-        ]
-        mean, sd = scale[-1]
-        total = [
-            None if old is None or new is None else old + source.weight * (new - mean) / sd
-            for old, new in zip(total, combined, strict=True)
-        ]
-    return Scores(total, raw, apart)
+    return found
+
+
+def _scaled(values: Sequence[float | None], scale: tuple[float, float]) -> list[float | None]:
+    """Values less the mean, over the deviation."""
+    mean, deviation = scale
+    return [None if x is None else (x - mean) / deviation for x in values]
+
+
+def score_ended(
+    sources: Sequence[Source],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    ended: Sequence[bool],
+    unfinished_score: float | None,
+    scales: Scales,
+) -> tuple[list[float | None], Scores]:
+    """(the total of every answer, the scores of the answers that were read).
+
+    Answers that did not end get `unfinished_score` and are not read; with None all are read.
+    """
+    read = [b for b, end in enumerate(ended) if end or unfinished_score is None]
+    found = score(sources, [prompts[b] for b in read], [completions[b] for b in read], scales)
+    totals: list[float | None] = [unfinished_score] * len(completions)
+    for b, total in zip(read, found.total, strict=True):
+        totals[b] = total
+    return totals, found
+
+
+def check_all_vary(found: Scores) -> None:
+    """Raises: TrainError where a reward gives the same score to different texts."""
+    if len(set(found.texts)) > 1:
+        for name, raw in found.raw.items():
+            check_varies(name, [x for x in raw if x is not None])
 
 
 def _mean(members: Sequence[float | None]) -> float | None:
@@ -142,10 +171,7 @@ def calibrate(
     for source in sources:
         rows = [call(source, member, prompts, completions) for member in source.members]
         members = [_scale(source.name, row) for row in rows]
-        scaled = [
-            [None if x is None else (x - mean) / sd for x in row]
-            for row, (mean, sd) in zip(rows, members, strict=True)
-        ]
+        scaled = [_scaled(row, scale) for row, scale in zip(rows, members, strict=True)]
         whole = [
             combine(column, source.combine, source.lam) for column in zip(*scaled, strict=True)
         ]
@@ -287,7 +313,8 @@ def from_file(path: str) -> Reward:
         ) from error
     if not callable(found):
         raise ConfigError(f"rewards: {path} has no function reward(prompts, completions)")
-    return found
+    reward: Reward = found
+    return reward
 
 
 def from_model(folder: str, batch: int = 32) -> Reward:
@@ -303,7 +330,8 @@ def from_model(folder: str, batch: int = 32) -> Reward:
             [*turns(prompt), {"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, completions, strict=True)
         ]
-        return scored(talks).tolist()
+        values: list[float] = scored(talks).tolist()
+        return values
 
     return reward
 

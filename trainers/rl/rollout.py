@@ -8,9 +8,10 @@ would be wrong from the first step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.spec.templates import neutralise
@@ -41,6 +42,54 @@ class SampledAnswer:
     ids: list[int]
     sampler_logps: list[float]
     ended: bool
+
+
+class Sampler(Protocol):
+    """What samples the answers that PPO trains on: transformers in this process, or a server."""
+
+    def sample(self, prompts: Sequence[list[int]], seed: int) -> list[SampledAnswer]:
+        """One answer to each prompt by the policy as it is now, in the order of the prompts."""
+
+    def check(self, gap: float) -> None:
+        """Raises: TrainError for a mean gap (nats a token, see `sampler_gap`) that rounding does
+        not explain.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersSampler:
+    """Samples with transformers, in this process; the policy is always the current one.
+
+    `batch` prompts are answered together, and `micro_batch` former answers checked together.
+    """
+
+    model: Any
+    max_new_tokens: int
+    temperature: float
+    ends: Sequence[int]
+    batch: int
+    micro_batch: int
+    autocast: Callable[[], AbstractContextManager[None]]
+
+    def sample(
+        self, prompts: Sequence[list[int]], seed: int, former: Sequence[list[int]] = ()
+    ) -> list[SampledAnswer]:
+        """See `Sampler.sample`; `former` as in the function `sample`."""
+        with self.autocast():
+            return sample(
+                self.model,
+                prompts,
+                self.max_new_tokens,
+                self.temperature,
+                self.ends,
+                seed,
+                self.batch,
+                former,
+                self.micro_batch,
+            )
+
+    def check(self, gap: float) -> None:
+        """Nothing to check: these are the weights that train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +130,8 @@ def prompts_of(config: DataConfig | None, watched: int) -> tuple[list[Prompt], l
             "data: no prompts are named. Name a store's run, or files: data: {sources: [{store: store}]}"
         )
     found = data.read_rows("prompts", config)
-    return [data.prompt_of(row) for row in found.train], [data.prompt_of(row) for row in found.val][
-        :watched
-    ]
+    train: list[Prompt] = [data.prompt_of(row) for row in found.train]
+    return train, [data.prompt_of(row) for row in found.val[:watched]]
 
 
 def encode(
@@ -144,8 +192,8 @@ def sample(
     `temperature`.
 
     Prompts of like length are answered together; rows that have ended leave the batch as soon as
-    half of them have. The luck is a function of seed and place alone: policies that are alike
-    answer most prompts alike, so that a difference between them is seen with fewer prompts.
+    half of them have. The random numbers are a function of seed and place alone: similar policies
+    give most prompts the same answer, so that a difference between them is seen with fewer prompts.
     `former` are answers drawn with the same seed, by a policy like this one: those that come again
     are found by one forward, `micro_batch` at a time, and the others alone drawn token by token.
     """

@@ -20,10 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import orjson
-from pydantic import Field
 
 from prefab.factory.engines import vllm
 from prefab.factory.engines.http import HttpClient as Http
@@ -32,12 +31,11 @@ from prefab.factory.engines.supervisor import GRACE_S
 from prefab.factory.engines.vllm_process import VllmProcess, free_port, has_gpu
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.paths import IMPORT_ROOT
-from prefab.trainers.common import Strict, TrainError
+from prefab.trainers.common import TrainError
 from prefab.trainers.rl import checkpoint
-from prefab.trainers.rl.rollout import SampledAnswer
-
-if TYPE_CHECKING:
-    from prefab.trainers.rl.models import Run
+from prefab.trainers.rl.config import PpoConfig
+from prefab.trainers.rl.rollout import SampledAnswer, Sampler
+from prefab.trainers.rl.state import PpoRun
 
 # Nats a token, mean of a step. In fp32 on a CPU a server with the right weights was 3e-7 away
 # (prefab-tiny); weights one update old were 0.03 away at a learning rate of 1e-4 and 0.004 at 1e-5,
@@ -46,18 +44,7 @@ if TYPE_CHECKING:
 GAP_CPU, GAP_GPU, GAP_BF16 = 0.001, 0.01, 0.1
 
 
-class Settings(Strict):
-    """Of the server that samples. It shares the machine, and a GPU, with training."""
-
-    gpu_memory_utilization: float = Field(
-        0.3, gt=0, le=1, description="Share of a GPU; TRL's default where it shares one too."
-    )
-    tensor_parallel: int = Field(1, ge=1)
-    kv_cache_gib: float = Field(1.0, gt=0, description="On a CPU.")
-    args: list[str] = Field([], description="To vLLM's command line as they are.")
-
-
-class Sampler:
+class VllmSampler:
     """A vLLM server that serves the policy of a run as it stands. The first `sample` starts it;
     `stop` ends it.
 
@@ -65,7 +52,7 @@ class Sampler:
     run is saved and stops.
     """
 
-    def __init__(self, t: Run, launch: Callable[..., Any] = VllmProcess) -> None:
+    def __init__(self, t: PpoRun, launch: Callable[..., Any] = VllmProcess) -> None:
         self.t, self.launch = t, launch
         self.folder = Path(t.config.out) / "served"
         self.process: Any = None
@@ -183,14 +170,12 @@ class Sampler:
 
 
 @contextmanager
-def sampler(t: Run) -> Iterator[Sampler | None]:
-    """The sampler that the configuration names, None for transformers; its server ends with the
-    block.
-    """
+def sampler(t: PpoRun) -> Iterator[Sampler]:
+    """The sampler that the configuration names; a server ends with the block."""
     if t.config.sampler == "transformers":
-        yield None
+        yield t.sampler
         return
-    found = Sampler(t)
+    found = VllmSampler(t)
     try:
         yield found
     finally:
@@ -198,7 +183,7 @@ def sampler(t: Run) -> Iterator[Sampler | None]:
         shutil.rmtree(found.folder, ignore_errors=True)
 
 
-def engine_config(config: Any, folder: Path, longest: int, exact: bool) -> vllm.VllmConfig:
+def engine_config(config: PpoConfig, folder: Path, longest: int, exact: bool) -> vllm.VllmConfig:
     """The server's settings. `longest`: tokens of the longest prompt. `exact`: training is in
     float32.
     """
@@ -241,7 +226,9 @@ async def push(server: Http) -> None:
         )
 
 
-def body_of(prompt: list[int], config: Any, model: str, ends: Sequence[int], seed: int) -> bytes:
+def body_of(
+    prompt: list[int], config: PpoConfig, model: str, ends: Sequence[int], seed: int
+) -> bytes:
     """The request for one answer. Its ends are ours alone: what the model's configuration ends with
     may be another token.
     """
@@ -299,5 +286,5 @@ def answer_of(
     return SampledAnswer(prompt, ids, logps, ended)
 
 
-def _at(t: Run) -> str:
+def _at(t: PpoRun) -> str:
     return f"at step {t.state.step + 1}"

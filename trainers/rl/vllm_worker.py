@@ -1,10 +1,15 @@
 """What vLLM's worker learns from us (`--worker-extension-cls`): to take new weights while it
-serves. It runs in vLLM's process, so it imports nothing.
+serves. It runs in vLLM's process, so it imports nothing of ours.
 """
+
+from typing import Any
 
 
 class Extension:
     """Methods that `POST /collective_rpc` can name; `self` is vLLM's worker."""
+
+    reload_weights: Any  # of the worker that vLLM mixes this class into
+    model_runner: Any
 
     def take_policy(self) -> None:
         """Read the weights again from the folder that the server was started from, and put them in

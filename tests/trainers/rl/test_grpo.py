@@ -10,12 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from benchmarks import answer_world as aw
 from benchmarks import exact_optimum
 from prefab.factory.errors import ConfigError
 from prefab.trainers.common import COMPLETE, Lora, TrainError, load_policy
 from prefab.trainers.registry import CONFIGS
 from prefab.trainers.rl import checkpoint, grpo, policy_gradient, rewards
+from tests.support import answer_world as aw
 
 torch.set_num_threads(1)
 WORLD = aw.World(length=2)

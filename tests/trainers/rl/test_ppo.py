@@ -14,12 +14,12 @@ pytest.importorskip("trl")
 
 import itertools
 
-from benchmarks import answer_world as aw
 from benchmarks import exact_optimum
 from prefab.factory.errors import ConfigError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
 from prefab.trainers.rl import checkpoint, ppo, rewards, rollout
 from prefab.trainers.rl import policy_gradient as pg
+from tests.support import answer_world as aw
 from tests.support import kill_ppo_driver
 
 torch.set_num_threads(1)
@@ -238,7 +238,7 @@ def test_one_update_is_the_plain_gradient_step(make, tmp_path):
     )
     t = ppo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
     answers, texts = ppo.sample(
-        t, [t.prompt_ids[i] for i in ppo.rows_of(config.seed, len(PROMPTS), 0, 16)], "sample"
+        t, [t.prompt_ids[i] for i in ppo.rows_of(config.seed, len(PROMPTS), 0, 16)]
     )
     scores = WORLD.reward([aw.LETTERS[a.prompt[-1] - 2] for a in answers], texts)
     model, loss, tokens = load_policy(config.model), 0.0, sum(len(a.ids) for a in answers)

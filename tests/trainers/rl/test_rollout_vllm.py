@@ -12,11 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from benchmarks import answer_world as aw
 from prefab.factory.engines.vllm_process import VllmProcess, command_line, environment
 from prefab.factory.errors import EngineError, TransportError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
 from prefab.trainers.rl import checkpoint, ppo, rewards, rollout, rollout_vllm
+from tests.support import answer_world as aw
 from tests.support import kill_ppo_driver
 
 torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def make(models, tmp_path):
         t = ppo.prepare_run(config, list(WORLD.prompts) * 5, rewards.single(WORLD.reward))
         checkpoint.restore(t)
         if script is not None:
-            t.sampler = rollout_vllm.Sampler(t, script)
+            t.sampler = rollout_vllm.VllmSampler(t, script)
             t.sampler.patience_s = 0.5
         return t
 
