@@ -213,10 +213,6 @@ STILL_CIRCLES = {
     "prefab.pipelines.training.online",
     "prefab.pipelines.training.stages",
     "prefab.pipelines.training.sweep",
-    "prefab.trainers.rl.checkpoint",
-    "prefab.trainers.rl.models",
-    "prefab.trainers.rl.ppo",
-    "prefab.trainers.rl.rollout_vllm",
 }
 
 
@@ -273,10 +269,6 @@ STILL_COMPLEX = {
     "trainers/evaluate.py figures",
     "trainers/model_card.py write_card",
     "trainers/offline/loop.py fit",
-    "trainers/rl/models.py prepare_run",
-    "trainers/rl/ppo.py evaluate",
-    "trainers/rl/ppo.py run",
-    "trainers/rl/ppo.py score",
     "trainers/rl/rewards.py score",
     "trainers/rl/rollout_vllm.py answer_of",
 }
