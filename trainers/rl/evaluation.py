@@ -34,6 +34,8 @@ def rows_of(seed: int, n: int, step: int, batch: int) -> list[int]:
 
 def texts_of(t: Run, answers: Sequence[SampledAnswer]) -> list[str]:
     """The text of each answer, without control tokens."""
+    if not answers:  # transformers decodes an empty list to one empty text
+        return []
     texts: list[str] = t.tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
     return texts
 
