@@ -68,7 +68,9 @@ def fail(error: PrefabError, remedy: str = "") -> int:
 
 def _remedy(error: PrefabError) -> str:
     if isinstance(error, BudgetError):
-        return "answers are kept; mend the cause or raise the budget (--set budget.unscored=0.2), then run again"
+        name = next((n for n in ("failed", "calls", "tokens") if f"budget.{n}" in str(error)), None)
+        setting = f"budget.{name}" if name else "budget.unscored"
+        return f"answers are kept; fix the cause or raise {setting} with --set, then run again"
     if isinstance(error, StoreError):
         return "`prefab doctor` says what is wrong with a store"
     if isinstance(error, EngineError):
@@ -77,12 +79,12 @@ def _remedy(error: PrefabError) -> str:
 
 
 def warn(message: str) -> None:
-    """A thing that is not wrong enough to stop for."""
+    """Print a warning to stderr."""
     console(stderr=True).print(f"[yellow]note[/yellow]  {escape(message)}")
 
 
 def hint(command: str) -> None:
-    """The next command to type."""
+    """Print the next command to type, to stderr."""
     console(stderr=True).print(f"next: [bold]{escape(command)}[/bold]")
 
 

@@ -66,7 +66,7 @@ def demo(
 ) -> int:
     """Run the preset, train on what it made, print the tables, give the exit code."""
     from prefab.pipelines.cli import demo_training
-    from prefab.pipelines.cli.main import next_command, report
+    from prefab.pipelines.cli.run_report import next_command, report
     from prefab.pipelines.evaluation.report import show as show_policies
     from prefab.pipelines.run.runner import run
     from prefab.pipelines.training.stages import show_gold

@@ -23,10 +23,9 @@ from prefab.judges.stats.rating_table import group
 from prefab.pipelines.quality.rating_matrix import (
     RATINGS,
     RatingMatrix,
-    Selection,
     load_matrix,
-    select,
 )
+from prefab.pipelines.quality.selection import Selection, select
 
 if TYPE_CHECKING:
     import polars
@@ -466,7 +465,7 @@ def short(text: str | None) -> str | None:
 
 
 def limitations(data: RatingMatrix, source: str, orders: str) -> list[str]:
-    """What this run's verdicts cannot say, and what would let them."""
+    """Limitations of this run's data, and how to lift each."""
     words = []
     if len(data.judges) == 1:
         words.append(

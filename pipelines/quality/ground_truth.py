@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import polars
 
     from prefab.factory.microworld import oracle
-    from prefab.pipelines.quality.rating_matrix import Selection
+    from prefab.pipelines.quality.selection import Selection
 
 CHOICES = ("auto", "human", "oracle", "none")
 _EPS = 1e-9  # of gold scores, whose weights may be summed in another order

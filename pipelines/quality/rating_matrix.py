@@ -8,15 +8,11 @@ readings too, without a position.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from prefab.factory.errors import ConfigError
-from prefab.factory.spec.yamlio import did_you_mean
 from prefab.pipelines.quality.ground_truth import find_gold
+from prefab.pipelines.quality.selection import WHERE, Selection
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,14 +80,6 @@ class RatingMatrix:
         return replace(self, items=self.items.filter(pl.Series(kept)), **some)
 
 
-_WHERE = """run = $run
-  AND (len($principles) = 0 OR list_contains($principles, principle))
-  AND (len($judges) = 0 OR list_contains($judges, judge))
-  AND (len($tags) = 0
-       OR prompt IN (SELECT prompt FROM prompts WHERE list_has_any(tags, $tags))
-       OR principle IN (SELECT principle FROM principles
-                        WHERE constitution = $constitution AND list_has_any(tags, $tags)))"""
-
 _READINGS = f"""
 SELECT prompt, a, b, principle, judge,
   CASE WHEN count(*) = count(p_a) THEN avg(p_a) END AS p,
@@ -101,129 +89,7 @@ SELECT prompt, a, b, principle, judge,
   max(winner) FILTER (WHERE "order" = 'ba' AND repeat = 0) AS won_ba,
   max(p_a) FILTER (WHERE "order" = 'ab' AND repeat = 0) AS p_ab,
   max(p_a) FILTER (WHERE "order" = 'ba' AND repeat = 0) AS p_ba
-FROM verdicts WHERE {_WHERE} GROUP BY ALL ORDER BY prompt, a, b, principle, judge"""
-
-_UNSCORED = f"""
-SELECT principle, judge, reason, count(*) AS n FROM verdicts WHERE {_WHERE} GROUP BY ALL ORDER BY ALL"""
-
-_MASS = f"""
-SELECT judge, count(*) AS verdicts, count(mass) AS n, avg(mass) AS mean, quantile_cont(mass, 0.05) AS low,
-  count(*) FILTER (WHERE exactness <> 'exact' AND p_a IS NOT NULL) AS inexact, bool_or("order" = '-') AS unordered,
-  count(DISTINCT repeat) AS repeats
-FROM verdicts WHERE {_WHERE} GROUP BY ALL ORDER BY judge"""
-
-_AGAIN = f"""
-WITH v AS (SELECT * FROM verdicts WHERE {_WHERE})
-SELECT x.judge, x.prompt, x.winner AS first, y.winner AS again FROM v x
-JOIN v y USING (prompt, a, b, principle, judge, "order")
-WHERE x.repeat = 0 AND y.repeat > 0 AND x.winner IS NOT NULL AND y.winner IS NOT NULL"""
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which verdicts: of one run, and of these principles, judges and tags (none named: all)."""
-
-    folder: Path
-    run: dict[str, Any]
-    principles: tuple[str, ...] = ()
-    judges: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """NAME@VERSION."""
-        return f"{self.run['name']}@{self.run['version']}"
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The run's resolved configuration."""
-        return json.loads(self.run["config"])
-
-    def query(self, sql: str, more: dict[str, Any] = {}) -> polars.DataFrame:  # noqa: B006
-        """The rows of a query with named parameters: those of the selection, and `more`."""
-        from prefab.pipelines.store.fill import query
-
-        values = {
-            **more,
-            "run": self.run["run"],
-            "constitution": self.run["constitution"] or "",
-            "principles": list(self.principles),
-            "judges": list(self.judges),
-            "tags": list(self.tags),
-        }
-        return query(self.folder, *_positional(sql, values))
-
-    def unscored(self) -> polars.DataFrame:
-        """Verdicts by principle, judge and reason (None: scored)."""
-        return self.query(_UNSCORED)
-
-    def masses(self) -> polars.DataFrame:
-        """By judge: verdicts, label mass, how many were read inexactly, repeats."""
-        return self.query(_MASS)
-
-    def again(self) -> polars.DataFrame:
-        """Pairs of verdicts of one judge on one question in one order, asked more than once."""
-        return self.query(_AGAIN)
-
-
-def _positional(sql: str, values: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Named parameters as numbered ones, which is what the store's reader takes; lists get their
-    type.
-    """
-    used = [name for name in values if f"${name}" in sql]
-    for i, name in enumerate(sorted(used, key=len, reverse=True), 1):
-        sql = sql.replace(
-            f"${name}", f"${i}::VARCHAR[]" if isinstance(values[name], list) else f"${i}"
-        )
-    return sql, [values[name] for name in sorted(used, key=len, reverse=True)]
-
-
-def select(
-    folder: Path,
-    run: str = "",
-    principles: Sequence[str] = (),
-    judges: Sequence[str] = (),
-    tags: Sequence[str] = (),
-) -> Selection:
-    """The selection, checked.
-
-    Raises: ConfigError when there is no such run, or a name matches none of the run's verdicts; for
-    a run that has none.
-    """
-    from prefab.pipelines.store.export.trl import find_run
-
-    whole = Selection(folder, find_run(folder, run))
-    rows = whole.unscored()
-    if rows.is_empty():
-        raise ConfigError(
-            f"{folder}: the run {whole.name} has no verdicts: it compared nothing, or nothing was answered "
-            "yet; name another with --run NAME, or run a pipeline with a panel"
-        )
-    for what, given, known in (
-        ("principle", principles, set(rows["principle"])),
-        ("judge", judges, set(rows["judge"])),
-    ):
-        for name in given:
-            if name not in known:
-                raise ConfigError(
-                    f"--{what} {name}: {whole.name} has no verdicts of it; {did_you_mean(name, known)}"
-                )
-    found = replace(whole, principles=tuple(principles), judges=tuple(judges), tags=tuple(tags))
-    if (tags or (principles and judges)) and found.unscored().is_empty():
-        known = set(
-            whole.query(
-                "SELECT DISTINCT unnest(tags) AS tag FROM prompts UNION SELECT DISTINCT unnest(tags) "
-                "FROM principles WHERE constitution = $constitution"
-            )["tag"]
-        )
-        told = "; ".join(
-            f"--tag {tag}: {did_you_mean(tag, known)}" for tag in tags if tag not in known
-        )
-        raise ConfigError(
-            f"{whole.name} has no verdicts that match all of these options"
-            + (f" ({told})" if told else "")
-        )
-    return found
+FROM verdicts WHERE {WHERE} GROUP BY ALL ORDER BY prompt, a, b, principle, judge"""
 
 
 def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix, str]:

@@ -19,6 +19,8 @@ import yaml
 from typer.testing import CliRunner
 
 from prefab import run
+from prefab.factory.console import fail
+from prefab.factory.errors import BudgetError
 from prefab.factory.store.store import read_frame as store_read
 from prefab.pipelines.cli.main import app, main
 from prefab.pipelines.store.fill import query as ask
@@ -274,6 +276,12 @@ def test_a_passed_budget_is_exit_1(tmp_path, monkeypatch, capsys):
     path = project.write(tmp_path, project.pipeline(tmp_path, prompts=40, budget={"calls": 50}))
     code, _, err = inside(monkeypatch, capsys, "run", str(path))
     assert code == 1 and "budget.calls" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["unscored", "failed", "calls", "tokens"])
+def test_the_hint_after_a_passed_budget_names_that_budget(capsys, name):
+    fail(BudgetError(f"9 of 90 answers failed in transport: more than budget.{name} allows"))
+    assert f"raise budget.{name} with --set" in capsys.readouterr().err
 
 
 def answers(ledger: Path) -> int:

@@ -10,7 +10,7 @@ from prefab import run
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Completion
 from prefab.judges.kinds import human
-from prefab.pipelines.cli.main import next_command
+from prefab.pipelines.cli.run_report import next_command
 from prefab.pipelines.quality import agreement, labeling
 from prefab.pipelines.run.plan import plan
 from tests.support import project
