@@ -223,7 +223,8 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if gpu is None and not args.quick:
         parser.error(
-            "this benchmark needs a GPU and there is none here; --quick shows on a CPU that the script works"
+            "this benchmark needs a GPU and there is none here; --quick shows on a CPU that the "
+            "script works"
         )
     if args.quick:
         args.shapes, args.steps, args.batch, args.answers = ["tiny"], 4, 2, 1

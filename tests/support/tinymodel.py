@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
 )
@@ -27,10 +28,13 @@ TEMPLATES = {"chatml": CHATML, "bos": LLAMA, "no_end": NO_END, "thinks": THINKS}
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SENTENCES = (
     "Which answer asks the caller for less private information? Answer A, B or T.",
-    "The quick brown fox jumps over the lazy dog while 123456789 birds sing in the garden of the clinic.",
+    "The quick brown fox jumps over the lazy dog while 123456789 birds sing in the garden of the "
+    "clinic.",
     "Please tell me your name, and I will gladly look for an open appointment on Monday morning.",
-    "I am sorry, but I can not help you with that request; it could hurt somebody. Yes, No, None, Fault.",
-    "A critique names the fault in an answer, and a revision mends the fault and keeps everything else.",
+    "I am sorry, but I can not help you with that request; it could hurt somebody. Yes, No, None, "
+    "Fault.",
+    "A critique names the fault in an answer, and a revision mends the fault and keeps everything "
+    "else.",
 )
 
 

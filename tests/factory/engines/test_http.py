@@ -358,11 +358,13 @@ def test_scripted_rules():
     ("message", "limit"),
     [
         (
-            "This model's maximum context length is 8,192 tokens. However, you requested 9000 tokens",
+            "This model's maximum context length is 8,192 tokens. However, you requested 9000 "
+            "tokens",
             8192,
         ),
         (
-            "'max_tokens' is too large: 100. This model's maximum context length is 512 tokens and your request has",
+            "'max_tokens' is too large: 100. This model's maximum context length is 512 tokens "
+            "and your request has",
             512,
         ),
         ("prompt is too long: 205000 tokens > 200000 maximum", 200000),

@@ -308,7 +308,8 @@ def test_the_keeper_leaves_nothing(how, tmp_path, monkeypatch):
     quick.write_text(source)
     parent_code = (
         "import os, subprocess, sys, time\n"
-        "command = [sys.executable, sys.argv[1], str(os.getpid()), sys.argv[2], sys.executable, '-c', sys.argv[3]]\n"
+        "command = [sys.executable, sys.argv[1], str(os.getpid()), sys.argv[2], sys.executable, "
+        "'-c', sys.argv[3]]\n"
         "supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)\n"
         "print(supervisor.pid, flush=True)\n"
         "sys.stdin.readline()\nkeeper.stdin.close()\ntime.sleep(3600)\n"
@@ -343,7 +344,8 @@ def test_the_reason_is_the_root_cause():
     log = (
         "(EngineCore pid=7) INFO 11-21 00:58:28 [core.py:133] Initializing\n"
         "(EngineCore pid=7) ERROR 11-21 00:58:29 [core.py:900] Traceback (most recent call last):\n"
-        "(EngineCore pid=7) ERROR 11-21 00:58:29 [core.py:900] ValueError: No available memory for the cache blocks.\n"
+        "(EngineCore pid=7) ERROR 11-21 00:58:29 [core.py:900] ValueError: No available memory "
+        "for the cache blocks.\n"
         "(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert reason(log) == "ValueError: No available memory for the cache blocks."

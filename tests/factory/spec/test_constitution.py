@@ -117,7 +117,8 @@ examples:
         '1:5 id: must be small letters and digits, joined by - or _, not "Front Desk"',
         "2:8 title: must be text, not the number 2024; put it in quotes",
         '3:10 licence: `no` would be read by YAML as false; write false, or "no" in quotes',
-        '4:12 selection: must be one of sample_one, all, weighted, lexicographic, not "sample-one"; '
+        "4:12 selection: must be one of sample_one, all, weighted, lexicographic, not "
+        '"sample-one"; '
         'did you mean "sample_one"?',
         '5:1 selction: unknown field; did you mean "selection"?',
         "7:5 principles[0].critique: missing field; it is required",
@@ -126,10 +127,13 @@ examples:
         '14:19 principles[0].applies_when: must be a mapping (key: value), not "booking"',
         '15:9 principles[1].id: the id "privacy" is already taken by principles[0]',
         '17:5 principles[1].title: duplicate key "title" (first in line 16)',
-        '18:14 principles[1].compare: `1:30` would be read by YAML as a number in base 60; write "1:30" in quotes',
+        "18:14 principles[1].compare: `1:30` would be read by YAML as a number in base 60; write "
+        '"1:30" in quotes',
         "19:14 principles[1].critique: must be text, not nothing",
-        '20:13 principles[1].revise: `010` would be read by YAML as an octal number; write "010" in quotes',
-        '21:16 principles[1].criterion: `2026-01-01` would be read by YAML as a date; write "2026-01-01" in quotes',
+        '20:13 principles[1].revise: `010` would be read by YAML as an octal number; write "010" '
+        "in quotes",
+        "21:16 principles[1].criterion: `2026-01-01` would be read by YAML as a date; write "
+        '"2026-01-01" in quotes',
         '23:37 tests[0].prefer: must be one of a, b, tie, not "c"',
         '23:51 tests[0].principle: no principle has the id "privcy"; did you mean "privacy"?',
         '25:14 examples.critique[0].critique: missing field; an example for "critique" needs it',
@@ -223,13 +227,15 @@ def test_missing_file_directory_and_near_name(tmp_path):
         (
             "a: 0x1f\n",
             [
-                'f:1:4 a: `0x1f` would be read by YAML as a number in another base; write "0x1f" in quotes'
+                'f:1:4 a: `0x1f` would be read by YAML as a number in another base; write "0x1f" '
+                "in quotes"
             ],
         ),
         (
             "a: .nan\n",
             [
-                'f:1:4 a: `.nan` would be read by YAML as a number that is not finite; write ".nan" in quotes'
+                "f:1:4 a: `.nan` would be read by YAML as a number that is not finite; write "
+                '".nan" in quotes'
             ],
         ),
         ("a: 1e999\n", ["f:1:4 a: `1e999` is too large for a number"]),
@@ -248,7 +254,10 @@ def test_what_strict_yaml_refuses(text, expected):
 
 
 def test_what_strict_yaml_reads():
-    text = "a: 1e-5\nb: .5\nc: 12\nd: true\ne: null\nf: 'no'\ng: y\nh: \"1:30\"\ni: Qwen/Qwen3-32B\nj: 1.2.3\nk: -0.5\n"
+    text = (
+        "a: 1e-5\nb: .5\nc: 12\nd: true\ne: null\nf: 'no'\ng: y\nh: \"1:30\"\ni: "
+        "Qwen/Qwen3-32B\nj: 1.2.3\nk: -0.5\n"
+    )
     assert yamlio.parse(text).value == {
         "a": 1e-5,
         "b": 0.5,
@@ -330,7 +339,8 @@ def test_the_digest_is_of_what_is_asked():
 def test_loading_is_light():
     """`prefab check` answers at once: pydantic and yaml, nothing more."""
     code = (
-        "import sys, prefab.factory.spec.constitution as c; c.load_constitution('constitutions/hhh.yaml'); print([m for m in "
+        "import sys, prefab.factory.spec.constitution as c; "
+        "c.load_constitution('constitutions/hhh.yaml'); print([m for m in "
         "('torch', 'numpy', 'aiohttp', 'duckdb', 'polars', 'rich', 'jinja2') if m in sys.modules])"
     )
     out = subprocess.run(

@@ -63,7 +63,8 @@ def made(tmp_path_factory):
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys, prefab.pipelines.cli.main; heavy = {'torch', 'transformers', 'vllm', 'duckdb', 'polars', 'aiohttp', 'numpy',"
+        "import sys, prefab.pipelines.cli.main; heavy = {'torch', 'transformers', 'vllm', "
+        "'duckdb', 'polars', 'aiohttp', 'numpy',"
         " 'pyarrow', 'pydantic'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT).returncode == 0
@@ -179,7 +180,8 @@ def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, caps
             "COPY",
         ),
         (
-            "WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (FORMAT csv, USE_TMP_FILE false)) FROM a",
+            "WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (FORMAT csv, USE_TMP_FILE "
+            "false)) FROM a",
             "COPY",
         ),
         ("FROM json_execute_serialized_sql('{{}}')", "json_execute_serialized_sql"),
@@ -187,7 +189,8 @@ def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, caps
         ("EXPLAIN (ANALYZE) COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
         ("explain /* */ analyze COPY (SELECT 1 AS x) TO '{ledger}'", "explained"),
         (
-            "EXPLAIN ANALYZE WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' (USE_TMP_FILE false)) FROM a",
+            "EXPLAIN ANALYZE WITH a AS (COPY (SELECT 1 AS x) TO '{store}/prefab.duckdb' "
+            "(USE_TMP_FILE false)) FROM a",
             "COPY",
         ),
         ("EXPLAIN ANALYZE INSERT INTO meta VALUES ('a', 'b')", "explained"),

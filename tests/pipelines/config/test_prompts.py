@@ -226,7 +226,8 @@ def test_malformed_rows_are_told_by_number_and_counted(tmp_path):
         "9:1 row 8: the conversation has no turns",
         '10:1 row 9: turn 1 has the role "tool"; must be system, user or assistant',
         "11:1 row 10: turn 1 has the number 3 as content; must be text",
-        "12:1 row 11: ends with the assistant's turn; a prompt ends with the user's (prompts.cut_answer: true)",
+        "12:1 row 11: ends with the assistant's turn; a prompt ends with the user's "
+        "(prompts.cut_answer: true)",
         "13:1 row 12: has no user turn",
         "14:1 row 13: turn 2 is a system message; only the first turn may be",
         '15:1 row 14: split is "trian"; must be train, val or test',

@@ -118,10 +118,12 @@ def test_set_mistakes_name_the_option(tmp_path):
         "--set policy.samples: write --set name=value, such as --set policy.samples=8"
     ]
     assert problems(path, "panel.orders=no") == [
-        '--set panel.orders=no panel.orders: `no` would be read by YAML as false; write false, or "no" in quotes'
+        "--set panel.orders=no panel.orders: `no` would be read by YAML as false; write false, or "
+        '"no" in quotes'
     ]
     assert problems(path, "panel.judges.7.name=x") == [
-        "--set panel.judges.7.name=x panel.judges[7]: there is nothing of that name to set a field of"
+        "--set panel.judges.7.name=x panel.judges[7]: there is nothing of that name to set a "
+        "field of"
     ]
     assert problems(path, "name.x=1") == ["--set name.x=1 name.x: cannot be set there"]
 
@@ -162,11 +164,13 @@ pairs: adjacent
         "7:48 engines.other.delay_s: must be greater than or equal to 0, not the number -1",
         '8:18 policy.engine: no engine is named "locla"; did you mean "local"?',
         '8:34 policy.samples: must be a whole number, not "4"',
-        '8:52 policy.temperature: `no` would be read by YAML as false; write false, or "no" in quotes',
+        '8:52 policy.temperature: `no` would be read by YAML as false; write false, or "no" in '
+        "quotes",
         '11:44 panel.judges[0].engine: no engine is named "othr"; did you mean "other"?',
         '11:50 panel.judges[0].templat: unknown field; did you mean "template"?',
         '12:14 panel.judges[1].name: the name "tiny" is already taken by judges[0]',
-        '12:26 panel.judges[1].kind: there is no kind of judge "pairwize"; did you mean "pairwise"?',
+        '12:26 panel.judges[1].kind: there is no kind of judge "pairwize"; did you mean '
+        '"pairwise"?',
         "13:7 panel.judges[2].name: missing field; it is required",
         "13:40 panel.judges[2].min_label_mass: must be less than or equal to 1, not the number 2",
         '14:11 panel.orders: must be one of both, random, first, not "bot"; did you mean "both"?',

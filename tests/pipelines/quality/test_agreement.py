@@ -115,8 +115,8 @@ def test_what_is_undefined_is_told_once_a_reason(capsys):
     )
     shown = capsys.readouterr().out
     assert (
-        "undefined: Cohen's kappa, Cohen's kappa linear: Cohen's kappa is for two raters, not 3: use conger_kappa"
-        in shown
+        "undefined: Cohen's kappa, Cohen's kappa linear: Cohen's kappa is for two raters, not 3: "
+        "use conger_kappa" in shown
     )
     assert "share that agrees" in shown and shown.count("two raters") == 1
 
@@ -388,7 +388,8 @@ def test_judges_without_an_order_have_readings_and_no_position(tmp_path):
     query(tmp_path / "store", "SELECT 1 AS x")
     con = duckdb.connect(str(tmp_path / "store/prefab.duckdb"))
     con.execute(
-        "INSERT INTO verdicts SELECT * REPLACE ('scores' AS judge, '-' AS \"order\", NULL AS call, NULL AS mass, "
+        "INSERT INTO verdicts SELECT * REPLACE ('scores' AS judge, '-' AS \"order\", NULL AS "
+        "call, NULL AS mass, "
         "NULL AS tie_mass) FROM verdicts WHERE \"order\" = 'ab'"
     )
     con.close()

@@ -19,7 +19,8 @@ from tests.support.store_rows import dump, same
 
 HH = [
     {
-        "chosen": "\n\nHuman: Hello?\n\nAssistant: Hi.\n\nHuman: A joke?\n\nAssistant: Here is one.",
+        "chosen": "\n\nHuman: Hello?\n\nAssistant: Hi.\n\nHuman: A joke?\n\nAssistant: Here is "
+        "one.",
         "rejected": "\n\nHuman: Hello?\n\nAssistant: Hi.\n\nHuman: A joke?\n\nAssistant: No.",
     },
     {

@@ -58,7 +58,10 @@ def test_preferences_follow_from_the_verdicts_by_hand(tmp_path):
     both orders."""
     asyncio.run(run(tmp_path, 30, MiniEngine()))
     found = 0
-    decided = "SELECT prompt, a, b, p_a, n_scored FROM preferences WHERE p_a IS NOT NULL AND NOT identical"
+    decided = (
+        "SELECT prompt, a, b, p_a, n_scored FROM preferences WHERE p_a IS NOT NULL AND NOT "
+        "identical"
+    )
     for prompt, a, b, p, n in query(tmp_path, decided).rows():
         rows = query_rows(tmp_path, prompt, a, b)
         assert len(rows) == 8
