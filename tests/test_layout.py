@@ -235,7 +235,6 @@ STILL_COMPLEX = {
     "judges/sandbox/test_runner.py names_of",
     "pipelines/cli/demo.py _score",
     "pipelines/cli/labels.py audit_data",
-    "pipelines/config/schema.py _fill",
     "pipelines/evaluation/policy.py _by_judge",
     "pipelines/evaluation/policy.py evaluate_policies",
     "pipelines/run/plan.py _plan",

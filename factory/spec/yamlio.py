@@ -352,13 +352,14 @@ def model_problems(
             if not (isinstance(part, str) and part.startswith("function-"))
         )
         unknown = entry["type"] == "extra_forbidden"
-        message = _unknown(inner, schema) if unknown else _message(entry)
-        problems.append(document.problem((*prefix, *inner), message, at_key=unknown))
+        message = unknown_field(inner, schema) if unknown else _message(entry)
+        at_key = unknown or entry["type"] == "unknown_field"  # the latter: of a kind's own model
+        problems.append(document.problem((*prefix, *inner), message, at_key=at_key))
     return problems
 
 
-def _unknown(loc: Path_, schema: dict[str, Any]) -> str:
-    """What to say of an unknown field: the known one it resembles, or all that are known there."""
+def unknown_field(loc: Path_, schema: dict[str, Any]) -> str:
+    """The message about an unknown field: the known one that it resembles, or all known ones."""
     node = schema
     for part in loc[:-1]:
         node = _resolve(node, schema)
@@ -415,7 +416,7 @@ def _message(entry: Any) -> str:
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", context.get("expected", ""))
         return f"must be one of {', '.join(known)}, not {describe(value)}" + _close(value, known)
-    if kind == "value_error":
+    if kind in ("value_error", "unknown_field"):
         return str(context.get("error", entry["msg"]))
     if kind == "string_pattern_mismatch" and context.get("pattern") == r"\S":
         return "is empty; write some text"

@@ -9,19 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.engines.base import ENGINES, resolve_model
+from prefab.factory.engines.base import resolve_model
 from prefab.factory.paths import PACKAGE
-from prefab.factory.plugins import Registry
 from prefab.factory.spec import yamlio
 from prefab.judges import registry
 
-RECIPES = Registry(
-    "prefab.recipes",
-    {
-        "rlaif": "prefab.pipelines.run.rlaif:pipeline",
-        "cai": "prefab.pipelines.run.cai:pipeline",
-    },
-)
 MICROWORLD = "microworld"
 FITS = ("bradley_terry", "davidson")
 EMBEDDED = ("prefab-tiny", "prefab-nano")
@@ -53,35 +45,19 @@ def judges(value: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             yield index, judge
 
 
-def modules_of_engines(value: Any) -> Found:
-    """Every engine is of a kind that there is."""
-    for name, engine in mapping(value, "engines").items():
-        if isinstance(engine, dict):
-            yield from _kind(
-                ("engines", name, "engine"), engine.get("engine"), list(ENGINES), "engine"
-            )
-
-
-def modules_of_judges(value: Any) -> Found:
-    """Every judge is of a kind that there is, has a name of its own, and the weights name
-    judges.
+def names_of_judges(value: Any) -> Found:
+    """Every judge has a name of its own, the weights name judges, and people judge only what is
+    escalated.
     """
     names: dict[str, int] = {}
-    known = list(registry.JUDGES)
     strong = mapping(mapping(value, "panel"), "escalate").get("to")
     for index, judge in judges(value):
-        if judge.get("kind") == "human" and judge.get("name") not in (
-            strong if isinstance(strong, list) else ()
-        ):
+        stronger = strong if isinstance(strong, list) else ()
+        if judge.get("kind") == "human" and judge.get("name") not in stronger:
             yield (
                 ("panel", "judges", index, "kind"),
-                (
-                    "people label apart from runs (`prefab label`), what others are in doubt about: name it in panel.escalate.to"
-                ),
-            )
-        else:
-            yield from _kind(
-                ("panel", "judges", index, "kind"), judge.get("kind"), known, "kind of judge"
+                "people label apart from runs (`prefab label`), what others are in doubt about: "
+                "name it in panel.escalate.to",
             )
         name = judge.get("name")
         if isinstance(name, str) and names.setdefault(name, index) != index:
@@ -115,16 +91,6 @@ def escalation(value: Any) -> Found:
         )
 
 
-def _kind(path: yamlio.Path_, kind: Any, known: list[str], what: str) -> Found:
-    if kind is None:
-        yield path, f"missing field; it is required ({', '.join(known)})"
-    elif kind not in known:
-        yield (
-            path,
-            f"there is no {what} {yamlio.describe(kind)}; {yamlio.did_you_mean(str(kind), known)}",
-        )
-
-
 def engine_names(value: Any) -> Found:
     """Every role names an engine that is defined."""
     known = list(mapping(value, "engines"))
@@ -137,16 +103,6 @@ def engine_names(value: Any) -> Found:
         name = role.get("engine")
         if isinstance(name, str) and name not in known:
             yield path, f'no engine is named "{name}"; {yamlio.did_you_mean(name, known)}'
-
-
-def recipe(value: Any) -> Found:
-    """The recipe is one that there is."""
-    name = value.get("recipe") if isinstance(value, dict) else None
-    if isinstance(name, str) and name not in RECIPES:
-        yield (
-            ("recipe",),
-            f'there is no recipe "{name}"; {yamlio.did_you_mean(name, list(RECIPES))}',
-        )
 
 
 def rankings(value: Any) -> Found:

@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    WithJsonSchema,
+)
 
 from prefab.factory.engines.base import ENGINES
-from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.errors import Problem
 from prefab.factory.paths import PACKAGE
 from prefab.factory.spec import yamlio
 from prefab.judges import registry
+from prefab.judges.base import JudgeConfig
 from prefab.judges.kinds.critique import CritiqueConfig
 from prefab.pipelines.config import checks
 from prefab.pipelines.config.checks import locate
+from prefab.pipelines.config.kinds import KindName, OneOf, checked_raw, config_class
+from prefab.pipelines.config.recipes import RECIPES
 
 SCHEMA_PATH = PACKAGE / "pipelines" / "pipeline.schema.json"
 
@@ -30,6 +40,15 @@ Text = Annotated[str, StringConstraints(pattern=r"\S")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+
+
+EngineField = Annotated[Any, OneOf(ENGINES, "engine", "engine", keep_raw=True)]
+JudgeField = Annotated[Any, OneOf(registry.JUDGES, "kind", "kind of judge")]
+CriticField = Annotated[
+    dict[str, Any],
+    BeforeValidator(checked_raw(CritiqueConfig)),
+    WithJsonSchema(CritiqueConfig.model_json_schema()),
+]
 
 
 class _Strict(BaseModel):
@@ -117,9 +136,8 @@ class EscalateConfig(_Strict):
 class PanelConfig(_Strict):
     """Who judges, and how their verdicts become a preference."""
 
-    judges: list[dict[str, Any]] = Field(
-        min_length=1,
-        description="Each has name and kind (a module of judges/), and the fields of that kind's Config.",
+    judges: list[JudgeField] = Field(
+        min_length=1, description="Each has name and kind, and the fields of that kind."
     )
     selection: Literal["sample_one", "all", "weighted", "lexicographic"] | None = Field(
         None, description="Which principles judge a comparison; left out: as the constitution says."
@@ -177,20 +195,19 @@ class BudgetConfig(_Strict):
 class PipelineConfig(_Strict):
     """A pipeline, resolved. Two runs are the same run exactly when this is equal."""
 
-    recipe: Id = Field(description="The module in pipelines/.")
+    recipe: Annotated[Id, KindName(RECIPES, "recipe")] = Field(
+        description="What is done with each prompt."
+    )
     name: Id = Field(description="Of the run; a store holds many, and they share answers.")
     store: Text = Field("store", description="The folder of ledger.sqlite and prefab.duckdb.")
     constitution: Text
     prompts: PromptsConfig
-    engines: dict[Id, dict[str, Any]] = Field(
-        min_length=1,
-        description="By name; each has engine (a module of factory/engines/) and that module's fields.",
+    engines: dict[Id, EngineField] = Field(
+        min_length=1, description="By name; each has engine (its kind) and the fields of that kind."
     )
     policy: PolicyConfig
-    critic: dict[str, Any] | None = Field(
-        None,
-        description="The fields of judges/kinds/critique.py's Config; left out: the "
-        "policy's engine, greedy.",
+    critic: CriticField | None = Field(
+        None, description="The model that criticises and revises; left out: the policy's, greedy."
     )
     revise: ReviseConfig | None = Field(
         None, description="Left out: no revisions, but for the recipe cai one sweep."
@@ -215,13 +232,8 @@ class PipelineConfig(_Strict):
         return locate(name, self._base)
 
     def judges(self) -> list[Any]:
-        """The judges, each as the `Config` of its kind's module, with the panel's defaults and an
-        engine filled in.
-        """
-        return [
-            registry.JUDGES[judge["kind"]].Config.model_validate(judge)
-            for judge in (self.panel.judges if self.panel else [])
-        ]
+        """The panel's judges, each as the configuration class of its kind."""
+        return list(self.panel.judges) if self.panel else []
 
     def critic_config(self) -> Any:
         """The critic as `CritiqueConfig`; the engine is the policy's unless it says otherwise."""
@@ -257,28 +269,15 @@ def _validate(
         _override(document, text)
     _fill(document.value)
     asked = [
-        checks.modules_of_engines,
-        checks.modules_of_judges,
+        checks.names_of_judges,
         checks.escalation,
         checks.rankings,
         checks.fits,
         checks.engine_names,
-        checks.recipe,
         lambda value: checks.files(value, base),
     ]
-    problems: list[Problem] = []
-    try:
-        config = yamlio.validate(document, PipelineConfig, asked)
-    except ConfigError as error:
-        problems = error.problems
-    parts = [
-        problem for part in _parts(document.value) for problem in _part_problems(document, *part)
-    ]
-    if problems or parts:
-        raise ConfigError(yamlio.tidy(problems + parts))
+    config = yamlio.validate(document, PipelineConfig, asked)
     config._base = base
-    if config.panel:  # every default spelt out: a run's verdicts are read again by these long after
-        config.panel.judges[:] = [judge.model_dump(mode="json") for judge in config.judges()]
     return config, config.model_dump(mode="json")
 
 
@@ -328,86 +327,31 @@ def _step(target: Any, part: str | int) -> Any:
 
 
 def _fill(value: Any) -> None:
-    """What a role left out inherits: the policy's engine, and the panel's settings for each of its
-    judges.
+    """Write into the raw value what each judge inherits: the policy's engine and the panel's
+    settings.
     """
-    panel = value.get("panel") if isinstance(value, dict) else None
-    judges = panel.get("judges") if isinstance(panel, dict) else None
-    policy = value.get("policy") if isinstance(value, dict) else None
-    engine = str(policy.get("engine")) if isinstance(policy, dict) else None
-    for judge in judges if isinstance(judges, list) else ():
-        if not isinstance(judge, dict):
-            continue
-        fields = _fields(judge.get("kind"))
-        if (
-            engine in checks.mapping(value, "engines")
-            and judge.get("kind") in registry.SHOWS
-            and judge["kind"] != "human"
-        ):
+    panel = checks.mapping(value, "panel")
+    engine = str(checks.mapping(value, "policy").get("engine"))
+    for _, judge in checks.judges(value):
+        if engine in checks.mapping(value, "engines") and _asks_an_engine(judge.get("kind")):
             judge.setdefault("engine", engine)
+        fields = _fields(judge.get("kind"))
         for name in ("min_label_mass", "repeats"):
             if name in panel and name in fields:
                 judge.setdefault(name, panel[name])
-        weights = panel.get("weights")
-        if (
-            isinstance(weights, dict)
-            and isinstance(judge.get("name"), str)
-            and judge["name"] in weights
-        ):
+        weights = checks.mapping(panel, "weights")
+        if isinstance(judge.get("name"), str) and judge["name"] in weights:
             judge.setdefault("weight", weights[judge["name"]])
 
 
+def _asks_an_engine(kind: Any) -> bool:
+    return kind in registry.SHOWS and kind != "human"
+
+
 def _fields(kind: Any) -> Any:
-    """The fields of a kind of judge; those that all judges of a model have where there is no such
-    kind.
-    """
-    known = kind if isinstance(kind, str) and kind in registry.JUDGES else "pairwise"
-    return registry.JUDGES[known].Config.model_fields
-
-
-def _judge_config(kind: str) -> Any:
-    return registry.JUDGES[kind].Config
-
-
-def _parts(value: Any) -> Iterator[tuple[yamlio.Path_, dict[str, Any], Callable[[], Any]]]:
-    """Each part that another module's Config validates: (path, value, a function that gives its
-    model).
-    """
-    for name, engine in checks.mapping(value, "engines").items():
-        if isinstance(engine, dict) and engine.get("engine") in list(ENGINES):
-            yield ("engines", name), engine, partial(ENGINES.__getitem__, engine["engine"])
-    for index, judge in checks.judges(value):
-        if judge.get("kind") in list(registry.JUDGES):
-            yield (
-                ("panel", "judges", index),
-                judge,
-                partial(_judge_config, judge["kind"]),
-            )
-    critic = value.get("critic") if isinstance(value, dict) else None
-    if isinstance(critic, dict):
-        yield ("critic",), critic, lambda: CritiqueConfig
-
-
-def _part_problems(
-    document: yamlio.Document, path: yamlio.Path_, part: dict[str, Any], model: Callable[[], Any]
-) -> list[Problem]:
-    """The mistakes in one part. A module whose libraries are not installed is left to the engine's
-    start.
-    """
-    try:
-        config = model()
-    except ImportError:
-        return []
-    given = (
-        part
-        if "engine" in config.model_fields
-        else {name: v for name, v in part.items() if name != "engine"}
-    )
-    try:
-        config.model_validate(given)
-    except ValidationError as error:
-        return yamlio.model_problems(error, document, config, path)
-    return []
+    """The fields of a kind of judge; of an unknown kind, those that every judge has."""
+    known = isinstance(kind, str) and kind in registry.JUDGES
+    return (config_class(registry.JUDGES, kind) if known else JudgeConfig).model_fields
 
 
 def json_schema() -> dict[str, Any]:

@@ -24,7 +24,6 @@ from prefab.factory.ledger import records as recorded
 from prefab.factory.spec.constitution import parse_constitution
 from prefab.factory.types import Completion, Constitution, Request, Use
 from prefab.judges.kinds.critique import parse_critique
-from prefab.pipelines.config.checks import RECIPES
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
     make_engines,
@@ -32,6 +31,7 @@ from prefab.pipelines.config.loader import (
     models,
     resolve_pipeline,
 )
+from prefab.pipelines.config.recipes import RECIPES
 from prefab.pipelines.quality.labeling import people
 from prefab.pipelines.run.context import PLACEHOLDER, Context
 from prefab.pipelines.run.escalation import GUESS

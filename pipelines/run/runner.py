@@ -22,7 +22,6 @@ from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.errors import BudgetError
 from prefab.factory.ledger.ledger import Ledger, Run
 from prefab.factory.types import Engine, Prompt
-from prefab.pipelines.config.checks import RECIPES
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
     labels,
@@ -31,6 +30,7 @@ from prefab.pipelines.config.loader import (
     models,
     resolve_pipeline,
 )
+from prefab.pipelines.config.recipes import RECIPES
 from prefab.pipelines.quality.labeling import people
 from prefab.pipelines.run.context import Context, Stopped
 

@@ -94,7 +94,7 @@ def test_set_overrides_and_adds(tmp_path):
         ],
     )
     assert (config.policy.samples, config.engines["local"]["model"]) == (8, "Qwen/Qwen3-32B")
-    assert (config.budget.calls, config.panel.judges[1]["name"], config.revise.rounds) == (
+    assert (config.budget.calls, config.panel.judges[1].name, config.revise.rounds) == (
         100,
         "two",
         2,
@@ -295,3 +295,28 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
     with console.Progress("x", quiet=True) as progress:
         progress.advance()
     assert capsys.readouterr().err == ""
+
+
+def test_the_schema_checks_engines_judges_critic_and_recipe():
+    jsonschema = pytest.importorskip("jsonschema")
+    good = yamlio.parse(GOOD).value
+    checker = jsonschema.Draft202012Validator(c.json_schema())
+    assert checker.is_valid(good)
+    for wrong in (
+        {"engines": {"local": {"engine": "scripted", "modle": "m"}}},
+        {"engines": {"local": {"engine": "scirpted"}}},
+        {"panel": {"judges": [{"name": "a", "kind": "pairwise", "templat": "x"}]}},
+        {"panel": {"judges": [{"name": "a", "kind": "pairwize"}]}},
+        {"critic": {"templat": "x"}},
+        {"recipe": "rliaf"},
+    ):
+        assert not checker.is_valid({**good, **wrong}), wrong
+
+
+def test_engines_are_stored_as_written_and_judges_with_every_default(tmp_path):
+    config, resolved = c.load_pipeline(write(tmp_path, GOOD), ["engines.local.delay_s=1"])
+    assert (
+        repr(resolved["engines"]["local"]) == "{'engine': 'scripted', 'model': 'm', 'delay_s': 1}"
+    )
+    assert resolved["panel"]["judges"][0] == config.judges()[0].model_dump(mode="json")
+    assert resolved["panel"]["judges"][0]["template"] == "pairwise.jinja"

@@ -1,0 +1,32 @@
+"""Recipes by name: what is done with one prompt.
+
+Another package adds one with an entry point of the group `prefab.recipes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from prefab.factory.plugins import Registry
+from prefab.factory.types import Prompt
+
+
+class Recipe(Protocol):
+    """An async function of one prompt, which asks for model calls through the context (a
+    `prefab.pipelines.run.context.Context`).
+
+    It is run again to resume: calls that are answered return at once, so it must ask the same
+    calls for the same prompt and hold no state of its own between prompts.
+    """
+
+    async def __call__(self, prompt: Prompt, context: Any, /) -> None:
+        """Ask everything that this prompt needs."""
+
+
+RECIPES = Registry(
+    "prefab.recipes",
+    {
+        "rlaif": "prefab.pipelines.run.rlaif:pipeline",
+        "cai": "prefab.pipelines.run.cai:pipeline",
+    },
+)
