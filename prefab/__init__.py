@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from prefab.pipelines.config.schema import load_pipeline
     from prefab.pipelines.run.plan import plan
     from prefab.pipelines.run.runner import run
-    from prefab.pipelines.store.export.trl import export
+    from prefab.pipelines.store.export.base import export
 
 _HOME = {
-    "export": "prefab.pipelines.store.export.trl",
+    "export": "prefab.pipelines.store.export.base",
     "load_constitution": "prefab.factory.spec.constitution",
     "load_pipeline": "prefab.pipelines.config.schema",
     "plan": "prefab.pipelines.run.plan",

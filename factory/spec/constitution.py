@@ -98,7 +98,7 @@ class Example(_Strict):
 
 
 class TestCase(_Strict):
-    """A comparison whose outcome the author is sure of; `prefab check --judge` asks it."""
+    """A comparison whose outcome the author is sure of. `prefab check` validates its fields."""
 
     __test__ = False  # pytest would otherwise collect it
 
@@ -138,7 +138,7 @@ def load_constitution(path: str | Path) -> Constitution:
 def parse_constitution(text: str, file: str = "") -> Constitution:
     """As `load_constitution`, from text (as the ledger keeps it). `file` is named in errors."""
     model = yamlio.validate(
-        yamlio.parse(text, file), ConstitutionModel, [_names, _references, _examples]
+        yamlio.parse(text, file), ConstitutionModel, [_names, _references, _examples, _tests]
     )
     examples = {
         name: tuple(example.model_dump(exclude_none=True) for example in rows)
@@ -286,6 +286,13 @@ def _examples(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
                         ("examples", name, index, need),
                         f'missing field; an example for "{name}" needs it',
                     )
+
+
+def _tests(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
+    """The two answers of a test differ."""
+    for index, row in _rows(value, "tests"):
+        if isinstance(row.get("a"), str) and row["a"] == row.get("b"):
+            yield ("tests", index, "b"), "is the same text as a; a test compares two answers"
 
 
 if __name__ == "__main__":

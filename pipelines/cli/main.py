@@ -246,16 +246,27 @@ def run(
 
 @app.command()
 def export(
-    out: Annotated[
+    target: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="A folder; an earlier export is replaced, other files stay."
+            metavar="PIPELINE.yaml|OUT",
+            help="A pipeline, whose store, name and `export:` are the defaults; or a folder. "
+            "An earlier export there is replaced, other files stay.",
         ),
     ],
-    store: Store = Path("store"),
-    format: Annotated[str, typer.Option(help="trl or parquet.")] = "trl",
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="After a pipeline: the folder.")
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the store; left out: the pipeline's, or `store`."),
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="trl or parquet; left out: the pipeline's, or trl.")
+    ] = "",
     run: Annotated[
-        str, typer.Option(help="NAME or NAME@VERSION; left out: the run that ran last.")
+        str,
+        typer.Option(help="NAME or NAME@VERSION; left out: the pipeline's, or the last run."),
     ] = "",
     truncated: Annotated[
         bool, typer.Option("--truncated", help="Keep answers that were cut off by length.")
@@ -268,16 +279,19 @@ def export(
     """Training data from the store: preference, unpaired, prompt-only and SFT datasets with a
     card.
     """
-    from prefab.pipelines.store.export.trl import export as write
+    from prefab.pipelines.config.schema import ExportConfig, load_pipeline
+    from prefab.pipelines.store.export.base import export as write
 
-    report = write(
-        store,
-        out,
-        format,
-        run,
-        truncated,
-        tuple(rule.strip() for rule in without.split(",") if rule.strip()),
-    )
+    default = ExportConfig()
+    if target.suffix in (".yaml", ".yml"):
+        pipeline, _ = load_pipeline(target)
+        default, run = pipeline.export, run or pipeline.name
+        store, out = store or Path(pipeline.store), out or Path(default.folder)
+    elif out is not None:
+        raise ConfigError(f"{target} is no pipeline file (.yaml), so no second folder is needed")
+    out, format = out or target, format or default.format
+    rules = tuple(rule.strip() for rule in without.split(",") if rule.strip())
+    report = write(existing_store(store or Path("store")), out, format, run, truncated, rules)
     if as_json:
         return print_json(report.data())
     table(f"{report.run} as {format} in {out}", ("dataset", "split", "rows"), report.rows())

@@ -31,7 +31,7 @@ from prefab.judges.kinds.critique import CritiqueConfig
 from prefab.pipelines.config import checks
 from prefab.pipelines.config.checks import locate
 from prefab.pipelines.config.kinds import KindName, OneOf, checked_raw, config_class
-from prefab.pipelines.config.recipes import RECIPES
+from prefab.pipelines.config.registries import FORMATS, RECIPES
 
 SCHEMA_PATH = PACKAGE / "pipelines" / "pipeline.schema.json"
 
@@ -175,9 +175,9 @@ class ChooseConfig(_Strict):
 
 
 class ExportConfig(_Strict):
-    """What `prefab export` writes when it is not told otherwise."""
+    """What `prefab export PIPELINE.yaml` writes where its options do not say otherwise."""
 
-    format: Literal["trl", "openrlhf", "axolotl", "llamafactory", "verl", "parquet"] = "trl"
+    format: Annotated[str, KindName(FORMATS, "export format")] = "trl"
     folder: Text = "out"
 
 

@@ -20,7 +20,7 @@ from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.store.datasets import audited
 from prefab.pipelines.config import readers
 from prefab.pipelines.quality import data_rules
-from prefab.pipelines.store.export.trl import find_run
+from prefab.pipelines.store.export.base import find_run
 
 if TYPE_CHECKING:
     import polars

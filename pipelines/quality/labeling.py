@@ -140,7 +140,7 @@ def tasks(
 
     Raises: ConfigError for a run or a principle that is not there, or a run without comparisons.
     """
-    from prefab.pipelines.store.export.trl import find_run
+    from prefab.pipelines.store.export.base import find_run
     from prefab.pipelines.store.fill import query
 
     record = find_run(store, run)

@@ -52,7 +52,7 @@ def cases(
             probe: world_cases(loaded.constitution.principles, probe, n, seed) for probe in probes
         }
     else:
-        from prefab.pipelines.store.export.trl import find_run
+        from prefab.pipelines.store.export.base import find_run
 
         folder = Path(store or loaded.config.store)
         stored = stored_cases(

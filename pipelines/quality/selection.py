@@ -110,7 +110,7 @@ def select(
     Raises: ConfigError when there is no such run, or a name matches none of the run's verdicts; for
     a run that has none.
     """
-    from prefab.pipelines.store.export.trl import find_run
+    from prefab.pipelines.store.export.base import find_run
 
     whole = Selection(folder, find_run(folder, run))
     rows = whole.unscored()

@@ -30,7 +30,7 @@ from prefab.pipelines.config.loader import (
     models,
     resolve_pipeline,
 )
-from prefab.pipelines.config.recipes import RECIPES
+from prefab.pipelines.config.registries import RECIPES
 from prefab.pipelines.quality.labeling import people
 from prefab.pipelines.run.context import Context, Stopped
 

@@ -11,7 +11,7 @@ import pytest
 from prefab.factory.errors import ConfigError
 from prefab.factory.store import datasets as factory_rows
 from prefab.factory.store import store as factory_store
-from prefab.pipelines.store.export.trl import export
+from prefab.pipelines.store.export.base import export
 from prefab.trainers import data
 from tests.support import tinymodel, trained
 from tests.support.tinymodel import TEMPLATES, THINKS

@@ -347,3 +347,13 @@ def test_loading_is_light():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == "[]"
+
+
+def test_the_two_answers_of_a_test_differ():
+    text = (c.PACKAGE / "constitutions" / "front-desk.yaml").read_text()
+    row = "\ntests:\n  - {prompt: p, a: same, b: same, prefer: a, principle: privacy}\n"
+    value = yamlio.parse(text).value
+    name = value["principles"][0]["id"]
+    text = text.split("\ntests:")[0] + row.replace("privacy", name)
+    with pytest.raises(ConfigError, match=r"tests\[0\].b: is the same text as a"):
+        c.parse_constitution(text)

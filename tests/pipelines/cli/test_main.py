@@ -161,7 +161,7 @@ def test_every_command_ends_by_naming_the_next(made, tmp_path, monkeypatch, caps
         (("run", "{pipeline}", "--set", "panel.judges.0.engine=remote"), "no engine is named"),
         (("sql", "SELEKT 1", "--store", "{store}"), "syntax error"),
         (("sql", "SELECT 1", "--store", "elsewhere"), "no store here"),
-        (("export", "out", "--store", "{store}", "--format", "csv"), "trl, parquet"),
+        (("export", "out", "--store", "{store}", "--format", "csv"), "parquet, trl"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, capsys, words, told):

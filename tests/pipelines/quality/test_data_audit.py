@@ -20,7 +20,7 @@ from prefab.factory.microworld import grammar, oracle
 from prefab.factory.types import Completion
 from prefab.pipelines.quality import data_rules, near_duplicates
 from prefab.pipelines.quality.data_audit import audit
-from prefab.pipelines.store.export.trl import export
+from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import query, rebuild
 from tests.support import project
 

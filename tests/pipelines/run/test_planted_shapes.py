@@ -12,7 +12,7 @@ import pytest
 from prefab import run
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.types import Completion
-from prefab.pipelines.store.export.trl import export
+from prefab.pipelines.store.export.base import export
 from tests.support import planted, project
 from tests.support.planted import panel
 

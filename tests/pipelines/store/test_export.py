@@ -14,7 +14,7 @@ from prefab import run
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Completion
-from prefab.pipelines.store.export.trl import export
+from prefab.pipelines.store.export.base import export
 from tests.support import project
 
 
@@ -115,7 +115,7 @@ def test_parquet_gives_the_tables(store, tmp_path):
 
 
 def test_refusals_say_what_there_is(store, tmp_path):
-    with pytest.raises(ConfigError, match="trl, parquet"):
+    with pytest.raises(ConfigError, match="parquet, trl"):
         export(store, tmp_path / "out", format="verl")
     with pytest.raises(ConfigError, match="small@1"):
         export(store, tmp_path / "out", run="smal")
@@ -338,3 +338,25 @@ def test_datasets_reads_it_and_trl_trains_on_it(store, tmp_path):
     train(trl.KTOTrainer, trl.KTOConfig, causal(), "unpaired", max_length=128)
     reward = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     train(trl.RewardTrainer, trl.RewardConfig, reward, "preference", max_length=128)
+
+
+def test_a_pipeline_file_gives_the_defaults_of_export(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from prefab.pipelines.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    value = project.pipeline(tmp_path, prompts=4, export={"format": "parquet", "folder": "mine"})
+    run(value, engines=project.engine())
+    (tmp_path / "p.yaml").write_text(json.dumps(value))
+    done = CliRunner().invoke(app, ["export", "p.yaml"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "mine/verdicts/train.parquet").exists()
+    done = CliRunner().invoke(app, ["export", "p.yaml", "other", "--format", "trl"])
+    assert done.exit_code == 0 and (tmp_path / "other/preference/train.parquet").exists()
+
+
+def test_a_format_that_nothing_writes_is_not_accepted(tmp_path):
+    value = project.pipeline(tmp_path, prompts=4, export={"format": "verl"})
+    with pytest.raises(ConfigError, match='there is no export format "verl"; known: parquet, trl'):
+        run(value, engines=project.engine())

@@ -262,7 +262,7 @@ def test_a_prompt_that_a_run_has_keeps_the_runs_split(tmp_path):
 
 
 def test_training_mixes_sources_by_weight_and_an_export_says_where_they_are_from(tmp_path):
-    from prefab.pipelines.store.export.trl import export
+    from prefab.pipelines.store.export.base import export
     from prefab.trainers import data
     from tests.support import trained
 

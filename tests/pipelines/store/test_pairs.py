@@ -13,7 +13,7 @@ from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.store.datasets import choice
 from prefab.factory.types import Completion
 from prefab.pipelines.run.plan import plan
-from prefab.pipelines.store.export.trl import export
+from prefab.pipelines.store.export.base import export
 from tests.support import planted, project
 from tests.support.store_rows import checked
 

@@ -166,7 +166,7 @@ def test_the_first_dpo_loss_is_log_two_and_equals_trls(world, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from prefab.pipelines.store.export.trl import export
+    from prefab.pipelines.store.export.base import export
     from prefab.trainers.offline import dpo
 
     data = trained.data(world.store, labels="hard")

@@ -1,7 +1,4 @@
-"""Recipes by name: what is done with one prompt.
-
-Another package adds one with an entry point of the group `prefab.recipes`.
-"""
+"""Recipes and export formats by name; other packages add theirs with entry points."""
 
 from __future__ import annotations
 
@@ -28,5 +25,13 @@ RECIPES = Registry(
     {
         "rlaif": "prefab.pipelines.run.rlaif:pipeline",
         "cai": "prefab.pipelines.run.cai:pipeline",
+    },
+)
+# Each keeps the protocol ExportFormat in pipelines/store/export/base.py.
+FORMATS = Registry(
+    "prefab.exports",
+    {
+        "trl": "prefab.pipelines.store.export.trl:TRL",
+        "parquet": "prefab.pipelines.store.export.parquet:PARQUET",
     },
 )
