@@ -27,10 +27,10 @@ from typing import Any
 import orjson
 
 from prefab.factory.errors import StoreError
+from prefab.factory.ledger.migrations import SCHEMA, migrate, record
 from prefab.factory.types import Completion, Use
 
 FILE = "ledger.sqlite"
-SCHEMA = 1
 APPLICATION = 0x50464142  # "PFAB", so that another program's database is not taken for a ledger
 BUSY_TIMEOUT_MS = (
     60_000  # another process's commit takes milliseconds; its copying of a large WAL, seconds
@@ -120,9 +120,9 @@ def _story(file: Path, error: sqlite3.Error) -> str:
 
 
 def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
-    """A connection that begins no transaction by itself.
+    """A connection that begins no transaction by itself. A ledger of an older schema is migrated.
 
-    Raises: StoreError when the file is damaged, no ledger, or of a newer schema.
+    Raises: StoreError when the file is damaged, no ledger, of a newer schema, or cannot be migrated.
     """
     with translate_errors(file):
         if readonly and not file.exists():
@@ -144,6 +144,10 @@ def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
                 f"{file}: not a ledger that this version of Prefab can read "
                 f"(application {application:#x}, schema {schema}; expected {APPLICATION:#x}, {SCHEMA})"
             )
+        if application == APPLICATION and schema < SCHEMA:
+            con.close()
+            migrate(file, schema)
+            return connect(file, readonly)
         if readonly:
             con.execute("PRAGMA query_only=1")
     return con
@@ -166,13 +170,9 @@ def create(file: Path) -> sqlite3.Connection:
         con.execute("BEGIN IMMEDIATE")
         for statement in TABLES.split(";")[:-1]:
             con.execute(statement)
-        if "rubric" not in {
-            row[1] for row in con.execute("PRAGMA table_info(prompts)")
-        }:  # an older ledger
-            con.execute("ALTER TABLE prompts ADD COLUMN rubric TEXT")
         con.execute("INSERT OR IGNORE INTO meta VALUES ('ledger', lower(hex(randomblob(16))))")
         con.execute(f"PRAGMA application_id={APPLICATION}")
-        con.execute(f"PRAGMA user_version={SCHEMA}")
+        record(con, SCHEMA)
         con.execute("COMMIT")
     return con
 

@@ -150,12 +150,8 @@ def prompt_rows(con: sqlite3.Connection, after: int, limit: int) -> list[tuple]:
     own rubric, the latest form of a prompt last. Messages, tags and rubric are JSON; no group and
     no rubric are None.
     """
-    columns = {row[1] for row in con.execute("PRAGMA table_info(prompts)")}
-    rubric = (
-        "rubric" if "rubric" in columns else "NULL"
-    )  # an older ledger, not yet opened for writing, has no such column
     return con.execute(
-        f"SELECT id, prompt, messages, tags, grp, split, {rubric} FROM prompts WHERE id > ? ORDER BY id "
+        "SELECT id, prompt, messages, tags, grp, split, rubric FROM prompts WHERE id > ? ORDER BY id "
         "LIMIT ?",
         (after, limit),
     ).fetchall()

@@ -386,7 +386,7 @@ def test_the_first_split_of_a_group_stands(tmp_path):
     )
 
 
-def test_a_prompt_s_own_rubric_comes_back_also_into_an_older_ledger(tmp_path):
+def test_a_prompt_s_own_rubric_comes_back(tmp_path):
     def prompt(*rubric):
         return Prompt("a", (Message("user", "a"),), rubric=rubric)
 
@@ -404,11 +404,7 @@ def test_a_prompt_s_own_rubric_comes_back_also_into_an_older_ledger(tmp_path):
         '[["It helps.",3.0]]',
         '[["It is rude.",-1.0]]',
     ]
-    con.execute("ALTER TABLE prompts DROP COLUMN rubric")  # as it was before prompts had rubrics
-    assert [row[-1] for row in recorded.prompt_rows(con, 0, 10)] == [None, None]
     con.close()
-    using(tmp_path, work)
-    assert count(tmp_path, "prompts") == 2
 
 
 def test_uses_without_a_call_are_noted_once(tmp_path):
