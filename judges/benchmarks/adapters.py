@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from prefab.factory.types import Message, Order, Principle, Verdict
 
@@ -74,7 +74,8 @@ class Judged:
     def scores_of(self, item: Item) -> list[float] | None:
         """A score for each answer, where all have one."""
         found = [self.scores.get((item.id, i)) for i in range(len(item.answers))]
-        return None if any(score is None for score in found) else found
+        known = [score for score in found if score is not None]
+        return known if len(known) == len(found) else None
 
     def p(self, item: Item, i: int, j: int) -> float | None:
         """The probability that answer i is better than j: the mean of the orders that were asked.
@@ -85,8 +86,8 @@ class Judged:
             return None if p is None else 1.0 - p
         verdicts = self.verdicts.get((item.id, i, j))
         if verdicts:
-            values = [verdict.p_a for verdict in verdicts.values()]
-            return None if None in values else sum(values) / len(values)
+            values = [v.p_a for v in verdicts.values() if v.p_a is not None]
+            return sum(values) / len(values) if len(values) == len(verdicts) else None
         a, b = self.scores.get((item.id, i)), self.scores.get((item.id, j))
         return None if a is None or b is None else 0.5 + 0.5 * ((a > b) - (a < b))
 
@@ -94,8 +95,8 @@ class Judged:
         """Who won in each order, of the lower answer's side; None: unscored."""
         verdicts = self.verdicts.get((item.id, i, j))
         if verdicts:
-            found = [verdict.winner for _, verdict in sorted(verdicts.items())]
-            return None if None in found else found
+            found = [v.winner for _, v in sorted(verdicts.items()) if v.winner is not None]
+            return found if len(found) == len(verdicts) else None
         p = self.p(item, i, j)
         return None if p is None else ["a" if p > 0.5 else "b" if p < 0.5 else "tie"]
 
@@ -240,11 +241,8 @@ def _mt_bench(row: Mapping[str, Any], place: str, number: int) -> Item:
     if len(sides) < 2:
         raise ValueError("model_a and model_b are the same")
     first, second = sorted(sides)
-    vote = (
-        _WINNERS[winner]
-        if first == row["model_a"]
-        else {"a": "b", "b": "a", "tie": "tie"}[_WINNERS[winner]]
-    )
+    swapped: dict[Vote, Vote] = {"a": "b", "b": "a", "tie": "tie"}
+    vote = _WINNERS[winner] if first == row["model_a"] else swapped[_WINNERS[winner]]
     (question, answer_a), (other, answer_b) = sides[first], sides[second]
     if question != other:
         raise ValueError("the two conversations do not begin with the same question")
@@ -354,14 +352,14 @@ def saved(row: Any, items: Mapping[str, Item], judged: Judged) -> None:
         raise ValueError(
             f"a and b must differ, and order be ab or ba; they are {a}, {b} and {order!r}"
         )
-    verdict = _saved_verdict(row)
+    verdict, asked = _saved_verdict(row), cast("Order", order)
     if a > b:
-        a, b, order, verdict = b, a, {"ab": "ba", "ba": "ab"}[order], verdict.swap()
-    if order in (there := judged.verdicts.setdefault((item.id, a, b), {})):
+        a, b, asked, verdict = b, a, "ba" if asked == "ab" else "ab", verdict.swap()
+    if asked in (there := judged.verdicts.setdefault((item.id, a, b), {})):
         raise ValueError(
-            f"answers {a} and {b} of {item.id!r} have a verdict in the order {order} already"
+            f"answers {a} and {b} of {item.id!r} have a verdict in the order {asked} already"
         )
-    there[order] = verdict
+    there[asked] = verdict
 
 
 def _saved_verdict(row: Mapping[str, Any]) -> Verdict:
@@ -371,7 +369,8 @@ def _saved_verdict(row: Mapping[str, Any]) -> Verdict:
     if winner is not None and winner not in ("a", "b", "tie"):
         raise ValueError(f"winner is {winner!r}; must be a, b or tie")
     if p is None:
-        return Verdict({"a": 1.0, "b": 0.0, "tie": 0.5}[winner], winner, exactness="hard")
+        hard = {"a": 1.0, "b": 0.0, "tie": 0.5}[str(winner)]
+        return Verdict(hard, winner, exactness="hard")
     if not 0.0 <= float(p) <= 1.0:
         raise ValueError(f"p_a is {p}; must be from 0 to 1")
     return Verdict(float(p), winner or ("a" if p > 0.5 else "b" if p < 0.5 else "tie"))

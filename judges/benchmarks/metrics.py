@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt, tanh
 
 from prefab.factory.stats import bootstrap, wilson
+from prefab.factory.types import Order
 from prefab.judges.benchmarks.adapters import BenchmarkLine, Item, Judged, Report, Vote
 
 Credit = float | None  # of one item, 0 to 1; None: unscored
@@ -247,7 +248,9 @@ def ties(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
         for kind, some in found.items()
     }
     both = sorted(found["ref"].keys() & found["tied"].keys())
-    wide, wider, margin = [], [], []
+    wide: list[Credit] = []
+    wider: list[Credit] = []
+    margin: list[Credit] = []
     for number in both:
         ref, tied = found["ref"][number], found["tied"][number]
         if ref is None or tied is None:
@@ -264,10 +267,10 @@ def ties(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
         _share("Ties: gap wider than the spread", wide),
         _share("Ties: and with the ref prompt's gap", wider),
     ]
-    known = [m for m in margin if m is not None]
-    values = [line.value for line in parts]
+    known = _known(margin)
+    values = _known(line.value for line in parts)
     n, scored = len(items), sum(gap is not None for some in found.values() for gap in some.values())
-    if None in values:
+    if len(values) < len(parts):
         return [
             BenchmarkLine(
                 "Ties",
@@ -290,8 +293,8 @@ def ties(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
             value,
             n,
             scored,
-            worst=total([p.worst for p in parts], sum(known) - unknown),
-            best=total([p.best for p in parts], sum(known) + unknown),
+            worst=total(_known(p.worst for p in parts), sum(known) - unknown),
+            best=total(_known(p.best for p in parts), sum(known) + unknown),
         ),
         *parts,
     ]
@@ -304,8 +307,9 @@ def _gap(item: Item, judged: Judged) -> tuple[float, float] | None:
     scores = judged.scores_of(item)
     if scores is None:
         size = len(item.answers)
-        chances = [[judged.p(item, i, j) for j in range(size) if j != i] for i in range(size)]
-        if any(None in some for some in chances):
+        found = [[judged.p(item, i, j) for j in range(size) if j != i] for i in range(size)]
+        chances = [[p for p in some if p is not None] for some in found]
+        if any(len(some) < size - 1 for some in chances):
             return None
         scores = [sum(some) / len(some) for some in chances]
     right = [scores[i] for i in item.right]
@@ -393,7 +397,8 @@ def ours(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
         for item, i, j in pairs
         if len(judged.verdicts.get((item.id, min(i, j), max(i, j)), {})) == 2
     ]
-    for order, words in (("ab", "as they stand"), ("ba", "swapped")) if two else ():
+    orders: dict[Order, str] = {"ab": "as they stand", "ba": "swapped"}
+    for order, words in orders.items() if two else ():
         lines.append(
             _share(
                 f"right, {words}",
@@ -444,7 +449,7 @@ def _right(p: float | None) -> Credit:
 
 
 def _share(name: str, credits: Sequence[Credit]) -> BenchmarkLine:
-    known = [credit for credit in credits if credit is not None]
+    known = _known(credits)
     if not known:
         return BenchmarkLine(
             name,
@@ -490,14 +495,16 @@ def _mean(
     def mean(values: Iterable[float]) -> float:
         return sum(w * v for w, v in zip(share, values, strict=True))
 
-    value = mean(line.value for line in lines)
+    values = _known(line.value for line in lines)
+    value = mean(values)
     low = high = None
-    if all(line.low is not None and line.high is not None for line in lines):
+    lows, highs = _known(line.low for line in lines), _known(line.high for line in lines)
+    if len(lows) == len(highs) == len(lines):
         low = value - sqrt(
-            sum((w * (line.value - line.low)) ** 2 for w, line in zip(share, lines, strict=True))
+            sum((w * (v - end)) ** 2 for w, v, end in zip(share, values, lows, strict=True))
         )
         high = value + sqrt(
-            sum((w * (line.high - line.value)) ** 2 for w, line in zip(share, lines, strict=True))
+            sum((w * (end - v)) ** 2 for w, v, end in zip(share, values, highs, strict=True))
         )
     return BenchmarkLine(
         name,
@@ -506,9 +513,13 @@ def _mean(
         scored,
         low,
         high,
-        mean(line.worst for line in lines),
-        mean(line.best for line in lines),
+        mean(_known(line.worst for line in lines)),
+        mean(_known(line.best for line in lines)),
     )
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _grouped(items: Iterable[Item]) -> dict[str, list[Item]]:

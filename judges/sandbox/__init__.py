@@ -88,7 +88,7 @@ def _mode() -> dict[str, Any]:
     with _lock:
         if _known:
             return _known[0]
-        why = []
+        why: list[str] = []
         for isolated in (True, False) if sys.platform == "linux" else (False,):
             mode = {"isolated": isolated, "why": "; ".join(why), "says": _SAYS[isolated]}
             result = _examine("assert one() == 1", "def one(): return 1", Limits(), mode)
@@ -117,7 +117,7 @@ def _examine(tests: str, answer: str, limits: Limits, mode: dict[str, Any]) -> d
     flags = ["-I", *([] if limits.packages else ["-S"])]
     with tempfile.TemporaryDirectory(prefix="prefab-verify-") as folder:
         os.chmod(folder, 0o777)
-        job = {
+        job: dict[str, Any] = {
             "tests": tests,
             "answer": answer,
             "folder": folder,

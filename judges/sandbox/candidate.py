@@ -18,8 +18,8 @@ from fractions import Fraction
 from typing import Any
 
 MOST_BYTES = 8 << 20  # of one message
-PLAIN = {list: "l", tuple: "t", set: "s", frozenset: "z"}
-NUMBERS = {"Fraction": Fraction, "Decimal": Decimal}
+PLAIN: dict[type[Any], str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
+NUMBERS: dict[str, type[Any]] = {"Fraction": Fraction, "Decimal": Decimal}
 OPS = [
     "add",
     "sub",

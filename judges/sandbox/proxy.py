@@ -199,7 +199,7 @@ class Proxy:
 
 
 def _order(name: str) -> None:
-    def method(self: Proxy, other: Any) -> bool:
+    def method(self: Proxy, other: Any) -> Any:  # a bool, or NotImplemented
         if type(other) is not Proxy:
             return NotImplemented
         return bool(self._line.do(name, self, other))

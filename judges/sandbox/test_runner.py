@@ -23,6 +23,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from prefab.judges.sandbox import isolation
@@ -233,7 +234,7 @@ def tests_of(
     if names == ["all"] or not names[0].startswith("line "):
         state = {"loaded": False}
         for name in names[first:]:
-            yield lambda name=name: _call(tree, namespace, name, state)
+            yield partial(_call, tree, namespace, name, state)
         return
     asserts, at = [i for i, node in enumerate(tree.body) if isinstance(node, ast.Assert)], 0
     for number, index in enumerate(asserts):
@@ -242,9 +243,7 @@ def tests_of(
         if number < first:
             _execute(before, namespace)
         else:
-            yield lambda before=before, index=index: _execute(
-                [*before, tree.body[index]], namespace
-            )
+            yield partial(_execute, [*before, tree.body[index]], namespace)
 
 
 def _execute(nodes: list[ast.stmt], namespace: dict[str, Any]) -> str:
@@ -287,7 +286,6 @@ def _outcome(test: Callable[[], str], line: Channel) -> str:
         return f"the answer lacks what the tests import: {error}"[:300]
     except BaseException as error:
         return _story(error)
-    return ""
 
 
 def _story(error: BaseException) -> str:

@@ -32,13 +32,15 @@ class _Helper:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.line(_START_S)  # it says when it is ready
 
     def line(self, timeout_s: float) -> bytes:
         """Its next line. Raises: TimeoutError, or EOFError when it has ended."""
-        if not select.select([self.process.stdout], [], [], timeout_s)[0]:
+        if not select.select([self.stdout], [], [], timeout_s)[0]:
             raise TimeoutError
-        line = self.process.stdout.readline()  # it writes a line at once
+        line = self.stdout.readline()  # it writes a line at once
         if not line:
             raise EOFError
         return line
@@ -46,8 +48,8 @@ class _Helper:
     def __del__(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.stdin.close()
+        self.stdout.close()
 
 
 def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     except (OSError, EOFError, TimeoutError) as error:
         raise NoSandbox(f"no process could be started: {error}") from error
     try:
-        _mine.helper.process.stdin.write(json.dumps(job).encode() + b"\n")
-        _mine.helper.process.stdin.flush()
+        _mine.helper.stdin.write(json.dumps(job).encode() + b"\n")
+        _mine.helper.stdin.flush()
         return dict(json.loads(_mine.helper.line(timeout_s)))
     except TimeoutError:
         _mine.helper = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefab.factory.errors import ConfigError
-from prefab.judges.stats.rating_table import Table, group
+from prefab.judges.stats.rating_table import BoolArray, FloatArray, Table, group
 
 _NEVER = 1e-300  # stands for probability 0 inside a logarithm
 
@@ -23,13 +23,13 @@ class Aggregate:
     where unscored; `weight` the share of the raters' weight that was given.
     """
 
-    p: np.ndarray
-    spread: np.ndarray
-    weight: np.ndarray
+    p: FloatArray
+    spread: FloatArray
+    weight: FloatArray
 
 
 def mean_probability(
-    p_NJ: np.ndarray, weights: Sequence[float] | None = None, min_scored: float = 0.5
+    p_NJ: FloatArray, weights: Sequence[float] | None = None, min_scored: float = 0.5
 ) -> Aggregate:
     """The (weighted) mean of the judges' probabilities per item, where at least `min_scored` of the
     weight was given.
@@ -48,7 +48,7 @@ def mean_probability(
     return Aggregate(p, np.where(enough, spread, np.nan), weight / max(weights_J.sum(), _NEVER))
 
 
-def majority(ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def majority(ratings: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Each item's most frequent rating and the share it has; NaN for both where nobody rated, and
     for the rating where several are equally frequent (a split vote has no majority, and none is
     drawn).
@@ -57,10 +57,10 @@ def majority(ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n = len(ratings)
     if not len(table.times):
         return np.full(n, np.nan), np.full(n, np.nan)
-    most = table.ratings_PK.max(axis=1)
-    alone = (table.ratings_PK == most[:, None]).sum(axis=1) == 1
-    winner = np.where(alone, table.values[table.ratings_PK.argmax(axis=1)], np.nan)
-    share = most / table.ratings_PK.sum(axis=1)
+    most = table.known_counts.max(axis=1)
+    alone = (table.known_counts == most[:, None]).sum(axis=1) == 1
+    winner = np.where(alone, table.values[table.known_counts.argmax(axis=1)], np.nan)
+    share = most / table.known_counts.sum(axis=1)
     return _to_items(winner, table), _to_items(share, table)
 
 
@@ -73,23 +73,24 @@ class DawidSkene:
     uncertainty in nats.
     """
 
-    priors: np.ndarray
-    confusion: np.ndarray
-    posterior: np.ndarray
+    priors: FloatArray
+    confusion: FloatArray
+    posterior: FloatArray
     loglik: float
     iterations: int
     converged: bool
     undefined: str | None = None
 
     @property
-    def entropy(self) -> np.ndarray:
+    def entropy(self) -> FloatArray:
         """Shapes: P. In nats; 0 where the class is certain."""
         p = self.posterior
-        return -(p * np.log(np.maximum(p, _NEVER))).sum(axis=1)
+        result: FloatArray = -(p * np.log(np.maximum(p, _NEVER))).sum(axis=1)
+        return result
 
 
 def dawid_skene(
-    ratings: np.ndarray | Table, tolerance: float = 1e-12, limit: int = 10_000
+    ratings: FloatArray | Table, tolerance: float = 1e-12, limit: int = 10_000
 ) -> DawidSkene:
     """Who errs how, and so what is probably true, from items x raters; the posterior has one row an
     item (NaN for an item that nobody rated), or one a pattern when given a `Table`.
@@ -97,8 +98,8 @@ def dawid_skene(
     table = group(ratings)
     if not len(table.times) or len(table.values) < 2:
         reason = "no ratings" if not len(table.times) else "only one category was used"
-        return DawidSkene(*(np.empty(0) for _ in range(3)), float("nan"), 0, False, reason)
-    said_PRK = (table.codes[:, :, None] == np.arange(len(table.values))).astype(float)
+        return DawidSkene(np.empty(0), np.empty(0), np.empty(0), float("nan"), 0, False, reason)
+    said_PRK = (table.known_codes[:, :, None] == np.arange(len(table.values))).astype(float)
     fit = dawid_skene_counts(said_PRK, table.times, tolerance, limit)
     if isinstance(ratings, Table):
         return fit
@@ -109,8 +110,8 @@ def dawid_skene(
 
 
 def dawid_skene_counts(
-    said_PRK: np.ndarray,
-    times: np.ndarray | None = None,
+    said_PRK: FloatArray,
+    times: FloatArray | None = None,
     tolerance: float = 1e-12,
     limit: int = 10_000,
 ) -> DawidSkene:
@@ -150,7 +151,7 @@ def dawid_skene_counts(
     )
 
 
-def _to_items(by_pattern: np.ndarray, table: Table) -> np.ndarray:
+def _to_items(by_pattern: FloatArray, table: Table) -> FloatArray:
     return np.append(by_pattern, np.nan)[table.pattern_of]  # row -1, nobody rated it, is the NaN
 
 
@@ -161,14 +162,14 @@ class Strengths:
     no fit; all else is empty then.
     """
 
-    worth: np.ndarray
-    log_worth: np.ndarray
-    se: np.ndarray
+    worth: FloatArray
+    log_worth: FloatArray
+    se: FloatArray
     nu: float
     undefined: str | None = None
 
 
-def bradley_terry(wins: np.ndarray) -> Strengths:
+def bradley_terry(wins: FloatArray) -> Strengths:
     """Strengths from K x K wins (row beat column; fractions of a win count).
 
     Undefined unless everybody can be reached from everybody by wins (Ford 1957): the fit would be
@@ -177,7 +178,7 @@ def bradley_terry(wins: np.ndarray) -> Strengths:
     return _strengths(np.array(wins, dtype=float), None)
 
 
-def davidson(wins: np.ndarray, ties: np.ndarray) -> Strengths:
+def davidson(wins: FloatArray, ties: FloatArray) -> Strengths:
     """Strengths with ties: P(tie) is proportional to nu sqrt(worth_i worth_j). `ties` is symmetric,
     each tie once in either half. The `evalica` library does the fit (Newman's algorithm; its v is
     nu / 2). Source: Davidson 1970.
@@ -185,7 +186,7 @@ def davidson(wins: np.ndarray, ties: np.ndarray) -> Strengths:
     return _strengths(np.array(wins, dtype=float), np.array(ties, dtype=float))
 
 
-def _strengths(wins: np.ndarray, ties: np.ndarray | None) -> Strengths:
+def _strengths(wins: FloatArray, ties: FloatArray | None) -> Strengths:
     k = len(wins)
     empty = np.empty(0)
     np.fill_diagonal(wins, 0.0)
@@ -207,7 +208,7 @@ def _strengths(wins: np.ndarray, ties: np.ndarray | None) -> Strengths:
     return Strengths(worth, logs - logs.mean(), _strength_errors(worth, nu, met), nu)
 
 
-def _fit(wins: np.ndarray, ties: np.ndarray | None) -> tuple[np.ndarray, float]:
+def _fit(wins: FloatArray, ties: FloatArray | None) -> tuple[FloatArray, float]:
     try:
         import evalica  # optional: it brings scipy and pandas
     except ImportError as error:
@@ -229,14 +230,14 @@ def _fit(wins: np.ndarray, ties: np.ndarray | None) -> tuple[np.ndarray, float]:
     return worth, 0.0 if ties is None else 2.0 * float(fit.v)
 
 
-def _all_reach_all(beats: np.ndarray) -> bool:
+def _all_reach_all(beats: BoolArray) -> bool:
     reach = beats | np.eye(len(beats), dtype=bool)
     for _ in range(int(np.ceil(np.log2(len(beats)))) + 1):
         reach = (reach.astype(float) @ reach.astype(float)) > 0
     return bool(reach.all())
 
 
-def _strength_errors(worth: np.ndarray, nu: float, met: np.ndarray) -> np.ndarray:
+def _strength_errors(worth: FloatArray, nu: float, met: FloatArray) -> FloatArray:
     """From the expected information; centred on 0, so through its pseudo-inverse."""
     k = len(worth)
     information = np.zeros((k + 1, k + 1))
@@ -248,4 +249,7 @@ def _strength_errors(worth: np.ndarray, nu: float, met: np.ndarray) -> np.ndarra
         gradient[2, [i, j]] = 0.5
         gradient -= p @ gradient
         information += met[i, j] * (gradient.T * p) @ gradient
-    return np.sqrt(np.maximum(np.diag(np.linalg.pinv(information, rcond=1e-12))[:k], 0.0))
+    result: FloatArray = np.sqrt(
+        np.maximum(np.diag(np.linalg.pinv(information, rcond=1e-12))[:k], 0.0)
+    )
+    return result

@@ -14,17 +14,20 @@ variances.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from prefab.factory.stats import Estimate, t_quantile, undefined
 from prefab.judges.stats.krippendorff import krippendorff_alpha, krippendorff_values, with_interval
 from prefab.judges.stats.rating_table import (
     RESAMPLES,
+    BoolArray,
+    FloatArray,
     Table,
     category_weights,
     draws,
@@ -46,14 +49,16 @@ __all__ = [
     "randolph_kappa",
     "scott_pi",
 ]
-Weights = str | np.ndarray | None
+Weights = str | FloatArray | None
 Chance = Literal["none", "uniform", "gwet", "pooled", "raters"]
+Kind = Literal[Chance, "alpha", "cohen", "same pooled", "same uniform"]
+_SAME_SIZE: dict[str, Chance] = {"same pooled": "pooled", "same uniform": "uniform"}
 _ONE_CATEGORY = "only one category was used"
 _FLAT = 1e-12  # below this, 1 - chance is rounding and the ratio says nothing
 
 
 def percent(
-    ratings,
+    ratings: FloatArray | Table,
     weights: Weights = None,
     *,
     categories: Sequence[float] | None = None,
@@ -67,7 +72,7 @@ def percent(
 
 
 def cohen_kappa(
-    ratings,
+    ratings: FloatArray | Table,
     weights: Weights = None,
     *,
     categories: Sequence[float] | None = None,
@@ -82,7 +87,7 @@ def cohen_kappa(
 
 
 def conger_kappa(
-    ratings,
+    ratings: FloatArray | Table,
     weights: Weights = None,
     *,
     categories: Sequence[float] | None = None,
@@ -96,7 +101,7 @@ def conger_kappa(
 
 
 def scott_pi(
-    ratings,
+    ratings: FloatArray | Table,
     weights: Weights = None,
     *,
     categories: Sequence[float] | None = None,
@@ -112,7 +117,7 @@ def scott_pi(
 
 
 def brennan_prediger(
-    ratings,
+    ratings: FloatArray | Table,
     weights: Weights = None,
     *,
     categories: Sequence[float] | None = None,
@@ -128,7 +133,7 @@ def brennan_prediger(
 
 
 def gwet_ac(
-    ratings,
+    ratings: FloatArray | Table,
     weights: Weights = None,
     *,
     categories: Sequence[float] | None = None,
@@ -141,7 +146,7 @@ def gwet_ac(
     return _estimate(group(ratings, categories), "gwet", weights, resamples, seed)
 
 
-def fleiss_kappa(counts, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+def fleiss_kappa(counts: FloatArray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """Fleiss's kappa from items x categories counts, the same number of ratings an item, as in its
     paper (1971).
 
@@ -150,7 +155,7 @@ def fleiss_kappa(counts, *, resamples: int = RESAMPLES, seed: int = 0) -> Estima
     return _same_size(group_counts(counts), "pooled", resamples, seed)
 
 
-def randolph_kappa(counts, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+def randolph_kappa(counts: FloatArray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """Randolph's free-marginal kappa from items x categories counts; every column is a category.
     Source: 2005.
     """
@@ -158,14 +163,14 @@ def randolph_kappa(counts, *, resamples: int = RESAMPLES, seed: int = 0) -> Esti
 
 
 def all_coefficients(
-    ratings,
+    ratings: FloatArray | Table,
     weights: Weights = None,
     metric: str = "nominal",
     *,
     categories: Sequence[float] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    clusters: np.ndarray | None = None,
+    clusters: npt.NDArray[Any] | None = None,
 ) -> dict[str, Estimate]:
     """Every coefficient that allows missing ratings, over the same resamples; patterns are grouped
     and drawn once.
@@ -174,20 +179,21 @@ def all_coefficients(
     clusters N.
     """
     table = group(ratings, categories)
-    names = {
+    names: dict[str, Chance] = {
         "percent": "none",
         "brennan_prediger": "uniform",
         "scott_pi": "pooled",
         "conger_kappa": "raters",
         "gwet_ac": "gwet",
     }
-    kinds = {name: (chance, weights) for name, chance in names.items()}
-    return _together(
-        table, {**kinds, "krippendorff_alpha": ("alpha", metric)}, resamples, seed, clusters
-    )
+    kinds: dict[str, tuple[Kind, Weights]] = {
+        name: (chance, weights) for name, chance in names.items()
+    }
+    kinds["krippendorff_alpha"] = ("alpha", metric)
+    return _together(table, kinds, resamples, seed, clusters)
 
 
-PANEL: dict[str, tuple[str, Weights]] = {
+PANEL: dict[str, tuple[Kind, Weights]] = {
     "percent": ("none", None),
     "cohen_kappa": ("cohen", None),
     "cohen_kappa linear": ("cohen", "linear"),
@@ -208,13 +214,13 @@ PANEL: dict[str, tuple[str, Weights]] = {
 
 
 def panel_coefficients(
-    ratings,
+    ratings: FloatArray | Table,
     *,
     categories: Sequence[float] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    clusters: np.ndarray | None = None,
-    kinds: dict[str, tuple[str, Weights]] = PANEL,
+    clusters: npt.NDArray[Any] | None = None,
+    kinds: Mapping[str, tuple[Kind, Weights]] = PANEL,
 ) -> dict[str, Estimate]:
     """Every coefficient in `kinds`, those too that are for two raters or for items of one size
     alone: where they do not apply they are undefined and say why. Over the same resamples, as in
@@ -225,10 +231,10 @@ def panel_coefficients(
 
 def _together(
     table: Table,
-    kinds: dict[str, tuple[str, Weights]],
+    kinds: Mapping[str, tuple[Kind, Weights]],
     resamples: int,
     seed: int,
-    clusters: np.ndarray | None,
+    clusters: npt.NDArray[Any] | None,
 ) -> dict[str, Estimate]:
     found = {name: _plain(table, *kind) for name, kind in kinds.items()}
     resampled = {
@@ -236,51 +242,59 @@ def _together(
         for name, estimate in found.items()
         if estimate.value is not None
     }
-    pieces: dict[str, list[np.ndarray]] = {name: [] for name in resampled}
+    pieces: dict[str, list[FloatArray]] = {name: [] for name in resampled}
     for times_BP in draws(table, resamples, seed, clusters) if resampled else ():
         for name, of in resampled.items():
             pieces[name].append(of(times_BP))
     return {**found, **{name: with_interval(found[name], drawn) for name, drawn in pieces.items()}}
 
 
-def _plain(table: Table, kind: str, weights: Weights) -> Estimate:
+def _plain(table: Table, kind: Kind, weights: Weights) -> Estimate:
     """One coefficient without a bootstrap."""
     if kind == "alpha":
-        return krippendorff_alpha(table, weights, resamples=0)
+        return krippendorff_alpha(table, _metric(weights), resamples=0)
     if kind == "cohen":
         return _cohen(table, weights, 0, 0)
-    if kind.startswith("same "):
-        return _same_size(table, kind.removeprefix("same "), 0, 0)
-    return _estimate(table, kind, weights, 0, 0)
+    if kind in _SAME_SIZE:
+        return _same_size(table, _SAME_SIZE[kind], 0, 0)
+    return _estimate(table, cast("Chance", kind), weights, 0, 0)
 
 
-def _resampled(table: Table, kind: str, weights: Weights) -> Callable[[np.ndarray], np.ndarray]:
+def _resampled(table: Table, kind: Kind, weights: Weights) -> Callable[[FloatArray], FloatArray]:
     """The same coefficient for each row of pattern counts."""
     if kind == "alpha":
-        return lambda times_BP: krippendorff_values(table, weights, times_BP)
+        metric = _metric(weights)
+        return lambda times_BP: krippendorff_values(table, metric, times_BP)
     weights_KK = category_weights(weights, table.values)
     if kind == "cohen":
         both, used = _rated_by_both(table)
         return lambda times_BP: _coefficients(used, "raters", weights_KK, times_BP[:, both])[0]
-    chance = kind.removeprefix("same ")
+    chance = _SAME_SIZE.get(kind) or cast("Chance", kind)
     return lambda times_BP: _coefficients(table, chance, weights_KK, times_BP)[0]
 
 
-def _rated_by_both(table: Table) -> tuple[np.ndarray, Table]:
-    both = (table.codes >= 0).all(axis=1)
+def _metric(weights: Weights) -> str | FloatArray:
+    assert weights is not None  # alpha's kinds name their metric here
+    return weights
+
+
+def _rated_by_both(table: Table) -> tuple[BoolArray, Table]:
+    both: BoolArray = np.all(table.known_codes >= 0, axis=1)
     return both, replace(
         table,
-        codes=table.codes[both],
+        codes=table.known_codes[both],
         times=table.times[both],
-        ratings_PK=table.ratings_PK[both],
+        ratings_PK=table.known_counts[both],
         pattern_of=None,
     )
 
 
 def _cohen(table: Table, weights: Weights, resamples: int, seed: int) -> Estimate:
     n_pairable = _pairable(table)
-    if table.codes.shape[1] != 2:
-        reason = f"Cohen's kappa is for two raters, not {table.codes.shape[1]}: use conger_kappa"
+    if table.known_codes.shape[1] != 2:
+        reason = (
+            f"Cohen's kappa is for two raters, not {table.known_codes.shape[1]}: use conger_kappa"
+        )
         return undefined(reason, n_pairable, table.n_raters)
     both, used = _rated_by_both(table)
     if not both.any():
@@ -293,7 +307,7 @@ def _cohen(table: Table, weights: Weights, resamples: int, seed: int) -> Estimat
 
 
 def _same_size(table: Table, chance: Chance, resamples: int, seed: int) -> Estimate:
-    sizes = table.ratings_PK.sum(axis=1)
+    sizes = table.known_counts.sum(axis=1)
     if len(sizes) and sizes.min() != sizes.max():
         reason = f"items have from {sizes.min():.0f} to {sizes.max():.0f} ratings: use scott_pi or brennan_prediger"
         return undefined(reason, _pairable(table), table.n_raters)
@@ -301,11 +315,7 @@ def _same_size(table: Table, chance: Chance, resamples: int, seed: int) -> Estim
 
 
 def _pairable(table: Table) -> int:
-    if table.ratings_PK is None:
-        raise ValueError(
-            f"{len(table.values)} distinct ratings are no categories: round them, or use interval alpha"
-        )
-    return int(table.times[table.ratings_PK.sum(axis=1) >= 2].sum())
+    return int(table.times[table.known_counts.sum(axis=1) >= 2].sum())
 
 
 def _estimate(
@@ -337,24 +347,25 @@ def _estimate(
 
 def _interval(estimate: Estimate, se: float, n: float) -> Estimate:
     """The t interval, which cannot pass 1. Source: Gwet 2014; n - 1 degrees of freedom."""
+    assert estimate.value is not None
     half = t_quantile(0.975, n - 1) * se
     return replace(estimate, se=se, low=estimate.value - half, high=min(1.0, estimate.value + half))
 
 
-def _observed_P(table: Table, weights_KK: np.ndarray) -> np.ndarray:
+def _observed_P(table: Table, weights_KK: FloatArray) -> FloatArray:
     """Weighted agreement among the pairs of ratings of each pattern; 0 where there is no pair."""
-    r = table.ratings_PK.sum(axis=1)
-    agreeing = (table.ratings_PK * (table.ratings_PK @ weights_KK - 1.0)).sum(axis=1)
+    r = table.known_counts.sum(axis=1)
+    agreeing = (table.known_counts * (table.known_counts @ weights_KK - 1.0)).sum(axis=1)
     return np.where(r >= 2, agreeing / np.maximum(r * (r - 1), 1.0), 0.0)
 
 
 def _coefficients(
-    table: Table, chance: Chance, weights_KK, times_BP
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    table: Table, chance: Chance, weights_KK: FloatArray, times_BP: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Value, observed and chance agreement for each row of pattern counts. NaN where a resample
     defines none.
     """
-    pairable = table.ratings_PK.sum(axis=1) >= 2
+    pairable = table.known_counts.sum(axis=1) >= 2
     with np.errstate(divide="ignore", invalid="ignore"):
         observed = (times_BP @ _observed_P(table, weights_KK)) / (times_BP @ pairable)
         expected = _chance(table, chance, weights_KK, times_BP)
@@ -363,8 +374,9 @@ def _coefficients(
 
 
 def _chance(
-    table: Table, chance: Chance, weights_KK: np.ndarray, times_BP: np.ndarray
-) -> np.ndarray:
+    table: Table, chance: Chance, weights_KK: FloatArray, times_BP: FloatArray
+) -> FloatArray:
+    result: FloatArray
     k = len(table.values)
     if chance == "none":
         return np.zeros(len(times_BP))
@@ -376,20 +388,24 @@ def _chance(
         shares_BRK = np.nan_to_num(shares_BRK)
         total = shares_BRK.sum(axis=1)
         same = ((shares_BRK @ weights_KK) * shares_BRK).sum(axis=(1, 2))
-        return (((total @ weights_KK) * total).sum(axis=1) - same) / (r * (r - 1))
+        result = (((total @ weights_KK) * total).sum(axis=1) - same) / (r * (r - 1))
+        return result
     pi_BK = _pooled(table, times_BP)
     if chance == "gwet":
-        return weights_KK.sum() * (pi_BK * (1.0 - pi_BK)).sum(axis=1) / (k * (k - 1))
+        result = weights_KK.sum() * (pi_BK * (1.0 - pi_BK)).sum(axis=1) / (k * (k - 1))
+        return result
     assert chance == "pooled"
-    return ((pi_BK @ weights_KK) * pi_BK).sum(axis=1)
+    result = ((pi_BK @ weights_KK) * pi_BK).sum(axis=1)
+    return result
 
 
-def _pooled(table: Table, times_BP: np.ndarray) -> np.ndarray:
-    shares = table.ratings_PK / table.ratings_PK.sum(axis=1, keepdims=True)
-    return (times_BP @ shares) / times_BP.sum(axis=1, keepdims=True)
+def _pooled(table: Table, times_BP: FloatArray) -> FloatArray:
+    shares = table.known_counts / table.known_counts.sum(axis=1, keepdims=True)
+    result: FloatArray = (times_BP @ shares) / times_BP.sum(axis=1, keepdims=True)
+    return result
 
 
-def _rater_shares(table: Table, times_BP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rater_shares(table: Table, times_BP: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Each rater's shares of the categories (NaN for one without ratings) and number of ratings."""
     one_hot = _one_hot(table)
     p, r, k = one_hot.shape
@@ -399,41 +415,48 @@ def _rater_shares(table: Table, times_BP: np.ndarray) -> tuple[np.ndarray, np.nd
         return counts / rated[:, :, None], rated
 
 
-def _one_hot(table: Table) -> np.ndarray:
-    codes = table.codes[:, (table.codes >= 0).any(axis=0)]
-    return (codes[:, :, None] == np.arange(len(table.values))).astype(float)
+def _one_hot(table: Table) -> FloatArray:
+    codes = table.known_codes[:, (table.known_codes >= 0).any(axis=0)]
+    result: FloatArray = (codes[:, :, None] == np.arange(len(table.values))).astype(float)
+    return result
 
 
 def _influence(
-    table: Table, chance: Chance, weights_KK, value: float, expected: float
-) -> np.ndarray:
+    table: Table, chance: Chance, weights_KK: FloatArray, value: float, expected: float
+) -> FloatArray:
     """Each pattern's term of the linearised coefficient; their variance over items is the
     coefficient's.
     """
-    r = table.ratings_PK.sum(axis=1)
+    r = table.known_counts.sum(axis=1)
     n, n_pairable = table.times.sum(), table.times[r >= 2].sum()
     own = (
         (n / n_pairable) * (_observed_P(table, weights_KK) - expected * (r >= 2)) / (1.0 - expected)
     )
     moved = _chance_influence(table, chance, weights_KK, expected) - expected
-    return own - 2.0 * (1.0 - value) * moved / (1.0 - expected)
+    result: FloatArray = own - 2.0 * (1.0 - value) * moved / (1.0 - expected)
+    return result
 
 
-def _chance_influence(table: Table, chance: Chance, weights_KK, expected: float) -> np.ndarray:
+def _chance_influence(
+    table: Table, chance: Chance, weights_KK: FloatArray, expected: float
+) -> FloatArray:
     """Half the derivative of chance by each pattern's weight, centred on chance itself."""
-    r, k = table.ratings_PK.sum(axis=1), len(table.values)
+    result: FloatArray
+    r, k = table.known_counts.sum(axis=1), len(table.values)
     if chance in ("none", "uniform"):
         return np.full(len(r), expected)
     if chance == "raters":
         return _rater_chance_influence(table, weights_KK)
     pi = _pooled(table, table.times[None, :])[0]
     if chance == "gwet":
-        return weights_KK.sum() / (k * (k - 1)) * (table.ratings_PK @ (1.0 - pi)) / r
+        result = weights_KK.sum() / (k * (k - 1)) * (table.known_counts @ (1.0 - pi)) / r
+        return result
     assert chance == "pooled"
-    return (table.ratings_PK @ (weights_KK @ pi)) / r
+    result = (table.known_counts @ (weights_KK @ pi)) / r
+    return result
 
 
-def _rater_chance_influence(table: Table, weights_KK: np.ndarray) -> np.ndarray:
+def _rater_chance_influence(table: Table, weights_KK: FloatArray) -> FloatArray:
     """Of Conger's chance. Source: Gwet 2014, section 5.5 (lambda_ig)."""
     shares, rated = _rater_shares(table, table.times[None, :])
     shares, rated = shares[0], rated[0]
@@ -441,4 +464,5 @@ def _rater_chance_influence(table: Table, weights_KK: np.ndarray) -> np.ndarray:
     present = one_hot.sum(axis=2) - rated / n
     centred = (one_hot - present[:, :, None] * shares) * (n / rated)[:, None]
     others = (shares.sum(axis=0) - shares) @ weights_KK
-    return (centred * others).sum(axis=(1, 2)) / (r * (r - 1))
+    result: FloatArray = (centred * others).sum(axis=(1, 2)) / (r * (r - 1))
+    return result

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefab.judges.stats.rating_table import FloatArray
+
 _EDGE = 1e-12  # a probability of exactly 0 or 1 would make one mistake infinitely bad
 _COLDEST, _HOTTEST = 1e-2, 1e2
 
@@ -24,7 +26,7 @@ class Bin:
     n: int
 
 
-def reliability(p: np.ndarray, y: np.ndarray, bins: int = 15) -> list[Bin]:
+def reliability(p: FloatArray, y: FloatArray, bins: int = 15) -> list[Bin]:
     """Bins of equal mass; equal probabilities share a bin, so the order of the items never
     matters.
     """
@@ -43,7 +45,7 @@ def reliability(p: np.ndarray, y: np.ndarray, bins: int = 15) -> list[Bin]:
     ]
 
 
-def ece(p: np.ndarray, y: np.ndarray, bins: int = 15) -> float | None:
+def ece(p: FloatArray, y: FloatArray, bins: int = 15) -> float | None:
     """Expected calibration error over bins of equal mass; None without items. Source: Nguyen and
     O'Connor 2015.
     """
@@ -52,20 +54,20 @@ def ece(p: np.ndarray, y: np.ndarray, bins: int = 15) -> float | None:
     return sum(row.n * abs(row.mean_p - row.mean_y) for row in rows) / total if total else None
 
 
-def brier(p: np.ndarray, y: np.ndarray) -> float | None:
+def brier(p: FloatArray, y: FloatArray) -> float | None:
     """Mean squared error of the probabilities; None without items. Source: Brier 1950."""
     p, y = _checked(p, y)
     return float(((p - y) ** 2).mean()) if len(p) else None
 
 
-def log_loss(p: np.ndarray, y: np.ndarray) -> float | None:
+def log_loss(p: FloatArray, y: FloatArray) -> float | None:
     """Mean cross-entropy in nats, probabilities held 1e-12 off 0 and 1; None without items."""
     p, y = _checked(p, y)
     p = np.clip(p, _EDGE, 1 - _EDGE)
     return float(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean()) if len(p) else None
 
 
-def fit_temperature(p: np.ndarray, y: np.ndarray) -> float | None:
+def fit_temperature(p: FloatArray, y: FloatArray) -> float | None:
     """The temperature between 0.01 and 100 that minimises the log loss. Fit it on a split that
     nothing else uses.
 
@@ -91,23 +93,24 @@ def fit_temperature(p: np.ndarray, y: np.ndarray) -> float | None:
     return 2 / (low + high)
 
 
-def apply_temperature(p: np.ndarray, temperature: float) -> np.ndarray:
+def apply_temperature(p: FloatArray, temperature: float) -> FloatArray:
     """The probabilities at another temperature; a half stays a half, and P(a) + P(b) stays 1."""
     return _sigmoid(_logit(np.asarray(p, dtype=float)) / temperature)
 
 
-def _logit(p: np.ndarray) -> np.ndarray:
+def _logit(p: FloatArray) -> FloatArray:
     p = np.clip(p, _EDGE, 1 - _EDGE)
-    return np.log(p) - np.log1p(-p)
+    result: FloatArray = np.log(p) - np.log1p(-p)
+    return result
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def _sigmoid(x: FloatArray) -> FloatArray:
     return np.where(
         x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x)))
     )
 
 
-def _checked(p: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked(p: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     p, y = np.asarray(p, dtype=float), np.asarray(y, dtype=float)
     if p.shape != y.shape or p.ndim != 1:
         raise ValueError(f"p and y must be of one length, not {p.shape} and {y.shape}")

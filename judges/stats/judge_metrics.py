@@ -8,15 +8,20 @@ NaN where nobody knows (or a tie, which no pick is right or wrong about).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from prefab.factory.stats import Estimate, clustered_share, undefined
+from prefab.judges.stats.rating_table import BoolArray, FloatArray
 
-Clusters = np.ndarray | None  # a prompt for each item: answers to one prompt are not independent
+Clusters = (
+    npt.NDArray[Any] | None
+)  # a prompt for each item: answers to one prompt are not independent
 
 
-def accuracy(p: np.ndarray, gold: np.ndarray, clusters: Clusters = None) -> Estimate:
+def accuracy(p: FloatArray, gold: FloatArray, clusters: Clusters = None) -> Estimate:
     """The share of decided verdicts that pick gold's side, over items where both are known. A half
     picks nobody.
     """
@@ -29,7 +34,7 @@ def accuracy(p: np.ndarray, gold: np.ndarray, clusters: Clusters = None) -> Esti
     )
 
 
-def exact(ratings: np.ndarray, gold: np.ndarray, clusters: Clusters = None) -> Estimate:
+def exact(ratings: FloatArray, gold: FloatArray, clusters: Clusters = None) -> Estimate:
     """The share of ratings (1, 0, or 0.5 for a tie) that are gold's, ties included."""
     ratings, gold = np.asarray(ratings, dtype=float), np.asarray(gold, dtype=float)
     known = ~np.isnan(ratings) & ~np.isnan(gold)
@@ -40,7 +45,7 @@ def exact(ratings: np.ndarray, gold: np.ndarray, clusters: Clusters = None) -> E
     )
 
 
-def position_consistency(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters = None) -> Estimate:
+def position_consistency(p_ab: FloatArray, p_ba: FloatArray, clusters: Clusters = None) -> Estimate:
     """The share of comparisons, scored in both orders, whose winner (a, b or neither) is the same
     in both.
     """
@@ -49,7 +54,7 @@ def position_consistency(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters 
     return _share(sides[:, 0] == sides[:, 1], _of(clusters, known))
 
 
-def first_slot_share(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters = None) -> Estimate:
+def first_slot_share(p_ab: FloatArray, p_ba: FloatArray, clusters: Clusters = None) -> Estimate:
     """The share of decided verdicts that pick the answer shown first, over comparisons scored in
     both orders, so that every answer stood as often first as second: without a pull to a slot it is
     a half.
@@ -62,7 +67,7 @@ def first_slot_share(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters = No
     )
 
 
-def slot_lean(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters = None) -> Estimate:
+def slot_lean(p_ab: FloatArray, p_ba: FloatArray, clusters: Clusters = None) -> Estimate:
     """Fairness between slots: of the comparisons that both slots' answers won by turns, the share
     that the first slot won, less a half and doubled: +1 always the first slot, -1 always the
     second, 0 fair.
@@ -80,7 +85,7 @@ def slot_lean(p_ab: np.ndarray, p_ba: np.ndarray, clusters: Clusters = None) -> 
     )
 
 
-def stability(first: np.ndarray, again: np.ndarray, clusters: Clusters = None) -> Estimate:
+def stability(first: FloatArray, again: FloatArray, clusters: Clusters = None) -> Estimate:
     """Test-retest: the share of items, scored both times, whose winner is the same."""
     return position_consistency(first, again, clusters)
 
@@ -92,13 +97,13 @@ class Together:
     worth, None where unknown.
     """
 
-    correlation: np.ndarray
-    n_shared: np.ndarray
+    correlation: FloatArray
+    n_shared: npt.NDArray[np.int64]
     mean_correlation: float | None
     effective: float | None
 
 
-def errors_together(p_NJ: np.ndarray, gold: np.ndarray) -> Together:
+def errors_together(p_NJ: FloatArray, gold: FloatArray) -> Together:
     """The correlation of the judges' errors, each pair over the items that both decided, and J / (1
     + (J - 1) mean): the judges' number after the design effect of their correlation (never above
     J). Source: Kish 1965.
@@ -121,22 +126,22 @@ def errors_together(p_NJ: np.ndarray, gold: np.ndarray) -> Together:
     return Together(correlation, n_shared, mean, j / (1 + (j - 1) * max(mean, 0.0)))
 
 
-def _right(p_NJ: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _right(p_NJ: FloatArray, gold: FloatArray) -> tuple[BoolArray, BoolArray]:
     """Which verdicts are right, and which count: decided, with a gold side."""
     side, truth = np.sign(p_NJ - 0.5), np.sign(gold - 0.5)[:, None]
     counted = ~np.isnan(side) & (side != 0) & ~np.isnan(truth) & (truth != 0)
     return counted & (side == truth), counted
 
 
-def _both(p_ab: np.ndarray, p_ba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _both(p_ab: FloatArray, p_ba: FloatArray) -> tuple[FloatArray, BoolArray]:
     both = np.column_stack([np.asarray(p_ab, dtype=float), np.asarray(p_ba, dtype=float)])
     known = ~np.isnan(both).any(axis=1)
     return both[known], known
 
 
-def _of(clusters: Clusters, kept: np.ndarray) -> Clusters:
+def _of(clusters: Clusters, kept: BoolArray) -> Clusters:
     return None if clusters is None else np.asarray(clusters)[kept]
 
 
-def _share(hits: np.ndarray, clusters: Clusters = None) -> Estimate:
+def _share(hits: npt.NDArray[Any], clusters: Clusters = None) -> Estimate:
     return clustered_share(hits, clusters)

@@ -13,13 +13,17 @@ from math import sqrt
 import numpy as np
 
 from prefab.factory.stats import Estimate, t_quantile, undefined
-from prefab.judges.stats.rating_table import RESAMPLES, Table, draws, group
+from prefab.judges.stats.rating_table import RESAMPLES, FloatArray, Table, draws, group
 
 _MATRIX_LIMIT = 2000  # categories: 32 MB of squared distances
 
 
 def krippendorff_alpha(
-    ratings, metric: str | np.ndarray = "nominal", *, resamples: int = RESAMPLES, seed: int = 0
+    ratings: FloatArray | Table,
+    metric: str | FloatArray = "nominal",
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Estimate:
     """Alpha under the metric nominal, ordinal, interval or ratio, or a K x K matrix of squared
     differences.
@@ -59,7 +63,7 @@ def krippendorff_alpha(
     )
 
 
-def with_interval(estimate: Estimate, pieces: Sequence[np.ndarray]) -> Estimate:
+def with_interval(estimate: Estimate, pieces: Sequence[FloatArray]) -> Estimate:
     """The estimate with the percentile interval of its resampled values; none when over 5% of them
     are undefined.
     """
@@ -78,24 +82,25 @@ class _Parts:
     squares) where they were made from them.
     """
 
-    r: np.ndarray
-    within: np.ndarray
-    outer: np.ndarray
+    r: FloatArray
+    within: FloatArray
+    outer: FloatArray
     expected: float
-    moments: tuple[np.ndarray, np.ndarray] | None = None
+    moments: tuple[FloatArray, FloatArray] | None = None
 
 
-def _used(table: Table) -> np.ndarray:
+def _used(table: Table) -> FloatArray:
     """How often each category was used. Shapes: K."""
     if table.ratings_PK is not None:
         return table.times @ table.ratings_PK
-    given = table.codes >= 0
+    given = table.known_codes >= 0
     weights = np.broadcast_to(table.times[:, None], given.shape)[given]
-    return np.bincount(table.codes[given], weights=weights, minlength=len(table.values))
+    used = np.bincount(table.known_codes[given], weights=weights, minlength=len(table.values))
+    return used.astype(float)
 
 
-def _parts(table: Table, metric: str | np.ndarray, used: np.ndarray) -> _Parts:
-    distance, counts = squared_differences(metric, table.values, used), table.ratings_PK
+def _parts(table: Table, metric: str | FloatArray, used: FloatArray) -> _Parts:
+    distance, counts = squared_differences(metric, table.values, used), table.known_counts
     within = ((counts @ distance) * counts).sum(axis=1)
     return _Parts(
         counts.sum(axis=1),
@@ -105,24 +110,24 @@ def _parts(table: Table, metric: str | np.ndarray, used: np.ndarray) -> _Parts:
     )
 
 
-def _parts_of_many(table: Table, metric: str | np.ndarray, used: np.ndarray) -> _Parts:
+def _parts_of_many(table: Table, metric: str | FloatArray, used: FloatArray) -> _Parts:
     """The same over so many values that no matrix holds their differences, from sums of squares
     alone.
     """
-    given, total = table.codes >= 0, used.sum()
+    codes = table.known_codes
+    given, total = codes >= 0, used.sum()
     r = given.sum(axis=1).astype(float)
     if isinstance(metric, str) and metric == "nominal":
         same = sum(
-            ((table.codes == column[:, None]) & given).sum(axis=1) * (column >= 0)
-            for column in table.codes.T
+            ((codes == column[:, None]) & given).sum(axis=1) * (column >= 0) for column in codes.T
         )
-        outer = np.where(given, 1.0 - (used / total)[table.codes], 0.0).sum(axis=1)
+        outer = np.where(given, 1.0 - (used / total)[codes], 0.0).sum(axis=1)
         return _Parts(r, r**2 - same, outer, float(total**2 - (used**2).sum()))
     if not (isinstance(metric, str) and metric in ("interval", "ordinal")):
         raise ValueError(f"{len(used)} distinct values are too many for this metric: round them")
     values = table.values if metric == "interval" else _middle_ranks(used)
     values = values - (used @ values) / total  # centred, so that the squares do not cancel
-    each = np.where(given, values[table.codes], 0.0)
+    each = np.where(given, values[codes], 0.0)
     first, second = each.sum(axis=1), (each**2).sum(axis=1)
     mean, square = float(used @ values) / total, float(used @ values**2) / total
     outer = second - 2.0 * mean * first + r * square
@@ -135,8 +140,9 @@ def _parts_of_many(table: Table, metric: str | np.ndarray, used: np.ndarray) -> 
     )
 
 
-def _values_of_moments(parts: _Parts, times_BP: np.ndarray) -> np.ndarray:
+def _values_of_moments(parts: _Parts, times_BP: FloatArray) -> FloatArray:
     """Alpha of each resample under the interval metric."""
+    assert parts.moments is not None  # the interval metric has them
     first, second = parts.moments
     total = times_BP @ parts.r
     expected = 2.0 * (total * (times_BP @ second) - (times_BP @ first) ** 2)
@@ -144,12 +150,12 @@ def _values_of_moments(parts: _Parts, times_BP: np.ndarray) -> np.ndarray:
     return _ratio(total, observed, expected)
 
 
-def _alpha(parts: _Parts, times: np.ndarray) -> float:
+def _alpha(parts: _Parts, times: FloatArray) -> float:
     observed = float(times @ (parts.within / (parts.r - 1.0)))
     return 1.0 - (float(times @ parts.r) - 1.0) * observed / parts.expected
 
 
-def krippendorff_values(table: Table, metric: str | np.ndarray, times_BP: np.ndarray) -> np.ndarray:
+def krippendorff_values(table: Table, metric: str | FloatArray, times_BP: FloatArray) -> FloatArray:
     """Alpha for each row of pattern counts (a bootstrap's); NaN where one defines none, or over too
     many values.
     """
@@ -182,8 +188,8 @@ def krippendorff_values(table: Table, metric: str | np.ndarray, times_BP: np.nda
 
 
 def squared_differences(
-    metric: str | np.ndarray, values: np.ndarray, used: np.ndarray
-) -> np.ndarray:
+    metric: str | FloatArray, values: FloatArray, used: FloatArray
+) -> FloatArray:
     """The metric's squared difference between categories of these `values`, `used` so often.
     Shapes: K x K.
     """
@@ -206,11 +212,12 @@ def squared_differences(
         if values.min() < 0:
             raise ValueError("a ratio scale has no negative values")
         total = values[:, None] + values[None, :]
-        return (difference / np.where(total == 0, 1.0, total)) ** 2
+        result: FloatArray = (difference / np.where(total == 0, 1.0, total)) ** 2
+        return result
     raise ValueError(f"unknown metric {metric!r}: nominal, ordinal, interval, ratio or a matrix")
 
 
-def _middle_ranks(used: np.ndarray) -> np.ndarray:
+def _middle_ranks(used: FloatArray) -> FloatArray:
     """The ordinal metric sums the counts between two ranks, each end by half: a difference of
     middle ranks.
     """
@@ -226,18 +233,24 @@ def _paired(table: Table) -> Table:
     return replace(table, codes=codes, times=table.times[kept], ratings_PK=counts, pattern_of=None)
 
 
-def _ratings_each(table: Table) -> np.ndarray:
-    return (
-        (table.codes >= 0).sum(axis=1) if table.ratings_PK is None else table.ratings_PK.sum(axis=1)
+def _ratings_each(table: Table) -> FloatArray:
+    result: FloatArray = (
+        (table.known_codes >= 0).sum(axis=1)
+        if table.ratings_PK is None
+        else table.ratings_PK.sum(axis=1)
     )
+    return result
 
 
-def _ratio(total: np.ndarray, observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def _ratio(total: FloatArray, observed: FloatArray, expected: FloatArray) -> FloatArray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return 1.0 - (total - 1.0) * observed / np.where(expected > 0, expected, np.nan)
+        result: FloatArray = 1.0 - (total - 1.0) * observed / np.where(
+            expected > 0, expected, np.nan
+        )
+        return result
 
 
-def _standard_error(parts: _Parts, times: np.ndarray) -> float:
+def _standard_error(parts: _Parts, times: FloatArray) -> float:
     """Gwet's linearisation, in disagreements. An ordinal metric's distances are taken as fixed."""
     n = times.sum()
     r_mean = float(times @ parts.r) / n

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+CodeArray = npt.NDArray[np.integer[Any]]  # places in a list, -1 where missing
+BoolArray = npt.NDArray[np.bool_]
 
 # enough for the 2.5% quantiles to move by less than a tenth of the interval from seed to seed
 RESAMPLES = 2000
@@ -33,15 +39,32 @@ class Table:
     gave each category; `pattern_of` N, each item's row, -1 for one that nobody rated.
     """
 
-    codes: np.ndarray | None
-    times: np.ndarray
-    values: np.ndarray
-    ratings_PK: np.ndarray | None
+    codes: CodeArray | None
+    times: FloatArray
+    values: FloatArray
+    ratings_PK: FloatArray | None
     n_raters: int
-    pattern_of: np.ndarray | None = None
+    pattern_of: CodeArray | None = None
+
+    @property
+    def known_codes(self) -> CodeArray:
+        """`codes`. Raises: ValueError: the table was made of counts."""
+        if self.codes is None:
+            raise ValueError("the table was made of counts: who gave which rating is not known")
+        return self.codes
+
+    @property
+    def known_counts(self) -> FloatArray:
+        """`ratings_PK`. Raises: ValueError: there are too many distinct ratings to count each."""
+        if self.ratings_PK is None:
+            raise ValueError(
+                f"{len(self.values)} distinct ratings are no categories: "
+                "round them, or use interval alpha"
+            )
+        return self.ratings_PK
 
 
-def group(ratings: np.ndarray | Table, categories: Sequence[float] | None = None) -> Table:
+def group(ratings: FloatArray | Table, categories: Sequence[float] | None = None) -> Table:
     """The patterns of an items x raters array, NaN for missing. `categories` adds ones that nobody
     used.
 
@@ -55,6 +78,9 @@ def group(ratings: np.ndarray | Table, categories: Sequence[float] | None = None
         raise ValueError(f"ratings must be items x raters, not of shape {ratings.shape}")
     codes, values = _encode(ratings, categories)
     keys, base = _keys(codes, len(values) + 1)
+    unique: CodeArray
+    pattern_of: CodeArray
+    times: npt.NDArray[Any]
     if keys is None:
         unique, pattern_of, times = np.unique(
             codes, axis=0, return_inverse=True, return_counts=True
@@ -72,7 +98,7 @@ def group(ratings: np.ndarray | Table, categories: Sequence[float] | None = None
     return Table(unique, times, values, counts, n_raters, renumbered[pattern_of])
 
 
-def group_counts(counts: np.ndarray) -> Table:
+def group_counts(counts: FloatArray) -> Table:
     """The patterns of an items x categories array of how many raters gave each category.
 
     Raises:
@@ -93,7 +119,9 @@ def group_counts(counts: np.ndarray) -> Table:
     )
 
 
-def resample(table: Table, n: int, seed: int, clusters: np.ndarray | None = None) -> np.ndarray:
+def resample(
+    table: Table, n: int, seed: int, clusters: npt.NDArray[Any] | None = None
+) -> FloatArray:
     """The patterns' counts in `n` resamples of the items, or of whole `clusters` of them. Shapes: n
     x P.
     """
@@ -101,8 +129,8 @@ def resample(table: Table, n: int, seed: int, clusters: np.ndarray | None = None
 
 
 def draws(
-    table: Table, n: int, seed: int, clusters: np.ndarray | None = None
-) -> Iterator[np.ndarray]:
+    table: Table, n: int, seed: int, clusters: npt.NDArray[Any] | None = None
+) -> Iterator[FloatArray]:
     """The same in pieces of at most 64 MB; nothing where the patterns are so many that it would
     take minutes.
 
@@ -130,7 +158,7 @@ def draws(
         )
 
 
-def _by_cluster(table: Table, clusters: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _by_cluster(table: Table, clusters: npt.NDArray[Any], rng: np.random.Generator) -> FloatArray:
     """How often each pattern occurs in each cluster, or in each random group of clusters. Shapes: C
     x P.
     """
@@ -149,7 +177,7 @@ def _by_cluster(table: Table, clusters: np.ndarray, rng: np.random.Generator) ->
     return counts.reshape(len(used), p).astype(float)
 
 
-def category_weights(weights: str | np.ndarray | None, values: np.ndarray) -> np.ndarray:
+def category_weights(weights: str | FloatArray | None, values: FloatArray) -> FloatArray:
     """Agreement weights between categories: 1 on the diagonal. Shapes: K x K.
 
     `identity`, `linear`, `quadratic` (over the categories' values), `ordinal` (Gwet's, over their
@@ -171,7 +199,8 @@ def category_weights(weights: str | np.ndarray | None, values: np.ndarray) -> np
         if weights == "ordinal":
             between = np.abs(np.subtract.outer(np.arange(k), np.arange(k))) + 1.0
             pairs = between * (between - 1) / 2
-            return 1.0 - pairs / max(float(pairs.max()), 1.0)
+            result: FloatArray = 1.0 - pairs / max(float(pairs.max()), 1.0)
+            return result
         raise ValueError(
             f"unknown weights {weights!r}: identity, linear, quadratic, ordinal or a matrix"
         )
@@ -188,8 +217,8 @@ def category_weights(weights: str | np.ndarray | None, values: np.ndarray) -> np
 
 
 def _encode(
-    ratings: np.ndarray, categories: Sequence[float] | None
-) -> tuple[np.ndarray, np.ndarray]:
+    ratings: FloatArray, categories: Sequence[float] | None
+) -> tuple[CodeArray, FloatArray]:
     """Each rating's place among the categories, -1 where missing, and the categories in order."""
     low, high = (float(f.reduce(ratings, axis=None, initial=np.nan)) for f in (np.fmin, np.fmax))
     if np.isnan(low):
@@ -198,10 +227,11 @@ def _encode(
     if not np.isfinite([low, high]).all():
         raise ValueError("ratings must be finite, or NaN for missing")
     shifted = _small_whole_numbers(ratings, low) if high - low < _MOST_SMALL else None
-    used = (
+    used = np.asarray(
         np.unique(ratings[~np.isnan(ratings)])
         if shifted is None
-        else np.flatnonzero(_tally(shifted)[1:]) + low
+        else np.flatnonzero(_tally(shifted)[1:]) + low,
+        dtype=float,
     )
     values = used
     if categories is not None:
@@ -219,7 +249,7 @@ def _encode(
     return place[shifted], values
 
 
-def _small_whole_numbers(ratings: np.ndarray, low: float) -> np.ndarray | None:
+def _small_whole_numbers(ratings: FloatArray, low: float) -> npt.NDArray[np.int16] | None:
     """The ratings minus `low` plus 1, 0 where missing; None when one of them is not whole. In
     cache-sized pieces.
     """
@@ -234,15 +264,15 @@ def _small_whole_numbers(ratings: np.ndarray, low: float) -> np.ndarray | None:
     return shifted
 
 
-def _tally(shifted: np.ndarray) -> np.ndarray:
+def _tally(shifted: npt.NDArray[np.int16]) -> CodeArray:
     step = 1 << 14
-    return sum(
-        np.bincount(shifted[i : i + step].ravel(), minlength=_MOST_SMALL + 1)
-        for i in range(0, len(shifted), step)
-    )
+    counts = np.zeros(_MOST_SMALL + 1, dtype=np.int64)
+    for i in range(0, len(shifted), step):
+        counts += np.bincount(shifted[i : i + step].ravel(), minlength=_MOST_SMALL + 1)
+    return counts
 
 
-def _keys(codes: np.ndarray, base: int) -> tuple[np.ndarray | None, int]:
+def _keys(codes: CodeArray, base: int) -> tuple[npt.NDArray[np.int64] | None, int]:
     """Each row as one integer in base `base`, or None where 62 bits do not hold it."""
     if codes.shape[1] * np.log2(max(base, 2)) >= 62:
         return None, base
@@ -255,7 +285,7 @@ def _keys(codes: np.ndarray, base: int) -> tuple[np.ndarray | None, int]:
     return keys, base
 
 
-def _count(keys: np.ndarray, possible: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _count(keys: npt.NDArray[np.int64], possible: int) -> tuple[CodeArray, CodeArray, CodeArray]:
     if possible > _DENSE_KEYS:
         return np.unique(keys, return_inverse=True, return_counts=True)
     counts = np.bincount(keys, minlength=possible)
@@ -265,14 +295,14 @@ def _count(keys: np.ndarray, possible: int) -> tuple[np.ndarray, np.ndarray, np.
     return unique, place[keys], counts[unique]
 
 
-def _decode(keys: np.ndarray, base: int, n_raters: int) -> np.ndarray:
+def _decode(keys: CodeArray, base: int, n_raters: int) -> CodeArray:
     codes = np.empty((len(keys), n_raters), dtype=np.int64)
     for column in range(n_raters - 1, -1, -1):
         keys, codes[:, column] = np.divmod(keys, base)
     return codes - 1
 
 
-def _category_counts(codes: np.ndarray, k: int) -> np.ndarray:
+def _category_counts(codes: CodeArray, k: int) -> FloatArray:
     counts = np.zeros((len(codes), k))
     for column in codes.T:
         rows = np.flatnonzero(column >= 0)
