@@ -297,3 +297,10 @@ def _write_cache(file: Path, known: dict[str, str]) -> None:
         fresh.replace(file)
     except OSError:
         pass
+
+
+def rubric_id(rubric: tuple[tuple[str, float], ...]) -> str:
+    """What a use calls a prompt's own rubric: 16 hex digits of its digest. Two rubrics never share
+    one, so what was asked stays readable when the prompts file is edited.
+    """
+    return digest("rubric", [list(line) for line in rubric])[:16]

@@ -1,23 +1,43 @@
-"""What every kind of judge shares: ready-made texts for the templates, label reads, and the typed
-reasons of failure.
+"""The protocol that every kind of judge keeps (`Judge`), and what the kinds share: ready-made texts
+for the templates, label reads, and the typed reasons why an answer is unscored.
 
-Nothing here decides who won; it only turns a `Completion` into label masses or into one of the
-unscored reasons.
+A kind is one class. The pipelines know judges by this protocol alone: they ask what `requests`
+gives, decode each answer once with `decode`, and combine the decoded answers of a comparison with
+`verdict`. Most kinds derive from `PairJudge` (a question shows two answers) or `ScoreJudge` (a
+question shows one answer) and write three short methods.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from math import exp
-from typing import Any
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prefab.factory.spec.templates import conversation_text, fence, neutralise
-from prefab.factory.types import Completion, Exactness, Message, Request, Sampling, UnscoredReason
+from prefab.factory.spec.templates import Template, conversation_text, fence, neutralise
+from prefab.factory.types import (
+    Comparison,
+    Completion,
+    Engine,
+    Exactness,
+    Message,
+    Order,
+    Principle,
+    Prompt,
+    Request,
+    Sample,
+    Sampling,
+    UnscoredReason,
+    Use,
+    Verdict,
+)
+from prefab.judges.panel import orders
 
 LABEL_READ = Sampling(max_tokens=1)
 Examples = Sequence[
@@ -208,3 +228,389 @@ def _unwrap_once(text: str) -> str:
         inner = text[opened.end() : -len(closing)]
         return inner.strip() if closing not in inner else text
     return text
+
+
+# --- the protocol -------------------------------------------------------------------------------
+
+NO_ORDER = "-"  # the order of a verdict that was asked in none
+NO_PRINCIPLE = Principle("", "", "", "", "", "")
+Pair = tuple[int, int]  # the indices of samples a and b
+Question = tuple[Comparison, list[Principle]]
+Ask = tuple[Request, Use]
+Shows = Literal["pair", "one", "all", "people"]
+RubricLines = Sequence[tuple[str, float]]  # a prompt's own rubric: criterion and points
+AnyConfig = TypeVar("AnyConfig", bound=JudgeConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The samples' positions (as given to the request) from best to worst, or why there is no
+    order.
+    """
+
+    order: tuple[int, ...] | None
+    reason: UnscoredReason | None = None
+    exactness: Exactness = "hard"
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """The text of a pass that is not the last one."""
+
+    text: str
+    reason: UnscoredReason | None = None
+
+
+Value = Verdict | Score | Ranking | Reasoning
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One answer as its judge reads it. `use` says what was asked (`Use`, or a row of the ledger
+    with the same fields); `value` is None while there is no answer; `call` is the call's key in
+    hex, empty during a run; `text` is the answer's text, during a run only.
+    """
+
+    use: Any
+    value: Value | None
+    call: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What a request needs beside its question.
+
+    Args:
+        run: The run's number in the ledger, for the uses.
+        model: Identity of the model that answers; part of every key.
+        templates: By the names that `Judge.templates` gives.
+        specials: Control tokens that no text may become.
+        examples: From a template's file and a principle to the few-shot examples.
+        seed: The run's seed, used at temperature above 0 and for draws.
+        orders: The panel's setting: both, random or first.
+        repeats: The repeats to ask for; None: all that the configuration names.
+        people: What people said, for a judge that they answer (see `human.answers`).
+    """
+
+    run: int = 0
+    model: str = ""
+    templates: Mapping[str, Template] = field(default_factory=dict)
+    specials: tuple[str, ...] = ()
+    examples: Callable[[str, Principle], Examples] = lambda template, principle: ()
+    seed: int = 0
+    orders: Literal["both", "random", "first"] = "both"
+    repeats: Sequence[int] | None = None
+    people: Mapping[Any, Any] = field(default_factory=dict)
+
+
+class Judge(ABC, Generic[AnyConfig]):
+    """What the pipelines know of a judge. One class a kind, one object a configured judge.
+
+    Class attributes: `Config`, the pydantic class of its configuration; `PARSER_VERSION`, raised
+    when answers are read in another way; `FILES`, fields that name the user's files; `shows`, what
+    one question shows; `ordered`, whether a pair is asked in two orders; `per_principle`, whether
+    it is asked under principles; `rewards`, whether `reward` gives a score for training; `own`,
+    whether `own_engine` makes the engine that answers it.
+    """
+
+    Config: ClassVar[type[JudgeConfig]]
+    PARSER_VERSION: ClassVar[int] = 1
+    FILES: ClassVar[tuple[str, ...]] = ()
+    shows: ClassVar[Shows]
+    ordered: ClassVar[bool] = False
+    per_principle: ClassVar[bool] = True
+    rewards: ClassVar[bool] = False
+    own: ClassVar[bool] = False
+
+    def __init__(self, config: AnyConfig) -> None:
+        self.config = config
+        self.name = config.name
+        self.weight = config.weight
+        self.kind = str(config.model_dump(include={"kind"})["kind"])
+
+    @property
+    def engine(self) -> str:
+        """The name of the engine that answers this judge."""
+        return f"judge {self.name}" if self.own else str(self.config.engine)
+
+    @property
+    def repeats(self) -> int:
+        """How often it is asked the same question; a program answers the same each time."""
+        return 1 if self.own else self.config.repeats
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The roles of its questions, in the order in which they are asked."""
+        return ({"pair": "judge", "people": "judge", "one": "score", "all": "rank"}[self.shows],)
+
+    def own_engine(self) -> Engine:
+        """The engine that answers this judge, not yet started, where `own` is true."""
+        raise NotImplementedError(f"{self.name} is answered by the engine {self.engine}")
+
+    def templates(self) -> dict[str, tuple[str, str]]:
+        """By the name under which a run keeps it: the template's file and its kind."""
+        template = getattr(self.config, "template", None)
+        return {} if self.own or template is None else {self.name: (template, self.kind)}
+
+    def labels(self) -> tuple[str, ...]:
+        """Every spelling whose probability it reads; none when it reads text."""
+        return ()
+
+    def reading(self) -> Any:
+        """What of the configuration decides how answers are read, as plain data: part of the ids
+        of verdicts.
+        """
+        asked = {"name", "engine", "weight", "repeats", "template", "template_kwargs"}
+        return self.config.model_dump(mode="json", exclude=asked)
+
+    def in_every_order(self) -> Judge[AnyConfig]:
+        """The judge, asked in every order that the measurement of position bias needs."""
+        return self
+
+    def lines(self, principle: str, own: RubricLines | None) -> RubricLines:
+        """The lines on which two answers are compared: one, under a principle."""
+        return ((principle, -1.0),)
+
+    def asked_repeats(self, context: RequestContext) -> Sequence[int]:
+        """The repeats to ask for."""
+        return range(self.repeats) if context.repeats is None else context.repeats
+
+    @abstractmethod
+    def requests(
+        self,
+        role: str,
+        questions: Sequence[Question],
+        context: RequestContext,
+        earlier: Sequence[Decoded],
+    ) -> list[Ask]:
+        """The requests of one pass for one prompt's questions; `earlier` has the answers of the
+        passes before.
+        """
+
+    @abstractmethod
+    def n_calls(self, questions: Sequence[Question], context: RequestContext) -> int:
+        """How many calls these questions are, all passes together."""
+
+    @abstractmethod
+    def decode(self, use: Any, completion: Completion) -> Value | None:
+        """One answer. Never raises; None where nothing has been said yet."""
+
+    @abstractmethod
+    def verdict(
+        self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
+    ) -> tuple[Verdict, tuple[str, ...]] | None:
+        """What the decoded answers of one place (principle, repeat, order) say of a pair, with the
+        calls that they stand on; None while one is awaited.
+        """
+
+    def verdicts_by_order(
+        self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
+    ) -> tuple[Verdict, Verdict]:
+        """The verdicts with a shown first and with b shown first; the same twice where a question
+        has no order. No answer is unscored: transport.
+        """
+        found = self.verdict(answers, pair, lines)
+        verdict = found[0] if found else Verdict(None, None, "transport")
+        return verdict, verdict
+
+    def merit(self, score: Score) -> float | None:
+        """A score as a number that is greater for the better answer; None when unscored."""
+        return score.value
+
+    def reward(self, score: Score) -> float | None:
+        """A score from 0 to 1 rescaled to -1 (worst) to 1; None when unscored."""
+        merit = self.merit(score)
+        return None if merit is None else 2.0 * merit - 1.0
+
+
+class PairJudge(Judge[AnyConfig]):
+    """A question shows two answers. A kind writes `request` and `decode`."""
+
+    shows = "pair"
+    ordered = True
+
+    @abstractmethod
+    def request(
+        self,
+        role: str,
+        comparison: Comparison,
+        principle: Principle,
+        order: Order,
+        repeat: int,
+        context: RequestContext,
+        reasoning: str | None,
+    ) -> Request:
+        """The request of one pass; `reasoning` is the text of the pass before."""
+
+    def requests(
+        self,
+        role: str,
+        questions: Sequence[Question],
+        context: RequestContext,
+        earlier: Sequence[Decoded],
+    ) -> list[Ask]:
+        """Every pair under each of its principles, in each order, each repeat."""
+        reasons = {_reading_of(d.use): d.value for d in earlier}
+        asks: list[Ask] = []
+        for comparison, principle, order, repeat in self._places(questions, context):
+            a, b = comparison.a.index, comparison.b.index
+            use = Use(
+                context.run,
+                comparison.prompt.id,
+                role,
+                a,
+                b,
+                0,
+                principle.id,
+                self.name,
+                order,
+                repeat,
+            )
+            text = None
+            if role != self.passes[0]:
+                said = reasons.get(_reading_of(use))
+                if not isinstance(said, Reasoning):
+                    continue  # broken off, or never answered: nothing to score
+                text = said.text
+            request = self.request(role, comparison, principle, order, repeat, context, text)
+            asks.append((request, use))
+        return asks
+
+    def n_calls(self, questions: Sequence[Question], context: RequestContext) -> int:
+        """One call an order, repeat and pass."""
+        return sum(1 for _ in self._places(questions, context)) * len(self.passes)
+
+    def _places(
+        self, questions: Sequence[Question], context: RequestContext
+    ) -> Iterator[tuple[Comparison, Principle, Order, int]]:
+        for comparison, principles in questions:
+            a, b = comparison.a.index, comparison.b.index
+            for order in orders(context.orders, context.seed, comparison.prompt.id, a, b):
+                for principle, repeat in product(principles, self.asked_repeats(context)):
+                    yield comparison, principle, order, repeat
+
+    def verdict(
+        self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
+    ) -> tuple[Verdict, tuple[str, ...]] | None:
+        """The verdict of the last pass; that of an earlier one where it broke off."""
+        return last_verdict(answers, self.passes)
+
+    def verdicts_by_order(
+        self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
+    ) -> tuple[Verdict, Verdict]:
+        """One verdict an order."""
+        found = [
+            self.verdict([d for d in answers if d.use.order == order], pair, lines)
+            for order in ("ab", "ba")
+        ]
+        ab, ba = (f[0] if f else Verdict(None, None, "transport") for f in found)
+        return ab, ba
+
+
+def _reading_of(use: Any) -> tuple[Any, ...]:
+    return use.sample, use.other, use.principle, use.order, use.repeat
+
+
+def last_verdict(
+    answers: Sequence[Decoded], passes: Sequence[str]
+) -> tuple[Verdict, tuple[str, ...]] | None:
+    """The verdict of the last of these passes that was asked, and its call; None while awaited."""
+    last = max(answers, key=lambda d: passes.index(d.use.role), default=None)
+    return (last.value, (last.call,)) if last and isinstance(last.value, Verdict) else None
+
+
+class ScoreJudge(Judge[AnyConfig]):
+    """A question shows one answer. A kind writes `request`, `decode` and `compare`."""
+
+    shows = "one"
+
+    @abstractmethod
+    def request(
+        self,
+        prompt: Prompt,
+        sample: Sample,
+        principle: Principle,
+        line: int,
+        repeat: int,
+        context: RequestContext,
+    ) -> Request:
+        """The request about one answer; `line` is that of the prompt's own rubric, where the judge
+        reads one.
+        """
+
+    @abstractmethod
+    def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
+        """Two answers' scores, a score a line, as a verdict."""
+
+    def own_rubric(self, prompt: Prompt) -> str:
+        """The name of the prompt's own rubric, where this judge reads it instead of principles."""
+        return ""
+
+    def requests(
+        self,
+        role: str,
+        questions: Sequence[Question],
+        context: RequestContext,
+        earlier: Sequence[Decoded],
+    ) -> list[Ask]:
+        """One question an answer (and principle, and line of a rubric), in however many
+        comparisons it stands.
+        """
+        asks: list[Ask] = []
+        for sample, principle, line, repeat in self._places(questions, context):
+            prompt = questions[0][0].prompt
+            use = Use(
+                context.run,
+                prompt.id,
+                role,
+                sample.index,
+                -1,
+                line,
+                principle.id,
+                self.name,
+                self.own_rubric(prompt),
+                repeat,
+            )
+            asks.append((self.request(prompt, sample, principle, line, repeat, context), use))
+        return asks
+
+    def n_calls(self, questions: Sequence[Question], context: RequestContext) -> int:
+        """One call an answer, principle, line and repeat."""
+        return len(self._places(questions, context))
+
+    def _places(
+        self, questions: Sequence[Question], context: RequestContext
+    ) -> list[tuple[Sample, Principle, int, int]]:
+        """Sample, principle, line and repeat: each once, a sample's questions together."""
+        if not questions:
+            return []
+        prompt = questions[0][0].prompt
+        own = bool(self.own_rubric(prompt))
+        free = own or not self.per_principle
+        wanted: dict[int, tuple[Sample, dict[str, Principle]]] = {}
+        for comparison, principles in questions:
+            for sample in (comparison.a, comparison.b):
+                _, under = wanted.setdefault(sample.index, (sample, {}))
+                under.update({p.id: p for p in ([NO_PRINCIPLE] if free else principles)})
+        lines = range(len(prompt.rubric) if own else 1)
+        return [
+            (sample, principle, line, repeat)
+            for sample, under in (wanted[i] for i in sorted(wanted))
+            for principle, line, repeat in product(
+                under.values(), lines, self.asked_repeats(context)
+            )
+        ]
+
+    def verdict(
+        self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
+    ) -> tuple[Verdict, tuple[str, ...]] | None:
+        """Both answers' scores on every line, as a verdict."""
+        by_place = {(d.use.sample, d.use.round): d for d in answers}
+        wanted = [by_place.get((i, line)) for i in pair for line in range(len(lines))]
+        found = [d for d in wanted if d is not None and isinstance(d.value, Score)]
+        if len(found) < len(wanted):
+            return None
+        scores = [d.value for d in found if isinstance(d.value, Score)]
+        verdict = self.compare(scores[: len(lines)], scores[len(lines) :], lines)
+        return verdict, tuple(d.call for d in found)

@@ -17,7 +17,7 @@ import orjson
 
 from prefab.factory import keys
 from prefab.factory.errors import ConfigError
-from prefab.factory.keys import canonical, digest
+from prefab.factory.keys import canonical, digest, rubric_id
 from prefab.factory.types import Message, Prompt
 
 Rubric = tuple[tuple[str, float], ...]
@@ -119,13 +119,6 @@ def add_prompts(con: sqlite3.Connection, prompts: Sequence[Prompt]) -> None:
 
 def _text(prompt: Prompt) -> str:
     return orjson.dumps([[m.role, m.content] for m in prompt.messages]).decode()
-
-
-def rubric_id(rubric: Rubric) -> str:
-    """What a use calls a prompt's own rubric: 16 hex digits of its digest. Two rubrics never share
-    one, so what was asked stays readable when the prompts file is edited.
-    """
-    return digest("rubric", [list(line) for line in rubric])[:16]
 
 
 def rubrics(con: sqlite3.Connection, names: Sequence[str]) -> dict[str, Rubric]:

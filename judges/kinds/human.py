@@ -19,8 +19,29 @@ from typing import Any, Literal
 import orjson
 
 from prefab.factory.keys import canonical, digest
-from prefab.factory.types import Completion, Message, Order, Request, Sampling, Verdict, Winner
-from prefab.judges.base import JudgeConfig
+from prefab.factory.types import (
+    Completion,
+    Engine,
+    Message,
+    Order,
+    Request,
+    Sampling,
+    Use,
+    Verdict,
+    Winner,
+)
+from prefab.judges.base import (
+    NO_ORDER,
+    Ask,
+    Decoded,
+    Judge,
+    JudgeConfig,
+    Pair,
+    Question,
+    RequestContext,
+    RubricLines,
+    last_verdict,
+)
 
 PARSER_VERSION = 1
 MODEL = "human"  # the identity under which a run keeps people's word
@@ -286,7 +307,56 @@ def engine(config: HumanConfig) -> Clerk:
     return Clerk()
 
 
-class HumanJudge:
-    """The kind `human`: its configuration class is `Config`."""
+class HumanJudge(Judge[HumanConfig]):
+    """People. A run takes what they said before it; the rest is awaited."""
 
     Config = HumanConfig
+    PARSER_VERSION = PARSER_VERSION
+    shows = "people"
+    own = True
+
+    def own_engine(self) -> Engine:
+        """The engine that gives people's recorded answers."""
+        return engine(self.config)
+
+    def requests(
+        self,
+        role: str,
+        questions: Sequence[Question],
+        context: RequestContext,
+        earlier: Sequence[Decoded],
+    ) -> list[Ask]:
+        """The comparisons on which people have said something."""
+        asks = []
+        for comparison, principles in questions:
+            prompt, a, b = comparison.prompt.id, comparison.a, comparison.b
+            for principle in principles:
+                found = request(context.people, prompt, a.text, b.text, principle.id)
+                use = Use(
+                    context.run,
+                    prompt,
+                    role,
+                    a.index,
+                    b.index,
+                    0,
+                    principle.id,
+                    self.name,
+                    NO_ORDER,
+                )
+                if found is not None:
+                    asks.append((found, use))
+        return asks
+
+    def n_calls(self, questions: Sequence[Question], context: RequestContext) -> int:
+        """One label a comparison and principle."""
+        return sum(len(principles) for _, principles in questions)
+
+    def decode(self, use: Any, completion: Completion) -> Verdict | None:
+        """What people say now; None where they are split, skipped, or took it back."""
+        return parse(completion)
+
+    def verdict(
+        self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
+    ) -> tuple[Verdict, tuple[str, ...]] | None:
+        """People's verdict."""
+        return last_verdict(answers, self.passes)

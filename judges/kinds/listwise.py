@@ -8,25 +8,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
-from typing import Literal
+from itertools import product
+from typing import Any, Literal
 
 from pydantic import Field
 
 from prefab.factory.spec.templates import Template
 from prefab.factory.types import (
     Completion,
-    Exactness,
     Principle,
     Prompt,
     Request,
     Sample,
     Sampling,
-    UnscoredReason,
+    Use,
     Verdict,
 )
-from prefab.judges.base import Examples, JudgeConfig, candidate, conversation, generated, kwargs_of
+from prefab.judges.base import (
+    Ask,
+    Decoded,
+    Examples,
+    Judge,
+    JudgeConfig,
+    Pair,
+    Question,
+    Ranking,
+    RequestContext,
+    RubricLines,
+    candidate,
+    conversation,
+    generated,
+    kwargs_of,
+)
 
 PARSER_VERSION = 1
 _LINE = re.compile(r"(?:Ranking:\s*)?(\[?[0-9]{1,3}\]?(?:\s*>\s*\[?[0-9]{1,3}\]?)*)\s*\.?")
@@ -42,17 +56,6 @@ class ListwiseConfig(JudgeConfig):
     template: str = "listwise.jinja"
     permutations: int = Field(2, ge=1)
     max_tokens: int = Field(128, ge=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """The samples' positions (0..K-1, as given to `request`) from best to worst, or why there is no
-    order.
-    """
-
-    order: tuple[int, ...] | None
-    reason: UnscoredReason | None = None
-    exactness: Exactness = "hard"
 
 
 def permutations(k: int, n: int, prompt_id: str, seed: int = 0) -> list[tuple[int, ...]]:
@@ -127,7 +130,95 @@ def verdict(rankings: Sequence[Ranking], a: int, b: int) -> Verdict:
     )
 
 
-class ListwiseJudge:
-    """The kind `listwise`: its configuration class is `Config`."""
+class ListwiseJudge(Judge[ListwiseConfig]):
+    """All answers that are compared under a principle, ordered at once."""
 
     Config = ListwiseConfig
+    PARSER_VERSION = PARSER_VERSION
+    shows = "all"
+
+    def in_every_order(self) -> ListwiseJudge:
+        """With two permutations each answer of a pair is shown first once."""
+        return ListwiseJudge(self.config.model_copy(update={"permutations": 2}))
+
+    def requests(
+        self,
+        role: str,
+        questions: Sequence[Question],
+        context: RequestContext,
+        earlier: Sequence[Decoded],
+    ) -> list[Ask]:
+        """All answers under each principle, in each permutation, each repeat."""
+        config, asks = self.config, []
+        for principle, samples in _by_principle(questions):
+            prompt = questions[0][0].prompt
+            shown = permutations(len(samples), config.permutations, prompt.id, context.seed)
+            examples, template = (
+                context.examples(config.template, principle),
+                context.templates[self.name],
+            )
+            for (number, order), repeat in product(enumerate(shown), self.asked_repeats(context)):
+                at = (config, template, prompt, samples, order, principle, context.model, repeat)
+                names = ",".join(str(samples[i].index) for i in order)
+                use = Use(
+                    context.run,
+                    prompt.id,
+                    role,
+                    -1,
+                    -1,
+                    number,
+                    principle.id,
+                    self.name,
+                    names,
+                    repeat,
+                )
+                asks.append((request(*at, context.specials, examples), use))
+        return asks
+
+    def n_calls(self, questions: Sequence[Question], context: RequestContext) -> int:
+        """One call a principle, permutation and repeat."""
+        repeats = len(self.asked_repeats(context))
+        return len(_by_principle(questions)) * self.config.permutations * repeats
+
+    def decode(self, use: Any, completion: Completion) -> Ranking:
+        """The order of the samples, by their indices."""
+        return parse(completion, shown_of(use))
+
+    def verdict(
+        self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
+    ) -> tuple[Verdict, tuple[str, ...]] | None:
+        """The share of all permutations' rankings that puts a first."""
+        by_number = {d.use.round: d for d in answers}
+        found = [by_number.get(number) for number in range(self.config.permutations)]
+        there = [d for d in found if d is not None and set(pair) <= set(shown_of(d.use))]
+        rankings = [d.value for d in there if isinstance(d.value, Ranking)]
+        if len(rankings) < len(found):
+            return None
+        return verdict(rankings, *pair), tuple(d.call for d in there)
+
+    def verdicts_by_order(
+        self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
+    ) -> tuple[Verdict, Verdict]:
+        """The rankings where a was shown before b, and the others."""
+        sides: tuple[list[Ranking], list[Ranking]] = ([], [])
+        for d in answers:
+            if isinstance(d.value, Ranking):
+                shown = shown_of(d.use)
+                sides[shown.index(pair[0]) > shown.index(pair[1])].append(d.value)
+        missing = [Ranking(None, "transport")]
+        return verdict(sides[0] or missing, *pair), verdict(sides[1] or missing, *pair)
+
+
+def shown_of(use: Any) -> tuple[int, ...]:
+    """The samples' indices in the order in which they were shown."""
+    return tuple(map(int, use.order.split(",")))
+
+
+def _by_principle(questions: Sequence[Question]) -> list[tuple[Principle, list[Sample]]]:
+    """The samples that are compared under each principle, by their index."""
+    found: dict[str, tuple[Principle, dict[int, Sample]]] = {}
+    for comparison, principles in questions:
+        for principle in principles:
+            _, samples = found.setdefault(principle.id, (principle, {}))
+            samples.update({sample.index: sample for sample in (comparison.a, comparison.b)})
+    return [(p, [samples[i] for i in sorted(samples)]) for p, samples in found.values()]

@@ -26,6 +26,9 @@ from prefab.factory.types import (
 from prefab.judges.base import (
     Examples,
     JudgeConfig,
+    PairJudge,
+    Reasoning,
+    RequestContext,
     conversation,
     generated,
     kwargs_of,
@@ -178,7 +181,58 @@ def _variables(
     }
 
 
-class PairwiseJudge:
-    """The kind `pairwise`: its configuration class is `Config`."""
+class PairwiseJudge(PairJudge[PairwiseConfig]):
+    """Two answers, one label read; with `reasoning` a pass of free text before it."""
 
     Config = PairwiseConfig
+    PARSER_VERSION = PARSER_VERSION
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """`reason` comes first where the judge reasons."""
+        return ("reason", "judge") if self.config.reasoning else ("judge",)
+
+    def templates(self) -> dict[str, tuple[str, str]]:
+        """A judge that reasons has a template a pass."""
+        if not self.config.reasoning:
+            return super().templates()
+        return {
+            self.name: (self.config.scored_template, "pairwise_scored"),
+            self.name + " reasoning": (self.config.reasoning_template, "pairwise_cot"),
+        }
+
+    def labels(self) -> tuple[str, ...]:
+        """The spellings of A, B and T (no T without ties)."""
+        return labels(self.config)
+
+    def reading(self) -> Any:
+        """Ties, reasoning, the least label mass and the clamp."""
+        c = self.config
+        return [c.ties, c.reasoning, c.min_label_mass, c.clamp]
+
+    def request(
+        self,
+        role: str,
+        comparison: Comparison,
+        principle: Principle,
+        order: Order,
+        repeat: int,
+        context: RequestContext,
+        reasoning: str | None,
+    ) -> Request:
+        """The request of one pass."""
+        config, reasons = self.config, role == "reason"
+        file, _ = self.templates()[self.name + " reasoning" if reasons else self.name]
+        examples = context.examples(file, principle)
+        template = context.templates[self.name + " reasoning" if reasons else self.name]
+        at = (config, template, comparison, principle, context.model, order, repeat)
+        if reasons:
+            return reasoning_request(*at, context.specials, examples, context.seed)
+        return request(*at, context.specials, examples, reasoning)
+
+    def decode(self, use: Any, completion: Completion) -> Verdict | Reasoning:
+        """A verdict, or the text of a finished reasoning."""
+        if use.role != "reason":
+            return parse(completion, use.order, self.config)
+        text, reason = parse_reasoning(completion)
+        return Reasoning(text) if reason is None else unscored(reason, completion)

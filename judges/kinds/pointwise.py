@@ -6,8 +6,9 @@ Also the reward of direct RLAIF (`reward`). Scales stop at 9: "10" is two tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +17,10 @@ from prefab.factory.types import Completion, Principle, Prompt, Request, Sample,
 from prefab.judges.base import (
     Examples,
     JudgeConfig,
+    RequestContext,
+    RubricLines,
     Score,
+    ScoreJudge,
     candidate,
     conversation,
     label_request,
@@ -111,7 +115,40 @@ def _weaker(a: Score, b: Score):
     return next(e for e in ("hard", "bounds", "exact") if e in (a.exactness, b.exactness))
 
 
-class PointwiseJudge:
-    """The kind `pointwise`: its configuration class is `Config`."""
+class PointwiseJudge(ScoreJudge[PointwiseConfig]):
+    """One answer on a scale, under a principle."""
 
     Config = PointwiseConfig
+    PARSER_VERSION = PARSER_VERSION
+    rewards = True
+
+    def labels(self) -> tuple[str, ...]:
+        """The spellings of the scale's numbers."""
+        return labels(self.config)
+
+    def request(
+        self,
+        prompt: Prompt,
+        sample: Sample,
+        principle: Principle,
+        line: int,
+        repeat: int,
+        context: RequestContext,
+    ) -> Request:
+        """The label read of one answer."""
+        examples = context.examples(self.config.template, principle)
+        template = context.templates[self.name]
+        at = (self.config, template, prompt, sample, principle, context.model, repeat)
+        return request(*at, context.specials, examples)
+
+    def decode(self, use: Any, completion: Completion) -> Score:
+        """The expected score."""
+        return parse(completion, self.config)
+
+    def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
+        """P(a above b) + half of P(equal)."""
+        return verdict(a[0], b[0])
+
+    def reward(self, score: Score) -> float | None:
+        """The expected score rescaled from its scale to -1..1."""
+        return reward(score, self.config)

@@ -25,8 +25,25 @@ from prefab.factory.engines.http import HttpClient, Rejected
 from prefab.factory.engines.vllm_process import VllmProcess, free_port
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.spec.templates import neutralise
-from prefab.factory.types import Completion, Message, Prompt, Request, Sample, Sampling, Verdict
-from prefab.judges.base import JudgeConfig, Score, kwargs_of
+from prefab.factory.types import (
+    Completion,
+    Engine,
+    Message,
+    Principle,
+    Prompt,
+    Request,
+    Sample,
+    Sampling,
+    Verdict,
+)
+from prefab.judges.base import (
+    JudgeConfig,
+    RequestContext,
+    RubricLines,
+    Score,
+    ScoreJudge,
+    kwargs_of,
+)
 
 PARSER_VERSION = 1
 
@@ -447,7 +464,34 @@ def _served(answer: dict[str, Any], url: str) -> Completion:
     )
 
 
-class RewardModelJudge:
-    """The kind `reward_model`: its configuration class is `Config`."""
+class RewardModelJudge(ScoreJudge[RewardModelConfig]):
+    """A trained model gives one number for one answer."""
 
     Config = RewardModelConfig
+    PARSER_VERSION = PARSER_VERSION
+    per_principle = False
+    own = True
+
+    def own_engine(self) -> Engine:
+        """The engine that answers it, not yet started."""
+        return engine(self.config)
+
+    def request(
+        self,
+        prompt: Prompt,
+        sample: Sample,
+        principle: Principle,
+        line: int,
+        repeat: int,
+        context: RequestContext,
+    ) -> Request:
+        """The question about one answer; it needs no principle."""
+        return request(self.config, prompt, sample)
+
+    def decode(self, use: Any, completion: Completion) -> Score:
+        """The score."""
+        return parse(completion, self.config)
+
+    def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
+        """Two answers' scores as a verdict."""
+        return verdict(a[0], b[0], self.config)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from prefab.factory.keys import rubric_id
 from prefab.factory.spec.templates import Template
 from prefab.factory.types import Completion, Principle, Prompt, Request, Sample, Verdict
 from prefab.judges.base import (
+    NO_PRINCIPLE,
     Examples,
     JudgeConfig,
+    RequestContext,
+    RubricLines,
     Score,
+    ScoreJudge,
     candidate,
     conversation,
     label_request,
@@ -150,7 +155,51 @@ def _weakest(scores: Iterable[Score]):
     return next(e for e in ("hard", "bounds", "exact") if e in found)
 
 
-class RubricJudge:
-    """The kind `rubric`: its configuration class is `Config`."""
+class RubricJudge(ScoreJudge[RubricConfig]):
+    """Yes or No for each line: of the prompt's own rubric, or a principle's criterion (a fault)."""
 
     Config = RubricConfig
+    PARSER_VERSION = PARSER_VERSION
+
+    def labels(self) -> tuple[str, ...]:
+        """The spellings of Yes and No."""
+        return labels(self.config)
+
+    def own_rubric(self, prompt: Prompt) -> str:
+        """The name of the prompt's rubric, where it has one."""
+        return rubric_id(prompt.rubric) if prompt.rubric else ""
+
+    def lines(self, principle: str, own: RubricLines | None) -> RubricLines:
+        """The prompt's own rubric, or the principle's fault as a pitfall."""
+        return own or super().lines(principle, own)
+
+    def request(
+        self,
+        prompt: Prompt,
+        sample: Sample,
+        principle: Principle,
+        line: int,
+        repeat: int,
+        context: RequestContext,
+    ) -> Request:
+        """The label read of one answer on one line. The constitution's examples are about its
+        principles, so they are left out for a prompt's own lines.
+        """
+        own = principle is NO_PRINCIPLE
+        criterion = prompt.rubric[line][0] if own else principle.criterion
+        examples = () if own else context.examples(self.config.template, principle)
+        template = context.templates[self.name]
+        at = (self.config, template, prompt, sample, criterion, context.model, repeat)
+        return request(*at, context.specials, examples)
+
+    def decode(self, use: Any, completion: Completion) -> Score:
+        """P(yes)."""
+        return parse(completion, self.config)
+
+    def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
+        """P(a earns more points) + half of P(as many)."""
+        return verdict(a, b, [Criterion(text, points) for text, points in lines])
+
+    def merit(self, score: Score) -> float | None:
+        """P(no): under a principle a yes is a fault."""
+        return None if score.value is None else 1.0 - score.value

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -32,9 +32,19 @@ from pydantic import Field, model_validator
 
 from prefab.factory.errors import ConfigError, Problem, TransportError
 from prefab.factory.keys import canonical, digest
-from prefab.factory.types import Completion, Message, Prompt, Request, Sample, Sampling, Verdict
+from prefab.factory.types import (
+    Completion,
+    Engine,
+    Message,
+    Principle,
+    Prompt,
+    Request,
+    Sample,
+    Sampling,
+    Verdict,
+)
 from prefab.judges import sandbox
-from prefab.judges.base import JudgeConfig, Score, unwrap
+from prefab.judges.base import JudgeConfig, RequestContext, RubricLines, Score, ScoreJudge, unwrap
 from prefab.judges.sandbox import timeout_worker
 
 FILES = ("reference_file", "references")
@@ -452,7 +462,35 @@ _CHECKS = {
 }
 
 
-class VerifierJudge:
-    """The kind `verifier`: its configuration class is `Config`."""
+class VerifierJudge(ScoreJudge[VerifierConfig]):
+    """A program checks one answer."""
 
     Config = VerifierConfig
+    PARSER_VERSION = PARSER_VERSION
+    FILES = FILES
+    per_principle = False
+    own = True
+
+    def own_engine(self) -> Engine:
+        """The engine that answers it, not yet started."""
+        return engine(self.config)
+
+    def request(
+        self,
+        prompt: Prompt,
+        sample: Sample,
+        principle: Principle,
+        line: int,
+        repeat: int,
+        context: RequestContext,
+    ) -> Request:
+        """The question about one answer; it needs no principle."""
+        return request(self.config, prompt, sample)
+
+    def decode(self, use: Any, completion: Completion) -> Score:
+        """The score."""
+        return parse(completion, self.config)
+
+    def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
+        """Two answers' scores as a verdict."""
+        return verdict(a[0], b[0], self.config)

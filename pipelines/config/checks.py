@@ -143,7 +143,7 @@ def files(value: Any, base: Path) -> Found:
         (("panel", "judges", index, field), judge.get(field))
         for index, judge in judges(value)
         if judge.get("kind") in registry.JUDGES
-        for field in registry.files(judge["kind"])
+        for field in registry.JUDGES[judge["kind"]].FILES
     ]
     for path, name in named:
         if isinstance(name, str) and name != MICROWORLD and not locate(name, base).exists():

@@ -17,6 +17,7 @@ from prefab.factory.spec.templates import load_template as load_template
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Constitution, Engine
 from prefab.judges import registry
+from prefab.judges.base import Judge
 from prefab.pipelines.config.prompts import Prompts
 from prefab.pipelines.config.schema import (
     PipelineConfig,
@@ -34,7 +35,7 @@ class ResolvedPipeline:
     resolved: dict[str, Any]
     constitution: Constitution
     templates: dict[str, Any]
-    judges: list[Any]
+    judges: list[Judge[Any]]
     revise: ReviseConfig | None
     critic: Any
     reviser: Any
@@ -70,7 +71,7 @@ def resolve_pipeline(
         make_pipeline(source, sets) if isinstance(source, dict) else load_pipeline(source, sets)
     )
     constitution = load_constitution(config.locate(config.constitution))
-    judges = [_located(config, judge) for judge in config.judges()]
+    judges = [registry.judge_of(_located(config, judge)) for judge in config.judges()]
     if config.recipe == "rlaif" and not judges:
         raise ConfigError(
             "the recipe rlaif compares answers: name at least one judge under panel.judges"
@@ -82,7 +83,7 @@ def resolve_pipeline(
         "revise": _template(config, critic.revise_template, "revise"),
     }
     for judge in judges:
-        for role, (name, kind) in registry.templates(judge).items():
+        for role, (name, kind) in judge.templates().items():
             templates[role] = _template(config, name, kind)
     prompts = Prompts(config.prompts, config._base)
     return ResolvedPipeline(
@@ -107,7 +108,7 @@ def _located(config: PipelineConfig, judge: Any) -> Any:
     """The judge with its files as they are found from the pipeline file; the resolved configuration
     keeps their names.
     """
-    named = {field: getattr(judge, field) for field in registry.files(judge.kind)}
+    named = {field: getattr(judge, field) for field in registry.JUDGES[judge.kind].FILES}
     return judge.model_copy(
         update={
             field: str(config.locate(name)) for field, name in named.items() if name is not None
@@ -125,7 +126,7 @@ def make_engines(loaded: ResolvedPipeline) -> dict[str, Engine]:
     config = loaded.config
     used = {config.policy.engine}
     used |= {loaded.critic.engine} if loaded.revises else set()
-    used |= {registry.engine_of(judge) for judge in loaded.judges} if loaded.compares else set()
+    used |= {judge.engine for judge in loaded.judges} if loaded.compares else set()
     return {
         name: lazily(_logged(config, make(config.engines[name], name)))
         for name in config.engines
@@ -137,17 +138,8 @@ def make_programs(loaded: ResolvedPipeline) -> dict[str, Engine]:
     """The engines of the judges that have their own, each by the name `judge NAME`, not yet
     started.
     """
-    programs = (
-        [judge for judge in loaded.judges if registry.has_own_engine(judge)]
-        if loaded.compares
-        else []
-    )
-    return {
-        registry.engine_of(judge): lazily(
-            _logged(loaded.config, registry.module(judge.kind).engine(judge))
-        )
-        for judge in programs
-    }
+    programs = [judge for judge in loaded.judges if judge.own] if loaded.compares else []
+    return {judge.engine: lazily(_logged(loaded.config, judge.own_engine())) for judge in programs}
 
 
 def _logged(config: PipelineConfig, engine: Any) -> Any:
@@ -161,8 +153,8 @@ def labels(loaded: ResolvedPipeline) -> dict[str, set[tuple[str, ...]]]:
     """By engine, the labels that its judges read."""
     found: dict[str, set[tuple[str, ...]]] = {}
     for judge in loaded.judges if loaded.compares else ():
-        if registry.labels(judge):
-            found.setdefault(registry.engine_of(judge), set()).add(registry.labels(judge))
+        if judge.labels():
+            found.setdefault(judge.engine, set()).add(judge.labels())
     return found
 
 

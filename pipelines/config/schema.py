@@ -345,7 +345,8 @@ def _fill(value: Any) -> None:
 
 
 def _asks_an_engine(kind: Any) -> bool:
-    return kind in registry.SHOWS and kind != "human"
+    known = isinstance(kind, str) and kind in registry.JUDGES
+    return known and not registry.JUDGES[kind].own
 
 
 def _fields(kind: Any) -> Any:

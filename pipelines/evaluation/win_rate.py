@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from prefab.factory.console import Progress
-from prefab.factory.engines.base import make
-from prefab.factory.engines.lifecycle import lazily, started_engines
 from prefab.factory.errors import ConfigError
-from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.types import Comparison, Engine, Prompt, Sample
 from prefab.judges import panel
-from prefab.pipelines.config.loader import find_judge, resolve_pipeline
-from prefab.pipelines.quality.judge_audit import KINDS, Question, judged
-from prefab.pipelines.run.context import Context
+from prefab.judges.base import Judge
+from prefab.pipelines.config.loader import ResolvedPipeline, find_judge, resolve_pipeline
+from prefab.pipelines.run.asking import (
+    RepeatedQuestion,
+    asking_session,
+    engine_for,
+    judged,
+    kinds_with_engine,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,49 +52,44 @@ def judge_pairs(
     (`trained_on`).
     """
     loaded = resolve_pipeline(Path(pipeline), ())
-    judge = find_judge(loaded, "", KINDS)
-    made = engines or {
-        judge.engine: lazily(make(loaded.config.engines[judge.engine], judge.engine))
-    }
-    if made[judge.engine].identity in trained_on:
+    judge = find_judge(loaded, "", kinds_with_engine("pair", "one", "all"))
+    engine = engine_for(loaded, judge, engines)
+    if engine.identity in trained_on:
         raise ConfigError(
             f"judge: {judge.name} of {pipeline} labelled data that a policy was trained on: it would judge its "
             "own pupil. Name another model"
         )
-    return judge.name, asyncio.run(_ask(loaded, judge, pairs, folder, made, quiet))
+    return judge.name, asyncio.run(_ask(loaded, judge, pairs, folder, engine, quiet))
 
 
 async def _ask(
-    loaded: Any,
-    judge: Any,
+    loaded: ResolvedPipeline,
+    judge: Judge[Any],
     pairs: Sequence[tuple[Prompt, str, str]],
     folder: Path,
-    engines: dict[str, Engine],
+    engine: Engine,
     quiet: bool,
 ) -> list[Heard]:
-    ledger = Ledger.open(folder)
-    try:
-        async with started_engines(engines, quiet):
-            identity = engines[judge.engine].identity
-            record = ledger.begin_run(
-                f"judge-{judge.name}"[:64],
-                {"recipe": "eval", "judge": judge.model_dump(mode="json")},
-                {**loaded.texts, f"model {judge.engine}": identity},
-            )
-            ledger.add_prompts({prompt.id: prompt for prompt, _, _ in pairs}.values())
-            ctx = Context(
-                loaded.config, loaded.constitution, record.id, ledger, engines, loaded.templates
-            )
-            questions = [
-                (i, Question(_comparison(prompt, i, a, b), principle))
-                for i, (prompt, a, b) in enumerate(pairs)
-                if a != b
-                for principle in panel.applicable(loaded.constitution.principles, prompt.tags)
-            ]
-            with Progress("judging", len(questions), quiet, "questions") as progress:
-                verdicts = await judged([q for _, q in questions], judge, ctx, progress)
-    finally:
-        await ledger.close()
+    questions = [
+        (i, RepeatedQuestion(_comparison(prompt, i, a, b), principle))
+        for i, (prompt, a, b) in enumerate(pairs)
+        if a != b
+        for principle in panel.applicable(loaded.constitution.principles, prompt.tags)
+    ]
+    prompts = [prompt for prompt, _, _ in pairs]
+    described = {"recipe": "eval"}
+    async with asking_session(
+        loaded,
+        judge,
+        engine,
+        folder,
+        f"judge-{judge.name}",
+        described,
+        prompts,
+        quiet=quiet,
+    ) as session:
+        with Progress("judging", len(questions), quiet, "questions") as progress:
+            verdicts = await judged([q for _, q in questions], session, progress)
     readings: dict[int, list[panel.Reading]] = {}
     for (i, question), pair in zip(questions, verdicts, strict=True):
         readings.setdefault(i, []).append(

@@ -18,31 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from prefab.factory.console import Progress, warn
-from prefab.factory.engines.base import make
-from prefab.factory.engines.lifecycle import lazily, started_engines
 from prefab.factory.errors import ConfigError
-from prefab.factory.ledger import db
-from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.stats import Estimate, clustered_share
-from prefab.factory.types import Comparison, Completion, Engine, Principle, Request, Use, Verdict
+from prefab.factory.types import Comparison, Engine, Verdict
 from prefab.judges import bias_probes, panel
-from prefab.judges.kinds import listwise, pairwise, pointwise, rubric
+from prefab.judges.base import Judge
 from prefab.pipelines.config.loader import ResolvedPipeline, find_judge
 from prefab.pipelines.quality.probe_pairs import Case, Side, cases
-from prefab.pipelines.run.context import Context
-
-CHUNK = 256  # questions that are looked up and shown as progress together
-KINDS = ("pairwise", "pointwise", "rubric", "listwise")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A case as it is asked: with one side edited, or as it is, for the `repeat`-th time."""
-
-    comparison: Comparison
-    principle: Principle
-    repeat: int = 0
+from prefab.pipelines.run.asking import (
+    AskingSession,
+    RepeatedQuestion,
+    asking_session,
+    engine_for,
+    judged,
+    kinds_with_engine,
+)
 
 
 @dataclass(slots=True)
@@ -100,15 +91,12 @@ def audit(
     those it would start.
     Raises: ConfigError (no such judge, probe or pairs), EngineError, StoreError.
     """
-    config = find_judge(loaded, judge, KINDS)
+    config = find_judge(loaded, judge, kinds_with_engine("pair", "one", "all"))
     chosen = find_probes(probes)
     folder = Path(store or loaded.config.store)
     plan = cases(loaded, config, chosen, n, store, run, seed)
-    made = dict(
-        engines
-        or {config.engine: lazily(make(loaded.config.engines[config.engine], config.engine))}
-    )
-    return asyncio.run(_audit(loaded, config, plan, folder, made, quiet))
+    engine = engine_for(loaded, config, engines)
+    return asyncio.run(_audit(loaded, config, plan, folder, engine, quiet))
 
 
 def find_probes(names: Sequence[str | bias_probes.Probe]) -> list[bias_probes.Probe]:
@@ -127,68 +115,57 @@ def find_probes(names: Sequence[str | bias_probes.Probe]) -> list[bias_probes.Pr
 
 async def _audit(
     loaded: ResolvedPipeline,
-    judge: Any,
+    judge: Judge[Any],
     plan: dict[bias_probes.Probe, list[Case]],
     folder: Path,
-    engines: dict[str, Engine],
+    engine: Engine,
     quiet: bool,
 ) -> Report:
-    known = CachedEngine(engines[judge.engine], folder)
-    ledger = Ledger.open(folder / "audit")
-    try:
-        async with started_engines(engines, quiet):
-            texts = {**loaded.texts, f"model {judge.engine}": known.identity}
-            record = ledger.begin_run(
-                f"audit-{judge.name}",
-                {"recipe": "audit", "judge": judge.model_dump(mode="json")},
-                texts,
-            )
-            every = dict.fromkeys(case for some in plan.values() for case in some)
-            ledger.add_prompts(
-                {c.comparison.prompt.id: c.comparison.prompt for c in every}.values()
-            )
-            ctx = Context(
-                loaded.config,
-                loaded.constitution,
-                record.id,
-                ledger,
-                {judge.engine: known},
-                loaded.templates,
-            )
-            total = 2 * len(every) + sum(
-                len(some) for probe, some in plan.items() if probe.place != "swap"
-            )
-            with Progress("audit", total, quiet, "comparisons") as progress:
-                report = await _battery(judge, plan, list(every), ctx, progress)
-    finally:
-        await ledger.close()
-        known.close()
-    report.asked, report.reused = (
-        ledger.stats.asked - known.found,
-        ledger.stats.reused + known.found,
-    )
+    every = list(dict.fromkeys(case for some in plan.values() for case in some))
+    total = 2 * len(every) + sum(len(some) for p, some in plan.items() if p.place != "swap")
+    async with asking_session(
+        loaded,
+        judge,
+        engine,
+        folder / "audit",
+        f"audit-{judge.name}",
+        {"recipe": "audit"},
+        [c.comparison.prompt for c in every],
+        folder,
+        quiet,
+    ) as session:
+        with Progress("audit", total, quiet, "comparisons") as progress:
+            report = await _battery(plan, every, session, progress)
+    report.asked, report.reused = session.asked, session.reused
     return report
 
 
 async def _battery(
-    judge: Any,
     plan: dict[bias_probes.Probe, list[Case]],
     every: list[Case],
-    ctx: Context,
+    session: AskingSession,
     progress: Progress,
 ) -> Report:
     """Ask every pair as it is, once more, and as each probe edits it."""
 
-    async def ask(questions: Sequence[Question]) -> list[tuple[Verdict, Verdict]]:
-        return await judged(questions, judge, ctx, progress)
+    async def ask(questions: list[RepeatedQuestion]) -> list[tuple[Verdict, Verdict]]:
+        return await judged(questions, session, progress)
 
     before = dict(
-        zip(every, await ask([Question(c.comparison, c.principle) for c in every]), strict=True)
+        zip(
+            every,
+            await ask([RepeatedQuestion(c.comparison, c.principle) for c in every]),
+            strict=True,
+        )
     )
     again = dict(
-        zip(every, await ask([Question(c.comparison, c.principle, 1) for c in every]), strict=True)
+        zip(
+            every,
+            await ask([RepeatedQuestion(c.comparison, c.principle, 1) for c in every]),
+            strict=True,
+        )
     )
-    report = _begin(judge, every, before, ctx)
+    report = _begin(every, before, session)
     for probe, some in plan.items():
         decided = [replace(c, gold=c.gold or _own(before[c])) for c in some]
         pairs = [
@@ -201,7 +178,9 @@ async def _battery(
         after = (
             [before[old] for _, old, _ in turns]
             if probe.place == "swap"
-            else await ask([Question(attacked(c, probe, k), c.principle) for c, _, k in turns])
+            else await ask(
+                [RepeatedQuestion(attacked(c, probe, k), c.principle) for c, _, k in turns]
+            )
         )
         report.findings.append(
             bias_probes.find(
@@ -230,15 +209,15 @@ def _turn(i: int, principles: int, phrasings: int) -> int:
 
 
 def _begin(
-    judge: Any, every: Sequence[Case], before: Mapping[Case, Sequence[Verdict]], ctx: Context
+    every: Sequence[Case], before: Mapping[Case, Sequence[Verdict]], session: AskingSession
 ) -> Report:
     known = [(c, panel.decide([panel.combine_orders(before[c])]).outcome) for c in every if c.gold]
     scored = [(c, o == c.gold) for c, o in known if o != "unscored"]
     right = clustered_share([hit for _, hit in scored], [c.comparison.prompt.id for c, _ in scored])
     unscored = sum(v.p_a is None for pair in before.values() for v in pair)
     return Report(
-        judge.name,
-        ctx.engines[judge.engine].identity,
+        session.judge.name,
+        session.engine.identity,
         dict(Counter(c.truth for c in every)),
         len(every),
         right,
@@ -258,207 +237,6 @@ def attacked(case: Case, probe: bias_probes.Probe, k: int) -> Comparison:
     if case.gold == "a":
         return replace(pair, b=replace(pair.b, text=bias_probes.edited(probe, pair.b.text, k)))
     return replace(pair, a=replace(pair.a, text=bias_probes.edited(probe, pair.a.text, k)))
-
-
-class CachedEngine:
-    """An engine in front of which stands what a run has already asked: its unedited pairs are known
-    there.
-    """
-
-    def __init__(self, engine: Engine, folder: Path) -> None:
-        self.engine, self.found = engine, 0
-        there = (folder / db.FILE).exists()
-        self._ledger = db.connect(folder / db.FILE, readonly=True) if there else None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    async def complete(self, key: bytes, request: Request) -> Completion:
-        """The run's answer, or else the engine's."""
-        found = db.lookup(self._ledger, [key]) if self._ledger else {}
-        self.found += len(found)
-        return found[key] if found else await self.engine.complete(key, request)
-
-    def close(self) -> None:
-        """Let go of the run's ledger."""
-        if self._ledger is not None:
-            self._ledger.close()
-
-
-async def judged(
-    questions: Sequence[Question],
-    judge: Any,
-    ctx: Context,
-    progress: Progress,
-) -> list[tuple[Verdict, Verdict]]:
-    """A verdict in each order for every question; a judge of single answers has one, which stands
-    for both.
-    """
-    asker = {
-        "pairwise": _pairwise,
-        "pointwise": _singles,
-        "rubric": _singles,
-        "listwise": _listwise,
-    }[judge.kind]
-
-    async def some(chunk: Sequence[Question]) -> list[tuple[Verdict, Verdict]]:
-        verdicts = await asker(chunk, judge, ctx)
-        progress.advance(len(chunk))
-        return verdicts
-
-    chunks = [questions[i : i + CHUNK] for i in range(0, len(questions), CHUNK)]
-    return [pair for part in await asyncio.gather(*map(some, chunks)) for pair in part]
-
-
-def _use(
-    question: Question, ctx: Context, role: str, judge: Any, sample: int = 0, order: str = ""
-) -> Use:
-    pair = question.comparison
-    return Use(
-        ctx.run,
-        pair.prompt.id,
-        role,
-        pair.a.index,
-        pair.b.index,
-        sample,
-        question.principle.id,
-        judge.name,
-        order,
-        question.repeat,
-    )
-
-
-async def _pairwise(
-    questions: Sequence[Question], judge: pairwise.PairwiseConfig, ctx: Context
-) -> list[tuple[Verdict, Verdict]]:
-    model, specials = ctx.engines[judge.engine].identity, ctx.specials(judge.engine)
-    turns = [(q, order) for q in questions for order in ("ab", "ba")]
-    thoughts: list[tuple[str | None, Any]] = [(None, None)] * len(turns)
-    if judge.reasoning:
-        asks = [
-            (
-                pairwise.reasoning_request(
-                    judge,
-                    ctx.templates[judge.name + " reasoning"],
-                    q.comparison,
-                    q.principle,
-                    model,
-                    order,
-                    q.repeat,
-                    specials,
-                    ctx.examples(judge.reasoning_template, q.principle, q.principle.compare),
-                    ctx.config.seed,
-                ),
-                _use(q, ctx, "audit reason", judge, 0, order),
-            )
-            for q, order in turns
-        ]
-        answers = await ctx.ask(asks, judge.engine)
-        thoughts = [
-            pairwise.parse_reasoning(a) if isinstance(a, Completion) else ("", "transport")
-            for a in answers
-        ]
-    name = judge.scored_template if judge.reasoning else judge.template
-    asked = [
-        (
-            i,
-            pairwise.request(
-                judge,
-                ctx.templates[judge.name],
-                q.comparison,
-                q.principle,
-                model,
-                order,
-                q.repeat,
-                specials,
-                ctx.examples(name, q.principle, q.principle.compare),
-                thoughts[i][0],
-            ),
-            _use(q, ctx, "audit", judge, 0, order),
-        )
-        for i, (q, order) in enumerate(turns)
-        if thoughts[i][1] is None
-    ]
-    answers = await ctx.ask([(request, use) for _, request, use in asked], judge.engine)
-    verdicts = [pairwise.unscored(reason or "transport") for _, reason in thoughts]
-    for (i, _, use), answer in zip(asked, answers, strict=True):
-        if isinstance(answer, Completion):
-            verdicts[i] = pairwise.parse(answer, use.order, judge)
-    return list(zip(verdicts[::2], verdicts[1::2], strict=True))
-
-
-async def _singles(
-    questions: Sequence[Question], judge: Any, ctx: Context
-) -> list[tuple[Verdict, Verdict]]:
-    """Pointwise and rubric: each answer by itself, and what the two scores say together."""
-    module = {"pointwise": pointwise, "rubric": rubric}[judge.kind]
-    model, specials = ctx.engines[judge.engine].identity, ctx.specials(judge.engine)
-    asks = []
-    for q in questions:
-        for side, sample in enumerate((q.comparison.a, q.comparison.b)):
-            about = q.principle if judge.kind == "pointwise" else q.principle.criterion
-            asks.append(
-                (
-                    module.request(
-                        judge,
-                        ctx.templates[judge.name],
-                        q.comparison.prompt,
-                        sample,
-                        about,
-                        model,
-                        q.repeat,
-                        specials,
-                        ctx.examples(judge.template, q.principle, ""),
-                    ),
-                    _use(q, ctx, "audit", judge, side),
-                )
-            )
-    answers = await ctx.ask(asks, judge.engine)
-    scores = [
-        module.parse(a, judge)
-        if isinstance(a, Completion)
-        else pointwise.Score(None, reason="transport")
-        for a in answers
-    ]
-    pairs = zip(questions, scores[::2], scores[1::2], strict=True)
-    if judge.kind == "pointwise":
-        verdicts = [pointwise.verdict(a, b) for _, a, b in pairs]
-    else:
-        verdicts = [rubric.verdict([a], [b], rubric.criteria([q.principle])) for q, a, b in pairs]
-    return [(v, v) for v in verdicts]
-
-
-async def _listwise(
-    questions: Sequence[Question], judge: listwise.ListwiseConfig, ctx: Context
-) -> list[tuple[Verdict, Verdict]]:
-    model, specials = ctx.engines[judge.engine].identity, ctx.specials(judge.engine)
-    turns = [(q, order) for q in questions for order in ((0, 1), (1, 0))]
-    asks = [
-        (
-            listwise.request(
-                judge,
-                ctx.templates[judge.name],
-                q.comparison.prompt,
-                (q.comparison.a, q.comparison.b),
-                order,
-                q.principle,
-                model,
-                q.repeat,
-                specials,
-                ctx.examples(judge.template, q.principle, q.principle.compare),
-            ),
-            _use(q, ctx, "audit", judge, 0, "ab" if order[0] == 0 else "ba"),
-        )
-        for q, order in turns
-    ]
-    rankings = [
-        listwise.parse(a, order)
-        if isinstance(a, Completion)
-        else listwise.Ranking(None, "transport")
-        for a, (_, order) in zip(await ctx.ask(asks, judge.engine), turns, strict=True)
-    ]
-    verdicts = [listwise.verdict([ranking], 0, 1) for ranking in rankings]
-    return list(zip(verdicts[::2], verdicts[1::2], strict=True))
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------

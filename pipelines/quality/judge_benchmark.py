@@ -16,23 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from prefab.factory.console import Progress
-from prefab.factory.engines.base import make
-from prefab.factory.engines.lifecycle import lazily, started_engines
 from prefab.factory.errors import ConfigError, Problem
-from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Comparison, Engine, Principle, Prompt, Sample, Verdict
-from prefab.judges import registry
+from prefab.judges.base import Judge, Score
 from prefab.judges.benchmarks import adapters, metrics
 from prefab.judges.benchmarks.adapters import Item, Judged
-from prefab.judges.kinds import pairwise, pointwise, rubric
+from prefab.judges.registry import judge_of
 from prefab.pipelines.config import readers
 from prefab.pipelines.config.loader import ResolvedPipeline, find_judge
-from prefab.pipelines.config.schema import BudgetConfig, PanelConfig
 from prefab.pipelines.run import judging
+from prefab.pipelines.run.asking import asking_session, engine_for, kinds_with_engine
 from prefab.pipelines.run.context import Context
 
-KINDS = ("pairwise", "pointwise", "rubric")
 AT_WORK = 128  # items in work at once: bounds what waits in memory
 NAMELESS = (
     "dataset",
@@ -178,17 +174,11 @@ def evaluate(
     file for the verdicts. `engines` stand in for those it would start. Raises: ConfigError,
     EngineError, StoreError.
     """
-    config = find_judge(loaded, judge, KINDS).model_copy(update={"repeats": 1})
+    config = find_judge(loaded, judge, kinds_with_engine("pair", "one"))
+    config = judge_of(config.config.model_copy(update={"repeats": 1}))
     under = _principle(loaded, principle)
-    made = dict(
-        engines
-        or {config.engine: lazily(make(loaded.config.engines[config.engine], config.engine))}
-    )
-    return asyncio.run(
-        _evaluate(
-            loaded, bench, config, under, Path(store or loaded.config.store), out, made, quiet
-        )
-    )
+    engine, folder = engine_for(loaded, config, engines), Path(store or loaded.config.store)
+    return asyncio.run(_evaluate(loaded, bench, config, under, folder, out, engine, quiet))
 
 
 def _principle(loaded: ResolvedPipeline, name: str) -> Principle:
@@ -203,55 +193,41 @@ def _principle(loaded: ResolvedPipeline, name: str) -> Principle:
 async def _evaluate(
     loaded: ResolvedPipeline,
     bench: Bench,
-    judge: Any,
+    judge: Judge[Any],
     principle: Principle,
     folder: Path,
     out: Path | None,
-    engines: dict[str, Engine],
+    engine: Engine,
     quiet: bool,
 ) -> Result:
-    ledger = Ledger.open(folder / "eval")
-    model = engines[judge.engine].identity
-    try:
-        async with started_engines(engines, quiet):
-            described = {
-                "recipe": "eval",
-                "benchmark": bench.name,
-                "judge": judge.model_dump(mode="json"),
-                "principle": principle.id,
-            }
-            record = ledger.begin_run(
-                f"eval-{bench.name}", described, {**loaded.texts, f"model {judge.engine}": model}
-            )
-            ledger.add_prompts(
-                Prompt(f"{bench.name}:{item.id}", item.prompt) for item in bench.items.values()
-            )
-            ctx = Context(
-                _config(loaded, judge),
-                loaded.constitution,
-                record.id,
-                ledger,
-                engines,
-                loaded.templates,
-            )
-            judged = await _judged(bench, judge, principle, ctx, quiet)
+    described = {"recipe": "eval", "benchmark": bench.name, "principle": principle.id}
+    prompts = [Prompt(f"{bench.name}:{item.id}", item.prompt) for item in bench.items.values()]
+    name, folder = f"eval-{bench.name}", folder / "eval"
+    async with asking_session(
+        loaded, judge, engine, folder, name, described, prompts, quiet=quiet
+    ) as session:
+        judged = await _judged(bench, judge, principle, session.ctx, quiet)
         report = metrics.score(bench.name, list(bench.items.values()), judged)
-        ledger.add_eval(
+        session.ledger.add_eval(
             {
                 "name": f"judge on {bench.name}",
                 "subject": judge.name,
-                "run": record.id,
-                "model": model,
+                "run": session.ctx.run,
+                "model": engine.identity,
                 "files": bench.files,
                 "metrics": _metrics(report),
             }
         )
-    finally:
-        await ledger.close()
     if out is not None:
         write(judged, out)
     return Result(
-        judge.name, model, bench, report, bench.problems, ledger.stats.asked, ledger.stats.reused
+        judge.name,
+        engine.identity,
+        bench,
+        report,
+        bench.problems,
+        session.asked,
+        session.reused,
     )
 
 
@@ -261,21 +237,8 @@ def _metrics(report: metrics.Report) -> dict[str, Any]:
     }
 
 
-def _config(loaded: ResolvedPipeline, judge: Any) -> Any:
-    """The pipeline with both orders, and no budget of unscored verdicts: here their number is a
-    result.
-    """
-    panel = loaded.config.panel or PanelConfig(judges=[judge.model_dump(mode="json")])
-    return loaded.config.model_copy(
-        update={
-            "panel": panel.model_copy(update={"orders": "both"}),
-            "budget": BudgetConfig(unscored=None),
-        }
-    )
-
-
 async def _judged(
-    bench: Bench, judge: Any, principle: Principle, ctx: Context, quiet: bool
+    bench: Bench, judge: Judge[Any], principle: Principle, ctx: Context, quiet: bool
 ) -> Judged:
     """Every item's pairs to the judge, some items at once."""
     judged = Judged()
@@ -289,7 +252,7 @@ async def _judged(
 
 
 async def _ask(
-    item: Item, bench: str, judge: Any, principle: Principle, ctx: Context, judged: Judged
+    item: Item, bench: str, judge: Judge[Any], principle: Principle, ctx: Context, judged: Judged
 ) -> None:
     prompt = Prompt(f"{bench}:{item.id}", item.prompt)
     samples = [Sample(prompt.id, i, text) for i, text in enumerate(item.answers)]
@@ -302,60 +265,28 @@ async def _ask(
     heard = await judging.judge(
         judge, [(Comparison(prompt, samples[i], samples[j]), [principle]) for i, j in pairs], ctx
     )
-    if registry.shows(judge) == "pair":
-        _hear_pairs(item, pairs, judge, heard, judged)
-    else:
-        _hear_scores(item, pairs, judge, principle, heard, judged)
-
-
-def _hear_pairs(
-    item: Item,
-    pairs: Sequence[tuple[int, int]],
-    judge: Any,
-    heard: judging.Responses,
-    judged: Judged,
-) -> None:
-    """One verdict an order. Where no answer came it is unscored: transport."""
     for i, j in pairs:
-        judged.verdicts[item.id, i, j] = {
-            order: pairwise.unscored("transport") for order in ("ab", "ba")
-        }
-    for use, answer in heard:
-        there = judged.verdicts[item.id, use.sample, use.other]
-        if use.role == "judge":
-            there[use.order] = pairwise.parse(answer, use.order, judge)
-        elif (reason := pairwise.parse_reasoning(answer)[1]) is not None:
-            there[use.order] = pairwise.unscored(reason, answer)
+        question = (Comparison(prompt, samples[i], samples[j]), [principle])
+        ab, ba = judging.verdicts_by_order(judge, heard, question, principle)
+        if judge.ordered:
+            judged.verdicts[item.id, i, j] = {"ab": ab, "ba": ba}
+        elif ab.reason != "transport":  # one verdict, which has no order
+            judged.verdicts[item.id, i, j] = {"ab": ab}
+    if not judge.ordered:
+        _note_scores(item, {k for pair in pairs for k in pair}, judge, heard, judged)
 
 
-def _hear_scores(
-    item: Item,
-    pairs: Sequence[tuple[int, int]],
-    judge: Any,
-    principle: Principle,
-    heard: judging.Responses,
-    judged: Judged,
+def _note_scores(
+    item: Item, compared: set[int], judge: Judge[Any], heard: judging.Responses, judged: Judged
 ) -> None:
-    """A score an answer, and from two of them a verdict, which has no order."""
-    module = pointwise if judge.kind == "pointwise" else rubric
-    scores = {use.sample: module.parse(answer, judge) for use, answer in heard}
-    lines = rubric.criteria([principle])
+    """Each answer's score, greater for the better answer, or why there is none."""
+    scores = {one.use.sample: one.value for one in heard if isinstance(one.value, Score)}
     for i in range(len(item.answers)):
-        value, reason = (scores[i].value, scores[i].reason) if i in scores else (None, "transport")
-        if i in {k for pair in pairs for k in pair}:
-            # the rubric's criterion is a fault: a yes counts against the answer
-            judged.scores[item.id, i] = (
-                None if value is None else value if module is pointwise else 1.0 - value
-            )
-        if reason:
-            judged.reasons[item.id, i] = reason
-    for i, j in pairs:
-        if i in scores and j in scores:
-            a, b = scores[i], scores[j]
-            verdict = (
-                pointwise.verdict(a, b) if module is pointwise else rubric.verdict([a], [b], lines)
-            )
-            judged.verdicts[item.id, i, j] = {"ab": verdict}
+        score = scores.get(i, Score(None, reason="transport"))
+        if i in compared:
+            judged.scores[item.id, i] = judge.merit(score)
+        if score.reason:
+            judged.reasons[item.id, i] = score.reason
 
 
 def write(judged: Judged, out: Path) -> None:

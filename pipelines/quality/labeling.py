@@ -23,9 +23,10 @@ import orjson
 
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
-from prefab.factory.ledger import db
 from prefab.factory.types import Order
+from prefab.judges import registry
 from prefab.judges.kinds import human
+from prefab.pipelines.store.labels import recorded
 
 FIRST = ("unsure", "divided", "random")
 First = Literal["unsure", "divided", "random"]
@@ -159,10 +160,16 @@ def tasks(
             f"{name} has no comparisons to label: its recipe has no panel, or nothing was judged yet"
         )
     rows = [row for row in rows if not principles or row["principle"] in principles]
-    judges = (orjson.loads(record["config"]).get("panel") or {}).get("judges", ())
-    waits = first != "random" and any(judge.get("kind") == "human" for judge in judges)
+    waits = first != "random" and _asks_people(record["config"])
     rows.sort(key=lambda row: (waits and row["settled"], row["rank"], _luck(seed, row)))
     return [_task(name, row, seed, annotator) for row in rows]
+
+
+def _asks_people(config: str) -> bool:
+    """Whether a run's resolved configuration (JSON) has a judge that people answer."""
+    by_people = {kind for kind in registry.JUDGES if registry.JUDGES[kind].shows == "people"}
+    judges = (orjson.loads(config).get("panel") or {}).get("judges", ())
+    return any(judge.get("kind") in by_people for judge in judges)
 
 
 def _luck(seed: int, row: dict[str, Any]) -> bytes:
@@ -187,32 +194,6 @@ def _task(run: str, row: dict[str, Any], seed: int, annotator: str) -> Task:
         row["text_b"],
         human.shown_order(seed, annotator, place),
     )
-
-
-def recorded(store: Path) -> list[dict[str, Any]]:
-    """Every label and undo in the ledger, oldest first. Raises: StoreError."""
-    file = store / db.FILE
-    con = db.connect(file, readonly=True)
-    try:
-        with db.translate_errors(file):
-            return [
-                orjson.loads(value)
-                for (value,) in con.execute("SELECT value FROM human_labels ORDER BY id")
-            ]
-    finally:
-        con.close()
-
-
-def people(loaded: Any) -> dict[str, Any]:
-    """By each judge of kind `human` in a loaded pipeline, what people have said so far
-    (`human.answers`).
-    """
-    judges, store = (
-        [judge for judge in loaded.judges if judge.kind == "human"],
-        Path(loaded.config.store),
-    )
-    rows = recorded(store) if judges and (store / db.FILE).exists() else []
-    return {judge.name: human.answers(rows, judge.annotators) for judge in judges}
 
 
 class LabelingSession:

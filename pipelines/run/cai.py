@@ -123,7 +123,7 @@ async def _critiques(
                 model,
                 round,
                 specials=specials,
-                examples=ctx.examples("critique", principle, principle.critique),
+                examples=ctx.examples("critique", principle),
                 seed=ctx.config.seed,
             )
             asks.append(
@@ -169,7 +169,7 @@ async def _revisions(
             model,
             round,
             specials=specials,
-            examples=ctx.examples("revise", principle, principle.revise),
+            examples=ctx.examples("revise", principle),
             seed=ctx.config.seed,
         )
         made.append(

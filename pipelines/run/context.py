@@ -209,7 +209,7 @@ class Context:
         """Control tokens of the tokenizer that this engine serves, which no text may become."""
         return getattr(self.engines[engine], "special_tokens", ())
 
-    def examples(self, template: str, principle: Principle, question: str) -> list[dict[str, Any]]:
+    def examples(self, template: str, principle: Principle) -> list[dict[str, Any]]:
         """The constitution's few-shot examples for a template under a principle, ready for the
         template to print.
         """
@@ -221,7 +221,7 @@ class Context:
         if found is None:
             by_id = {p.id: p for p in self.constitution.principles}
             found = self._examples[kind, principle.id] = [
-                _example(row, kind, by_id.get(row.get("principle"), principle), question)
+                _example(row, kind, by_id.get(row.get("principle"), principle))
                 for row in rows
                 if row.get("principle") in (None, principle.id)
             ]
@@ -232,7 +232,7 @@ _WHAT = {"unscored": "are unscored", "failed": "failed"}
 _FIELD = {"critique": "critique", "revise": "revise"}
 
 
-def _example(row: dict[str, Any], kind: str, principle: Principle, question: str) -> dict[str, Any]:
+def _example(row: dict[str, Any], kind: str, principle: Principle) -> dict[str, Any]:
     """A row as the templates name it: with the principle's own question, and the label that a judge
     would give.
     """
@@ -241,7 +241,7 @@ def _example(row: dict[str, Any], kind: str, principle: Principle, question: str
     if "score" in row or "fault" in row:
         label = str(row["score"]) if "score" in row else "Yes" if row["fault"] else "No"
         name = "criterion"
-    return {**row, "question": getattr(principle, _FIELD.get(kind, name), question), "label": label}
+    return {**row, "question": getattr(principle, _FIELD.get(kind, name)), "label": label}
 
 
 def policy_sampling(ctx: Context) -> Sampling:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefab.factory.ledger.records import RunRecord, rubric_id
+from prefab.factory.keys import rubric_id
+from prefab.factory.ledger.records import RunRecord
 from prefab.factory.types import Preference, Prompt, Use
 from prefab.judges import escalation, panel
 from prefab.pipelines.run.context import PLACEHOLDER, Context
 from prefab.pipelines.run.judging import Question, Responses, judge_all, n_calls, note_pairs
 from prefab.pipelines.store import derive, verdicts
-from prefab.pipelines.store.verdicts import Pair, UseRow
+from prefab.pipelines.store.verdicts import Pair
 
 GUESS = "guess"  # in a plan: the reason of an escalation that hangs on answers still to come
 Said = tuple[Preference, list[panel.Reading]]
@@ -61,7 +62,7 @@ def _reasons(
     before all are known. Where no principle applies that the stronger judge could be asked under,
     the others' word stands.
     """
-    if any(PLACEHOLDER in answer.text for _, answer in heard):
+    if any(PLACEHOLDER in one.text for one in heard):
         return {_pair(question): GUESS for question in questions}
     settings = ctx.config.panel.escalate
     settled = {_pair(question): "settle" for question in questions}
@@ -90,37 +91,18 @@ def decide(
     """What the store will show of these comparisons, from the answers at hand; what it would wait
     for is left out.
     """
-    rules = _rules(ctx)
-    rows = [
-        UseRow(
-            i,
-            use.role,
-            use.sample,
-            use.other,
-            use.round,
-            use.principle,
-            use.judge,
-            use.order,
-            use.repeat,
-            i.to_bytes(8, "big"),
-        )
-        for i, (use, _) in enumerate(heard)
-    ]
-    answers = {row.key: answer for row, (_, answer) in zip(rows, heard, strict=True)}
+    rules, gathered, found = _rules(ctx), verdicts.gather(heard), dict[Pair, Said]()
     for question in questions:
         pair = _pair(question)
-        rows += [
-            UseRow(-1, "pair", *pair, 0, principle.id, "", "", 0, b"") for principle in question[1]
-        ]
-        rows.append(UseRow(-1, "pair", *pair, 0, "", "", "", 0, b""))
+        under = {principle.id for principle in question[1]}
+        gathered.principles[pair] = gathered.principles.get(pair, set()) | under
         if reasons is not None:
-            rows.append(UseRow(-1, _role(reasons[pair]), *pair, 0, "", "", reasons[pair], 0, b""))
+            gathered.decisions[pair] = reasons[pair]
     rubrics = {rubric_id(prompt.rubric): prompt.rubric} if prompt.rubric else {}
-    gathered, found = verdicts.gather(rows), {}
     for pair in map(_pair, questions):
         judges = verdicts.counted(pair, gathered, rules)
         places = verdicts.expected(prompt.id, pair, gathered, rules, judges or ())
-        read = verdicts.verdicts(prompt.id, pair, gathered, answers, rules, rubrics)
+        read = verdicts.verdicts(prompt.id, pair, gathered, rules, rubrics)
         settled = verdicts.preference(prompt.id, pair, read, places, rules)
         if settled is not None:
             found[pair] = settled
@@ -142,7 +124,7 @@ def _pair(question: Question) -> Pair:
 
 
 def _role(why: str) -> str:
-    return "settle" if why in ("", "budget") else "escalate"
+    return "escalate" if verdicts.escalated(why) else "settle"
 
 
 def _count(

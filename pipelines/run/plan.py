@@ -32,9 +32,9 @@ from prefab.pipelines.config.loader import (
     resolve_pipeline,
 )
 from prefab.pipelines.config.registries import RECIPES
-from prefab.pipelines.quality.labeling import people
 from prefab.pipelines.run.context import PLACEHOLDER, Context
 from prefab.pipelines.run.escalation import GUESS
+from prefab.pipelines.store.labels import people
 from prefab.pipelines.store.verdicts import DECISIONS
 
 CHARS_PER_TOKEN = 4.0  # English in the tokenizers in use; only for a rough figure

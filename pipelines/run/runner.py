@@ -31,8 +31,8 @@ from prefab.pipelines.config.loader import (
     resolve_pipeline,
 )
 from prefab.pipelines.config.registries import RECIPES
-from prefab.pipelines.quality.labeling import people
 from prefab.pipelines.run.context import Context, Stopped
+from prefab.pipelines.store.labels import people
 
 MAX_AT_WORK = 2048  # prompts in work at once: bounds memory where a prompt asks one call
 READ_AHEAD = 256  # prompts recorded in one transaction

@@ -17,12 +17,13 @@ from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import RunRecord
 from prefab.factory.types import Completion, Constitution, Preference
 from prefab.judges import panel, registry
-from prefab.judges.kinds import critique, listwise
+from prefab.judges.base import Decoded, Ranking, Score
+from prefab.judges.kinds import critique
 from prefab.pipelines.store import verdicts
 from prefab.pipelines.store.verdicts import NOT_ASKED, Found, Heard, Pair, Place, Rules, UseRow
 
 VERSIONS = {
-    **{f"parse.{kind}": registry.module(kind).PARSER_VERSION for kind in registry.JUDGES},
+    **{f"parse.{kind}": registry.JUDGES[kind].PARSER_VERSION for kind in registry.JUDGES},
     "parse.critique": critique.PARSER_VERSION,
     "aggregate": panel.AGGREGATION_VERSION,
 }
@@ -48,11 +49,11 @@ def rules(record: RunRecord, constitution: Constitution | None) -> Rules:
     config = record.config
     settings = config.get("panel") or {}
     judges = {
-        judge["name"]: registry.JUDGES[kind].Config.model_validate(judge)
+        judge["name"]: registry.judge_of(registry.JUDGES[kind].Config.model_validate(judge))
         for judge in settings.get("judges", ())
         if (kind := judge.get("kind", "pairwise")) in registry.JUDGES
     }
-    readers = {name: canonical(registry.reader(judge)).decode() for name, judge in judges.items()}
+    readers = {name: canonical(judge.reading()).decode() for name, judge in judges.items()}
     selection = settings.get("selection") or (constitution.selection if constitution else "all")
     rule = panel.Rule(
         settings.get("min_scored", 0.5),
@@ -87,9 +88,12 @@ def derive(
     """All rows of one prompt in one run. `rubrics` by the names under which its scores were
     asked.
     """
-    derived = Derived()
-    for use in verdicts.latest(uses):
+    derived, decoded = Derived(), []
+    for use in sorted(verdicts.latest(uses), key=lambda use: use.rowid):
         answer = answers.get(use.key)
+        judge = rules.judges.get(use.judge)
+        value = judge.decode(use, answer) if judge and answer else None
+        decoded.append(Decoded(use, value, use.key.hex()))
         if use.role == "identical":
             equal = panel.identical(prompt, use.sample, use.other)
             derived.preferences.append(_preference(equal, (), rules, identical=True))
@@ -102,12 +106,12 @@ def derive(
             derived.critiques.append(_critique(prompt, use, answer, rules))
         elif use.role in ("sample", "revise"):
             derived.samples.append(_sample(prompt, use, answer, rules))
-        elif use.role == "rank" and use.judge in rules.judges:
-            derived.rankings.append(_ranking(prompt, use, answer, rules))
-    heard = verdicts.gather(uses)
-    _scores(prompt, heard, answers, rules, rubrics, derived)
+        elif isinstance(value, Ranking):
+            derived.rankings.append(_ranking(prompt, use, value, rules))
+    heard = verdicts.gather(decoded)
+    _scores(prompt, heard, rules, rubrics, derived)
     for pair in heard.principles:
-        _compare(prompt, pair, heard, answers, rules, rubrics, derived)
+        _compare(prompt, pair, heard, rules, rubrics, derived)
     if rules.fit and not derived.open:
         derived.strengths = _strengths(prompt, derived.preferences, rules)
     return derived
@@ -163,9 +167,8 @@ def _critique(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tup
     )
 
 
-def _ranking(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tuple:
-    shown = verdicts.shown_of(use)
-    read = listwise.parse(answer, shown)
+def _ranking(prompt: str, use: UseRow, read: Ranking, rules: Rules) -> tuple:
+    shown = tuple(map(int, use.order.split(",")))
     call = use.key.hex()
     name = digest(
         "ranking",
@@ -176,7 +179,7 @@ def _ranking(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tupl
         str(use.round),
         use.order,
         call,
-        str(listwise.PARSER_VERSION),
+        str(rules.judges[use.judge].PARSER_VERSION),
     )
     return (
         name,
@@ -194,67 +197,58 @@ def _ranking(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tupl
 
 
 def _scores(
-    prompt: str,
-    heard: Heard,
-    answers: Mapping[bytes, Completion],
-    rules: Rules,
-    rubrics: Mapping[str, Any],
-    derived: Derived,
+    prompt: str, heard: Heard, rules: Rules, rubrics: Mapping[str, Any], derived: Derived
 ) -> None:
     """What each answer got from the judges that read one at a time."""
-    for (judge, principle, repeat), samples in heard.scores.items():
-        config = rules.judges.get(judge)
+    for (judge, principle, repeat), some in heard.answers.items():
         own = rubrics.get(heard.rubric_of.get(judge, "")) if not principle else None
-        for sample, lines in samples.items() if config else ():
-            for line, use in lines.items():
-                read = verdicts.read_score(use, config, answers)
-                if read is None:
-                    continue
-                call = use.key.hex()
-                name = digest(
-                    "score",
+        for one in some:
+            read, sample, line = one.value, one.use.sample, one.use.round
+            if not isinstance(read, Score):
+                continue
+            name = digest(
+                "score",
+                prompt,
+                str(sample),
+                principle,
+                judge,
+                str(repeat),
+                str(line),
+                one.call,
+                rules.readers[judge],
+                str(rules.judges[judge].PARSER_VERSION),
+            )
+            criterion, points = own[line] if own and line < len(own) else (None, None)
+            derived.scores.append(
+                (
+                    name,
+                    rules.run,
                     prompt,
-                    str(sample),
+                    sample,
                     principle,
                     judge,
-                    str(repeat),
-                    str(line),
-                    call,
-                    rules.readers[judge],
-                    str(registry.version(config)),
+                    repeat,
+                    criterion,
+                    points,
+                    read.value,
+                    read.reason,
+                    read.mass,
+                    read.exactness,
+                    one.call,
                 )
-                criterion, points = own[line] if own and line < len(own) else (None, None)
-                derived.scores.append(
-                    (
-                        name,
-                        rules.run,
-                        prompt,
-                        sample,
-                        principle,
-                        judge,
-                        repeat,
-                        criterion,
-                        points,
-                        read.value,
-                        read.reason,
-                        read.mass,
-                        read.exactness,
-                        call,
-                    )
-                )
+            )
 
 
 def _compare(
     prompt: str,
     pair: Pair,
     heard: Heard,
-    answers: Mapping[bytes, Completion],
     rules: Rules,
     rubrics: Mapping[str, Any],
     derived: Derived,
 ) -> None:
     """The verdicts of one comparison, and its preference if none that counts is still awaited."""
-    found = verdicts.verdicts(prompt, pair, heard, answers, rules, rubrics)
+    found = verdicts.verdicts(prompt, pair, heard, rules, rubrics)
     names: dict[Place, str] = {}
     for place, one in found.items():
         names[place] = verdicts.name_of(prompt, pair, place, one, rules)
@@ -267,7 +261,7 @@ def _compare(
         return
     counted = [name for place, name in names.items() if place in places]
     decision = heard.decisions.get(pair)
-    escalation = (decision.order or "settled") if decision and rules.strong else None
+    escalation = (decision or "settled") if decision is not None and rules.strong else None
     derived.preferences.append(_preference(decided[0], counted, rules, escalation=escalation))
 
 

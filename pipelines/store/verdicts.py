@@ -8,18 +8,15 @@ order: its order is `-`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from prefab.factory.keys import digest
-from prefab.factory.types import Completion, Preference, Verdict
-from prefab.judges import panel, registry
-from prefab.judges.base import Score
-from prefab.judges.kinds import human, listwise, pairwise, pointwise, rubric
-from prefab.pipelines.run.judging import NO_ORDER
+from prefab.factory.types import Preference, Verdict
+from prefab.judges import panel
+from prefab.judges.base import NO_ORDER, Decoded, Judge, Pair, RubricLines
 
-Pair = tuple[int, int]  # the indices of samples a and b
 Place = tuple[
     str, str, int, str
 ]  # principle, judge, repeat, order: where in a comparison's readings
@@ -54,7 +51,7 @@ class Rules:
     """
 
     run: int
-    judges: dict[str, Any]
+    judges: dict[str, Judge[Any]]
     readers: dict[
         str, str
     ]  # by judge: what of its configuration decides a verdict, for the verdict's id
@@ -70,17 +67,14 @@ class Rules:
 
 @dataclass(slots=True)
 class Heard:
-    """The uses of one prompt by what they are for. `principles` of each comparison that was made;
-    `rubric_of` a judge that was shown the prompt's own rubric, which one.
+    """The decoded answers of one prompt by what they are for. `principles` of each comparison that
+    was made; `rubric_of` a judge that was shown the prompt's own rubric, which one.
     """
 
     principles: dict[Pair, set[str]] = field(default_factory=dict)
-    pairs: dict[Pair, dict[Place, dict[str, UseRow]]] = field(default_factory=dict)
-    scores: dict[Asked, dict[int, dict[int, UseRow]]] = field(
-        default_factory=dict
-    )  # by sample, by line of a rubric
-    ranks: dict[Asked, dict[int, UseRow]] = field(default_factory=dict)  # by permutation
-    decisions: dict[Pair, UseRow] = field(default_factory=dict)
+    pairs: dict[Pair, dict[Place, list[Decoded]]] = field(default_factory=dict)
+    answers: dict[Asked, list[Decoded]] = field(default_factory=dict)  # scores and rankings
+    decisions: dict[Pair, str] = field(default_factory=dict)  # why escalated; "" or budget: not
     rubric_of: dict[str, str] = field(default_factory=dict)
 
 
@@ -116,34 +110,37 @@ def latest(uses: Iterable[UseRow]) -> list[UseRow]:
     return list(last.values())
 
 
-def gather(uses: Iterable[UseRow]) -> Heard:
-    """The uses that make verdicts, by what they are for."""
+def gather(decoded: Iterable[Decoded]) -> Heard:
+    """The answers that make verdicts, by what they are for. The order is that in which they were
+    asked: of several rubrics, the one that was asked about last counts.
+    """
     heard, shown = Heard(), {}
-    for use in latest(uses):
+    for one in decoded:
+        use = one.use
         pair, asked = (use.sample, use.other), (use.judge, use.principle, use.repeat)
-        if use.role in ("judge", "reason"):
-            heard.principles.setdefault(pair, set()).add(use.principle)
-            place = (use.principle, use.judge, use.repeat, use.order)
-            heard.pairs.setdefault(pair, {}).setdefault(place, {})[use.role] = use
-        elif use.role == "pair":
+        if use.role == "pair":
             heard.principles.setdefault(pair, set()).add(use.principle)
         elif use.role in DECISIONS:
-            heard.decisions[pair] = use
+            heard.decisions[pair] = use.order
         elif use.role == "score" and use.order:
-            shown.setdefault(use.judge, []).append(use)
-        elif use.role == "score":
-            heard.scores.setdefault(asked, {}).setdefault(use.sample, {})[0] = use
-        elif use.role == "rank":
-            heard.ranks.setdefault(asked, {})[use.round] = use
-    for judge, some in shown.items():  # of several rubrics, the one that was asked about last
-        heard.rubric_of[judge] = max(some, key=lambda use: use.rowid).order
-        for use in some:
-            if use.order == heard.rubric_of[judge]:
-                lines = heard.scores.setdefault((judge, "", use.repeat), {}).setdefault(
-                    use.sample, {}
-                )
-                lines[use.round] = use
+            shown.setdefault(use.judge, []).append(one)
+        elif use.role in ("score", "rank"):
+            heard.answers.setdefault(asked, []).append(one)
+        elif use.judge:
+            heard.principles.setdefault(pair, set()).add(use.principle)
+            place = (use.principle, use.judge, use.repeat, use.order)
+            heard.pairs.setdefault(pair, {}).setdefault(place, []).append(one)
+    for judge, some in shown.items():
+        heard.rubric_of[judge] = some[-1].use.order
+        for one in some:
+            if one.use.order == heard.rubric_of[judge]:
+                heard.answers.setdefault((judge, "", one.use.repeat), []).append(one)
     return heard
+
+
+def escalated(why: str) -> bool:
+    """Whether a comparison with this reason is put to the stronger judges."""
+    return why not in ("", "budget")
 
 
 def counted(pair: Pair, heard: Heard, rules: Rules) -> list[str] | None:
@@ -156,7 +153,7 @@ def counted(pair: Pair, heard: Heard, rules: Rules) -> list[str] | None:
     if decision is None:
         return None
     cheap = [name for name in rules.judges if name not in rules.strong]
-    if decision.role == "settle":
+    if not escalated(decision):
         return cheap
     return [*cheap, *rules.strong] if rules.joined else list(rules.strong)
 
@@ -171,12 +168,12 @@ def expected(
     places = set()
     for name in judges:
         judge = rules.judges[name]
-        free = registry.is_program(judge) or name in heard.rubric_of
+        free = not judge.per_principle or name in heard.rubric_of
         places |= {
             (principle, name, repeat, order)
             for principle in ([""] if free else heard.principles.get(pair, set()) - {""})
-            for repeat in range(registry.repeats(judge))
-            for order in (orders if registry.shows(judge) == "pair" else (NO_ORDER,))
+            for repeat in range(judge.repeats)
+            for order in (orders if judge.ordered else (NO_ORDER,))
         }
     return places
 
@@ -185,120 +182,30 @@ def verdicts(
     prompt: str,
     pair: Pair,
     heard: Heard,
-    answers: Mapping[bytes, Completion],
     rules: Rules,
-    rubrics: Mapping[str, Any] = {},
+    rubrics: Mapping[str, RubricLines] = {},
 ) -> dict[Place, Found]:
     """What every judge of the run has said of one comparison; a verdict that is still awaited is
     left out.
     """
-    found: dict[Place, Found | None] = {}
-    for place, uses in heard.pairs.get(pair, {}).items():
-        if place[1] in rules.judges:
-            found[place] = _of_pair(uses, place[3], rules.judges[place[1]], answers)
-    unordered = [
-        name for name, config in rules.judges.items() if registry.shows(config) in ("one", "all")
-    ]
-    for place in expected(prompt, pair, heard, rules, unordered):
-        principle, judge, repeat, _ = place
-        config, asked = rules.judges[judge], (judge, principle, repeat)
-        if registry.shows(config) == "all":
-            found[place] = _of_ranks(heard.ranks.get(asked, {}), pair, config, answers)
-        else:
-            lines = _lines(judge, principle, heard, rules, rubrics)
-            found[place] = _of_scores(heard.scores.get(asked, {}), pair, config, lines, answers)
-    return {place: one for place, one in sorted(found.items()) if one is not None}
-
-
-def _of_pair(
-    uses: Mapping[str, UseRow], order: str, config: Any, answers: Mapping[bytes, Completion]
-) -> Found | None:
-    """A judge that reasons first is unscored where its reasoning came to nothing: it is then not
-    asked to score.
-    """
-    judged = uses.get("judge")
-    if judged is not None:
-        answer = answers.get(judged.key)
-        read = (
-            None
-            if answer is None
-            else human.parse(answer)
-            if config.kind == "human"
-            else (pairwise.parse(answer, order, config))
-        )
-        return None if read is None else _found(read, judged)
-    reasoned = uses["reason"]
-    answer = answers.get(reasoned.key)
-    if answer is None:
-        return None
-    _, reason = pairwise.parse_reasoning(answer)
-    return None if reason is None else _found(pairwise.unscored(reason, answer), reasoned)
-
-
-def _found(verdict: Verdict, use: UseRow) -> Found:
-    return Found(verdict, use.key.hex(), (use.key.hex(),))
-
-
-def _lines(
-    judge: str, principle: str, heard: Heard, rules: Rules, rubrics: Mapping[str, Any]
-) -> list[rubric.Criterion]:
-    """The criteria of a rubric judge: the prompt's own, or the principle's fault as a pitfall."""
-    if rules.judges[judge].kind != "rubric":
-        return []
-    own = rubrics.get(heard.rubric_of.get(judge, ""))
-    return (
-        [rubric.Criterion(text, points) for text, points in own]
-        if own
-        else [rubric.Criterion(principle, -1.0)]
-    )
-
-
-def read_score(use: UseRow, config: Any, answers: Mapping[bytes, Completion]) -> Score | None:
-    """What one answer got, or None while it is awaited."""
-    answer = answers.get(use.key)
-    return None if answer is None else registry.module(config.kind).parse(answer, config)
-
-
-def _of_scores(
-    samples: Mapping[int, Mapping[int, UseRow]],
-    pair: Pair,
-    config: Any,
-    lines: Sequence[rubric.Criterion],
-    answers: Mapping[bytes, Completion],
-) -> Found | None:
-    a, b = ([samples.get(i, {}).get(line) for line in range(len(lines) or 1)] for i in pair)
-    if None in a or None in b:
-        return None
-    scores = [[read_score(use, config, answers) for use in side] for side in (a, b)]
-    if None in scores[0] or None in scores[1]:
-        return None
-    if config.kind == "pointwise":
-        verdict = pointwise.verdict(scores[0][0], scores[1][0])
-    elif config.kind == "rubric":
-        verdict = rubric.verdict(scores[0], scores[1], lines)
-    else:
-        verdict = registry.module(config.kind).verdict(scores[0][0], scores[1][0], config)
-    return Found(verdict, "", tuple(use.key.hex() for use in (*a, *b)))
-
-
-def _of_ranks(
-    ranks: Mapping[int, UseRow], pair: Pair, config: Any, answers: Mapping[bytes, Completion]
-) -> Found | None:
-    rankings, calls = [], []
-    for number in range(config.permutations):
-        use = ranks.get(number)
-        answer = answers.get(use.key) if use else None
-        shown = shown_of(use) if use else ()
-        if answer is None or not set(pair) <= set(shown):
-            return None
-        rankings.append(listwise.parse(answer, shown))
-        calls.append(use.key.hex())
-    return Found(listwise.verdict(rankings, *pair), "", tuple(calls))
-
-
-def shown_of(use: UseRow) -> tuple[int, ...]:
-    """The samples' indices in the order in which a ranking judge was shown them."""
-    return tuple(map(int, use.order.split(",")))
+    places = dict(heard.pairs.get(pair, {}))
+    single = [name for name, judge in rules.judges.items() if judge.shows in ("one", "all")]
+    for place in expected(prompt, pair, heard, rules, single):
+        principle, name, repeat, _ = place
+        places[place] = heard.answers.get((name, principle, repeat), [])
+    found: dict[Place, Found] = {}
+    for place in sorted(places):
+        principle, name, _, _ = place
+        judge = rules.judges.get(name)
+        if judge is None:
+            continue
+        lines = judge.lines(principle, rubrics.get(heard.rubric_of.get(name, "")))
+        made = judge.verdict(places[place], pair, lines)
+        if made is not None:
+            verdict, calls = made
+            stands_on_one = judge.shows in ("pair", "people")
+            found[place] = Found(verdict, calls[0] if stands_on_one else "", calls)
+    return found
 
 
 def readings(found: Mapping[Place, Found], rules: Rules) -> list[panel.Reading]:
@@ -327,7 +234,7 @@ def name_of(prompt: str, pair: Pair, place: Place, found: Found, rules: Rules) -
     read.
     """
     principle, judge, repeat, order = place
-    version = registry.version(rules.judges[judge])
+    version = rules.judges[judge].PARSER_VERSION
     return digest(
         "verdict",
         prompt,

@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from prefab.factory import keys
-from prefab.factory.engines.base import make
-from prefab.factory.engines.lifecycle import lazily, started_engines
 from prefab.factory.errors import ConfigError, Problem
-from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Comparison, Engine, Message, Prompt, Sample
-from prefab.judges import panel, registry
-from prefab.judges.kinds import pointwise, verifier
+from prefab.judges import base as judges
+from prefab.judges import panel
+from prefab.judges.base import Judge
+from prefab.judges.kinds import verifier
 from prefab.pipelines.config.loader import ResolvedPipeline, resolve_pipeline
-from prefab.pipelines.config.schema import BudgetConfig
-from prefab.pipelines.quality.judge_audit import CachedEngine
 from prefab.pipelines.run import judging
+from prefab.pipelines.run.asking import asking_session, engine_for
 from prefab.pipelines.run.context import Context
 from prefab.trainers.rl import rewards
 from prefab.trainers.rl.rewards import Reward, RewardConfig, Source
@@ -124,11 +122,18 @@ def of_judge(
         raise ConfigError(f"rewards: {config.name}: name the pipeline file of the judge in paths")
     loaded = resolve_pipeline(Path(config.paths[0]))
     judge = find(loaded, config)
-    made = dict(
-        engines or {judge.engine: lazily(make(loaded.config.engines[judge.engine], judge.engine))}
+    folder = Path(loaded.config.store)
+    asking = asking_session(
+        loaded,
+        judge,
+        engine_for(loaded, judge, engines),
+        folder / "reward",
+        f"reward-{judge.name}",
+        {"recipe": "reward"},
+        behind=folder,
+        quiet=quiet,
     )
-    asking = _asking(loaded, judge, made, quiet)
-    ctx = background(asking.__aenter__())
+    ctx = background(asking.__aenter__()).ctx
     try:
         yield reward_of(scorer(loaded, judge, ctx), background)
     finally:
@@ -139,13 +144,9 @@ def find(loaded: ResolvedPipeline, config: RewardConfig) -> Any:
     """The judge that a reward names; without a name, the pipeline's first pointwise one. Raises:
     ConfigError.
     """
-    found = [
-        judge
-        for judge in loaded.judges
-        if judge.kind == "pointwise" and config.judge in ("", judge.name)
-    ]
+    found = [judge for judge in loaded.judges if judge.rewards and config.judge in ("", judge.name)]
     if not found:
-        names = [judge.name for judge in loaded.judges if judge.kind == "pointwise"]
+        names = [judge.name for judge in loaded.judges if judge.rewards]
         missing = (
             f'no pointwise judge is named "{config.judge}"; {did_you_mean(config.judge, names)}'
             if names
@@ -158,39 +159,7 @@ def find(loaded: ResolvedPipeline, config: RewardConfig) -> Any:
     return found[0]
 
 
-@asynccontextmanager
-async def _asking(
-    loaded: ResolvedPipeline, judge: Any, engines: dict[str, Engine], quiet: bool
-) -> AsyncIterator[Context]:
-    """What the judge is asked through, while its engine runs. The run's budget of unscored answers
-    is not training's.
-    """
-    known = CachedEngine(engines[judge.engine], Path(loaded.config.store))
-    ledger = Ledger.open(Path(loaded.config.store) / "reward")
-    try:
-        async with started_engines(engines, quiet, {judge.engine: {registry.labels(judge)}}):
-            texts = {**loaded.texts, f"model {judge.engine}": known.identity}
-            record = ledger.begin_run(
-                f"reward-{judge.name}"[:64],
-                {"recipe": "reward", "judge": judge.model_dump(mode="json")},
-                texts,
-            )
-            budget = BudgetConfig(**{**loaded.config.budget.model_dump(), "unscored": None})
-            yield Context(
-                loaded.config.model_copy(update={"budget": budget}),
-                loaded.constitution,
-                record.id,
-                ledger,
-                {judge.engine: known},
-                loaded.templates,
-                judges=[judge],
-            )
-    finally:
-        await ledger.close()
-        known.close()
-
-
-def scorer(loaded: ResolvedPipeline, judge: pointwise.PointwiseConfig, ctx: Context) -> Score:
+def scorer(loaded: ResolvedPipeline, judge: Judge[Any], ctx: Context) -> Score:
     """What the judge says of an answer: the weighted mean over principles, None where less than the
     panel's `min_scored` of their weight is scored.
     """
@@ -213,8 +182,9 @@ def scorer(loaded: ResolvedPipeline, judge: pointwise.PointwiseConfig, ctx: Cont
         heard = await judging.judge(judge, [(Comparison(prompt, sample, sample), drawn)], ctx)
         weights = {p.id: p.weight if len(drawn) > 1 else 1.0 for p in drawn}
         found = [
-            (weights[use.principle], pointwise.reward(pointwise.parse(answer, judge), judge))
-            for use, answer in heard
+            (weights[one.use.principle], judge.reward(one.value))
+            for one in heard
+            if isinstance(one.value, judges.Score)
         ]
         scored = [(weight, value) for weight, value in found if value is not None]
         weight, whole = sum(w for w, _ in scored), sum(weights.values()) * judge.repeats

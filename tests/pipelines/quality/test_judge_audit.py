@@ -19,6 +19,7 @@ from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.spec.templates import load_template as load_template
 from prefab.judges import bias_probes
 from prefab.judges.kinds import human, listwise, pointwise, rubric
+from prefab.judges.registry import judge_of
 from prefab.pipelines.quality import judge_audit, probe_pairs
 from prefab.pipelines.run.runner import resolve_pipeline, run
 from prefab.pipelines.store.fill import query
@@ -127,7 +128,7 @@ def test_every_kind_of_judge_can_be_audited(tmp_path, config):
     loaded = world(tmp_path)
     loaded = replace(
         loaded,
-        judges=[config],
+        judges=[judge_of(config)],
         templates={config.name: load_template(config.template, config.kind)},
     )
     found = by_name(
