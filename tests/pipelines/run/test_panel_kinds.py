@@ -370,7 +370,7 @@ def test_a_verifiers_files_are_found_from_the_pipeline_file(tmp_path, monkeypatc
         "".join(json.dumps(row) + "\n" for row in rows)
     )
     loaded = resolve_pipeline(path)
-    assert loaded.judges[0].references == str(tmp_path / "project" / "right.jsonl")
+    assert loaded.judges[0].config.references == str(tmp_path / "project" / "right.jsonl")
     assert loaded.resolved["panel"]["judges"][0]["references"] == "right.jsonl"
     result = run(path, engines=planted.engine())
     assert result.state == "done" and set(result.frame("scores")["value"]) <= {0.0, 1.0}
