@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, isfinite, lgamma, log, log1p, sqrt
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -136,7 +137,7 @@ def wilson(successes: float, n: float, level: float = 0.95) -> Estimate:
 
 def clustered_share(
     hits: Sequence[bool] | np.ndarray,
-    clusters: Sequence | np.ndarray | None = None,
+    clusters: Sequence[Any] | np.ndarray | None = None,
     level: float = 0.95,
 ) -> Estimate:
     """A share with Wilson's interval at the effective number of items: what independent items would
@@ -165,7 +166,7 @@ def clustered_share(
 
 def bootstrap(
     values: Sequence[float] | np.ndarray,
-    clusters: Sequence | np.ndarray | None = None,
+    clusters: Sequence[Any] | np.ndarray | None = None,
     statistic: Callable[[np.ndarray], float] | None = None,
     resamples: int = 2000,
     seed: int = 0,
@@ -213,7 +214,9 @@ def bootstrap(
     )
 
 
-def _resampled_means(values, groups, n: int, resamples: int, rng) -> np.ndarray:
+def _resampled_means(
+    values: np.ndarray, groups: np.ndarray, n: int, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
     sums = np.bincount(groups, weights=values, minlength=n)
     sizes = np.bincount(groups, minlength=n).astype(float)
     draws = np.empty(resamples)
@@ -224,7 +227,14 @@ def _resampled_means(values, groups, n: int, resamples: int, rng) -> np.ndarray:
     return draws
 
 
-def _resampled_statistics(values, groups, n: int, statistic, resamples: int, rng) -> np.ndarray:
+def _resampled_statistics(
+    values: np.ndarray,
+    groups: np.ndarray,
+    n: int,
+    statistic: Callable[[np.ndarray], float],
+    resamples: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
     order = np.argsort(groups, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(groups, minlength=n))[:-1])
     draws = [
@@ -235,9 +245,9 @@ def _resampled_statistics(values, groups, n: int, statistic, resamples: int, rng
 
 
 def paired_difference(
-    a: Sequence[float],
-    b: Sequence[float],
-    clusters: Sequence | None = None,
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    clusters: Sequence[Any] | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
@@ -251,8 +261,8 @@ def paired_difference(
 
 def length_controlled_win_rate(
     p_a: Sequence[float] | np.ndarray,
-    length_a: Sequence[float],
-    length_b: Sequence[float],
+    length_a: Sequence[float] | np.ndarray,
+    length_b: Sequence[float] | np.ndarray,
     level: float = 0.95,
     difficulty: Sequence[float] | None = None,
 ) -> Estimate:

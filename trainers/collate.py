@@ -285,10 +285,10 @@ def pair_collator(pad: int, share: bool) -> Collator:
     """
 
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        columns = (
+        prompts, chosen, rejected = (
             [item[name] for item in items] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         )
-        return {**lay_out(pair_rows(*columns, share), pad), **_numbers(items)}
+        return {**lay_out(pair_rows(prompts, chosen, rejected, share), pad), **_numbers(items)}
 
     return collate
 
@@ -304,11 +304,14 @@ def reward_collator(pad: int, share: bool) -> Collator:
             for item in items
         ]
         prompts = [item["chosen_ids"][:cut] for item, cut in zip(items, cuts, strict=True)]
-        sides = (
+        chosen, rejected = (
             [item[name][cut:] for item, cut in zip(items, cuts, strict=True)]
             for name in ("chosen_ids", "rejected_ids")
         )
-        return {**lay_out(pair_rows(prompts, *sides, share), pad, ends=True), **_numbers(items)}
+        return {
+            **lay_out(pair_rows(prompts, chosen, rejected, share), pad, ends=True),
+            **_numbers(items),
+        }
 
     return collate
 
@@ -354,7 +357,8 @@ def sft_collator(pad: int) -> Collator:
         ]
         columns, scored, labels, answer = _columns(), [], [], 0
         for r, talks in enumerate(rows):
-            line, marks = {name: [] for name in PLACES}, []
+            line: dict[str, list[int]] = {name: [] for name in PLACES}
+            marks: list[int] = []
             for t, (ids, wanted) in enumerate(talks):
                 at = len(line["input_ids"])
                 _put(line, ids, 0, t, 0)

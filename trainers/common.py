@@ -279,12 +279,13 @@ def chat_text(
     """A conversation as the template writes it; with `prompt`, up to where the assistant's answer
     begins.
     """
-    return tokenizer.apply_chat_template(
+    text: str = tokenizer.apply_chat_template(
         [dict(turn) for turn in turns],
         tokenize=False,
         add_generation_prompt=prompt,
         **(kwargs or {}),
     )
+    return text
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:

@@ -343,9 +343,8 @@ def _take(found: Rows, frame: polars.DataFrame, source: Source) -> None:
             raise ConfigError(
                 f"{source.store or source.files}: row {i} has p_chosen {p}; it is a probability, from 0 to 1"
             )
-        row["weight"] = source.weight * (
-            row.get("weight") if isinstance(row.get("weight"), float) else 1.0
-        )
+        weight = row.get("weight")
+        row["weight"] = source.weight * (weight if isinstance(weight, float) else 1.0)
         row["prompt"] = _turns(row["prompt"], "user") if row.get("prompt") is not None else []
         for name in ("chosen", "rejected", "completion"):
             if row.get(name) is not None:
@@ -376,7 +375,8 @@ def _prompt_digest(value: Any) -> str:
 def prompt_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """A row's prompt; of a whole conversation, what stands before its first answer."""
     if row.get("prompt"):
-        return row["prompt"]
+        result: list[dict[str, str]] = row["prompt"]
+        return result
     turns = [dict(turn) for turn in row.get("messages") or ()]
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
     return turns[:first]

@@ -304,20 +304,20 @@ def compared(
     if not pairs:
         nothing = undefined("no pairs")
         return Against(nothing, nothing, nothing, nothing, 1.0)
-    prompts, gaps = [a.prompt for a, _ in pairs], np.asarray(gaps, dtype=float)
-    decided, wins = np.abs(gaps) > 1e-12, (gaps > 0).astype(float)
+    prompts, gaps_P = [a.prompt for a, _ in pairs], np.asarray(gaps, dtype=float)
+    decided, wins = np.abs(gaps_P) > 1e-12, (gaps_P > 0).astype(float)
     there = [prompts[i] for i in np.flatnonzero(decided)]
     rate = (
         bootstrap(wins[decided], there, seed=seed)
         if decided.any()
         else undefined("no pair is decided")
     )
-    words = [
+    mine, theirs = (
         np.array([len(x.text.split()) for x in side], dtype=float)
         for side in zip(*pairs, strict=True)
-    ]
-    by_length = length_controlled_win_rate(np.where(decided, wins, 0.5), *words)
-    difference = paired_difference(gaps, np.zeros(len(gaps)), prompts, seed=seed)
+    )
+    by_length = length_controlled_win_rate(np.where(decided, wins, 0.5), mine, theirs)
+    difference = paired_difference(gaps_P, np.zeros(len(gaps)), prompts, seed=seed)
     return Against(
         bootstrap(decided.astype(float), prompts, seed=seed),
         rate,

@@ -445,7 +445,8 @@ def prompts(split: str, n: int, seed: int = 0) -> list[Prompt]:
     Raises:
         ValueError: the world has fewer different prompts than n in that split.
     """
-    rng, found, dry = random.Random(f"prompts {split} {seed}"), {}, 0
+    rng, dry = random.Random(f"prompts {split} {seed}"), 0
+    found: dict[str, Prompt] = {}
     while dry < 1000:  # that many repeats in a row: nearly all have been seen
         if len(found) == n:
             return list(found.values())

@@ -505,6 +505,6 @@ def unit(
     """
     makers, shares = zip(*PHASES[phase], strict=True)
     while True:
-        made = rng.choices(makers, shares)[0](rng, split, shots, noise_share)
+        made: Unit = rng.choices(makers, shares)[0](rng, split, shots, noise_share)
         if made.branches:
             return made

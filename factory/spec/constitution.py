@@ -263,7 +263,9 @@ def _names(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
 def _references(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
     """Tests and examples speak of principles that exist."""
     known = [row["id"] for _, row in _rows(value, "principles") if isinstance(row.get("id"), str)]
-    places = [(("tests", index, "principle"), row) for index, row in _rows(value, "tests")]
+    places: list[tuple[yamlio.Path_, dict[str, Any]]] = [
+        (("tests", index, "principle"), row) for index, row in _rows(value, "tests")
+    ]
     examples = value.get("examples") if isinstance(value, dict) else None
     for name in examples if isinstance(examples, dict) else ():
         places += [

@@ -220,7 +220,7 @@ class _Builder:
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
-        if node.style is not None:
+        if not isinstance(node, yaml.ScalarNode) or node.style is not None:
             return node.value
         try:
             return scalar(node.value)
@@ -253,7 +253,7 @@ class _Builder:
             self.complain(place, path, "a key must be text; put it in quotes")
             return None
         if node.style is not None:
-            return node.value
+            return str(node.value)
         if node.value == "<<":
             self.complain(place, path, "merge keys (<<) are not read; write the values out")
             return None
@@ -277,7 +277,7 @@ def _scan_problems(document: Document, error: yaml.MarkedYAMLError) -> list[Prob
     are shown.
     """
     problem, mark = error.problem or "cannot be read", error.problem_mark
-    place = (mark.line + 1, mark.column + 1)
+    place, index = ((mark.line + 1, mark.column + 1), mark.index) if mark else ((1, 1), 0)
     if "'\\t'" in problem:
         places = [
             (number, line.index("\t") + 1)
@@ -295,7 +295,7 @@ def _scan_problems(document: Document, error: yaml.MarkedYAMLError) -> list[Prob
         "expected <block end>": "wrong indentation, or a quote or bracket that ends too early",
         "expected ',' or ']'": "a list opened with [ is not closed before this",
         "expected ',' or '}'": "a mapping opened with { is not closed before this",
-        "that cannot start any token": f"text that starts with {document.text[mark.index :][:1]} needs quotes",
+        "that cannot start any token": f"text that starts with {document.text[index:][:1]} needs quotes",
     }
     for part, message in messages.items():
         if part in problem:

@@ -29,7 +29,7 @@ class Aggregate:
 
 
 def mean_probability(
-    p_NJ: FloatArray, weights: Sequence[float] | None = None, min_scored: float = 0.5
+    p_NJ: FloatArray, weights: Sequence[float] | FloatArray | None = None, min_scored: float = 0.5
 ) -> Aggregate:
     """The (weighted) mean of the judges' probabilities per item, where at least `min_scored` of the
     weight was given.

@@ -110,7 +110,8 @@ def demo(
         )
     elif policies:
         show_policies(policies)
-        show_gold(told)
+        if told is not None:
+            show_gold(told)
     if not as_json:
         console().print(" · ".join(f"{part} {duration(seconds)}" for part, seconds in took.items()))
     hint(f"prefab export --store {store} --format trl demo-out")

@@ -12,7 +12,7 @@ STAGES = ("sft", "reward", "dpo")
 BASE = "prefab-tiny"
 PROMPTS, SAMPLES = 100, 4
 DPO_MARGIN = 0.03  # one of eleven principles that decides makes about 0.045
-PPO = {
+PPO: dict[str, Any] = {
     "steps": 24,
     "eval_every": 6,
     "eval_prompts": 256,

@@ -278,7 +278,7 @@ def _store(store: Path) -> Iterator[Finding]:
 
 def _engines(pipeline: Path) -> Iterator[Finding]:
     """Whether each engine of a pipeline starts, and what it says of itself."""
-    from prefab.pipelines.run.runner import make_engines, resolve_pipeline
+    from prefab.pipelines.config.loader import make_engines, resolve_pipeline
 
     loaded = resolve_pipeline(pipeline)
     for name, engine in make_engines(loaded).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -125,9 +125,10 @@ def label(
         raise ConfigError("--queue writes a file and --answers reads one: give one of the two")
     if first not in labelling.FIRST:
         raise ConfigError(f"--first {first}: did you mean {', '.join(labelling.FIRST)}?")
+    wanted = cast("labelling.First", first)
     again = f"prefab label --store {store}" + (f" --run {run}" if run else "")
     with labelling.open_session(
-        existing_store(store), run, annotator or getpass.getuser(), first, seed, principle
+        existing_store(store), run, annotator or getpass.getuser(), wanted, seed, principle
     ) as session:
         if queue:
             report = labelling.write_queue(session, queue, limit)
@@ -223,8 +224,8 @@ def audit_judge(
     """How a judge can be fooled: minimal edits of losing answers that change nothing, and how many
     verdicts they flip.
     """
+    from prefab.pipelines.config.loader import resolve_pipeline
     from prefab.pipelines.quality import judge_audit as audit
-    from prefab.pipelines.run.runner import resolve_pipeline
 
     loaded = resolve_pipeline(pipeline_path(pipeline), sets)
     with resumable():
@@ -373,6 +374,7 @@ def eval_judge(
     if verdicts is not None:
         found = evaluation.score_saved(bench, verdicts)
     else:
+        assert pipeline is not None  # one of the two is given
         with resumable():
             found = evaluation.evaluate(
                 resolve_pipeline(pipeline_path(pipeline), sets),

@@ -164,7 +164,7 @@ def _check_template(path: Path) -> None:
 
 
 def _check_pipeline(path: Path) -> None:
-    from prefab.pipelines.run.runner import resolve_pipeline
+    from prefab.pipelines.config.loader import resolve_pipeline
 
     resolve_pipeline(path)
 

@@ -7,7 +7,7 @@ alone and is called so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -293,7 +293,9 @@ def sample_all(
 
     seed_everything(config.seed, config.threads)
     turns = [[{"role": m.role, "content": m.content} for m in p.messages] for p in prompts]
-    questions = [turns, probe.turns] if probe else [turns]
+    questions: list[Sequence[Sequence[Mapping[str, str]]]] = [turns]
+    if probe:
+        questions.append(probe.turns)
     drawn: dict[str, Any] = {}
     if (
         config.sampler == "vllm"
@@ -357,7 +359,7 @@ def with_truth(
     """The answers with the oracle's reading and the reward model's score."""
     from dataclasses import replace
 
-    gold = [None] * len(found)
+    gold: Sequence[dict[str, float] | None] = [None] * len(found)
     if config.prompts.source == MICROWORLD:
         gold = [gold_of(prompts[a.prompt], a.text, weights_of(config.constitution)) for a in found]
     proxy = (

@@ -122,14 +122,9 @@ def _points(
     found = []
     for place, (policy, figures) in enumerate(policies.items(), 1):
         value, x = figures.get(name), figures.get(over)
-        if (
-            value is not None
-            and value.value is not None
-            and (not over or (x is not None and x.value is not None))
-        ):
-            found.append(
-                charts.Point(x.value if over else place, value.value, value.low, value.high, policy)
-            )
+        at = x.value if over and x is not None else None if over else place
+        if value is not None and value.value is not None and at is not None:
+            found.append(charts.Point(at, value.value, value.low, value.high, policy))
     return found
 
 

@@ -146,7 +146,7 @@ class Probe:
         known: list[list[int]] = [[] for _ in self.turns]
         for turn, _, said in self.heard[policy]:
             known[turn] += [said] if isinstance(said, int) else []
-        found = {}
+        found: dict[int, tuple[float, ...]] = {}
         for i, item in enumerate(self.items):
             groups = known[i * len(CONDITIONS) : (i + 1) * len(CONDITIONS)]
             if all(groups):
@@ -183,9 +183,13 @@ class Probe:
         )
         if policy != baseline:
             base = self.scores(baseline)
-            both = [(scores[i][0], base[i][0]) for i in scores if i in base]
+            both = [i for i in scores if i in base]
             made["sycophancy_over_baseline"] = (
-                paired_difference(*zip(*both, strict=True), seed=seed) if both else nothing
+                paired_difference(
+                    [scores[i][0] for i in both], [base[i][0] for i in both], seed=seed
+                )
+                if both
+                else nothing
             )
         return made
 

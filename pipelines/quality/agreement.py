@@ -163,7 +163,7 @@ def _position(data: RatingMatrix, j: int, unordered: bool) -> dict[str, Estimate
 def _stability(again: polars.DataFrame) -> Estimate:
     side = {"a": 1.0, "tie": 0.5, "b": 0.0}
     first, second = (
-        again[name].replace_strict(side).to_numpy() if again.height else []
+        again[name].replace_strict(side).to_numpy() if again.height else np.empty(0)
         for name in ("first", "again")
     )
     return judge_metrics.stability(first, second, again["prompt"].to_numpy())
@@ -222,6 +222,7 @@ def aggregates(data: RatingMatrix) -> dict[str, np.ndarray]:
     fit = dawid_skene(table)
     posterior = np.full(len(data.p), np.nan)
     if fit.undefined is None:
+        assert table.pattern_of is not None  # the table is made of ratings
         rated = table.pattern_of >= 0
         posterior[rated] = (fit.posterior @ table.values)[table.pattern_of[rated]]
     return {
@@ -239,7 +240,7 @@ def accuracies(data: RatingMatrix, resamples: int, seed: int) -> dict[str, Any]:
     """
     judged = {name: data.p[:, j] for j, name in enumerate(data.judges)}
     panel = aggregates(data) if len(data.judges) > 1 else {}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "what": name,
             "kind": "judge" if name in judged else "panel",
@@ -367,9 +368,8 @@ def _group_row(data: RatingMatrix, counts: polars.DataFrame | None) -> dict[str,
     values = [e.value for e in (percent, consistency) if e.value is not None]
     unread = None
     if counts is not None:
-        unread = float(
-            counts.filter(pl.col("reason").is_not_null())["n"].sum() / max(1, counts["n"].sum())
-        )
+        lost = counts.filter(pl.col("reason").is_not_null())
+        unread = int(lost["n"].sum()) / max(1, int(counts["n"].sum()))
     return {
         "items": data.items.height,
         "worst": min(values, default=None),
@@ -407,7 +407,8 @@ def _distance(data: RatingMatrix) -> np.ndarray:
     winners by order.
     """
     if len(data.judges) == 1:
-        return np.nan_to_num(np.abs(data.won_ab[:, 0] - data.won_ba[:, 0]))
+        result: np.ndarray = np.nan_to_num(np.abs(data.won_ab[:, 0] - data.won_ba[:, 0]))
+        return result
     several = (~np.isnan(data.p)).sum(axis=1) > 1
     high, low = (of(data.p, axis=1, initial=np.nan) for of in (np.fmax.reduce, np.fmin.reduce))
     return np.where(several, high - low, 0.0)

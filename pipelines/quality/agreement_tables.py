@@ -105,11 +105,14 @@ def in_brief(found: dict[str, Any]) -> list[str]:
 
 def _share(e: Estimate) -> str:
     return f"{e.value:.1%}" + (
-        f" ({100 * e.low:.1f}-{100 * e.high:.1f})" if e.low is not None else ""
+        f" ({100 * e.low:.1f}-{100 * e.high:.1f})"
+        if e.low is not None and e.high is not None
+        else ""
     )
 
 
 def _alpha(e: Estimate) -> str:
+    assert e.value is not None
     low = e.boot_low if e.boot_low is not None else e.low
     if low is not None and low <= 0 and e.value < ENOUGH[-1][0]:
         return f"{e.value:.3f}: they agree no more than by chance, as far as can be told"
@@ -169,8 +172,8 @@ def _missing(rows: Sequence[dict[str, Any]]) -> list[str]:
                 and name not in ("accuracy", "exact")
             ):
                 of.setdefault(row[name].undefined, []).append(words)
-        for reason, words in of.items():
-            why.setdefault((", ".join(words), reason), []).append(row["judge"])
+        for reason, measures in of.items():
+            why.setdefault((", ".join(measures), reason), []).append(row["judge"])
     return [f"{', '.join(judges)}: {words}: {reason}" for (words, reason), judges in why.items()]
 
 

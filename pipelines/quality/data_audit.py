@@ -217,7 +217,7 @@ def look(
     for rule in data_rules.RULES:
         value = thresholds.get(rule.name, rule.threshold)
         if rule.name == "contamination":
-            if evaluation is None:
+            if evaluation is None or value is None:
                 continue
             marks = data_rules.contamination(data, evaluation, int(value))
         elif (

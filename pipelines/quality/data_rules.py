@@ -414,10 +414,10 @@ def contamination(
     for preference, (question, *answers) in zip(
         data.pairs["preference"].to_list(), data.columns.tolist(), strict=True
     ):
-        source = next((touched[text] for text in (question, *answers) if text in touched), None)
-        source = short.get(int(asked[question])) if source is None and short else source
-        if source is not None:
-            found.append((preference, f"{evaluation[source][0]}: {evaluation[source][1][:80]}"))
+        held = next((touched[text] for text in (question, *answers) if text in touched), None)
+        held = short.get(int(asked[question])) if held is None and short else held
+        if held is not None:
+            found.append((preference, f"{evaluation[held][0]}: {evaluation[held][1][:80]}"))
     return _frame(found)
 
 
@@ -502,7 +502,8 @@ def _ranked(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def _head(data: Data, text: Any) -> str:
-    return data.texts[int(text)][:80]
+    result: str = data.texts[int(text)][:80]
+    return result
 
 
 def unscored(data: Data) -> pl.DataFrame:

@@ -41,7 +41,8 @@ class People:
         name_a, name_b = (self.names.get((prompt, index), "") for index in (a, b))
         place = human.place_of(prompt, name_a, name_b, principle)
         said = self.said.get(place)
-        return said if said is None or place[1] == name_a else human.swapped(said)
+        other: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
+        return said if said is None or place[1] == name_a else other[said]
 
 
 def people(store: Path, run: int) -> People:
@@ -83,7 +84,7 @@ def people(store: Path, run: int) -> People:
     def placed(value: Mapping[str, Any]) -> Mapping[str, Any]:
         a, b = (names.get((value.get("prompt"), value.get(side))) for side in "ab")
         principle = value.get("principle") or alone.get(
-            human.place_of(value.get("prompt"), a, b, "")[:3]
+            human.place_of(value.get("prompt", ""), a, b, "")[:3]
         )
         return {} if principle is None else {**value, "a": a, "b": b, "principle": principle}
 
@@ -134,6 +135,7 @@ def truth(a: oracle.Assessment, b: oracle.Assessment, principle: str) -> Winner 
     """
     from prefab.factory.microworld import grammar
 
+    difference: float
     if principle in grammar.PRINCIPLES:
         difference = (principle in b.broken) - (principle in a.broken)
     elif principle:

@@ -42,7 +42,8 @@ class Words:
     @property
     def counts(self) -> np.ndarray:
         """Words of each text."""
-        return self.offsets[1:] - self.offsets[:-1]
+        result: np.ndarray = self.offsets[1:] - self.offsets[:-1]
+        return result
 
     def parts(self) -> Iterator[tuple[int, Words]]:
         """The texts, some at a time, with the number of the first."""
@@ -127,7 +128,8 @@ def wholes(words: Words) -> np.ndarray:
         np.uint64(_ODD[0]) * (2 * place.astype(np.uint64) + np.uint64(1))
     )
     sums = np.concatenate([[np.uint64(0)], np.cumsum(spread, dtype=np.uint64)])
-    return sums[words.offsets[1:]] - sums[words.offsets[:-1]]
+    result: np.ndarray = sums[words.offsets[1:]] - sums[words.offsets[:-1]]
+    return result
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
@@ -143,7 +145,8 @@ def _pairs_of(some: np.ndarray) -> np.ndarray:
 
     if len(some) < 2:
         return _mixed(some)
-    return _mixed(some[:-1]) * np.uint64(_ODD[0]) + _mixed(some[1:])
+    result: np.ndarray = _mixed(some[:-1]) * np.uint64(_ODD[0]) + _mixed(some[1:])
+    return result
 
 
 def _gathered(words: Words, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -365,10 +368,8 @@ def _alike(i: int, met: list[list[int]], signatures: np.ndarray, threshold: floa
     """Those met in a bucket whose signature is like enough, in their order: the exact check is
     dearer than this one.
     """
-    import numpy as np
-
     others = sorted(set().union(*(there[:CROWD] for there in met)))
     if len(others) < 8:
         return others
     alike = (signatures[others] == signatures[i]).mean(1) >= LEAST_ALIKE * threshold
-    return np.asarray(others)[alike].tolist()
+    return [other for other, like in zip(others, alike.tolist(), strict=True) if like]

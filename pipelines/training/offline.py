@@ -25,4 +25,5 @@ def train(stage: str, path: Path, sets: Iterable[str] = (), quiet: bool = False)
     module = STAGES[stage]
     config = load_config(path, CONFIGS[stage], sets)
     distributed.main_alone(lambda: catch_up(source.store for source in config.data.sources))
-    return module.run(config, quiet)
+    result: dict[str, Any] = module.run(config, quiet)
+    return result

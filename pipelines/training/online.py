@@ -157,7 +157,7 @@ def ended(config: OnlineConfig, round: int) -> dict[str, Any] | None:
     file = _folder(config, round) / "round.json"
     if not file.exists():
         return None
-    row = orjson.loads(file.read_bytes())
+    row: dict[str, Any] = orjson.loads(file.read_bytes())
     if model_identity(model_folder(row["policy"])) != row["trained"]:
         raise ConfigError(
             f"{row['policy']} is not what round {round} trained. Put it back, or delete {file.parent} and the "
@@ -197,7 +197,8 @@ def sample(
     """
     made = _folder(config, round) / "data.json"
     if made.exists():
-        return orjson.loads(made.read_bytes())
+        data: dict[str, Any] = orjson.loads(made.read_bytes())
+        return data
     from prefab.pipelines.run.runner import run
 
     result = run(file, overrides(config, pipeline, round, policy), quiet)

@@ -27,7 +27,8 @@ from prefab.factory.spec import yamlio
 from prefab.factory.stats import student
 from prefab.pipelines.training import stages
 from prefab.trainers.common import Strict, TrainError, write_json
-from prefab.trainers.rl import overoptimization, ppo
+from prefab.trainers.rl import overoptimization
+from prefab.trainers.rl.config import PpoConfig
 from prefab.trainers.rl.rewards import RewardConfig
 
 
@@ -92,8 +93,12 @@ def sweep(path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str
     config = yamlio.validate(stages.document(path, sets), SweepConfig)
     runs = settings(config)
     charts.ready()  # not after hours
-    stages.catch_up(source.store for source in runs[0][2].data.sources)
-    points, alarms, failed = [], {}, {}
+    data = runs[0][2].data
+    assert data is not None  # or `settings` had refused
+    stages.catch_up(source.store for source in data.sources)
+    points: list[Point] = []
+    alarms: dict[tuple[str, float], list[bool]] = {}
+    failed: dict[str, str] = {}
     for k, (arm, name, run) in enumerate(runs, 1):
         try:
             done = trained(run, f"{name} ({k} of {len(runs)})", quiet)
@@ -128,14 +133,14 @@ def sweep(path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str
     return found
 
 
-def settings(config: SweepConfig) -> list[tuple[str, str, ppo.PpoConfig]]:
+def settings(config: SweepConfig) -> list[tuple[str, str, PpoConfig]]:
     """(arm, name, configuration) of each run: all betas of a seed come before the next seed's.
 
     Raises: ConfigError with every mistake.
     """
     document = stages.document(Path(config.ppo), config.sets)
     document.value = {**(document.value or {}), "out": config.out}
-    base = yamlio.validate(document, ppo.PpoConfig)
+    base = yamlio.validate(document, PpoConfig)
     arms = config.arms or {"reward": base.rewards}
     wrong = [
         message
@@ -181,7 +186,7 @@ def settings(config: SweepConfig) -> list[tuple[str, str, ppo.PpoConfig]]:
     return runs
 
 
-def trained(config: ppo.PpoConfig, name: str, quiet: bool) -> dict[str, Any]:
+def trained(config: PpoConfig, name: str, quiet: bool) -> dict[str, Any]:
     """What a run's evaluations found, after training it where it has not ended.
 
     Raises: ConfigError where its folder holds another run, TrainError.
@@ -189,7 +194,7 @@ def trained(config: ppo.PpoConfig, name: str, quiet: bool) -> dict[str, Any]:
     file = Path(config.out) / "evaluations.json"
     wanted = config.model_dump(mode="json", exclude={"store", "save_every"})
     if file.exists():
-        done = orjson.loads(file.read_bytes())
+        done: dict[str, Any] = orjson.loads(file.read_bytes())
         if changed := sorted(k for k in wanted if done["config"].get(k) != wanted[k]):
             raise ConfigError(
                 f"{config.out}: holds a run that differs in {', '.join(changed)}. Name another folder with out, "
@@ -215,16 +220,18 @@ def measured(
     for arm in dict.fromkeys(p.arm for p in points):
         some = [p for p in points if p.arm == arm]
         fit = overoptimization.gao_fit([p.kl for p in some], [p.gained for p in some], "rl")
-        best = max((m for m in means if m.arm == arm), key=lambda m: (m.gained, -m.kl))
+        highest = max((m for m in means if m.arm == arm), key=lambda m: (m.gained, -m.kl))
         furthest = sqrt(max(max(p.kl for p in some), 0.0))
         peak = (
             fit.peak if fit.peak is not None and fit.peak <= furthest else None
         )  # beyond what was seen is a guess
         arms[arm] = {
-            "best": asdict(best),
+            "best": asdict(highest),
             "fit": asdict(fit),
             "peak_kl": None if peak is None else peak**2,
-            "peak_gained": None if peak is None else curve(fit.a.value, fit.b.value, peak),
+            "peak_gained": None
+            if peak is None
+            else curve(fit.a.value or 0.0, fit.b.value or 0.0, peak),
         }
     last = {(m.arm, m.beta): m for m in sorted(means, key=lambda m: m.step)}
     best = {
@@ -372,6 +379,7 @@ def over_seeds(points: Sequence[Point]) -> list[Mean]:
     means = []
     for (arm, beta, step), some in groups.items():
         gained = student([p.gained for p in some])
+        assert gained.value is not None  # a group has at least one point
         means.append(
             Mean(
                 arm,

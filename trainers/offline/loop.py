@@ -42,6 +42,9 @@ from prefab.trainers.model_card import write_card
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # a stage mixes `Loop` with a trainer, which is imported only when it is used
 
 RECORD = "training.json"  # in the output folder: what is trained, and how it ended
 WAIT_S = 86_400  # for the main process, which computes reference log-probabilities alone
@@ -182,7 +185,7 @@ class Order:
         return len(self.lengths) + self.extra
 
 
-class Loop:
+class Loop(_Trainer):
     """Mixed into a TRL trainer: tokens come ready, batches in buckets, checkpoints are marked, a
     NaN stops it.
 
@@ -361,7 +364,8 @@ def finished(config: StageConfig, stage: str) -> dict[str, Any] | None:
         raise ConfigError(
             f"out: {out} holds another training (other {', '.join(changed)}). Name a new folder, or delete it"
         )
-    return record.get("result")
+    result: dict[str, Any] | None = record.get("result")
+    return result
 
 
 def _identity(config: StageConfig, stage: str) -> dict[str, Any]:

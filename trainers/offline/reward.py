@@ -234,13 +234,14 @@ def combine(members: Sequence[float | None], how: Combine, lam: float = 1.0) -> 
     None where a member has none. Source: Coste et al. 2024 (2310.02743), worst-case and
     uncertainty-weighted.
     """
-    if any(x is None for x in members):
+    known = [x for x in members if x is not None]
+    if len(known) < len(members):
         return None
     if how == "mean":
-        return fmean(members)
+        return fmean(known)
     if how == "min":
-        return min(members)
-    return fmean(members) - lam * pstdev(members)
+        return min(known)
+    return fmean(known) - lam * pstdev(known)
 
 
 def scorer(
@@ -256,7 +257,7 @@ def scorer(
     import numpy as np
 
     folder = Path(folder)
-    told = (
+    told: dict[str, Any] = (
         json.loads((folder / FILE).read_text())
         if (folder / FILE).exists()
         else {"mean": 0.0, "deviation": 1.0}
@@ -281,8 +282,9 @@ def scorer(
             for talk in talks
         ]
         rows = [conversation_ids(tokenizer, talk, kwargs) for talk in clean]
-        return (
+        result: np.ndarray = (
             np.asarray(raw_scores(model, rows, tokenizer.pad_token_id, batch)) - told["mean"]
         ) / told["deviation"]
+        return result
 
     return score

@@ -120,7 +120,8 @@ class VllmSampler:
         """
         process, patient_until = self.process, time.monotonic() + self.patience_s
         while process is not None and time.monotonic() < patient_until:
-            if why := process.why_dead():
+            why: str | None = process.why_dead()
+            if why:
                 return why
             time.sleep(0.1)
         return None
@@ -139,7 +140,9 @@ class VllmSampler:
             self.served_step = self.t.state.step
             draw = random.Random(seed)
             bodies = [
-                body_of(ids, self.t.config, self.config.model, self.t.ends, draw.getrandbits(31))
+                body_of(
+                    ids, self.t.config, str(self.config.model), self.t.ends, draw.getrandbits(31)
+                )
                 for ids in prompts
             ]
             replies = await asyncio.gather(

@@ -5,14 +5,20 @@ should look.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prefab.factory.microworld import tasks
+from prefab.factory.microworld import grammar, tasks
 from prefab.factory.microworld.grammar import inventory
 from prefab.factory.types import Message
 
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+Offsets = Sequence[tuple[int, int]]  # where each token's characters begin and end
 NO_TARGET = -100
 HELPFUL, OVERALL = tasks.ASKED.index("helpful"), tasks.ASKED.index("overall")
 
@@ -45,7 +51,7 @@ class Tree:
     count: dict[int, list[int]] = field(default_factory=dict)
 
 
-def tree(unit: tasks.Unit, tokenizer) -> Tree:
+def tree(unit: tasks.Unit, tokenizer: Tokenizer) -> Tree:
     """The unit as one tree. `tokenizer` is a `tokenizers.Tokenizer`."""
     prompts = [chat_text(b.messages) for b in unit.branches]
     coded = tokenizer.encode_batch(prompts, add_special_tokens=False)
@@ -89,7 +95,7 @@ def tree(unit: tasks.Unit, tokenizer) -> Tree:
     return t
 
 
-def _common(coded) -> int:
+def _common(coded: Sequence[Encoding]) -> int:
     shortest = min(len(c.ids) for c in coded)
     n = 0
     while n < shortest - 1 and all(c.ids[n] == coded[0].ids[n] for c in coded):
@@ -100,7 +106,15 @@ def _common(coded) -> int:
 class _Placed:
     """Where an answer's sentences stand among the tree's columns, seen from one branch."""
 
-    def __init__(self, fenced: str, answer, prompt: str, offsets, trunk: int, at: int) -> None:
+    def __init__(
+        self,
+        fenced: str,
+        answer: grammar.WorldAnswer,
+        prompt: str,
+        offsets: Offsets,
+        trunk: int,
+        at: int,
+    ) -> None:
         self.answer, self.fenced = answer, fenced
         begin = prompt.rindex(fenced)
         text_at = begin + fenced.index("\n") + 1
@@ -115,13 +129,13 @@ class _Placed:
         self.end = _columns(offsets, text_at, begin + len(fenced), trunk, at)
 
 
-def _columns(offsets, low: int, high: int, trunk: int, at: int) -> list[int]:
+def _columns(offsets: Offsets, low: int, high: int, trunk: int, at: int) -> list[int]:
     """The tree's columns of the tokens whose characters begin in [low, high)."""
     first, last = _bisect(offsets, low), _bisect(offsets, high)
     return [i if i < trunk else at + i - trunk for i in range(first, last)]
 
 
-def _bisect(offsets, value: int) -> int:
+def _bisect(offsets: Offsets, value: int) -> int:
     low, high = 0, len(offsets)
     while low < high:
         middle = (low + high) // 2
@@ -138,7 +152,13 @@ class _Topic:
     """
 
     def __init__(
-        self, situation, prompt: str, offsets, trunk: int, at: int, where: list[_Placed]
+        self,
+        situation: grammar.Situation,
+        prompt: str,
+        offsets: Offsets,
+        trunk: int,
+        at: int,
+        where: list[_Placed],
     ) -> None:
         end = min((prompt.rindex(p.fenced) for p in where), default=len(prompt))
         self.words = (situation.object, situation.verb)
@@ -151,7 +171,7 @@ class _Topic:
                 (k for k, x in enumerate(placed.answer.sentences) if x.kind == "core"), None
             )
             known = core is not None and inventory().get(placed.answer.sentences[core].text)
-            if not known or known[0] != "help":
+            if core is None or not known or known[0] != "help":
                 self.said.append([])
                 continue
             low = placed.starts[core]
@@ -165,7 +185,7 @@ class _Topic:
 
     @staticmethod
     def _columns(
-        prompt: str, word: str, low: int, high: int, offsets, trunk: int, at: int
+        prompt: str, word: str, low: int, high: int, offsets: Offsets, trunk: int, at: int
     ) -> list[int]:
         found = (
             prompt.rfind(" " + word, low, high) if low == 0 else prompt.find(" " + word, low, high)
@@ -180,13 +200,13 @@ def _mark(t: Tree, where: list[_Placed], topic: _Topic) -> None:
     """
     for placed, said in zip(where, topic.said, strict=True):
         for sentence, columns in zip(placed.answer.sentences, placed.sentences, strict=True):
-            row = np.zeros(len(tasks.g.PRINCIPLES), np.float32)
+            row = np.zeros(len(grammar.PRINCIPLES), np.float32)
             for p in _faults(sentence):
-                row[tasks.g.PRINCIPLES.index(p)] = 1.0
+                row[grammar.PRINCIPLES.index(p)] = 1.0
             t.faults |= {c: _without_helpful(row) for c in columns}
             if sentence.kind == "core":
                 t.faults[said[0][1][-1] if said else columns[-1]] = row
-        whole = np.array([p in placed.answer.broken for p in tasks.g.PRINCIPLES], np.float32)
+        whole = np.array([p in placed.answer.broken for p in grammar.PRINCIPLES], np.float32)
         t.faults |= {c: _without_helpful(whole) for c in placed.end}
         if not said:
             t.faults[placed.end[0]] = whole
@@ -198,13 +218,20 @@ def _without_helpful(row: np.ndarray) -> np.ndarray:
     return row
 
 
-def _faults(sentence) -> set[str]:
+def _faults(sentence: grammar.Sentence) -> set[str]:
     both = {"refusal", "helpful"} if sentence.fault == "refusal" else set()
     return both | ({sentence.fault} if sentence.fault else set())
 
 
 def _look(
-    t: Tree, branch, where: list[_Placed], prompt, reply, topic: _Topic, at: int, start: int
+    t: Tree,
+    branch: tasks.Branch,
+    where: list[_Placed],
+    prompt: Encoding,
+    reply: Encoding,
+    topic: _Topic,
+    at: int,
+    start: int,
 ) -> None:
     """Attention targets: the label looks at what decides it, copied words at their source, and, two
     layers below, an answer's verb and object at the same word in the prompt, or at the first token
@@ -226,8 +253,8 @@ def _look(
             columns = []
         t.look[0, head, at + start - 1] = columns or placed.end
     for said in topic.said:
-        for head, ((same, columns), asked) in enumerate(zip(said, topic.asked, strict=False)):
-            t.look |= {(2, head, c): asked if same else [0] for c in columns if asked}
+        for head, ((same, columns), wanted) in enumerate(zip(said, topic.asked, strict=False)):
+            t.look |= {(2, head, c): wanted if same else [0] for c in columns if wanted}
     if branch.copies:
         _look_copies(t, where[0], reply, branch.reply, at + start - 1)
     elif not branch.asked:
@@ -240,7 +267,7 @@ def _look(
                     t.look |= {(0, head, at + start - 1 + k): columns for head in (2, 3)}
 
 
-def _counted(placed: _Placed, said: list) -> list[int]:
+def _counted(placed: _Placed, said: list[tuple[bool, list[int]]]) -> list[int]:
     """One column for each principle broken, and the answer's end: its share of even attention tells
     their number.
     """
@@ -256,7 +283,7 @@ def _counted(placed: _Placed, said: list) -> list[int]:
     return columns + placed.end[1 : 1 + missing]
 
 
-def _look_copies(t: Tree, placed: _Placed, reply, said: str, at: int) -> None:
+def _look_copies(t: Tree, placed: _Placed, reply: Encoding, said: str, at: int) -> None:
     """Each sentence of the reply that stands in the answer looks at its words there."""
     for sentence, columns in zip(placed.answer.sentences, placed.sentences, strict=True):
         begin = said.find(sentence.text)
@@ -295,7 +322,7 @@ class Batch:
 
 def make_batch(
     seed: str,
-    tokenizer,
+    tokenizer: Tokenizer,
     rows: int,
     width: int,
     shots: float = 0.1,

@@ -16,12 +16,20 @@ import random
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from prefab.factory.microworld import tasks
-from prefab.factory.microworld.builder.batch import chat_text, make_batch
+from prefab.factory.microworld import grammar, tasks
+from prefab.factory.microworld.builder.batch import Batch, chat_text, make_batch
 from prefab.factory.spec.templates import templates_digest
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from prefab.factory.microworld.builder.model import Llama
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights"
@@ -72,7 +80,7 @@ PLANS = {
 HELPS = {"faults": 6.0, "asked": 0.5, "look": 0.5, "match": 0.5, "count": 0.5}
 
 
-def train_tokenizer(vocab: int = 1600):
+def train_tokenizer(vocab: int = 1600) -> Tokenizer:
     """A byte-level BPE over the world's own chats, a `tokenizers.Tokenizer`; any other text falls
     back to bytes.
     """
@@ -102,7 +110,7 @@ def train_tokenizer(vocab: int = 1600):
     return tokenizer
 
 
-def save_tokenizer(tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat template as transformers and vLLM
     read them.
     """
@@ -132,7 +140,7 @@ def rate(plan: Plan, step: int) -> float:
     return plan.lr * min(1.0, (step + 1) / plan.warmup) * fall
 
 
-def optimizer_for(model, lr: float):
+def optimizer_for(model: Llama, lr: float) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only."""
     import torch
 
@@ -142,9 +150,9 @@ def optimizer_for(model, lr: float):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
 
 
-def batches(plan: Plan, tokenizer, first: int):
+def batches(plan: Plan, tokenizer: Tokenizer, first: int) -> Iterator[Batch]:
     """The batches from step `first` on, made one ahead in a thread."""
-    ready: queue.Queue = queue.Queue(maxsize=4)
+    ready: queue.Queue[Batch] = queue.Queue(maxsize=4)
 
     def work() -> None:
         for step in range(first, plan.last):
@@ -165,7 +173,13 @@ def batches(plan: Plan, tokenizer, first: int):
         yield ready.get()
 
 
-def train(plan: Plan, state_dir: Path, log=print, minutes: float = 1e9, tokenizer=None):
+def train(
+    plan: Plan,
+    state_dir: Path,
+    log: Callable[[str], None] = print,
+    minutes: float = 1e9,
+    tokenizer: Tokenizer | None = None,
+) -> tuple[Llama, Tokenizer]:
     """Train by the plan, resuming from `state_dir` where a state lies; returns the model. `minutes`
     bounds a trial.
     """
@@ -183,7 +197,7 @@ def train(plan: Plan, state_dir: Path, log=print, minutes: float = 1e9, tokenize
         plan.inner,
         plan.layers - 2,
     )
-    model = Llama(shape, len(tasks.g.PRINCIPLES), len(tasks.ASKED))
+    model = Llama(shape, len(grammar.PRINCIPLES), len(tasks.ASKED))
     optimizer = optimizer_for(model, plan.lr)
     state_dir.mkdir(parents=True, exist_ok=True)
     state_file, first = state_dir / f"{plan.name}.pt", 0
@@ -234,26 +248,27 @@ def train(plan: Plan, state_dir: Path, log=print, minutes: float = 1e9, tokenize
     return model, tokenizer
 
 
-def _save(path: Path, state: dict) -> None:
+def _save(path: Path, state: dict[str, Any]) -> None:
     import torch
 
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
-def write(model, tokenizer, plan: Plan, folder: Path) -> None:
+def write(model: Llama, tokenizer: Tokenizer, plan: Plan, folder: Path) -> None:
     """Write the finished model with the digests of the templates it saw."""
     from prefab.factory.microworld.builder.model import export
 
     if folder.exists():
         shutil.rmtree(folder)
     ids = {
-        k: tokenizer.token_to_id(t)
+        k: number
         for k, t in (
             ("pad_token_id", SPECIALS[0]),
             ("bos_token_id", SPECIALS[1]),
             ("eos_token_id", SPECIALS[2]),
         )
+        if (number := tokenizer.token_to_id(t)) is not None
     }
     save_tokenizer(tokenizer, folder)
     export(
