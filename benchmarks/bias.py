@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks import common
 from prefab.factory.engines.base import make
@@ -85,15 +84,22 @@ VARIANTS: dict[str, Callable[[str], str]] = {
 GENERATED = "generated, not read"
 
 
-class Generated:
+class Generated(Engine):
     """An engine whose label reads are taken from what the model writes instead of the labels'
     probabilities."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.identity = engine, engine.identity + " generated"
+        self.max_in_flight, self.max_model_len = engine.max_in_flight, engine.max_model_len
+        self.special_tokens = engine.special_tokens
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
+    async def start(self) -> None:
+        """Start the engine."""
+        await self.engine.start()
+
+    async def stop(self) -> None:
+        """Stop the engine."""
+        await self.engine.stop()
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """The answer, or what the model writes where it could be read."""

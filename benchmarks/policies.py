@@ -36,15 +36,15 @@ from prefab.trainers.registry import CONFIGS, STAGES
 BASE = "prefab-tiny"
 
 
-class Mixed:
+class Mixed(Engine):
     """Two policies as one engine: even samples are the first's, odd ones the second's. Keys hold
     both identities."""
 
     def __init__(self, one: Engine, other: Engine) -> None:
         self.both, self.identity = (one, other), digest("mixed", one.identity, other.identity)
         self.max_in_flight = one.max_in_flight
-        self.max_model_len = getattr(one, "max_model_len", None)
-        self.special_tokens = getattr(one, "special_tokens", ())
+        self.max_model_len = one.max_model_len
+        self.special_tokens = one.special_tokens
 
     async def start(self) -> None:
         """Start the second; the first also judges, and is started as that."""

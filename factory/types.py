@@ -1,4 +1,4 @@
-"""The nouns of Prefab: frozen, slotted dataclasses, and nothing that acts on them.
+"""The types that all of Prefab shares: frozen dataclasses, and the protocol of engines.
 
 Texts are `str`, ids are content digests (hex) unless a person chose them, probabilities are in [0,
 1], log-probabilities are natural logarithms.
@@ -6,9 +6,14 @@ Texts are `str`, ids are content digests (hex) unless a person chose them, proba
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Order = Literal["ab", "ba"]
 Winner = Literal["a", "b", "tie"]
@@ -254,19 +259,55 @@ class Preference:
     exactness: Exactness = "exact"
 
 
-class Engine(Protocol):
-    """Whatever answers requests. `identity` says which model it is (part of every key), not where
-    it is.
+class Engine(ABC):
+    """Whatever answers requests: subclass it, and give `identity`, `max_in_flight` and `complete`.
+
+    An engine that is named in a pipeline file also has `Config`, its pydantic configuration, and is
+    entered in `factory.engines.base.ENGINES` or in another package's entry points `prefab.engines`.
+    All other members have defaults, for an engine that has nothing to start.
     """
 
-    identity: str
+    Config: ClassVar[type[BaseModel]]
+    identity: str  # which model this is (part of every key), not where it is
     max_in_flight: int
+    max_model_len: int | None = None  # tokens; known at the latest after `start`
+    special_tokens: tuple[str, ...] = ()  # spellings of control tokens, which no text may become
+    owns_server: bool = False  # whether `start` starts a server
+    log_folder: Path | None = None  # of its server's log; None: a temporary file
+    starting_s: float = 0.0  # time that a start at the first question took
 
-    async def start(self) -> None:
-        """Make ready to answer; raises `EngineError` with the reason and the remedy."""
+    @classmethod
+    def make(cls, config: Any, name: str) -> Engine:
+        """The engine `name` of a pipeline file for a configuration of class `Config`, not
+        started.
+        """
+        return cls(config, name)  # type: ignore[call-arg]  # a registered engine's constructor
 
+    @property
+    def starting(self) -> bool:
+        """Whether its server is being started by a first question."""
+        return False
+
+    def mute(self) -> None:  # noqa: B027  # a default
+        """Print no progress while a server starts."""
+
+    async def start(self) -> None:  # noqa: B027  # a default
+        """Make ready to answer. Raises: EngineError with the reason and the remedy."""
+
+    async def prepare(self, labels: tuple[str, ...]) -> None:  # noqa: B027  # a default
+        """Find the token ids of `labels`, after `start`. Raises: EngineError when a label cannot be
+        read.
+        """
+
+    async def check_specials(self) -> list[str]:
+        """Control tokens that neutralised text would still contain, as far as the engine can
+        tell.
+        """
+        return []
+
+    @abstractmethod
     async def complete(self, key: bytes, request: Request) -> Completion:
-        """Answer one request. Raises `TransportError` when no answer came after all retries."""
+        """Answer one request. Raises: TransportError when no answer came after all retries."""
 
-    async def stop(self) -> None:
+    async def stop(self) -> None:  # noqa: B027  # a default
         """Release what `start` took. Safe to call twice."""

@@ -1,14 +1,12 @@
-"""Engines: whatever answers requests. One file an engine; the module's name is the `engine:` of a
-pipeline file.
+"""Engines by name: `ENGINES` maps the `engine:` of a pipeline file to a class of this package or, by
+the entry points `prefab.engines`, of another one.
 
-Each engine's module exports `Config` (pydantic) and `make(config, name)`; nothing heavy is imported
-before `start`.
+The protocol is `Engine`. Nothing heavy is imported before `start`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,23 +19,34 @@ from prefab.factory.types import Engine
 ENGINES = Registry(
     "prefab.engines",
     {
-        "vllm": "prefab.factory.engines.vllm:VllmConfig",
-        "openai": "prefab.factory.engines.openai:OpenAIConfig",
-        "hf": "prefab.factory.engines.hf:HfConfig",
-        "scripted": "prefab.factory.engines.scripted:ScriptedConfig",
+        "vllm": "prefab.factory.engines.vllm:VLLM",
+        "openai": "prefab.factory.engines.openai:OpenAI",
+        "hf": "prefab.factory.engines.hf:HF",
+        "scripted": "prefab.factory.engines.scripted:Scripted",
     },
 )
+__all__ = [
+    "EMBEDDED",
+    "ENGINES",
+    "Engine",
+    "engine_class",
+    "folder_specials",
+    "make",
+    "max_length",
+    "resolve_model",
+]
 EMBEDDED = PACKAGE / "factory" / "microworld" / "weights"
 
 
-def config_class(kind: str) -> Any:
-    """The pydantic model of this engine's configuration.
+def engine_class(kind: str) -> type[Engine]:
+    """The class of this kind of engine.
 
     Raises: ConfigError for a kind that does not exist.
     """
     if kind not in ENGINES:
         raise ConfigError(f"engine: {kind!r} is not one of {', '.join(ENGINES)}")
-    return ENGINES[kind]
+    found: type[Engine] = ENGINES[kind]
+    return found
 
 
 def make(config: Mapping[str, Any], name: str) -> Engine:
@@ -47,16 +56,15 @@ def make(config: Mapping[str, Any], name: str) -> Engine:
     """
     from pydantic import ValidationError
 
-    kind = str(config.get("engine"))
-    model = config_class(kind)
+    kind = engine_class(str(config.get("engine")))
     try:
-        checked = model.model_validate(dict(config))
+        checked = kind.Config.model_validate(dict(config))
     except ValidationError as error:
         lines = [
             f"engines.{name}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
         ]
         raise ConfigError("\n".join(lines)) from error
-    return sys.modules[model.__module__].make(checked, name)
+    return kind.make(checked, name)
 
 
 def resolve_model(name: str) -> str:

@@ -11,7 +11,7 @@ import asyncio
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from prefab.factory.engines.base import folder_specials, resolve_model
 from prefab.factory.engines.vllm import IdRead
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import derived_seed, model_identity
-from prefab.factory.types import Completion, Message, Request, Sampling
+from prefab.factory.types import Completion, Engine, Message, Request, Sampling
 
 # transformers makes models on the meta device, process-wide: two loaded at once end without
 # weights.
@@ -55,8 +55,10 @@ class Job(NamedTuple):
     future: asyncio.Future[Completion]
 
 
-class HF:
-    """The engine (see `types.Engine`)."""
+class HF(Engine):
+    """The engine."""
+
+    Config = HfConfig
 
     def __init__(self, config: HfConfig, name: str = "hf") -> None:
         self.config, self.name, self.max_in_flight = config, name, config.max_in_flight
@@ -263,10 +265,6 @@ class HF:
     async def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    async def count_tokens(self, messages: tuple[Message, ...]) -> int:
-        """How many tokens this conversation is, its template included."""
-        return len(self._chat_ids(messages, {}))
-
     async def stop(self) -> None:
         """Let go of the model. Safe to call twice."""
         if self._worker is not None and not self._worker.done():
@@ -345,8 +343,3 @@ def _device(wanted: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def make(config: HfConfig | Mapping[str, Any], name: str = "hf") -> HF:
-    """The engine for this configuration, not yet started."""
-    return HF(config if isinstance(config, HfConfig) else HfConfig.model_validate(config), name)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import cached_property
 
 from prefab.factory.types import Completion, Engine, Request
 
@@ -14,30 +14,38 @@ Labels = Collection[tuple[str, ...]]  # what each judge of an engine reads
 
 
 def lazily(engine: Engine) -> Engine:
-    """An engine that would start a server of its own, and knows its tokenizer without it, starts at
-    the first question: when every answer is in the ledger, nothing is started.
+    """Delay the start of an engine to its first question, when it would start a server of its own
+    and knows its tokenizer without it: when every answer is in the ledger, nothing is started.
     """
-    return (
-        Lazy(engine) if getattr(engine, "owns_server", False) and engine.special_tokens else engine
-    )
+    return LazyEngine(engine) if engine.owns_server and engine.special_tokens else engine
 
 
-class Lazy:
-    """An engine that is started when first asked. `starting_s` is the time that this took."""
+class LazyEngine(Engine):
+    """An engine that is started when first asked."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.starting_s = engine, 0.0
+        self.engine, self.max_in_flight = engine, engine.max_in_flight
+        self.owns_server, self.log_folder = engine.owns_server, engine.log_folder
         self.labels: Labels = ()
-        self._ready: asyncio.Task | None = None
+        self._ready: asyncio.Task[None] | None = None
+        self._learn()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
+    def _learn(self) -> None:
+        self.special_tokens = self.engine.special_tokens
+        self.max_model_len = self.engine.max_model_len
+
+    @cached_property
+    def identity(self) -> str:
+        """Which model this is. Raises: EngineError when only a server knows and none answers."""
+        return self.engine.identity
+
+    def mute(self) -> None:
+        """Print no progress while the server starts."""
+        self.engine.mute()
 
     @property
     def starting(self) -> bool:
-        """Whether the server is on its way up: nothing is in flight yet that would be worth waiting
-        for.
-        """
+        """Whether the server is being started: no question of this engine is in flight yet."""
         return self._ready is not None and not self._ready.done()
 
     async def start(self) -> None:
@@ -56,6 +64,7 @@ class Lazy:
         try:
             await self.engine.start()
             await _prepare(self.engine, self.labels)
+            self._learn()
         finally:
             self.starting_s = time.monotonic() - began
 
@@ -68,18 +77,16 @@ class Lazy:
 
 
 async def _prepare(engine: Engine, labels: Labels) -> None:
-    """Each label is one token of the served tokenizer: seen to at the start, not after hours of
-    sampling.
-    """
-    for spellings in labels if hasattr(engine, "prepare") else ():
+    """Check at the start, not after hours of sampling, that each label is one token."""
+    for spellings in labels:
         await engine.prepare(spellings)
 
 
 async def _start(engine: Engine, labels: Labels) -> None:
-    if isinstance(engine, Lazy):
+    if isinstance(engine, LazyEngine):
         engine.labels = labels
     await engine.start()
-    if not isinstance(engine, Lazy):
+    if not isinstance(engine, LazyEngine):
         await _prepare(engine, labels)
 
 
@@ -93,8 +100,7 @@ async def started_engines(
     Raises: EngineError of the first that cannot start, or whose tokenizer splits a label.
     """
     for engine in engines.values() if quiet else ():
-        if hasattr(engine, "progress"):
-            getattr(engine, "engine", engine).progress = lambda line: None
+        engine.mute()
     try:
         results = await asyncio.gather(
             *(_start(engine, labels.get(name, ())) for name, engine in engines.items()),

@@ -6,7 +6,6 @@ variable that the configuration names.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,7 +14,7 @@ from prefab.factory.engines.chat import Chat, TopRead, claim
 from prefab.factory.engines.http import HttpClient, HttpConfig
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import canonical, model_identity
-from prefab.factory.types import Completion, Message, Request
+from prefab.factory.types import Completion, Engine, Request
 
 # What known model families use as control tokens; an API does not tell its own.
 KNOWN_SPECIALS = (
@@ -98,8 +97,10 @@ class OpenAIConfig(HttpConfig):
     extra_body: dict[str, Any] = {}
 
 
-class OpenAI:
-    """An engine behind an OpenAI-compatible API (see `types.Engine`)."""
+class OpenAI(Engine):
+    """An engine behind an OpenAI-compatible API."""
+
+    Config = OpenAIConfig
 
     def __init__(self, config: OpenAIConfig, name: str = "openai") -> None:
         self.config, self.name, self.max_in_flight = config, name, config.max_in_flight
@@ -137,17 +138,6 @@ class OpenAI:
         """Answer one request. Raises: TransportError, EngineError."""
         return await self._chat.complete(key, request)
 
-    async def count_tokens(self, messages: tuple[Message, ...]) -> int:
-        """A guess, since APIs do not tell: 4 characters a token and 4 tokens a message."""
-        return sum(len(m.content) // 4 + 5 for m in messages)
-
     async def stop(self) -> None:
         """Close the pool."""
         await self._chat.stop()
-
-
-def make(config: OpenAIConfig | Mapping[str, Any], name: str = "openai") -> OpenAI:
-    """The engine for this configuration, not yet started."""
-    return OpenAI(
-        config if isinstance(config, OpenAIConfig) else OpenAIConfig.model_validate(config), name
-    )

@@ -16,14 +16,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.engines.openai import KNOWN_SPECIALS
 from prefab.factory.errors import TransportError
-from prefab.factory.types import Completion, Message, Request
+from prefab.factory.types import Completion, Engine, Message, Request
 
 AnswerFunction = Callable[[Request], "Completion | str"]
 
@@ -52,11 +52,12 @@ class ScriptedConfig(BaseModel):
     rules: list[Rule] = []
 
 
-class Scripted:
+class Scripted(Engine):
     """The engine. `answer` (a function of the request) comes before the rules. `asked` counts by
     key.
     """
 
+    Config = ScriptedConfig
     special_tokens = KNOWN_SPECIALS
 
     def __init__(
@@ -68,6 +69,11 @@ class Scripted:
         self.asked: Counter[bytes] = Counter()
         self.total = self.in_flight = self.most_in_flight = 0
         self.started = False
+
+    @classmethod
+    def make(cls, config: ScriptedConfig, name: str) -> Scripted:
+        """The engine for this configuration."""
+        return cls(config)
 
     async def start(self) -> None:
         """Nothing to start."""
@@ -117,17 +123,6 @@ class Scripted:
             tokens,
             len(text.split()) or 1,
         )
-
-    async def count_tokens(self, messages: tuple[Message, ...]) -> int:
-        """Words."""
-        return sum(len(m.content.split()) for m in messages)
-
-
-def make(config: ScriptedConfig | Mapping[str, Any], name: str = "scripted") -> Scripted:
-    """The engine for this configuration."""
-    return Scripted(
-        config if isinstance(config, ScriptedConfig) else ScriptedConfig.model_validate(config)
-    )
 
 
 def seed_of(request: Request) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from prefab.factory.engines.prefix_router import Spread
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import model_identity
-from prefab.factory.types import Completion, Message, Request
+from prefab.factory.types import Completion, Engine, Request
 
 MAX_LABEL_IDS = 128  # vLLM 0.32 answers 400 above
 
@@ -154,10 +155,12 @@ class IdRead:
         }, "exact"
 
 
-class VLLM:
-    """The engine (see `types.Engine`). `progress` gets a line every few seconds while a server
+class VLLM(Engine):
+    """The engine. `progress` gets a line every few seconds while a server
     loads.
     """
+
+    Config = VllmConfig
 
     def __init__(
         self, config: VllmConfig, name: str = "vllm", progress: Callable[[str], None] | None = None
@@ -180,28 +183,24 @@ class VLLM:
         ]
         self.owns_server = not self._urls
         self.process: VllmProcess | None = None
-        self.log_folder: Path | None = (
-            None  # of its server's log, unless `log_file` says where; left out: temporary
-        )
-        self._identity: str | None = None
         self._chats: list[Chat] = []
         self._spread = Spread(max(1, len(self._urls)))
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Which model this is: a folder's digest where there is a folder, else its declared name
         and revision.
 
         Raises: EngineError when only a server knows and it does not answer.
         """
-        if self._identity is None:
-            place = self.path
-            if self._urls and not (place and Path(place).is_dir()):
-                place = self._served_place(_get(self._urls[0] + "/v1/models"))
-            self._identity = model_identity(
-                place or "", self._dtype(), self.config.revision, self.config.adapter
-            )
-        return self._identity
+        place = self.path
+        if self._urls and not (place and Path(place).is_dir()):
+            place = self._served_place(_get(self._urls[0] + "/v1/models"))
+        return model_identity(place or "", self._dtype(), self.config.revision, self.config.adapter)
+
+    def mute(self) -> None:
+        """Print no progress while the server starts."""
+        self.progress = lambda line: None
 
     def _dtype(self) -> str:
         dtype = default_dtype() if self.config.dtype == "auto" else self.config.dtype
@@ -314,14 +313,6 @@ class VLLM:
             request.messages, [c.in_flight for c in self._chats], usable or everyone
         )
 
-    async def count_tokens(self, messages: tuple[Message, ...]) -> int:
-        """How many tokens this conversation is, its template included."""
-        body = {
-            "model": self._chats[0].model,
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
-        }
-        return int((await self._chats[0].server.post("/tokenize", orjson.dumps(body)))["count"])
-
     async def _tokens(self, chat: Chat, text: str) -> list[int]:
         """The token ids of a text, no special tokens added."""
         body = {"model": chat.model, "prompt": text, "add_special_tokens": False}
@@ -386,10 +377,3 @@ def _get(url: str) -> Mapping[str, Any]:
             return dict(json.loads(answer.read()))
     except (OSError, ValueError) as error:
         raise EngineError(f"no vLLM server at {url}: {error}") from error
-
-
-def make(config: VllmConfig | Mapping[str, Any], name: str = "vllm") -> VLLM:
-    """The engine for this configuration, not yet started."""
-    return VLLM(
-        config if isinstance(config, VllmConfig) else VllmConfig.model_validate(config), name
-    )

@@ -8,7 +8,7 @@ from prefab.factory.ledger import db
 from prefab.factory.types import Completion, Engine, Request
 
 
-class CachedEngine:
+class CachedEngine(Engine):
     """Answers from the ledger at `folder` where it can, else from `engine`. `found` counts the
     former. The ledger is opened for reading only.
     """
@@ -20,15 +20,32 @@ class CachedEngine:
         self._ledger = db.connect(folder / db.FILE, readonly=True) if there else None
 
     @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """Control tokens of the engine's tokenizer, known once it has started."""
-        return tuple(getattr(self.engine, "special_tokens", ()))
+    def special_tokens(self) -> tuple[str, ...]:  # type: ignore[override]  # known after `start`
+        """Control tokens of the engine's tokenizer."""
+        return self.engine.special_tokens
 
     @property
-    def max_model_len(self) -> int | None:
-        """The engine's longest prompt and answer, in tokens, known once it has started."""
-        longest: int | None = getattr(self.engine, "max_model_len", None)
-        return longest
+    def max_model_len(self) -> int | None:  # type: ignore[override]  # known after `start`
+        """The engine's longest prompt and answer, in tokens."""
+        return self.engine.max_model_len
+
+    @property
+    def owns_server(self) -> bool:  # type: ignore[override]
+        """Whether the engine starts a server."""
+        return self.engine.owns_server
+
+    @property
+    def starting(self) -> bool:
+        """Whether the engine's server is being started by a first question."""
+        return self.engine.starting
+
+    def mute(self) -> None:
+        """Print no progress while a server starts."""
+        self.engine.mute()
+
+    async def prepare(self, labels: tuple[str, ...]) -> None:
+        """Find the token ids of `labels`."""
+        await self.engine.prepare(labels)
 
     async def start(self) -> None:
         """Start the engine."""

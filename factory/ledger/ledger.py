@@ -271,7 +271,7 @@ class Ledger:
             self._stop(self._told(error))
 
     def _dispatch(self, batch: _Batch, found: dict[bytes, Completion]) -> None:
-        limit = getattr(batch.window.engine, "max_model_len", None) or 0
+        limit = batch.window.engine.max_model_len or 0
         for i, key in enumerate(batch.keys):
             answer = found.get(key)
             if answer is not None and not (answer.finish == "context" and limit > answer.limit):

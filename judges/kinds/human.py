@@ -286,20 +286,14 @@ def parse(completion: Completion) -> Verdict | None:
     return _verdict(completion.text) if completion.text in WINNERS else Verdict(None, None, "parse")
 
 
-class Clerk:
-    """The engine (see `types.Engine`): each request holds what people have said."""
+class Clerk(Engine):
+    """The engine: each request holds what people have said."""
 
-    identity, max_in_flight, special_tokens = MODEL, 1024, ()
-
-    async def start(self) -> None:
-        """Nothing."""
+    identity, max_in_flight = MODEL, 1024
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """What people have said."""
         return Completion(orjson.loads(request.messages[-1].content)["said"], "stop", None, "hard")
-
-    async def stop(self) -> None:
-        """Nothing."""
 
 
 def engine(config: HumanConfig) -> Clerk:

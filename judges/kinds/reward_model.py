@@ -86,9 +86,8 @@ def model(config: RewardModelConfig) -> str:
 @lru_cache(maxsize=64)
 def _identity(name: str, backend: str, dtype: str, device: str, revision: str) -> str:
     if backend == "vllm":
-        return vllm.make(
-            {"engine": "vllm", "model": name, "dtype": dtype, "revision": revision}
-        ).identity
+        settings = vllm.VllmConfig(model=name, dtype=dtype, revision=revision)
+        return vllm.VLLM(settings).identity
     return _transformers(name, dtype, device, revision).identity
 
 
@@ -96,9 +95,8 @@ def _transformers(name: str, dtype: str, device: str, revision: str) -> hf.HF:
     """The engine for the same folder: it knows identity, device and dtype before anything is
     loaded.
     """
-    return hf.make(
-        {"engine": "hf", "model": name, "dtype": dtype, "device": device, "revision": revision}
-    )
+    settings = {"model": name, "dtype": dtype, "device": device, "revision": revision}
+    return hf.HF(hf.HfConfig.model_validate(settings))
 
 
 def request(
@@ -208,8 +206,8 @@ class _Job(NamedTuple):
     future: asyncio.Future[Completion]
 
 
-class Transformers:
-    """The engine in this process (see `types.Engine`). Answers that wait are scored together, alike
+class Transformers(Engine):
+    """The engine in this process. Answers that wait are scored together, alike
     in length.
 
     Padding is on the right and masked; a reward does not depend on its batch beyond the rounding of
@@ -343,8 +341,8 @@ class Transformers:
         self.model = None
 
 
-class Served:
-    """The engine on vLLM's pooling runner (see `types.Engine`): a server of ours, or one at
+class Served(Engine):
+    """The engine on vLLM's pooling runner: a server of ours, or one at
     `url`.
     """
 
@@ -354,7 +352,6 @@ class Served:
         self.special_tokens = _specials(config.model)
         self.max_model_len = config.max_model_len
         self.process: VllmProcess | None = None
-        self.log_folder: Path | None = None
         self.server: HttpClient | None = None
         self._name = config.model
 

@@ -303,8 +303,8 @@ def verdict(a: Score, b: Score, config: VerifierConfig | None = None) -> Verdict
     return Verdict(1.0, "a", None, 1.0) if a.value > b.value else Verdict(0.0, "b", None, 1.0)
 
 
-class Verifier:
-    """The engine (see `types.Engine`): each request says all there is to check."""
+class Verifier(Engine):
+    """The engine: each request says all there is to check."""
 
     def __init__(self, config: VerifierConfig) -> None:
         self.config, self.identity = config, model(config)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefab.factory.errors import PrefabError
+from prefab.factory.types import Engine
 
 LOW_DISK_GIB = 2.0  # a million calls with their texts are about 2 GiB
 BASE = (
@@ -278,11 +279,13 @@ def _store(store: Path) -> Iterator[Finding]:
 
 def _engines(pipeline: Path) -> Iterator[Finding]:
     """Whether each engine of a pipeline starts, and what it says of itself."""
+    from prefab.factory.engines.lifecycle import LazyEngine
     from prefab.pipelines.config.loader import make_engines, resolve_pipeline
 
     loaded = resolve_pipeline(pipeline)
     for name, engine in make_engines(loaded).items():
-        engine = getattr(engine, "engine", engine)  # a lazy one is to start now
+        if isinstance(engine, LazyEngine):
+            engine = engine.engine  # start it now
         try:
             words = asyncio.run(_try(engine))
             yield Finding(f"engine {name}", "ok", words)
@@ -290,10 +293,10 @@ def _engines(pipeline: Path) -> Iterator[Finding]:
             yield Finding(f"engine {name}", "bad", str(error))
 
 
-async def _try(engine: Any) -> str:
+async def _try(engine: Engine) -> str:
     try:
         await engine.start()
-        leaks = await engine.check_specials() if hasattr(engine, "check_specials") else []
+        leaks = await engine.check_specials()
         longest = f", {engine.max_model_len:,} tokens" if engine.max_model_len else ""
         warning = (
             f"; control tokens that a text could smuggle in: {', '.join(leaks)}" if leaks else ""

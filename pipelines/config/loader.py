@@ -142,9 +142,9 @@ def make_programs(loaded: ResolvedPipeline) -> dict[str, Engine]:
     return {judge.engine: lazily(_logged(loaded.config, judge.own_engine())) for judge in programs}
 
 
-def _logged(config: PipelineConfig, engine: Any) -> Any:
+def _logged(config: PipelineConfig, engine: Engine) -> Engine:
     """An engine whose server of its own writes its log beside the store, where there is one."""
-    if hasattr(engine, "log_folder") and Path(config.store).is_dir():
+    if Path(config.store).is_dir():
         engine.log_folder = Path(config.store) / "logs"
     return engine
 

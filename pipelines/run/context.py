@@ -207,7 +207,7 @@ class Context:
 
     def specials(self, engine: str) -> tuple[str, ...]:
         """Control tokens of the tokenizer that this engine serves, which no text may become."""
-        return getattr(self.engines[engine], "special_tokens", ())
+        return self.engines[engine].special_tokens
 
     def examples(self, template: str, principle: Principle) -> list[dict[str, Any]]:
         """The constitution's few-shot examples for a template under a principle, ready for the

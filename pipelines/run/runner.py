@@ -177,9 +177,7 @@ async def run_async(
             )
             began = time.monotonic()
             state, reason = await _work(loaded, ctx, total, quiet)
-            starting = max(
-                (getattr(engine, "starting_s", 0.0) for engine in made.values()), default=0.0
-            )
+            starting = max((engine.starting_s for engine in made.values()), default=0.0)
             seconds = time.monotonic() - began - starting
     finally:
         await ledger.close(drain=not (ctx and ctx.hurry))
@@ -302,7 +300,7 @@ class interruptible:
 
 def loading(ctx: Context) -> bool:
     """Whether some engine's server is on its way up."""
-    return any(getattr(engine, "starting", False) for engine in ctx.engines.values())
+    return any(engine.starting for engine in ctx.engines.values())
 
 
 async def _tick(progress: Progress, ctx: Context) -> None:

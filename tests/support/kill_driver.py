@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import aiohttp
 from aiohttp import web
 
-from prefab.factory.types import Completion, Message, Request, Sampling
+from prefab.factory.types import Completion, Engine, Message, Request, Sampling
 from tests.support.miniworld import MODEL, answer, run
 
 PROMPTS, IN_FLIGHT = 12, 8
 DELAY_S = 0.01
 
 
-class HttpEngine:
+class HttpEngine(Engine):
     """Asks the counting server."""
 
     identity, max_in_flight, max_model_len = MODEL, IN_FLIGHT, 50

@@ -12,7 +12,7 @@ from math import log
 
 from prefab.factory.errors import TransportError
 from prefab.factory.ledger.ledger import Ledger
-from prefab.factory.types import Completion, Message, Prompt, Request, Sampling, Use
+from prefab.factory.types import Completion, Engine, Message, Prompt, Request, Sampling, Use
 
 MODEL = "name:mini"
 LABELS = ("A", "B", "T", " A", " B", " T")
@@ -84,7 +84,7 @@ def answer(key: bytes, request: Request, max_model_len: int) -> Completion:
     return Completion(f"text {key[1] % 5}", "length" if draw < 20 else "stop", None, "exact", 10, 7)
 
 
-class MiniEngine:
+class MiniEngine(Engine):
     """Answers by `answer`; `fails(key)` says for which questions the transport breaks."""
 
     identity = MODEL

@@ -14,7 +14,7 @@ from math import exp, inf, nan
 import orjson
 import pytest
 
-from prefab.factory.engines.base import config_class, make, resolve_model
+from prefab.factory.engines.base import engine_class, make, resolve_model
 from prefab.factory.engines.chat import Chat, Malformed, TopRead, _drawn, _share, claim, log_add
 from prefab.factory.engines.http import (
     Breaker,
@@ -313,7 +313,7 @@ def test_configuration_errors_are_named():
         make({"engine": "vlm"}, "local")
     with pytest.raises(ConfigError, match=r"engines.api.max_in_fligt"):
         make({"engine": "openai", "model": "m", "max_in_fligt": 3}, "api")
-    assert config_class("openai").model_fields["top_logprobs"].default == 20
+    assert engine_class("openai").Config.model_fields["top_logprobs"].default == 20
     assert resolve_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
 
 

@@ -224,9 +224,9 @@ def test_one_that_is_too_long_is_typed_and_spoils_no_other(engine, runner):
 
 @pytest.mark.vllm
 def test_control_tokens_in_users_text_stay_text(engine, runner):
-    plain = runner.run(engine.count_tokens((Message("user", "x y"),)))
-    raw = runner.run(engine.count_tokens((Message("user", "x<|im_end|> y"),)))
-    assert raw == plain + 1, (
+    plain = runner.run(engine._tokens(engine._chats[0], "x y"))
+    raw = runner.run(engine._tokens(engine._chats[0], "x<|im_end|> y"))
+    assert len(raw) == len(plain) + 1, (
         "a served tokenizer makes control tokens of users' text: that is the threat"
     )
     assert runner.run(engine.check_specials()) == []

@@ -7,6 +7,7 @@ import sqlite3
 
 import pytest
 
+from prefab.factory import types
 from prefab.factory.errors import ConfigError, StoreError, TransportError
 from prefab.factory.keys import request_bytes, request_key
 from prefab.factory.ledger import records as recorded
@@ -27,7 +28,7 @@ def answered(text: str) -> Completion:
     return Completion("re " + text, "stop", {"A": -0.5, " B": -1.25}, "exact", 3, 1)
 
 
-class Engine:
+class Engine(types.Engine):
     """Answers with the question's own text after a moment, and counts."""
 
     identity, max_model_len = "name:m", 100
