@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from prefab.factory.engines.chat import Drawn
 from prefab.factory.errors import ConfigError
+from prefab.factory.types import Engine
 from prefab.pipelines.evaluation import vllm_sampling
 from prefab.pipelines.evaluation.policy import PolicyEvalConfig, evaluate_policies, gold_of
 from prefab.trainers import collate, common, evaluate
@@ -195,7 +196,7 @@ def test_the_command_in_the_embedded_world(folders, tmp_path):
     ] == 6
 
 
-class Scripted:
+class Scripted(Engine):
     """Stands in for a served checkpoint: draws ids that no tokenizer would make of their text."""
 
     identity, max_in_flight = "scripted", 3
@@ -208,6 +209,9 @@ class Scripted:
 
     async def stop(self):
         """Nothing to stop."""
+
+    async def complete(self, key, request):
+        raise NotImplementedError("only `draw` is asked")
 
     async def draw(self, key, request, stops):
         """The same ids each time, with the prompt's as the template makes them."""
