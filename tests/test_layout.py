@@ -228,8 +228,6 @@ STILL_COMPLEX = {
     "judges/panel.py decide",
     "judges/sandbox/candidate.py decode",
     "judges/sandbox/test_runner.py names_of",
-    "pipelines/cli/demo.py _score",
-    "pipelines/cli/labels.py audit_data",
     "pipelines/evaluation/policy.py _by_judge",
     "pipelines/evaluation/policy.py evaluate_policies",
     "pipelines/run/plan.py _plan",

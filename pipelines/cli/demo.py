@@ -1,8 +1,7 @@
-"""`prefab demo`: data from the embedded world on a real vLLM, policies trained on it, and the
-oracle's truth beside both.
+"""`prefab demo`: make data from the embedded world with vLLM, train policies on it, and compare both
+with the oracle.
 
-The oracle reads text alone and nothing was trained against it, so these figures are measured, not
-claimed.
+The oracle reads only text, and nothing is trained on its answers, so it gives independent gold labels.
 """
 
 from __future__ import annotations
@@ -26,8 +25,17 @@ PRESET = PACKAGE / "pipelines" / "presets" / "demo.yaml"
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What the oracle says of a set of answers; shares in [0, 1], `words` a mean."""
+class AnswerQuality:
+    """The oracle's figures for a set of answers.
+
+    Attributes:
+        n: Number of answers.
+        broken: Share that break at least one principle.
+        faults: Mean number of principles broken.
+        helps: Share that help.
+        coherent: Share that are coherent.
+        words: Mean number of words.
+    """
 
     n: int
     broken: float
@@ -39,12 +47,15 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Labels of one principle against the oracle's: `right` of `decided` pairs, `ties_seen` of
-    `ties`.
+    """Labels of one principle compared with the oracle's.
 
-    `consistent` is the share of readings in which both orders say the same, None where none was
-    asked in orders. Of a principle that the oracle does not know no pair is decided and none is a
-    tie.
+    Attributes:
+        readings: Number of readings.
+        decided: Pairs for which the oracle prefers one answer; 0 for an unknown principle.
+        right: Share of decided pairs with the right label.
+        ties: Pairs that are ties for the oracle; 0 for an unknown principle.
+        ties_seen: Share of these that are labelled as ties.
+        consistent: Share of readings in which both orders give the same label; None without both.
     """
 
     principle: str
@@ -64,7 +75,7 @@ def demo(
     as_json: bool,
     write: Callable[[Any], None],
 ) -> int:
-    """Run the preset, train on what it made, print the tables, give the exit code."""
+    """Run the preset, train on its data, print the tables, and return the exit code."""
     from prefab.pipelines.cli import demo_training
     from prefab.pipelines.cli.run_report import next_command, report
     from prefab.pipelines.evaluation.report import show as show_policies
@@ -77,8 +88,9 @@ def demo(
         {},
     )
     console(stderr=True).print(
-        f"{prompts:,} prompts of the embedded world: sampled, criticised, revised and compared by a small model on "
-        "vLLM.\nA laboratory, not a product: it knows this world alone. Starting the server takes a minute.",
+        f"{prompts:,} prompts of the embedded world: a small model on vLLM samples, criticises, revises and "
+        "compares answers.\nThe model knows only this world and is for tests alone. The server starts in "
+        "about a minute.",
         markup=False,
     )
     result = run(PRESET, chosen, quiet=False)
@@ -95,8 +107,8 @@ def demo(
             models, told = demo_training.train(store, result.run, as_json)
             took["training"] = time.monotonic() - began - took["data"]
             policies = demo_training.measure(store, models, as_json)
-        except ConfigError as error:  # so few prompts that a split is empty
-            warn(f"no training: {error}. Ask for more --prompts, or say --no-train")
+        except ConfigError as error:  # too few prompts: a split is empty
+            warn(f"no training: {error}. Use more --prompts, or --no-train")
     took["in all"] = time.monotonic() - began
     if as_json:
         write(
@@ -118,12 +130,12 @@ def demo(
     hint(
         f'prefab sql --store {store} "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"'
     )
-    hint("prefab init my-project            a constitution, prompts and a real model of your own")
+    hint("prefab init my-project            (your own constitution, prompts and model)")
     return 0
 
 
 def measure(result: Any) -> dict[str, Any]:
-    """The oracle's figures for a run over the embedded world, as plain data."""
+    """The oracle's figures for a run on the embedded world."""
     from prefab.pipelines.store.fill import query
 
     prompts = {
@@ -138,8 +150,8 @@ def measure(result: Any) -> dict[str, Any]:
     readings = query(result.store, f"SELECT * FROM readings WHERE run = {result.run}")
     changed = sum(final[row["prompt"], row["index"]]["text"] != row["text"] for row in drafts)
     return {
-        "drafts": _told([(prompts[row["prompt"]], row["text"]) for row in drafts]),
-        "revised": _told(
+        "drafts": _quality([(prompts[row["prompt"]], row["text"]) for row in drafts]),
+        "revised": _quality(
             [(prompts[row["prompt"]], final[row["prompt"], row["index"]]["text"]) for row in drafts]
         ),
         "changed": changed,
@@ -149,7 +161,7 @@ def measure(result: Any) -> dict[str, Any]:
 
 
 def _final(samples: dict[tuple[str, int], dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Each draft's last readable text: itself, or the end of its chain of revisions."""
+    """Each draft's last revision that could be read, or the draft itself."""
     child = {
         (row["prompt"], row["parent"]): row
         for row in samples.values()
@@ -164,12 +176,12 @@ def _final(samples: dict[tuple[str, int], dict[str, Any]]) -> dict[tuple[str, in
     return final
 
 
-def _told(answers: Sequence[tuple[Sequence[Message], str]]) -> Told:
+def _quality(answers: Sequence[tuple[Sequence[Message], str]]) -> AnswerQuality:
     from prefab.factory.microworld import oracle
 
     read = [oracle.assess(messages, text) for messages, text in answers]
     n = max(1, len(read))
-    return Told(
+    return AnswerQuality(
         len(read),
         sum(bool(r.broken) for r in read) / n,
         sum(len(r.broken) for r in read) / n,
@@ -182,7 +194,7 @@ def _told(answers: Sequence[tuple[Sequence[Message], str]]) -> Told:
 def _accuracy(
     readings: Any, prompts: dict[str, Any], samples: dict[tuple[str, int], dict[str, Any]]
 ) -> list[Accuracy]:
-    """By principle, in the order they come; the last row is all of them together."""
+    """One row for each principle; the last row is for all of them."""
     from prefab.factory.microworld import oracle
 
     known = {
@@ -195,30 +207,30 @@ def _accuracy(
         a, b = (known[row["prompt"], row[side]] for side in ("a", "b"))
         groups[row["principle"] or NO_PRINCIPLE].append((truth(a, b, row["principle"]), row))
     everything = [pair for pairs in groups.values() for pair in pairs]
-    return [_score(name, pairs) for name, pairs in (*sorted(groups.items()), ("all", everything))]
-
-
-def _score(principle: str, pairs: Sequence[tuple[Winner | None, dict[str, Any]]]) -> Accuracy:
-    scored = [(gold, row) for gold, row in pairs if row["p_a"] is not None and gold is not None]
-    decided = [(gold, row["p_a"]) for gold, row in scored if gold != "tie"]
-    ties = [row for gold, row in scored if gold == "tie"]
-    both = [
-        row for _, row in pairs if row["winner_ab"] is not None and row["winner_ba"] is not None
+    return [
+        _accuracy_of(name, pairs) for name, pairs in (*sorted(groups.items()), ("all", everything))
     ]
+
+
+def _accuracy_of(principle: str, pairs: Sequence[tuple[Winner | None, dict[str, Any]]]) -> Accuracy:
+    known = [(gold, row) for gold, row in pairs if row["p_a"] is not None and gold is not None]
+    decided = [(gold, row["p_a"]) for gold, row in known if gold != "tie"]
+    ties = [row for gold, row in known if gold == "tie"]
+    orders = [(row["winner_ab"], row["winner_ba"]) for _, row in pairs]
     return Accuracy(
         principle,
         len(pairs),
         len(decided),
         _share([(p > 0.5) == (gold == "a") and p != 0.5 for gold, p in decided]),
         len(ties),
-        _share(
-            [
-                row["winner"] == "tie" or row["winner_ab"] == row["winner_ba"] == "tie"
-                for row in ties
-            ]
-        ),
-        _share([row["winner_ab"] == row["winner_ba"] for row in both]),
+        _share([_labelled_tie(row) for row in ties]),
+        _share([ab == ba for ab, ba in orders if ab is not None and ba is not None]),
     )
+
+
+def _labelled_tie(row: dict[str, Any]) -> bool:
+    """Whether a reading is a tie, or both of its orders are."""
+    return row["winner"] == "tie" or bool(row["winner_ab"] == row["winner_ba"] == "tie")
 
 
 def _share(truths: Sequence[bool]) -> float | None:
@@ -228,8 +240,8 @@ def _share(truths: Sequence[bool]) -> float | None:
 def _preferences(
     rows: Any, prompts: dict[str, Any], samples: dict[tuple[str, int], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Panel's preferences against the gold score (helpfulness minus the share of principles
-    broken).
+    """The panel's preferences compared with the gold score: helpfulness minus the share of
+    principles broken.
     """
     from prefab.factory.microworld import oracle
 
@@ -249,7 +261,7 @@ def _preferences(
 
 
 def show(result: Any, measured: dict[str, Any]) -> None:
-    """The tables that the demo ends with."""
+    """Print the tables of the oracle's figures."""
     drafts, revised = measured["drafts"], measured["revised"]
     rows = [
         (what, getattr(drafts, name), getattr(revised, name))
@@ -273,12 +285,12 @@ def show(result: Any, measured: dict[str, Any]) -> None:
             (a.principle, a.readings, a.decided, a.right, a.ties, a.ties_seen, a.consistent)
             for a in measured["accuracy"]
         ],
-        note="decided: the oracle finds the fault in one of the two answers; right: the label says which",
+        note="decided: the oracle finds the fault in only one answer; right: the label prefers the other one",
     )
     told = measured["preferences"]
     words = ", ".join(f"{name}: {n:,}" for name, n in sorted(told["outcomes"].items()))
     if told["right"] is not None:
-        words += f"; right on {told['right']:.1%} of the {told['gold_decided']:,} that the gold score decides"
+        words += f"; right for {told['right']:.1%} of the {told['gold_decided']:,} with different gold scores"
     console().print(f"Preferences over all principles: {words}", markup=False)
     if result.asked and result.seconds:
         tokens = (result.prompt_tokens + result.completion_tokens) / result.seconds
@@ -288,4 +300,4 @@ def show(result: Any, measured: dict[str, Any]) -> None:
             markup=False,
         )
     else:
-        console().print("nothing was asked: every answer was in the ledger", markup=False)
+        console().print("no model calls: every answer was in the ledger", markup=False)

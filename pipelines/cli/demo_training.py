@@ -1,5 +1,5 @@
-"""The demo's second half: what its data is worth to a policy, by the oracle, on prompts of the test
-split.
+"""The training part of the demo: train on its data, and evaluate the policies with the oracle on the
+test split.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 STAGES = ("sft", "reward", "dpo")
 BASE = "prefab-tiny"
 PROMPTS, SAMPLES = 100, 4
-DPO_MARGIN = 0.03  # one of eleven principles that decides makes about 0.045
+DPO_MARGIN = 0.03  # one deciding principle of eleven gives about 0.045
 PPO: dict[str, Any] = {
     "steps": 24,
     "eval_every": 6,
@@ -22,10 +22,13 @@ PPO: dict[str, Any] = {
 
 
 def train(store: Path, run: int, quiet: bool) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Train each stage by its preset on a run of the store; the models' folders, and what PPO told
-    on the way.
+    """Train each stage with its preset on a run of the store. A finished stage is not run again.
 
-    What has ended is not run again. Raises: as `prefab.pipelines.training.offline.train`.
+    Returns:
+        The folder of each model, and the result of PPO.
+
+    Raises:
+        ConfigError, StoreError, TrainError: As `prefab.pipelines.training.offline.train`.
     """
     from prefab.pipelines.store.fill import query
     from prefab.pipelines.training import offline, stages
@@ -59,14 +62,12 @@ def train(store: Path, run: int, quiet: bool) -> tuple[dict[str, Path], dict[str
 
 
 def overrides(**values: Any) -> list[str]:
-    """Values as `--set` takes them; JSON is YAML, whatever a path holds. Two underscores stand for
-    a point.
-    """
+    """Values in the form of `--set`, as JSON, which is valid YAML. `__` in a name becomes `.`."""
     return [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in values.items()]
 
 
 def watched(out: Path, n: int = PPO["eval_prompts"]) -> Path:
-    """A file of prompts of the validation split, on which gold is watched while PPO trains."""
+    """Write a file of prompts of the validation split, on which PPO's gold score is measured."""
     from prefab.factory.microworld import grammar
 
     rows = [
@@ -79,8 +80,8 @@ def watched(out: Path, n: int = PPO["eval_prompts"]) -> Path:
 
 
 def measure(store: Path, models: dict[str, Path], quiet: bool) -> Any:
-    """The base policy and the trained ones on the same held-out prompts, with the reward model's
-    score as the proxy.
+    """Evaluate the base policy and the trained ones on the same held-out prompts; the proxy is the
+    reward model's score.
     """
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, evaluate_policies
 

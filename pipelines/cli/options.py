@@ -1,6 +1,4 @@
-"""What the command line's files share: options, JSON on stdout, a pipeline by name, a store that
-exists.
-"""
+"""What the command line's modules share: options, JSON output, and finding pipelines and stores."""
 
 from __future__ import annotations
 
@@ -18,13 +16,17 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
 
 STOPPED = 130
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Sets = Annotated[
     list[str],
-    typer.Option("--set", metavar="NAME=VALUE", help="Override a field, such as policy.samples=8."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Override a field, for example policy.samples=8. May be repeated.",
+    ),
 ]
 Pipeline = Annotated[
-    Path, typer.Argument(metavar="PIPELINE.yaml", help="A pipeline file, or a preset's name.")
+    Path, typer.Argument(metavar="PIPELINE.yaml", help="A pipeline file, or the name of a preset.")
 ]
 Store = Annotated[
     Path, typer.Option("--store", help="The folder of ledger.sqlite and prefab.duckdb.")
@@ -33,17 +35,17 @@ Store = Annotated[
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Ctrl-C is told, with the command that goes on from there: this one; the exit code is 130."""
+    """On Ctrl-C, print the command that continues (the same one) and exit with code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        warn("stopped; the same command goes on from here")
+        warn("stopped; the same command continues from here")
         hint(shlex.join(["prefab", *sys.argv[1:]]))
         raise typer.Exit(STOPPED) from None
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
+    """Print a value as one JSON object to stdout."""
     import orjson
 
     text = orjson.dumps(value, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)
@@ -51,7 +53,7 @@ def print_json(value: Any) -> None:
 
 
 def pipeline_path(path: Path) -> Path:
-    """A pipeline file, or one of the presets by name: `demo` for pipelines/presets/demo.yaml."""
+    """The path of a pipeline; a name such as `demo` stands for pipelines/presets/demo.yaml."""
     preset = PACKAGE / "pipelines" / "presets" / f"{path.name.removesuffix('.yaml')}.yaml"
     return preset if not path.exists() and len(path.parts) == 1 and preset.exists() else path
 
@@ -59,11 +61,12 @@ def pipeline_path(path: Path) -> Path:
 def existing_store(store: Path) -> Path:
     """The store's folder.
 
-    Raises: ConfigError where there is none.
+    Raises:
+        ConfigError: There is no store in it.
     """
     if not (store / "ledger.sqlite").exists():
         raise ConfigError(
-            f"{store}: there is no store here (no ledger.sqlite); name one with --store DIR, "
-            "or make one with `prefab run`"
+            f"{store}: no store here (ledger.sqlite is missing). Name a store with --store DIR, "
+            "or create one with `prefab run`"
         )
     return store

@@ -1,38 +1,33 @@
-"""Projects of people's own: `init` writes one, `check` reads one and tells every mistake at once,
-`serve` a model.
-"""
+"""`prefab init` writes a new project; `prefab check` reads files and reports every problem."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from prefab.factory.errors import ConfigError, EngineError, Problem
+from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.paths import PACKAGE
 from prefab.factory.spec import yamlio
 from prefab.factory.spec.constitution import load_constitution
-from prefab.factory.spec.templates import TEMPLATES, VARIABLES
-from prefab.factory.spec.templates import load_template as load_template
+from prefab.factory.spec.templates import TEMPLATES, VARIABLES, load_template
 from prefab.pipelines.config.schema import PromptsConfig
 
 SKIPPED = {".git", ".venv", "__pycache__", "node_modules", "store", "out"}
 
 PIPELINE = """\
 # yaml-language-server: $schema=.schemas/pipeline.schema.json
-# prefab check .                      all mistakes at once
-# prefab plan pipeline.yaml           what would be asked, and why
-# prefab run pipeline.yaml            make the data; run it again to resume
+# prefab check .                      report every problem
+# prefab plan pipeline.yaml           show which model calls a run would make
+# prefab run pipeline.yaml            make the data; the same command resumes
 recipe: rlaif
 name: mine
 store: store
 constitution: constitution.yaml
 prompts: {source: prompts.jsonl}
 engines:
-  # The embedded model knows only its own small world. For real work name a real model, such as
+  # The embedded model knows only its own small world. For real work use a real model, for example
   # Qwen/Qwen3-8B.
   local: {engine: vllm, model: prefab-tiny, max_in_flight: 64}
 policy: {engine: local, samples: 4, temperature: 1.0, max_tokens: 256}
@@ -55,13 +50,20 @@ IGNORED = "store/\nout/\n"
 
 
 def init_project(folder: Path) -> list[Path]:
-    """Write a project into a new or empty folder; the paths that were written, within the folder.
+    """Write a new project: constitution, templates, pipeline file, prompts and JSON schemas.
 
-    Raises: ConfigError when something is there already.
+    Args:
+        folder: A new or empty folder.
+
+    Returns:
+        The written files, relative to the folder.
+
+    Raises:
+        ConfigError: The folder is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
-            [Problem(str(folder), 0, 0, "", "is there already and not empty; name a new folder")]
+            [Problem(str(folder), 0, 0, "", "exists and is not empty; give a new folder")]
         )
     (folder / "templates").mkdir(parents=True)
     (folder / ".schemas").mkdir()
@@ -88,9 +90,16 @@ def init_project(folder: Path) -> list[Path]:
 
 
 def check_paths(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], list[Problem]]:
-    """Everything checkable under these paths, with what it is, and every problem found.
+    """Check constitutions, pipelines, templates and prompts.
 
-    Raises: ConfigError when nothing checkable is there.
+    Args:
+        paths: Files, or folders that are searched for such files.
+
+    Returns:
+        The checked files, each with its kind, and all problems that were found.
+
+    Raises:
+        ConfigError: A path does not exist, or there is nothing to check.
     """
     checked: list[tuple[Path, str]] = []
     problems: list[Problem] = []
@@ -134,7 +143,7 @@ def _kind(path: Path) -> str | None:
         try:
             value = yamlio.load_document(path).value
         except ConfigError:
-            return "yaml"  # the check tells what is wrong with it
+            return "yaml"  # its check reports the problem
         names = set(value) if isinstance(value, dict) else set()
         if names & {"principles", "licence", "selection"}:
             return "constitution"
@@ -143,8 +152,8 @@ def _kind(path: Path) -> str | None:
 
 
 def _check_template(path: Path) -> None:
-    """A template's kind is the longest kind that its name begins with: pairwise-short.jinja is
-    pairwise.
+    """Check a template. Its kind is the longest kind that its file name begins with:
+    pairwise-short.jinja is pairwise.
     """
     kinds = [kind for kind in VARIABLES if path.stem.startswith(kind)]
     if not kinds:
@@ -155,7 +164,7 @@ def _check_template(path: Path) -> None:
                     0,
                     0,
                     "",
-                    "which kind of template is this? Begin its name with one of "
+                    "unknown kind of template; begin the file name with one of "
                     + ", ".join(VARIABLES),
                 )
             ]
@@ -203,42 +212,3 @@ _CHECKS = {
     "prompts": _check_prompts,
     "yaml": _check_yaml,
 }
-
-
-def serve_model(model: str, port: int, extra: Sequence[str] = ()) -> int:
-    """Start vLLM in the foreground as the engine would; its exit code.
-
-    Raises: EngineError when vLLM is not installed.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec("vllm") is None:
-        raise EngineError(
-            "vLLM is not installed here: `make setup` installs it, or `pip install '.[serve]'`"
-        )
-    from prefab.factory.engines import vllm_process
-    from prefab.factory.engines.vllm import VLLM, VllmConfig
-    from prefab.factory.engines.vllm_process import VllmProcess, command_line, environment
-
-    engine = VLLM(VllmConfig(model=model, port=port, args=list(extra)), "serve")
-    process = VllmProcess(engine.config, str(engine.path), port, "serve", None)
-    words = command_line(process)
-    print(
-        f"serving {model} at http://127.0.0.1:{port}/v1 (Ctrl-C ends it)\n"
-        f"a pipeline talks to it with: engines.local = {{engine: vllm, url: 'http://127.0.0.1:{port}', "
-        f"model: {model}}}",
-        file=sys.stderr,
-        flush=True,
-    )
-    supervisor = [
-        sys.executable,
-        str(Path(vllm_process.__file__).with_name("supervisor.py")),
-        str(os.getpid()),
-        "/dev/stderr",
-    ]
-    child = subprocess.Popen([*supervisor, *words], stdin=subprocess.PIPE, env=environment(process))
-    try:
-        return child.wait()
-    except KeyboardInterrupt:  # the supervisor was told too, and ends the server and its children
-        child.wait()
-        return 130

@@ -10,24 +10,24 @@ from prefab.pipelines.cli.options import STOPPED
 
 
 def report(result: Any) -> None:
-    """What a run did, in a few lines."""
+    """Print what a run did."""
     tokens = result.prompt_tokens + result.completion_tokens
     rate = result.asked / result.seconds if result.seconds else 0.0
     rows = [
         ("prompts", result.prompts),
-        ("calls asked", result.asked),
+        ("model calls", result.asked),
         ("answers reused", result.reused),
         ("calls a second", round(rate)),
         ("tokens", tokens),
         ("unscored", sum(result.unscored.values())),
-        ("failed in transport", result.failed),
-        ("drafts cut off by length", result.truncated),
-        ("equal pairs, not asked", result.identical),
-        ("prompt rows malformed", result.malformed),
+        ("failed calls", result.failed),
+        ("drafts cut off at the length limit", result.truncated),
+        ("identical answers, not compared", result.identical),
+        ("malformed prompt rows", result.malformed),
         *_escalated(result),
     ]
     rows = [
-        row for row in rows if row[1] or row[0] in ("calls asked", "answers reused", "unscored")
+        row for row in rows if row[1] or row[0] in ("model calls", "answers reused", "unscored")
     ]
     table(
         f"{result.name}@{result.version} in {result.store} · {duration(result.seconds)}",
@@ -38,7 +38,7 @@ def report(result: Any) -> None:
 
 
 def _escalated(result: Any) -> list[tuple[str, int]]:
-    """How much a stronger judge was asked, and what asking it everything would have cost."""
+    """How many comparisons went to the stronger judges, and what all of them would have cost."""
     told = result.escalation
     reasons = [f"{why} {told[why]:,}" for why in ("unsure", "divided", "unscored") if told.get(why)]
     return [
@@ -46,26 +46,26 @@ def _escalated(result: Any) -> list[tuple[str, int]]:
             f"escalated ({', '.join(reasons)})",
             sum(told.get(why, 0) for why in ("unsure", "divided", "unscored")),
         ),
-        ("in doubt, over max_share", told.get("budget", 0)),
-        ("the stronger judges' calls", told.get("calls", 0)),
-        ("... if they were asked everything", told.get("calls_if_all", 0)),
-        ("labels that people have not given yet", result.awaited),
+        ("uncertain, not escalated (max_share)", told.get("budget", 0)),
+        ("calls of the stronger judges", told.get("calls", 0)),
+        ("... for all comparisons", told.get("calls_if_all", 0)),
+        ("labels still missing from people", result.awaited),
     ]
 
 
 def next_command(result: Any, again: str) -> int:
     """Print how the run ended and the next command; return the exit code."""
     if result.state == "stopped":
-        warn("stopped; everything answered so far is kept. The same command goes on from here")
+        warn("stopped; all answers so far are kept. The same command continues from here")
         hint(again)
         return STOPPED
     if result.state == "budget":
         return fail(BudgetError(result.reason))
     if result.failed:
-        warn(f"{result.failed:,} calls got no answer; the same command asks them again")
+        warn(f"{result.failed:,} calls failed; the same command makes them again")
     if result.awaited:
         warn(
-            f"{result.awaited:,} labels are waited for: give them, then the same command takes them in"
+            f"{result.awaited:,} labels from people are missing. Label, then run the same command again"
         )
         hint(f"prefab label --store {result.store} --run {result.name}@{result.version}")
         hint(again)

@@ -1,4 +1,4 @@
-"""Commands that train from the store."""
+"""Commands that train models and evaluate policies."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from prefab.pipelines.cli.labels import eval_app
 from prefab.pipelines.cli.options import Json, Sets, print_json, resumable
 
 app = typer.Typer()
-train_app = typer.Typer(no_args_is_help=True, help="Train from the store.")
+train_app = typer.Typer(no_args_is_help=True, help="Train models on the data of a store.")
 app.add_typer(train_app, name="train")
 
 StageFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG.yaml", help="A configuration, or a preset's name.")
+    Path,
+    typer.Argument(metavar="CONFIG.yaml", help="A configuration file, or the name of a preset."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
 
 
 @train_app.command()
 def sft(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
-    """A policy on revisions, chosen answers or demonstrations; goes on exactly where it was
-    stopped.
+    """Train a policy by supervised fine-tuning on revisions, chosen answers or demonstrations. The
+    same command resumes exactly.
     """
     _offline("sft", config, sets, as_json, quiet)
 
 
 @train_app.command()
 def reward(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
-    """A reward model, or an ensemble, on pairs with a probability each."""
+    """Train a reward model, or an ensemble of them, on pairs with probabilities."""
     _offline("reward", config, sets, as_json, quiet)
 
 
 @train_app.command()
 def dpo(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
-    """A policy on pairs: DPO and its relatives (--set loss=ipo)."""
+    """Train a policy on pairs with DPO or a variant of it (--set loss=ipo)."""
     _offline("dpo", config, sets, as_json, quiet)
 
 
 @train_app.command()
 def kto(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
-    """A policy on single answers with a thumb up or down."""
+    """Train a policy with KTO on single answers labelled good or bad."""
     _offline("kto", config, sets, as_json, quiet)
 
 
@@ -66,22 +67,20 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
     hint(
         f"prefab eval policy --set 'policies={{trained: {done['model']}}}'"
         if stage != "reward"
-        else "prefab train ppo CONFIG.yaml, with this reward model"
+        else "prefab train ppo CONFIG.yaml    (with this reward model)"
     )
 
 
 @train_app.command()
 def ppo(config: StageFile, sets: Sets = [], as_json: Json = False) -> None:
-    """A policy against rewards on text, held by a KL leash; goes on exactly where it was
-    stopped.
-    """
+    """Train a policy with PPO on rewards, with a KL penalty. The same command resumes exactly."""
     _policy_gradient("ppo", config, sets, as_json)
 
 
 @train_app.command()
 def grpo(config: StageFile, sets: Sets = [], as_json: Json = False) -> None:
-    """The same with groups of answers instead of a value function: GRPO, or RLOO with --set
-    method=rloo.
+    """Train a policy with GRPO, which compares answers in groups and needs no value function; or
+    RLOO (--set method=rloo).
     """
     _policy_gradient("grpo", config, sets, as_json)
 
@@ -116,8 +115,8 @@ def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> 
 
 @train_app.command()
 def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
-    """Rounds of sample, judge, train (dpo, ppo or grpo), with judge and constitution fixed; goes on
-    where it was stopped.
+    """Train in rounds: sample, judge, train (DPO, PPO or GRPO), with a fixed judge and constitution.
+    The same command resumes.
     """
     from prefab.pipelines.training.online import train
 
@@ -152,8 +151,8 @@ def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Qui
 
 @app.command()
 def sweep(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
-    """PPO over beta, seeds and rewards: proxy and gold over sqrt(KL), Gao's form fitted, the sweet
-    spot marked; resumable.
+    """Train PPO for several values of beta, seeds and rewards; plot proxy and gold over sqrt(KL) and
+    mark the best beta. The same command resumes.
     """
     from prefab.pipelines.training.sweep import sweep as run
 
@@ -167,24 +166,25 @@ def sweep(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quie
 
 
 def _show_sweep(found: dict[str, Any]) -> None:
-    """Each beta's end and best point, and each arm's fit."""
+    """Print the last and the best point of each beta, and the fit of each set of rewards."""
     from prefab.pipelines.training.sweep import COLUMNS, rows
 
-    table("gold gained over the reference, means over seeds", COLUMNS, rows(found))
+    table("gain in gold over the reference, means over seeds", COLUMNS, rows(found))
     fits = [
         (arm, told["fit"]["a"], told["fit"]["b"], told["peak_kl"], told["peak_gained"])
         for arm, told in found["arms"].items()
     ]
     table(
-        "gold gained = d (a - b log d), d = sqrt(KL)",
-        ("rewards", "a (95%)", "b (95%)", "peak at KL", "gold gained there"),
+        "gain in gold = d (a - b log d), d = sqrt(KL)",
+        ("rewards", "a (95%)", "b (95%)", "peak at KL", "gain in gold at the peak"),
         [(arm, _interval(a), _interval(b), kl, gained) for arm, a, b, kl, gained in fits],
-        "No peak: gold had not turned within what was seen. Charts: " + ", ".join(found["files"]),
+        "Without a peak, gold did not fall within the measured range. Charts: "
+        + ", ".join(found["files"]),
     )
     if len(found["arms"]) > 1 and found["equal_kl"]:
         table(
-            "gold gained at equal KL",
-            ("KL", "rewards", "gold gained (95% over seeds)", "more than the first, by seed"),
+            "gain in gold at equal KL",
+            ("KL", "rewards", "gain (95% over seeds)", "difference from the first, by seed"),
             [
                 (
                     row["kl"],
@@ -210,14 +210,17 @@ def _interval(e: dict[str, Any]) -> str:
 @eval_app.command("policy")
 def eval_policy(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Or all of it by --set.")
+        Path | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml]", help="A configuration file. Or use --set for all fields."
+        ),
     ] = None,
     sets: Sets = [],
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Checkpoints on held-out prompts: gold or proxy, win rate over decided pairs, KL, length,
-    diversity, refusals, sycophancy.
+    """Evaluate policies on held-out prompts: gold or reward model score, win rate over decided
+    pairs, KL, length, diversity, refusals, sycophancy.
     """
     from prefab.pipelines.evaluation.policy import run
     from prefab.pipelines.evaluation.report import show

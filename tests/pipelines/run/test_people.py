@@ -58,7 +58,7 @@ def test_what_is_in_doubt_waits_for_people_and_their_word_decides(tmp_path, caps
     assert next_command(first, "prefab run pipeline.yaml") == 0
     told = capsys.readouterr().err
     assert (
-        "8 labels are waited for" in told
+        "8 labels from people are missing" in told
         and "prefab label --store" in told
         and "prefab run pipeline.yaml" in told
     )
