@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Order = Literal["ab", "ba"]
 Winner = Literal["a", "b", "tie"]
 Exactness = Literal["exact", "bounds", "hard"]
+Finish = Literal["stop", "length", "context", "refused"]
 # `program`: a verifier's own program could not decide (broken tests, no reference), whatever the
 # answer was.
 UnscoredReason = Literal[
@@ -140,7 +141,7 @@ class Completion:
     """
 
     text: str
-    finish: Literal["stop", "length", "context", "refused"]
+    finish: Finish
     label_logps: Mapping[str, float] | None = None
     exactness: Exactness = "exact"
     prompt_tokens: int = 0

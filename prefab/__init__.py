@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefab.factory.spec.constitution import load_constitution
-    from prefab.factory.store.store import query
     from prefab.pipelines.config.schema import load_pipeline
     from prefab.pipelines.run.plan import plan
     from prefab.pipelines.run.runner import run
     from prefab.pipelines.store.export.base import export
+    from prefab.pipelines.store.fill import query
 
 _HOME = {
     "export": "prefab.pipelines.store.export.base",

@@ -214,12 +214,6 @@ def test_no_function_is_too_complex():
 
 
 STILL_COMPLEX = {
-    "factory/engines/scripted.py script",
-    "factory/microworld/builder/batch.py _look",
-    "factory/microworld/oracle.py assess",
-    "factory/microworld/tasks.py pair_unit",
-    "factory/microworld/tasks.py single_unit",
-    "factory/store/datasets.py datasets",
     "judges/benchmarks/metrics.py _mean",
     "judges/benchmarks/metrics.py ours",
     "judges/benchmarks/metrics.py ties",

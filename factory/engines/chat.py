@@ -12,14 +12,14 @@ import asyncio
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import orjson
 
 from prefab.factory.engines.http import HttpClient, Rejected
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import derived_seed
-from prefab.factory.types import Completion, Exactness, Message, Request, Sampling
+from prefab.factory.types import Completion, Exactness, Finish, Message, Request, Sampling
 
 # a label read waits this long for company while others are under way, and not at all otherwise
 FLUSH_AFTER_S = 0.002
@@ -30,7 +30,7 @@ _LIMIT = re.compile(r"(?:context[ _](?:length|window|size)\D{0,40}|tokens > )(\d
 _POLICY = re.compile(
     r"content[ _-]?(?:filter|policy|management)|responsible ?ai|safety (?:system|policy)", re.I
 )
-_FINISH = {
+_FINISH: dict[str, Finish] = {
     "stop": "stop",
     "eos": "stop",
     "tool_calls": "stop",
@@ -39,6 +39,7 @@ _FINISH = {
 }
 
 
+T = TypeVar("T")
 LabelRead = tuple[dict[str, float] | None, Exactness]
 
 
@@ -247,7 +248,7 @@ class Chat:
         except Rejected as refusal:
             return await self._refused(refusal)
 
-    async def _parsed(self, body: bytes, parse: Callable[[dict[str, Any]], Any]) -> Any:
+    async def _parsed(self, body: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
         """What `parse` finds in the answer to `body`, which is asked thrice where it finds nothing
         of the kind.
 
@@ -286,7 +287,9 @@ class Chat:
             message = choice["message"]
             refusal = message.get("refusal")
             text = refusal if refusal else message.get("content") or ""
-            finish = "refused" if refusal else _FINISH.get(choice.get("finish_reason") or "stop")
+            finish: Finish | None = (
+                "refused" if refusal else _FINISH.get(choice.get("finish_reason") or "stop")
+            )
             if finish is None or not isinstance(text, str):
                 raise Malformed(
                     f"finish_reason {choice.get('finish_reason')!r}, content {type(text).__name__}"
@@ -471,9 +474,10 @@ def _drawn(answer: dict[str, Any]) -> Drawn:
         raise Malformed(
             f"no token ids ({type(error).__name__}: {error}); vLLM 0.32 gives them"
         ) from error
-    if not ids or len(logps) != len(ids) or None in logps:
-        raise Malformed(f"{len(ids)} token ids with {len(logps)} log-probabilities")
-    return Drawn(prompt, ids, logps, choice.get("finish_reason") == "stop")
+    numbers = [logp for logp in logps if logp is not None]
+    if not ids or not len(ids) == len(logps) == len(numbers):
+        raise Malformed(f"{len(ids)} token ids with {len(numbers)} log-probabilities")
+    return Drawn(prompt, ids, numbers, choice.get("finish_reason") == "stop")
 
 
 def _usage(answer: dict[str, Any]) -> tuple[int, int]:

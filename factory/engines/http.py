@@ -137,7 +137,7 @@ class HttpClient:
             async with self.session().get(
                 self.url + path, timeout=timeout, headers=self._headers()
             ) as answer:
-                return answer.status == 200
+                return bool(answer.status == 200)
         except (TimeoutError, aiohttp.ClientError, OSError):
             return False
 

@@ -35,7 +35,7 @@ class LazyEngine(Engine):
         self.max_model_len = self.engine.max_model_len
 
     @cached_property
-    def identity(self) -> str:
+    def identity(self) -> str:  # type: ignore[override]  # learned when first needed
         """Which model this is. Raises: EngineError when only a server knows and none answers."""
         return self.engine.identity
 

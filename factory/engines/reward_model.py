@@ -261,7 +261,8 @@ class RewardModelHf(Engine):
             [[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self.base.device
         )
         with torch.inference_mode():
-            return self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float().tolist()
+            logits_B1 = self.model(input_ids=tokens, attention_mask=mask).logits
+        return [float(reward) for reward in logits_B1[:, 0].float().tolist()]
 
     async def stop(self) -> None:
         """Let go of the model. Safe to call twice."""
@@ -322,26 +323,26 @@ class RewardModelVllm(Engine):
                 await self.process.start()
                 url = f"http://127.0.0.1:{port}"
             self.server = HttpClient(url.rstrip("/").removesuffix("/v1"), settings)
-            await self._greet()
+            await self._greet(self.server)
         except BaseException:
             await self.stop()
             raise
 
-    async def _greet(self) -> None:
+    async def _greet(self, server: HttpClient) -> None:
         try:
-            listed = (await self.server.get("/v1/models"))["data"]
+            listed = (await server.get("/v1/models"))["data"]
         except (Rejected, TransportError, KeyError) as error:
             raise EngineError(
-                f"{self.config.name}: no vLLM server at {self.server.url}: {error}"
+                f"{self.config.name}: no vLLM server at {server.url}: {error}"
             ) from error
         entry = next((e for e in listed if self.config.model in (e.get("id"), e.get("root"))), None)
         if entry is None:
             there = ", ".join(str(e.get("id")) for e in listed) or "none"
             raise EngineError(
-                f"{self.config.name}: {self.server.url} has no model {self.config.model!r}; it has: {there}"
+                f"{self.config.name}: {server.url} has no model {self.config.model!r}; it has: {there}"
             )
         if self.process is not None:
-            self.server.why_down = self.process.why_dead
+            server.why_down = self.process.why_dead
         self._name = str(entry["id"])
         known = (self.config.max_model_len, entry.get("max_model_len"), max_length(Path(self.path)))
         self.max_model_len = min(filter(None, known), default=None)

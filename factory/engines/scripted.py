@@ -139,19 +139,20 @@ def script(
     last = messages[-1].content
     rule = next((r for r in rules if re.search(r.match, last)), None)
     h = hashlib.sha256("\0".join([seed, *(m.role + m.content for m in messages)]).encode()).digest()
+    probabilities = _by_digest(labels, h)
     if rule is not None and rule.labels is not None and labels:
-        given = {label: p for label, p in rule.labels.items() if label in labels and p > 0}
-        return max(given, key=given.__getitem__, default=""), given
-    weights = [1 + h[i % 16] ** 2 for i in range(len(labels))]
-    probabilities = {
-        label: 0.98 * w / sum(weights) for label, w in zip(labels, weights, strict=True)
-    }
-    if rule is not None and rule.text is not None:
+        probabilities = {k: p for k, p in rule.labels.items() if k in labels and p > 0}
+    elif rule is not None and rule.text is not None:
         return rule.text, probabilities
     if labels:
-        return max(probabilities, key=probabilities.__getitem__), probabilities
+        return max(probabilities, key=probabilities.__getitem__, default=""), probabilities
     first = "Fault. " if h[0] % 2 else "None. "
     return first + " ".join(f"word{b}" for b in h[1 : 4 + h[1] % 8]), {}
+
+
+def _by_digest(labels: Sequence[str], h: bytes) -> dict[str, float]:
+    weights = {label: 1 + h[i % 16] ** 2 for i, label in enumerate(labels)}
+    return {label: 0.98 * w / sum(weights.values()) for label, w in weights.items()}
 
 
 def tokens_of(text: str) -> list[int]:

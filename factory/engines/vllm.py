@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import orjson
 from pydantic import Field, model_validator
@@ -36,6 +36,7 @@ from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import model_identity
 from prefab.factory.types import Completion, Engine, Request
 
+T = TypeVar("T")
 MAX_LABEL_IDS = 128  # vLLM 0.32 answers 400 above
 
 
@@ -143,7 +144,8 @@ class IdRead:
         left out whole: its other spellings alone would make it smaller than it is, and another one
         the winner.
         """
-        owner, found, unread = self._owner[labels], {}, dict(self._owner[labels])
+        owner, unread = self._owner[labels], dict(self._owner[labels])
+        found: dict[str, float] = {}
         for entry in entries or ():
             token = entry.get("token")
             spelling, logp = owner.get(token), log_probability(entry.get("logprob"))
@@ -187,7 +189,7 @@ class VLLM(Engine):
         self._spread = Spread(max(1, len(self._urls)))
 
     @cached_property
-    def identity(self) -> str:
+    def identity(self) -> str:  # type: ignore[override]  # learned when first needed
         """Which model this is: a folder's digest where there is a folder, else its declared name
         and revision.
 
@@ -213,7 +215,7 @@ class VLLM(Engine):
         return root if root and Path(root).is_dir() else self.config.model or str(entry["id"])
 
     def _entry(self, listed: Mapping[str, Any]) -> Mapping[str, Any]:
-        entries = listed.get("data") or []
+        entries: list[Mapping[str, Any]] = listed.get("data") or []
         wanted = (self.config.model, self.path)
         entry = next((e for e in entries if e.get("id") in wanted or e.get("root") in wanted), None)
         if entry is None and (self.config.model is None and len(entries) == 1):
@@ -292,7 +294,7 @@ class VLLM(Engine):
         """
         return await self._from_any(request, lambda chat: chat.draw(key, request, stops))
 
-    async def _from_any(self, request: Request, ask: Callable[[Chat], Awaitable[Any]]) -> Any:
+    async def _from_any(self, request: Request, ask: Callable[[Chat], Awaitable[T]]) -> T:
         if len(self._chats) == 1:
             return await ask(self._chats[0])
         usable = [i for i, chat in enumerate(self._chats) if not chat.server.breaker.open]

@@ -135,7 +135,8 @@ class VllmProcess:
         if self.supervisor is None:
             return
         well = self.supervisor.poll() is None and not self._failed
-        self.supervisor.stdin.close()  # the supervisor's sign
+        if self.supervisor.stdin is not None:
+            self.supervisor.stdin.close()  # the supervisor's sign
         try:
             await asyncio.shield(asyncio.to_thread(self.supervisor.wait, 20))
         except subprocess.TimeoutExpired:

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -30,6 +30,7 @@ from prefab.factory.errors import StoreError
 from prefab.factory.ledger.migrations import SCHEMA, migrate, record
 from prefab.factory.types import Completion, Use
 
+T = TypeVar("T")
 FILE = "ledger.sqlite"
 APPLICATION = 0x50464142  # "PFAB", so that another program's database is not taken for a ledger
 BUSY_TIMEOUT_MS = (
@@ -177,7 +178,9 @@ def create(file: Path) -> sqlite3.Connection:
     return con
 
 
-def select_in(con: sqlite3.Connection, sql: str, values: Sequence[Any]) -> Iterator[list[tuple]]:
+def select_in(
+    con: sqlite3.Connection, sql: str, values: Sequence[Any]
+) -> Iterator[list[tuple[Any, ...]]]:
     """Run `sql`, which ends in `IN`, over `values` in lists of few lengths; a list of rows for
     each.
     """
@@ -360,7 +363,7 @@ class Writer:
         self._con = create(file)
         self._names = Names()
         self._landed = landed
-        self._arrivals: queue.SimpleQueue = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="ledger-writer", daemon=True)
         self._thread.start()
 
@@ -368,11 +371,11 @@ class Writer:
         """Hand over what is to be written together: `Answer`s, `Failure`s and (uses, waiters)."""
         self._arrivals.put(items)
 
-    def run(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+    def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do `work` in a transaction of its own and wait for it. Raises what it raised, after a
         rollback.
         """
-        result: Future = Future()
+        result: Future[T] = Future()
         self._arrivals.put([(work, result)])
         return result.result()
 
@@ -415,7 +418,7 @@ class Writer:
             if commit.uses or commit.answers or commit.failures:
                 self._together(commit)
 
-    def _alone(self, work: Callable[[sqlite3.Connection], Any], result: Future) -> None:
+    def _alone(self, work: Callable[[sqlite3.Connection], T], result: Future[T]) -> None:
         try:
             if self.broken:
                 raise self.broken
@@ -492,7 +495,9 @@ class Writer:
         stored = lookup(self._con, [answer.key for answer in answers])
         ids = self._names.ids(self._con, {answer.model for answer in answers})
         place = self._con.execute("SELECT coalesce(max(id), 0) FROM calls").fetchone()[0]
-        now, calls, requests = time.time(), [], []
+        now = time.time()
+        calls: list[Any] = []
+        requests: list[Any] = []
         for answer in answers:
             mine, first = answer.completion, stored.get(answer.key)
             same_limit = first is not None and (mine.finish, mine.limit) == ("context", first.limit)

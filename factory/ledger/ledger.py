@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ class _Batch:
     __slots__ = ("asks", "bodies", "future", "keys", "results", "waiting", "window")
 
     def __init__(
-        self, asks: Sequence[tuple[Request, Use]], window: _Window, future: asyncio.Future
+        self,
+        asks: Sequence[tuple[Request, Use]],
+        window: _Window,
+        future: asyncio.Future[list[Any]],
     ) -> None:
         self.asks, self.window, self.future = asks, window, future
         self.bodies = [request_bytes(request) for request, _ in asks]
@@ -110,7 +114,7 @@ class _Window:
 
     engine: Engine
     queue: deque[_Flight] = field(default_factory=deque)
-    workers: set[asyncio.Task] = field(default_factory=set)
+    workers: set[asyncio.Task[None]] = field(default_factory=set)
     active: int = 0
     uncommitted: int = 0
 
@@ -172,7 +176,7 @@ class Ledger:
         """
         rest = iter(prompts)
         while some := list(islice(rest, 1000)):
-            self._writer.run(lambda con, some=some: records.add_prompts(con, some))
+            self._writer.run(partial(records.add_prompts, prompts=some))
 
     def add_import(
         self, name: str, config: dict[str, Any], prompts: Sequence[tuple[Prompt, dict[str, Any]]]
@@ -353,7 +357,8 @@ class Ledger:
     def _deliver(self, commit: Commit, error: StoreError | None) -> None:
         """Hand over what is on disk; when it is not, everything that waits learns why."""
         try:
-            for item in (*commit.answers, *commit.failures):
+            rows: list[AnswerRow | Failure] = [*commit.answers, *commit.failures]
+            for item in rows:
                 self._flights.pop(item.key, None)
                 item.flight.window.uncommitted -= 1
             if error is None:

@@ -138,7 +138,7 @@ def rubrics(con: sqlite3.Connection, names: Sequence[str]) -> dict[str, Rubric]:
     return found
 
 
-def prompt_rows(con: sqlite3.Connection, after: int, limit: int) -> list[tuple]:
+def prompt_rows(con: sqlite3.Connection, after: int, limit: int) -> list[tuple[Any, ...]]:
     """The prompts recorded after this row: row, id, messages, tags, group, split and the prompt's
     own rubric, the latest form of a prompt last. Messages, tags and rubric are JSON; no group and
     no rubric are None.
@@ -170,7 +170,7 @@ def _split(con: sqlite3.Connection, prompt: Prompt) -> str:
             f"prompt {prompt.id}: split {prompt.split!r}, but {group!r} is recorded as {row[0]!r}. "
             "What belongs together stays on one side: correct the prompts file, or use a new store"
         )
-    return row[0]
+    return str(row[0])
 
 
 def add_object(con: sqlite3.Connection, table: str, value: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ def add_import(
     """
     for row in con.execute("SELECT id, name, version, config FROM runs ORDER BY id").fetchall():
         if orjson.loads(row[3]).get("origin", {}).get("sha256") == config["origin"]["sha256"]:
-            return Run(*row[:3], resumed=True)
+            return Run(row[0], row[1], row[2], resumed=True)
     known = _sides(con, [prompt.messages for prompt, _ in prompts])
     run = begin_run(con, name, config, {})
     for prompt, value in prompts:

@@ -9,7 +9,7 @@ for once and asked about many times. All of it comes from the grammar; the oracl
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
@@ -325,12 +325,9 @@ def pair_unit(rng: random.Random, split: str, shots: float, noise_share: float =
         "answer_a": fence(talk, a.text),
         "answer_b": fence(talk, b.text),
     }
-    only_a, only_b = (
-        [p for p in g.PRINCIPLES if p in a.broken - b.broken],
-        [p for p in g.PRINCIPLES if p in b.broken - a.broken],
-    )
-    both = [p for p in g.PRINCIPLES if p in a.broken & b.broken]
-    neither = [p for p in g.PRINCIPLES if p not in a.broken | b.broken]
+    only_a, only_b = _in_order(a.broken - b.broken), _in_order(b.broken - a.broken)
+    both = _in_order(a.broken & b.broken)
+    neither = _in_order(set(g.PRINCIPLES) - a.broken - b.broken)
     examples = [example(rng, "pairwise") for _ in range(rng.choice((1, 2)))] if few else []
     branches = []
     ties = rng.sample(both + rng.sample(neither, 2), 2 if len(only_a) + len(only_b) > 3 else 1)
@@ -361,6 +358,11 @@ def pair_unit(rng: random.Random, split: str, shots: float, noise_share: float =
     return Unit(s, branches, [(shared["answer_a"], a), (shared["answer_b"], b)])
 
 
+def _in_order(principles: Set[str]) -> list[str]:
+    """These principles in the order of `grammar.PRINCIPLES`, on which the draws depend."""
+    return [p for p in g.PRINCIPLES if p in principles]
+
+
 def _spans(heads: Sequence[tuple[int, int]], p: str) -> tuple[tuple[int, int, int], ...]:
     return tuple((head, answer, ASKED.index(p)) for head, answer in heads)
 
@@ -381,10 +383,7 @@ def single_unit(
     templates, few, most = _templates(rng, 0.5, shots)
     talk = conversation_text(s.prompt.messages)
     shared = {"conversation": fence(talk, talk), "answer": fence(talk, a.text)}
-    broken, kept = (
-        [p for p in g.PRINCIPLES if p in a.broken],
-        [p for p in g.PRINCIPLES if p not in a.broken],
-    )
+    broken, kept = _in_order(a.broken), _in_order(set(g.PRINCIPLES) - a.broken)
     kinds = [rng.choice(("critique", "rubric", "pointwise"))] * 2 if most == 2 else kinds
     examples = [example(rng, kinds[0]) for _ in range(rng.choice((1, 2)))] if few else []
     principles = (
@@ -399,22 +398,31 @@ def single_unit(
         if kind == "pointwise" and rng.random() < whole and not few:
             p = "overall"
         field = "critique" if kind == "critique" else "criterion"
-        reply = {
-            "critique": g.critique(a, p) if p != "overall" else "",
-            "rubric": "Yes" if p in a.broken else "No",
-            "pointwise": str(g.grade(a, p)),
-        }[kind]
+        reply = _reply(a, p, kind)
         if rng.random() < noise_share:
-            reply = {
-                "critique": reply,
-                "rubric": rng.choice(("Yes", "No")),
-                "pointwise": str(rng.randint(1, 9)),
-            }[kind]
+            reply = _noise(rng, kind, reply)
         messages = templates[kind].render(
             **shared, question=g.wording(rng, p, field), examples=examples
         )
         branches.append(Branch(messages, reply, p, _spans(((0, 0), (1, 0)), p), 6.0))
     return Unit(s, branches, [(shared["answer"], a)])
+
+
+def _reply(a: g.WorldAnswer, p: str, kind: str) -> str:
+    """What a perfect judge of this kind says of the answer under principle `p`."""
+    if kind == "critique":
+        return g.critique(a, p) if p != "overall" else ""
+    return ("Yes" if p in a.broken else "No") if kind == "rubric" else str(g.grade(a, p))
+
+
+def _noise(rng: random.Random, kind: str, reply: str) -> str:
+    """A random label of this kind; a critique stays as it is."""
+    drawn = {
+        "critique": reply,
+        "rubric": rng.choice(("Yes", "No")),
+        "pointwise": str(rng.randint(1, 9)),
+    }
+    return drawn[kind]
 
 
 def revise_unit(rng: random.Random, split: str, shots: float, noise_share: float = 0.0) -> Unit:

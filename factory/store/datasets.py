@@ -84,24 +84,17 @@ def datasets(
         pl.col("messages").map_elements(_turns, return_dtype=_TURNS(pl)).alias("prompt_turns"),
         pl.lit(label).alias("run"),
     )
-    cut = samples.filter(pl.col("finish") == "length").height
-    if cut and not truncated:
-        notes.append(
-            f"{cut:,} answers were cut off by length and are left out (--truncated keeps them)"
-        )
-        samples = samples.filter(pl.col("finish") != "length")
+    if not truncated:
+        samples = _without_cut_off(samples, notes)
     preferences = read(f"SELECT * FROM preferences WHERE run = {run} ORDER BY prompt, a, b", ())
     if without:
         samples, preferences = _unmarked(read, record, samples, preferences, without, notes)
     if (judges or principles) and preferences.height:
         preferences = _decided_by(read, record, preferences, judges, principles)
-    if origin := config.get("origin"):
-        notes.append(
-            f"{label} is imported from {origin['file']} ({origin['format']}, {origin['by']}, SHA-256 "
-            f"{origin['sha256'][:16]}); its labels are the file's, no judge's of this store"
-        )
+    _note_origin(label, config, notes)
     frames = {}
     if preferences.height:
+        _note_one_order(config, notes)
         _tell_left_out(preferences, notes)
         wins = _win_rates(preferences)
         method, margin = choice(config)
@@ -111,10 +104,6 @@ def datasets(
         chosen = _chosen(preferences, wins, strengths, method, margin, notes)
         frames["preference"] = _preference(chosen, samples)
         frames["unpaired"] = _unpaired(samples, wins)
-    if (config.get("panel") or {}).get("orders", "both") != "both" and preferences.height:
-        notes.append(
-            f"pairs were judged in one order only ({config['panel']['orders']}): position bias is in them"
-        )
     frames["prompts"] = samples.unique("prompt", keep="first", maintain_order=True).select(
         pl.col("prompt_turns").alias("prompt"), pl.col("prompt").alias("prompt_id"), "split", "run"
     )
@@ -124,6 +113,32 @@ def datasets(
             samples, read(f"SELECT * FROM critiques WHERE run = {run}", ()), select
         )
     return frames
+
+
+def _without_cut_off(samples: polars.DataFrame, notes: list[str]) -> polars.DataFrame:
+    """The answers that were not cut off by length."""
+    import polars as pl
+
+    whole = samples.filter(pl.col("finish") != "length")
+    if cut := samples.height - whole.height:
+        notes.append(
+            f"{cut:,} answers were cut off by length and are left out (--truncated keeps them)"
+        )
+    return whole
+
+
+def _note_origin(label: str, config: dict[str, Any], notes: list[str]) -> None:
+    if origin := config.get("origin"):
+        notes.append(
+            f"{label} is imported from {origin['file']} ({origin['format']}, {origin['by']}, SHA-256 "
+            f"{origin['sha256'][:16]}); its labels are the file's, no judge's of this store"
+        )
+
+
+def _note_one_order(config: dict[str, Any], notes: list[str]) -> None:
+    orders = (config.get("panel") or {}).get("orders", "both")
+    if orders != "both":
+        notes.append(f"pairs were judged in one order only ({orders}): position bias is in them")
 
 
 def audited(preferences: polars.DataFrame) -> str:

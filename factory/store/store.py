@@ -101,7 +101,8 @@ def read_frame(folder: Path, sql: str, parameters: Sequence[Any] = ()) -> polars
     try:
         _refuse_all_but_select(con, sql)
         result = con.sql(sql, params=list(parameters)) if parameters else con.sql(sql)
-        return result.pl()
+        frame: polars.DataFrame = result.pl()
+        return frame
     except duckdb.PermissionException as error:
         raise ConfigError(
             f"{str(error).splitlines()[0]}. A query reads the tables of the store only. {READ_ONLY}"

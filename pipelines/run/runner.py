@@ -20,7 +20,8 @@ from typing import Any
 from prefab.factory.console import Progress, warn
 from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.errors import BudgetError
-from prefab.factory.ledger.ledger import Ledger, Run
+from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.ledger.records import Run
 from prefab.factory.types import Engine, Prompt
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,

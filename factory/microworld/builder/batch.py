@@ -237,34 +237,45 @@ def _look(
     layers below, an answer's verb and object at the same word in the prompt, or at the first token
     where the prompt has another.
     """
+    label = at + start - 1
     for head, number, asked in branch.spans:
-        placed, name = where[number], tasks.ASKED[asked]
-        columns = [
-            c
-            for s, cs in zip(placed.answer.sentences, placed.sentences, strict=True)
-            if name in _faults(s) or (name == "overall" and s.fault)
-            for c in cs
-        ]
-        if name == "helpful" and topic.said[number]:
-            columns = topic.said[number][0][1][-1:] if columns else []
+        placed, name, said = where[number], tasks.ASKED[asked], topic.said[number]
         if name == "overall" and head == 0:
-            t.count[at + start - 1] = _counted(placed, topic.said[number])
-        if name == "overall" and head == 1:
-            columns = []
-        t.look[0, head, at + start - 1] = columns or placed.end
+            t.count[label] = _counted(placed, said)
+        t.look[0, head, label] = _deciding(placed, name, head, said) or placed.end
     for said in topic.said:
         for head, ((same, columns), wanted) in enumerate(zip(said, topic.asked, strict=False)):
             t.look |= {(2, head, c): wanted if same else [0] for c in columns if wanted}
     if branch.copies:
-        _look_copies(t, where[0], reply, branch.reply, at + start - 1)
+        _look_copies(t, where[0], reply, branch.reply, label)
     elif not branch.asked:
-        for word, columns in zip(topic.words, topic.asked, strict=True):
-            found = branch.reply.find(" " + word)
-            if found >= 0 and columns:
-                for k in range(
-                    _bisect(reply.offsets, found + 1), _bisect(reply.offsets, found + 1 + len(word))
-                ):
-                    t.look |= {(0, head, at + start - 1 + k): columns for head in (2, 3)}
+        _look_words(t, topic, reply, branch.reply, label)
+
+
+def _deciding(
+    placed: _Placed, name: str, head: int, said: list[tuple[bool, list[int]]]
+) -> list[int]:
+    """The columns of the sentences that decide the label under the principle `name`."""
+    if name == "overall" and head == 1:
+        return []
+    columns = [
+        c
+        for s, cs in zip(placed.answer.sentences, placed.sentences, strict=True)
+        if name in _faults(s) or (name == "overall" and s.fault)
+        for c in cs
+    ]
+    return said[0][1][-1:] if name == "helpful" and said and columns else columns
+
+
+def _look_words(t: Tree, topic: _Topic, reply: Encoding, said: str, at: int) -> None:
+    """Verb and object in the reply look at the same words in the prompt."""
+    for word, columns in zip(topic.words, topic.asked, strict=True):
+        found = said.find(" " + word)
+        if found < 0 or not columns:
+            continue
+        begin, end = found + 1, found + 1 + len(word)
+        for k in range(_bisect(reply.offsets, begin), _bisect(reply.offsets, end)):
+            t.look |= {(0, head, at + k): columns for head in (2, 3)}
 
 
 def _counted(placed: _Placed, said: list[tuple[bool, list[int]]]) -> list[int]:
