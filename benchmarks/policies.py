@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.common import table, words, write
 from prefab.factory.keys import digest
 from prefab.factory.types import Completion, Engine, Request
-from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.trainers.registry import STAGES
 
 BASE = "prefab-tiny"
 
@@ -221,7 +221,7 @@ def stage(
         "threads": args.threads,
         **more,
     }
-    module.run(CONFIGS[kind].model_validate(config))
+    module.run(STAGES[kind].config.model_validate(config))
     return str(args.folder / name)
 
 
@@ -359,8 +359,8 @@ def online(args: argparse.Namespace, method: str, start: str, reward: str, seed:
 def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, Any]:
     """Every policy on the same held-out prompts. Seeds are pooled: a figure's answers are shared
     out over them."""
+    from prefab.pipelines.evaluation import policy_metrics
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
-    from prefab.trainers import evaluate
 
     flat = {"base": BASE} | {
         f"{name} #{k}": folder
@@ -388,9 +388,10 @@ def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[
         )
         pooled = [a for some in per for a in some]
         made[name] = {
-            "figures": evaluate.figures(pooled, harmful),
+            "figures": policy_metrics.figures(pooled, harmful),
             "seeds": [
-                {k: v.value for k, v in evaluate.figures(some, harmful).items()} for some in per
+                {k: v.value for k, v in policy_metrics.figures(some, harmful).items()}
+                for some in per
             ],
         }
         others = {"base": [found["base"]] * len(per)} if name != "base" else {}
@@ -398,10 +399,10 @@ def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[
             others[SFT] = [found[f"{SFT} #{k}"] for k in range(len(per))]
         for other, theirs in others.items():
             pool = [a for some in theirs for a in some]
-            made[name][f"against {other}"] = evaluate.against(
+            made[name][f"against {other}"] = policy_metrics.against(
                 _in_order(pooled), _in_order(pool), lambda a: a.gold["gold"]
             )
-            made[name][f"broken against {other}"] = evaluate.against(
+            made[name][f"broken against {other}"] = policy_metrics.against(
                 _in_order(pooled), _in_order(pool), lambda a: -a.gold["broken"]
             ).difference
     return made

@@ -127,7 +127,7 @@ def read(args: argparse.Namespace, folder: str, prompts: Any, answers: Any) -> d
     """By prompt: agreement with gold over its decided pairs (no number where there is none), gold
     of the best of n."""
     from prefab.judges.stats.calibration import ece
-    from prefab.trainers.evaluate import best_of
+    from prefab.pipelines.evaluation.policy_metrics import best_of
     from prefab.trainers.offline.reward import scorer
 
     deviation = json.loads((Path(folder) / "reward.json").read_text())["deviation"]

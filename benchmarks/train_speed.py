@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write
-from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.trainers.registry import STAGES
 
 PARTS = {
     "ours": 1,
@@ -128,7 +128,7 @@ def contender(stage: str, name: str, folder: Path, model: str, steps: int, batch
 def _ours(stage: str, folder: Path, model: str, batch: int) -> tuple[Any, Any]:
 
     module = STAGES[stage]
-    config = CONFIGS[stage].model_validate(
+    config = STAGES[stage].config.model_validate(
         {
             "model": model,
             "out": str(folder / stage),

@@ -37,6 +37,7 @@ SELECT DISTINCT c.model, coalesce(m.name, c.model) FROM used JOIN calls c USING 
 WHERE used.run = ? AND used.source IN {} ORDER BY 1
 """
 Kind = Literal["preference", "unpaired", "sft", "prompts"]
+Encoder = Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]]
 HUB = {"train": "train", "val": "validation", "test": "test"}
 
 
@@ -424,7 +425,7 @@ def _split_off(found: Rows, config: DataConfig) -> None:
 
 def tokenised(
     rows_: Sequence[Mapping[str, Any]],
-    encode: Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]],
+    encode: Encoder,
     config: DataConfig,
     notes: list[str],
     what: str,

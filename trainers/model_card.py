@@ -28,7 +28,6 @@ def write_card(
     """README.md beside the weights. `record` holds identity, data digest, lineage and notes of the
     training.
     """
-    metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, (int, float))}
     lines = [
         "---",
         "library_name: transformers",
@@ -42,35 +41,14 @@ def write_card(
         "",
         "## Results on the validation split",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items())),
+        *_results(result["metrics"], history),
+        "## Where the data came from",
         "",
-    ]
-    curve = [h for h in history if "eval_loss" in h]
-    if len(curve) > 1:
-        lines += [
-            "Validation loss by step: "
-            + ", ".join(f"{h['step']}: {h['eval_loss']:.4f}" for h in curve),
-            "",
-        ]
-    lines += ["## Where the data came from", "", f"Token rows: digest `{record['data']}`.", ""]
-    for source in config.data.sources:
-        lines.append(f"- {json.dumps(source.model_dump(exclude_defaults=True))}")
-    for line in record["lineage"]:
-        judges = (
-            ", ".join(
-                j.get("name", "") for j in (line["config"].get("panel") or {}).get("judges", [])
-            )
-            or "none"
-        )
-        lines += [
-            f"- run `{line['run']}` of `{line['store']}` (recipe {line['recipe']}), constitution "
-            f"`{str(line['constitution'])[:16]}`, judges: {judges}",
-            *(f"  - model {name}: `{identity[:24]}`" for identity, name in line["models"].items()),
-        ]
-    lines += [f"- {note}" for note in record["notes"]]
-    lines += [
+        f"Token rows: digest `{record['data']}`.",
+        "",
+        *(f"- {json.dumps(s.model_dump(exclude_defaults=True))}" for s in config.data.sources),
+        *(line for source in record["lineage"] for line in _lineage(source)),
+        *(f"- {note}" for note in record["notes"]),
         "",
         "## Configuration",
         "",
@@ -84,3 +62,26 @@ def write_card(
         "",
     ]
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _results(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of final metrics, and the validation loss by step."""
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+    lines = [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value:.4f} |" for name, value in sorted(numbers.items())),
+        "",
+    ]
+    curve = [f"{h['step']}: {h['eval_loss']:.4f}" for h in history if "eval_loss" in h]
+    return [*lines, f"Validation loss by step: {', '.join(curve)}", ""] if curve[1:] else lines
+
+
+def _lineage(line: Mapping[str, Any]) -> list[str]:
+    """The lines on one run of a store: its constitution, its judges, the models it used."""
+    judges = [j.get("name", "") for j in (line["config"].get("panel") or {}).get("judges", [])]
+    return [
+        f"- run `{line['run']}` of `{line['store']}` (recipe {line['recipe']}), constitution "
+        f"`{str(line['constitution'])[:16]}`, judges: {', '.join(judges) or 'none'}",
+        *(f"  - model {name}: `{identity[:24]}`" for identity, name in line["models"].items()),
+    ]

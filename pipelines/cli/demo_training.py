@@ -28,10 +28,10 @@ def train(store: Path, run: int, quiet: bool) -> tuple[dict[str, Path], dict[str
         The folder of each model, and the result of PPO.
 
     Raises:
-        ConfigError, StoreError, TrainError: As `prefab.pipelines.training.offline.train`.
+        ConfigError, StoreError, TrainError: As `prefab.pipelines.training.stages.train`.
     """
     from prefab.pipelines.store.fill import query
-    from prefab.pipelines.training import offline, stages
+    from prefab.pipelines.training import stages
 
     name, version = query(store, "SELECT name, version FROM runs WHERE run = ?", [run]).row(0)
     out, source = (
@@ -41,7 +41,7 @@ def train(store: Path, run: int, quiet: bool) -> tuple[dict[str, Path], dict[str
     found = {stage: out / stage for stage in STAGES}
     for stage in STAGES:
         sources = [{**source, "margin": DPO_MARGIN} if stage == "dpo" else source]
-        offline.train(
+        stages.train(
             stage, Path(stage), overrides(out=str(found[stage]), data__sources=sources), quiet
         )
     rewards = [{"name": "preference", "kind": "model", "paths": [str(found["reward"])]}]

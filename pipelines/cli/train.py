@@ -49,7 +49,7 @@ def kto(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet 
 
 
 def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool) -> None:
-    from prefab.pipelines.training.offline import train
+    from prefab.pipelines.training.stages import train
     from prefab.trainers.distributed import is_main
 
     with resumable():

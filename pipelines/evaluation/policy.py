@@ -7,6 +7,8 @@ alone and is called so.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +24,9 @@ from prefab.factory.spec import yamlio
 from prefab.factory.types import Prompt
 from prefab.pipelines.config.checks import MICROWORLD, locate
 from prefab.pipelines.config.schema import PromptsConfig
+from prefab.pipelines.evaluation import policy_metrics
+from prefab.pipelines.evaluation.policy_metrics import Against, PolicyAnswer
 from prefab.pipelines.evaluation.sycophancy import Probe, load_items
-from prefab.trainers import evaluate
 from prefab.trainers.common import (
     Strict,
     load_policy,
@@ -32,7 +35,6 @@ from prefab.trainers.common import (
     record_eval,
     seed_everything,
 )
-from prefab.trainers.evaluate import Against, PolicyAnswer
 
 
 class HeldOut(PromptsConfig):
@@ -144,49 +146,18 @@ def evaluate_policies(config: PolicyEvalConfig, quiet: bool = False) -> Report:
     if config.out:
         charts.ready()
     prompts = held_out(config)
-    names = list(config.policies)
-    report = Report(config.baseline or names[0], len(prompts), config.samples)
-    loose = sum(p.split is None for p in prompts)
-    if loose and not config.prompts.split:
-        report.notes.append(
-            f"{loose:,} prompts have no split: whether a policy was trained on them is not known"
-        )
+    baseline = config.baseline or next(iter(config.policies))
+    report = Report(baseline, len(prompts), config.samples, notes=_split_notes(config, prompts))
     probe = Probe(load_items(locate(config.sycophancy, Path.cwd()))) if config.sycophancy else None
     found = sample_all(config, prompts, quiet, probe)
-    harmful = (
-        [("harmful" in p.tags) for p in prompts]
-        if any("harmful" in p.tags for p in prompts)
-        else None
-    )
-    if config.best_of:
-        for n in config.best_of:
-            chosen, most = evaluate.best_of(found[report.baseline], n)
-            found[f"{report.baseline}, best of {n}"] = chosen
-            report.notes.append(f"best of {n}: at most {most:.2f} nats from {report.baseline}")
-    gold = all(a.gold is not None for some in found.values() for a in some)
-    report.value = "gold" if gold else "proxy" if config.reward else ""
-    if not gold:
-        report.notes.append(
-            "no gold here: "
-            + (
-                "proxy is what a reward model says, and no truth"
-                if config.reward
-                else "name a reward model to compare by"
-            )
-        )
-    for name, some in found.items():
-        report.policies[name] = evaluate.figures(some, harmful, config.seed)
-        if report.value and name != report.baseline:
-            base = found[report.baseline]
-            base = (
-                base
-                if len(some) == len(base)
-                else [a for i, a in enumerate(base) if i % config.samples == 0]
-            )
-            report.against[name] = evaluate.against(some, base, value_of(report.value), config.seed)
+    for n in config.best_of:
+        chosen, most = policy_metrics.best_of(found[baseline], n)
+        found[f"{baseline}, best of {n}"] = chosen
+        report.notes.append(f"best of {n}: at most {most:.2f} nats from {baseline}")
+    _measure(config, report, prompts, found)
     if probe:
         for name in config.policies:
-            report.policies[name] |= probe.figures(name, report.baseline, config.seed)
+            report.policies[name] |= probe.figures(name, baseline, config.seed)
             report.notes += probe.notes(name)
     if config.judge:
         _by_judge(config, report, prompts, found, quiet)
@@ -196,64 +167,84 @@ def evaluate_policies(config: PolicyEvalConfig, quiet: bool = False) -> Report:
     return report
 
 
+def _split_notes(config: PolicyEvalConfig, prompts: Sequence[Prompt]) -> list[str]:
+    """A note on prompts of unknown split, where the configuration asks for no split."""
+    loose = sum(p.split is None for p in prompts)
+    return (
+        [f"{loose:,} prompts have no split: whether a policy was trained on them is not known"]
+        if loose and not config.prompts.split
+        else []
+    )
+
+
+def _measure(
+    config: PolicyEvalConfig,
+    report: Report,
+    prompts: Sequence[Prompt],
+    found: Mapping[str, Sequence[PolicyAnswer]],
+) -> None:
+    """Into the report: the figures of each policy, and its comparison with the baseline by gold,
+    or by proxy where there is no gold.
+    """
+    if all(a.gold is not None for some in found.values() for a in some):
+        report.value = "gold"
+    elif config.reward:
+        report.value = "proxy"
+        report.notes.append("no gold score: proxy is a reward model's score, not the truth")
+    else:
+        report.value = ""
+        report.notes.append("no gold score: name a reward model to compare by")
+    tagged = ["harmful" in p.tags for p in prompts]
+    for name, some in found.items():
+        report.policies[name] = policy_metrics.figures(
+            some, tagged if any(tagged) else None, config.seed
+        )
+        if report.value and name != report.baseline:
+            base = found[report.baseline]
+            if len(some) < len(base):  # best of n: one answer to each prompt
+                base = base[:: config.samples]
+            report.against[name] = policy_metrics.against(
+                some, base, value_of(report.value), config.seed
+            )
+
+
 def _by_judge(
     config: PolicyEvalConfig,
     report: Report,
     prompts: Sequence[Prompt],
-    found: dict[str, list[PolicyAnswer]],
+    found: Mapping[str, Sequence[PolicyAnswer]],
     quiet: bool,
 ) -> None:
-    """Each policy's first answers against the baseline's, as a judge sees them."""
-    import tempfile
-
+    """Into the report: each policy's first answers against the baseline's, compared by a judge."""
     from prefab.pipelines.evaluation.win_rate import judge_pairs
 
-    folder = (
-        Path(config.store) / "eval"
-        if config.store
-        else Path(tempfile.mkdtemp(prefix="prefab-eval-"))
-    )
-    labelled = [
-        identity
-        for path in config.policies.values()
-        for identity in labelled_by(Path(model_folder(path)))
-    ]
-    first = {
-        name: [a for i, a in enumerate(some) if i % config.samples < config.judge_samples]
-        for name, some in found.items()
-        if name in config.policies
-    }
-    for name in first:
-        if name != report.baseline:
-            pairs = evaluate.paired(first[name], first[report.baseline])
-            judge, heard = judge_pairs(
-                str(config.judge),
-                [(prompts[a.prompt], a.text, b.text) for a, b in pairs],
-                folder,
-                labelled,
-                quiet,
+    folder = Path(config.store or tempfile.mkdtemp(prefix="prefab-")) / "eval"
+    labelled = [i for path in config.policies.values() for i in labelled_by(model_folder(path))]
+
+    def first(name: str) -> list[PolicyAnswer]:
+        return [a for i, a in enumerate(found[name]) if i % config.samples < config.judge_samples]
+
+    for name in config.policies:
+        if name == report.baseline:
+            continue
+        pairs = policy_metrics.paired(first(name), first(report.baseline))
+        asked = [(prompts[a.prompt], a.text, b.text) for a, b in pairs]
+        judge, verdicts = judge_pairs(str(config.judge), asked, folder, labelled, quiet)
+        gaps = {k: verdict.gap for k, verdict in enumerate(verdicts) if verdict.gap is not None}
+        report.against[f"{name}, by {judge}"] = policy_metrics.compared(
+            [pairs[k] for k in gaps], list(gaps.values()), config.seed
+        )
+        if unscored := len(pairs) - len(gaps):
+            report.notes.append(
+                f"{unscored:,} of {len(pairs):,} pairs of {name} are unscored by {judge}"
             )
-            scored = [
-                (pair, 0.0 if h.tie else h.p_a - 0.5)
-                for pair, h in zip(pairs, heard, strict=True)
-                if h.p_a is not None
-            ]
-            report.against[f"{name}, by {judge}"] = evaluate.compared(
-                [p for p, _ in scored], [g for _, g in scored], config.seed
-            )
-            if len(scored) < len(pairs):
-                report.notes.append(
-                    f"{len(pairs) - len(scored):,} of {len(pairs):,} pairs of {name} are unscored by {judge}"
-                )
 
 
-def labelled_by(folder: Path) -> list[str]:
+def labelled_by(folder: str) -> list[str]:
     """The identities of the models whose labels a policy was trained on, from the record beside its
     weights.
     """
-    import json
-
-    file = folder / "training.json"
+    file = Path(folder) / "training.json"
     lineage = json.loads(file.read_text()).get("lineage", []) if file.is_file() else []
     return [identity for line in lineage for identity in line.get("labelled_by", ())]
 
@@ -313,21 +304,23 @@ def sample_all(
         for name, folder in config.policies.items():
             tokenizer, model = load_tokenizer(folder), load_policy(folder)
             collate.add_scored_forward(model)
-            evaluate.same_vocabulary(name, model.config.vocab_size, reference.config.vocab_size)
+            policy_metrics.same_vocabulary(
+                name, model.config.vocab_size, reference.config.vocab_size
+            )
             mine = drawn.pop(name, None) or [
-                evaluate.draw(
+                policy_metrics.draw(
                     model,
                     tokenizer,
                     some,
                     config.samples,
                     config.max_new_tokens,
-                    _luck(config.seed, name),
+                    policy_seed(config.seed, name),
                     config.batch,
                     config.template_kwargs,
                 )
                 for some in questions
             ]
-            some = evaluate.measured(
+            some = policy_metrics.measured(
                 model, tokenizer, mine[0], config.samples, reference, config.batch
             )
             found[name] = with_truth(some, prompts, turns, score, config)
@@ -341,10 +334,11 @@ def sample_all(
     return found
 
 
-def _luck(seed: int, policy: str) -> int:
-    """A policy's own seed, as vLLM's draws have it: with shared luck policies that are alike give
-    equal answers, and a win rate over the others would be another, larger figure than between
-    answers drawn apart.
+def policy_seed(seed: int, policy: str) -> int:
+    """The sampling seed of one policy, a function of the run's seed and the policy's name.
+
+    With one seed for all, policies that are alike would give equal answers, and a win rate over the
+    decided pairs would be higher than between answers drawn independently.
     """
     return int(digest(f"{seed}/{policy}")[:15], 16)
 

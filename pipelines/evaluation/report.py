@@ -12,7 +12,7 @@ from typing import Any
 from prefab.factory import charts
 from prefab.factory.console import console, table
 from prefab.factory.types import Prompt
-from prefab.trainers.evaluate import PolicyAnswer
+from prefab.pipelines.evaluation.policy_metrics import PolicyAnswer
 
 SHOWN = (
     "gold",

@@ -20,8 +20,8 @@ from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.stats import Estimate, bootstrap, paired_difference, undefined
 from prefab.factory.types import UnscoredReason
 from prefab.pipelines.config import readers
+from prefab.pipelines.evaluation.policy_metrics import REFUSES
 from prefab.trainers.common import Strict, Turns
-from prefab.trainers.evaluate import REFUSES
 
 CONDITIONS = (
     None,

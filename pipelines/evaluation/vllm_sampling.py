@@ -21,7 +21,7 @@ from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import request_key
 from prefab.factory.types import Message, Request, Sampling
-from prefab.trainers import evaluate
+from prefab.pipelines.evaluation import policy_metrics
 from prefab.trainers.common import Turns, load_tokenizer, loading, model_folder
 from prefab.trainers.rl import rollout
 
@@ -51,7 +51,7 @@ def draw_all(
         "reference",
     )
     for name, folder in config.policies.items():
-        evaluate.same_vocabulary(
+        policy_metrics.same_vocabulary(
             name, shape(folder, f"policies.{name}").vocab_size, reference.vocab_size
         )
     return {
@@ -85,7 +85,7 @@ def draw(
     engine: Any = None,
 ) -> list[list[rollout.SampledAnswer]]:
     """`config.samples` answers at temperature 1 to each conversation, for each list of them, in
-    order: what `evaluate.draw` gives, drawn by vLLM. A draw's seed is of (weights, config.seed,
+    order: what `policy_metrics.draw` gives, drawn by vLLM. A draw's seed is of (weights, config.seed,
     conversation, sample).
 
     `engine` stands in for the server that would be started. Raises: ConfigError, EngineError.

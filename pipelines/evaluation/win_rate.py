@@ -29,13 +29,20 @@ from prefab.pipelines.run.asking import (
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """What the judge says of a pair: `p_a`, None where unscored; `tie` where it lies within the
+class PairVerdict:
+    """A judge's verdict on a pair of answers: `p_a`, None where unscored; `tie` where it lies within the
     margin.
     """
 
     p_a: float | None
     tie: bool
+
+    @property
+    def gap(self) -> float | None:
+        """P(the first is better) less a half; 0 for a tie, None where unscored."""
+        if self.p_a is None:
+            return None
+        return 0.0 if self.tie else self.p_a - 0.5
 
 
 def judge_pairs(
@@ -45,7 +52,7 @@ def judge_pairs(
     trained_on: Sequence[str] = (),
     quiet: bool = False,
     engines: dict[str, Engine] | None = None,
-) -> tuple[str, list[Heard]]:
+) -> tuple[str, list[PairVerdict]]:
     """(the judge's name, what it says of each pair). Equal texts are a tie and are not asked.
 
     Raises: ConfigError where the judge's model also made the labels that a policy was trained on
@@ -69,7 +76,7 @@ async def _ask(
     folder: Path,
     engine: Engine,
     quiet: bool,
-) -> list[Heard]:
+) -> list[PairVerdict]:
     questions = [
         (i, RepeatedQuestion(_comparison(prompt, i, a, b), principle))
         for i, (prompt, a, b) in enumerate(pairs)
@@ -95,7 +102,7 @@ async def _ask(
         readings.setdefault(i, []).append(
             panel.combine_orders(pair, question.principle.weight, question.principle.id, judge.name)
         )
-    return [_heard(readings.get(i)) for i in range(len(pairs))]
+    return [_pair_verdict(readings.get(i)) for i in range(len(pairs))]
 
 
 def _comparison(prompt: Prompt, i: int, a: str, b: str) -> Comparison:
@@ -103,12 +110,12 @@ def _comparison(prompt: Prompt, i: int, a: str, b: str) -> Comparison:
     return Comparison(prompt, Sample(prompt.id, 2 * i, a), Sample(prompt.id, 2 * i + 1, b))
 
 
-def _heard(readings: list[panel.Reading] | None) -> Heard:
+def _pair_verdict(readings: list[panel.Reading] | None) -> PairVerdict:
     if readings is None:
-        return Heard(0.5, True)  # equal texts
+        return PairVerdict(0.5, True)  # equal texts
     found = panel.decide(readings)
     return (
-        Heard(found.p_a, found.outcome == "tie")
+        PairVerdict(found.p_a, found.outcome == "tie")
         if found.outcome != "unscored"
-        else Heard(None, False)
+        else PairVerdict(None, False)
     )

@@ -23,9 +23,9 @@ from prefab.factory.spec import yamlio
 from prefab.pipelines.config.checks import locate
 from prefab.pipelines.config.loader import ResolvedPipeline, resolve_pipeline
 from prefab.pipelines.config.schema import Id, PipelineConfig
-from prefab.pipelines.training import stages as train_rl
+from prefab.pipelines.training import stages as train_stages
 from prefab.trainers.common import Strict, model_folder, record_eval, write_json
-from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.trainers.registry import STAGES
 
 ENGINE = "round-policy"  # the engine of a policy that was trained; judges and critic keep theirs
 LOADS = ("vllm", "hf")  # engines that load weights from a folder
@@ -86,7 +86,7 @@ def train(path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str
     Raises: ConfigError, EngineError, StoreError, TrainError, BudgetError, KeyboardInterrupt; what
     was done is kept.
     """
-    document = train_rl.document(path, sets)
+    document = train_stages.document(path, sets)
     config: OnlineConfig = yamlio.validate(document, OnlineConfig)
     file = locate(config.pipeline, path.parent)
     loaded = resolve_pipeline(file, config.sets)
@@ -206,7 +206,7 @@ def sample(
         raise KeyboardInterrupt
     if result.state == "budget":
         raise BudgetError(f"round {round}: {result.reason}")
-    train_rl.catch_up([pipeline.store])
+    train_stages.catch_up([pipeline.store])
     pairs = result.preferences.filter(result.preferences["outcome"].is_in(["a", "b"])).height
     row = {
         "round": round,
@@ -280,7 +280,7 @@ def stages(
     )
     problems: list[Any] = []
     for stage, part, value in made:
-        model = CONFIGS[stage]
+        model = STAGES[stage].config
         try:
             wanted.append((stage, model.model_validate(value)))
         except ValidationError as error:
@@ -303,12 +303,12 @@ def one_round(
     """Sample, judge, train, and write down what was done."""
     row = sample(config, pipeline, file, round, policy, quiet)
     for stage, settings in stages(config, pipeline, round, policy, first, document):
-        if stage in ("ppo", "grpo"):
-            done = train_rl.fit(stage, settings, quiet)
-            row |= {"policy": done["policy"], "metrics": done["last"], "stopped": done["stopped"]}
-        else:
-            done = STAGES[stage].run(settings, quiet)
-            row |= {"policy": done["model"], "metrics": done["metrics"], "stopped": ""}
+        done = train_stages.fit(stage, settings, quiet)
+        row |= {
+            "policy": str(Path(settings.out) / STAGES[stage].model),
+            "metrics": done["last"] if STAGES[stage].with_rewards else done["metrics"],
+            "stopped": done.get("stopped", ""),
+        }
     row["trained"] = model_identity(model_folder(row["policy"]))
     record_eval(
         pipeline.store,

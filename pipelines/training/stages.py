@@ -1,6 +1,4 @@
-"""`prefab train ppo` and `prefab train grpo`: a configuration file to a policy, with what happens
-shown on the way.
-"""
+"""`prefab train STAGE`: from a configuration file to a trained model, with progress and charts."""
 
 from __future__ import annotations
 
@@ -14,7 +12,8 @@ from prefab.factory.paths import PACKAGE
 from prefab.factory.spec import yamlio
 from prefab.factory.store import store
 from prefab.pipelines.config.schema import _override as override
-from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.trainers import distributed
+from prefab.trainers.registry import STAGES, Stage
 
 PRESETS = PACKAGE / "trainers" / "presets"
 SHOWN = ("reward", "kl", "eval/gold", "entropy", "length", "unfinished")
@@ -33,7 +32,7 @@ def document(path: Path, sets: Iterable[str]) -> yamlio.Document:
     return found
 
 
-def load_config(path: Path, model: Any, sets: Iterable[str]) -> Any:
+def load_config(path: Path, model: Any, sets: Iterable[str] = ()) -> Any:
     """The configuration in a file, or in one of the presets by name.
 
     Raises: ConfigError with every mistake, in the file and in `--set`.
@@ -41,35 +40,49 @@ def load_config(path: Path, model: Any, sets: Iterable[str]) -> Any:
     return yamlio.validate(document(path, sets), model)
 
 
-def train(stage: str, path: Path, sets: Iterable[str], quiet: bool) -> dict[str, Any]:
-    """Run a stage to its end; its last metrics, where the policy is, and why it stopped where it
-    did before its end.
+def train(name: str, path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str, Any]:
+    """Run a stage to its end, over stores that are brought up to date first; its result.
+
+    Raises: ConfigError for mistakes in file or data, StoreError, HeldError where a store cannot be
+    brought up to date, EngineError, TrainError.
     """
-    config = load_config(path, CONFIGS[stage], sets)
-    catch_up(source.store for source in (config.data.sources if config.data else ()))
-    return fit(stage, config, quiet)
+    distributed.end_with_launcher()
+    config = load_config(path, STAGES[name].config, sets)
+    sources = config.data.sources if config.data else ()
+    distributed.main_alone(lambda: catch_up(source.store for source in sources))
+    return fit(name, config, quiet)
 
 
-def fit(stage: str, config: Any, quiet: bool) -> dict[str, Any]:
+def fit(name: str, config: Any, quiet: bool = False) -> dict[str, Any]:
     """As `train`, for a configuration and stores that are up to date."""
+    stage = STAGES[name]
+    if stage.with_rewards:
+        return _fit_to_rewards(name, stage, config, quiet)
+    result: dict[str, Any] = stage.run(config, quiet)
+    return result
+
+
+def _fit_to_rewards(name: str, stage: Stage, config: Any, quiet: bool) -> dict[str, Any]:
+    """The first and last metrics, where the policy is, why it stopped early, and the evaluations by
+    gold.
+    """
     from prefab.pipelines.training.judge_reward import opened
     from prefab.trainers.rl.checkpoint import METRICS, read_metrics
 
-    module = STAGES[stage]
     with (
         opened(config, quiet) as (sources, gold),
-        Progress(stage, config.steps, quiet, "steps") as progress,
+        Progress(name, config.steps, quiet, "steps") as progress,
     ):
 
         def show(metrics: dict[str, Any]) -> None:
             facts = {
-                name.rpartition("/")[2]: metrics[name]
-                for name in SHOWN
-                if metrics.get(name) is not None
+                metric.rpartition("/")[2]: metrics[metric]
+                for metric in SHOWN
+                if metrics.get(metric) is not None
             }
             progress.advance(metrics["step"] - progress.done, **facts)
 
-        state = module.run(config, sources=sources, gold=gold, on_step=show)
+        state = stage.run(config, sources=sources, gold=gold, on_step=show)
     out = Path(config.out)
     steps = read_metrics(out / METRICS)
     trained = [m for m in steps if m["step"] > 0]
@@ -83,8 +96,8 @@ def fit(stage: str, config: Any, quiet: bool) -> dict[str, Any]:
         if "eval/gold" in m
     ]
     return {
-        "stage": stage,
-        "policy": str(out / "policy"),
+        "stage": name,
+        "policy": str(out / stage.model),
         "steps": state.step,
         "stopped": state.stopped,
         "first": trained[0] if trained else {},
@@ -92,7 +105,7 @@ def fit(stage: str, config: Any, quiet: bool) -> dict[str, Any]:
         "best": str(out / "best") if evaluations else None,
         "evaluations": evaluations,
         "alarm": next((m["alarm"] for m in steps if m.get("alarm")), ""),
-        "charts": [str(file) for file in drawn(out, stage, evaluations)],
+        "charts": [str(file) for file in drawn(out, name, evaluations)],
     }
 
 

@@ -212,49 +212,52 @@ def trained(config: PpoConfig, name: str, quiet: bool) -> dict[str, Any]:
 def measured(
     points: Sequence[Point], alarms: dict[tuple[str, float], list[bool]]
 ) -> dict[str, Any]:
-    """Points, their means over seeds, each arm's fit, and its sweet spot: where mean gold is
-    highest, and where the fit is.
+    """Points, their means over seeds, each arm's fit and where its mean gold is highest, the table
+    of arms and betas, and the arms at equal KL.
     """
     means = over_seeds(points)
-    arms = {}
-    for arm in dict.fromkeys(p.arm for p in points):
-        some = [p for p in points if p.arm == arm]
-        fit = overoptimization.gao_fit([p.kl for p in some], [p.gained for p in some], "rl")
-        highest = max((m for m in means if m.arm == arm), key=lambda m: (m.gained, -m.kl))
-        furthest = sqrt(max(max(p.kl for p in some), 0.0))
-        peak = (
-            fit.peak if fit.peak is not None and fit.peak <= furthest else None
-        )  # beyond what was seen is a guess
-        arms[arm] = {
-            "best": asdict(highest),
-            "fit": asdict(fit),
-            "peak_kl": None if peak is None else peak**2,
-            "peak_gained": None
-            if peak is None
-            else curve(fit.a.value or 0.0, fit.b.value or 0.0, peak),
-        }
-    last = {(m.arm, m.beta): m for m in sorted(means, key=lambda m: m.step)}
-    best = {
-        key: max((m for m in means if (m.arm, m.beta) == key), key=lambda m: (m.gained, -m.kl))
-        for key in last
-    }
-    table = [
-        {
-            "arm": arm,
-            "beta": beta,
-            "seeds": last[arm, beta].seeds,
-            "end": asdict(last[arm, beta]),
-            "best": asdict(best[arm, beta]),
-            "alarms": sum(alarms.get((arm, beta), [])),
-        }
-        for arm, beta in sorted(last)
-    ]
+    table = []
+    for arm, beta in sorted({(m.arm, m.beta) for m in means}):
+        some = [m for m in means if (m.arm, m.beta) == (arm, beta)]
+        end = max(some, key=lambda m: m.step)
+        table.append(
+            {
+                "arm": arm,
+                "beta": beta,
+                "seeds": end.seeds,
+                "end": asdict(end),
+                "best": asdict(max(some, key=_by_gold)),
+                "alarms": sum(alarms.get((arm, beta), [])),
+            }
+        )
     return {
         "points": [asdict(p) for p in points],
         "means": [asdict(m) for m in means],
-        "arms": arms,
+        "arms": {
+            arm: _arm([p for p in points if p.arm == arm], [m for m in means if m.arm == arm])
+            for arm in dict.fromkeys(p.arm for p in points)
+        },
         "table": table,
         "equal_kl": at_equal_kl(points),
+    }
+
+
+def _by_gold(mean: Mean) -> tuple[float, float]:
+    """Sorts by gold gained; of equals, the nearer to the reference is higher."""
+    return mean.gained, -mean.kl
+
+
+def _arm(points: Sequence[Point], means: Sequence[Mean]) -> dict[str, Any]:
+    """An arm's highest mean, its fit, and the fit's peak where that lies within what was measured."""
+    fit = overoptimization.gao_fit([p.kl for p in points], [p.gained for p in points], "rl")
+    d = fit.peak
+    if d is not None and d > sqrt(max(max(p.kl for p in points), 0.0)):
+        d = None  # an extrapolation
+    return {
+        "best": asdict(max(means, key=_by_gold)),
+        "fit": asdict(fit),
+        "peak_kl": None if d is None else d**2,
+        "peak_gained": None if d is None else curve(fit.a.value or 0.0, fit.b.value or 0.0, d),
     }
 
 
@@ -270,7 +273,7 @@ COLUMNS = (
     "at step",
     "alarms",
 )
-NOTE = "The best is the highest of many means, so partly luck: measure it again on other prompts before you quote it."
+NOTE = "The best is the highest of many means, so partly chance: measure it again on other prompts before you quote it."
 
 
 def rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -293,16 +296,14 @@ def rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def drawn(out: Path, found: dict[str, Any]) -> list[Path]:
-    """`sweep.png` and `sweep.html`: proxy, and gold with fit and sweet spot, over the square root
+    """`sweep.png` and `sweep.html`: proxy, and gold with fit and best point, over the square root
     of KL.
     """
     proxy, gold = [], []
     for arm, told in found["arms"].items():
-        for beta in sorted({m["beta"] for m in found["means"] if m["arm"] == arm}):
-            some = sorted(
-                (m for m in found["means"] if (m["arm"], m["beta"]) == (arm, beta)),
-                key=lambda m: m["step"],
-            )
+        means = [m for m in found["means"] if m["arm"] == arm]
+        for beta in sorted({m["beta"] for m in means}):
+            some = sorted((m for m in means if m["beta"] == beta), key=lambda m: m["step"])
             name = f"{arm}, beta {beta:g}"
             proxy.append(charts.Series(name, [charts.Point(m["kl"], m["proxy"]) for m in some]))
             gold.append(
@@ -310,60 +311,46 @@ def drawn(out: Path, found: dict[str, Any]) -> list[Path]:
                     name, [charts.Point(m["kl"], m["gained"], m["low"], m["high"]) for m in some]
                 )
             )
-        best, fit = told["best"], told["fit"]
-        gold.append(
-            charts.Series(
-                f"{arm}: sweet spot",
-                [
-                    charts.Point(
-                        best["kl"],
-                        best["gained"],
-                        label=f"beta {best['beta']:g}, {best['kl']:.1f} nats",
-                    )
-                ],
-                joined=False,
-            )
-        )
-        furthest = sqrt(max(max(m["kl"] for m in found["means"] if m["arm"] == arm), 0.0))
-        if fit["a"]["value"] is not None and furthest > 0:
-            ds = [furthest * (k + 1) / 100 for k in range(100)]
-            line = [charts.Point(d * d, curve(fit["a"]["value"], fit["b"]["value"], d)) for d in ds]
-            gold.append(charts.Series(f"{arm}: fit", line, marked=False))
-        if told["peak_kl"] is not None:
-            gold.append(
-                charts.Series(
-                    f"{arm}: the fit's peak",
-                    [charts.Point(told["peak_kl"], told["peak_gained"])],
-                    joined=False,
-                )
-            )
-    body = (
-        "<table><tr>"
-        + "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
-        + "</tr>"
-        + "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>"
-            for row in rows(found)
-        )
-        + "</table>"
-    )
+        gold += _best_and_fit(arm, told, max(m["kl"] for m in means))
+    nats = "KL, nats an answer"
     files = charts.write(
         out,
         "sweep",
         "Proxy and gold over the distance from the reference",
         [
-            charts.Chart("What is trained on", "KL, nats an answer", "proxy", proxy, kl=True),
+            charts.Chart("What is trained on", nats, "proxy", proxy, kl=True),
             charts.Chart(
-                "What nothing trains on",
-                "KL, nats an answer",
-                "gold less the reference's",
-                gold,
-                kl=True,
+                "What nothing trains on", nats, "gold less the reference's", gold, kl=True
             ),
         ],
-        body + f"<p>{html.escape(NOTE)}</p>",
+        f"{_html_table(found)}<p>{html.escape(NOTE)}</p>",
     )
     return sorted(files, reverse=True)
+
+
+def _best_and_fit(arm: str, told: dict[str, Any], most_kl: float) -> list[charts.Series]:
+    """An arm's highest mean, its fitted curve up to `most_kl`, and the curve's peak."""
+    best, a, b = told["best"], told["fit"]["a"]["value"], told["fit"]["b"]["value"]
+    label = f"beta {best['beta']:g}, {best['kl']:.1f} nats"
+    point = charts.Point(best["kl"], best["gained"], label=label)
+    made = [charts.Series(f"{arm}: highest mean", [point], joined=False)]
+    if a is not None and most_kl > 0:
+        ds = [sqrt(most_kl) * (k + 1) / 100 for k in range(100)]
+        line = [charts.Point(d * d, curve(a, b, d)) for d in ds]
+        made.append(charts.Series(f"{arm}: fit", line, marked=False))
+    if told["peak_kl"] is not None:
+        point = charts.Point(told["peak_kl"], told["peak_gained"])
+        made.append(charts.Series(f"{arm}: the fit's peak", [point], joined=False))
+    return made
+
+
+def _html_table(found: dict[str, Any]) -> str:
+    def line(tag: str, values: Iterable[str]) -> str:
+        cells = "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
+        return f"<tr>{cells}</tr>"
+
+    body = "".join(line("td", map(cell, row)) for row in rows(found))
+    return f"<table>{line('th', COLUMNS)}{body}</table>"
 
 
 def curve(a: float, b: float, d: float) -> float:
@@ -397,44 +384,42 @@ def over_seeds(points: Sequence[Point]) -> list[Mean]:
 
 
 def at_equal_kl(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Gold gained by each arm at a quarter, half and all of the KL to which every arm came with
+    """Gold gained by each arm at a quarter, half and all of the KL that every arm reached with
     every seed.
 
-    With several betas an arm's gain is the mean over those runs of a seed that came so far. `more`
+    With several betas an arm's gain is the mean over those runs of a seed that went so far. `more`
     is the gain less the first arm's, paired by seed. Both are means over seeds with Student's
-    intervals (`prefab.factory.stats.student`).
+    intervals (`prefab.factory.stats.student`). Empty where a run failed, since seeds then cannot be
+    paired.
     """
-    paths: dict[tuple[str, int], dict[float, list[tuple[float, float]]]] = {}
+    paths: Paths = {}
     for p in points:
         paths.setdefault((p.arm, p.seed), {}).setdefault(p.beta, []).append((p.kl, p.gained))
     arms, seeds = list(dict.fromkeys(arm for arm, _ in paths)), sorted({seed for _, seed in paths})
-    if len(paths) < len(arms) * len(seeds):  # a run failed: seeds cannot be paired
-        return []
     reach = min(max(kl for path in runs.values() for kl, _ in path) for runs in paths.values())
-
-    def gain(arm: str, seed: int, kl: float) -> float:
-        return fmean(
-            g
-            for path in paths[arm, seed].values()
-            if (g := overoptimization.gained_at(path, kl)) is not None
-        )
-
+    if len(paths) < len(arms) * len(seeds) or reach <= 0:
+        return []
     rows = []
-    for share in (0.25, 0.5, 1.0) if reach > 0 else ():
-        first = [gain(arms[0], seed, share * reach) for seed in seeds]
+    for kl in (0.25 * reach, 0.5 * reach, reach):
+        gains = {arm: [_gain(paths[arm, seed], kl) for seed in seeds] for arm in arms}
         for arm in arms:
-            gains = [gain(arm, seed, share * reach) for seed in seeds]
-            more = (
-                student([a - b for a, b in zip(gains, first, strict=True)])
-                if arm != arms[0]
-                else None
-            )
+            more = [a - b for a, b in zip(gains[arm], gains[arms[0]], strict=True)]
             rows.append(
                 {
-                    "kl": share * reach,
+                    "kl": kl,
                     "arm": arm,
-                    "gained": asdict(student(gains)),
-                    "more": more and asdict(more),
+                    "gained": asdict(student(gains[arm])),
+                    "more": asdict(student(more)) if arm != arms[0] else None,
                 }
             )
     return rows
+
+
+# Of an arm and seed: each beta's (KL, gold gained) along the run.
+Paths = dict[tuple[str, int], dict[float, list[tuple[float, float]]]]
+
+
+def _gain(paths: dict[float, list[tuple[float, float]]], kl: float) -> float:
+    """The mean gold gained at `kl` over the betas whose run went so far."""
+    gains = [overoptimization.gained_at(path, kl) for path in paths.values()]
+    return fmean(gain for gain in gains if gain is not None)

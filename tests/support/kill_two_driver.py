@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from prefab.factory.engines.vllm_process import free_port
 from prefab.trainers import distributed
-from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.trainers.registry import STAGES
 from tests.support.killer import until_done
 
 
@@ -31,7 +31,7 @@ def train_in_two(stage: str, file: Path) -> None:
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(other == 0))
     distributed.end_with_launcher()
     module = STAGES[stage]
-    module.run(CONFIGS[stage].model_validate_json(file.read_text()), quiet=True)
+    module.run(STAGES[stage].config.model_validate_json(file.read_text()), quiet=True)
     if other == 0:
         os._exit(0)
     if os.waitpid(other, 0)[1]:

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.trainers.registry import STAGES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -20,7 +20,8 @@ if __name__ == "__main__":
     print(
         json.dumps(
             stage.run(
-                CONFIGS[sys.argv[1]].model_validate_json(Path(sys.argv[2]).read_text()), quiet=True
+                STAGES[sys.argv[1].config].model_validate_json(Path(sys.argv[2]).read_text()),
+                quiet=True,
             )["steps"]
         )
     )

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from prefab.trainers.common import COMPLETE, checkpoints
-from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.trainers.registry import STAGES
 from tests.support import trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +97,8 @@ def test_two_processes_train_as_one(world, tmp_path, stage):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({**config, "out": str(tmp_path / name)}))
     module = STAGES[stage]
     one = module.run(
-        CONFIGS[stage].model_validate(json.loads((tmp_path / "one.yaml").read_text())), quiet=True
+        STAGES[stage].config.model_validate(json.loads((tmp_path / "one.yaml").read_text())),
+        quiet=True,
     )
     two = launched(stage, tmp_path / "two.yaml")
     assert one["train"] % 10 and two["steps"] == one["steps"] == 2 * -(-one["train"] // 10)

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.trainers.registry import STAGES
 from prefab.trainers.rl import grpo, ppo, rewards
 from tests.support import answer_world, kill_ppo_driver, trained
 
@@ -44,7 +44,7 @@ def train_sft(models, out, precision):
     if not (models / "store").exists():
         trained.make_store(models)
         trained.make_model(models / "sft-model")
-    config = CONFIGS["sft"].model_validate(
+    config = STAGES["sft"].config.model_validate(
         {
             "model": str(models / "sft-model"),
             "out": str(out),

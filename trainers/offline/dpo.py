@@ -4,22 +4,16 @@ relatives by name.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from prefab.trainers import collate, data
-from prefab.trainers.common import (
-    load_policy,
-    load_tokenizer,
-    lora_config,
-    model_folder,
-    seed_everything,
-)
+from prefab.trainers.common import load_policy
 from prefab.trainers.offline import loop, losses
 from prefab.trainers.offline.loop import StageConfig
-from prefab.trainers.offline.reference import reference_logps
+from prefab.trainers.offline.reference import cache_folder, reference_logps, weights_of
+from prefab.trainers.registry import Stage
 
 Loss = Literal[
     "sigmoid",
@@ -69,7 +63,7 @@ def trainer_class() -> Any:
 
         def losses(self, model: Any, batch: Any, _: Any) -> tuple[Any, dict[str, Any]]:
             """The pair loss by name, expected under each pair's target."""
-            logps, tokens = collate.answer_logps(model, batch, model_dtype(model))
+            logps, tokens = collate.answer_logps(model, batch, next(model.parameters()).dtype)
             B = len(batch["rows"])
             refs = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])
             chosen, rejected = (
@@ -93,96 +87,62 @@ def trainer_class() -> Any:
     return Trainer
 
 
-def model_dtype(model: Any) -> Any:
-    """Of the weights, below any wrapper."""
-    return next(model.parameters()).dtype
-
-
 def run(config: DpoConfig, quiet: bool = False) -> dict[str, Any]:
-    """Train; give the result (metrics of the validation split, steps, seconds). A run that has
-    ended is not run again.
+    """Train; give the result (metrics of the validation split, steps, seconds): see `loop.run`."""
+    return loop.run(config, "dpo", prepare, quiet)
 
-    Raises: ConfigError, TrainError, StoreError.
-    """
-    if (done := loop.finished(config, "dpo")) is not None:
-        return done
-    made, found, tokenizer = prepare(config)
-    return loop.fit(made, config, "dpo", found, tokenizer, quiet)
+
+STAGE = Stage(DpoConfig, run, "preference")
 
 
 def prepare(config: DpoConfig) -> tuple[Any, data.Rows, Any]:
     """The trainer, ready to train, with its rows and its tokenizer."""
     from trl import DPOConfig
 
-    seed_everything(config.seed, config.threads)
-    tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
-    found = data.read_rows("preference", config.data)
+    tokenizer, found = loop.read_data(config, "preference")
     encode = data.encoder("preference", tokenizer, found, config.data)
-    train, val = (
-        data.tokenised(rows, encode, config.data, found.notes, what)
-        for rows, what in ((found.train, "train"), (found.val, "validation"))
-    )
-    args = loop.arguments(
-        config,
-        DPOConfig,
-        "eval_loss",
-        False,
-        precompute_ref_log_probs=True,
-        max_length=None,
-        beta=config.beta,
-    )
+    train, val = loop.token_rows(config, found, encode)
+    fixed = {"precompute_ref_log_probs": True, "max_length": None, "beta": config.beta}
+    args = loop.arguments(config, DPOConfig, "eval_loss", False, **fixed)
     model, share = loop.ready_model(load_policy(config.model, config.attention), config)
+    pad = tokenizer.pad_token_id
     with args.main_process_first(local=False):  # the others read what it cached
-        train, val = (
-            with_reference(config, model, tokenizer, train),
-            with_reference(config, model, tokenizer, val),
-        )
-    trainer = trainer_class()(
+        train, val = (with_reference(config, model, pad, part) for part in (train, val))
+    trainer = loop.make_trainer(
+        trainer_class(),
+        config,
+        "CAUSAL_LM",
+        found,
+        tokenizer,
         model=model,
-        peft_config=lora_config(config.lora, "CAUSAL_LM"),
         args=args,
         train_dataset=train,
         eval_dataset=val,
-        processing_class=tokenizer,
-        data_collator=collate.pair_collator(tokenizer.pad_token_id, share),
+        data_collator=collate.pair_collator(pad, share),
     )
-    trainer.stage, trainer.names = config, loop.row_names(found)
     return trainer, found, tokenizer
 
 
-def with_reference(config: DpoConfig, model: Any, tokenizer: Any, dataset: Any) -> Any:
+def with_reference(config: DpoConfig, model: Any, pad: int, dataset: Any) -> Any:
     """The dataset with the reference's log-probabilities of both answers; zeros for simpo, which
-    has none.
+    has no reference.
     """
+    n, sides = len(dataset), ("chosen", "rejected")
     if config.loss == "simpo":
-        zeros = [0.0] * len(dataset)
-        return dataset.add_column("ref_chosen_logps", zeros).add_column("ref_rejected_logps", zeros)
-    from prefab.factory.keys import model_identity
-
-    name = config.reference or config.model
-    if config.reference:
-        model = load_policy(config.reference, config.attention)
-        collate.add_scored_forward(model)
-    identity = model_identity(model_folder(name), str(model_dtype(model)))
-    cache = (
-        Path(config.reference_cache)
-        if config.reference_cache
-        else Path(config.out).parent / "reference"
-    )
-    pairs = [
-        pair
-        for side in ("chosen_ids", "rejected_ids")
-        for pair in zip(dataset["prompt_ids"], dataset[side], strict=True)
-    ]
-    logps = reference_logps(
-        model,
-        identity,
-        pairs,
-        cache,
-        2 * (config.micro_batch or config.batch_size),
-        tokenizer.pad_token_id,
-    )
-    n = len(dataset)
-    return dataset.add_column("ref_chosen_logps", logps[:n]).add_column(
-        "ref_rejected_logps", logps[n:]
-    )
+        logps = [0.0] * 2 * n
+    else:
+        name = config.reference or config.model
+        if config.reference:
+            model = load_policy(config.reference, config.attention)
+            collate.add_scored_forward(model)
+        pairs = [
+            pair
+            for side in sides
+            for pair in zip(dataset["prompt_ids"], dataset[f"{side}_ids"], strict=True)
+        ]
+        batch = 2 * (config.micro_batch or config.batch_size)
+        cache = cache_folder(config.reference_cache, config.out)
+        logps = reference_logps(model, weights_of(model, name), pairs, cache, batch, pad)
+    for k, side in enumerate(sides):
+        dataset = dataset.add_column(f"ref_{side}_logps", logps[k * n : (k + 1) * n])
+    return dataset

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, data
-from prefab.trainers.common import (
-    load_policy,
-    load_tokenizer,
-    lora_config,
-    model_folder,
-    seed_everything,
-)
+from prefab.trainers.common import load_policy
 from prefab.trainers.offline import loop, losses
 from prefab.trainers.offline.loop import StageConfig
-from prefab.trainers.offline.reference import reference_logps
+from prefab.trainers.offline.reference import cache_folder, reference_logps, weights_of
+from prefab.trainers.registry import Stage
 
 
 class KtoConfig(StageConfig):
@@ -99,54 +93,43 @@ def _at(
 
 
 def run(config: KtoConfig, quiet: bool = False) -> dict[str, Any]:
-    """Train; give the result. A run that has ended is not run again.
+    """Train; give the result: see `loop.run`."""
+    return loop.run(config, "kto", prepare, quiet)
 
-    Raises: ConfigError, TrainError, StoreError.
-    """
-    if (done := loop.finished(config, "kto")) is not None:
-        return done
-    made, found, tokenizer = prepare(config)
-    return loop.fit(made, config, "kto", found, tokenizer, quiet)
+
+STAGE = Stage(KtoConfig, run, "unpaired")
 
 
 def prepare(config: KtoConfig) -> tuple[Any, data.Rows, Any]:
     """The trainer, ready to train, with its rows and its tokenizer."""
     from trl import KTOConfig
 
-    seed_everything(config.seed, config.threads)
-    tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
-    found = data.read_rows("unpaired", config.data)
+    tokenizer, found = loop.read_data(config, "unpaired")
     encode = data.encoder("unpaired", tokenizer, found, config.data)
-    train, val = (
-        data.tokenised(rows, encode, config.data, found.notes, what)
-        for rows, what in ((found.train, "train"), (found.val, "validation"))
-    )
+    train, val = loop.token_rows(config, found, encode)
     weights = balance(config, train["label"])
-    args = loop.arguments(
-        config,
-        KTOConfig,
-        "eval_loss",
-        False,
-        precompute_ref_log_probs=True,
-        max_length=None,
-        beta=config.beta,
-    )
+    fixed = {"precompute_ref_log_probs": True, "max_length": None, "beta": config.beta}
+    args = loop.arguments(config, KTOConfig, "eval_loss", False, **fixed)
     model, _ = loop.ready_model(load_policy(config.model, config.attention), config)
+    pad = tokenizer.pad_token_id
     with args.main_process_first(local=False):  # the others read what it cached
         train, val = (
-            with_reference(config, model, tokenizer, mismatched(part, config.seed))
+            with_reference(config, model, pad, mismatched(part, config.seed))
             for part in (train, val)
         )
-    trainer = trainer_class()(
+    trainer = loop.make_trainer(
+        trainer_class(),
+        config,
+        "CAUSAL_LM",
+        found,
+        tokenizer,
         model=model,
-        peft_config=lora_config(config.lora, "CAUSAL_LM"),
         args=args,
         train_dataset=train,
         eval_dataset=val,
-        processing_class=tokenizer,
-        data_collator=collate.single_collator(tokenizer.pad_token_id),
+        data_collator=collate.single_collator(pad),
     )
-    trainer.stage, trainer.names, trainer.weights = config, loop.row_names(found), weights
+    trainer.weights = weights
     return trainer, found, tokenizer
 
 
@@ -175,25 +158,15 @@ def mismatched(dataset: Any, seed: int) -> Any:
     return dataset.add_column("kl_ids", [answers[other[i]] for i in range(len(dataset))])
 
 
-def with_reference(config: KtoConfig, model: Any, tokenizer: Any, dataset: Any) -> Any:
+def with_reference(config: KtoConfig, model: Any, pad: int, dataset: Any) -> Any:
     """The dataset with the reference's log-probabilities of its own answers and of the others'."""
-    from prefab.factory.keys import model_identity
-
-    identity = model_identity(model_folder(config.model), str(next(model.parameters()).dtype))
-    cache = (
-        Path(config.reference_cache)
-        if config.reference_cache
-        else Path(config.out).parent / "reference"
+    identity, cache = (
+        weights_of(model, config.model),
+        cache_folder(config.reference_cache, config.out),
     )
+    batch = config.micro_batch or config.batch_size
     for name, column in (("ref_logps", "completion_ids"), ("ref_kl_logps", "kl_ids")):
         pairs = list(zip(dataset["prompt_ids"], dataset[column], strict=True))
-        logps = reference_logps(
-            model,
-            identity,
-            pairs,
-            cache,
-            config.micro_batch or config.batch_size,
-            tokenizer.pad_token_id,
-        )
+        logps = reference_logps(model, identity, pairs, cache, batch, pad)
         dataset = dataset.add_column(name, logps)
     return dataset

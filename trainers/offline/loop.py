@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -30,17 +30,21 @@ from prefab.trainers.common import (
     attention_for,
     default_device,
     last_checkpoint,
+    load_tokenizer,
+    lora_config,
     mark_complete,
     model_folder,
     record_eval,
     remove_old,
+    seed_everything,
     translate_errors,
     write_json,
 )
-from prefab.trainers.data import DataConfig, Rows
+from prefab.trainers.data import DataConfig, Encoder, Kind, Rows, read_rows, tokenised
 from prefab.trainers.model_card import write_card
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import Tensor
     from transformers import Trainer as _Trainer
 else:
@@ -110,6 +114,9 @@ class StageConfig(Strict):
         None, description="A Jinja file, for a tokenizer without one."
     )
     pad_token: str | None = None
+
+
+Config = TypeVar("Config", bound=StageConfig)
 
 
 def result_store(config: StageConfig) -> str | None:
@@ -340,6 +347,52 @@ class Loop(_Trainer):
             remove_old(Path(self.args.output_dir), self.kept, Path(best).name if best else "")
 
 
+def read_data(config: StageConfig, kind: Kind) -> tuple[Any, Rows]:
+    """Seed, then load the tokenizer and the rows of both splits."""
+    seed_everything(config.seed, config.threads)
+    tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
+    return tokenizer, read_rows(kind, config.data)
+
+
+def token_rows(config: StageConfig, found: Rows, encode: Encoder) -> tuple[Dataset, Dataset]:
+    """The train and the validation rows as tokens."""
+    train, val = (
+        tokenised(rows, encode, config.data, found.notes, what)
+        for rows, what in ((found.train, "train"), (found.val, "validation"))
+    )
+    return train, val
+
+
+def make_trainer(
+    kind: Any,
+    config: StageConfig,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"],
+    found: Rows,
+    tokenizer: Any,
+    **parts: Any,
+) -> Any:
+    """A trainer of class `kind` from its `parts` (model, args, data sets, collator)."""
+    trainer = kind(peft_config=lora_config(config.lora, task), processing_class=tokenizer, **parts)
+    trainer.stage, trainer.names = config, row_names(found)
+    return trainer
+
+
+def run(
+    config: Config,
+    stage: str,
+    prepare: Callable[[Config], tuple[Any, Rows, Any]],
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train what `prepare` gives (trainer, rows, tokenizer). A run that has ended is not run again.
+
+    Raises: ConfigError, TrainError, StoreError.
+    """
+    if (done := finished(config, stage)) is not None:
+        return done
+    trainer, found, tokenizer = prepare(config)
+    return fit(trainer, config, stage, found, tokenizer, quiet)
+
+
 def finished(config: StageConfig, stage: str) -> dict[str, Any] | None:
     """The result of this very training, where it has ended before; None where it has not.
 
@@ -392,23 +445,67 @@ def fit(
     quiet: bool = False,
     finish: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train, from the last whole checkpoint where there is one; write model, card and record; give
-    the result.
+    """Train, from the last whole checkpoint where there is one; write model, card and record.
 
-    `finish(model)` may add to the result (a reward model's normalisation) before the model is
-    written.
-    Raises: TrainError, StoreError; ConfigError where the data changed under an unfinished training.
+    Args:
+        trainer: A TRL trainer with `Loop`, ready to train.
+        config: The stage's configuration.
+        stage: Its name.
+        found: The rows, for lineage and notes.
+        tokenizer: Written beside the model.
+        quiet: No progress.
+        finish: Given the model before it is written, may add to the result (a reward model's
+            normalisation).
+
+    Returns:
+        The result: metrics of the validation split, steps, rows, seconds, and the model's folder.
+
+    Raises:
+        TrainError: Training cannot go on.
+        StoreError: The disk is full.
+        ConfigError: The data changed under an unfinished training.
     """
     out, main = Path(config.out), trainer.is_world_process_zero()
-    identity = {**_identity(config, stage)}
-    record = {
-        "identity": identity,
-        "data": data_digest(trainer.train_dataset),
-        "lineage": found.lineage,
-        "notes": found.notes,
-    }
-    file, sharded = out / RECORD, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded and config.lora and config.merge_lora:
+    record = _begin(trainer, config, stage, found)
+    _callbacks(trainer, config, stage, quiet or not main)
+    trainer.kept = config.keep_checkpoints
+    began = time.monotonic()
+    with translate_errors(out):
+        trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(out)) else None)
+        result = _result(trainer, stage, out, trainer.evaluate(), time.monotonic() - began)
+        sharded = _is_sharded(trainer)
+        if sharded:
+            trainer.save_model(str(out))
+        if main:
+            model = _written(trainer, out) if sharded else trainer.model
+            result |= finish(model) if finish else {}
+            _write(trainer, config, tokenizer, out, sharded)
+            _record(trainer, config, stage, record, result)
+        trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _is_sharded(trainer: Any) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _begin(trainer: Any, config: StageConfig, stage: str, found: Rows) -> dict[str, Any]:
+    """The record of a training that begins or goes on, written by the main process.
+
+    Raises: ConfigError where the folder holds an unfinished training on other data, or the
+    configuration cannot be carried out on several devices.
+    """
+    out, record = (
+        Path(config.out),
+        {
+            "identity": _identity(config, stage),
+            "data": data_digest(trainer.train_dataset),
+            "lineage": found.lineage,
+            "notes": found.notes,
+        },
+    )
+    file = out / RECORD
+    if _is_sharded(trainer) and config.lora and config.merge_lora:
         raise ConfigError(
             "merge_lora: adapters cannot be merged into weights that lie on several devices; write merge_lora: false"
         )
@@ -416,50 +513,49 @@ def fit(
         raise ConfigError(
             f"out: {out} holds an unfinished training on other data. Name a new folder, or delete it"
         )
-    trainer.accelerator.wait_for_everyone()  # all have read what stands there
-    if main:
+    trainer.accelerator.wait_for_everyone()  # all have read the file before it is written
+    if trainer.is_world_process_zero():
         write_json(file, record)
-    _callbacks(trainer, config, stage, quiet or not main)
-    trainer.kept = config.keep_checkpoints
-    began = time.monotonic()
-    with translate_errors(out):
-        trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(out)) else None)
-        metrics = trainer.evaluate()
-        result = {
-            "stage": stage,
-            "model": str(out),
-            "steps": trainer.state.global_step,
-            "train": len(trainer.train_dataset),
-            "val": len(trainer.eval_dataset),
-            "seconds": round(time.monotonic() - began, 1),
-            "metrics": {
-                k.removeprefix("eval_"): v
-                for k, v in metrics.items()
-                if k.startswith("eval_") and not k.endswith(("runtime", "per_second"))
-            },
-        }
-        if sharded:
-            trainer.save_model(str(out))
-        if main:
-            model = _written(trainer, out) if sharded else trainer.model
-            result |= finish(model) if finish else {}
-            _write(trainer, config, tokenizer, out, sharded)
-            record["result"] = result
-            write_card(out, stage, config, result, record, trainer.state.log_history)
-            write_json(file, record)
-            record_eval(
-                result_store(config),
-                f"train {stage}",
-                str(out),
-                result["metrics"],
-                steps=result["steps"],
-                data=record["data"],
-                weights=identity["weights"],
-                seed=config.seed,
-                history=[h for h in trainer.state.log_history if "eval_loss" in h],
-            )
-        trainer.accelerator.wait_for_everyone()
-    return result
+    return record
+
+
+def _result(
+    trainer: Any, stage: str, out: Path, metrics: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "model": str(out),
+        "steps": trainer.state.global_step,
+        "train": len(trainer.train_dataset),
+        "val": len(trainer.eval_dataset),
+        "seconds": round(seconds, 1),
+        "metrics": {
+            k.removeprefix("eval_"): v
+            for k, v in metrics.items()
+            if k.startswith("eval_") and not k.endswith(("runtime", "per_second"))
+        },
+    }
+
+
+def _record(
+    trainer: Any, config: StageConfig, stage: str, record: dict[str, Any], result: dict[str, Any]
+) -> None:
+    """Write the card, the finished record and the store's evaluation."""
+    out, history = Path(config.out), trainer.state.log_history
+    record["result"] = result
+    write_card(out, stage, config, result, record, history)
+    write_json(out / RECORD, record)
+    record_eval(
+        result_store(config),
+        f"train {stage}",
+        str(out),
+        result["metrics"],
+        steps=result["steps"],
+        data=record["data"],
+        weights=record["identity"]["weights"],
+        seed=config.seed,
+        history=[h for h in history if "eval_loss" in h],
+    )
 
 
 def _written(trainer: Any, out: Path) -> Any:

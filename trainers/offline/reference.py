@@ -13,9 +13,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefab.factory.keys import model_identity
 from prefab.trainers import collate
+from prefab.trainers.common import model_folder
 
 Pair = tuple[list[int], list[int]]  # prompt and answer
+
+
+def weights_of(model: Any, name: str) -> str:
+    """What identifies a loaded reference: its weights at `name`, and their precision in memory."""
+    return model_identity(model_folder(name), str(next(model.parameters()).dtype))
+
+
+def cache_folder(named: str | None, out: str) -> Path:
+    """The folder of cached log-probabilities: as named, else `reference/` beside the output."""
+    return Path(named) if named else Path(out).parent / "reference"
 
 
 def reference_logps(
@@ -23,7 +35,7 @@ def reference_logps(
 ) -> list[float]:
     """The summed log-probability of each answer after its prompt, in the order of `pairs`.
 
-    `model` needs the scored forward (`layout.add_scored_forward`), and is read in evaluation mode.
+    `model` needs the scored forward (`collate.add_scored_forward`), and is read in evaluation mode.
     """
     keys = [_key(pair) for pair in pairs]
     file = Path(cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.parquet"

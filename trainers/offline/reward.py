@@ -23,13 +23,12 @@ from prefab.trainers.common import (
     conversation_ids,
     load_reward,
     load_tokenizer,
-    lora_config,
     record_eval,
-    seed_everything,
     write_json,
 )
 from prefab.trainers.offline import loop, losses
 from prefab.trainers.offline.loop import StageConfig
+from prefab.trainers.registry import Stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,40 +156,37 @@ def _member(config: RewardTrainingConfig, quiet: bool) -> dict[str, Any]:
     return loop.fit(made, config, "reward", found, tokenizer, quiet, finish)
 
 
+STAGE = Stage(RewardTrainingConfig, run, "preference", writes=(FILE,))
+
+
 def prepare(config: RewardTrainingConfig) -> tuple[Any, data.Rows, Any]:
     """The trainer, ready to train, with its rows and its tokenizer."""
     from trl import RewardConfig
 
-    seed_everything(config.seed, config.threads)
-    tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
-    found = data.read_rows("preference", config.data)
+    tokenizer, found = loop.read_data(config, "preference")
     encode = data.encoder("preference", tokenizer, found, config.data, reward=True)
-    train, val = (
-        data.tokenised(rows, encode, config.data, found.notes, what)
-        for rows, what in ((found.train, "train"), (found.val, "validation"))
-    )
-    args = loop.arguments(
-        config,
-        RewardConfig,
-        "eval_accuracy",
-        True,
-        max_length=None,
-        disable_dropout=False,
-        center_rewards_coefficient=None,
-    )
+    train, val = loop.token_rows(config, found, encode)
+    fixed = {
+        "max_length": None,
+        "disable_dropout": False,
+        "center_rewards_coefficient": None,
+    }
+    args = loop.arguments(config, RewardConfig, "eval_accuracy", True, **fixed)
     loaded = load_reward(config.model, config.attention, new_head=True, dropout=config.dropout)
     loaded.config.pad_token_id = tokenizer.pad_token_id
     model, share = loop.ready_model(loaded, config)
-    trainer = trainer_class()(
+    trainer = loop.make_trainer(
+        trainer_class(),
+        config,
+        "SEQ_CLS",
+        found,
+        tokenizer,
         model=model,
-        peft_config=lora_config(config.lora, "SEQ_CLS"),
         args=args,
         train_dataset=train,
         eval_dataset=val,
-        processing_class=tokenizer,
         data_collator=collate.reward_collator(tokenizer.pad_token_id, share),
     )
-    trainer.stage, trainer.names = config, loop.row_names(found)
     return trainer, found, tokenizer
 
 

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from prefab.trainers import collate, data
-from prefab.trainers.common import load_policy, load_tokenizer, lora_config, seed_everything
+from prefab.trainers.common import load_policy
 from prefab.trainers.offline import loop
 from prefab.trainers.offline.loop import StageConfig
+from prefab.trainers.registry import Stage
 
 
 class SftConfig(StageConfig):
@@ -61,30 +62,24 @@ def trainer_class() -> Any:
 
 
 def run(config: SftConfig, quiet: bool = False) -> dict[str, Any]:
-    """Train; give the result. A run that has ended is not run again.
+    """Train; give the result: see `loop.run`."""
+    return loop.run(config, "sft", prepare, quiet)
 
-    Raises: ConfigError, TrainError, StoreError.
-    """
-    if (done := loop.finished(config, "sft")) is not None:
-        return done
-    made, found, tokenizer = prepare(config)
-    return loop.fit(made, config, "sft", found, tokenizer, quiet)
+
+STAGE = Stage(SftConfig, run, "sft")
 
 
 def prepare(config: SftConfig) -> tuple[Any, data.Rows, Any]:
     """The trainer, ready to train, with its rows and its tokenizer."""
     from trl import SFTConfig
 
-    seed_everything(config.seed, config.threads)
-    tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
-    found = data.read_rows("sft" if config.on == "demonstrations" else "preference", config.data)
+    tokenizer, found = loop.read_data(
+        config, "sft" if config.on == "demonstrations" else "preference"
+    )
     if config.on == "chosen":
         found.train, found.val = distinct(found.train), distinct(found.val)
     encode = data.encoder("sft", tokenizer, found, config.data, every_turn=config.every_turn)
-    train, val = (
-        data.tokenised(rows, encode, config.data, found.notes, what)
-        for rows, what in ((found.train, "train"), (found.val, "validation"))
-    )
+    train, val = loop.token_rows(config, found, encode)
     model, can_pack = loop.ready_model(
         load_policy(config.model, config.attention), config, config.packing
     )
@@ -94,25 +89,24 @@ def prepare(config: SftConfig) -> tuple[Any, data.Rows, Any]:
         found.notes.append(
             "not packed: this attention takes no mask that keeps conversations apart"
         )
-    args = loop.arguments(
+    fixed = {
+        "max_length": None,
+        "packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    args = loop.arguments(config, SFTConfig, "eval_loss", False, **fixed)
+    trainer = loop.make_trainer(
+        trainer_class(),
         config,
-        SFTConfig,
-        "eval_loss",
-        False,
-        max_length=None,
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    trainer = trainer_class()(
+        "CAUSAL_LM",
+        found,
+        tokenizer,
         model=model,
-        peft_config=lora_config(config.lora, "CAUSAL_LM"),
         args=args,
         train_dataset=train,
         eval_dataset=val,
-        processing_class=tokenizer,
         data_collator=collate.sft_collator(tokenizer.pad_token_id),
     )
-    trainer.names = loop.row_names(found)
     return trainer, found, tokenizer
 
 

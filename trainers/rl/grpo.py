@@ -32,9 +32,16 @@ from prefab.trainers.common import (
     mark_complete,
     translate_errors,
 )
+from prefab.trainers.registry import Stage
 from prefab.trainers.rl import checkpoint, evaluation, rewards, rollout
 from prefab.trainers.rl.config import GrpoConfig
-from prefab.trainers.rl.models import check_inputs, room_for_prompt
+from prefab.trainers.rl.models import (
+    check_inputs,
+    encoded_for_gold,
+    prompts_for,
+    rewards_for,
+    room_for_prompt,
+)
 from prefab.trainers.rl.rewards import Source
 from prefab.trainers.rl.rollout import Prompt
 from prefab.trainers.rl.state import GrpoRun, State
@@ -56,25 +63,22 @@ def run(
     checkpoints are kept.
     """
     with translate_errors(Path(config.out), "micro_batch or batch_size"):
-        if prompts is None:
-            prompts, eval_prompts = rollout.prompts_of(config.data, config.eval_prompts)
-        if sources is None:
-            sources = rewards.build(config.rewards)
-        if gold is None and config.gold:
-            gold = rewards.build([config.gold])[0]
+        prompts, eval_prompts = prompts_for(config, prompts, eval_prompts)
+        sources, gold = rewards_for(config, sources, gold)
         t = prepare_run(config, prompts, sources)
         last = _restore(t)
-        eval_ids = (
-            rollout.encode(t.tokenizer, eval_prompts, t.room, config.template_kwargs)
-            if gold
-            else []
-        )
+        eval_ids = encoded_for_gold(t, gold, eval_prompts)
         if t.state.step == 0:
             evaluation.start(t, gold, eval_prompts, eval_ids, config.method)
         trainer = _trainer(t, watch(t, gold, eval_prompts, eval_ids, on_step))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         checkpoint.finish(t)
         return t.state
+
+
+STAGE = Stage(
+    GrpoConfig, run, "prompts", ("policy", checkpoint.METRICS), "policy", with_rewards=True
+)
 
 
 def _restore(t: GrpoRun) -> Path | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prefab.factory.errors import ConfigError
 from prefab.trainers import distributed
 from prefab.trainers.common import Lora, load_policy, load_tokenizer, with_lora
-from prefab.trainers.rl import checkpoint, rollout
+from prefab.trainers.rl import checkpoint, rewards, rollout
 from prefab.trainers.rl.config import PpoConfig, RlConfig
 from prefab.trainers.rl.rewards import Source
 from prefab.trainers.rl.rollout import Packed, Prompt, SampledAnswer, TransformersSampler
@@ -54,6 +54,31 @@ def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[
         optimizer=_optimizer(config, policy, critic),
         sampler=_sampler(config, policy, ends, accelerator),
     )
+
+
+def prompts_for(
+    config: RlConfig, prompts: Sequence[Prompt] | None, eval_prompts: Sequence[Prompt]
+) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """(prompts to train on, prompts to evaluate on): those given, else the configuration's."""
+    if prompts is not None:
+        return prompts, eval_prompts
+    return rollout.prompts_of(config.data, config.eval_prompts)
+
+
+def rewards_for(
+    config: RlConfig, sources: Sequence[Source] | None, gold: Source | None
+) -> tuple[Sequence[Source], Source | None]:
+    """(rewards, gold): those given, else the configuration's."""
+    if sources is None:
+        sources = rewards.build(config.rewards)
+    if gold is None and config.gold:
+        gold = rewards.build([config.gold])[0]
+    return sources, gold
+
+
+def encoded_for_gold(t: Run, gold: Source | None, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The tokens of the prompts to evaluate on; none where there is no gold score."""
+    return rollout.encode(t.tokenizer, prompts, t.room, t.config.template_kwargs) if gold else []
 
 
 def check_inputs(method: str, prompts: Sequence[Prompt], sources: Sequence[Source]) -> None:

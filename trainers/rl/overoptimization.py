@@ -178,7 +178,10 @@ def _peak(form: str, a: float, b: float) -> float | None:
 
 
 def bon_kl(n: int) -> float:
-    """The largest KL of best-of-n to the policy it draws from, in nats: log n - (n - 1) / n."""
+    """The largest KL of best-of-n to the policy it draws from, in nats: log n - (n - 1) / n.
+
+    An upper bound, as shown by Beirami et al. 2024.
+    """
     return log(n) - (n - 1) / n
 
 

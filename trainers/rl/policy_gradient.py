@@ -1,8 +1,8 @@
-"""The arithmetic of PPO, GRPO and RLOO as pure functions of tensors.
+"""The arithmetic of PPO as pure functions of tensors.
 
-Axes: B answers, T tokens of an answer (padded on the right), P prompts, G answers a prompt, V
-vocabulary. A mask is True on real tokens: those up to and including the one that ends the answer.
-What stands outside the mask never matters.
+Axes: B answers, T tokens of an answer (padded on the right), V vocabulary. A mask is True on real
+tokens: those up to and including the one that ends the answer. What stands outside the mask never
+matters.
 """
 
 from __future__ import annotations
@@ -108,27 +108,6 @@ def gae(
         advantages.append(running)
     advantages_BT = torch.stack(advantages[::-1], dim=1)
     return advantages_BT, advantages_BT + values_BT
-
-
-def group_advantages(
-    rewards_PG: Tensor, kind: Literal["grpo", "rloo"], scale: bool = False
-) -> Tensor:
-    """How much better an answer is than the others to its prompt.
-
-    `grpo` subtracts the mean of the whole group, `rloo` that of the others; the first is (G-1)/G of
-    the second, which is an effective beta of beta G/(G-1). `scale` divides by the group's deviation
-    (of a sample, G-1), as GRPO does by default: the effective beta then differs by prompt.
-    Source: Shao et al. 2024, section 4.1.2; Kool et al. 2019.
-    """
-    G = rewards_PG.shape[1]
-    if G < 2:
-        raise ValueError("a group needs at least 2 answers to a prompt")
-    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    if kind == "rloo":
-        centred_PG = centred_PG * (G / (G - 1))
-    elif kind != "grpo":
-        raise ValueError(f"unknown kind of advantage {kind!r}")
-    return centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-4) if scale else centred_PG
 
 
 def policy_loss(

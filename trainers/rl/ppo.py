@@ -18,11 +18,19 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from prefab.trainers.common import TrainError, translate_errors
+from prefab.trainers.registry import Stage
 from prefab.trainers.rl import checkpoint, overoptimization, rewards, rollout, rollout_vllm
 from prefab.trainers.rl import policy_gradient as pg
 from prefab.trainers.rl.config import PpoConfig
 from prefab.trainers.rl.evaluation import calibrate, due, evaluate, rows_of, start, texts_of
-from prefab.trainers.rl.models import policy_kl, prepare_run, values_of
+from prefab.trainers.rl.models import (
+    encoded_for_gold,
+    policy_kl,
+    prepare_run,
+    prompts_for,
+    rewards_for,
+    values_of,
+)
 from prefab.trainers.rl.rewards import Source
 from prefab.trainers.rl.rollout import Prompt, SampledAnswer
 from prefab.trainers.rl.state import PpoRun, State
@@ -60,18 +68,10 @@ def run(
     EngineError where vLLM does not start; what is saved is kept.
     """
     with translate_errors(Path(config.out), "micro_batch or batch_size"):
-        if prompts is None:
-            prompts, eval_prompts = rollout.prompts_of(config.data, config.eval_prompts)
-        if sources is None:
-            sources = rewards.build(config.rewards)
-        if gold is None and config.gold:
-            gold = rewards.build([config.gold])[0]
+        prompts, eval_prompts = prompts_for(config, prompts, eval_prompts)
+        sources, gold = rewards_for(config, sources, gold)
         t = prepare_run(config, prompts, sources)
-        eval_ids = (
-            rollout.encode(t.tokenizer, eval_prompts, t.room, config.template_kwargs)
-            if gold
-            else []
-        )
+        eval_ids = encoded_for_gold(t, gold, eval_prompts)
         checkpoint.restore(t)
         if config.normalise == "reference" and not t.state.scales:
             t.state.scales = calibrate(t)
@@ -82,6 +82,11 @@ def run(
             _steps(t, gold, eval_prompts, eval_ids, on_step)
         checkpoint.finish(t)
         return t.state
+
+
+STAGE = Stage(
+    PpoConfig, run, "prompts", ("policy", checkpoint.METRICS), "policy", with_rewards=True
+)
 
 
 def _steps(

@@ -105,21 +105,23 @@ def score(
     for source in sources if completions else ():
         rows = [call(source, member, prompts, completions) for member in source.members]
         scale = (scales or {}).get(source.name) or [(0.0, 1.0)] * (len(rows) + 1)
-        columns = list(
-            zip(*(_scaled(row, one) for row, one in zip(rows, scale, strict=False)), strict=True)
-        )
-        found.raw[source.name] = [_mean(column) for column in zip(*rows, strict=True)]
-        found.disagreement[source.name] = [
-            pstdev(known) if len(known) > 1 else 0.0  # the same value in a hundredth of the time
-            for column in columns
-            if len(known := [x for x in column if x is not None]) == len(column)
-        ]
+        scaled = [_scaled(row, one) for row, one in zip(rows, scale, strict=False)]
+        columns = list(zip(*scaled, strict=True))
+        found.raw[source.name] = [combine(column, "mean") for column in zip(*rows, strict=True)]
+        found.disagreement[source.name] = _deviations(columns)
         whole = _scaled([combine(c, source.combine, source.lam) for c in columns], scale[-1])
         found.total[:] = [
             None if old is None or new is None else old + source.weight * new
             for old, new in zip(found.total, whole, strict=True)
         ]
     return found
+
+
+def _deviations(columns: Sequence[Sequence[float | None]]) -> list[float]:
+    """How far an ensemble's members differ, of each answer that all of them scored."""
+    complete = [[x for x in column if x is not None] for column in columns if None not in column]
+    # pstdev of one value is 0 too, and takes a hundred times as long
+    return [pstdev(known) if len(known) > 1 else 0.0 for known in complete]
 
 
 def _scaled(values: Sequence[float | None], scale: tuple[float, float]) -> list[float | None]:
@@ -153,10 +155,6 @@ def check_all_vary(found: Scores) -> None:
     if len(set(found.texts)) > 1:
         for name, raw in found.raw.items():
             check_varies(name, [x for x in raw if x is not None])
-
-
-def _mean(members: Sequence[float | None]) -> float | None:
-    return combine(members, "mean")
 
 
 def calibrate(

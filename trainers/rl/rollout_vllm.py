@@ -264,29 +264,34 @@ def answer_of(
     Raises: ValueError for what is no answer, TransportError for one that was broken off (a server
     that is being ended).
     """
+    ids, logps, reason = _tokens_of(reply)
+    ended = bool(ids) and ids[-1] in ends
+    if not ended and len(ids) < most:
+        raise TransportError(f"an answer was broken off after {len(ids)} tokens ({reason})")
+    if len(ids) > most or any(i in ends for i in ids[:-1]):
+        raise ValueError(f"{len(ids)} tokens, of {most} at most, or tokens after the end")
+    return SampledAnswer(prompt, ids, logps, ended)
+
+
+def _tokens_of(reply: Mapping[str, Any]) -> tuple[list[int], list[float], str]:
+    """(token ids, their log-probabilities, the finish reason) of a completion's one choice.
+
+    Raises: ValueError where they are missing, of unequal number, or not finite.
+    """
     choices = reply.get("choices")
     if not isinstance(choices, list) or len(choices) != 1:
         raise ValueError(
             f"{len(choices) if isinstance(choices, list) else 'no'} answers to one prompt"
         )
-    ids, logps = (
-        choices[0].get("token_ids"),
-        (choices[0].get("logprobs") or {}).get("token_logprobs"),
-    )
+    ids = choices[0].get("token_ids")
+    logps = (choices[0].get("logprobs") or {}).get("token_logprobs")
     if not isinstance(ids, list) or not isinstance(logps, list) or len(ids) != len(logps):
         raise ValueError("tokens without their log-probabilities; is it another version of vLLM?")
     if not all(isinstance(x, float) and isfinite(x) for x in logps):
         raise ValueError(
-            "a log-probability that is no number: weights that are none, or half precision that overflows"
+            "a log-probability is not a finite number: the weights are not finite, or half precision overflows"
         )
-    ended = bool(ids) and ids[-1] in ends
-    if not ended and len(ids) < most:
-        raise TransportError(
-            f"an answer was broken off after {len(ids)} tokens ({choices[0].get('finish_reason')})"
-        )
-    if len(ids) > most or any(i in ends for i in ids[:-1]):
-        raise ValueError(f"{len(ids)} tokens, of {most} at most, or tokens after the end")
-    return SampledAnswer(prompt, ids, logps, ended)
+    return ids, logps, str(choices[0].get("finish_reason"))
 
 
 def _at(t: PpoRun) -> str:

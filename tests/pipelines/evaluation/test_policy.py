@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from prefab.factory.engines.chat import Drawn
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Engine
-from prefab.pipelines.evaluation import vllm_sampling
+from prefab.pipelines.evaluation import policy_metrics, vllm_sampling
 from prefab.pipelines.evaluation.policy import PolicyEvalConfig, evaluate_policies, gold_of
-from prefab.trainers import collate, common, evaluate
-from prefab.trainers.evaluate import PolicyAnswer
+from prefab.pipelines.evaluation.policy_metrics import PolicyAnswer
+from prefab.trainers import collate, common
 from tests.support import trained
 
 
@@ -35,7 +35,7 @@ def test_figures_by_hand():
         made(1, "a b", 0.5, -3, -4),
         made(1, "c d e", 0.5, -2, -5),
     ]
-    f = evaluate.figures(found, [True, False])
+    f = policy_metrics.figures(found, [True, False])
     assert (
         f["kl"].value == pytest.approx(1.5) and f["entropy"].value == 2.0 and f["gold"].value == 0.5
     )
@@ -65,50 +65,50 @@ def test_figures_by_hand():
     ],
 )
 def test_refusals_in_plain_english(text, refuses):
-    assert bool(evaluate.REFUSES.search(text)) is refuses
+    assert bool(policy_metrics.REFUSES.search(text)) is refuses
 
 
 def test_self_bleu_by_hand():
-    assert evaluate.self_bleu(["the cat sat on the mat"] * 3) == pytest.approx(1.0)
-    assert evaluate.self_bleu(["a b c d", "e f g h"]) == 0.0
+    assert policy_metrics.self_bleu(["the cat sat on the mat"] * 3) == pytest.approx(1.0)
+    assert policy_metrics.self_bleu(["a b c d", "e f g h"]) == 0.0
     # "a b c d" against "a b x y": precisions 2/4, (1+1)/(3+1), (0+1)/(2+1), (0+1)/(1+1)
-    assert evaluate.self_bleu(["a b c d", "a b x y"]) == pytest.approx(
+    assert policy_metrics.self_bleu(["a b c d", "a b x y"]) == pytest.approx(
         (2 / 4 * 2 / 4 * 1 / 3 * 1 / 2) ** 0.25
     )
-    assert evaluate._bleu(["a"], [["a", "b"]], 1) == pytest.approx(math.exp(1 - 2))  # brevity
+    assert policy_metrics._bleu(["a"], [["a", "b"]], 1) == pytest.approx(math.exp(1 - 2))  # brevity
 
 
 def test_against_counts_decided_pairs_alone():
     mine = [made(0, "x", 1.0), made(0, "x", 0.0), made(1, "x", 0.5), made(1, "x", 0.2)]
     other = [made(0, "x", 0.0), made(0, "x", 0.0), made(1, "x", 0.7), made(1, "x", 0.1)]
-    a = evaluate.against(mine, other, lambda x: x.gold["gold"])
+    a = policy_metrics.against(mine, other, lambda x: x.gold["gold"])
     assert a.decided.value == 0.75 and a.win_rate.value == pytest.approx(2 / 3)
     assert a.difference.value == pytest.approx((1.0 + 0 - 0.2 + 0.1) / 4)
     assert a.length_controlled.value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
-    same = evaluate.against(mine, mine, lambda x: x.gold["gold"])
+    same = policy_metrics.against(mine, mine, lambda x: x.gold["gold"])
     assert same.win_rate.value is None and same.p == 1.0 and same.decided.value == 0.0
 
 
 def test_the_paired_test_is_exact_and_holds_its_level():
-    assert evaluate.sign_flip_p([1.0, 1.0, 1.0], [0, 1, 2], flips=20_000) == pytest.approx(
+    assert policy_metrics.sign_flip_p([1.0, 1.0, 1.0], [0, 1, 2], flips=20_000) == pytest.approx(
         2 / 8, abs=0.02
     )
     rng = np.random.default_rng(0)
     ps = [
-        evaluate.sign_flip_p(
+        policy_metrics.sign_flip_p(
             np.repeat(rng.standard_normal(12), 4), np.repeat(np.arange(12), 4), flips=200, seed=k
         )
         for k in range(300)
     ]  # four answers a prompt that agree: counted apiece they would look like 48
     assert 0.02 < np.mean(np.array(ps) <= 0.05) < 0.09
-    assert evaluate.sign_flip_p(0.5 + rng.standard_normal(200), np.arange(200)) < 0.001
+    assert policy_metrics.sign_flip_p(0.5 + rng.standard_normal(200), np.arange(200)) < 0.001
 
 
 def test_best_of_takes_the_highest_proxy_of_the_first():
     found = [made(0, str(k), proxy=v) for k, v in enumerate([0.1, 0.7, 0.9])] + [
         made(1, "z", proxy=0.0)
     ]
-    chosen, most = evaluate.best_of(found, 2)
+    chosen, most = policy_metrics.best_of(found, 2)
     assert [a.text for a in chosen] == ["1", "z"] and most == pytest.approx(math.log(2) - 0.5)
 
 
@@ -130,11 +130,16 @@ def test_kl_is_that_of_the_distributions(folders):
     exact = float((p.exp() * (p - q)).sum())
     for m in models.values():
         collate.add_scored_forward(m)
-    found = evaluate.answers(models["1"], tokenizer, turns, 3000, 1, 0, models["2"], batch=500)
+
+    def answers(samples, most, reference):
+        drawn = policy_metrics.draw(models["1"], tokenizer, turns, samples, most, 0, 500)
+        return policy_metrics.measured(models["1"], tokenizer, drawn, samples, reference)
+
+    found = answers(3000, 1, models["2"])
     ratios = [a.logp - a.ref_logp for a in found]
     assert abs(np.mean(ratios) - exact) < 4 * np.std(ratios) / math.sqrt(3000)
     assert np.std(ratios) > 0.05 and exact > 0.01
-    again = evaluate.answers(models["1"], tokenizer, turns, 3, 4, 0, models["1"])
+    again = answers(3, 4, models["1"])
     assert all(a.logp == pytest.approx(a.ref_logp) for a in again)
 
 
@@ -251,7 +256,7 @@ def test_served_answers_are_measured_on_the_very_ids_drawn(folders):
         tokenizer.eos_token_id
     ]
     assert main[0].prompt == common.prompt_ids(tokenizer, questions[0][0], config.template_kwargs)
-    found = evaluate.measured(model, tokenizer, main, 2, model)
+    found = policy_metrics.measured(model, tokenizer, main, 2, model)
     assert (
         [a.prompt for a in found] == [0, 0, 1, 1, 2, 2]
         and {a.text for a in found} == {"do"}
@@ -268,7 +273,7 @@ def test_served_answers_are_measured_on_the_very_ids_drawn(folders):
         found[0].logp == pytest.approx(exact, abs=1e-4) == found[0].ref_logp
         and found[0].sampler_logp == -3.0
     )
-    assert evaluate.figures(found)["sampler_gap"].value == pytest.approx(
+    assert policy_metrics.figures(found)["sampler_gap"].value == pytest.approx(
         np.mean([abs(-3 - a.logp) / 3 for a in found])
     )
 
@@ -384,7 +389,7 @@ def test_a_judge_that_took_no_part_compares_too(tmp_path):
         )
     found = [made(i, text) for i, (_, text, _) in enumerate(pairs)]
     other = [made(i, text) for i, (_, _, text) in enumerate(pairs)]
-    a = evaluate.compared(
+    a = policy_metrics.compared(
         list(zip(found, other, strict=True)), [0.0 if h.tie else h.p_a - 0.5 for h in heard]
     )
     assert a.decided.value == pytest.approx(2 / 3) and a.win_rate.value == 0.5

@@ -11,9 +11,8 @@ from typer.testing import CliRunner
 
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.main import app
-from prefab.pipelines.training.offline import STAGES, train
-from prefab.pipelines.training.stages import load_config
-from prefab.trainers.registry import CONFIGS
+from prefab.pipelines.training.stages import load_config, train
+from prefab.trainers.registry import STAGES
 from tests.support import trained
 
 
@@ -54,7 +53,7 @@ def test_a_file_becomes_a_model(folder):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_presets_are_valid_and_take_overrides(stage):
-    config = CONFIGS[stage]
+    config = STAGES[stage].config
     loaded = load_config(
         Path(stage), config, ["seed=7", "data.sources.0.store=elsewhere", "lora={rank: 8}"]
     )

@@ -22,7 +22,7 @@ from prefab.factory.errors import ConfigError, StoreError
 from prefab.trainers import collate, common
 from prefab.trainers.offline import losses
 from prefab.trainers.offline import reward as reward_stage
-from prefab.trainers.registry import CONFIGS, STAGES
+from prefab.trainers.registry import STAGES
 from tests.support import trained
 
 OFFLINE = ("sft", "reward", "dpo", "kto")
@@ -41,7 +41,7 @@ def world(tmp_path_factory):
 
         def config(self, stage, out, **more):
             data = more.pop("data", None) or trained.data(store)
-            return CONFIGS[stage].model_validate(
+            return STAGES[stage].config.model_validate(
                 {
                     "model": more.pop("model", str(model)),
                     "out": str(out),

@@ -217,26 +217,6 @@ def test_value_loss(seed, clip):
     assert close(loss, slow) and int(clipped) == count
 
 
-@settings(max_examples=40, deadline=None)
-@given(SEEDS, st.integers(2, 6), st.booleans())
-def test_group_advantages(seed, G, scale):
-    rewards = torch.randn(3, G, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    for kind in ("grpo", "rloo"):
-        fast = pg.group_advantages(rewards, kind, scale)
-        for p, row in enumerate(rewards.tolist()):
-            mean = sum(row) / G
-            deviation = sqrt(sum((r - mean) ** 2 for r in row) / (G - 1)) + 1e-4 if scale else 1.0
-            for g, reward in enumerate(row):
-                others = [r for i, r in enumerate(row) if i != g]
-                baseline = mean if kind == "grpo" else sum(others) / len(others)
-                assert isclose(fast[p, g].item(), (reward - baseline) / deviation, abs_tol=1e-6)
-
-
-def test_a_group_of_one_has_no_advantage():
-    with pytest.raises(ValueError, match="at least 2"):
-        pg.group_advantages(torch.zeros(3, 1), "rloo")
-
-
 @settings(max_examples=30, deadline=None)
 @given(SEEDS)
 def test_entropy(seed):

@@ -14,13 +14,12 @@ pytest.importorskip("trl")
 
 import itertools
 
-from benchmarks import exact_optimum
 from prefab.factory.errors import ConfigError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
 from prefab.trainers.rl import checkpoint, ppo, rewards, rollout
 from prefab.trainers.rl import policy_gradient as pg
 from tests.support import answer_world as aw
-from tests.support import kill_ppo_driver
+from tests.support import exact_optimum, kill_ppo_driver
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[3]
