@@ -1,5 +1,5 @@
-"""Judges and programs as rewards of PPO and GRPO: direct RLAIF (Lee et al. 2023), and answers that
-can be checked.
+"""Judges and verifiers as rewards of PPO and GRPO: direct RLAIF (Lee et al. 2023), and programs
+that check an answer.
 
 A judge is a pointwise one of a pipeline file: the expected score over its labels, scaled to -1..1,
 a mean over the constitution's principles as the panel selects them. Questions go through the
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -29,12 +29,12 @@ from prefab.judges.base import Judge
 from prefab.judges.kinds import verifier
 from prefab.pipelines.config.loader import ResolvedPipeline, resolve_pipeline
 from prefab.pipelines.run import judging
-from prefab.pipelines.run.asking import asking_session, engine_for
-from prefab.pipelines.run.context import Context
-from prefab.trainers.rl import rewards
+from prefab.pipelines.run.asking import AskingSession, asking_session, engine_for
+from prefab.trainers.rl import rewards, rollout
 from prefab.trainers.rl.rewards import Reward, RewardConfig, Source
 
 Engines = Mapping[str, Engine]
+T = TypeVar("T")
 Score = Callable[[Prompt, str], Coroutine[Any, Any, float | None]]
 
 
@@ -82,15 +82,15 @@ class Background:
         self._thread.join()
         self.loop.close()
 
-    def __call__(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """What a coroutine gives."""
+    def __call__(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop; its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
 
 def reward_of(score: Score, background: Background) -> Reward:
     """A function of one prompt and text as a reward on many, all asked at once."""
 
-    def reward(prompts: Sequence[rewards.Prompt], completions: Sequence[str]) -> list[float | None]:
+    def reward(prompts: Sequence[rollout.Prompt], completions: Sequence[str]) -> list[float | None]:
         async def every() -> list[float | None]:
             return await asyncio.gather(
                 *(
@@ -104,7 +104,7 @@ def reward_of(score: Score, background: Background) -> Reward:
     return reward
 
 
-def asked(prompt: rewards.Prompt) -> Prompt:
+def asked(prompt: rollout.Prompt) -> Prompt:
     """A trainer's prompt as one of a pipeline; its id is that of its text."""
     messages = tuple(Message(turn["role"], turn["content"]) for turn in rewards.turns(prompt))
     return Prompt(keys.prompt_id(messages), messages)
@@ -133,14 +133,14 @@ def of_judge(
         behind=folder,
         quiet=quiet,
     )
-    ctx = background(asking.__aenter__()).ctx
+    session = background(asking.__aenter__())
     try:
-        yield reward_of(scorer(loaded, judge, ctx), background)
+        yield reward_of(scorer(loaded, session), background)
     finally:
         background(asking.__aexit__(None, None, None))
 
 
-def find(loaded: ResolvedPipeline, config: RewardConfig) -> Any:
+def find(loaded: ResolvedPipeline, config: RewardConfig) -> Judge[Any]:
     """The judge that a reward names; without a name, the pipeline's first pointwise one. Raises:
     ConfigError.
     """
@@ -159,11 +159,12 @@ def find(loaded: ResolvedPipeline, config: RewardConfig) -> Any:
     return found[0]
 
 
-def scorer(loaded: ResolvedPipeline, judge: Judge[Any], ctx: Context) -> Score:
-    """What the judge says of an answer: the weighted mean over principles, None where less than the
+def scorer(loaded: ResolvedPipeline, session: AskingSession) -> Score:
+    """The judge's score of an answer: the weighted mean over principles, None where less than the
     panel's `min_scored` of their weight is scored.
     """
-    principles, rule = loaded.constitution.principles, loaded.config.panel
+    judge, ctx = session.judge, session.ctx
+    principles, rule = loaded.constitution.principles, ctx.config.panel
     selection = rule.selection or loaded.constitution.selection
     tagged = any(p.applies_when for p in principles)  # only the pipeline's own prompts have tags
     tags = {keys.prompt_id(p.messages): p.tags for p in loaded.prompts} if tagged else {}
@@ -172,18 +173,18 @@ def scorer(loaded: ResolvedPipeline, judge: Judge[Any], ctx: Context) -> Score:
     async def score(prompt: Prompt, text: str) -> float | None:
         if prompt.id not in recorded:
             recorded.add(prompt.id)
-            ctx.asker.add_prompts([prompt])
+            session.ledger.add_prompts([prompt])
         drawn = panel.draw(
             principles, selection, loaded.config.seed, prompt.id, (0,), 0, tags.get(prompt.id, ())
         )
-        sample = Sample(
-            prompt.id, int(keys.digest(text)[:7], 16), text
-        )  # the same answer is the same use
-        heard = await judging.judge(judge, [(Comparison(prompt, sample, sample), drawn)], ctx)
+        # numbered by its text: the same answer is the same use
+        sample = Sample(prompt.id, int(keys.digest(text)[:7], 16), text)
         weights = {p.id: p.weight if len(drawn) > 1 else 1.0 for p in drawn}
+        asks = [(Comparison(prompt, sample, sample), drawn)]
+        responses = await judging.judge(judge, asks, ctx)
         found = [
             (weights[one.use.principle], judge.reward(one.value))
-            for one in heard
+            for one in responses
             if isinstance(one.value, judges.Score)
         ]
         scored = [(weight, value) for weight, value in found if value is not None]

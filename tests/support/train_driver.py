@@ -20,7 +20,7 @@ if __name__ == "__main__":
     print(
         json.dumps(
             stage.run(
-                STAGES[sys.argv[1].config].model_validate_json(Path(sys.argv[2]).read_text()),
+                stage.config.model_validate_json(Path(sys.argv[2]).read_text()),
                 quiet=True,
             )["steps"]
         )
