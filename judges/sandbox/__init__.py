@@ -89,8 +89,13 @@ def _mode() -> dict[str, Any]:
         if _known:
             return _known[0]
         why: list[str] = []
-        for isolated in (True, False) if sys.platform == "linux" else (False,):
-            mode = {"isolated": isolated, "why": "; ".join(why), "says": _SAYS[isolated]}
+        for isolated, filtered in ((True, True), (True, False), (False, True), (False, False)):
+            mode = {
+                "isolated": isolated,
+                "filtered": filtered,
+                "why": "; ".join(why),
+                "says": _SAYS[isolated],
+            }
             result = _examine("assert one() == 1", "def one(): return 1", Limits(), mode)
             if result.get("passed") == 1:
                 _known.append(mode)

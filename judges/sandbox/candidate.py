@@ -219,6 +219,8 @@ class Host:
 if __name__ == "__main__":
     import socket
 
+    sys.path += sys.argv[1:]
+    sys.argv = [""]
     line = socket.socket(fileno=3)
     send(line, {"value": "ready"})
     Host(line).serve()

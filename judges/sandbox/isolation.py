@@ -1,10 +1,11 @@
-"""A sandbox for code that nobody trusts: namespaces where the system has them, resource limits
-everywhere.
+"""A jail for code that nobody trusts: namespaces, an almost empty root and a filter of system calls
+where the system has them, resource limits everywhere.
 
 Standard library only; called by `test_runner.py` in a process that will run nothing else. Each
-function changes the process that calls it. What the sandbox keeps in: the network, every file but a
-small scratch folder in memory, other processes, CPU seconds, memory, file sizes, the number of
-processes. What it does not: files can be read by name.
+function changes the process that calls it. The answer's process has no network and no sockets to
+anybody, sees no file but Python and the system's libraries (read-only) and a small scratch folder
+in memory, no device but null, zero, full and random, and no process but its own; CPU seconds,
+memory, file sizes and the number of processes are limited.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import os
 import resource
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from prefab.judges.sandbox import seccomp
 
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x20000,
@@ -29,8 +33,16 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
 DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38  # linux/prctl.h
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
 SYS_MOUNT_SETATTR, AT_RECURSIVE, RDONLY = 442, 0x8000, 1
+SYS_PIVOT_ROOT = 155 if os.uname().machine == "x86_64" else 41
+MNT_DETACH = 2
 INSIDE_ID = 1000
-SCRATCH, HELD = "/tmp", "/mnt"
+SCRATCH, ROOT = "/tmp", "/tmp/.root"  # ROOT: what will be the answer's /
+DEVICES = ("null", "zero", "full", "random", "urandom")
+LIBRARIES = (
+    *(f"{above}lib{kind}" for above in ("usr/", "") for kind in ("", "32", "64", "x32")),
+    "etc/ld.so.cache",
+    "usr/share/zoneinfo",
+)
 FIRST_NOBODY = 1_900_000_000  # above every id that is given to people or containers
 
 
@@ -47,8 +59,10 @@ def prctl(option: int, value: int) -> None:
 
 
 def isolate(job: dict[str, Any]) -> None:
-    """New namespaces: no network, no file to write but a small scratch folder. Raises: OSError
-    where not allowed.
+    """New namespaces: no network, no file to write but a small scratch folder. Makes the answer's
+    root.
+
+    Raises: OSError where not allowed.
     """
     uid, gid = os.geteuid(), os.getegid()
     _libc("unshare", NEWNS | NEWNET | NEWIPC | NEWUTS | (NEWUSER if uid else 0))
@@ -61,17 +75,86 @@ def isolate(job: dict[str, Any]) -> None:
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     _libc("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
-    attributes = (ctypes.c_uint64 * 4)(RDONLY, 0, 0, 0)
-    _libc("syscall", SYS_MOUNT_SETATTR, -100, b"/", AT_RECURSIVE, ctypes.byref(attributes), 32)
-    if not uid:  # the answer will be nobody, who may not enter the folder where root's Python is
-        mount_scratch(HELD, 1)
-        for name in ("python", "packages"):
-            os.mkdir(f"{HELD}/{name}")
-            _libc(
-                "mount", job[name].encode(), f"{HELD}/{name}".encode(), None, MS_BIND | MS_REC, None
-            )
-            job[name] = f"{HELD}/{name}"
+    _read_only("/", AT_RECURSIVE)
+    # opened before the scratch folder hides what lies below it
+    visible = {inside: _opened(source) for inside, source in _visible(job).items()}
     mount_scratch(SCRATCH, job["file_mb"])
+    _make_root({inside: held for inside, held in visible.items() if held is not None})
+    if not job["see_packages"]:
+        _hide_packages(f"{ROOT}/python")
+
+
+def _visible(job: dict[str, Any]) -> dict[str, str]:
+    """The files and folders of this machine that an answer sees: its name for each, and ours."""
+    parts = (f"bin/{job['binary']}", "lib", "lib64")
+    visible = {f"python/{part}": os.path.join(job["python"], part) for part in parts}
+    visible |= {path: f"/{path}" for path in LIBRARIES}
+    visible |= {f"dev/{name}": f"/dev/{name}" for name in DEVICES}
+    if job["python"].startswith("/nix/"):
+        visible["nix/store"] = "/nix/store"
+    if job["see_packages"]:
+        visible["packages"] = job["packages"]
+    return visible
+
+
+def _opened(source: str) -> str | int | None:
+    """The target of a relative link, else a file descriptor of the file or folder; None where there
+    is none.
+    """
+    if os.path.islink(source) and not os.readlink(source).startswith("/"):
+        return os.readlink(source)
+    try:
+        return os.open(source, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def _make_root(visible: dict[str, str | int]) -> None:
+    """A file system in memory with these files and folders, and nothing else, made read-only."""
+    os.mkdir(ROOT)
+    mount_scratch(ROOT, 1)
+    for path in ("proc", "tmp"):
+        os.mkdir(f"{ROOT}/{path}")
+    for inside, held in visible.items():
+        place = f"{ROOT}/{inside}"
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        if isinstance(held, str):
+            os.symlink(held, place)
+            continue
+        if stat.S_ISDIR(os.fstat(held).st_mode):
+            os.mkdir(place)
+        else:
+            os.close(os.open(place, os.O_CREAT | os.O_WRONLY))
+        _mount(f"/proc/self/fd/{held}", place, MS_BIND | MS_REC)
+        os.close(held)
+    _read_only(ROOT, 0)
+
+
+def _hide_packages(python: str) -> None:
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for name in ("lib", "lib64"):
+        folder = f"{python}/{name}/{version}/site-packages"
+        if os.path.isdir(folder) and not os.path.islink(f"{python}/{name}"):
+            mount_scratch(folder, 1, RDONLY)
+
+
+def enter_root(file_mb: int) -> None:
+    """Make the root that `isolate` has made this process's own, with an empty scratch folder."""
+    _libc("unshare", NEWNS)
+    mount_scratch(f"{ROOT}{SCRATCH}", file_mb)
+    os.chdir(ROOT)
+    _libc("syscall", SYS_PIVOT_ROOT, b".", b".")
+    _libc("umount2", b".", MNT_DETACH)  # the old root, which lies over the new one
+    os.chdir(SCRATCH)
+
+
+def _mount(source: str, place: str, flags: int) -> None:
+    _libc("mount", source.encode(), place.encode(), None, flags, None)
+
+
+def _read_only(place: str, flags: int) -> None:
+    attributes = (ctypes.c_uint64 * 4)(RDONLY, 0, 0, 0)
+    _libc("syscall", SYS_MOUNT_SETATTR, -100, place.encode(), flags, ctypes.byref(attributes), 32)
 
 
 def leave_root(many_users: bool) -> None:
@@ -175,14 +258,12 @@ def start_answer(job: dict[str, Any]) -> tuple[socket.socket, int]:
 def _become_answer(job: dict[str, Any], fd: int) -> None:
     os.setsid()
     many_users = _many_users()
-    if job["isolated"]:
-        _libc("unshare", NEWNS)
-        mount_scratch(SCRATCH, job["file_mb"])
-        mount_scratch(
-            "/proc", 1, flags=RDONLY
-        )  # other processes' memory and command lines are in there
-    os.chdir(SCRATCH if job["isolated"] else job["folder"])
     os.dup2(fd, 3)
+    if job["isolated"]:
+        enter_root(job["file_mb"])
+        job = {**job, "python": "/python", "packages": "/packages"}
+    else:
+        os.chdir(job["folder"])
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
@@ -195,13 +276,15 @@ def _become_answer(job: dict[str, Any], fd: int) -> None:
     leave_root(many_users)
     prctl(DEATH_SIGNAL, signal.SIGKILL)  # after the change of user, which clears it
     prctl(NO_NEW_PRIVILEGES, 1)
+    if job.get("filtered"):
+        seccomp.install(None if job["isolated"] else os.getpid())
     os.set_inheritable(3, True)
     python = os.path.join(job["python"], "bin", job["binary"])
-    start = f"import sys; sys.path.append({job['packages']!r})\n" if job["see_packages"] else ""
     environment = {
         "LD_LIBRARY_PATH": os.path.join(job["python"], "lib"),
         "LANG": "C.UTF-8",
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
-    os.execve(python, [python, "-I", "-S", "-c", start + job["candidate"]], environment)
+    packages = [job["packages"]] if job["see_packages"] else []
+    os.execve(python, [python, "-I", "-S", "-c", job["candidate"], *packages], environment)
