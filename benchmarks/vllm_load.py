@@ -243,6 +243,7 @@ def order_of_blocks(options: argparse.Namespace, folder: Path, url: str) -> list
     from prefab.factory.spec.templates import Template
     from prefab.factory.spec.templates import load_template as load_template
     from prefab.factory.types import Comparison, Message, Prompt, Sample
+    from prefab.judges.base import RequestContext
     from prefab.judges.kinds import pairwise
     from prefab.pipelines.store.fill import query
 
@@ -253,7 +254,7 @@ def order_of_blocks(options: argparse.Namespace, folder: Path, url: str) -> list
         [options.n_pairs],
     )
     principles = load_constitution(Path(options.constitution)).principles
-    config = pairwise.PairwiseConfig(name="judge", engine="judge")
+    judge = pairwise.PairwiseJudge(pairwise.PairwiseConfig(name="judge", engine="judge"))
     naive = Template("naive", "pairwise", NAIVE)
     templates = {"question last (ours)": load_template("pairwise"), "question first": naive}
     asks: dict[str, list[Any]] = {name: [] for name in templates}
@@ -261,8 +262,9 @@ def order_of_blocks(options: argparse.Namespace, folder: Path, url: str) -> list
         prompt = Prompt(prompt_id, tuple(Message(*m) for m in json.loads(messages)))
         pair = Comparison(prompt, Sample(prompt_id, 0, texts[0]), Sample(prompt_id, 1, texts[1]))
         for name, template in templates.items():
+            context = RequestContext(model="m", templates={"judge": template})
             asks[name] += [
-                pairwise.request(config, template, pair, p, "m", order)
+                judge.request("judge", pair, p, order, 0, context)
                 for order in ("ab", "ba")
                 for p in principles
             ]

@@ -26,6 +26,7 @@ from prefab.factory.microworld import WEIGHTS, oracle, tasks
 from prefab.factory.microworld import grammar as g
 from prefab.factory.spec.templates import Template, load_template
 from prefab.factory.types import Comparison, Completion, Principle, Request, Sample, Sampling
+from prefab.judges.base import RequestContext
 from prefab.judges.kinds import critique, pairwise, pointwise, rubric
 from prefab.judges.stats.calibration import ece
 
@@ -66,6 +67,10 @@ class Asker:
     def __init__(self, engine) -> None:
         self.engine, self.gate = engine, asyncio.Semaphore(engine.max_in_flight)
 
+    def context(self, **templates: Template) -> RequestContext:
+        """What judges' requests need, with these templates by name."""
+        return RequestContext(model=self.engine.identity, templates=templates)
+
     async def all(self, requests: Sequence[Request]) -> list[Completion]:
         """The answers, in order."""
         return list(await asyncio.gather(*(self._one(r) for r in requests)))
@@ -84,8 +89,9 @@ async def pairs(
     words: Callable[[random.Random, str], Principle] | None = None,
 ) -> dict:
     """Decided pairs in both orders: n a principle. Accuracy is of the mean of both orders."""
-    rng, config = random.Random(f"pairs {held_out} {attack}"), pairwise.PairwiseConfig(name="judge")
-    template = template or load_template("pairwise")
+    rng = random.Random(f"pairs {held_out} {attack}")
+    judge = pairwise.PairwiseJudge(pairwise.PairwiseConfig(name="judge"))
+    context = ask.context(judge=template or load_template("pairwise"))
     items, requests = [], []
     for name in g.PRINCIPLES:
         for k in range(n):
@@ -97,11 +103,10 @@ async def pairs(
             )
             items.append((name, gold))
             requests += [
-                pairwise.request(config, template, comparison, said, ask.engine.identity, o)
-                for o in ("ab", "ba")
+                judge.request("judge", comparison, said, o, 0, context) for o in ("ab", "ba")
             ]
     done = await ask.all(requests)
-    verdicts = [pairwise.parse(c, "ab" if i % 2 == 0 else "ba", config) for i, c in enumerate(done)]
+    verdicts = [judge.parse(c, "ab" if i % 2 == 0 else "ba") for i, c in enumerate(done)]
     return _score_pairs(items, verdicts)
 
 
@@ -137,11 +142,11 @@ def _score_pairs(items: list[tuple[str, str]], verdicts: list) -> dict:
 
 async def ties(ask: Asker, n: int) -> dict:
     """Pairs that are ties under the principle: how often the mean of both orders calls them so."""
-    rng, config, template = (
+    rng, judge = (
         random.Random("ties"),
-        pairwise.PairwiseConfig(name="judge"),
-        load_template("pairwise"),
+        pairwise.PairwiseJudge(pairwise.PairwiseConfig(name="judge")),
     )
+    context = ask.context(judge=load_template("pairwise"))
     requests = []
     for name in g.PRINCIPLES:
         for _ in range(n):
@@ -151,10 +156,9 @@ async def ties(ask: Asker, n: int) -> dict:
             )
             said = principle(rng, name)
             requests += [
-                pairwise.request(config, template, comparison, said, ask.engine.identity, o)
-                for o in ("ab", "ba")
+                judge.request("judge", comparison, said, o, 0, context) for o in ("ab", "ba")
             ]
-    verdicts = [pairwise.parse(c, "ab", config) for c in await ask.all(requests)]
+    verdicts = [judge.parse(c, "ab") for c in await ask.all(requests)]
     seen = [
         (x.tie_mass / x.mass + y.tie_mass / y.mass) / 2 > 0.5
         for x, y in zip(verdicts[::2], verdicts[1::2], strict=True)
@@ -166,12 +170,12 @@ async def ties(ask: Asker, n: int) -> dict:
 async def singles(ask: Asker, n: int) -> dict:
     """Rubric, grade and critique: n answers a principle, half of them at fault; grades also of
     answers as a whole."""
-    rng, model = random.Random("singles"), ask.engine.identity
-    grader, checker, critic = (
-        pointwise.PointwiseConfig(name="p"),
-        rubric.RubricConfig(name="r"),
-        critique.CritiqueConfig(),
-    )
+    rng = random.Random("singles")
+    grader = pointwise.PointwiseJudge(pointwise.PointwiseConfig(name="pointwise"))
+    checker = rubric.RubricJudge(rubric.RubricConfig(name="rubric"))
+    critic = critique.Critic(critique.CritiqueConfig())
+    names = ("pointwise", "rubric", "critique")
+    context = ask.context(**{name: load_template(name) for name in names})
     overall = Principle("overall", "", "", "", "", g.wording(rng, "overall", "criterion"))
     grades, checks, critiques, gold = [], [], [], []
     for name in g.PRINCIPLES:
@@ -179,28 +183,12 @@ async def singles(ask: Asker, n: int) -> dict:
             s, a = one(rng, name, k % 2 == 0)
             said, sample = principle(rng, name), Sample(s.prompt.id, 0, a.text)
             gold.append((name, a))
-            checks.append(
-                rubric.request(
-                    checker, load_template("rubric"), s.prompt, sample, said.criterion, model
-                )
-            )
-            critiques.append(
-                critique.critique_request(
-                    critic, load_template("critique"), s.prompt, sample, said, model
-                )
-            )
-            grades.append(
-                pointwise.request(
-                    grader,
-                    load_template("pointwise"),
-                    s.prompt,
-                    sample,
-                    overall if k % 4 >= 2 else said,
-                    model,
-                )
-            )
-    yes = [rubric.parse(c, checker).value for c in await ask.all(checks)]
-    scores = [pointwise.parse(c, grader).value for c in await ask.all(grades)]
+            checks.append(checker.request(s.prompt, sample, said, 0, 0, context))
+            critiques.append(critic.critique_request(s.prompt, sample, said, context))
+            graded = overall if k % 4 >= 2 else said
+            grades.append(grader.request(s.prompt, sample, graded, 0, 0, context))
+    yes = [checker.decode(None, c).value for c in await ask.all(checks)]
+    scores = [grader.decode(None, c).value for c in await ask.all(grades)]
     said_of = [critique.parse_critique(c) for c in await ask.all(critiques)]
     rubric_right = [
         v is not None and (v > 0.5) == (name in a.broken)
@@ -237,11 +225,8 @@ def kept(a: g.WorldAnswer, name: str) -> list[str]:
 async def revisions(ask: Asker, n: int) -> dict:
     """Generated revisions of one fault: does it mend it, and keep all else word for word, in order,
     adding nothing?"""
-    rng, config, template = (
-        random.Random("revisions"),
-        critique.CritiqueConfig(),
-        load_template("revise"),
-    )
+    rng, reviser = random.Random("revisions"), critique.Critic(critique.CritiqueConfig())
+    context = ask.context(revise=load_template("revise"))
     items, requests = [], []
     while len(items) < n:
         name = g.PRINCIPLES[len(items) % len(g.PRINCIPLES)]
@@ -250,17 +235,9 @@ async def revisions(ask: Asker, n: int) -> dict:
             continue
         items.append((s, a, name))
         sample = Sample(s.prompt.id, 0, a.text)
-        requests.append(
-            critique.revise_request(
-                config,
-                template,
-                s.prompt,
-                sample,
-                principle(rng, name),
-                g.critique(a, name),
-                ask.engine.identity,
-            )
-        )
+        said = principle(rng, name)
+        named = g.critique(a, name)
+        requests.append(reviser.revise_request(s.prompt, sample, said, named, context))
     mends, keeps, coherent, by = [], [], [], {name: [] for name in g.PRINCIPLES}
     for (s, a, name), c in zip(items, await ask.all(requests), strict=True):
         text = critique.parse_revision(c).text or ""

@@ -36,8 +36,9 @@ from prefab.factory.types import (
     UnscoredReason,
     Use,
     Verdict,
+    Winner,
 )
-from prefab.judges.panel import orders
+from prefab.judges.panel import orders, weakest
 
 LABEL_READ = Sampling(max_tokens=1)
 Examples = Sequence[
@@ -66,6 +67,10 @@ class JudgeConfig(BaseModel):
     min_label_mass: float = Field(0.5, gt=0.0, le=1.0)
     template_kwargs: dict[str, Any] = {"enable_thinking": False}
 
+    def ordered_kwargs(self) -> tuple[tuple[str, Any], ...]:
+        """The chat template's arguments in the request's own, ordered form."""
+        return tuple(sorted(self.template_kwargs.items()))
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -81,6 +86,13 @@ class Score:
     mass: float | None = None
     reason: UnscoredReason | None = None
     exactness: Exactness = "exact"
+
+    @property
+    def known(self) -> float:
+        """`value` of an answer that is scored. Raises: ValueError for an unscored one."""
+        if self.value is None:
+            raise ValueError(f"an unscored answer ({self.reason}) has no value")
+        return self.value
 
 
 def spellings(labels: Sequence[str]) -> dict[str, int]:
@@ -156,14 +168,28 @@ def label_request(
 ) -> Request:
     """A greedy read of the first token's label probabilities."""
     return Request(
-        model, messages, LABEL_READ, tuple(index), kwargs_of(config), (repeat,) if repeat else ()
+        model, messages, LABEL_READ, tuple(index), config.ordered_kwargs(), repeat_key(repeat)
     )
 
 
-def kwargs_of(config: JudgeConfig) -> tuple[tuple[str, Any], ...]:
-    """The chat template's arguments in the request's own, ordered form."""
-    kwargs = config.template_kwargs
-    return tuple(sorted(kwargs.items())) if kwargs else ()
+def text_request(
+    model: str,
+    messages: tuple[Message, ...],
+    sampling: Sampling,
+    config: JudgeConfig,
+    repeat: int = 0,
+    place: tuple[int, ...] = (),
+) -> Request:
+    """A request for free text. At temperature above 0, `place` (samples, round) tells apart
+    questions that are equal otherwise: two identical drafts do not share one answer.
+    """
+    key = (*place, repeat) if sampling.temperature > 0 else repeat_key(repeat)
+    return Request(model, messages, sampling, (), config.ordered_kwargs(), key)
+
+
+def repeat_key(repeat: int) -> tuple[int, ...]:
+    """A greedy request's `repeat`: empty for the first one."""
+    return (repeat,) if repeat else ()
 
 
 @lru_cache(maxsize=2048)
@@ -520,6 +546,30 @@ def last_verdict(
     return (last.value, (last.call,)) if last and isinstance(last.value, Verdict) else None
 
 
+def winner_of(a: float, b: float, tie: float) -> Winner:
+    """The winner by the masses on a, on b and on tie: `tie` when it has more than both others
+    together, or when a and b have the same.
+    """
+    if tie > a + b or a == b:
+        return "tie"
+    return "a" if a > b else "b"
+
+
+def scale_verdict(a: Score, b: Score) -> Verdict:
+    """Two scores on the same scale as a verdict: P(a above b) + half of P(equal), the two reads
+    taken as independent.
+    """
+    wins = tie = losses = 0.0
+    for i, p in enumerate(a.probabilities):
+        tie += p * b.probabilities[i]
+        wins += p * sum(b.probabilities[:i])
+        losses += b.probabilities[i] * sum(a.probabilities[:i])
+    total = wins + tie + losses
+    exactness = weakest((a.exactness, b.exactness))
+    winner = winner_of(wins, losses, tie)
+    return Verdict((wins + tie / 2) / total, winner, None, total, tie, exactness)
+
+
 class ScoreJudge(Judge[AnyConfig]):
     """A question shows one answer. A kind writes `request`, `decode` and `compare`."""
 
@@ -539,9 +589,28 @@ class ScoreJudge(Judge[AnyConfig]):
         reads one.
         """
 
+    def render(
+        self,
+        prompt: Prompt,
+        sample: Sample,
+        question: str,
+        examples_of: Principle | None,
+        context: RequestContext,
+    ) -> tuple[Message, ...]:
+        """The judge's template, filled in for one answer; `examples_of` is the principle whose
+        few-shot examples are shown.
+        """
+        (file, _), template = self.templates()[self.name], context.templates[self.name]
+        return template.render(
+            conversation=conversation(prompt.messages, context.specials),
+            answer=candidate(prompt.messages, sample.text, context.specials),
+            question=question,
+            examples=() if examples_of is None else context.examples(file, examples_of),
+        )
+
     @abstractmethod
     def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
-        """Two answers' scores, a score a line, as a verdict."""
+        """Two answers' scores, one a line, all of them scored, as a verdict."""
 
     def own_rubric(self, prompt: Prompt) -> str:
         """The name of the prompt's own rubric, where this judge reads it instead of principles."""
@@ -608,9 +677,20 @@ class ScoreJudge(Judge[AnyConfig]):
         """Both answers' scores on every line, as a verdict."""
         by_place = {(d.use.sample, d.use.round): d for d in answers}
         wanted = [by_place.get((i, line)) for i in pair for line in range(len(lines))]
-        found = [d for d in wanted if d is not None and isinstance(d.value, Score)]
-        if len(found) < len(wanted):
-            return None
-        scores = [d.value for d in found if isinstance(d.value, Score)]
-        verdict = self.compare(scores[: len(lines)], scores[len(lines) :], lines)
-        return verdict, tuple(d.call for d in found)
+        scores, calls = [], []
+        for decoded in wanted:
+            if decoded is None or not isinstance(decoded.value, Score):
+                return None
+            scores.append(decoded.value)
+            calls.append(decoded.call)
+        return self.verdict_of(scores[: len(lines)], scores[len(lines) :], lines), tuple(calls)
+
+    def verdict_of(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
+        """Two answers' scores as a verdict. Unscored when any score is: answers are compared on the
+        same lines or not at all.
+        """
+        unread = next((s for s in (*a, *b) if s.value is None), None)
+        if unread is not None:
+            exactness = weakest(s.exactness for s in (*a, *b))
+            return Verdict(None, None, unread.reason, exactness=exactness)
+        return self.compare(a, b, lines)

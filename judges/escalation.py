@@ -13,7 +13,7 @@ from hashlib import blake2b
 from math import floor
 
 from prefab.factory.types import Preference
-from prefab.judges.panel import Reading
+from prefab.judges.panel import Reading, by_principle, scored_readings
 
 _EPS = 1e-12
 Pair = tuple[int, int]
@@ -48,13 +48,8 @@ def certainty(readings: Sequence[Reading]) -> float | None:
 
     A tie of which the judges are sure is no doubt, though its probability is a half.
     """
-    sums: dict[str, list[float]] = {}
-    for r in readings:
-        if r.p_a is not None and r.weight > 0:
-            total = sums.setdefault(r.principle, [0.0, 0.0, 0.0])
-            for i, value in enumerate((r.p_a, r.tie, 1.0)):
-                total[i] += r.weight * value
-    means = [(p / weight, tie / weight) for p, tie, weight in sums.values()]
+    sums = by_principle(scored_readings(readings))
+    means = [(p / weight, tie / weight) for p, tie, weight in sums]
     return min((max(p - tie / 2, 1 - p - tie / 2, tie) for p, tie in means), default=None)
 
 
@@ -63,11 +58,10 @@ def _divided(readings: Sequence[Reading], tie_margin: float) -> bool:
     neither.
     """
     sums: dict[str, list[float]] = {}
-    for r in readings:
-        if r.p_a is not None and r.weight > 0:
-            total = sums.setdefault(r.judge, [0.0, 0.0])
-            total[0] += r.weight * (r.p_a - 0.5)
-            total[1] += r.weight
+    for r, p_a in scored_readings(readings):
+        total = sums.setdefault(r.judge, [0.0, 0.0])
+        total[0] += r.weight * (p_a - 0.5)
+        total[1] += r.weight
     sides = {
         total > 0 for total, weight in sums.values() if abs(total / weight) > tie_margin + _EPS
     }

@@ -19,7 +19,6 @@ AGGREGATION_VERSION = 2
 # of one principle in a sum of log-odds: two that are sure outweigh one that is surer still
 SUREST = 0.99
 _EPS = 1e-12  # 0.52 - 0.5 is a little more than 0.02 in floats; the margin is meant to be within
-_WEAKEST: tuple[Exactness, ...] = ("exact", "bounds", "hard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,12 @@ class Reading:
     exactness: Exactness = "exact"
 
 
+def weakest(found: Iterable[Exactness]) -> Exactness:
+    """The least exact of these; exact for none."""
+    names = set(found)
+    return "hard" if "hard" in names else "bounds" if "bounds" in names else "exact"
+
+
 def combine_orders(
     verdicts: Sequence[Verdict], weight: float = 1.0, principle: str = "", judge: str = ""
 ) -> Reading:
@@ -57,13 +62,18 @@ def combine_orders(
 
     Unscored when any of them is, with the first one's reason: half a reading leans to a slot.
     """
-    exactness = max((v.exactness for v in verdicts), key=_WEAKEST.index, default="exact")
-    unread = next((v for v in verdicts if v.p_a is None), None)
-    if unread is not None or not verdicts:
-        reason = unread.reason if unread else "transport"
+    exactness = weakest(v.exactness for v in verdicts)
+    reason: UnscoredReason | None = None if verdicts else "transport"
+    known: list[float] = []
+    for verdict in verdicts:
+        if verdict.p_a is None:
+            reason = reason or verdict.reason
+        else:
+            known.append(verdict.p_a)
+    if reason is not None:
         return Reading(None, 0.0, reason, weight, principle, judge, exactness)
     n = len(verdicts)
-    p_a = sum(v.p_a for v in verdicts) / n
+    p_a = sum(known) / n
     tie = sum(v.tie_mass / v.mass if v.mass else v.tie_mass for v in verdicts) / n
     return Reading(p_a, tie, None, weight, principle, judge, exactness)
 
@@ -80,53 +90,53 @@ def decide(
     """
     if rule.lexicographic:
         return _first_decided(readings, rule, prompt, a, b)
-    scored = [r for r in readings if r.p_a is not None and r.weight > 0]
-    weight = sum(r.weight for r in scored)
+    scored = scored_readings(readings)
+    weight = sum(r.weight for r, _ in scored)
     total = sum(r.weight for r in readings)
-    exactness = max((r.exactness for r in scored), key=_WEAKEST.index, default="exact")
+    exactness = weakest(r.exactness for r, _ in scored)
+    counts = len(scored), len(readings)
     if not scored or weight < rule.min_scored * total * (1 - _EPS):
-        return Preference(
-            prompt, a, b, "unscored", None, None, None, len(scored), len(readings), exactness
-        )
-    p = sum(r.weight * r.p_a for r in scored) / weight
-    spread = sqrt(sum(r.weight * (r.p_a - p) ** 2 for r in scored) / weight)
+        return Preference(prompt, a, b, "unscored", None, None, None, *counts, exactness)
+    p = sum(r.weight * p_a for r, p_a in scored) / weight
+    spread = sqrt(sum(r.weight * (p_a - p) ** 2 for r, p_a in scored) / weight)
+    principles = by_principle(scored)
     if rule.log_odds:
-        p = _added_up(scored)
+        p = _added_up(principles)
     outcome: Literal["a", "b", "tie"] = "a" if p > 0.5 else "b"
-    if abs(p - 0.5) <= rule.tie_margin + _EPS or all(
-        tie > 0.5 for tie in _tie_by_principle(scored)
-    ):
+    even = abs(p - 0.5) <= rule.tie_margin + _EPS
+    if even or all(tie / weight > 0.5 for _, tie, weight in principles):
         outcome = "tie"
-    return Preference(
-        prompt, a, b, outcome, p, max(p, 1.0 - p), spread, len(scored), len(readings), exactness
-    )
+    return Preference(prompt, a, b, outcome, p, max(p, 1.0 - p), spread, *counts, exactness)
 
 
-def _added_up(scored: Sequence[Reading]) -> float:
-    """The probability whose log-odds are the sum of the principles', each by its weight relative to
-    their mean; judges of one principle are averaged first, since what they say is not
-    independent.
+def scored_readings(readings: Sequence[Reading]) -> list[tuple[Reading, float]]:
+    """The scored readings that have a weight, each with its probability."""
+    return [(r, r.p_a) for r in readings if r.p_a is not None and r.weight > 0]
+
+
+def by_principle(scored: Sequence[tuple[Reading, float]]) -> list[tuple[float, float, float]]:
+    """For each principle the weighted sums, over its judges, of P(a) and of the share of mass on
+    tie, and the sum of the weights.
     """
     sums: dict[str, list[float]] = {}
-    for r in scored:
-        total = sums.setdefault(r.principle, [0.0, 0.0])
-        total[0] += r.weight * r.p_a
-        total[1] += r.weight
-    mean = sum(weight for _, weight in sums.values()) / len(sums)
-    held = [
-        (min(max(p / weight, 1 - SUREST), SUREST), weight / mean) for p, weight in sums.values()
-    ]
-    return 1 / (1 + exp(-sum(weight * log(p / (1 - p)) for p, weight in held)))
+    for r, p_a in scored:
+        total = sums.setdefault(r.principle, [0.0, 0.0, 0.0])
+        for i, value in enumerate((p_a, r.tie, 1.0)):
+            total[i] += r.weight * value
+    return [(p, tie, weight) for p, tie, weight in sums.values()]
 
 
-def _tie_by_principle(scored: Sequence[Reading]) -> list[float]:
-    """The weighted mean share of mass on tie, over the judges of each principle."""
-    sums: dict[str, list[float]] = {}
-    for r in scored:
-        total = sums.setdefault(r.principle, [0.0, 0.0])
-        total[0] += r.weight * r.tie
-        total[1] += r.weight
-    return [tie / weight for tie, weight in sums.values()]
+def _added_up(principles: Sequence[tuple[float, float, float]]) -> float:
+    """The probability whose log-odds are the sum of the principles', each by its weight relative to
+    their mean; judges of one principle are averaged first, since their readings are not
+    independent.
+    """
+    mean = sum(weight for _, _, weight in principles) / len(principles)
+    odds = 0.0
+    for p, _, weight in principles:
+        held = min(max(p / weight, 1 - SUREST), SUREST)
+        odds += weight / mean * log(held / (1 - held))
+    return 1 / (1 + exp(-odds))
 
 
 def identical(prompt: str = "", a: int = 0, b: int = 1) -> Preference:
@@ -218,7 +228,7 @@ def draw(
     return [] if drawn is None else [drawn]
 
 
-def _uniform(text: str, context=blake2b(digest_size=8)) -> float:  # noqa: B008
+def _uniform(text: str, context: blake2b = blake2b(digest_size=8)) -> float:  # noqa: B008
     """A number strictly between 0 and 1 that only the text (after what `context` has hashed)
     decides.
     """
@@ -227,39 +237,6 @@ def _uniform(text: str, context=blake2b(digest_size=8)) -> float:  # noqa: B008
     return (int.from_bytes(state.digest(), "big") // 4096 + 0.5) / 2**52
 
 
-def pairs(
-    k: int,
-    shape: Literal["all", "best_worst", "adjacent"] = "all",
-    scores: Sequence[float | None] | None = None,
-) -> list[tuple[int, int]]:
-    """Which of K answers are compared: every two, or by their scores (pointwise, or `win_rates`)
-    the best with the worst, or each with the next one down. Unscored answers are left out of the
-    latter two.
-
-    Raises: ValueError: best_worst without scores. `adjacent` without scores takes the answers as
-        they come.
-    """
-    if shape == "all":
-        return list(combinations(range(k), 2))
-    if shape == "best_worst" and scores is None:
-        raise ValueError("best_worst needs scores: judge all pairs first, and give their win_rates")
-    if shape not in ("adjacent", "best_worst"):
-        raise ValueError(f"pairs must be all, best_worst or adjacent, not {shape!r}")
-    ranked = list(range(k))
-    if scores is not None:
-        ranked = sorted((i for i in ranked if scores[i] is not None), key=lambda i: -scores[i])
-    if shape == "adjacent":
-        return list(pairwise(ranked))
-    return [(ranked[0], ranked[-1])] if len(ranked) > 1 else []
-
-
-def win_rates(k: int, preferences: Iterable[Preference]) -> list[float | None]:
-    """Each answer's mean probability of winning its scored comparisons; None where it has none."""
-    sums, counts = [0.0] * k, [0] * k
-    for preference in preferences:
-        if preference.p_a is None:
-            continue
-        for i, p in ((preference.a, preference.p_a), (preference.b, 1.0 - preference.p_a)):
-            sums[i] += p
-            counts[i] += 1
-    return [s / n if n else None for s, n in zip(sums, counts, strict=False)]
+def pairs(k: int, shape: Literal["all", "adjacent"] = "all") -> list[tuple[int, int]]:
+    """Which of K answers are compared: every two, or each with the next one."""
+    return list(combinations(range(k), 2) if shape == "all" else pairwise(range(k)))

@@ -11,10 +11,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from prefab.factory.spec.templates import Template, neutralise
+from prefab.factory.spec.templates import neutralise
 from prefab.factory.types import (
     Completion,
     Critique,
+    Message,
     Principle,
     Prompt,
     Request,
@@ -23,12 +24,12 @@ from prefab.factory.types import (
     UnscoredReason,
 )
 from prefab.judges.base import (
-    Examples,
     JudgeConfig,
+    RequestContext,
     candidate,
     conversation,
     generated,
-    kwargs_of,
+    text_request,
     unwrap,
 )
 
@@ -52,56 +53,6 @@ class Revision:
 
     text: str | None
     reason: UnscoredReason | None = None
-
-
-def critique_request(
-    config: CritiqueConfig,
-    template: Template,
-    prompt: Prompt,
-    sample: Sample,
-    principle: Principle,
-    model: str,
-    round: int = 0,
-    repeat: int = 0,
-    specials: tuple[str, ...] = (),
-    examples: Examples = (),
-    seed: int | None = None,
-) -> Request:
-    """Ask what is wrong with one answer under one principle. `seed` is the run's, used at
-    temperature above 0.
-    """
-    messages = template.render(
-        conversation=conversation(prompt.messages, specials),
-        answer=candidate(prompt.messages, sample.text, specials),
-        question=principle.critique,
-        examples=examples,
-    )
-    return _free_text(config, messages, model, sample.index, round, repeat, seed)
-
-
-def revise_request(
-    config: CritiqueConfig,
-    template: Template,
-    prompt: Prompt,
-    sample: Sample,
-    principle: Principle,
-    critique: str,
-    model: str,
-    round: int = 0,
-    repeat: int = 0,
-    specials: tuple[str, ...] = (),
-    examples: Examples = (),
-    seed: int | None = None,
-) -> Request:
-    """Ask for the answer again without the fault that `critique` names."""
-    messages = template.render(
-        conversation=conversation(prompt.messages, specials),
-        answer=candidate(prompt.messages, sample.text, specials),
-        question=principle.revise,
-        critique=neutralise(critique, specials),
-        examples=examples,
-    )
-    return _free_text(config, messages, model, sample.index, round, repeat, seed)
 
 
 def parse_critique(
@@ -134,24 +85,72 @@ def _first_word(text: str) -> str:
     return words[0].strip("*_`#\"'().,:;!-").lower() if words else ""
 
 
-def _free_text(
-    config: CritiqueConfig,
-    messages,
-    model: str,
-    sample: int,
-    round: int,
-    repeat: int,
-    seed: int | None,
-) -> Request:
-    """At temperature above 0 two identical drafts, or rounds, do not share one answer."""
-    if config.temperature > 0:
-        sampling = Sampling(config.max_tokens, config.temperature, seed=seed)
-        return Request(model, messages, sampling, (), kwargs_of(config), (sample, round, repeat))
-    repeats = (repeat,) if repeat else ()
-    return Request(model, messages, Sampling(config.max_tokens), (), kwargs_of(config), repeats)
-
-
 class Critic:
-    """The kind `critique`: its configuration class is `Config`."""
+    """One model with two templates: it names a fault, and it revises an answer."""
 
     Config = CritiqueConfig
+
+    def __init__(self, config: CritiqueConfig) -> None:
+        self.config = config
+
+    def critique_request(
+        self,
+        prompt: Prompt,
+        sample: Sample,
+        principle: Principle,
+        context: RequestContext,
+        round: int = 0,
+        repeat: int = 0,
+    ) -> Request:
+        """Ask what is wrong with one answer under one principle."""
+        messages = self._render("critique", prompt, sample, principle.critique, principle, context)
+        return self._request(messages, sample, context, round, repeat)
+
+    def revise_request(
+        self,
+        prompt: Prompt,
+        sample: Sample,
+        principle: Principle,
+        critique: str,
+        context: RequestContext,
+        round: int = 0,
+        repeat: int = 0,
+    ) -> Request:
+        """Ask for the answer again without the fault that `critique` names."""
+        shown = neutralise(critique, context.specials)
+        messages = self._render(
+            "revise", prompt, sample, principle.revise, principle, context, critique=shown
+        )
+        return self._request(messages, sample, context, round, repeat)
+
+    def _render(
+        self,
+        role: str,
+        prompt: Prompt,
+        sample: Sample,
+        question: str,
+        principle: Principle,
+        context: RequestContext,
+        **more: str,
+    ) -> tuple[Message, ...]:
+        return context.templates[role].render(
+            conversation=conversation(prompt.messages, context.specials),
+            answer=candidate(prompt.messages, sample.text, context.specials),
+            question=question,
+            examples=context.examples(role, principle),
+            **more,
+        )
+
+    def _request(
+        self,
+        messages: tuple[Message, ...],
+        sample: Sample,
+        context: RequestContext,
+        round: int,
+        repeat: int,
+    ) -> Request:
+        config = self.config
+        seed = context.seed if config.temperature > 0 else None
+        sampling = Sampling(config.max_tokens, config.temperature, seed=seed)
+        place = (sample.index, round)
+        return text_request(context.model, messages, sampling, config, repeat, place)

@@ -43,7 +43,6 @@ from prefab.judges.base import (
     last_verdict,
 )
 
-PARSER_VERSION = 1
 MODEL = "human"  # the identity under which a run keeps people's word
 
 KEYS = {
@@ -52,7 +51,7 @@ KEYS = {
     "t": "tie",
     "s": "skip",
 }  # what a person types, by what it says of the answers as shown
-WINNERS = ("a", "b", "tie")
+WINNERS: tuple[Winner, ...] = ("a", "b", "tie")
 Said = Literal["a", "b", "tie", "skip"]
 Place = tuple[
     str, str, str, str
@@ -202,19 +201,6 @@ def _most(counts: Counter[str]) -> Any:
     return None if rest and rest[0][1] == first[1] else first[0]
 
 
-def verdict(label: Label) -> Verdict | None:
-    """A label as a verdict: hard, with no probability but 0, a half or 1; None for a skip, which
-    says nothing.
-    """
-    return None if label.winner == "skip" else _verdict(label.winner)
-
-
-def _verdict(winner: Winner) -> Verdict:
-    return Verdict(
-        {"a": 1.0, "b": 0.0, "tie": 0.5}[winner], winner, None, 1.0, float(winner == "tie"), "hard"
-    )
-
-
 # --- in a panel -------------------------------------------------------------------------------------------------------
 
 
@@ -279,13 +265,6 @@ def request(
     return Request(MODEL, (Message("user", canonical(job).decode()),), Sampling(max_tokens=1))
 
 
-def parse(completion: Completion) -> Verdict | None:
-    """People's word of a comparison's a and b; None where none stands. Never raises."""
-    if not completion.text:
-        return None
-    return _verdict(completion.text) if completion.text in WINNERS else Verdict(None, None, "parse")
-
-
 class Clerk(Engine):
     """The engine: each request holds what people have said."""
 
@@ -296,22 +275,16 @@ class Clerk(Engine):
         return Completion(orjson.loads(request.messages[-1].content)["said"], "stop", None, "hard")
 
 
-def engine(config: HumanConfig) -> Clerk:
-    """The engine of this judge."""
-    return Clerk()
-
-
 class HumanJudge(Judge[HumanConfig]):
     """People. A run takes what they said before it; the rest is awaited."""
 
     Config = HumanConfig
-    PARSER_VERSION = PARSER_VERSION
     shows = "people"
     own = True
 
     def own_engine(self) -> Engine:
         """The engine that gives people's recorded answers."""
-        return engine(self.config)
+        return Clerk()
 
     def requests(
         self,
@@ -346,8 +319,16 @@ class HumanJudge(Judge[HumanConfig]):
         return sum(len(principles) for _, principles in questions)
 
     def decode(self, use: Any, completion: Completion) -> Verdict | None:
-        """What people say now; None where they are split, skipped, or took it back."""
-        return parse(completion)
+        """What people say now of a comparison's a and b; None where they are split, skipped, or took
+        it back.
+        """
+        if not completion.text:
+            return None
+        winner = next((w for w in WINNERS if w == completion.text), None)
+        if winner is None:
+            return Verdict(None, None, "parse")
+        p_a = {"a": 1.0, "b": 0.0, "tie": 0.5}[winner]
+        return Verdict(p_a, winner, None, 1.0, float(winner == "tie"), "hard")
 
     def verdict(
         self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from prefab.factory.spec.templates import Template
 from prefab.factory.types import (
     Completion,
     Principle,
@@ -28,7 +27,6 @@ from prefab.factory.types import (
 from prefab.judges.base import (
     Ask,
     Decoded,
-    Examples,
     Judge,
     JudgeConfig,
     Pair,
@@ -39,10 +37,10 @@ from prefab.judges.base import (
     candidate,
     conversation,
     generated,
-    kwargs_of,
+    text_request,
+    winner_of,
 )
 
-PARSER_VERSION = 1
 _LINE = re.compile(r"(?:Ranking:\s*)?(\[?[0-9]{1,3}\]?(?:\s*>\s*\[?[0-9]{1,3}\]?)*)\s*\.?")
 _NUMBER = re.compile("[0-9]+")
 
@@ -76,30 +74,6 @@ def _rank(seed: int, prompt_id: str, i: int, j: int) -> bytes:
     return sha256(f"{seed}\0{prompt_id}\0{i}\0{j}".encode()).digest()
 
 
-def request(
-    config: ListwiseConfig,
-    template: Template,
-    prompt: Prompt,
-    samples: Sequence[Sample],
-    permutation: Sequence[int],
-    principle: Principle,
-    model: str,
-    repeat: int = 0,
-    specials: tuple[str, ...] = (),
-    examples: Examples = (),
-) -> Request:
-    """Ask for the order of `samples`, shown in the order of `permutation` and numbered from 1."""
-    shown = [candidate(prompt.messages, samples[i].text, specials) for i in permutation]
-    messages = template.render(
-        conversation=conversation(prompt.messages, specials),
-        answers=shown,
-        question=principle.compare,
-        examples=examples,
-    )
-    repeats = (repeat,) if repeat else ()
-    return Request(model, messages, Sampling(config.max_tokens), (), kwargs_of(config), repeats)
-
-
 def parse(completion: Completion, permutation: Sequence[int]) -> Ranking:
     """The order of the samples. Every number exactly once in one line and nothing else, or it is
     unscored.
@@ -120,21 +94,21 @@ def verdict(rankings: Sequence[Ranking], a: int, b: int) -> Verdict:
     """Samples a and b in several rankings of all: the share that puts a first. Unscored if any
     ranking is.
     """
-    unread = next((r for r in rankings if r.order is None), None)
-    if unread is not None or not rankings:
-        return Verdict(None, None, unread.reason if unread else "parse", exactness="hard")
-    wins = sum(r.order.index(a) < r.order.index(b) for r in rankings)
-    p = wins / len(rankings)
-    return Verdict(
-        p, "tie" if 2 * wins == len(rankings) else "a" if p > 0.5 else "b", exactness="hard"
-    )
+    wins = 0
+    for ranking in rankings:
+        if ranking.order is None:
+            return Verdict(None, None, ranking.reason, exactness="hard")
+        wins += ranking.order.index(a) < ranking.order.index(b)
+    if not rankings:
+        return Verdict(None, None, "parse", exactness="hard")
+    winner = winner_of(wins, len(rankings) - wins, 0)
+    return Verdict(wins / len(rankings), winner, exactness="hard")
 
 
 class ListwiseJudge(Judge[ListwiseConfig]):
     """All answers that are compared under a principle, ordered at once."""
 
     Config = ListwiseConfig
-    PARSER_VERSION = PARSER_VERSION
     shows = "all"
 
     def in_every_order(self) -> ListwiseJudge:
@@ -149,17 +123,13 @@ class ListwiseJudge(Judge[ListwiseConfig]):
         earlier: Sequence[Decoded],
     ) -> list[Ask]:
         """All answers under each principle, in each permutation, each repeat."""
-        config, asks = self.config, []
+        asks: list[Ask] = []
         for principle, samples in _by_principle(questions):
             prompt = questions[0][0].prompt
-            shown = permutations(len(samples), config.permutations, prompt.id, context.seed)
-            examples, template = (
-                context.examples(config.template, principle),
-                context.templates[self.name],
-            )
+            shown = permutations(len(samples), self.config.permutations, prompt.id, context.seed)
             for (number, order), repeat in product(enumerate(shown), self.asked_repeats(context)):
-                at = (config, template, prompt, samples, order, principle, context.model, repeat)
-                names = ",".join(str(samples[i].index) for i in order)
+                ordered = [samples[i] for i in order]
+                names = ",".join(str(sample.index) for sample in ordered)
                 use = Use(
                     context.run,
                     prompt.id,
@@ -172,8 +142,27 @@ class ListwiseJudge(Judge[ListwiseConfig]):
                     names,
                     repeat,
                 )
-                asks.append((request(*at, context.specials, examples), use))
+                asks.append((self.request(prompt, ordered, principle, repeat, context), use))
         return asks
+
+    def request(
+        self,
+        prompt: Prompt,
+        samples: Sequence[Sample],
+        principle: Principle,
+        repeat: int,
+        context: RequestContext,
+    ) -> Request:
+        """Ask for the order of `samples`, shown in the order given and numbered from 1."""
+        config, specials = self.config, context.specials
+        messages = context.templates[self.name].render(
+            conversation=conversation(prompt.messages, specials),
+            answers=[candidate(prompt.messages, sample.text, specials) for sample in samples],
+            question=principle.compare,
+            examples=context.examples(config.template, principle),
+        )
+        sampling = Sampling(config.max_tokens)
+        return text_request(context.model, messages, sampling, config, repeat)
 
     def n_calls(self, questions: Sequence[Question], context: RequestContext) -> int:
         """One call a principle, permutation and repeat."""

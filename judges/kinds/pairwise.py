@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from prefab.factory.spec.templates import Template, fence, neutralise
+from prefab.factory.spec.templates import fence, neutralise
 from prefab.factory.types import (
     Comparison,
     Completion,
@@ -20,27 +20,23 @@ from prefab.factory.types import (
     Principle,
     Request,
     Sampling,
-    UnscoredReason,
     Verdict,
 )
 from prefab.judges.base import (
-    Examples,
     JudgeConfig,
     PairJudge,
     Reasoning,
     RequestContext,
     conversation,
     generated,
-    kwargs_of,
     label_masses,
     label_request,
+    spellings,
+    text_request,
+    winner_of,
 )
-from prefab.judges.base import spellings as _spellings
 
-PARSER_VERSION = 1
 LABELS = ("A", "B", "T")
-_WITH_TIES = _spellings(LABELS)
-_WITHOUT_TIES = _spellings(LABELS[:2])
 
 
 class PairwiseConfig(JudgeConfig):
@@ -71,121 +67,10 @@ class PairwiseConfig(JudgeConfig):
         return clamp
 
 
-def labels(config: PairwiseConfig) -> tuple[str, ...]:
-    """Every spelling that this judge reads."""
-    return tuple(_WITH_TIES if config.ties else _WITHOUT_TIES)
-
-
-def request(
-    config: PairwiseConfig,
-    template: Template,
-    comparison: Comparison,
-    principle: Principle,
-    model: str,
-    order: Order,
-    repeat: int = 0,
-    specials: tuple[str, ...] = (),
-    examples: Examples = (),
-    reasoning: str | None = None,
-) -> Request:
-    """The label read of one comparison in one order; with `reasoning`, the scoring pass (its own
-    template).
-    """
-    variables = _variables(comparison, principle, order, specials, examples)
-    if reasoning is not None:
-        variables["reasoning"] = neutralise(reasoning, specials)
-    index = _WITH_TIES if config.ties else _WITHOUT_TIES
-    return label_request(model, template.render(**variables), index, config, repeat)
-
-
-def reasoning_request(
-    config: PairwiseConfig,
-    template: Template,
-    comparison: Comparison,
-    principle: Principle,
-    model: str,
-    order: Order,
-    repeat: int = 0,
-    specials: tuple[str, ...] = (),
-    examples: Examples = (),
-    seed: int | None = None,
-) -> Request:
-    """The first pass of a judge that reasons: free text. `seed` is the run's, used at temperature
-    above 0.
-    """
-    messages = template.render(**_variables(comparison, principle, order, specials, examples))
-    if config.temperature > 0:
-        sampling = Sampling(config.reasoning_tokens, config.temperature, seed=seed)
-        repeats: tuple[int, ...] = (comparison.a.index, comparison.b.index, repeat)
-    else:
-        sampling = Sampling(config.reasoning_tokens)
-        repeats = (repeat,) if repeat else ()
-    return Request(model, messages, sampling, (), kwargs_of(config), repeats)
-
-
-def parse_reasoning(completion: Completion) -> tuple[str, UnscoredReason | None]:
-    """The reasoning to score with, and why there is none. Cut-off reasoning has not concluded:
-    `truncated`.
-    """
-    return generated(completion)
-
-
-def parse(completion: Completion, order: Order, config: PairwiseConfig) -> Verdict:
-    """The verdict of one label read, un-swapped. Never raises; never a winner without a read of
-    both labels.
-    """
-    index = _WITH_TIES if config.ties else _WITHOUT_TIES
-    masses = label_masses(completion, index, 3 if config.ties else 2)
-    if isinstance(masses, str):
-        return unscored(masses, completion)
-    a, b, tie = masses if config.ties else (masses[0], masses[1], 0.0)
-    if order == "ba":
-        a, b = b, a
-    total = a + b + tie
-    if total < config.min_label_mass:
-        return Verdict(None, None, "low_label_mass", total, tie, completion.exactness)
-    p = (a + tie / 2) / total
-    if config.clamp is not None:
-        p = min(max(p, config.clamp[0]), config.clamp[1])
-    winner = "tie" if tie > a + b or a == b else "a" if a > b else "b"
-    return Verdict(
-        p,
-        winner,
-        None,
-        None if completion.label_logps is None else total,
-        tie,
-        completion.exactness,
-    )
-
-
-def unscored(reason: UnscoredReason, completion: Completion | None = None) -> Verdict:
-    """A verdict that is none, and why."""
-    return Verdict(None, None, reason, exactness=completion.exactness if completion else "exact")
-
-
-def _variables(
-    comparison: Comparison,
-    principle: Principle,
-    order: Order,
-    specials: tuple[str, ...],
-    examples: Examples,
-) -> dict[str, Any]:
-    shown = conversation(comparison.prompt.messages, specials)
-    first, second = (comparison.a, comparison.b) if order == "ab" else (comparison.b, comparison.a)
-    return {
-        "conversation": shown,
-        "answer_a": fence(shown, first.text, specials),
-        "answer_b": fence(shown, second.text, specials),
-        "question": principle.compare,
-        "examples": examples,
-    }
-
-
 class PairwiseJudge(PairJudge[PairwiseConfig]):
     """Two answers, one label read; with `reasoning` a pass of free text before it."""
 
     Config = PairwiseConfig
-    PARSER_VERSION = PARSER_VERSION
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -201,9 +86,13 @@ class PairwiseJudge(PairJudge[PairwiseConfig]):
             self.name + " reasoning": (self.config.reasoning_template, "pairwise_cot"),
         }
 
+    def __init__(self, config: PairwiseConfig) -> None:
+        super().__init__(config)
+        self._index = spellings(LABELS if config.ties else LABELS[:2])
+
     def labels(self) -> tuple[str, ...]:
         """The spellings of A, B and T (no T without ties)."""
-        return labels(self.config)
+        return tuple(self._index)
 
     def reading(self) -> Any:
         """Ties, reasoning, the least label mass and the clamp."""
@@ -218,21 +107,57 @@ class PairwiseJudge(PairJudge[PairwiseConfig]):
         order: Order,
         repeat: int,
         context: RequestContext,
-        reasoning: str | None,
+        reasoning: str | None = None,
     ) -> Request:
-        """The request of one pass."""
-        config, reasons = self.config, role == "reason"
-        file, _ = self.templates()[self.name + " reasoning" if reasons else self.name]
-        examples = context.examples(file, principle)
-        template = context.templates[self.name + " reasoning" if reasons else self.name]
-        at = (config, template, comparison, principle, context.model, order, repeat)
-        if reasons:
-            return reasoning_request(*at, context.specials, examples, context.seed)
-        return request(*at, context.specials, examples, reasoning)
+        """The label read of one comparison in one order, or the reasoning pass before it."""
+        config, specials = self.config, context.specials
+        name = self.name + " reasoning" if role == "reason" else self.name
+        shown = conversation(comparison.prompt.messages, specials)
+        first, second = comparison.a, comparison.b
+        if order == "ba":
+            first, second = second, first
+        variables = {
+            "conversation": shown,
+            "answer_a": fence(shown, first.text, specials),
+            "answer_b": fence(shown, second.text, specials),
+            "question": principle.compare,
+            "examples": context.examples(self.templates()[name][0], principle),
+        }
+        if reasoning is not None:
+            variables["reasoning"] = neutralise(reasoning, specials)
+        messages = context.templates[name].render(**variables)
+        if role != "reason":
+            return label_request(context.model, messages, self._index, config, repeat)
+        seed = context.seed if config.temperature > 0 else None
+        sampling = Sampling(config.reasoning_tokens, config.temperature, seed=seed)
+        place = (comparison.a.index, comparison.b.index)
+        return text_request(context.model, messages, sampling, config, repeat, place)
 
     def decode(self, use: Any, completion: Completion) -> Verdict | Reasoning:
         """A verdict, or the text of a finished reasoning."""
         if use.role != "reason":
-            return parse(completion, use.order, self.config)
-        text, reason = parse_reasoning(completion)
-        return Reasoning(text) if reason is None else unscored(reason, completion)
+            return self.parse(completion, use.order)
+        text, reason = generated(completion)
+        if reason is None:
+            return Reasoning(text)
+        return Verdict(None, None, reason, exactness=completion.exactness)
+
+    def parse(self, completion: Completion, order: Order) -> Verdict:
+        """The verdict of one label read, un-swapped. Never raises; never a winner without a read of
+        both labels.
+        """
+        config = self.config
+        masses = label_masses(completion, self._index, 3 if config.ties else 2)
+        if isinstance(masses, str):
+            return Verdict(None, None, masses, exactness=completion.exactness)
+        a, b, tie = masses if config.ties else (*masses, 0.0)
+        if order == "ba":
+            a, b = b, a
+        total = a + b + tie
+        if total < config.min_label_mass:
+            return Verdict(None, None, "low_label_mass", total, tie, completion.exactness)
+        p = (a + tie / 2) / total
+        if config.clamp is not None:
+            p = min(max(p, config.clamp[0]), config.clamp[1])
+        mass = None if completion.label_logps is None else total
+        return Verdict(p, winner_of(a, b, tie), None, mass, tie, completion.exactness)

@@ -1,9 +1,9 @@
 """A trained reward model: one number for one answer, from a sequence-classification model with a
 single label.
 
-Served in this process by transformers, or by vLLM's pooling runner. The conversation with the
-answer goes through the model's own chat template once, without a generation prompt, as TRL trains
-reward models. Two answers' rewards become a probability by Bradley-Terry: sigmoid(r_a - r_b).
+Its engine is `factory.engines.reward_model`. The conversation with the answer goes through the
+model's own chat template once, without a generation prompt, as TRL trains reward models.
+Two answers' rewards become a probability by Bradley-Terry: sigmoid(r_a - r_b).
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ from prefab.judges.base import (
     RubricLines,
     Score,
     ScoreJudge,
-    kwargs_of,
+    winner_of,
 )
-
-PARSER_VERSION = 1
 
 
 class RewardModelConfig(RewardEngineConfig, JudgeConfig):
@@ -52,63 +50,15 @@ class RewardModelConfig(RewardEngineConfig, JudgeConfig):
     kind: Literal["reward_model"] = "reward_model"
 
 
-def request(
-    config: RewardModelConfig,
-    prompt: Prompt,
-    sample: Sample,
-    repeat: int = 0,
-    specials: tuple[str, ...] | None = None,
-) -> Request:
-    """The conversation that ends with the answer. No text of it becomes a control token of the
-    model's.
-    """
-    specials = reward_specials(config.model) if specials is None else specials
-    turns = [*prompt.messages, Message("assistant", sample.text)]
-    messages = tuple(Message(m.role, neutralise(m.content, specials)) for m in turns)
-    return Request(
-        reward_identity(config),
-        messages,
-        Sampling(max_tokens=1),
-        (),
-        kwargs_of(config),
-        (repeat,) if repeat else (),
-    )
-
-
-def parse(completion: Completion, config: RewardModelConfig | None = None) -> Score:
-    """The reward, or why there is none. Never raises."""
-    if completion.finish in ("context", "refused"):
-        return Score(None, reason=completion.finish)
-    try:
-        value = float(completion.text)
-    except (TypeError, ValueError):
-        return Score(None, reason="parse")
-    return Score(value) if math.isfinite(value) else Score(None, reason="parse")
-
-
-def verdict(a: Score, b: Score, config: RewardModelConfig | None = None) -> Verdict:
-    """P(a is preferred) = sigmoid(r_a - r_b). Source: Bradley and Terry 1952; the loss of reward
-    models.
-    """
-    if a.value is None or b.value is None:
-        return Verdict(None, None, a.reason or b.reason or "parse")
-    margin = a.value - b.value
-    p_a = (
-        1 / (1 + math.exp(-margin)) if margin >= 0 else 1 - 1 / (1 + math.exp(max(margin, -700.0)))
-    )
-    return Verdict(p_a, "tie" if margin == 0 else "a" if margin > 0 else "b")
-
-
 class RewardModelJudge(ScoreJudge[RewardModelConfig]):
-    """A trained model gives one number for one answer."""
+    """A trained model gives one number for one answer; it needs no principle."""
 
     Config = RewardModelConfig
-    PARSER_VERSION = PARSER_VERSION
     per_principle = False
     own = True
 
     def own_engine(self) -> Engine:
-        """The engine that answers it, not yet started."""
+        """The engine of the reward model, not yet started."""
         return reward_engine(self.config)
 
     def request(
@@ -120,13 +70,30 @@ class RewardModelJudge(ScoreJudge[RewardModelConfig]):
         repeat: int,
         context: RequestContext,
     ) -> Request:
-        """The question about one answer; it needs no principle."""
-        return request(self.config, prompt, sample)
+        """The conversation that ends with the answer. No text of it becomes a control token of the
+        reward model's tokenizer.
+        """
+        specials = reward_specials(self.config.model)
+        turns = [*prompt.messages, Message("assistant", sample.text)]
+        messages = tuple(Message(m.role, neutralise(m.content, specials)) for m in turns)
+        kwargs = self.config.ordered_kwargs()
+        return Request(reward_identity(self.config), messages, Sampling(max_tokens=1), (), kwargs)
 
     def decode(self, use: Any, completion: Completion) -> Score:
-        """The score."""
-        return parse(completion, self.config)
+        """The reward, or why there is none. Never raises."""
+        if completion.finish == "context" or completion.finish == "refused":
+            return Score(None, reason=completion.finish)
+        try:
+            value = float(completion.text)
+        except (TypeError, ValueError):
+            return Score(None, reason="parse")
+        return Score(value) if math.isfinite(value) else Score(None, reason="parse")
 
     def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
-        """Two answers' scores as a verdict."""
-        return verdict(a[0], b[0], self.config)
+        """P(a is preferred) = sigmoid(r_a - r_b). Source: Bradley and Terry 1952; the loss of
+        reward models.
+        """
+        margin = a[0].known - b[0].known
+        odds = math.exp(-min(abs(margin), 700.0))
+        p_a = 1 / (1 + odds) if margin >= 0 else 1 - 1 / (1 + odds)
+        return Verdict(p_a, winner_of(margin, 0.0, -math.inf))

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -47,8 +47,6 @@ from prefab.judges import sandbox
 from prefab.judges.base import JudgeConfig, RequestContext, RubricLines, Score, ScoreJudge, unwrap
 from prefab.judges.sandbox import timeout_worker
 
-FILES = ("reference_file", "references")
-PARSER_VERSION = 1
 CHECK_VERSION = 1  # of what the checks below do; part of every key
 PATTERN_TIMEOUT_S = 3.0
 MOST_DIGITS = 400  # of a number: the exact arithmetic on 10^100000 would take all day
@@ -123,59 +121,61 @@ def _extract_problem(pattern: str) -> str | None:
 
 def reference_problem(check: str, reference: Any) -> str | None:
     """What is wrong with a reference for this check, if anything."""
-    if check == "exact":
-        texts = reference if isinstance(reference, list) else [reference]
-        return (
-            None
-            if texts and all(isinstance(t, str) for t in texts)
-            else "must be a text or a list of texts"
-        )
-    if check == "numeric":
-        told = isinstance(reference, (int, float, str)) and not isinstance(reference, bool)
-        return (
-            None
-            if told and number(str(reference)) is not None
-            else f"{reference!r} is not a number"
-        )
-    if check == "json_schema":
-        return _schema_problem(reference)
+    return _REFERENCE_PROBLEMS[check](reference)
+
+
+def _text_problem(reference: Any) -> str | None:
+    texts = reference if isinstance(reference, list) else [reference]
+    sound = texts and all(isinstance(text, str) for text in texts)
+    return None if sound else "must be a text or a list of texts"
+
+
+def _number_problem(reference: Any) -> str | None:
+    given = isinstance(reference, (int, float, str)) and not isinstance(reference, bool)
+    sound = given and number(str(reference)) is not None
+    return None if sound else f"{reference!r} is not a number"
+
+
+def _pattern_problem(reference: Any) -> str | None:
     if not isinstance(reference, str) or not reference.strip():
-        return "must be a pattern" if check == "regex" else "must be the tests' code"
+        return "must be a pattern"
     try:
-        re.compile(reference) if check == "regex" else compile(reference, "tests", "exec")
-    except (re.error, SyntaxError, ValueError) as error:
+        re.compile(reference)
+    except re.error as error:
+        return str(error)
+    return None
+
+
+def _tests_problem(reference: Any) -> str | None:
+    if not isinstance(reference, str) or not reference.strip():
+        return "must be the tests' code"
+    try:
+        compile(reference, "tests", "exec")
+    except (SyntaxError, ValueError) as error:
         return str(error)
     return None
 
 
 def _schema_problem(schema: Any) -> str | None:
-    from jsonschema import SchemaError
+    from jsonschema import Draft202012Validator, SchemaError
     from jsonschema.validators import validator_for
 
     if not isinstance(schema, (dict, bool)):
         return "must be a JSON schema (an object)"
     try:
-        validator_for(schema, _default_validator()).check_schema(schema)
+        validator_for(schema, Draft202012Validator).check_schema(schema)
     except SchemaError as error:
         return f"not a JSON schema: {error.message}"
     return None
 
 
-def _default_validator() -> Any:
-    from jsonschema import Draft202012Validator
-
-    return Draft202012Validator
-
-
-def model(config: VerifierConfig) -> str:
-    """The identity of this judge: the check and its settings, and for Python tests the version they
-    run on.
-    """
-    settings = config.model_dump(mode="json", include=_DECIDES[config.check] | {"check", "extract"})
-    runs_on = (
-        f"{sys.version_info.major}.{sys.version_info.minor}" if config.check == "python" else ""
-    )
-    return "verifier:" + digest(CHECK_VERSION, canonical(settings).decode(), runs_on)
+_REFERENCE_PROBLEMS: dict[str, Callable[[Any], str | None]] = {
+    "exact": _text_problem,
+    "numeric": _number_problem,
+    "regex": _pattern_problem,
+    "json_schema": _schema_problem,
+    "python": _tests_problem,
+}
 
 
 _DECIDES: dict[str, set[str]] = {
@@ -187,50 +187,11 @@ _DECIDES: dict[str, set[str]] = {
 }
 
 
-def request(config: VerifierConfig, prompt: Prompt, sample: Sample, repeat: int = 0) -> Request:
-    """The check of one answer, as canonical JSON in one message.
-
-    Raises: ConfigError when a file of references cannot be read.
-    """
-    reference = reference_of(config, prompt)
-    if config.check == "numeric" and reference is not None:
-        reference = str(reference)  # 42 and "42" are one question
-    job = {
-        "answer": sample.text,
-        "check": config.check,
-        "reference": reference,
-        "settings": config.model_dump(mode="json", include=_DECIDES[config.check] | {"extract"}),
-    }
-    message = Message("user", canonical(job).decode())
-    return Request(
-        model(config), (message,), Sampling(max_tokens=1), repeat=(repeat,) if repeat else ()
-    )
-
-
-def reference_of(config: VerifierConfig, prompt: Prompt) -> Any:
-    """What decides about answers to this prompt: the prompt's own reference, else the
-    configuration's; None: nothing.
-
-    Raises: ConfigError naming file and line.
-    """
-    if config.references is not None:
-        known = _references(
-            config.references, os.stat(_there(config.references)).st_mtime_ns, config.check
-        )
-        for name in (prompt.id, prompt.messages[-1].content):
-            if name in known:
-                return known[name]
-    if config.reference_file is not None:
-        return _reference_file(
-            config.reference_file, os.stat(_there(config.reference_file)).st_mtime_ns, config.check
-        )
-    return config.reference
-
-
-def _there(file: str) -> Path:
+def _changed(file: str) -> int:
+    """When the file was last modified, in nanoseconds."""
     if not Path(file).is_file():
         raise ConfigError([Problem(file, 0, 0, "", "no such file (references of a verifier)")])
-    return Path(file)
+    return Path(file).stat().st_mtime_ns
 
 
 @lru_cache(maxsize=8)
@@ -274,40 +235,21 @@ def _references(file: str, _changed: int, check: str) -> dict[str, Any]:
     return found
 
 
-def parse(completion: Completion, config: VerifierConfig) -> Score:
-    """1 or 0, or the share of tests passed; unscored (`program`) when the check itself could not be
-    made.
+def identity(config: VerifierConfig) -> str:
+    """The identity of this judge: the check and its settings, and for Python tests the version they
+    run on.
     """
-    if completion.finish in ("context", "refused"):
-        return Score(None, reason=completion.finish)
-    try:
-        found = orjson.loads(completion.text)
-        if "error" in found:
-            return Score(None, reason="program")
-        passed, total = int(found["passed"]), int(found["total"])
-    except (ValueError, TypeError, KeyError):
-        return Score(None, reason="parse")
-    if not 0 <= passed <= total or total < 1:
-        return Score(None, reason="parse")
-    return Score(
-        passed / total if config.check == "python" and config.partial else float(passed == total)
-    )
-
-
-def verdict(a: Score, b: Score, config: VerifierConfig | None = None) -> Verdict:
-    """The better score wins for certain; equal ones, two wrong answers too, are a tie."""
-    if a.value is None or b.value is None:
-        return Verdict(None, None, a.reason or b.reason or "program")
-    if a.value == b.value:
-        return Verdict(0.5, "tie", None, 1.0, 1.0)
-    return Verdict(1.0, "a", None, 1.0) if a.value > b.value else Verdict(0.0, "b", None, 1.0)
+    settings = config.model_dump(mode="json", include=_DECIDES[config.check] | {"check", "extract"})
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    runs_on = version if config.check == "python" else ""
+    return "verifier:" + digest(CHECK_VERSION, canonical(settings).decode(), runs_on)
 
 
 class Verifier(Engine):
     """The engine: each request says all there is to check."""
 
     def __init__(self, config: VerifierConfig) -> None:
-        self.config, self.identity = config, model(config)
+        self.config, self.identity = config, identity(config)
         self.max_in_flight = config.workers or os.cpu_count() or 1
         self._threads: ThreadPoolExecutor | None = None
 
@@ -350,11 +292,6 @@ class Verifier(Engine):
         threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown(wait=True, cancel_futures=True)
-
-
-def engine(config: VerifierConfig) -> Verifier:
-    """The engine that makes this judge's checks."""
-    return Verifier(config)
 
 
 def check(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -405,6 +342,8 @@ def number(text: str) -> Fraction | None:
 
 def _numeric(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     found, right = number(text), number(str(reference))
+    if right is None:
+        return {"error": f"the reference {reference!r} is not a number"}
     if found is None:
         return {"passed": 0, "total": 1, "why": "there is no number in the answer"}
     near = max(Fraction(settings["absolute"]), Fraction(settings["tolerance"]) * abs(right))
@@ -463,17 +402,16 @@ _CHECKS = {
 
 
 class VerifierJudge(ScoreJudge[VerifierConfig]):
-    """A program checks one answer."""
+    """A program checks one answer; it needs no principle."""
 
     Config = VerifierConfig
-    PARSER_VERSION = PARSER_VERSION
-    FILES = FILES
+    FILES = ("reference_file", "references")
     per_principle = False
     own = True
 
-    def own_engine(self) -> Engine:
-        """The engine that answers it, not yet started."""
-        return engine(self.config)
+    def own_engine(self) -> Verifier:
+        """The engine that makes the checks, not yet started."""
+        return Verifier(self.config)
 
     def request(
         self,
@@ -484,13 +422,64 @@ class VerifierJudge(ScoreJudge[VerifierConfig]):
         repeat: int,
         context: RequestContext,
     ) -> Request:
-        """The question about one answer; it needs no principle."""
-        return request(self.config, prompt, sample)
+        """The check of one answer, as canonical JSON in one message.
+
+        Raises: ConfigError when a file of references cannot be read.
+        """
+        config, reference = self.config, self.reference(prompt)
+        if config.check == "numeric" and reference is not None:
+            reference = str(reference)  # 42 and "42" are one question
+        job = {
+            "answer": sample.text,
+            "check": config.check,
+            "reference": reference,
+            "settings": config.model_dump(
+                mode="json", include=_DECIDES[config.check] | {"extract"}
+            ),
+        }
+        message = Message("user", canonical(job).decode())
+        return Request(identity(config), (message,), Sampling(max_tokens=1))
+
+    def reference(self, prompt: Prompt) -> Any:
+        """What decides about answers to this prompt: the prompt's own reference, else the
+        configuration's; None where there is none.
+
+        Raises: ConfigError naming file and line.
+        """
+        config = self.config
+        if config.references is not None:
+            known = _references(config.references, _changed(config.references), config.check)
+            for name in (prompt.id, prompt.messages[-1].content):
+                if name in known:
+                    return known[name]
+        if config.reference_file is not None:
+            file = config.reference_file
+            return _reference_file(file, _changed(file), config.check)
+        return config.reference
 
     def decode(self, use: Any, completion: Completion) -> Score:
-        """The score."""
-        return parse(completion, self.config)
+        """1 or 0, or the share of tests passed; unscored (`program`) when the check itself could
+        not be made.
+        """
+        if completion.finish == "context" or completion.finish == "refused":
+            return Score(None, reason=completion.finish)
+        try:
+            found = orjson.loads(completion.text)
+            if "error" in found:
+                return Score(None, reason="program")
+            passed, total = int(found["passed"]), int(found["total"])
+        except (ValueError, TypeError, KeyError):
+            return Score(None, reason="parse")
+        if not 0 <= passed <= total or total < 1:
+            return Score(None, reason="parse")
+        shared = self.config.check == "python" and self.config.partial
+        return Score(passed / total if shared else float(passed == total))
 
     def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
-        """Two answers' scores as a verdict."""
-        return verdict(a[0], b[0], self.config)
+        """The better score wins with probability 1; equal ones, two wrong answers too, are a
+        tie.
+        """
+        if a[0].known == b[0].known:
+            return Verdict(0.5, "tie", None, 1.0, 1.0)
+        better = a[0].known > b[0].known
+        return Verdict(float(better), "a" if better else "b", None, 1.0)

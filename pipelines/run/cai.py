@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from prefab.factory.types import Completion, Principle, Prompt, Request, Sample, Use
 from prefab.judges import panel
+from prefab.judges.base import RequestContext
 from prefab.judges.kinds import critique
 from prefab.pipelines.run.context import Context, policy_messages, policy_sampling
 
@@ -95,6 +96,18 @@ def _select(
     )
 
 
+def _context(config: critique.CritiqueConfig, ctx: Context) -> RequestContext:
+    """What a critic's requests need beside the answer."""
+    return RequestContext(
+        ctx.run,
+        ctx.engines[config.engine].identity,
+        ctx.templates,
+        ctx.specials(config.engine),
+        ctx.examples,
+        ctx.config.seed,
+    )
+
+
 async def _critiques(
     prompt: Prompt,
     current: dict[int, Sample],
@@ -105,27 +118,16 @@ async def _critiques(
     """For each draft the faults that the critic names in its current text, in the principles'
     order.
     """
-    critic, engine = ctx.critic, ctx.critic.engine
-    model, specials, template = (
-        ctx.engines[engine].identity,
-        ctx.specials(engine),
-        ctx.templates["critique"],
+    critic, context, engine = (
+        critique.Critic(ctx.critic),
+        _context(ctx.critic, ctx),
+        ctx.critic.engine,
     )
     asks, places = [], []
     for k, text in current.items():
         for principle in drawn[k]:
-            request = critique.critique_request(
-                critic,
-                template,
-                prompt,
-                replace(text, index=k),
-                principle,
-                model,
-                round,
-                specials=specials,
-                examples=ctx.examples("critique", principle),
-                seed=ctx.config.seed,
-            )
+            at = replace(text, index=k)
+            request = critic.critique_request(prompt, at, principle, context, round)
             asks.append(
                 (request, Use(ctx.run, prompt.id, "critique", text.index, -1, round, principle.id))
             )
@@ -151,27 +153,12 @@ async def _revisions(
     """The revision of each draft that is due; a draft whose revision cannot be read keeps its
     text.
     """
-    reviser, engine = ctx.reviser, ctx.reviser.engine
-    model, specials, template = (
-        ctx.engines[engine].identity,
-        ctx.specials(engine),
-        ctx.templates["revise"],
-    )
+    reviser, engine = critique.Critic(ctx.reviser), ctx.reviser.engine
+    context = _context(ctx.reviser, ctx)
     asks, made = [], []
     for k, (principle, named) in due.items():
-        request = critique.revise_request(
-            reviser,
-            template,
-            prompt,
-            replace(current[k], index=k),
-            principle,
-            named,
-            model,
-            round,
-            specials=specials,
-            examples=ctx.examples("revise", principle),
-            seed=ctx.config.seed,
-        )
+        at = replace(current[k], index=k)
+        request = reviser.revise_request(prompt, at, principle, named, context, round)
         made.append(
             Sample(
                 prompt.id, place(k, principle), "", "stop", current[k].index, round, principle.id

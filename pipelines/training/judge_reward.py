@@ -25,7 +25,7 @@ from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Comparison, Engine, Message, Prompt, Sample
 from prefab.judges import base as judges
 from prefab.judges import panel
-from prefab.judges.base import Judge
+from prefab.judges.base import NO_PRINCIPLE, Judge, RequestContext
 from prefab.judges.kinds import verifier
 from prefab.pipelines.config.loader import ResolvedPipeline, resolve_pipeline
 from prefab.pipelines.run import judging
@@ -218,12 +218,14 @@ def of_verifier(config: RewardConfig, background: Background) -> Iterator[Reward
                 for e in error.errors()
             ]
         ) from error
-    engine = verifier.engine(settings)
+    judge, context = verifier.VerifierJudge(settings), RequestContext()
+    engine = judge.own_engine()
     background(engine.start())
 
     async def score(prompt: Prompt, text: str) -> float | None:
-        request = verifier.request(settings, prompt, Sample(prompt.id, 0, text))
-        return verifier.parse(await engine.complete(b"", request), settings).value
+        sample = Sample(prompt.id, 0, text)
+        request = judge.request(prompt, sample, NO_PRINCIPLE, 0, 0, context)
+        return judge.decode(None, await engine.complete(b"", request)).value
 
     try:
         yield reward_of(score, background)

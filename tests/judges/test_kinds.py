@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefab.factory.spec.templates import load_template
-from prefab.factory.types import Comparison, Completion, Message, Principle, Prompt, Sample
+from prefab.factory.types import Comparison, Completion, Message, Principle, Prompt, Sample, Use
 from prefab.judges import panel
+from prefab.judges.base import Ranking, Reasoning, RequestContext, Score
 from prefab.judges.kinds import critique, listwise, pairwise, pointwise, rubric
 
 PROMPT = Prompt("p1", (Message("user", "Can I come on Monday? <|im_end|>"),))
@@ -22,10 +23,10 @@ PAIR = Comparison(PROMPT, GOOD, BAD)
 RULE = Principle(
     "kind", "Be kind", "Which answer is kinder?", "Name unkindness.", "Be kinder.", "It is unkind."
 )
-PAIRWISE = pairwise.PairwiseConfig(name="j")
-POINTWISE = pointwise.PointwiseConfig(name="s")
-RUBRIC = rubric.RubricConfig(name="r")
-LISTWISE = listwise.ListwiseConfig(name="l")
+PAIRWISE = pairwise.PairwiseJudge(pairwise.PairwiseConfig(name="pairwise"))
+POINTWISE = pointwise.PointwiseJudge(pointwise.PointwiseConfig(name="pointwise"))
+RUBRIC = rubric.RubricJudge(rubric.RubricConfig(name="rubric"))
+LISTWISE = listwise.ListwiseJudge(listwise.ListwiseConfig(name="listwise"))
 TEMPLATES = {
     name: load_template(name)
     for name in (
@@ -41,10 +42,18 @@ TEMPLATES = {
 }
 
 
+CONTEXT = RequestContext(
+    model="m",
+    templates={**TEMPLATES, "thinks": TEMPLATES["pairwise_scored"]}
+    | {"thinks reasoning": TEMPLATES["pairwise_cot"]},
+    seed=7,
+)
+
+
 def read(**masses: float) -> Completion:
     """A label read; A_=.2 gives the spelling " A" a mass of .2. Spellings left out are impossible,
     not unread."""
-    logps = dict.fromkeys(pairwise.labels(PAIRWISE), -inf)
+    logps = dict.fromkeys(PAIRWISE.labels(), -inf)
     logps |= {
         (" " + k[:-1] if k.endswith("_") else k): log(v) if v else -inf for k, v in masses.items()
     }
@@ -59,19 +68,17 @@ def text(content: str, finish: str = "stop") -> Completion:
 
 
 def test_probability_by_hand():
-    verdict = pairwise.parse(read(A=0.3, A_=0.2, B=0.1, T=0.2, T_=0.1), "ab", PAIRWISE)
+    verdict = PAIRWISE.parse(read(A=0.3, A_=0.2, B=0.1, T=0.2, T_=0.1), "ab")
     assert verdict.p_a == pytest.approx((0.5 + 0.15) / 0.9, abs=1e-15)
     assert (verdict.winner, verdict.reason) == ("a", None)
     assert verdict.mass == pytest.approx(0.9) and verdict.tie_mass == pytest.approx(0.3)
-    swapped = pairwise.parse(read(A=0.3, A_=0.2, B=0.1, T=0.2, T_=0.1), "ba", PAIRWISE)
+    swapped = PAIRWISE.parse(read(A=0.3, A_=0.2, B=0.1, T=0.2, T_=0.1), "ba")
     assert swapped.p_a == pytest.approx((0.1 + 0.15) / 0.9, abs=1e-15) and swapped.winner == "b"
 
 
 def test_label_mass_decides_whether_it_is_scored():
-    assert (
-        pairwise.parse(read(A=0.3, B=0.1, T=0.1), "ab", PAIRWISE).winner == "a"
-    )  # exactly a half is enough
-    low = pairwise.parse(read(A=0.3, B=0.1, T=0.09), "ab", PAIRWISE)
+    assert PAIRWISE.parse(read(A=0.3, B=0.1, T=0.1), "ab").winner == "a"  # exactly a half is enough
+    low = PAIRWISE.parse(read(A=0.3, B=0.1, T=0.09), "ab")
     assert (low.p_a, low.winner, low.reason) == (
         None,
         None,
@@ -89,20 +96,20 @@ def test_label_mass_decides_whether_it_is_scored():
     ],
 )
 def test_tie_in_one_order_needs_most_of_the_mass(masses, winner):
-    assert pairwise.parse(read(**masses), "ab", PAIRWISE).winner == winner
+    assert PAIRWISE.parse(read(**masses), "ab").winner == winner
 
 
 def test_without_ties_the_tie_label_is_not_read():
-    config = pairwise.PairwiseConfig(name="j", ties=False)
-    assert pairwise.labels(config) == ("A", "B", " A", " B")
-    assert pairwise.parse(read(A=0.3, B=0.3, T=0.4), "ab", config).p_a == 0.5
+    judge = pairwise.PairwiseJudge(pairwise.PairwiseConfig(name="j", ties=False))
+    assert judge.labels() == ("A", "B", " A", " B")
+    assert judge.parse(read(A=0.3, B=0.3, T=0.4), "ab").p_a == 0.5
 
 
 def test_clamp_keeps_the_winner():
-    config = pairwise.PairwiseConfig(name="j", clamp=(0.4, 0.6))
-    assert pairwise.parse(read(A=0.99), "ab", config).p_a == 0.6
-    assert pairwise.parse(read(A=0.99), "ba", config).p_a == 0.4
-    assert pairwise.parse(read(A=0.99), "ba", config).winner == "b"
+    judge = pairwise.PairwiseJudge(pairwise.PairwiseConfig(name="j", clamp=(0.4, 0.6)))
+    assert judge.parse(read(A=0.99), "ab").p_a == 0.6
+    assert judge.parse(read(A=0.99), "ba").p_a == 0.4
+    assert judge.parse(read(A=0.99), "ba").winner == "b"
     with pytest.raises(ValueError, match="clamp"):
         pairwise.PairwiseConfig(name="j", clamp=(0.6, 0.4))
 
@@ -132,18 +139,18 @@ def test_clamp_keeps_the_winner():
     ],
 )
 def test_unscored_is_typed(completion, reason):
-    verdict = pairwise.parse(completion, "ab", PAIRWISE)
+    verdict = PAIRWISE.parse(completion, "ab")
     assert (verdict.p_a, verdict.winner, verdict.reason) == (None, None, reason)
 
 
 def test_top_k_gives_bounds_and_bare_labels_are_hard():
-    bounds = pairwise.parse(
-        Completion("A", "length", {"A": log(0.8), "Sure": -2.0}, "bounds"), "ab", PAIRWISE
+    bounds = PAIRWISE.parse(
+        Completion("A", "length", {"A": log(0.8), "Sure": -2.0}, "bounds"), "ab"
     )
     assert (bounds.p_a, bounds.winner, bounds.exactness) == (1.0, "a", "bounds")
-    hard = pairwise.parse(Completion(" B ", "stop", None, "hard"), "ba", PAIRWISE)
+    hard = PAIRWISE.parse(Completion(" B ", "stop", None, "hard"), "ba")
     assert (hard.p_a, hard.winner, hard.mass, hard.exactness) == (1.0, "a", None, "hard")
-    assert pairwise.parse(Completion("T", "stop", None, "hard"), "ab", PAIRWISE).winner == "tie"
+    assert PAIRWISE.parse(Completion("T", "stop", None, "hard"), "ab").winner == "tie"
 
 
 @given(a=st.floats(0, 1), b=st.floats(0, 1), t=st.floats(0, 1), scale=st.floats(0.3, 1))
@@ -151,9 +158,9 @@ def test_swapping_mirrors(a, b, t, scale):
     total = max(a + b + t, 1e-9)
     one = read(A=a / total * scale, B=b / total * scale, T=t / total * scale)
     other = read(A=b / total * scale, B=a / total * scale, T=t / total * scale)
-    verdict = pairwise.parse(one, "ab", PAIRWISE)
-    assert pairwise.parse(other, "ba", PAIRWISE) == verdict
-    mirrored = pairwise.parse(one, "ba", PAIRWISE)
+    verdict = PAIRWISE.parse(one, "ab")
+    assert PAIRWISE.parse(other, "ba") == verdict
+    mirrored = PAIRWISE.parse(one, "ba")
     assert mirrored.winner == verdict.swap().winner and mirrored.reason == verdict.reason
     assert verdict.p_a is None or mirrored.p_a == pytest.approx(verdict.swap().p_a, abs=1e-12)
 
@@ -164,10 +171,10 @@ def test_a_planted_better_answer_wins_in_both_orders(pair):
     cannot be wrong."""
     verdicts = []
     for order in ("ab", "ba"):
-        request = pairwise.request(PAIRWISE, TEMPLATES["pairwise"], pair, RULE, "m", order)
+        request = PAIRWISE.request("judge", pair, RULE, order, 0, CONTEXT)
         shown = request.messages[-1].content
         first = shown.index(GOOD.text) < shown.index("is best")
-        verdicts.append(pairwise.parse(read(**{"A" if first else "B": 0.9}), order, PAIRWISE))
+        verdicts.append(PAIRWISE.parse(read(**{"A" if first else "B": 0.9}), order))
     assert {v.winner for v in verdicts} == {"a" if pair.a is GOOD else "b"}
     preference = panel.decide(
         [panel.combine_orders(verdicts)], prompt="p1", a=pair.a.index, b=pair.b.index
@@ -176,12 +183,12 @@ def test_a_planted_better_answer_wins_in_both_orders(pair):
 
 
 def test_a_slot_picker_ends_at_a_tie():
-    verdicts = [pairwise.parse(read(A=0.9, B=0.1), order, PAIRWISE) for order in ("ab", "ba")]
+    verdicts = [PAIRWISE.parse(read(A=0.9, B=0.1), order) for order in ("ab", "ba")]
     assert panel.decide([panel.combine_orders(verdicts)]).outcome == "tie"
 
 
 def test_request_is_a_greedy_label_read():
-    request = pairwise.request(PAIRWISE, TEMPLATES["pairwise"], PAIR, RULE, "m", "ab", repeat=2)
+    request = PAIRWISE.request("judge", PAIR, RULE, "ab", 2, CONTEXT)
     assert request.labels == ("A", "B", "T", " A", " B", " T")
     assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.seed) == (
         1,
@@ -196,114 +203,99 @@ def test_request_is_a_greedy_label_read():
 
 
 def test_reasoning_is_a_pass_of_its_own():
-    config = pairwise.PairwiseConfig(name="j", reasoning=True, temperature=1.0)
-    first = pairwise.reasoning_request(
-        config, TEMPLATES["pairwise_cot"], PAIR, RULE, "m", "ba", seed=7
-    )
+    config = pairwise.PairwiseConfig(name="thinks", reasoning=True, temperature=1.0)
+    judge, use = pairwise.PairwiseJudge(config), Use(0, "p1", "reason", order="ba")
+    first = judge.request("reason", PAIR, RULE, "ba", 0, CONTEXT)
     assert first.labels == () and first.sampling.seed == 7 and first.repeat == (0, 1, 0)
-    reasoning, reason = pairwise.parse_reasoning(text("<think>hm</think> B is rude. <|im_end|>"))
-    assert (reasoning, reason) == ("B is rude. <|im_end|>", None)
-    second = pairwise.request(
-        config, TEMPLATES["pairwise_scored"], PAIR, RULE, "m", "ba", reasoning=reasoning
-    )
+    said = judge.decode(use, text("<think>hm</think> B is rude. <|im_end|>"))
+    assert said == Reasoning("B is rude. <|im_end|>")
+    second = judge.request("judge", PAIR, RULE, "ba", 0, CONTEXT, said.text)
     assert [m.role for m in second.messages] == ["system", "user", "assistant", "user"]
     assert (
         "B is rude." in second.messages[2].content
         and "<|im_end|>" not in second.messages[2].content
     )
-    assert pairwise.parse_reasoning(text("B is", "length"))[1] == "truncated"
-    assert pairwise.parse_reasoning(text("<think>never closed"))[1] == "parse"
+    assert judge.decode(use, text("B is", "length")).reason == "truncated"
+    assert judge.decode(use, text("<think>never closed")).reason == "parse"
 
 
 # --- pointwise and rubric ---
 
 
 def grades(**masses: float) -> Completion:
-    logps = dict.fromkeys(pointwise.labels(POINTWISE), -inf) | {
-        k[1:]: log(v) for k, v in masses.items()
-    }
+    logps = dict.fromkeys(POINTWISE.labels(), -inf) | {k[1:]: log(v) for k, v in masses.items()}
     return Completion("5", "length", logps)
 
 
 def test_expected_score_by_hand():
-    score = pointwise.parse(grades(_3=0.2, _9=0.6), POINTWISE)
+    score = POINTWISE.decode(None, grades(_3=0.2, _9=0.6))
     assert score.value == pytest.approx((0.2 * 3 + 0.6 * 9) / 0.8) and score.mass == pytest.approx(
         0.8
     )
-    assert pointwise.reward(score, POINTWISE) == pytest.approx(2 * (7.5 - 1) / 8 - 1)
-    assert pointwise.parse(grades(_3=0.4), POINTWISE).reason == "low_label_mass"
-    assert pointwise.reward(pointwise.parse(grades(_3=0.4), POINTWISE), POINTWISE) is None
+    assert POINTWISE.reward(score) == pytest.approx(2 * (7.5 - 1) / 8 - 1)
+    assert POINTWISE.decode(None, grades(_3=0.4)).reason == "low_label_mass"
+    assert POINTWISE.reward(POINTWISE.decode(None, grades(_3=0.4))) is None
     with pytest.raises(ValueError, match="scale"):
         pointwise.PointwiseConfig(name="s", low=5, high=5)
 
 
 def test_two_scores_make_a_verdict():
-    a, b = (pointwise.parse(g, POINTWISE) for g in (grades(_3=0.5, _7=0.5), grades(_3=0.8, _5=0.2)))
-    verdict = pointwise.verdict(a, b)
+    a, b = (POINTWISE.decode(None, g) for g in (grades(_3=0.5, _7=0.5), grades(_3=0.8, _5=0.2)))
+    verdict = POINTWISE.verdict_of([a], [b], ())
     assert verdict.p_a == pytest.approx(0.5 * 1 + 0.5 * 0.8 / 2) and verdict.winner == "a"
     assert verdict.tie_mass == pytest.approx(0.4)
     assert (
-        pointwise.verdict(b, a).p_a == pytest.approx(1 - verdict.p_a)
-        and pointwise.verdict(b, a).winner == "b"
+        POINTWISE.verdict_of([b], [a], ()).p_a == pytest.approx(1 - verdict.p_a)
+        and POINTWISE.verdict_of([b], [a], ()).winner == "b"
     )
-    unread = pointwise.parse(grades(_3=0.1), POINTWISE)
+    unread = POINTWISE.decode(None, grades(_3=0.1))
     assert (
-        pointwise.verdict(a, unread).reason == "low_label_mass"
-        and pointwise.verdict(a, unread).winner is None
+        POINTWISE.verdict_of([a], [unread], ()).reason == "low_label_mass"
+        and POINTWISE.verdict_of([a], [unread], ()).winner is None
     )
 
 
-def yes(p: float) -> rubric.Score:
+def yes(p: float) -> Score:
     logps = {
         "Yes": log(p) if p else -inf,
         " Yes": -inf,
         "No": log(1 - p) if p < 1 else -inf,
         " No": -inf,
     }
-    return rubric.parse(Completion("Yes", "length", logps), RUBRIC)
+    return RUBRIC.decode(None, Completion("Yes", "length", logps))
 
 
 def test_rubric_points_by_hand():
-    criteria = [rubric.Criterion("help", 3.0), rubric.Criterion("rude", -1.0)]
-    assert rubric.total([yes(0.5), yes(0.2)], criteria).value == pytest.approx(
-        (3 * 0.5 + 1 * 0.8) / 4
-    )
-    unread = rubric.parse(Completion("", "context"), RUBRIC)
-    assert rubric.total([yes(0.5), unread], criteria).value == pytest.approx(0.5)
-    assert rubric.total([unread, yes(0.2)], criteria).reason == "context"
-    verdict = rubric.verdict([yes(0.9), yes(0.1)], [yes(0.9), yes(0.6)], criteria)
+    criteria = [("help", 3.0), ("rude", -1.0)]
+    unread = RUBRIC.decode(None, Completion("", "context"))
+    verdict = RUBRIC.verdict_of([yes(0.9), yes(0.1)], [yes(0.9), yes(0.6)], criteria)
     better = 0.9 * 0.1 + (0.9 * 0.9 + 0.1 * 0.1) * 0.9 * 0.6
     worse = 0.1 * 0.9 + (0.9 * 0.9 + 0.1 * 0.1) * 0.1 * 0.4
     assert verdict.p_a == pytest.approx(better + (1 - better - worse) / 2) and verdict.winner == "a"
-    assert rubric.verdict([yes(0.9), unread], [yes(0.9), yes(0.6)], criteria).reason == "context"
-    assert rubric.criteria([RULE]) == [rubric.Criterion("It is unkind.", -1.0)]
+    without = RUBRIC.verdict_of([yes(0.9), unread], [yes(0.4), yes(0.6)], criteria)  # 3/4 is read
+    assert without == RUBRIC.verdict_of([yes(0.9)], [yes(0.4)], criteria[:1])
+    assert without.p_a == pytest.approx(0.9 * 0.6 + (0.9 * 0.4 + 0.1 * 0.6) / 2)
+    strict = rubric.RubricJudge(rubric.RubricConfig(name="r", min_scored=0.8))
+    assert strict.verdict_of([yes(0.9), unread], [yes(0.9)] * 2, criteria).reason == "context"
+    assert RUBRIC.verdict_of([unread, yes(0.9)], [yes(0.9)] * 2, criteria).reason == "context"
+    assert RUBRIC.lines(RULE.id, None) == (("kind", -1.0),)
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "rubric"])
 def test_a_planted_better_answer_wins_by_score(kind):
     """An oracle that grades whichever single answer it is shown."""
 
+    asked = POINTWISE if kind == "pointwise" else RUBRIC
+
     def score(sample):
+        request = asked.request(PROMPT, sample, RULE, 0, 0, CONTEXT)
+        good = GOOD.text in request.messages[-1].content
         if kind == "pointwise":
-            shown = (
-                pointwise.request(POINTWISE, TEMPLATES[kind], PROMPT, sample, RULE, "m")
-                .messages[-1]
-                .content
-            )
-            return pointwise.parse(
-                grades(_9=0.9) if GOOD.text in shown else grades(_2=0.9), POINTWISE
-            )
-        shown = (
-            rubric.request(RUBRIC, TEMPLATES[kind], PROMPT, sample, RULE.criterion, "m")
-            .messages[-1]
-            .content
-        )
-        return yes(0.1 if GOOD.text in shown else 0.9)
+            return POINTWISE.decode(None, grades(_9=0.9) if good else grades(_2=0.9))
+        return yes(0.1 if good else 0.9)
 
     def judge(a, b):
-        if kind == "pointwise":
-            return pointwise.verdict(score(a), score(b))
-        return rubric.verdict([score(a)], [score(b)], rubric.criteria([RULE]))
+        return asked.verdict_of([score(a)], [score(b)], asked.lines(RULE.id, None))
 
     assert judge(GOOD, BAD).winner == "a" and judge(BAD, GOOD).winner == "b"
 
@@ -381,19 +373,16 @@ def test_two_identical_drafts_do_not_share_one_critique():
     config = critique.CritiqueConfig(temperature=1.0)
     twin = Sample("p1", 2, GOOD.text)
     asked = [
-        critique.critique_request(config, TEMPLATES["critique"], PROMPT, s, RULE, "m", seed=1)
-        for s in (GOOD, twin)
+        critique.Critic(config).critique_request(PROMPT, s, RULE, CONTEXT) for s in (GOOD, twin)
     ]
     assert asked[0].messages == asked[1].messages and asked[0].repeat != asked[1].repeat
     greedy = [
-        critique.critique_request(
-            critique.CritiqueConfig(), TEMPLATES["critique"], PROMPT, s, RULE, "m", seed=1
-        )
+        critique.Critic(critique.CritiqueConfig()).critique_request(PROMPT, s, RULE, CONTEXT)
         for s in (GOOD, twin)
     ]
     assert greedy[0] == greedy[1] and greedy[0].sampling.seed is None
-    revised = critique.revise_request(
-        config, TEMPLATES["revise"], PROMPT, BAD, RULE, "Fault: <|im_end|>", "m"
+    revised = critique.Critic(config).revise_request(
+        PROMPT, BAD, RULE, "Fault: <|im_end|>", CONTEXT
     )
     assert (
         "<|im_end|>" not in revised.messages[-1].content
@@ -409,9 +398,7 @@ def test_listwise_un_shuffles(permutation):
     samples = [
         Sample("p1", i, t) for i, t in enumerate(("worst words", "best words", "middling words"))
     ]
-    request = listwise.request(
-        LISTWISE, TEMPLATES["listwise"], PROMPT, samples, permutation, RULE, "m"
-    )
+    request = LISTWISE.request(PROMPT, [samples[i] for i in permutation], RULE, 0, CONTEXT)
     shown = request.messages[-1].content
     slots = sorted(range(3), key=lambda i: shown.index(samples[i].text))
     reply = " > ".join(f"[{slots.index(i) + 1}]" for i in (1, 2, 0))
@@ -440,7 +427,7 @@ def test_listwise_un_shuffles(permutation):
     ],
 )
 def test_anything_but_one_whole_order_is_unscored(said):
-    assert listwise.parse(text(said), (0, 1, 2)) == listwise.Ranking(None, "parse")
+    assert listwise.parse(text(said), (0, 1, 2)) == Ranking(None, "parse")
 
 
 def test_permutations_balance_slots_and_do_not_depend_on_the_process():
@@ -505,8 +492,8 @@ def test_twenty_thousand_random_completions():
             logps,
             rng.choice(("exact", "bounds", "hard")),
         )
-        _check_verdict(pairwise.parse(completion, rng.choice(("ab", "ba")), PAIRWISE), completion)
-        for score in (pointwise.parse(completion, POINTWISE), rubric.parse(completion, RUBRIC)):
+        _check_verdict(PAIRWISE.parse(completion, rng.choice(("ab", "ba"))), completion)
+        for score in (POINTWISE.decode(None, completion), RUBRIC.decode(None, completion)):
             assert (score.value is None) == (score.reason is not None)
         found = critique.parse_critique(completion)
         assert (found.fault is None) == (found.reason is not None)
@@ -532,4 +519,4 @@ def _check_verdict(verdict, completion):
 @given(st.text())
 def test_free_text_never_becomes_a_verdict(said):
     for finish in ("stop", "length"):
-        assert pairwise.parse(Completion(said, finish), "ab", PAIRWISE).reason == "no_logprobs"
+        assert PAIRWISE.parse(Completion(said, finish), "ab").reason == "no_logprobs"

@@ -20,7 +20,6 @@ from prefab.judges.panel import (
     identical,
     orders,
     pairs,
-    win_rates,
 )
 
 
@@ -268,25 +267,4 @@ def test_orders():
 def test_pairs():
     assert pairs(4) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
     assert pairs(4, "adjacent") == [(0, 1), (1, 2), (2, 3)]
-    scores = [0.2, None, 0.9, 0.5]
-    assert pairs(4, "best_worst", scores) == [(2, 0)] and pairs(4, "adjacent", scores) == [
-        (2, 3),
-        (3, 0),
-    ]
-    assert pairs(1) == [] == pairs(1, "best_worst", [1.0]) == pairs(2, "best_worst", [None, 1.0])
-    with pytest.raises(ValueError, match="scores"):
-        pairs(3, "best_worst")
-
-
-def test_win_rates_leave_out_what_was_not_scored():
-    preferences = [
-        decide([Reading(0.9)], a=0, b=1),
-        decide([Reading(0.3)], a=0, b=2),
-        decide([UNREAD], a=1, b=2),
-    ]
-    assert win_rates(4, preferences) == [
-        pytest.approx(0.6),
-        pytest.approx(0.1),
-        pytest.approx(0.7),
-        None,
-    ]
+    assert pairs(1) == [] == pairs(1, "adjacent")

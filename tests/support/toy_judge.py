@@ -9,9 +9,9 @@ from prefab.judges.base import (
     candidate,
     label_request,
     label_score,
+    scale_verdict,
     spellings,
 )
-from prefab.judges.kinds.pointwise import verdict
 
 GRADES = spellings([str(i) for i in range(1, 10)])
 VALUES = [i / 8 for i in range(9)]
@@ -46,4 +46,4 @@ class ToyJudge(ScoreJudge[ToyConfig]):
 
     def compare(self, a, b, lines):
         """The better grade wins."""
-        return verdict(a[0], b[0])
+        return scale_verdict(a[0], b[0])

@@ -32,15 +32,14 @@ from prefab.factory.types import (
     Use,
     Verdict,
 )
+from prefab.judges.base import Reasoning, RequestContext
 from prefab.judges.kinds import critique, listwise, pairwise, pointwise, rubric
 from tests.support.malformed import BATCHES, SHAPES
 
 ROOT = Path(__file__).resolve().parents[3]
-PAIRWISE, POINTWISE, RUBRIC = (
-    pairwise.PairwiseConfig(name="j"),
-    pointwise.PointwiseConfig(name="s"),
-    rubric.RubricConfig(name="r"),
-)
+PAIRWISE = pairwise.PairwiseJudge(pairwise.PairwiseConfig(name="j"))
+POINTWISE = pointwise.PointwiseJudge(pointwise.PointwiseConfig(name="s"))
+RUBRIC = rubric.RubricJudge(rubric.RubricConfig(name="r"))
 REASONS = set(get_args(UnscoredReason))
 ASKED = REASONS - {"program"}  # that one is a verifier's: nothing that a server answers leads to it
 MALFORMED = [name for name, shape in SHAPES.items() if {shape.openai, shape.vllm} & REASONS]
@@ -72,7 +71,7 @@ def engines(url: str, **config):
     }
 
 
-def question(name: str, labels: tuple[str, ...] = pairwise.labels(PAIRWISE)) -> Request:
+def question(name: str, labels: tuple[str, ...] = PAIRWISE.labels()) -> Request:
     return Request("m", (Message("user", name),), Sampling(max_tokens=1), labels)
 
 
@@ -108,7 +107,7 @@ def outcome(answer) -> str:
     if isinstance(answer, TransportError):
         return "transport"
     assert isinstance(answer, Completion), answer
-    one, other = pairwise.parse(answer, "ab", PAIRWISE), pairwise.parse(answer, "ba", PAIRWISE)
+    one, other = PAIRWISE.parse(answer, "ab"), PAIRWISE.parse(answer, "ba")
     assert other.swap().winner == one.winner and other.reason == one.reason
     assert (one.p_a is None) == (one.winner is None) == (one.reason is not None)
     return one.reason or one.winner
@@ -135,7 +134,7 @@ def test_every_shape_is_typed(name, kind, answered):
 
 def test_every_unscored_reason_is_produced_on_purpose(answered):
     seen = {outcome(answer) for answers, _ in answered.values() for answer in answers.values()}
-    seen |= {pairwise.parse_reasoning(Completion("A is rude because", "length"))[1]}
+    seen |= {thought(Completion("A is rude because", "length")).reason}
     assert seen == ASKED | {"a", "b", "tie"}
 
 
@@ -233,9 +232,11 @@ def test_texts_of_every_shape(said, wanted):
             == critique.parse_revision(stopped).reason
             == reason
         )
-        assert (
-            listwise.parse(stopped, (0, 1)).reason == pairwise.parse_reasoning(stopped)[1] == reason
-        )
+        assert listwise.parse(stopped, (0, 1)).reason == thought(stopped).reason == reason
+
+
+def thought(completion: Completion) -> Reasoning | Verdict:
+    return PAIRWISE.decode(Use(0, "p", "reason"), completion)
 
 
 def check_all(completion: Completion) -> None:
@@ -254,11 +255,11 @@ def check_all(completion: Completion) -> None:
     revision = critique.parse_revision(completion)
     assert (revision.text is None) == (revision.reason in REASONS) and revision.text != ""
     assert revision.text is None or revision.text in said
-    thought, reason = pairwise.parse_reasoning(completion)
-    assert reason in REASONS or (reason is None and thought and thought in said)
-    verdict = pairwise.parse(completion, "ab", PAIRWISE)
+    found = thought(completion)
+    assert found.reason in REASONS or (found.text and found.text in said)
+    verdict = PAIRWISE.parse(completion, "ab")
     assert (verdict.winner is None) == (verdict.p_a is None) == (verdict.reason in REASONS)
-    for score in (pointwise.parse(completion, POINTWISE), rubric.parse(completion, RUBRIC)):
+    for score in (POINTWISE.decode(None, completion), RUBRIC.decode(None, completion)):
         assert (score.value is None) == (score.reason in REASONS)
         assert (
             score.value is None
@@ -364,7 +365,7 @@ def test_a_hundred_thousand_label_reads():
             name: rng.choice(numbers if rng.random() < 0.2 else numbers[5:13]) for name in names
         }
         done = Completion("A", "length", logps, rng.choice(("exact", "bounds")))
-        verdict = pairwise.parse(done, "ab", PAIRWISE)
+        verdict = PAIRWISE.parse(done, "ab")
         assert (verdict.winner is None) == (verdict.reason in REASONS)
         assert verdict.winner == reference(done), logps
         winners += verdict.winner is not None
@@ -373,7 +374,7 @@ def test_a_hundred_thousand_label_reads():
 
 def reference(done: Completion) -> str | None:
     """Who won, worked out as the page of judges/kinds/pairwise.py says it."""
-    mine = {name: x for name, x in done.label_logps.items() if name in pairwise.labels(PAIRWISE)}
+    mine = {name: x for name, x in done.label_logps.items() if name in PAIRWISE.labels()}
     if any(isinstance(x, (str, list)) or x is None or not x <= 0.01 for x in mine.values()):
         return None
     masses = {
@@ -418,58 +419,43 @@ def planted_in(text: str) -> bool:
 
 
 def pairwise_verdicts(pair: Comparison, **config) -> list[Verdict]:
-    judge, found = pairwise.PairwiseConfig(name="j", **config), []
+    judge, found = pairwise.PairwiseJudge(pairwise.PairwiseConfig(name="j", **config)), []
+    reasons = judge.config.reasoning
+    template = load_template("pairwise_scored" if reasons else "pairwise")
+    context = RequestContext(model="m", templates={"j": template})
     for order in ("ab", "ba"):
-        template = load_template("pairwise_scored" if judge.reasoning else "pairwise")
-        request = pairwise.request(
-            judge, template, pair, RULE, "m", order, reasoning="So." if judge.reasoning else None
-        )
+        said = "So." if reasons else None
+        request = judge.request("judge", pair, RULE, order, 0, context, said)
         asked = "\n".join(m.content for m in request.messages if m.role == "user")
         first, second = asked.split("Answer A:\n", 1)[1].rsplit("Answer B:\n", 1)
         assert planted_in(first) != planted_in(second)
         best = "A" if planted_in(first) else "B"
         logps = {s: log(0.8 if s == best else 0.02) for s in request.labels}
-        found.append(pairwise.parse(Completion(best, "length", logps), order, judge))
+        found.append(judge.parse(Completion(best, "length", logps), order))
     return found
 
 
-def single_verdicts(pair: Comparison, module, config) -> list[Verdict]:
-    def score(sample):
-        about = RULE if module is pointwise else RULE.criterion
-        request = module.request(
-            config, load_template(config.kind), pair.prompt, sample, about, "m"
-        )
-        good, bad = ("9", "2") if module is pointwise else ("No", "Yes")
-        best = good if planted_in(request.messages[-1].content) else bad
-        return module.parse(
-            Completion(
-                best, "length", {s: log(0.9 if s == best else 0.001) for s in request.labels}
-            ),
-            config,
-        )
+def single_verdicts(pair: Comparison, judge) -> list[Verdict]:
+    context = RequestContext(model="m", templates={judge.name: load_template(judge.kind)})
 
-    a, b = score(pair.a), score(pair.b)
-    return [
-        pointwise.verdict(a, b)
-        if module is pointwise
-        else rubric.verdict([a], [b], rubric.criteria([RULE]))
-    ]
+    def score(sample):
+        request = judge.request(pair.prompt, sample, RULE, 0, 0, context)
+        good, bad = ("9", "2") if judge is POINTWISE else ("No", "Yes")
+        best = good if planted_in(request.messages[-1].content) else bad
+        logps = {s: log(0.9 if s == best else 0.001) for s in request.labels}
+        return judge.decode(None, Completion(best, "length", logps))
+
+    return [judge.verdict_of([score(pair.a)], [score(pair.b)], judge.lines(RULE.id, None))]
 
 
 def listwise_verdicts(pair: Comparison) -> list[Verdict]:
     """Among four answers, in four permutations, each read by itself and all together."""
     others = [Sample("p", i, f"filler {i}") for i in (2, 3)]
     samples, rankings = [pair.a, pair.b, *others], []
+    judge = listwise.ListwiseJudge(listwise.ListwiseConfig(name="l"))
+    context = RequestContext(model="m", templates={"l": load_template("listwise")})
     for shown in listwise.permutations(4, 4, "p"):
-        request = listwise.request(
-            listwise.ListwiseConfig(name="l"),
-            load_template("listwise"),
-            pair.prompt,
-            samples,
-            shown,
-            RULE,
-            "m",
-        )
+        request = judge.request(pair.prompt, [samples[i] for i in shown], RULE, 0, context)
         parts = re.split(r"^Answer \d:\n", request.messages[-1].content, flags=re.M)[-4:]
         slots = sorted(range(4), key=lambda i: not planted_in(parts[i]))
         rankings.append(
@@ -493,8 +479,8 @@ def test_a_planted_better_answer_wins_in_both_orders(kind, worse):
         "reasoning": lambda pair: pairwise_verdicts(pair, reasoning=True),
         "clamp": lambda pair: pairwise_verdicts(pair, clamp=(0.4, 0.6)),
         "listwise": listwise_verdicts,
-        "pointwise": lambda pair: single_verdicts(pair, pointwise, POINTWISE),
-        "rubric": lambda pair: single_verdicts(pair, rubric, RUBRIC),
+        "pointwise": lambda pair: single_verdicts(pair, POINTWISE),
+        "rubric": lambda pair: single_verdicts(pair, RUBRIC),
     }
     for pair, winner in (
         (Comparison(prompt, better, other), "a"),

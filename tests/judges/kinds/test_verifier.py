@@ -22,9 +22,9 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.keys import request_key
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.paths import IMPORT_ROOT
-from prefab.factory.types import Completion, Message, Prompt, Sample, Use, Verdict
+from prefab.factory.types import Completion, Message, Prompt, Request, Sample, Use, Verdict
 from prefab.judges import sandbox
-from prefab.judges.base import Score
+from prefab.judges.base import NO_PRINCIPLE, RequestContext, Score
 from prefab.judges.kinds import verifier
 
 PROMPT = Prompt("p1", (Message("user", "What is six times seven?"),))
@@ -38,9 +38,23 @@ def config(check: str, reference=None, **more) -> verifier.VerifierConfig:
 
 def score(config: verifier.VerifierConfig, text: str, prompt: Prompt = PROMPT) -> Score:
     """What a judge says of one answer, through request, check and parse."""
-    request = verifier.request(config, prompt, Sample(prompt.id, 0, text))
-    found = verifier.check(json.loads(request.messages[-1].content))
-    return verifier.parse(Completion(json.dumps(found), "stop"), config)
+    found = verifier.check(json.loads(request(config, text, prompt).messages[-1].content))
+    return parse(Completion(json.dumps(found), "stop"), config)
+
+
+def request(
+    config: verifier.VerifierConfig, text: str, prompt: Prompt = PROMPT, index: int = 0
+) -> Request:
+    sample, judge = Sample(prompt.id, index, text), verifier.VerifierJudge(config)
+    return judge.request(prompt, sample, NO_PRINCIPLE, 0, 0, RequestContext())
+
+
+def parse(completion: Completion, config: verifier.VerifierConfig) -> Score:
+    return verifier.VerifierJudge(config).decode(None, completion)
+
+
+def verdict(a: Score, b: Score) -> Verdict:
+    return verifier.VerifierJudge(config("exact", "a")).verdict_of([a], [b], ())
 
 
 @pytest.mark.parametrize(
@@ -104,9 +118,9 @@ def test_numeric_within_tolerance():
     assert score(config("numeric", 0), "0.009").value == 0.0
     assert score(config("numeric", "1/3", tolerance=0), "1/3").value == 1.0
     assert score(config("numeric", 42), "no idea").value == 0.0
-    assert verifier.request(
-        config("numeric", 42), PROMPT, Sample("p1", 0, "x")
-    ) == verifier.request(config("numeric", "42"), PROMPT, Sample("p1", 0, "x"))
+    assert request(config("numeric", 42), "x", index=0) == request(
+        config("numeric", "42"), "x", index=0
+    )
 
 
 def test_regex_and_one_that_would_never_end():
@@ -208,26 +222,21 @@ def test_references_by_prompt_and_their_mistakes(tmp_path):
 
 def test_what_decides_is_the_identity_and_what_does_not_is_not():
     one = config("numeric", 42)
-    assert verifier.model(one) == verifier.model(
+    assert verifier.identity(one) == verifier.identity(
         config("numeric", 43)
     )  # the reference is in the request
-    assert verifier.model(one) == verifier.model(
+    assert verifier.identity(one) == verifier.identity(
         config("numeric", 42, weight=3.0, timeout_s=3, workers=9)
     )
-    assert verifier.model(one) != verifier.model(config("numeric", 42, tolerance=0.1))
-    assert verifier.model(config("python", ADD)) != verifier.model(
+    assert verifier.identity(one) != verifier.identity(config("numeric", 42, tolerance=0.1))
+    assert verifier.identity(config("python", ADD)) != verifier.identity(
         config("python", ADD, memory_mb=64)
     )
-    assert verifier.model(one).startswith("verifier:") and verifier.engine(
+    assert verifier.identity(one).startswith("verifier:") and verifier.Verifier(
         one
-    ).identity == verifier.model(one)
-    a, b = (
-        verifier.request(one, PROMPT, Sample("p1", i, text)) for i, text in enumerate(("1", "2"))
-    )
-    assert (
-        request_key(a) != request_key(b)
-        and verifier.request(one, PROMPT, Sample("p1", 7, "1")) == a
-    )
+    ).identity == verifier.identity(one)
+    a, b = (request(one, text, index=i) for i, text in enumerate(("1", "2")))
+    assert request_key(a) != request_key(b) and request(one, "1", index=7) == a
 
 
 @pytest.mark.parametrize(
@@ -246,16 +255,14 @@ def test_what_decides_is_the_identity_and_what_does_not_is_not():
     ],
 )
 def test_what_is_no_result_is_unscored(text):
-    assert verifier.parse(Completion(text, "stop"), config("exact", "a")) == Score(
-        None, reason="parse"
-    )
+    assert parse(Completion(text, "stop"), config("exact", "a")) == Score(None, reason="parse")
 
 
 def test_verdicts():
-    assert verifier.verdict(Score(1.0), Score(0.0)) == Verdict(1.0, "a", None, 1.0)
-    assert verifier.verdict(Score(0.5), Score(0.75)) == Verdict(0.0, "b", None, 1.0)
-    assert verifier.verdict(Score(0.0), Score(0.0)) == Verdict(0.5, "tie", None, 1.0, 1.0)
-    unscored = verifier.verdict(Score(1.0), Score(None, reason="program"))
+    assert verdict(Score(1.0), Score(0.0)) == Verdict(1.0, "a", None, 1.0)
+    assert verdict(Score(0.5), Score(0.75)) == Verdict(0.0, "b", None, 1.0)
+    assert verdict(Score(0.0), Score(0.0)) == Verdict(0.5, "tie", None, 1.0, 1.0)
+    unscored = verdict(Score(1.0), Score(None, reason="program"))
     assert unscored.p_a is None and unscored.winner is None and unscored.reason == "program"
 
 
@@ -268,20 +275,20 @@ def test_checks_are_kept_in_the_ledger(tmp_path):
     ]
     asks = [
         (
-            verifier.request(judge, PROMPT, Sample("p1", i, text)),
+            request(judge, text, index=i),
             Use(1, "p1", "judge", i, judge="v"),
         )
         for i, text in enumerate(texts)
     ]
 
     async def run() -> tuple[list[float], int]:
-        ledger, engine = Ledger.open(tmp_path), verifier.engine(judge)
+        ledger, engine = Ledger.open(tmp_path), verifier.Verifier(judge)
         await engine.start()
         answers = await ledger.ask_many(asks, engine)
         await engine.stop()
         await engine.stop()
         await ledger.close()
-        return [verifier.parse(a, judge).value for a in answers], ledger.stats.asked
+        return [parse(a, judge).value for a in answers], ledger.stats.asked
 
     assert asyncio.run(run()) == ([1.0, pytest.approx(1 / 3), 0.0], 3)
     assert asyncio.run(run()) == ([1.0, pytest.approx(1 / 3), 0.0], 0)

@@ -157,18 +157,6 @@ def test_latest_resolves_undo_corrections_and_several_people():
     assert human.row("p", "x", "y", "kind", "a", "ba", "ann", 1.0)["winner"] == "b"
 
 
-def test_verdicts_of_people_are_hard():
-    a, tie, skip = (
-        human.Label("d", "p", "x", "y", "kind", said, "ann") for said in ("a", "tie", "skip")
-    )
-    assert (human.verdict(a).p_a, human.verdict(a).exactness, human.verdict(tie).winner) == (
-        1.0,
-        "hard",
-        "tie",
-    )
-    assert human.verdict(skip) is None
-
-
 def test_people_are_gold_for_the_statistics(store):
     from prefab.pipelines.quality.rating_matrix import load_matrix
     from prefab.pipelines.quality.selection import select as choose

@@ -147,13 +147,13 @@ def test_statistics_take_people_for_gold_not_for_a_judge(tmp_path):
 def test_a_word_is_of_the_answers_whatever_their_order(said, names):
     """A label of another program's, that names the answers by their texts."""
     rows = [{"prompt": "p", "a": names[0], "b": names[1], "principle": "kind", "winner": said}]
-    known = human.answers(rows)
+    known, judge = human.answers(rows), human.HumanJudge(human.HumanConfig(name="people"))
     better = {"a": names[0], "b": names[1], "tie": None}[said]
     for a, b in (("x", "y"), ("y", "x")):
         request = human.request(known, "p", a, b, "kind")
-        verdict = human.parse(
-            Completion(request.messages[0].content.split('"said":"')[1].split('"')[0], "stop")
-        )
+        word = request.messages[0].content.split('"said":"')[1].split('"')[0]
+        verdict = judge.decode(None, Completion(word, "stop"))
+        assert verdict.exactness == "hard" and verdict.p_a in (0.0, 0.5, 1.0)
         assert verdict.winner == ("tie" if better is None else "a" if better == a else "b")
     assert (
         human.request(known, "p", "x", "y", "brief") is None
