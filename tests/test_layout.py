@@ -212,8 +212,6 @@ STILL_COMPLEX = {
     "judges/benchmarks/metrics.py ours",
     "judges/benchmarks/metrics.py ties",
     "judges/bias_probes.py find",
-    "judges/kinds/verifier.py reference_problem",
-    "judges/panel.py decide",
     "judges/sandbox/candidate.py decode",
     "judges/sandbox/test_runner.py names_of",
     "pipelines/run/plan.py _plan",
