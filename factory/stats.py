@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from math import exp, isfinite, lgamma, log, log1p, sqrt
+from math import exp, isfinite, log, sqrt
 from statistics import NormalDist
 from typing import Any
 
@@ -45,61 +44,11 @@ def z_quantile(p: float) -> float:
     return NormalDist().inv_cdf(p)
 
 
-@lru_cache(maxsize=256)
 def t_quantile(p: float, df: float) -> float:
-    """The quantile of Student's t with `df` degrees of freedom, to about 1e-12.
+    """The quantile of Student's t with `df` degrees of freedom."""
+    from scipy.special import stdtrit
 
-    Source: Abramowitz and Stegun 26.7.8 (expansion, df > 1000) and 26.5.27 (incomplete beta,
-    bisected) below.
-    """
-    if p < 0.5:
-        return -t_quantile(1.0 - p, df)
-    z = z_quantile(p)
-    if df > 1000:
-        terms = (
-            (z**3 + z) / 4,
-            (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-            (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-            (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-        )
-        return z + sum(term / df ** (i + 1) for i, term in enumerate(terms))
-    low, high = 0.0, 2.0
-    while _t_upper_tail(high, df) > 1.0 - p:
-        low, high = high, high * 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if _t_upper_tail(middle, df) > 1.0 - p else (low, middle)
-    return (low + high) / 2
-
-
-def _t_upper_tail(t: float, df: float) -> float:
-    return _incomplete_beta(df / (df + t * t), df / 2, 0.5) / 2
-
-
-def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function by its continued fraction (Lentz). Source: Numerical
-    Recipes 6.4.
-    """
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
-    if x > (a + 1) / (a + b + 2):
-        return 1.0 - _incomplete_beta(1.0 - x, b, a)
-    front = exp(a * log(x) + b * log1p(-x) + lgamma(a + b) - lgamma(a) - lgamma(b)) / a
-    c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1))
-    value = d
-    for m in range(1, 1000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        before = value
-        for term in (even, odd):
-            d = 1.0 / (1.0 + term * d)
-            c = 1.0 + term / c
-            value *= c * d
-        if value == before:
-            break
-    return front * value
+    return float(stdtrit(df, p))
 
 
 def student(values: Sequence[float], level: float = 0.95) -> Estimate:

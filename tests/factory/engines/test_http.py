@@ -227,14 +227,15 @@ def test_nobody_there_is_a_transport_error_and_soon_fails_fast():
 
 def test_a_server_killed_in_the_middle_and_started_again_answers():
     async def scenario():
-        with scripted_process("--delay-ms", "300") as (first, address):
+        with scripted_process("--delay-ms", "60000") as (first, address):
             engine = openai(address, retries=9)
             await engine.start()
             asks = [
                 asyncio.create_task(engine.complete(b"k" * 16, label_read(f"q{i}")))
                 for i in range(4)
             ]
-            await asyncio.sleep(0.15)
+            while (await asyncio.to_thread(counts, address))["asked"] < 4:
+                await asyncio.sleep(0.01)
             first.kill()
             first.wait()
             with scripted_process("--port", address.rsplit(":", 1)[1]):

@@ -312,7 +312,7 @@ def test_the_keeper_leaves_nothing(how, tmp_path, monkeypatch):
         "'-c', sys.argv[3]]\n"
         "supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)\n"
         "print(supervisor.pid, flush=True)\n"
-        "sys.stdin.readline()\nkeeper.stdin.close()\ntime.sleep(3600)\n"
+        "sys.stdin.readline()\nsupervisor.stdin.close()\ntime.sleep(3600)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", parent_code, str(quick), str(tmp_path / "log"), STUBBORN],

@@ -109,7 +109,9 @@ def test_filling_at_random_moments_shows_what_one_rebuild_shows(tmp_path, seed):
             for p in rng.sample(prompts(10), 6)
         ]
         for _ in range(rng.randrange(4)):
-            await asyncio.sleep(rng.random() * 0.02)
+            answered = ledger.stats.asked + rng.randrange(20)
+            while ledger.stats.asked < answered and not all(task.done() for task in tasks):
+                await asyncio.sleep(0)
             fill(tmp_path)
         if rng.random() < 0.5:
             for task in tasks:
