@@ -1,5 +1,4 @@
-"""Charts of what was measured: points or lines with their intervals, as a PNG and as SVG inside one
-HTML page.
+"""Charts: points or lines with their intervals, as a PNG and as SVG inside one HTML page.
 
 Matplotlib draws (the extra `train`), without pyplot: no display and no state outside the figure. An
 axis in nats of KL is drawn over its square root: gold first rises and then falls in that (Gao et
@@ -18,6 +17,7 @@ from typing import Any
 
 from prefab.factory.errors import ConfigError
 
+# the palette of Okabe and Ito, which colour-blind people can tell apart
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -26,7 +26,7 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
     "#000000",
-)  # Okabe and Ito: told apart by all
+)
 MARKS = "os^Dvp*"
 STYLE = (
     "body{font:14px sans-serif;max-width:70em;margin:2em auto}td,th{padding:4px 8px;text-align:right}"
@@ -166,9 +166,7 @@ def write(out: Path, name: str, title: str, charts: Sequence[Chart], body: str =
 
 
 def _svg(figure: Any) -> str:
-    """The figure as an element for a page; the same bytes for the same numbers, with text as
-    text.
-    """
+    """The figure as an SVG element. Equal numbers give equal bytes; text stays text."""
     from matplotlib import rc_context
 
     file = io.StringIO()

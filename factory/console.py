@@ -1,5 +1,4 @@
-"""What people see: one console for results, one for progress and errors, and the same few shapes
-everywhere.
+"""Output on the terminal: results, tables, progress, errors and hints.
 
 Results go to stdout, so that they can be piped; progress, hints and errors go to stderr. `NO_COLOR`
 is honoured.
@@ -21,15 +20,15 @@ from rich.markup import escape
 from prefab.factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
 
 T = TypeVar("T")
-LONGEST_NAME = 20  # characters of a first column that is not broken
-PLAIN_EVERY_S = 5.0  # a line in a log, where there is no terminal to redraw
+LONGEST_NAME = 20  # a first column up to this width is not wrapped
+PLAIN_EVERY_S = 5.0  # seconds between progress lines where stderr is not a terminal
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 @lru_cache
 def console(stderr: bool = False) -> Console:
-    """The console for results, or for everything else. Colour only on a terminal, and never with
-    NO_COLOR.
+    """The console for results (stdout), or for everything else (stderr). Colour only on a terminal,
+    and never with NO_COLOR.
     """
     return Console(
         stderr=stderr,
@@ -91,8 +90,8 @@ def hint(command: str) -> None:
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = ""
 ) -> None:
-    """A table on stdout, title and note in lines of their own; columns whose every cell is a number
-    are set right.
+    """Print a table to stdout, title and note on lines of their own. Columns of numbers are aligned
+    right.
     """
     from rich.cells import cell_len
     from rich.table import Table
@@ -126,7 +125,7 @@ def table(
 
 
 def cell(value: Any) -> str:
-    """A value as it stands in a table: three decimals, thousands separated, nothing for None."""
+    """A value as text for a table: three decimals, thousands separated, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -158,9 +157,8 @@ class Progress:
     ) -> None:
         self.what, self.total, self.quiet, self.unit = what, total, quiet, unit
         self.done, self.facts = 0, ""
-        self.share: float | None = (
-            None  # of the work done, where `done` of `total` says it badly (many begun at once)
-        )
+        # share of the work that is done, where `done / total` is a bad estimate (many begun at once)
+        self.share: float | None = None
         self._started = self._printed = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -192,7 +190,7 @@ class Progress:
             self._line()
 
     def restart(self) -> None:
-        """Time counts from now: what came before was getting ready."""
+        """Count the time from now: what came before was preparation."""
         self._started = time.monotonic()
         if self._bar is not None:
             self._bar.reset(self._task, total=self.total, completed=self.done)
@@ -200,7 +198,7 @@ class Progress:
     async def over(
         self, items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int
     ) -> None:
-        """`work` on every item, that many at once, each told when done. One that fails cancels the
+        """Run `work` on every item, `at_once` at a time, and count each. One that fails cancels the
         others.
         """
         rest = iter(items)
@@ -218,8 +216,8 @@ class Progress:
                 task.cancel()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
-        """n more are done. Facts beside the bar (calls a second, answers reused, unscored) stay
-        where none are given.
+        """Count n more as done. `facts` (calls a second, answers reused, unscored) replace those
+        shown beside the bar; without any, the last ones stay.
         """
         self.done += n
         if facts:
@@ -241,7 +239,7 @@ class Progress:
             self._line()  # the last one is written at the end
 
     def _left(self) -> str:
-        """How long the rest will take at the pace so far; empty while nobody can know."""
+        """How long the rest will take at the pace so far; empty while unknown."""
         share = (
             self.share if self.share is not None else self.done / self.total if self.total else 0.0
         )

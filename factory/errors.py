@@ -1,5 +1,5 @@
-"""Errors that a user can mend. Each says what, where and how; anything else is a bug and keeps its
-traceback.
+"""Errors that a user can mend. Each says what is wrong, where, and how to mend it. Any other
+exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class PrefabError(Exception):
-    """Base of all errors that are the user's to mend; the command line prints them without a
+    """Base of all errors that the user can mend; the command line prints them without a
     traceback.
     """
 

@@ -22,18 +22,12 @@ from prefab.factory.paths import cache_folder
 from prefab.factory.types import Message, Request, Sampling
 
 SCHEMA = 1
-MAX_EXACT_INT = (
-    2**53 - 1
-)  # RFC 8785 numbers are IEEE doubles; beyond this two integers would share a text
+# RFC 8785 numbers are IEEE doubles: above this, two integers would have the same text
+MAX_EXACT_INT = 2**53 - 1
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
-WORDS = (
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-    ".tiktoken",
-    ".py",
-)  # configuration, tokenizer, chat template
+# configuration, tokenizer, chat template
+WORDS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+# files that a training run leaves in a model's folder; they do not change what the model answers
 NOT_THE_MODEL = (
     "training_args.bin",
     "optimizer.pt",
@@ -41,7 +35,7 @@ NOT_THE_MODEL = (
     "trainer_state.json",
     "rng_state.pth",
     "training.json",
-)  # the record of a training tells when and where it ran
+)
 _KNOWN_KWARGS: dict[str, bytes] = {}
 
 
@@ -107,8 +101,8 @@ def _string(text: str) -> bytes:
 
 
 def request_bytes(request: Request) -> bytes:
-    """The canonical JSON that is digested, built without a walk over the object; equal to
-    `canonical(request_object)`.
+    """The canonical JSON that is digested. Equal to `canonical(request_object(request))`, and
+    faster.
 
     Raises: ValueError as `canonical` does.
     """
@@ -135,9 +129,7 @@ def request_bytes(request: Request) -> bytes:
 
 
 def request_object(request: Request) -> dict[str, Any]:
-    """What a key is made of, as plain JSON values; the slow and obvious way that a test holds
-    `request_bytes` to.
-    """
+    """What a key is made of, as plain JSON values. A test compares `request_bytes` with it."""
     return {
         "v": SCHEMA,
         "model": request.model,
@@ -178,14 +170,14 @@ def _labels(labels: tuple[str, ...]) -> bytes:
 
 
 def _kwargs(kwargs: tuple[tuple[str, Any], ...]) -> bytes:
-    told = repr(
-        kwargs
-    )  # by its text: 1, 1.0 and True are equal, and other questions; values may be unhashable
-    if told not in _KNOWN_KWARGS:
+    # by its text: 1, 1.0 and True are equal in Python but are different questions, and a value may
+    # be unhashable
+    text = repr(kwargs)
+    if text not in _KNOWN_KWARGS:
         if len(_KNOWN_KWARGS) >= 256:
             _KNOWN_KWARGS.clear()
-        _KNOWN_KWARGS[told] = canonical(dict(kwargs))
-    return _KNOWN_KWARGS[told]
+        _KNOWN_KWARGS[text] = canonical(dict(kwargs))
+    return _KNOWN_KWARGS[text]
 
 
 @lru_cache(maxsize=64)
@@ -204,17 +196,17 @@ def request_key(request: Request) -> bytes:
 
 
 def derived_seed(key: bytes) -> int:
-    """The seed (0 .. 2**31 - 1) sent with a request at temperature above 0: of what is asked, not
-    of when.
+    """The seed (0 .. 2**31 - 1) sent with a request at temperature above 0. It depends on what is
+    asked alone, not on when.
     """
     return int.from_bytes(key[:4], "big") >> 1
 
 
 def digest(*parts: Any) -> str:
-    """A content id of 32 hex digits. Equal parts give equal ids; parts never run into each
-    other.
+    """A content id of 32 hex digits. Equal parts give equal ids; `("ab", "c")` and `("a", "bc")`
+    give different ones.
     """
-    if {str}.issuperset(map(type, parts)):  # the same bytes, without a walk
+    if {str}.issuperset(map(type, parts)):  # the same bytes as below, faster
         try:
             return hashlib.sha256(orjson.dumps(parts)).hexdigest()[:32]
         except TypeError as error:
@@ -223,14 +215,14 @@ def digest(*parts: Any) -> str:
 
 
 def prompt_id(messages: Sequence[Message]) -> str:
-    """The id of a conversation: of its roles and texts."""
+    """The id of a conversation: a digest of its roles and texts."""
     return digest("prompt", *(part for m in messages for part in (m.role, m.content)))
 
 
 def split_of(
     group_or_text: str, proportions: tuple[float, float, float] = (0.9, 0.05, 0.05)
 ) -> str:
-    """train, val or test, as a function of the text alone: what shares a group never crosses a
+    """train, val or test, as a function of the text alone: all prompts of a group are in one
     split.
     """
     place = int(digest("split", group_or_text)[:13], 16) / 16**13
@@ -239,7 +231,7 @@ def split_of(
 
 
 def model_identity(path: str, dtype: str = "", revision: str = "", adapter: str = "") -> str:
-    """Which model this is, wherever it lies: `folder:<digest>` for a local folder, else the
+    """Which model this is, independent of its address: `folder:<digest>` for a local folder, else the
     declared name and revision.
 
     A folder's digest covers weights, configuration, tokenizer, chat template, dtype and adapter.
@@ -288,7 +280,7 @@ def _read_cache(file: Path) -> dict[str, str]:
 
 
 def _write_cache(file: Path, known: dict[str, str]) -> None:
-    """Replace the cache in one step; a cache that cannot be written only costs time."""
+    """Replace the cache file in one step. A cache that cannot be written is no error."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         fresh = file.with_suffix(f".{os.getpid()}")
@@ -299,7 +291,7 @@ def _write_cache(file: Path, known: dict[str, str]) -> None:
 
 
 def rubric_id(rubric: tuple[tuple[str, float], ...]) -> str:
-    """What a use calls a prompt's own rubric: 16 hex digits of its digest. Two rubrics never share
-    one, so what was asked stays readable when the prompts file is edited.
+    """The name of a prompt's own rubric in a use: 16 hex digits of its digest. An edited rubric gets
+    another name, so earlier uses keep the rubric that they were asked with.
     """
     return digest("rubric", [list(line) for line in rubric])[:16]

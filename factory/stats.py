@@ -1,6 +1,6 @@
 """Estimates with their uncertainty: intervals, the bootstrap, and the length-controlled win rate.
 
-What cannot be estimated is `undefined`, with the reason in words: never 0, 1 or NaN.
+What cannot be estimated is `undefined`, with the reason in words; it is never 0, 1 or NaN.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Estimate:
 
 
 def undefined(reason: str, n_items: int = 0, n_raters: int = 0) -> Estimate:
-    """An estimate that is none, and why."""
+    """An estimate without a value, and the reason."""
     return Estimate(None, n_items=n_items, n_raters=n_raters, undefined=reason)
 
 
@@ -89,8 +89,8 @@ def clustered_share(
     clusters: Sequence[Any] | np.ndarray | None = None,
     level: float = 0.95,
 ) -> Estimate:
-    """A share with Wilson's interval at the effective number of items: what independent items would
-    tell as much.
+    """A share with Wilson's interval at the effective number of items: the number of independent
+    items that would give the same precision.
 
     With `clusters` (a prompt each) that is the number of items over their design effect, never
     above it; where all or none hit, which says nothing of the effect, the number of clusters.

@@ -1,4 +1,4 @@
-"""The types that all of Prefab shares: frozen dataclasses, and the protocol of engines.
+"""The types that all of Prefab shares: frozen dataclasses, and the `Engine` protocol.
 
 Texts are `str`, ids are content digests (hex) unless a person chose them, probabilities are in [0,
 1], log-probabilities are natural logarithms.
@@ -217,8 +217,8 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One judgment in one order, told in the order's own labels un-swapped: `p_a` speaks of sample
-    a whatever the order.
+    """One judgment in one order, un-swapped: `p_a` is the probability of sample a, whichever
+    answer was shown first.
 
     Either scored (`p_a` and `winner` set, `reason` None) or unscored (`reason` set, both others
     None); never in between. `mass` is the probability that all labels had together; `tie_mass` that
@@ -242,7 +242,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """What the readings of a comparison say together.
+    """The combined result of a comparison's readings.
 
     `outcome` is a, b, tie or unscored. `p_a` and `p_chosen` are None when unscored. `spread` is the
     standard deviation of the readings' probabilities; `n_scored` of `n_readings` were scored.
@@ -261,7 +261,7 @@ class Preference:
 
 
 class Engine(ABC):
-    """Whatever answers requests: subclass it, and give `identity`, `max_in_flight` and `complete`.
+    """Answers requests. A subclass gives `identity`, `max_in_flight` and `complete`.
 
     An engine that is named in a pipeline file also has `Config`, its pydantic configuration, and is
     entered in `factory.engines.base.ENGINES` or in another package's entry points `prefab.engines`.
@@ -272,9 +272,9 @@ class Engine(ABC):
     identity: str  # which model this is (part of every key), not where it is
     max_in_flight: int
     max_model_len: int | None = None  # tokens; known at the latest after `start`
-    special_tokens: tuple[str, ...] = ()  # spellings of control tokens, which no text may become
+    special_tokens: tuple[str, ...] = ()  # spellings of control tokens; texts must not contain them
     owns_server: bool = False  # whether `start` starts a server
-    log_folder: Path | None = None  # of its server's log; None: a temporary file
+    log_folder: Path | None = None  # where the server's log goes; None: a temporary file
     starting_s: float = 0.0  # time that a start at the first question took
 
     @classmethod

@@ -1,5 +1,5 @@
 """transformers in this process: the same label reads and sampling where vLLM does not run, such as
-a Mac. Not fast.
+on a Mac. Slow.
 
 Requests that wait are answered together. Each row draws with its own generator, so an answer does
 not depend on which others it was batched with (beyond the rounding of the matrix products).
@@ -184,9 +184,7 @@ class HF(Engine):
         return answers
 
     def _generate(self, jobs: Sequence[Job]) -> list[Completion]:
-        """Token by token, all rows together; a finished row is carried along until the last one
-        ends.
-        """
+        """Generate token by token, all rows together, until the last row has ended."""
         import torch
 
         draws = [torch.Generator().manual_seed(job.seed) for job in jobs]
@@ -232,9 +230,7 @@ class HF(Engine):
         return None
 
     def _padded(self, jobs: Sequence[Job]) -> tuple[Any, Any]:
-        """Token ids and mask, padded on the left so that every row's next token stands at the
-        end.
-        """
+        """Token ids and mask, padded on the left so that every row's next token is at the end."""
         import torch
 
         longest, pad = max(len(job.ids) for job in jobs), self.tokenizer.pad_token_id or 0
@@ -266,7 +262,7 @@ class HF(Engine):
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def stop(self) -> None:
-        """Let go of the model. Safe to call twice."""
+        """Release the model. Safe to call twice."""
         if self._worker is not None and not self._worker.done():
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)

@@ -1,4 +1,6 @@
-"""Engines of a run: started together or when first asked, and stopped whatever happens."""
+"""Start the engines of a run together, or each at its first question, and stop them in every
+case.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from functools import cached_property
 
 from prefab.factory.types import Completion, Engine, Request
 
-Labels = Collection[tuple[str, ...]]  # what each judge of an engine reads
+Labels = Collection[tuple[str, ...]]  # the labels that each judge of an engine reads
 
 
 def lazily(engine: Engine) -> Engine:
@@ -94,8 +96,8 @@ async def _start(engine: Engine, labels: Labels) -> None:
 async def started_engines(
     engines: dict[str, Engine], quiet: bool = True, labels: Mapping[str, Labels] = {}
 ) -> AsyncIterator[None]:
-    """Start all engines at once, and stop every one of them whatever happens. `labels` by engine:
-    those to be read.
+    """Start all engines at once, and stop every one of them in every case. `labels` are those to
+    be read, by engine.
 
     Raises: EngineError of the first that cannot start, or whose tokenizer splits a label.
     """

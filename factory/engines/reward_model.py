@@ -265,7 +265,7 @@ class RewardModelHf(Engine):
         return [float(reward) for reward in logits_B1[:, 0].float().tolist()]
 
     async def stop(self) -> None:
-        """Let go of the model. Safe to call twice."""
+        """Release the model. Safe to call twice."""
         if self._worker is not None and not self._worker.done():
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)

@@ -1,5 +1,5 @@
 """For tests: an engine whose answers are a pure function of the question, in this process or as a
-server in its own.
+server process.
 
 `python -m prefab.factory.engines.scripted --port 0 --delay-ms 5 --fail-every 50` prints its
 address, counts every question it is asked (`GET /counts`) and can be slow, fail, drop connections
@@ -126,7 +126,7 @@ class Scripted(Engine):
 
 
 def seed_of(request: Request) -> str:
-    """What tells two samples of one prompt apart in a script."""
+    """A text that differs between two samples of one prompt."""
     return f"{request.repeat}" if request.sampling.temperature > 0 else ""
 
 
@@ -163,8 +163,8 @@ def tokens_of(text: str) -> list[int]:
 
 
 class Service:
-    """The server's behaviour and its counts. `every` maps a mischief to n: it happens to each n-th
-    POST.
+    """The server's behaviour and its counts. `--fail-every n` and the like make each n-th POST
+    fail.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -193,9 +193,9 @@ class Service:
         try:
             if self.args.delay_ms:
                 await asyncio.sleep(self.args.delay_ms / 1000)
-            bad = self._mischief(http, body, talks)
-            if bad is not None:
-                return bad
+            failure = self._failure(http, body, talks)
+            if failure is not None:
+                return failure
             choices = [self._choice(i, talk, body) for i, talk in enumerate(talks)]
         finally:
             self.in_flight -= len(talks)
@@ -215,7 +215,7 @@ class Service:
         )
         return web.Response(text=text, content_type="application/json")
 
-    def _mischief(self, http: Any, body: dict[str, Any], talks: list[Any]) -> Any:
+    def _failure(self, http: Any, body: dict[str, Any], talks: list[Any]) -> Any:
         from aiohttp import web
 
         def error(status: int, message: str, **headers: str) -> Any:

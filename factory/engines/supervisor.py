@@ -24,7 +24,7 @@ GRACE_S = 8.0  # vLLM takes 1-3 s to end its children and give back shared memor
 
 
 def main() -> int:
-    """Keep the command until it or the parent ends; give back its exit status."""
+    """Run the command until it or the parent ends; return its exit status."""
     parent, log_file, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -35,7 +35,7 @@ def main() -> int:
             PR_SET_CHILD_SUBREAPER, 1
         )  # orphaned grandchildren become ours, so that none is missed
 
-    def end_with_keeper() -> None:
+    def end_with_supervisor() -> None:
         if libc is not None:
             libc.prctl(
                 PR_SET_PDEATHSIG, signal.SIGTERM
@@ -48,7 +48,7 @@ def main() -> int:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=end_with_keeper,
+            preexec_fn=end_with_supervisor,
         )
     while child.poll() is None and not stopped and os.getppid() == parent:
         if select.select([0], [], [], 0.5)[0] and not os.read(0, 64):
@@ -57,8 +57,8 @@ def main() -> int:
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:
-    """End the server's process group, first politely, then whatever it left behind; give back its
-    exit status.
+    """End the server's process group with SIGTERM, then kill whatever is left; return its exit
+    status.
     """
     _signal_group(child.pid, signal.SIGTERM)
     give_up = time.monotonic() + GRACE_S
@@ -83,8 +83,8 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def _left_behind(server: int) -> list[int]:
-    """The supervisor's living children but the server: on Linux, all that it left come to us. Reaps
-    the dead ones.
+    """The supervisor's living children except the server: on Linux, orphaned descendants of the
+    server become our children. Reaps the dead ones.
     """
     living = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -30,7 +30,7 @@ from prefab.factory.engines.chat import (
 )
 from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected
 from prefab.factory.engines.openai import KNOWN_SPECIALS
-from prefab.factory.engines.prefix_router import Spread
+from prefab.factory.engines.prefix_router import PrefixRouter
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import model_identity
@@ -186,7 +186,7 @@ class VLLM(Engine):
         self.owns_server = not self._urls
         self.process: VllmProcess | None = None
         self._chats: list[Chat] = []
-        self._spread = Spread(max(1, len(self._urls)))
+        self._router = PrefixRouter(max(1, len(self._urls)))
 
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # learned when first needed
@@ -311,7 +311,7 @@ class VLLM(Engine):
         if not self._chats:
             raise EngineError(f"engines.{self.name} was not started")
         everyone = list(range(len(self._chats)))
-        return self._spread.pick(
+        return self._router.pick(
             request.messages, [c.in_flight for c in self._chats], usable or everyone
         )
 

@@ -1,5 +1,5 @@
-"""vLLM's server as a process of ours: its command line, its loading told line by line, its end
-explained, no orphan.
+"""vLLM's server as a child process: its command line, progress lines while it loads, the reason
+when it dies, and no process left behind.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _STAGES = (
 
 
 class VllmProcess:
-    """One vLLM server on a loopback port, kept by `supervisor.py`. `config` is the engine's
+    """One vLLM server on a loopback port, run by `supervisor.py`. `config` is the engine's
     (`VllmConfig`).
 
-    Its log is the configuration's `log_file`, which stays; else a file in `log_folder` (left out:
-    the system's temporary one), which goes when the server has ended well, and stays for whoever
-    looks for the reason when it has not.
+    Its log is the configuration's `log_file`, which is kept; else a file in `log_folder` (default:
+    the system's temporary folder), which is deleted when the server ended well and kept when it
+    failed.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class VllmProcess:
         return next((stage for mark, stage in _STAGES if mark in text), "starting for")
 
     def why_dead(self) -> str | None:
-        """Why the server is no more, from its log; None while it runs."""
+        """Why the server has ended, from its log; None while it runs."""
         if self.supervisor is None or self.supervisor.poll() is None or self._stopping:
             return None
         return self._told(
@@ -122,7 +122,7 @@ class VllmProcess:
         )
 
     def _told(self, what: str) -> str:
-        """What happened, the log's last lines, and where all of it is: it stays now."""
+        """The message with the log's last lines and its path; the log is kept from now on."""
         self._failed = True
         last = [line[:LINE] for line in tail(self.log_file).splitlines() if line.strip()][
             -LAST_LINES:
@@ -130,13 +130,13 @@ class VllmProcess:
         return "\n".join([what, *(f"  | {line}" for line in last), f"its log: {self.log_file}"])
 
     async def stop(self) -> None:
-        """End the server and its children; back when they are gone."""
+        """End the server and its children; returns when they are gone."""
         self._stopping = True
         if self.supervisor is None:
             return
         well = self.supervisor.poll() is None and not self._failed
         if self.supervisor.stdin is not None:
-            self.supervisor.stdin.close()  # the supervisor's sign
+            self.supervisor.stdin.close()  # tells the supervisor to end the server
         try:
             await asyncio.shield(asyncio.to_thread(self.supervisor.wait, 20))
         except subprocess.TimeoutExpired:

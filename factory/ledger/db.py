@@ -1,10 +1,10 @@
-"""`ledger.sqlite`: its schema, its one writing thread, and reads that never hold a transaction
+"""`ledger.sqlite`: its schema, its one writer thread, and reads that never hold a transaction
 open.
 
 Append-only. SQLite in WAL mode with `synchronous=FULL`: a commit that returned survives a power
-cut. Rows are told apart by a unique index, never by their place, so that two processes can write
-the same facts and one of them stands. Statements carry many rows each: every step of a statement
-gives Python's interpreter lock away, and asking for it back beside a busy event loop can cost five
+cut. Rows are told apart by a unique index, never by their row id, so that two processes can write
+the same facts and one of them is kept. Statements carry many rows each: every step of a statement
+releases Python's global interpreter lock, and taking it back beside a busy event loop can cost five
 milliseconds.
 """
 
@@ -33,9 +33,8 @@ from prefab.factory.types import Completion, Use
 T = TypeVar("T")
 FILE = "ledger.sqlite"
 APPLICATION = 0x50464142  # "PFAB", so that another program's database is not taken for a ledger
-BUSY_TIMEOUT_MS = (
-    60_000  # another process's commit takes milliseconds; its copying of a large WAL, seconds
-)
+# another process's commit takes milliseconds; its checkpoint of a large WAL takes seconds
+BUSY_TIMEOUT_MS = 60_000
 # per connection; the index of a million calls is 30 MB, and the system caches files as well
 CACHE_KIB = 16_384
 MAX_NAMES = 50_000  # names kept in memory, 5 MB
@@ -80,8 +79,8 @@ _passed: Counter[str] = Counter()
 
 
 def kill_point(name: str) -> None:
-    """For the kill test: die here by SIGKILL when `PREFAB_KILL_AT` is `name`, or `name:N` at the
-    N-th passing.
+    """For the kill test: end this process by SIGKILL when `PREFAB_KILL_AT` is `name`, or `name:N` at
+    the N-th call.
 
     Names: before_commit and after_commit (of a transaction with answers), mid_fill, end.
     """
@@ -211,8 +210,8 @@ def insert_rows(con: sqlite3.Connection, into: str, width: int, flat: list[Any])
 
 
 def lookup(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Completion]:
-    """The answers there are. Where a prompt was too long for one server, the best: an answer, else
-    the widest limit.
+    """The answers that are recorded. Where a prompt was too long for one server: an answer of
+    another one, else the largest limit that was met.
 
     Raises: StoreError naming the ledger and the key of a row that cannot be read.
     """
@@ -270,7 +269,7 @@ def _logps(text: str) -> dict[str, float]:
 
 
 def _undecodable(con: sqlite3.Connection, sql: str, keys: Sequence[bytes]) -> bytes:
-    """The key of the first row whose text is not UTF-8: SQLite does not tell it."""
+    """The key of the first row whose text is not UTF-8; SQLite's error does not name it."""
     for key in keys:
         try:
             con.execute(f"{sql} (?)", [key]).fetchall()
@@ -317,8 +316,8 @@ class Names:
 
 @dataclass(slots=True)
 class AnswerRow:
-    """A completion on its way to the disk. `completion` becomes another process's when that one was
-    first.
+    """A completion to be written. When another process was first, `completion` becomes that
+    process's.
     """
 
     key: bytes
@@ -330,7 +329,7 @@ class AnswerRow:
 
 @dataclass(slots=True)
 class Failure:
-    """A question that got no answer, on its way to the disk."""
+    """A question that got no answer, to be recorded."""
 
     run: int
     key: bytes
@@ -350,7 +349,7 @@ class Commit:
 
 
 class Writer:
-    """The one thread that writes. A transaction takes whatever has arrived; `landed` is told after
+    """The one thread that writes. A transaction takes whatever has arrived; `landed` is called after
     each commit.
 
     `landed(commit, error)` is called on this thread, with the error when the commit failed; from
@@ -380,8 +379,8 @@ class Writer:
         return result.result()
 
     def close(self) -> None:
-        """Write what has arrived, copy the WAL into the file, end the thread. Raises: StoreError if
-        that failed.
+        """Write what has arrived, checkpoint the WAL, end the thread. Raises: StoreError if that
+        failed.
         """
         if not self._thread.is_alive():
             return
@@ -390,9 +389,8 @@ class Writer:
         try:
             if self.broken is None:
                 with translate_errors(self.file):
-                    self._con.execute(
-                        "PRAGMA busy_timeout=2000"
-                    )  # somebody reading only leaves the WAL longer
+                    # a reader only keeps the WAL from being truncated
+                    self._con.execute("PRAGMA busy_timeout=2000")
                     self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             self._con.close()
@@ -437,9 +435,7 @@ class Writer:
                     self._insert_failures(commit.failures)
             except StoreError as error:
                 self.broken = error
-            except (
-                Exception
-            ) as error:  # a bug, or an answer that cannot be stored: nobody may wait for ever
+            except Exception as error:  # a bug, or an answer that cannot be stored
                 self.broken = StoreError(f"{self.file}: {type(error).__name__}: {error}")
                 self.broken.__cause__ = error
         self._landed(commit, self.broken)
@@ -487,8 +483,8 @@ class Writer:
         insert_rows(self._con, f"INSERT OR IGNORE INTO uses({USE_COLUMNS})", 11, flat)
 
     def _insert_answers(self, answers: list[AnswerRow]) -> None:
-        """Insert what nobody has answered before; an answer that another process committed first is
-        taken over.
+        """Insert the answers that are not there yet. Where another process committed first, its
+        answer replaces ours.
         """
         if not answers:
             return

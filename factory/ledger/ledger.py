@@ -1,14 +1,14 @@
-"""The ledger: every model call is a durable, memoised fact.
+"""The ledger: every model call is recorded once and reused.
 
-`ask_many` gives answers that are on disk: those that were there, and those that the engine gives
+`ask_many` returns answers that are on disk: those that were there, and those that the engine gives
 now. What arrives within one turn of the event loop is looked up together and its uses are written
 together, so a question already answered costs microseconds. The promise: no committed answer is
 ever asked again, and a crash repeats at most what was in flight or not yet committed (each bounded
 by the engine's `max_in_flight`).
 
-What uses mean, since the store is derived from them (all uses of one comparison belong in one
-`ask_many`, which writes them in one transaction, so that a comparison is never seen with half its
-questions):
+What the fields of a use mean; the store is derived from them. All uses of one comparison belong in
+one `ask_many`, which writes them in one transaction, so that a comparison is never seen with half of
+its questions:
 
   sample     `sample`, `round`                the text of answer `sample`
   critique   `sample`, `principle`, `round`   what is said of answer `sample`
@@ -84,10 +84,9 @@ class _Batch:
 
 @dataclass(slots=True)
 class _Flight:
-    """One question on its way to an engine and to the disk, and the places in batches that wait for
-    it.
+    """One question that is being asked and recorded, and the places in batches that wait for it.
 
-    No batch owns it: cancelling one that waits leaves the others, and the answer, alone.
+    No batch owns it: cancelling one of them changes nothing for the others.
     """
 
     key: bytes
@@ -120,8 +119,8 @@ class _Window:
 
 
 class Ledger:
-    """An open `ledger.sqlite`. One event loop asks; one thread writes. See the module's page for
-    the promise.
+    """An open `ledger.sqlite`. One event loop asks; one thread writes. The module's docstring
+    says what is promised.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -181,13 +180,13 @@ class Ledger:
     def add_import(
         self, name: str, config: dict[str, Any], prompts: Sequence[tuple[Prompt, dict[str, Any]]]
     ) -> Run:
-        """Record a file of preferences in one transaction (see `recorded.add_import`): all of it or
+        """Record a file of preferences in one transaction (see `records.add_import`): all of it or
         nothing.
         """
         return self._writer.run(lambda con: records.add_import(con, name, config, prompts))
 
     def add_human_label(self, label: dict[str, Any]) -> None:
-        """Record what a person said: a JSON object with prompt, a, b (texts or sample ids), winner,
+        """Record a person's label: a JSON object with prompt, a, b (texts or sample ids), winner,
         annotator, note.
         """
         self._writer.run(lambda con: records.add_object(con, "human_labels", label))
@@ -294,9 +293,10 @@ class Ledger:
         self._staff(batch.window)
 
     def _staff(self, window: _Window) -> None:
-        """One task a place in the window while there is work, not one a question.
+        """Start workers while there is work: one task for each place in the window, not one for each
+        question.
 
-        None while a full window waits for the disk: a crash may not repeat more than promised.
+        None while a full window waits for the disk: a crash must not repeat more than promised.
         """
         most = window.engine.max_in_flight
         for _ in range(
@@ -337,8 +337,8 @@ class Ledger:
             self.stats.in_flight -= 1
 
     def _post(self, item: Any) -> None:
-        """To the writer, at the end of this turn of the event loop: waking a thread for each would
-        cost more.
+        """Hand to the writer at the end of this turn of the event loop: waking the thread for each
+        item would cost more.
         """
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._send)
@@ -355,7 +355,7 @@ class Ledger:
                 self._loop.call_soon_threadsafe(self._deliver, commit, error)
 
     def _deliver(self, commit: Commit, error: StoreError | None) -> None:
-        """Hand over what is on disk; when it is not, everything that waits learns why."""
+        """Deliver what is on disk; when the commit failed, fail everything that waits."""
         try:
             rows: list[AnswerRow | Failure] = [*commit.answers, *commit.failures]
             for item in rows:
@@ -392,8 +392,8 @@ class Ledger:
         return told
 
     def _stop(self, error: StoreError) -> None:
-        """Everything that waits learns why no answer comes. Questions in flight are still written
-        when answered.
+        """Fail everything that waits with `error`. Questions in flight are still recorded when
+        answered.
         """
         for window in self._windows.values():
             window.queue.clear()

@@ -123,15 +123,8 @@ def _text(prompt: Prompt) -> str:
 
 def rubrics(con: sqlite3.Connection, names: Sequence[str]) -> dict[str, Rubric]:
     """The rubrics of these names, each line with its points."""
-    rows = (
-        con.execute("SELECT name FROM sqlite_master WHERE name = 'rubrics'").fetchall()
-        if names
-        else ()
-    )
     found = {}
-    for name in (
-        names if rows else ()
-    ):  # an older ledger has no such table, and no uses that name one
+    for name in names:
         row = con.execute("SELECT rubric FROM rubrics WHERE digest = ?", (name,)).fetchone()
         if row:
             found[name] = tuple((text, points) for text, points in orjson.loads(row[0]))
@@ -185,8 +178,8 @@ def add_import(
     config: dict[str, Any],
     prompts: Sequence[tuple[Prompt, dict[str, Any]]],
 ) -> Run:
-    """Record a file of preferences as a run, with the answers and pairs of each prompt; a file that
-    is there adds nothing.
+    """Record a file of preferences as a run, with the answers and pairs of each prompt. A file that
+    is already recorded adds nothing.
 
     `config["origin"]["sha256"]` tells files apart. A prompt whose text is recorded already takes
     over its group and split.

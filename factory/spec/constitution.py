@@ -98,7 +98,7 @@ class Example(_Strict):
 
 
 class TestCase(_Strict):
-    """A comparison whose outcome the author is sure of. `prefab check` validates its fields."""
+    """A comparison whose outcome the author knows. `prefab check` validates its fields."""
 
     __test__ = False  # pytest would otherwise collect it
 
@@ -173,11 +173,9 @@ def _freeze(model: PrincipleModel) -> Principle:
 
 
 def principle_digest(principle: Principle) -> str:
-    """32 hex digits that change exactly when what the principle asks for, or its part in the whole,
-    changes.
+    """32 hex digits that change exactly when the principle's questions, weight or conditions change.
 
-    Title, tags, id, earlier ids, comments, key order and how the YAML was folded have no part in
-    it.
+    Title, tags, id, earlier ids, comments, key order and the folding of the YAML do not matter.
     """
     return _digest(
         {
@@ -213,7 +211,7 @@ def _digest(value: Any) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema that editors complete and check by."""
+    """The JSON schema with which editors complete and check constitutions."""
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **ConstitutionModel.model_json_schema(),

@@ -1,9 +1,8 @@
-"""Judge templates: sandboxed Jinja whose blocks are the messages, and the fences that keep
-candidates' text data.
+"""Judge templates: sandboxed Jinja whose blocks are the messages, and fences that mark candidates'
+text as data.
 
 A template has the blocks `system`, `user`, `assistant`, `user_2` (any of them, in the order of a
-conversation). What a template may use is fixed by its kind and checked when it is loaded, not in
-the middle of a run.
+conversation). The variables that a template may use are fixed by its kind and checked when it is loaded.
 """
 
 from __future__ import annotations
@@ -192,7 +191,9 @@ def conversation_text(messages: Sequence[Message]) -> str:
 
 
 def templates_digest() -> str:
-    """One digest over all shipped templates: what the embedded models' weights are stamped with."""
+    """One digest over all shipped templates. The embedded models record the one they were trained
+    with.
+    """
     digest = hashlib.sha256()
     for path in sorted(TEMPLATES.glob("*.jinja")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

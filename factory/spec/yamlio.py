@@ -1,5 +1,5 @@
-"""Strict YAML: what a person reads is what the program gets, and every mistake is told with file,
-line and column.
+"""Strict YAML: values mean what they look like, and every mistake is reported with file, line and
+column.
 
 YAML 1.1 quietly reads `no` as false, `1:30` as 90, `010` as 8 and lets the second of two equal keys
 win. Here those are errors, as are tabs, tags, aliases and merge keys. Numbers, `true`, `false` and
@@ -42,8 +42,7 @@ _WORDS = {
     "~": None,
     "": None,
 }
-# What other readers of YAML turn into something that the writer did not mean; (pattern, what it
-# would become).
+# Unquoted texts that other YAML readers turn into something else: (pattern, what it would become).
 _QUIET = (
     (re.compile(r"(?i)(yes|on)\Z"), "true"),
     (re.compile(r"(?i)(no|off)\Z"), "false"),
@@ -268,7 +267,7 @@ class _Builder:
         return value
 
     def complain(self, place: Place, path: Path_, message: str) -> None:
-        """Note a problem."""
+        """Record a problem."""
         self.document.problems.append(Problem(self.document.file, *place, path_text(path), message))
 
 
@@ -307,8 +306,8 @@ def validate(document: Document, model: type[Model], checks: Sequence[Check] = (
     """The document as `model`, or every mistake at once: those of the YAML, of the model, and of
     `checks`.
 
-    `checks` are functions of the raw value that yield (path, message); they must bear any shape of
-    value.
+    `checks` are functions of the raw value that yield (path, message); they must accept values of
+    any shape.
     Raises: ConfigError.
     """
     problems, result = list(document.problems), None
@@ -328,8 +327,8 @@ def validate(document: Document, model: type[Model], checks: Sequence[Check] = (
 
 
 def tidy(problems: list[Problem]) -> list[Problem]:
-    """One problem a place (the first is the cause, the rest its shadows), in the order of the
-    file.
+    """At most one problem for each place (the first; later ones mostly follow from it), in the order
+    of the file.
     """
     first: dict[tuple[str, int, int, str], Problem] = {}
     for problem in problems:
@@ -435,7 +434,7 @@ def _close(value: Any, known: list[str]) -> str:
 
 
 def describe(value: Any) -> str:
-    """A value as a person would name it in a message."""
+    """A value in words, for a message."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

@@ -1,9 +1,8 @@
-"""Which rows of a run are trained on: decided pairs, single answers with a thumb, prompts,
-demonstrations.
+"""The rows of a run that are trained on: decided pairs, single answers labelled good or bad,
+prompts, demonstrations.
 
-One place for `prefab export` and the trainers. Ties and unscored comparisons are no pairs; answers
-that were cut off by length are left out unless asked for; everything that is left out is counted.
-Polars alone, no heavy package.
+Used by `prefab export` and by the trainers. Ties and unscored comparisons give no pairs; answers that
+were cut off by length are left out unless asked for; everything that is left out is counted.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ from prefab.factory.errors import ConfigError
 if TYPE_CHECKING:
     import polars
 
-Read = Callable[
-    [str, Sequence[Any]], "polars.DataFrame"
-]  # a query over the store, with its parameters
+# runs a query over the store with its parameters
+Read = Callable[[str, Sequence[Any]], "polars.DataFrame"]
 FITS = ("bradley_terry", "davidson")  # ways to choose pairs that need answers' strengths
-WIN_MARGIN = (
-    0.02  # a mean win probability this close to a half labels nothing (as the panel's tie_margin)
-)
+# a mean win probability within this of a half gives no label (as the panel's tie_margin)
+WIN_MARGIN = 0.02
 
 
 def find_run(folder: Path, read: Read, run: str = "") -> dict[str, Any]:
@@ -62,8 +59,8 @@ def datasets(
     select: str = "",
     without: Sequence[str] = (),
 ) -> dict[str, polars.DataFrame]:
-    """TRL's four kinds of data for a run, conversational, in its column names. `notes` learns what
-    is left out and why.
+    """TRL's four kinds of data for a run, conversational, in its column names. What is left out, and
+    why, is appended to `notes`.
 
     `judges` and `principles` keep the readings of these alone: the preference is then decided anew
     from them. `select` is which demonstrations: draw (every revision) or sweep (the last text of
@@ -424,9 +421,7 @@ def _preference(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.
 
 
 def _unpaired(samples: polars.DataFrame, wins: polars.DataFrame) -> polars.DataFrame:
-    """Drafts with a thumb up or down: whether they win more than half of their comparisons
-    (KTO).
-    """
+    """Drafts labelled good or bad (KTO): whether they win more than half of their comparisons."""
     import polars as pl
 
     rows = samples.join(wins, on=["prompt", "index"]).filter(

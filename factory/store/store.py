@@ -210,7 +210,7 @@ def _told(file: Path) -> Iterator[None]:
 
 
 def delete(folder: Path) -> None:
-    """Remove the store's files; the ledger has everything that is needed to make them again."""
+    """Remove the store's files; they can be made again from the ledger."""
     for name in (FILE, FILE + ".wal"):
         (Path(folder) / name).unlink(missing_ok=True)
 
@@ -250,7 +250,7 @@ def watermark(con: duckdb.DuckDBPyConnection, source: str) -> int:
 
 
 def set_watermark(con: duckdb.DuckDBPyConnection, source: str, rowid: int) -> None:
-    """Move a watermark, in the transaction that inserts the rows it stands for."""
+    """Set a watermark, in the transaction that inserts the rows up to it."""
     con.execute("DELETE FROM watermarks WHERE source = ?", [source])
     con.execute("INSERT INTO watermarks VALUES (?, ?)", [source, rowid])
 

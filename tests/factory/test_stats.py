@@ -15,7 +15,6 @@ from prefab.factory.stats import (
     student,
     t_quantile,
     wilson,
-    z_quantile,
 )
 
 

@@ -1,7 +1,7 @@
 """One real vLLM on a random tiny model, started by a process of its own that is killed in the last
 test.
 
-The supervisor, the spread over replicas and the reading of logs are tested without it.
+The supervisor, the router over replicas and the reading of logs are tested without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 import prefab.factory.engines.supervisor
 from prefab.factory.engines.base import make
-from prefab.factory.engines.prefix_router import Spread
+from prefab.factory.engines.prefix_router import PrefixRouter
 from prefab.factory.engines.vllm import IdRead, VllmConfig
 from prefab.factory.engines.vllm_process import (
     VllmProcess,
@@ -301,7 +301,7 @@ time.sleep(3600)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc and subreapers")
 @pytest.mark.parametrize("how", ["parent killed", "pipe closed", "server died"])
-def test_the_keeper_leaves_nothing(how, tmp_path, monkeypatch):
+def test_the_supervisor_leaves_nothing(how, tmp_path, monkeypatch):
     supervisor = prefab.factory.engines.supervisor.__file__
     source = Path(supervisor).read_text().replace("GRACE_S = 8.0", "GRACE_S = 0.5")
     quick = tmp_path / "supervisor.py"
@@ -461,16 +461,16 @@ def test_ids_count_once_and_spellings_have_several():
 
 
 def test_a_prompts_calls_meet_one_replica_and_all_replicas_work():
-    spread, instructions = Spread(3), "Judge these answers. " * 60
+    router, instructions = PrefixRouter(3), "Judge these answers. " * 60
     homes: dict[int, set[int]] = {}
     load = [0, 0, 0]
     for prompt in range(60):
         for principle in range(6):
             text = f"{instructions}{f'pair {prompt} ' * 80}under principle {principle}"
-            at = spread.pick([Message("user", text)], load, [0, 1, 2])
+            at = router.pick([Message("user", text)], load, [0, 1, 2])
             load[at] += 1
             homes.setdefault(prompt, set()).add(at)
         load = [max(0, n - 2) for n in load]
     assert sum(len(at) == 1 for at in homes.values()) >= 45
     assert all(sum(at == {i} for at in homes.values()) >= 5 for i in range(3))
-    assert spread.pick([Message("user", "x")], [0, 0, 0], [2]) == 2
+    assert router.pick([Message("user", "x")], [0, 0, 0], [2]) == 2
