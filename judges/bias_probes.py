@@ -320,19 +320,9 @@ def find(probe: Probe, tried: Sequence[Tried]) -> Finding:
     after = [(t, _outcome(t.after)) for t in right]
     scored = [(t, o) for t, o in after if o != "unscored"]
     flipped = [(t, o == _loser(t)) for t, o in scored]
-    shifts = [
-        (t, q - p)
-        for t in tried
-        if (p := _edited_side(t.before, t)) is not None
-        and (q := _edited_side(t.after, t)) is not None
-    ]
-    phrasings = {
-        t.phrasing: (
-            sum(f for x, f in flipped if x.phrasing == t.phrasing),
-            sum(x.phrasing == t.phrasing for x, _ in flipped),
-        )
-        for t, _ in flipped
-    }
+    by_phrasing: dict[str, list[bool]] = {}
+    for t, flip in flipped:
+        by_phrasing.setdefault(t.phrasing, []).append(flip)
     return Finding(
         probe.name,
         len(tried),
@@ -340,11 +330,17 @@ def find(probe: Probe, tried: Sequence[Tried]) -> Finding:
         _share(flipped, tried),
         _again(right, tried),
         _one_order(tried),
-        _mean(shifts),
+        _mean(_shifts(tried)),
         sum(o == "tie" for _, o in after),
         len(after) - len(scored),
-        tuple((text, *counts) for text, counts in sorted(phrasings.items())),
+        tuple((text, sum(flips), len(flips)) for text, flips in sorted(by_phrasing.items())),
     )
+
+
+def _shifts(tried: Sequence[Tried]) -> list[tuple[Tried, float]]:
+    """By how much each edit moved the probability that the edited answer wins."""
+    sides = ((t, _edited_side(t.before, t), _edited_side(t.after, t)) for t in tried)
+    return [(t, q - p) for t, p, q in sides if p is not None and q is not None]
 
 
 def _swapped(probe: Probe, tried: Sequence[Tried]) -> Finding:
@@ -353,14 +349,14 @@ def _swapped(probe: Probe, tried: Sequence[Tried]) -> Finding:
 
     The mean of both orders cannot flip: exchanging them gives the same mean.
     """
-    scored = [t for t in tried if all(v.p_a is not None for v in t.before)]
-    turns = [
-        (t, y.winner == _loser(t))
-        for t in scored
-        for x, y in (t.before, t.before[::-1])
-        if x.winner == t.gold
-    ]
-    pulls = [(t, (t.before[0].p_a + 1.0 - t.before[1].p_a) / 2 - 0.5) for t in scored]
+    turns: list[tuple[Tried, bool]] = []
+    pulls: list[tuple[Tried, float]] = []
+    for t in tried:
+        ab, ba = t.before
+        if ab.p_a is None or ba.p_a is None:
+            continue
+        turns += [(t, y.winner == _loser(t)) for x, y in ((ab, ba), (ba, ab)) if x.winner == t.gold]
+        pulls.append((t, (ab.p_a + 1.0 - ba.p_a) / 2 - 0.5))
     n_right = sum(_outcome(t.before) == t.gold for t in tried)
     return Finding(
         probe.name,

@@ -77,6 +77,10 @@ class Judged:
         known = [score for score in found if score is not None]
         return known if len(known) == len(found) else None
 
+    def in_both_orders(self, item: Item, i: int, j: int) -> bool:
+        """Whether there is a verdict of the pair in each order."""
+        return len(self.verdicts.get((item.id, min(i, j), max(i, j)), {})) == 2
+
     def p(self, item: Item, i: int, j: int) -> float | None:
         """The probability that answer i is better than j: the mean of the orders that were asked.
         None: unscored.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt, tanh
+from typing import NamedTuple
 
 from prefab.factory.stats import bootstrap, wilson
 from prefab.factory.types import Order
@@ -240,64 +241,55 @@ def ties(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
     for item in items:
         kind, number = item.id.split(":")[-2:]
         found[kind][number] = _gap(item, judged)
-    accuracy = {
-        kind: _share(
+    accuracy = [
+        _share(
             f"Ties: accuracy, {kind}",
-            [None if gap is None else float(gap[0] > 0) for gap in some.values()],
+            [None if gap is None else float(gap[0] > 0) for gap in found[kind].values()],
         )
-        for kind, some in found.items()
-    }
-    both = sorted(found["ref"].keys() & found["tied"].keys())
-    wide: list[Credit] = []
-    wider: list[Credit] = []
-    margin: list[Credit] = []
-    for number in both:
-        ref, tied = found["ref"][number], found["tied"][number]
-        if ref is None or tied is None:
-            for credits in (wide, wider, margin):
-                credits.append(None)
-            continue
-        least = min(ref[0], tied[0])
-        wide.append(float(tied[0] > tied[1]))
-        wider.append(float(least > tied[1]))
-        margin.append(_margin(least, tied[1]))
+        for kind in ("tied", "ref")
+    ]
+    numbers = sorted(found["ref"].keys() & found["tied"].keys())
+    gaps = [_together(found["ref"][number], found["tied"][number]) for number in numbers]
     parts = [
-        accuracy["tied"],
-        accuracy["ref"],
-        _share("Ties: gap wider than the spread", wide),
-        _share("Ties: and with the ref prompt's gap", wider),
-    ]
-    known = _known(margin)
-    values = _known(line.value for line in parts)
-    n, scored = len(items), sum(gap is not None for some in found.values() for gap in some.values())
-    if len(values) < len(parts):
-        return [
-            BenchmarkLine(
-                "Ties",
-                None,
-                n,
-                scored,
-                undefined=next(p.undefined for p in parts if p.value is None),
-            ),
-            *parts,
-        ]
-    weights, unknown = (0.3, 0.3, 0.2, 0.2), len(margin) - len(known)
-
-    def total(of: Sequence[float], margins: float) -> float:
-        return sum(w * v for w, v in zip(weights, of, strict=True)) + 0.01 * margins / len(margin)
-
-    value = total(values, sum(known) * len(margin) / len(known))
-    return [
-        BenchmarkLine(
-            "Ties",
-            value,
-            n,
-            scored,
-            worst=total(_known(p.worst for p in parts), sum(known) - unknown),
-            best=total(_known(p.best for p in parts), sum(known) + unknown),
+        *accuracy,
+        _share("Ties: gap wider than the spread", [None if g is None else g.wide for g in gaps]),
+        _share(
+            "Ties: and with the ref prompt's gap", [None if g is None else g.wider for g in gaps]
         ),
-        *parts,
     ]
+    scored = sum(gap is not None for some in found.values() for gap in some.values())
+    return [_ties_score(len(items), scored, parts, gaps), *parts]
+
+
+def _ties_score(
+    n: int, scored: int, parts: Sequence[BenchmarkLine], gaps: Sequence[_Gaps | None]
+) -> BenchmarkLine:
+    """The weighted sum of the parts and of the margins of the gaps."""
+    reason = next((part.undefined for part in parts if part.value is None), None)
+    if reason is not None:
+        return BenchmarkLine("Ties", None, n, scored, undefined=reason)
+    weights = (0.3, 0.3, 0.2, 0.2)
+    margins = [gap.margin for gap in gaps if gap is not None]
+    known, unknown, size = sum(margins), len(gaps) - len(margins), len(gaps)
+    value = _weighted(weights, (line.value for line in parts)) + 0.01 * known / len(margins)
+    worst = _weighted(weights, (line.worst for line in parts)) + 0.01 * (known - unknown) / size
+    best = _weighted(weights, (line.best for line in parts)) + 0.01 * (known + unknown) / size
+    return BenchmarkLine("Ties", value, n, scored, worst=worst, best=best)
+
+
+class _Gaps(NamedTuple):
+    """What a ref prompt and a tied prompt give together."""
+
+    wide: float
+    wider: float
+    margin: float
+
+
+def _together(ref: tuple[float, float] | None, tied: tuple[float, float] | None) -> _Gaps | None:
+    if ref is None or tied is None:
+        return None
+    least = min(ref[0], tied[0])
+    return _Gaps(float(tied[0] > tied[1]), float(least > tied[1]), _margin(least, tied[1]))
 
 
 def _gap(item: Item, judged: Judged) -> tuple[float, float] | None:
@@ -381,44 +373,33 @@ def ours(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
     each order alone, whether the orders agree, and how many are ties (which are not right).
     """
     pairs = [(item, i, j) for item in items for i, j in decided(item)]
-    credits = [_right(judged.p(item, i, j)) for item, i, j in pairs]
+    chances = [judged.p(item, i, j) for item, i, j in pairs]
     lines = [
-        _share("right, mean of both orders", credits),
-        _share(
-            "... which are ties",
-            [
-                None if (p := judged.p(item, i, j)) is None else float(p == 0.5)
-                for item, i, j in pairs
-            ],
-        ),
+        _share("right, mean of both orders", [_right(p) for p in chances]),
+        _share("... which are ties", [None if p is None else float(p == 0.5) for p in chances]),
     ]
-    two = [
-        (item, i, j)
-        for item, i, j in pairs
-        if len(judged.verdicts.get((item.id, min(i, j), max(i, j)), {})) == 2
-    ]
+    return [*lines, *_order_by_order(items, judged)]
+
+
+def _order_by_order(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:
+    """Right in each order alone, and whether the orders agree, where both were asked."""
+    pairs = [(item, i, j) for item in items for i, j in decided(item)]
+    two, lines = [pair for pair in pairs if judged.in_both_orders(*pair)], []
     orders: dict[Order, str] = {"ab": "as they stand", "ba": "swapped"}
     for order, words in orders.items() if two else ():
-        lines.append(
-            _share(
-                f"right, {words}",
-                [
-                    None
-                    if (v := judged.verdicts[item.id, min(i, j), max(i, j)][order]).winner is None
-                    else float(v.winner == ("a" if i < j else "b"))
-                    for item, i, j in two
-                ],
-            )
-        )
-    every = [(item, min(i, j), max(i, j)) for item in items for i, j in (decided(item) or [(0, 1)])]
-    asked = [
-        place for place in every if len(judged.verdicts.get((place[0].id, *place[1:]), {})) == 2
-    ]
+        lines.append(_share(f"right, {words}", [_right_in(order, *pair, judged) for pair in two]))
+    every = [(item, i, j) for item in items for i, j in (decided(item) or [(0, 1)])]
+    asked = [place for place in every if judged.in_both_orders(*place)]
     if asked:
-        lines.append(
-            _share("both orders agree", [consistent(item, i, j, judged) for item, i, j in asked])
-        )
+        agree = [consistent(item, min(i, j), max(i, j), judged) for item, i, j in asked]
+        lines.append(_share("both orders agree", agree))
     return lines
+
+
+def _right_in(order: Order, item: Item, i: int, j: int, judged: Judged) -> Credit:
+    """Whether one order alone says that answer i is better than answer j."""
+    winner = judged.verdicts[item.id, min(i, j), max(i, j)][order].winner
+    return None if winner is None else float(winner == ("a" if i < j else "b"))
 
 
 def decided(item: Item) -> list[tuple[int, int]]:
@@ -490,32 +471,39 @@ def _mean(
             scored,
             undefined=f"{empty.name}: {empty.undefined}" if empty else "no items",
         )
-    share = [w / sum(weights or [1] * len(lines)) for w in weights or [1] * len(lines)]
+    whole = weights or [1] * len(lines)
+    share = [w / sum(whole) for w in whole]
 
-    def mean(values: Iterable[float]) -> float:
-        return sum(w * v for w, v in zip(share, values, strict=True))
+    value = _weighted(share, [line.value for line in lines])
+    worst = _weighted(share, [line.worst for line in lines])
+    best = _weighted(share, [line.best for line in lines])
+    low, high = _mover(share, lines, value)
+    return BenchmarkLine(name, value, n, scored, low, high, worst, best)
 
-    values = _known(line.value for line in lines)
-    value = mean(values)
-    low = high = None
-    lows, highs = _known(line.low for line in lines), _known(line.high for line in lines)
-    if len(lows) == len(highs) == len(lines):
-        low = value - sqrt(
-            sum((w * (v - end)) ** 2 for w, v, end in zip(share, values, lows, strict=True))
-        )
-        high = value + sqrt(
-            sum((w * (end - v)) ** 2 for w, v, end in zip(share, values, highs, strict=True))
-        )
-    return BenchmarkLine(
-        name,
-        value,
-        n,
-        scored,
-        low,
-        high,
-        mean(_known(line.worst for line in lines)),
-        mean(_known(line.best for line in lines)),
-    )
+
+def _mover(
+    share: Sequence[float], lines: Sequence[BenchmarkLine], value: float
+) -> tuple[float | None, float | None]:
+    values = [line.value for line in lines]
+    below = _reach(share, values, [line.low for line in lines])
+    above = _reach(share, values, [line.high for line in lines])
+    if below is None or above is None:
+        return None, None
+    return value - below, value + above
+
+
+def _weighted(weights: Sequence[float], values: Iterable[float | None]) -> float:
+    return sum(w * v for w, v in zip(weights, _known(values), strict=True))
+
+
+def _reach(
+    weights: Sequence[float], values: Sequence[float | None], ends: Sequence[float | None]
+) -> float | None:
+    """How far the mean's interval goes to one side; None where a part has no interval."""
+    if None in ends:
+        return None
+    apart = zip(weights, _known(values), _known(ends), strict=True)
+    return sqrt(sum((w * (v - end)) ** 2 for w, v, end in apart))
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

@@ -92,8 +92,8 @@ class RubricJudge(ScoreJudge[RubricConfig]):
         known = sum(compress(weights, read))
         if known == 0 or known < self.config.min_scored * sum(weights) * (1 - 1e-12):
             return super().verdict_of(a, b, lines)
-        kept_a, kept_b, kept_lines = (list(compress(x, read)) for x in (a, b, lines))
-        return self.compare(kept_a, kept_b, kept_lines)
+        kept = list(compress(lines, read))
+        return self.compare(list(compress(a, read)), list(compress(b, read)), kept)
 
     def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
         """P(a earns more points) + half of P(as many), all reads taken as independent."""

@@ -13,6 +13,7 @@ import json
 import operator
 import struct
 import sys
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -20,36 +21,14 @@ from typing import Any
 MOST_BYTES = 8 << 20  # of one message
 PLAIN: dict[type[Any], str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
 NUMBERS: dict[str, type[Any]] = {"Fraction": Fraction, "Decimal": Decimal}
-OPS = [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and_",
-    "or_",
-    "xor",
-    "lshift",
-    "rshift",
-    "neg",
-    "pos",
-    "abs",
-    "invert",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "getitem",
-    "setitem",
-    "delitem",
-    "contains",
-    "index",
-]
+# functions of `operator` that a test may use on an object; a proxy forwards FORWARDED as they are
+FORWARDED = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and_", "or_", "xor", "lshift", "rshift", "neg", "pos", "abs", "invert"),
+    *("getitem", "setitem", "delitem", "index"),
+)
+ORDERS = ("lt", "le", "gt", "ge")
+OPS = (*FORWARDED, *ORDERS, "eq", "ne", "contains")
 
 
 def send(sock: Any, message: Any) -> None:
@@ -115,22 +94,27 @@ def decode(value: Any, other: Any) -> Any:
     if not isinstance(value, dict):
         return value
     ((tag, inner),) = value.items()
-    if tag == "i":
-        return int(inner, 16)
-    if tag == "f":
-        return float(inner)
-    if tag == "b":
-        return bytes.fromhex(inner)
-    if tag == "c":
-        return complex(float(inner[0]), float(inner[1]))
+    if tag in SCALARS:
+        return SCALARS[tag](inner)
     if tag == "d":
         return {decode(k, other): decode(v, other) for k, v in inner}
-    if tag == "n":
-        if inner[0] == "Fraction" and not set(inner[1]) <= set("-/0123456789"):
-            raise ValueError("not a message")  # "1e999999999" would take all memory
-        return NUMBERS[inner[0]](inner[1])
     kind = next((kind for kind, mark in PLAIN.items() if mark == tag), None)
     return other(tag, inner) if kind is None else kind(decode(v, other) for v in inner)
+
+
+def _number(inner: Any) -> Any:
+    if inner[0] == "Fraction" and not set(inner[1]) <= set("-/0123456789"):
+        raise ValueError("not a message")  # "1e999999999" would take all memory
+    return NUMBERS[inner[0]](inner[1])
+
+
+SCALARS: dict[str, Callable[[Any], Any]] = {
+    "i": lambda inner: int(inner, 16),
+    "f": float,
+    "b": bytes.fromhex,
+    "c": lambda inner: complex(float(inner[0]), float(inner[1])),
+    "n": _number,
+}
 
 
 def base_of(error: type[BaseException]) -> str:

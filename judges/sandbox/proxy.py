@@ -214,37 +214,7 @@ def _forward(name: str, what: str) -> None:
     setattr(Proxy, f"__{name.rstrip('_')}__", method)
 
 
-for _name in [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and_",
-    "or_",
-    "xor",
-    "lshift",
-    "rshift",
-    "neg",
-    "pos",
-    "abs",
-    "invert",
-    "getitem",
-    "setitem",
-    "delitem",
-    "index",
-    "len",
-    "iter",
-    "next",
-    "bool",
-    "str",
-    "repr",
-    "int",
-    "float",
-]:
+for _name in (*candidate.FORWARDED, "len", "iter", "next", "bool", "str", "repr", "int", "float"):
     _forward(_name, _name)
-for _name in ("lt", "le", "gt", "ge"):
+for _name in candidate.ORDERS:
     _order(_name)

@@ -73,24 +73,28 @@ def names_of(tree: ast.Module) -> list[str]:
 
     Raises: Broken for tests that need what only pytest gives.
     """
-    found = []
+    found = _tests_in(tree.body, "")
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-            _no_arguments(node, 0)
-            found.append(node.name)
         if isinstance(node, ast.ClassDef) and (
             node.name.startswith("Test") or "TestCase" in map(_last, node.bases)
         ):
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef) and method.name.startswith("test"):
-                    _no_arguments(method, 1)
-                    found.append(f"{node.name}.{method.name}")
+            found += _tests_in(node.body, f"{node.name}.")
     found = found or [f"line {node.lineno}" for node in tree.body if isinstance(node, ast.Assert)]
     if not found and not any(
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) for node in tree.body
     ):
         raise Broken("there is no test in it: no function named test..., no assert, no call")
     return found or ["all"]
+
+
+def _tests_in(body: list[ast.stmt], prefix: str) -> list[str]:
+    """The functions named test... of a module, or of a class (whose methods take `self`)."""
+    found = []
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            _no_arguments(node, 1 if prefix else 0)
+            found.append(prefix + node.name)
+    return found
 
 
 def _last(base: ast.expr) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from prefab.factory.errors import ConfigError
 from prefab.judges.stats.rating_table import BoolArray, FloatArray, Table, group
 
+_NO_EVALICA = "fitting strengths needs the library evalica: pip install -e '.[stats]'"
 _NEVER = 1e-300  # stands for probability 0 inside a logarithm
 
 
@@ -199,7 +200,7 @@ def _strengths(wins: FloatArray, ties: FloatArray | None) -> Strengths:
     if not wins.any():
         return Strengths(empty, empty, empty, 0.0, "nobody won")
     beats = wins > 0 if ties is None else (wins > 0) | (ties > 0)
-    if not _all_reach_all(beats):
+    if _n_components(beats) > 1:
         return Strengths(empty, empty, empty, 0.0, "a group never lost to, or never met, the rest")
     worth, nu = _fit(wins, ties if ties is not None and ties.any() else None)
     worth = worth / worth.sum()
@@ -208,13 +209,20 @@ def _strengths(wins: FloatArray, ties: FloatArray | None) -> Strengths:
     return Strengths(worth, logs - logs.mean(), _strength_errors(worth, nu, met), nu)
 
 
+def _n_components(beats: BoolArray) -> int:
+    """The number of strongly connected components: 1 where everybody reaches everybody by wins."""
+    try:
+        from scipy.sparse.csgraph import connected_components  # optional: evalica brings scipy
+    except ImportError as error:
+        raise ConfigError(_NO_EVALICA) from error
+    return int(connected_components(beats, directed=True, connection="strong")[0])
+
+
 def _fit(wins: FloatArray, ties: FloatArray | None) -> tuple[FloatArray, float]:
     try:
         import evalica  # optional: it brings scipy and pandas
     except ImportError as error:
-        raise ConfigError(
-            "fitting strengths needs the library evalica: pip install -e '.[stats]'"
-        ) from error
+        raise ConfigError(_NO_EVALICA) from error
 
     rows = [(i, j, evalica.Winner.X, wins[i, j]) for i, j in zip(*np.nonzero(wins), strict=False)]
     if ties is not None:
@@ -228,13 +236,6 @@ def _fit(wins: FloatArray, ties: FloatArray | None) -> tuple[FloatArray, float]:
     fit = (evalica.bradley_terry if ties is None else evalica.newman)(xs, ys, winners, **options)
     worth = fit.scores.reindex(range(len(wins))).to_numpy(dtype=float)
     return worth, 0.0 if ties is None else 2.0 * float(fit.v)
-
-
-def _all_reach_all(beats: BoolArray) -> bool:
-    reach = beats | np.eye(len(beats), dtype=bool)
-    for _ in range(int(np.ceil(np.log2(len(beats)))) + 1):
-        reach = (reach.astype(float) @ reach.astype(float)) > 0
-    return bool(reach.all())
 
 
 def _strength_errors(worth: FloatArray, nu: float, met: FloatArray) -> FloatArray:
