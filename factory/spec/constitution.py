@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -135,6 +136,7 @@ def load_constitution(path: str | Path) -> Constitution:
     return parse_constitution(yamlio.read_text(path), str(path))
 
 
+@lru_cache(maxsize=32)
 def parse_constitution(text: str, file: str = "") -> Constitution:
     """As `load_constitution`, from text (as the ledger keeps it). `file` is named in errors."""
     model = yamlio.validate(

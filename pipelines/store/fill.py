@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from prefab.factory.errors import ConfigError
+from prefab.factory.keys import digest
 from prefab.factory.ledger import db
 from prefab.factory.ledger import records as recorded
 from prefab.factory.spec.constitution import (
@@ -36,6 +37,18 @@ if TYPE_CHECKING:
 
 MARKS = (
     "prefab.marks"  # how far the last filling came, readable while another program holds the store
+)
+SOURCES = (  # the ledger's tables that are shown in the store
+    "runs",
+    "starts",
+    "prompts",
+    "rubrics",
+    "calls",
+    "uses",
+    "failures",
+    "human_labels",
+    "imports",
+    "evals",
 )
 FIRST_BATCH = 64  # prompts; later batches are as large as `USES_PAGE` allows
 PAGE = 20_000  # rows of a plain table a batch
@@ -75,6 +88,8 @@ def fill(folder: str | Path) -> FillReport:
     ledger = db.connect(folder / db.FILE, readonly=True)
     try:
         with db.translate_errors(folder / db.FILE):
+            if _is_current(folder, ledger):
+                return report
             report.rebuilt = _why_rebuild(folder, ledger)
             if report.rebuilt:
                 store.delete(folder)
@@ -155,11 +170,38 @@ def _behind(folder: Path, ledger: sqlite3.Connection) -> int:
     """Rows past the marks that the last filling left beside the store (the store itself cannot be
     read).
     """
-    try:
-        marks = orjson.loads((folder / MARKS).read_bytes())
-    except (OSError, ValueError):
-        marks = {}
+    marks = _read_marks(folder)
     return sum(max(0, _last(ledger, source) - marks.get(source, 0)) for source in ("calls", "uses"))
+
+
+def _read_marks(folder: Path) -> dict[str, Any]:
+    try:
+        marks: dict[str, Any] = orjson.loads((folder / MARKS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return marks
+
+
+def _is_current(folder: Path, ledger: sqlite3.Connection) -> bool:
+    """Whether nothing changed since the last filling: neither the ledger, nor the store's file, nor
+    the versions. Asked before the store is opened, which takes longer than most queries.
+    """
+    try:
+        return bool(
+            _read_marks(folder).get("state") == [_ledger_state(ledger), _file_state(folder)]
+        )
+    except OSError:  # no store
+        return False
+
+
+def _ledger_state(ledger: sqlite3.Connection) -> str:
+    """A digest of the versions and of each table's last id: a ledger's tables only grow."""
+    return digest(versions(ledger), [_last(ledger, table) for table in SOURCES])
+
+
+def _file_state(folder: Path) -> list[int]:
+    stat = (folder / store.FILE).stat()
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
 def _last(ledger: sqlite3.Connection, table: str) -> int:
@@ -167,6 +209,7 @@ def _last(ledger: sqlite3.Connection, table: str) -> int:
 
 
 def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> None:
+    state = _ledger_state(ledger)  # first: rows that come later are not taken for copied ones
     with store.opened(folder) as con:
         if not store.get_meta(con):
             store.set_meta(con, versions(ledger))
@@ -190,7 +233,9 @@ def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> N
         )
         db.kill_point("end")
         con.execute("CHECKPOINT")
-        marks = {"calls": store.watermark(con, "calls"), "uses": uses}
+        marks: dict[str, Any] = {"calls": store.watermark(con, "calls"), "uses": uses}
+        if not report.notes:  # they are told at each filling
+            marks["state"] = [state, _file_state(folder)]
     (folder / MARKS).write_bytes(orjson.dumps(marks))
 
 

@@ -18,7 +18,7 @@ from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.store import store
 from prefab.factory.types import Completion, Message, Request, Sampling, Use
 from prefab.pipelines.store import derive
-from prefab.pipelines.store.fill import FillReport, fill, query, rebuild
+from prefab.pipelines.store.fill import SOURCES, FillReport, fill, query, rebuild
 from tests.support.miniworld import CONFIG, CONSTITUTION, MiniEngine, pipeline, prompts, run
 from tests.support.store_rows import dump, same
 
@@ -221,6 +221,39 @@ def test_a_held_store_lets_the_run_go_on_and_says_how_far_it_is_behind(tmp_path)
         holder.stdin.close()
         holder.wait(10)
     assert not fill(tmp_path).held and len(dump(tmp_path)["calls"]) > len(before["calls"])
+
+
+def test_a_store_that_is_current_is_not_filled_again(tmp_path):
+    """Another program that reads the store does not stop a query of it; each table of the ledger
+    makes it out of date."""
+    asyncio.run(run(tmp_path, 2, MiniEngine()))
+    before = query(tmp_path, "SELECT count(*) FROM calls").item()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / store.FILE)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert not fill(tmp_path).held
+        assert query(tmp_path, "SELECT count(*) FROM calls").item() == before
+        con = connect(tmp_path / "ledger.sqlite")
+        tables = {
+            name for (name,) in con.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")
+        }
+        shown = tables - {"meta", "names", "requests", "splits", "migrations"} - {"sqlite_sequence"}
+        assert shown == set(SOURCES)
+        for table in sorted(shown):
+            con.execute("BEGIN")
+            columns = con.execute(f"SELECT count(*) FROM pragma_table_info('{table}')").fetchone()[
+                0
+            ]
+            con.execute(f"INSERT INTO {table} VALUES (NULL{', 0' * (columns - 1)})")
+            con.execute("COMMIT")
+            assert fill(tmp_path).held, table
+            con.execute(f"DELETE FROM {table} WHERE id = (SELECT max(id) FROM {table})")
+            assert not fill(tmp_path).held, table
+        con.close()
+    finally:
+        holder.stdin.close()
+        holder.wait(10)
 
 
 def test_absence_and_damage_are_told(tmp_path):
