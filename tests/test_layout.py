@@ -211,7 +211,6 @@ STILL_COMPLEX = {
     "pipelines/run/plan.py _plan",
     "pipelines/run/plan.py _principle_changes",
     "pipelines/store/fill.py _derive_work",
-    "pipelines/store/imports.py read_row",
 }
 
 

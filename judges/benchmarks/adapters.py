@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal, cast
 
+from prefab.factory.spec import layouts
 from prefab.factory.types import Message, Order, Principle, Verdict
 
 OVERALL = Principle(
@@ -411,23 +412,15 @@ def _list(row: Mapping[str, Any], name: str) -> list[Any]:
 
 def _answer(value: Any) -> str:
     """An answer's text: as it is, in a message, or in the last message of a conversation."""
-    if isinstance(value, (list, tuple)) and value:
-        value = value[-1]
-    if isinstance(value, Mapping):
-        value = value.get("content", value.get("value"))
-    if not isinstance(value, str):
-        raise ValueError(f"an answer is {value!r}; must be text")
-    return value
+    turns = layouts.turns_of(value, "assistant")
+    if not turns:
+        raise ValueError("an answer has no turns")
+    return layouts.text_of(turns[-1])
 
 
 def _turns(value: Any) -> tuple[Message, ...]:
     """A prompt: text, or a conversation."""
-    if isinstance(value, str):
-        return (Message("user", value),)
-    if (
-        not isinstance(value, (list, tuple))
-        or not value
-        or not all(isinstance(turn, Mapping) for turn in value)
-    ):
-        raise ValueError(f"the prompt is {value!r}; must be text or a list of messages")
-    return tuple(Message(str(turn.get("role", "user")), _answer(turn)) for turn in value)
+    turns = layouts.turns_of(value)
+    if not turns:
+        raise ValueError("the prompt has no turns")
+    return tuple(Message(turn["role"], layouts.text_of(turn)) for turn in turns)

@@ -11,6 +11,7 @@ from prefab.factory.console import hint, table, warn
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.options import (
     Json,
+    Map,
     Pipeline,
     Sets,
     Store,
@@ -160,7 +161,7 @@ def import_preferences(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="Files with TRL, HH-RLHF or UltraFeedback rows: .jsonl, .parquet.",
+            help="Files or folders with pairs in any layout that `prefab check FILE` names.",
         ),
     ],
     store: Store = Path("store"),
@@ -172,6 +173,7 @@ def import_preferences(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Skip rows that cannot be read, and count them.")
     ] = False,
+    columns: Map = [],
     as_json: Json = False,
 ) -> None:
     """Import pairs that others labelled into a store, with their origin, to train on them together
@@ -179,9 +181,10 @@ def import_preferences(
     """
     from dataclasses import asdict
 
+    from prefab.factory.spec import layouts
     from prefab.pipelines.store.imports import import_files
 
-    done = import_files(store, files, name, by, skip_bad)
+    done = import_files(store, files, name, by, skip_bad, layouts.mapping(columns))
     if as_json:
         return print_json({"store": str(store), "imported": [asdict(report) for report in done]})
     table(

@@ -25,6 +25,14 @@ Sets = Annotated[
         help="Override a field, for example policy.samples=8. May be repeated.",
     ),
 ]
+Map = Annotated[
+    list[str],
+    typer.Option(
+        "--map",
+        metavar="COLUMN=YOURS",
+        help="Read a column under another name: --map prompt=question,chosen=good.",
+    ),
+]
 Pipeline = Annotated[
     Path, typer.Argument(metavar="PIPELINE.yaml", help="A pipeline file, or the name of a preset.")
 ]

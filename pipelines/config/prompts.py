@@ -1,4 +1,4 @@
-"""Prompts from JSONL, JSON, CSV, Parquet, a `datasets` folder or the microworld, one at a time.
+"""The prompts of a pipeline, from a data file or the microworld, one at a time.
 
 A row that cannot be read is reported by its number and counted; it never vanishes and never stops
 the rest.
@@ -6,10 +6,8 @@ the rest.
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from typing import Any
 from prefab.factory import keys
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.ledger.records import split_of
-from prefab.factory.spec import yamlio
+from prefab.factory.spec import data_files, layouts, yamlio
+from prefab.factory.spec.data_files import SPLITS, Row
 from prefab.factory.types import Message, Prompt
 from prefab.pipelines.config.checks import MICROWORLD, locate
 from prefab.pipelines.config.schema import PromptsConfig
@@ -25,30 +24,7 @@ from prefab.pipelines.config.schema import PromptsConfig
 KEPT_PROBLEMS = 20  # shown to people; all are counted
 MICROWORLD_PROMPTS = 256  # when a pipeline sets no limit
 MICROWORLD_MOST = 20_000
-COLUMNS = ("prompt", "messages", "conversations")
-ANY = "*"  # as a column: whatever there is, for readers of other rows
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-}
-SPLITS = {
-    "train": "train",
-    "val": "val",
-    "validation": "val",
-    "valid": "val",
-    "dev": "val",
-    "test": "test",
-}
-
-Row = tuple[
-    int, int, Any
-]  # row number from 1, line in the file (0: it has none), value or a ValueError
+PLAIN = ("prompt", "conversation", "demonstration")  # layouts whose prompt is in a column
 
 
 class Prompts:
@@ -152,41 +128,32 @@ def rows(config: PromptsConfig, path: Path) -> Iterator[Row]:
     """The raw rows of a source with their numbers; a row that cannot even be decoded is a
     ValueError in its place.
 
-    Raises: ConfigError when the source itself cannot be read.
+    Raises: ConfigError when the source itself cannot be read, or is a table without a column that
+    holds prompts.
     """
     if config.source == MICROWORLD:
         return _microworld(config)
-    if path.is_dir():
-        return _dataset_folder(path)
-    if not path.exists():
-        yamlio.read_text(path)  # says what is missing, and what is near
-    readers = {
-        ".jsonl": _jsonl,
-        ".ndjson": _jsonl,
-        ".json": _json,
-        ".csv": _csv,
-        ".tsv": _csv,
-        ".parquet": _parquet,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        known = ", ".join(readers)
-        raise ConfigError(
-            [
-                Problem(
-                    str(path),
-                    0,
-                    0,
-                    "",
-                    f"cannot read prompts from {path.suffix or 'this'}; {known}",
-                )
-            ]
-        )
-    return reader(path, config.column)
+    found = data_files.rows(path)
+    names = data_files.columns(path)
+    if names is not None:
+        _check_columns(path, config.column, names)
+    return found
+
+
+def _check_columns(path: Path, column: str | None, names: Sequence[str]) -> None:
+    """Raises: ConfigError for a table without a prompt's column: every row would be refused alike."""
+    if column in names or (column is None and layouts.layout_of(dict.fromkeys(names, ""))):
+        return
+    wanted = column or " or ".join(layouts.PROMPTS)
+    message = (
+        f"no column {wanted}; the columns are: {', '.join(names)} (prompts.column names another)"
+    )
+    line = 0 if data_files.suffix_of(path) == ".parquet" else 1
+    raise ConfigError([Problem(str(path), line, line, "", message)])
 
 
 def parse_row(row: Any, config: PromptsConfig) -> Prompt:
-    """The prompt of one row: text, a mapping with `prompt`, `messages` or `conversations`, or a
+    """The prompt of one row: text, a mapping of a layout that `factory.spec.layouts` reads, or a
     `Prompt` itself.
 
     Raises: ValueError with what is wrong, in words for the person who wrote the row.
@@ -197,7 +164,7 @@ def parse_row(row: Any, config: PromptsConfig) -> Prompt:
         row = {"prompt": row}
     if not isinstance(row, dict):
         raise ValueError(f"is {yamlio.describe(row)}; must be text or an object")
-    messages = _messages(_value(row, config.column), config.cut_answer)
+    messages = _messages(row, config)
     split = row.get("split")
     if split not in (None, "") and split not in SPLITS:
         raise ValueError(f"split is {yamlio.describe(split)}; must be train, val or test")
@@ -217,64 +184,50 @@ def parse_row(row: Any, config: PromptsConfig) -> Prompt:
     )
 
 
-def _value(row: dict[str, Any], column: str | None) -> Any:
-    """What the row asks: the named column, or the first of the usual ones that is filled."""
-    wanted = (column,) if column else COLUMNS
-    for name in wanted:
-        if row.get(name) is not None:
-            return row[name]
-    present = [name for name in wanted if name in row]
-    if present:
-        raise ValueError(f"{present[0]} is empty")
-    raise ValueError(
-        f"has no {' or '.join(wanted)}; its fields are: {', '.join(map(str, row)) or 'none'}"
-    )
+def _messages(row: dict[str, Any], config: PromptsConfig) -> tuple[Message, ...]:
+    """The conversation that waits for an answer."""
+    layout = None if config.column else layouts.layout_of(row)
+    if layout is not None and layout.name not in PLAIN:
+        turns = layouts.parse(row).prompt
+    else:
+        turns = layouts.prompt_of(row, _column(row, config.column))
+    while config.cut_answer and turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    try:
+        layouts.check_prompt(turns)
+    except ValueError as error:
+        hint = " (prompts.cut_answer: true)" if "ends with the assistant" in str(error) else ""
+        raise ValueError(f"{error}{hint}") from None
+    return messages_of(turns, row.get("tools"))
 
 
-def _messages(value: Any, cut_answer: bool) -> tuple[Message, ...]:
-    """A conversation that ends with the user, from text or from a list of turns (OpenAI's or
-    ShareGPT's names).
+def _column(row: dict[str, Any], column: str | None) -> str:
+    """The column that holds the prompt: as named, or the first of the usual ones that is filled."""
+    wanted = (column,) if column else layouts.PROMPTS
+    found = next((name for name in wanted if row.get(name) is not None), None)
+    if found is None:
+        if empty := [name for name in wanted if name in row]:
+            raise ValueError(f"{empty[0]} is empty")
+        raise ValueError(
+            f"has no {' or '.join(wanted)}; its fields are: {', '.join(map(str, row)) or 'none'}"
+        )
+    return found
+
+
+def messages_of(turns: layouts.Turns, tools: Any = None) -> tuple[Message, ...]:
+    """Turns as messages, which hold a role and a text.
+
+    Raises: ValueError where a turn calls a tool or is its result, or tools are given.
     """
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"the prompt is {yamlio.describe(value)}; must be text or a list of turns")
-    messages = [_message(turn, index) for index, turn in enumerate(value)]
-    while cut_answer and messages and messages[-1].role == "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError("the conversation has no turns")
-    for index, message in enumerate(messages):
-        if message.role == "system" and index:
-            raise ValueError(f"turn {index + 1} is a system message; only the first turn may be")
-    if messages[-1].role == "assistant":
-        raise ValueError(
-            "ends with the assistant's turn; a prompt ends with the user's (prompts.cut_answer: true)"
-        )
-    if messages[-1].role != "user":
-        raise ValueError("has no user turn")
-    return tuple(messages)
-
-
-def _message(turn: Any, index: int) -> Message:
-    if not isinstance(turn, dict):
-        raise ValueError(f"turn {index + 1} is {yamlio.describe(turn)}; must have role and content")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if role not in ROLES:
-        known = "system, user or assistant"
-        raise ValueError(f"turn {index + 1} has the role {yamlio.describe(role)}; must be {known}")
-    if isinstance(content, list) and all(
-        isinstance(p, dict) and p.get("type") == "text" for p in content
-    ):
-        content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(content, str):
-        raise ValueError(
-            f"turn {index + 1} has {yamlio.describe(content)} as content; must be text"
-        )
-    if not content.strip():
-        raise ValueError("the prompt is empty" if index == 0 else f"turn {index + 1} is empty")
-    return Message(ROLES[role], content)
+    for number, turn in enumerate(turns, 1):
+        if turn.keys() - {"role", "content", "name"} or turn["role"] == "tool":
+            what = (
+                "is a tool's result" if turn["role"] == "tool" else "calls tools, or thinks apart"
+            )
+            raise ValueError(f"turn {number} {what}: the prompts of a run hold texts alone")
+    if tools:
+        raise ValueError("has tools: the prompts of a run hold texts alone")
+    return tuple(Message(turn["role"], turn["content"]) for turn in turns)
 
 
 def _tags(value: Any) -> tuple[str, ...]:
@@ -292,7 +245,7 @@ def _rubric(value: Any) -> tuple[tuple[str, float], ...]:
     pitfall.
     """
     if isinstance(value, str) and value.strip():  # CSV
-        value = _decode(value.encode())
+        value = data_files.decode(value.encode())
     lines = value if isinstance(value, (list, tuple)) else [value] if value else []
     found = []
     for index, line in enumerate(lines, 1):
@@ -337,162 +290,3 @@ def _microworld(config: PromptsConfig) -> Iterator[Row]:
     except ValueError as error:
         raise ConfigError([Problem("prompts.limit", 0, 0, "", str(error))]) from None
     return ((number, 0, prompt) for number, prompt in enumerate(prompts, 1))
-
-
-def _jsonl(path: Path, column: str | None) -> Iterator[Row]:
-    with _open(path) as file:
-        number = 0
-        for line, data in enumerate(file, 1):
-            if line == 1:
-                data = data.removeprefix(b"\xef\xbb\xbf")
-            if data.strip():
-                number += 1
-                yield number, line, _decode(data)
-
-
-def _decode(data: bytes) -> Any:
-    """The value of one line, or a ValueError that says what is wrong with it."""
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return ValueError("not JSON: nested too deeply")
-
-
-def _json(path: Path, column: str | None) -> Iterator[Row]:
-    text = yamlio.read_text(path)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            error.msg = "more than one value; one object a line is .jsonl"
-        raise ConfigError(
-            [Problem(str(path), error.lineno, error.colno, "", f"not JSON: {error.msg}")]
-        ) from None
-    if not isinstance(value, list):
-        raise ConfigError(
-            [
-                Problem(
-                    str(path), 1, 1, "", f"must be a list of prompts, not {yamlio.describe(value)}"
-                )
-            ]
-        )
-    return ((number, 0, row) for number, row in enumerate(value, 1))
-
-
-def _csv(path: Path, column: str | None) -> Iterator[Row]:
-    """Rows by their header. Bytes that are not UTF-8 spoil their own row only."""
-    csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with _open(path, mode="r", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        if reader.fieldnames is None:
-            return
-        _column(path, column, list(reader.fieldnames), 1)
-        number = 0
-        while True:
-            number += 1
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, reader.line_num + 1, ValueError(f"not CSV: {error}")
-            else:
-                yield number, reader.line_num, _csv_row(row)  # the line where it ends
-
-
-def _csv_row(row: dict[Any, Any]) -> Any:
-    if None in row:
-        return ValueError(
-            f"has {len(row[None])} fields more than the header; put text that holds a comma in quotes"
-        )
-    if any(isinstance(v, str) and any("\udc80" <= c <= "\udcff" for c in v) for v in row.values()):
-        return ValueError("not UTF-8")
-    for name in ("messages", "conversations"):
-        if isinstance(row.get(name), str) and row[name].lstrip().startswith("["):
-            row[name] = _decode(row[name].encode())
-            if isinstance(row[name], ValueError):
-                return row[name]
-    return row
-
-
-def _parquet(path: Path, column: str | None) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).split(".")[0]
-        raise ConfigError([Problem(str(path), 0, 0, "", f"not a Parquet file: {reason}")]) from None
-    with file:
-        _column(path, column, file.schema_arrow.names)
-        yield from _batches(file.iter_batches(batch_size=1024), 0)
-
-
-def _dataset_folder(path: Path) -> Iterator[Row]:
-    """A folder that `datasets` saved with save_to_disk, read without that library. Its splits name
-    the rows' splits.
-    """
-    names = [None]
-    index = path / "dataset_dict.json"
-    if index.is_file():
-        names = json.loads(yamlio.read_text(index))["splits"]
-    elif not (path / "state.json").is_file():
-        message = (
-            "is a directory, but not one that `datasets` saved (no state.json); name a file in it"
-        )
-        raise ConfigError([Problem(str(path), 0, 0, "", message)])
-    number = 0
-    for name in names:
-        folder = path / name if name else path
-        for file in json.loads(yamlio.read_text(folder / "state.json"))["_data_files"]:
-            for row_number, _, row in _arrow(folder / file["filename"], number):
-                number = row_number
-                if name in SPLITS:
-                    row.setdefault("split", name)
-                yield number, 0, row
-
-
-def _arrow(path: Path, start: int) -> Iterator[Row]:
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
-            yield from _batches(stream, start)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(
-            [Problem(str(path), 0, 0, "", f"cannot be read: {str(error).split('.')[0]}")]
-        ) from None
-
-
-def _batches(batches: Any, start: int) -> Iterator[Row]:
-    """Rows of Arrow batches, in pieces: a datasets file may be one batch of a million rows."""
-    for batch in batches:
-        for offset in range(0, batch.num_rows, 1024):
-            for row in batch.slice(offset, 1024).to_pylist():
-                start += 1
-                yield start, 0, row
-
-
-def _column(path: Path, column: str | None, names: list[str], line: int = 0) -> None:
-    """The header has a column to read. Raises ConfigError: without one every row would be malformed
-    alike.
-    """
-    wanted = (column,) if column else COLUMNS
-    if column != ANY and not any(name in names for name in wanted):
-        message = f"no column {' or '.join(wanted)}; the columns are: {', '.join(names)} (prompts.column names another)"
-        raise ConfigError([Problem(str(path), line, line, "", message)])
-
-
-def _open(path: Path, mode: str = "rb", **options: Any) -> Any:
-    try:
-        return open(path, mode, **options)
-    except OSError as error:
-        raise ConfigError(
-            [Problem(str(path), 0, 0, "", f"cannot be read: {error.strerror}")]
-        ) from None

@@ -17,9 +17,9 @@ import orjson
 from pydantic import Field, ValidationError, model_validator
 
 from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.spec import data_files
 from prefab.factory.stats import Estimate, bootstrap, paired_difference, undefined
 from prefab.factory.types import UnscoredReason
-from prefab.pipelines.config import readers
 from prefab.pipelines.evaluation.policy_metrics import REFUSES
 from prefab.trainers.common import Strict, Turns
 
@@ -73,7 +73,7 @@ class Item(Strict):
 def load_items(path: Path) -> list[Item]:
     """The questions of a file. Raises: ConfigError with every row that is none."""
     items, problems = [], []
-    for number, line, value in readers.rows(path):
+    for number, line, value in data_files.rows(path):
         try:
             if isinstance(value, ValueError):
                 raise value

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.spec import data_files
 from prefab.factory.store.datasets import audited
-from prefab.pipelines.config import readers
 from prefab.pipelines.quality import data_rules
 from prefab.pipelines.store.export.base import find_run
 
@@ -344,8 +344,8 @@ def _evaluation(files: Sequence[str | Path]) -> tuple[list[tuple[str, str]], lis
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; --eval names files that you evaluate on")
         before = len(texts)
-        for number, line, value in readers.rows(path, text=True):
-            where = readers.place(path, number, line)
+        for number, line, value in data_files.rows(path, text=True):
+            where = data_files.place(path, number, line)
             if isinstance(value, ValueError):
                 raise ConfigError(f"{where}: {value}; a text that is not read cannot be found")
             texts += [(where, text) for text in strings(value)]

@@ -17,13 +17,13 @@ from typing import Any
 
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.spec import data_files
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Comparison, Engine, Principle, Prompt, Sample, Verdict
 from prefab.judges.base import Judge, Score
 from prefab.judges.benchmarks import adapters, metrics
 from prefab.judges.benchmarks.adapters import Item, Judged
 from prefab.judges.registry import judge_of
-from prefab.pipelines.config import readers
 from prefab.pipelines.config.loader import ResolvedPipeline, find_judge
 from prefab.pipelines.run import judging
 from prefab.pipelines.run.asking import asking_session, engine_for, kinds_with_engine
@@ -96,7 +96,7 @@ def read_benchmark(name: str, files: Sequence[str | Path]) -> Bench:
         )
     bench = Bench(name, {}, 0, [], [])
     for file in map(Path, files):
-        for number, line, value in readers.rows(file):
+        for number, line, value in data_files.rows(file):
             bench.rows += 1
             try:
                 if isinstance(value, ValueError):
@@ -135,7 +135,8 @@ def _nested(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         "hhh": ("targets",),
     }.get(name, ())
     return {
-        column: json.loads(value) if column in columns else value for column, value in row.items()
+        column: json.loads(value) if column in columns and isinstance(value, str) else value
+        for column, value in row.items()
     }
 
 
@@ -144,7 +145,7 @@ def score_saved(bench: Bench, file: str | Path) -> Result:
     benchmark.
     """
     judged, problems, n = Judged(), list(bench.problems), 0
-    for number, line, value in readers.rows(Path(file)):
+    for number, line, value in data_files.rows(Path(file)):
         try:
             if isinstance(value, ValueError):
                 raise value

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import orjson
 
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
-from prefab.factory.spec import yamlio
+from prefab.factory.spec import data_files, layouts
 from prefab.factory.store import store
 from prefab.factory.types import Prompt
 from prefab.judges import panel
@@ -33,15 +33,7 @@ if TYPE_CHECKING:
 RECIPE = "import"
 SHOWN = 20  # problems that are told; all are counted
 PAGE = 2000  # prompts of a filling's transaction
-SCORES = (
-    "fine-grained_score",
-    "overall_score",
-    "score",
-)  # the mean of aspects first: the overall score has known errors
-TURN = re.compile(r"\n\n(Human|Assistant):")
-ROLE = {"Human": "user", "Assistant": "assistant"}
 BY = {"hh-rlhf": "people"}  # who labelled, where the format says it
-Turns = list[dict[str, Any]]
 
 
 @dataclass(slots=True)
@@ -67,6 +59,7 @@ class Found:
     pair.
     """
 
+    names: Mapping[str, str] = field(default_factory=dict)
     prompts: dict[str, Prompt] = field(default_factory=dict)
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
     pairs: dict[str, list[tuple[int, int, float]]] = field(default_factory=dict)
@@ -75,10 +68,22 @@ class Found:
 
     def add(self, row: Any) -> None:
         """Take in one row. Raises: ValueError with what is wrong with it."""
-        shape, turns, texts, pairs = read_row(row)
+        record = layouts.parse(row, self.names)
+        if not record.pairs:
+            raise ValueError(
+                f"compares no answers: read as {record.layout}; needs chosen and rejected, or "
+                f"another layout of pairs; its fields are: {', '.join(map(str, row)) or 'none'}"
+            )
         prompt = prompts.parse_row(
-            {"messages": turns, "group": row.get("group"), "split": row.get("split")}, PLAIN
+            {
+                "messages": record.prompt,
+                "tools": record.tools,
+                "group": row.get("group"),
+                "split": row.get("split"),
+            },
+            PLAIN,
         )
+        texts = [layouts.text_of(answer) for answer in record.answers]
         digest(*texts)  # refuses what is no text
         before = self.prompts.setdefault(prompt.id, prompt)
         if (before.group, before.split) != (prompt.group, prompt.split):
@@ -87,9 +92,9 @@ class Found:
             )
         known = self.answers.setdefault(prompt.id, {})
         places = [known.setdefault(text, len(known)) for text in texts]
-        self.formats.add(shape)
-        kept = [(places[a], places[b], p) for a, b, p in pairs if places[a] != places[b]]
-        self.identical += len(pairs) - len(kept)
+        self.formats.add(record.layout)
+        kept = [(places[a], places[b], p) for a, b, p in record.pairs if places[a] != places[b]]
+        self.identical += len(record.pairs) - len(kept)
         self.pairs.setdefault(prompt.id, []).extend(kept)
 
 
@@ -97,18 +102,32 @@ PLAIN = PromptsConfig(source="-")
 
 
 def import_files(
-    folder: Path, files: Sequence[Path], name: str = "", by: str = "", skip_bad: bool = False
+    folder: Path,
+    files: Sequence[Path],
+    name: str = "",
+    by: str = "",
+    skip_bad: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> list[Imported]:
-    """Read all files, then record each as a run: `name`, or the file's own.
+    """Read all files, then record each as a run.
 
-    Raises: ConfigError with every row that cannot be read (`skip_bad` leaves them out and counts
-    them), before anything is written; StoreError.
+    Args:
+        folder: The store.
+        files: Data files, or folders of them.
+        name: Of the runs; left out: the file's own.
+        by: Who labelled the pairs.
+        skip_bad: Leave out rows that cannot be read, and count them.
+        names: Columns to read under another name: `{"chosen": "good"}`.
+
+    Raises:
+        ConfigError: With every row that cannot be read, before anything is written.
+        StoreError: The ledger cannot be written.
     """
     import asyncio
 
     from prefab.factory.ledger.ledger import Ledger
 
-    read = [_read(path, skip_bad) for path in files]
+    read = [_read(path, skip_bad, names or {}) for path in files]
     ledger = Ledger.open(folder)
     try:
         for (report, found, sha256), path in zip(read, files, strict=True):
@@ -118,7 +137,10 @@ def import_files(
                 "format": report.format,
                 "by": by or BY.get(report.format, "labeller not said"),
             }
-            title = name or re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-.") or "imported"
+            stem = path.name.removesuffix(path.suffix)
+            if path.suffix in data_files.COMPRESSED:
+                stem = Path(stem).stem
+            title = name or re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.") or "imported"
             rows = [
                 (prompt, {"answers": list(found.answers[i]), "pairs": found.pairs[i]})
                 for i, prompt in found.prompts.items()
@@ -132,12 +154,13 @@ def import_files(
     return [report for report, *_ in read]
 
 
-def _read(path: Path, skip_bad: bool) -> tuple[Imported, Found, str]:
+def _read(path: Path, skip_bad: bool, names: Mapping[str, str]) -> tuple[Imported, Found, str]:
     """All rows of a file, checked. Raises: ConfigError with each malformed row: where, what and how
     to mend.
     """
-    found, problems, malformed = Found(), [], 0
-    for number, line, row in _rows(path):
+    found, malformed = Found(names), 0
+    problems: list[Problem] = []
+    for number, line, row in data_files.rows(path):
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -166,150 +189,19 @@ def _read(path: Path, skip_bad: bool) -> tuple[Imported, Found, str]:
         identical=found.identical,
         skipped=malformed,
     )
-    with open(path, "rb") as file:
-        return report, found, hashlib.file_digest(file, "sha256").hexdigest()
+    return report, found, _sha256(path)
 
 
-def _rows(path: Path) -> Iterator[prompts.Row]:
-    if path.suffix == ".gz":
-        raise ConfigError(f"{path}: is compressed; unpack it first: gunzip {path}")
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; name the files in it")
-    return prompts.rows(PromptsConfig(source=str(path), column=prompts.ANY), path)
-
-
-def read_row(row: Any) -> tuple[str, Turns, list[str], list[tuple[int, int, float]]]:
-    """(format, the prompt's turns, answers, pairs of them with P(the first is better)) of one row,
-    by what it holds.
-
-    Raises: ValueError in words for the person whose row it is.
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"is {yamlio.describe(row)}; must be an object with chosen and rejected")
-    if row.get("completions") is not None:
-        return "ultrafeedback", *_scored(row)
-    if row.get("chosen") is None or row.get("rejected") is None:
-        raise ValueError(
-            "needs chosen and rejected (TRL, HH-RLHF), or instruction and completions (UltraFeedback); its fields "
-            f"are: {', '.join(map(str, row)) or 'none'}"
-        )
-    sides = {name: _turns(row[name], "assistant") for name in ("chosen", "rejected")}
-    given = row.get("prompt")
-    prompt = _turns(given, "user") if given is not None else sides["chosen"][:-1]
-    if (
-        prompt
-        and prompt[-1].get("role") == "assistant"
-        and not str(prompt[-1].get("content")).strip()
-    ):
-        prompt = prompt[:-1]  # a transcript that stops where the answer begins
-    if not prompt:
-        raise ValueError('has no prompt: give "prompt", or conversations in chosen and rejected')
-    for name, turns in sides.items():
-        whole = turns[: len(prompt)] == prompt
-        if not (
-            (whole and len(turns) == len(prompt) + 1) or (given is not None and len(turns) == 1)
-        ):
-            raise ValueError(
-                f"{name} must be one answer to the prompt, or the prompt and one answer; here the two "
-                "conversations part before their last turn, or go on after it"
-            )
-        if turns[-1].get("role") != "assistant":
-            raise ValueError(
-                f"{name} ends with the turn of {yamlio.describe(turns[-1].get('role'))}; the last must be the assistant's"
-            )
-    transcript = isinstance(row["chosen"], str) and TURN.match(row["chosen"])
+def _sha256(path: Path) -> str:
+    """The digest of a file, or of all data files of a folder in their order."""
+    files = data_files.data_files(path) if path.is_dir() else [path]
+    digests = []
+    for name in files:
+        with open(name, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return (
-        "hh-rlhf" if transcript else "trl",
-        prompt,
-        [_answer(sides[n][-1], n) for n in sides],
-        [(0, 1, _p_chosen(row))],
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     )
-
-
-def _turns(value: Any, role: str) -> Turns:
-    """A conversation from turns, from a transcript ("\\n\\nHuman: ...\\n\\nAssistant: ..."), or
-    from one text of `role`.
-    """  # noqa: D301
-    if isinstance(value, str):
-        if not TURN.match(value):
-            return [{"role": role, "content": value}]
-        parts = TURN.split(value)[1:]
-        return [
-            {"role": ROLE[who], "content": text.strip()}
-            for who, text in zip(parts[::2], parts[1::2], strict=True)
-        ]
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(turn, dict) for turn in value)
-    ):
-        raise ValueError(
-            f"holds {yamlio.describe(value)} for a conversation; must be text or a list of turns with role and content"
-        )
-    return [{"role": turn.get("role"), "content": turn.get("content")} for turn in value]
-
-
-def _answer(turn: Mapping[str, Any], name: str) -> str:
-    text = turn.get("content")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(
-            f"the answer of {name} is {'empty' if isinstance(text, str) else yamlio.describe(text)}; must be text"
-        )
-    return text
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise ValueError(f"{name} is {yamlio.describe(value)}; must be a number")
-    return float(value)
-
-
-def _p_chosen(row: Mapping[str, Any]) -> float:
-    """The probability of a pair: its own, else 1; a half where both have the same score
-    (UltraFeedback, binarized).
-    """
-    if row.get("p_chosen") is not None:
-        p = _number(row["p_chosen"], "p_chosen")
-        if not 0 <= p <= 1:
-            raise ValueError(f"p_chosen is {p}; a probability is from 0 to 1")
-        return p
-    if row.get("score_chosen") is None or row.get("score_rejected") is None:
-        return 1.0
-    up, down = (_number(row[name], name) for name in ("score_chosen", "score_rejected"))
-    if up < down:
-        raise ValueError(f"chosen has the lower score ({up:g} against {down:g}); exchange the two")
-    return 0.5 if up == down else 1.0
-
-
-def _scored(row: Mapping[str, Any]) -> tuple[Turns, list[str], list[tuple[int, int, float]]]:
-    """UltraFeedback: every two completions are a pair that the higher score wins; equal scores are
-    a tie.
-    """
-    texts, scores = [], []
-    if not isinstance(row["completions"], list) or len(row["completions"]) < 2:
-        raise ValueError("completions must be a list of two or more")
-    field_ = next(
-        (
-            name
-            for name in SCORES
-            if all(isinstance(c, dict) and c.get(name) is not None for c in row["completions"])
-        ),
-        None,
-    )
-    if field_ is None:
-        raise ValueError(
-            f"completions need a score each, all by the same name: {', '.join(SCORES)}"
-        )
-    for i, completion in enumerate(row["completions"], 1):
-        texts.append(_answer({"content": completion.get("response")}, f"completion {i}"))
-        scores.append(_number(completion[field_], f"{field_} of completion {i}"))
-    pairs = [
-        (a, b, 0.5 if scores[a] == scores[b] else float(scores[a] > scores[b]))
-        for a in range(len(texts))
-        for b in range(a + 1, len(texts))
-    ]
-    instruction = row.get("instruction", row.get("prompt"))
-    return _turns(instruction, "user"), texts, pairs
 
 
 def _together(pairs: Sequence[Sequence[Any]]) -> dict[tuple[int, int], list[float]]:

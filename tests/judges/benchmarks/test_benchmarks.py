@@ -426,7 +426,7 @@ GOOD = {
     ("name", "change", "said"),
     [
         ("rewardbench", {"chosen": None}, "has no chosen"),
-        ("rewardbench", {"prompt": 7}, "the prompt is 7"),
+        ("rewardbench", {"prompt": 7}, "the prompt is the number 7"),
         ("rewardbench-2", {"num_correct": 2}, "num_correct is 2, but there are 1"),
         ("rewardbench-2", {"subset": "Ties"}, "ref:N or tied:N"),
         (

@@ -219,12 +219,13 @@ def test_malformed_rows_are_told_by_number_and_counted(tmp_path):
     assert [str(problem).removeprefix(f"{path}:") for problem in prompts.problems] == [
         "2:1 row 2: not JSON: Expecting property name enclosed in double quotes at column 2",
         "4:1 row 3: not UTF-8 (byte 0xe9 at column 16)",
-        "5:1 row 4: has no prompt or messages or conversations; its fields are: promt",
+        "5:1 row 4: has no prompt or question or instruction or query or messages or conversations; "
+        "its fields are: promt",
         "6:1 row 5: the prompt is empty",
         "7:1 row 6: is the number 7; must be text or an object",
         '8:1 row 7: turn 1 is "hi"; must have role and content',
         "9:1 row 8: the conversation has no turns",
-        '10:1 row 9: turn 1 has the role "tool"; must be system, user or assistant',
+        "10:1 row 9: turn 1 is a tool's result: the prompts of a run hold texts alone",
         "11:1 row 10: turn 1 has the number 3 as content; must be text",
         "12:1 row 11: ends with the assistant's turn; a prompt ends with the user's "
         "(prompts.cut_answer: true)",
@@ -287,7 +288,7 @@ def test_malformed_csv_rows(tmp_path):
             {"split": "val"},
             "FILE: none of 1 rows has the split val",
         ),
-        ("p.json", '{"prompt": "x"}', {}, "FILE:1:1: must be a list of prompts, not a mapping"),
+        ("p.json", "3", {}, "FILE:1:1: must be a list of rows, not the number 3"),
         (
             "p.json",
             '{"prompt": "x"}\n{}',
@@ -297,17 +298,18 @@ def test_malformed_csv_rows(tmp_path):
         ("p.json", "[1,\n", {}, "FILE:2:1: not JSON: Expecting value"),
         (
             "p.csv",
-            "question,b\nx,y\n",
+            "text,b\nx,y\n",
             {},
-            "FILE:1:1: no column prompt or messages or conversations; the columns are: "
-            "question, b (prompts.column names another)",
+            "FILE:1:1: no column prompt or question or instruction or query or messages or "
+            "conversations; the columns are: text, b (prompts.column names another)",
         ),
         ("p.parquet", "nonsense, long enough", {}, "FILE: not a Parquet file: "),
         (
             "p.txt",
             "x",
             {},
-            "FILE: cannot read prompts from .txt; .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
+            "FILE: cannot read rows from .txt; .jsonl, .ndjson, .json, .csv, .tsv, .parquet, each also "
+            "with .gz, .zst, .bz2",
         ),
     ],
 )
@@ -322,8 +324,10 @@ def test_missing_files_and_plain_folders(tmp_path):
         refused(tmp_path / "promts.jsonl")
         == f"FILE: no such file; did you mean {tmp_path / 'prompts.jsonl'}?"
     )
-    assert refused(tmp_path) == (
-        "FILE: is a directory, but not one that `datasets` saved (no state.json); name a file in it"
+    (tmp_path / "empty").mkdir()
+    assert refused(tmp_path / "empty") == (
+        "FILE: is a folder without data: neither one that `datasets` saved (state.json), nor with "
+        ".jsonl, .ndjson, .json, .csv, .tsv, .parquet files in it"
     )
 
 

@@ -3,6 +3,7 @@ trained on by weight."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import sqlite3
 import sys
@@ -143,7 +144,7 @@ def test_the_same_file_again_adds_nothing_and_another_is_the_next_version(tmp_pa
 
 
 BAD = {
-    "is compressed; unpack it": None,
+    "cannot be decompressed": None,
     "not JSON": '{"prompt": "a", ',
     "its fields are: text": {"text": "a"},
     "has no prompt": {"chosen": "a", "rejected": "b"},
@@ -191,6 +192,44 @@ def test_a_bad_row_is_told_with_its_line_and_nothing_is_imported(
     if BAD[told]:
         (report,) = imports.import_files(tmp_path / "store", [bad], skip_bad=True)
         assert (report.skipped, report.pairs) == (1, 1)
+
+
+def test_other_columns_folders_and_compressed_files_are_imported(tmp_path, monkeypatch, capsys):
+    from prefab.pipelines.cli.main import main
+
+    rows = [{"ask": f"Q{i}?", "good": "a", "bad": "b", "split": "train"} for i in range(3)]
+    folder = tmp_path / "people"
+    folder.mkdir()
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(lines(tmp_path / "x", rows).read_bytes()))
+    store = tmp_path / "store"
+    names = "prompt=ask,chosen=good,rejected=bad"
+    run = ["prefab", "import-preferences", str(folder), "--store", str(store), "--map", names]
+    monkeypatch.setattr(sys, "argv", run)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0 and len(pairs(store, "people")) == 3
+    monkeypatch.setattr(sys, "argv", [*run[:-1], "promt=ask"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and 'did you mean "prompt"' in capsys.readouterr().err
+
+
+def test_answers_that_call_tools_are_refused_not_cut(tmp_path):
+    call = {"type": "function", "function": {"name": "find", "arguments": "{}"}}
+    answer = {"role": "assistant", "content": "Let me look.", "tool_calls": [call]}
+    asked = {"role": "user", "content": "x"}
+    bad = [
+        {"prompt": "x", "chosen": [answer], "rejected": "No."},
+        {"prompt": [asked, answer, asked], "chosen": "a", "rejected": "b"},
+        {"prompt": "x", "chosen": "a", "rejected": "b", "tools": [call]},
+    ]
+    with pytest.raises(ConfigError) as caught:
+        imports.import_files(tmp_path / "store", [lines(tmp_path / "x.jsonl", bad)])
+    told = str(caught.value)
+    assert all(
+        part in told
+        for part in ("row 1: an answer calls tools", "row 2: turn 2", "row 3: has tools")
+    )
 
 
 def test_splits_are_the_stores_and_a_contradiction_imports_nothing(tmp_path):
