@@ -75,7 +75,11 @@ def fit_temperature(p: FloatArray, y: FloatArray) -> float | None:
     Source: Guo et al. 2017.
     """
     p, y = _checked(p, y)
-    logits = _logit(p)
+    return fit_temperature_of(_logit(p), y)
+
+
+def fit_temperature_of(logits: FloatArray, y: FloatArray) -> float | None:
+    """`fit_temperature` of log-odds instead of probabilities."""
     if not logits.any():
         return None
 
