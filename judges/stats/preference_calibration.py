@@ -188,31 +188,40 @@ def fit_calibration(
     """
     odds = [[None if p is None else log_odds(p) for p in row] for row in p_a]
     correlation = mean_correlation(odds)
-    x, y, known = [], [], []
-    for i, row in enumerate(odds):
-        combined = combine(row, correlation, None if weights is None else weights[i])
-        outcome = outcomes[i]
-        if combined is not None and outcome is not None and isfinite(outcome):
-            x.append(combined)
-            y.append(float(outcome))
-            known.append(groups[i])
+    each = [None] * len(odds) if weights is None else weights
+    combined = [combine(row, correlation, w) for row, w in zip(odds, each, strict=True)]
+    x, y, known = _with_outcomes(combined, outcomes, groups)
     n, n_groups = len(x), len(set(known))
+    reason = None if any(x) else "no reading favours an answer"
     if n < LEAST_OUTCOMES or n_groups < 2:
         reason = f"{n} known outcomes; at least {LEAST_OUTCOMES}, of two prompts, are needed"
-        return Calibration("none", correlation, n_outcomes=n, n_groups=n_groups, reason=reason)
-    if not any(x):
-        reason = "no reading favours an answer"
+    if reason is not None:
         return Calibration("none", correlation, n_outcomes=n, n_groups=n_groups, reason=reason)
     before = quality([_sigmoid(value) for value in x], y)
-    wanted: list[Fitted] = ["temperature"] if method == "temperature" else ["isotonic"]
-    if method == "auto":
-        wanted = ["temperature", "isotonic"]
-    if n < LEAST_ISOTONIC:
-        wanted = ["temperature"]
+    wanted = _METHODS[method if n >= LEAST_ISOTONIC else "temperature"]
     tested = {name: quality(_cross_fitted(name, x, y, known), y) for name in wanted}
     best = min(wanted, key=lambda name: tested[name].log_loss)
     temperature, knots = _fit(best, x, y)
     return Calibration(best, correlation, temperature, knots, n, n_groups, before, tested[best])
+
+
+_METHODS: dict[Method, tuple[Fitted, ...]] = {
+    "auto": ("temperature", "isotonic"),
+    "temperature": ("temperature",),
+    "isotonic": ("isotonic",),
+}
+
+
+def _with_outcomes(
+    combined: Sequence[float | None], outcomes: Sequence[float | None], groups: Sequence[str]
+) -> tuple[list[float], list[float], list[str]]:
+    """Log-odds, outcome and group of the comparisons that have both of the former."""
+    found = [
+        (x, float(y), group)
+        for x, y, group in zip(combined, outcomes, groups, strict=True)
+        if x is not None and y is not None and isfinite(y)
+    ]
+    return [x for x, _, _ in found], [y for _, y, _ in found], [group for _, _, group in found]
 
 
 def quality(p: Sequence[float], y: Sequence[float]) -> Fit:
