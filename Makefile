@@ -41,6 +41,9 @@ lint: setup      ## ruff: rules and format
 types: setup     ## mypy over all product code
 	$(BIN)/mypy -p prefab
 
+reference: setup ## docs/reference.md, from docstrings
+	PYTHONPATH=. $(PY) docs/reference.py
+
 world: setup     ## build the embedded world's models from nothing (about an hour)
 	$(PY) -m prefab.factory.microworld.builder.build
 
@@ -75,4 +78,4 @@ clean:           ## caches and build leavings; never a store
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo test test-all coverage kill-test lint types world world-eval bench peers-venvs requirements clean distclean
+.PHONY: help setup demo test test-all coverage kill-test lint types reference world world-eval bench peers-venvs requirements clean distclean

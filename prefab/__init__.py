@@ -1,7 +1,6 @@
-"""Prefab: an RLAIF and Constitutional-AI preference-data factory.
+"""Prefab: make preference data with AI judges, and train on it.
 
-The public Python API. Importing this package is cheap: each name below is imported when it is first
-used.
+The public Python API. `import prefab` is quick: each name below is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -11,28 +10,93 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefab.factory.spec.constitution import load_constitution
+    from prefab.pipelines.cli.doctor import examine as doctor
+    from prefab.pipelines.cli.project import check_paths as check
+    from prefab.pipelines.cli.project import init_project as init
+    from prefab.pipelines.cli.serve import serve_model as serve
+    from prefab.pipelines.config.loader import resolve_pipeline
     from prefab.pipelines.config.schema import load_pipeline
+    from prefab.pipelines.evaluation.policy import run as eval_policy
+    from prefab.pipelines.quality.agreement import measure as agreement
+    from prefab.pipelines.quality.data_audit import audit as audit_data
+    from prefab.pipelines.quality.judge_audit import audit as audit_judge
+    from prefab.pipelines.quality.judge_benchmark import evaluate as eval_judge
+    from prefab.pipelines.quality.judge_benchmark import read_benchmark
+    from prefab.pipelines.quality.judge_benchmark import score_saved as score_verdicts
+    from prefab.pipelines.quality.labeling import open_session as label
+    from prefab.pipelines.quality.labeling import read_answers as read_label_queue
+    from prefab.pipelines.quality.labeling import write_queue as write_label_queue
     from prefab.pipelines.run.plan import plan
     from prefab.pipelines.run.runner import run
     from prefab.pipelines.store.export.base import export
-    from prefab.pipelines.store.fill import query
+    from prefab.pipelines.store.fill import query, rebuild
+    from prefab.pipelines.store.imports import import_files as import_preferences
+    from prefab.pipelines.training.sweep import sweep
+    from prefab.pipelines.training.train import train
 
+# Where each name is defined, as module:attribute below `prefab`.
 _HOME = {
-    "export": "prefab.pipelines.store.export.base",
-    "load_constitution": "prefab.factory.spec.constitution",
-    "load_pipeline": "prefab.pipelines.config.schema",
-    "plan": "prefab.pipelines.run.plan",
-    "query": "prefab.pipelines.store.fill",
-    "run": "prefab.pipelines.run.runner",
+    "agreement": "pipelines.quality.agreement:measure",
+    "audit_data": "pipelines.quality.data_audit:audit",
+    "audit_judge": "pipelines.quality.judge_audit:audit",
+    "check": "pipelines.cli.project:check_paths",
+    "doctor": "pipelines.cli.doctor:examine",
+    "eval_judge": "pipelines.quality.judge_benchmark:evaluate",
+    "eval_policy": "pipelines.evaluation.policy:run",
+    "export": "pipelines.store.export.base:export",
+    "import_preferences": "pipelines.store.imports:import_files",
+    "init": "pipelines.cli.project:init_project",
+    "label": "pipelines.quality.labeling:open_session",
+    "load_constitution": "factory.spec.constitution:load_constitution",
+    "load_pipeline": "pipelines.config.schema:load_pipeline",
+    "plan": "pipelines.run.plan:plan",
+    "query": "pipelines.store.fill:query",
+    "read_benchmark": "pipelines.quality.judge_benchmark:read_benchmark",
+    "read_label_queue": "pipelines.quality.labeling:read_answers",
+    "rebuild": "pipelines.store.fill:rebuild",
+    "resolve_pipeline": "pipelines.config.loader:resolve_pipeline",
+    "run": "pipelines.run.runner:run",
+    "score_verdicts": "pipelines.quality.judge_benchmark:score_saved",
+    "serve": "pipelines.cli.serve:serve_model",
+    "sweep": "pipelines.training.sweep:sweep",
+    "train": "pipelines.training.train:train",
+    "write_label_queue": "pipelines.quality.labeling:write_queue",
 }
-__all__ = ["export", "load_constitution", "load_pipeline", "plan", "query", "run"]
+__all__ = [
+    "agreement",
+    "audit_data",
+    "audit_judge",
+    "check",
+    "doctor",
+    "eval_judge",
+    "eval_policy",
+    "export",
+    "import_preferences",
+    "init",
+    "label",
+    "load_constitution",
+    "load_pipeline",
+    "plan",
+    "query",
+    "read_benchmark",
+    "read_label_queue",
+    "rebuild",
+    "resolve_pipeline",
+    "run",
+    "score_verdicts",
+    "serve",
+    "sweep",
+    "train",
+    "write_label_queue",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name not in _HOME:
         raise AttributeError(f"module 'prefab' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    module, attribute = _HOME[name].split(":")
+    return getattr(import_module(f"prefab.{module}"), attribute)
 
 
 def __dir__() -> list[str]:

@@ -129,9 +129,13 @@ class ConstitutionModel(_Strict):
 
 
 def load_constitution(path: str | Path) -> Constitution:
-    """Read, validate and freeze one constitution.
+    """Read and validate a constitution.
 
-    Raises: ConfigError with every mistake in the file.
+    Args:
+        path: A YAML file.
+
+    Raises:
+        ConfigError: Every mistake in the file.
     """
     return parse_constitution(yamlio.read_text(path), str(path))
 

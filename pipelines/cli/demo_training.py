@@ -28,10 +28,10 @@ def train(store: Path, run: int, quiet: bool) -> tuple[dict[str, Path], dict[str
         The folder of each model, and the result of PPO.
 
     Raises:
-        ConfigError, StoreError, TrainError: As `prefab.pipelines.training.stages.train`.
+        ConfigError, StoreError, TrainError: As `prefab.pipelines.training.train.train`.
     """
     from prefab.pipelines.store.fill import query
-    from prefab.pipelines.training import stages
+    from prefab.pipelines.training.train import train as train_stage
 
     name, version = query(store, "SELECT name, version FROM runs WHERE run = ?", [run]).row(0)
     out, source = (
@@ -41,13 +41,11 @@ def train(store: Path, run: int, quiet: bool) -> tuple[dict[str, Path], dict[str
     found = {stage: out / stage for stage in STAGES}
     for stage in STAGES:
         sources = [{**source, "margin": DPO_MARGIN} if stage == "dpo" else source]
-        stages.train(
-            stage, Path(stage), overrides(out=str(found[stage]), data__sources=sources), quiet
-        )
+        train_stage(stage, stage, overrides(out=str(found[stage]), data__sources=sources), quiet)
     rewards = [{"name": "preference", "kind": "model", "paths": [str(found["reward"])]}]
-    told = stages.train(
+    told = train_stage(
         "ppo",
-        Path("ppo"),
+        "ppo",
         overrides(
             model=BASE,
             out=str(out / "ppo"),

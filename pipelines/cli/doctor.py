@@ -70,13 +70,14 @@ class Finding:
         return asdict(self)
 
 
-def examine(store: Path, pipeline: Path | None = None) -> list[Finding]:
+def examine(store: str | Path = "store", pipeline: str | Path | None = None) -> list[Finding]:
     """Run all checks. No model is called, but the engines of `pipeline` are started.
 
     Args:
         store: The folder of a store; it need not exist.
         pipeline: A pipeline file whose engines are also checked.
     """
+    store = Path(store)
     findings = [
         *_python(),
         *_torch(),
@@ -87,7 +88,7 @@ def examine(store: Path, pipeline: Path | None = None) -> list[Finding]:
         *_store(store),
     ]
     if pipeline is not None:
-        findings += _engines(pipeline)
+        findings += _engines(Path(pipeline))
     return findings
 
 

@@ -16,7 +16,6 @@ from prefab.pipelines.cli.options import (
     Sets,
     Store,
     existing_store,
-    pipeline_path,
     print_json,
     resumable,
 )
@@ -124,8 +123,6 @@ def label(
     """Label comparisons yourself. Judges' verdicts are not shown; one key for each label, with undo.
     You can stop and continue at any time. These labels count as gold labels.
     """
-    import getpass
-
     from prefab.pipelines.quality import labeling as labelling
 
     if queue and answers:
@@ -135,7 +132,7 @@ def label(
     wanted = cast("labelling.First", first)
     again = f"prefab label --store {store}" + (f" --run {run}" if run else "")
     with labelling.open_session(
-        existing_store(store), run, annotator or getpass.getuser(), wanted, seed, principle
+        existing_store(store), run, annotator, wanted, seed, principle
     ) as session:
         if queue:
             report = labelling.write_queue(session, queue, limit)
@@ -240,7 +237,7 @@ def audit_judge(
     from prefab.pipelines.config.loader import resolve_pipeline
     from prefab.pipelines.quality import judge_audit as audit
 
-    loaded = resolve_pipeline(pipeline_path(pipeline), sets)
+    loaded = resolve_pipeline(pipeline, sets)
     with resumable():
         report = audit.audit(loaded, judge, n, store, run, probe, seed, quiet=as_json)
     if as_json:
@@ -396,7 +393,7 @@ def eval_judge(
         assert pipeline is not None  # one of the two is given
         with resumable():
             found = evaluation.evaluate(
-                resolve_pipeline(pipeline_path(pipeline), sets),
+                resolve_pipeline(pipeline, sets),
                 bench,
                 judge,
                 principle,

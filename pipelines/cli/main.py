@@ -25,7 +25,6 @@ from prefab.pipelines.cli.options import (
     Sets,
     Store,
     existing_store,
-    pipeline_path,
     print_json,
     resumable,
 )
@@ -146,12 +145,11 @@ def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
     """
     from prefab.pipelines.run.plan import plan as make_plan
 
-    path = pipeline_path(pipeline)
-    found = make_plan(path, sets)
+    found = make_plan(pipeline, sets)
     if as_json:
         return print_json(found.data())
     table(
-        f"{path} · {found.prompts:,} prompts",
+        f"{pipeline} · {found.prompts:,} prompts",
         (
             "call",
             "principle",
@@ -235,7 +233,7 @@ def run(
 
     again = " ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)])
     try:
-        result = run_pipeline(pipeline_path(pipeline), sets, quiet)
+        result = run_pipeline(pipeline, sets, quiet)
     except KeyboardInterrupt:
         warn("stopped before the first model call")
         hint(again)
@@ -408,7 +406,7 @@ def doctor(
     """Check the installation, the store and, for a pipeline, its engines."""
     from prefab.pipelines.cli.doctor import examine
 
-    findings = examine(store, pipeline_path(pipeline) if pipeline else None)
+    findings = examine(store, pipeline)
     bad = [finding for finding in findings if finding.state == "bad"]
     if as_json:
         print_json({"findings": [finding.data() for finding in findings], "ok": not bad})

@@ -1,4 +1,4 @@
-"""What the command line's modules share: options, JSON output, and finding pipelines and stores."""
+"""What the command line's modules share: options, JSON output, and finding a store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import typer
 
 from prefab.factory.console import hint, warn
 from prefab.factory.errors import ConfigError
-from prefab.factory.paths import PACKAGE
 
 STOPPED = 130
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -58,12 +57,6 @@ def print_json(value: Any) -> None:
 
     text = orjson.dumps(value, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)
     sys.stdout.write(text.decode() + "\n")
-
-
-def pipeline_path(path: Path) -> Path:
-    """The path of a pipeline; a name such as `demo` stands for pipelines/presets/demo.yaml."""
-    preset = PACKAGE / "pipelines" / "presets" / f"{path.name.removesuffix('.yaml')}.yaml"
-    return preset if not path.exists() and len(path.parts) == 1 and preset.exists() else path
 
 
 def existing_store(store: Path) -> Path:

@@ -49,7 +49,7 @@ PROMPTS = """\
 IGNORED = "store/\nout/\n"
 
 
-def init_project(folder: Path) -> list[Path]:
+def init_project(folder: str | Path) -> list[Path]:
     """Write a new project: constitution, templates, pipeline file, prompts and JSON schemas.
 
     Args:
@@ -61,6 +61,7 @@ def init_project(folder: Path) -> list[Path]:
     Raises:
         ConfigError: The folder is not empty.
     """
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
             [Problem(str(folder), 0, 0, "", "exists and is not empty; give a new folder")]
@@ -89,7 +90,7 @@ def init_project(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def check_paths(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], list[Problem]]:
+def check_paths(paths: Sequence[str | Path]) -> tuple[list[tuple[Path, str]], list[Problem]]:
     """Check constitutions, pipelines, templates and prompts.
 
     Args:
@@ -103,7 +104,7 @@ def check_paths(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], list[Pro
     """
     checked: list[tuple[Path, str]] = []
     problems: list[Problem] = []
-    for path in _files(paths):
+    for path in _files([Path(path) for path in paths]):
         what = _kind(path)
         if what is None:
             continue

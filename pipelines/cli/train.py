@@ -49,7 +49,7 @@ def kto(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet 
 
 
 def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool) -> None:
-    from prefab.pipelines.training.stages import train
+    from prefab.pipelines.training.train import train
     from prefab.trainers.distributed import is_main
 
     with resumable():
@@ -86,7 +86,8 @@ def grpo(config: StageFile, sets: Sets = [], as_json: Json = False) -> None:
 
 
 def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> None:
-    from prefab.pipelines.training.stages import show_gold, train
+    from prefab.pipelines.training.stages import show_gold
+    from prefab.pipelines.training.train import train
 
     with resumable():
         done = train(stage, path, sets, as_json)
@@ -118,10 +119,10 @@ def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Qui
     """Train in rounds: sample, judge, train (DPO, PPO or GRPO), with a fixed judge and constitution.
     The same command resumes.
     """
-    from prefab.pipelines.training.online import train
+    from prefab.pipelines.training.train import train
 
     with resumable():
-        done = train(config, sets, quiet or as_json)
+        done = train("online", config, sets, quiet or as_json)
     if as_json:
         print_json(done)
     else:

@@ -63,9 +63,14 @@ class ResolvedPipeline:
 def resolve_pipeline(
     source: str | Path | dict[str, Any], sets: Iterable[str] = ()
 ) -> ResolvedPipeline:
-    """Read a pipeline (a file, or a dictionary) and all that it names.
+    """Read a pipeline and the files that it names. No engine is started.
 
-    Raises: ConfigError with every mistake found.
+    Args:
+        source: A pipeline file, the name of a preset, or a dictionary with the same content.
+        sets: Overrides of fields, for example `["policy.samples=8"]`.
+
+    Raises:
+        ConfigError: Every mistake in the pipeline and in the files that it names.
     """
     config, resolved = (
         make_pipeline(source, sets) if isinstance(source, dict) else load_pipeline(source, sets)

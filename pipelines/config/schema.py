@@ -243,14 +243,27 @@ class PipelineConfig(_Strict):
 def load_pipeline(
     path: str | Path, sets: Iterable[str] = ()
 ) -> tuple[PipelineConfig, dict[str, Any]]:
-    """The validated pipeline, and its resolved configuration as plain data (what is stored with the
-    run).
+    """Read and validate a pipeline file.
 
-    Raises: ConfigError with every mistake, in the file, in `--set`, and in names that point to
-    nothing.
+    Args:
+        path: A pipeline file, or the name of a preset in `pipelines/presets/`.
+        sets: Overrides of fields, for example `["policy.samples=8"]`.
+
+    Returns:
+        The pipeline, and its resolved configuration as plain data (it is stored with the run).
+
+    Raises:
+        ConfigError: Every mistake in the file and in `sets`.
     """
-    document = yamlio.load_document(path)
-    return _validate(document, Path(path).resolve().parent, sets)
+    path = pipeline_file(path)
+    return _validate(yamlio.load_document(path), path.resolve().parent, sets)
+
+
+def pipeline_file(path: str | Path) -> Path:
+    """The path of a pipeline file; a name such as `demo` stands for pipelines/presets/demo.yaml."""
+    path = Path(path)
+    preset = PACKAGE / "pipelines" / "presets" / f"{path.name.removesuffix('.yaml')}.yaml"
+    return preset if not path.exists() and len(path.parts) == 1 and preset.exists() else path
 
 
 def make_pipeline(

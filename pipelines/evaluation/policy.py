@@ -131,11 +131,20 @@ class Report:
         return asdict(self)
 
 
-def run(path: Path | None, sets: Iterable[str] = (), quiet: bool = False) -> Report:
-    """Evaluate as a file (and `--set`) says. Raises: ConfigError with every mistake."""
+def run(path: str | Path | None = None, sets: Iterable[str] = (), quiet: bool = False) -> Report:
+    """Evaluate policies on held-out prompts, against a baseline.
+
+    Args:
+        path: A configuration file; default: none, with all fields in `sets`.
+        sets: Overrides of fields, for example `["policies={base: prefab-tiny, sft: trained/sft}"]`.
+        quiet: Do not show progress.
+
+    Raises:
+        ConfigError: Every mistake in the configuration.
+    """
     from prefab.pipelines.config.schema import _override as override
 
-    document = yamlio.load_document(path) if path else yamlio.Document("--set", "", {})
+    document = yamlio.load_document(Path(path)) if path else yamlio.Document("--set", "", {})
     for text in sets:
         override(document, text)
     return evaluate_policies(yamlio.validate(document, PolicyEvalConfig), quiet)

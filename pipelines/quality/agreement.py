@@ -9,6 +9,7 @@ said is undefined, with its reason.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,21 +42,38 @@ class UnscoredError(PrefabError):
 
 
 def measure(
-    folder: Path,
+    folder: str | Path,
     run: str = "",
-    principles: tuple[str, ...] = (),
-    judges: tuple[str, ...] = (),
-    tags: tuple[str, ...] = (),
+    principles: Sequence[str] = (),
+    judges: Sequence[str] = (),
+    tags: Sequence[str] = (),
     gold: str = "auto",
     examples: int = 3,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All of it as plain data.
+    """Measure how reliable a run's labels are: agreement, bias and accuracy of the judges.
 
-    Raises: ConfigError for what is not there, UnscoredError where no verdict could be read.
+    Args:
+        folder: The store.
+        run: NAME or NAME@VERSION; default: the latest run.
+        principles: Only these; empty: all.
+        judges: Only these; empty: all.
+        tags: Only principles or prompts with these tags; empty: all.
+        gold: Gold labels to compare with: `human`, `oracle` (embedded world only), `none`, or
+            `auto` for the first of these that exists.
+        examples: Examples of disagreement for each principle.
+        resamples: Bootstrap resamples for intervals; 0 for none.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Plain data, as `prefab agreement --json` prints it.
+
+    Raises:
+        ConfigError: The run, or a principle, judge or tag does not exist.
+        UnscoredError: No verdict of the selection is scored.
     """
-    selection = select(folder, run, principles, judges, tags)
+    selection = select(Path(folder), run, principles, judges, tags)
     data, source = load_matrix(selection, gold)
     unscored = selection.unscored()
     if np.isnan(data.p).all():
@@ -85,7 +103,7 @@ def measure(
     found["divided"] = divided(
         selection, data, [row["name"] for row in found["principles"]], examples
     )
-    found["unsaid"] = limitations(data, source, found["orders"])
+    found["limitations"] = limitations(data, source, found["orders"])
     return found
 
 

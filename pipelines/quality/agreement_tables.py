@@ -64,7 +64,7 @@ def show(found: dict[str, Any], groups: int = 3) -> None:
     if found["tags"]:
         _groups("Tags, likewise", found["tags"])
     _divided(found["divided"], [row["name"] for row in found["principles"]][:groups])
-    for words in found["unsaid"]:
+    for words in found["limitations"]:
         warn(words)
 
 

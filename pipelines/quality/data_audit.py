@@ -94,12 +94,18 @@ def audit(
     thresholds: Mapping[str, float] = {},
     examples: int = 2,
 ) -> Audit:
-    """Look at a run's preferences by every rule, record what is found, and bring the marks into the
-    store.
+    """Check a run's preferences with every rule, and store the marks.
 
-    `evaluation` are files whose texts must not be trained on (JSONL, JSON, CSV, Parquet or plain
-    text); without any, contamination is not looked for. Raises: ConfigError for a file, rule or
-    threshold that cannot be, or no preferences.
+    Args:
+        folder: The store.
+        run: NAME or NAME@VERSION; default: the latest run that is not an import.
+        evaluation: Files of evaluation texts that must not be in training data (JSONL, JSON, CSV,
+            Parquet or plain text). Without any, contamination is not checked.
+        thresholds: Other thresholds than the rules' own, by rule.
+        examples: Examples to keep for each rule.
+
+    Raises:
+        ConfigError: A file, a rule or a threshold is wrong, or the run has no comparisons.
     """
     folder = Path(folder)
     _check(thresholds)

@@ -77,20 +77,34 @@ def audit(
     loaded: ResolvedPipeline,
     judge: str = "",
     n: int = 200,
-    store: Path | None = None,
+    store: str | Path | None = None,
     run: str = "",
     probes: Sequence[str | bias_probes.Probe] = (),
     seed: int = 0,
     engines: Mapping[str, Engine] | None = None,
     quiet: bool = True,
 ) -> Report:
-    """Put the probes (all, or those named, or probes of your own) to a judge of a loaded pipeline,
-    `n` pairs a probe.
+    """Test a judge for known biases: edit losing answers in ways that should not matter, and count
+    how many verdicts flip.
 
-    `store` (and `run`) takes the pairs from a run's decided preferences. `engines` stand in for
-    those it would start.
-    Raises: ConfigError (no such judge, probe or pairs), EngineError, StoreError.
+    Args:
+        loaded: The pipeline of the judge.
+        judge: Its name in `panel.judges`; default: the first.
+        n: Number of pairs for each probe.
+        store: Take the pairs from the decided preferences of this store; default: the pipeline's
+            store, or generated pairs for the embedded world's constitution.
+        run: NAME or NAME@VERSION in that store; default: the latest run.
+        probes: Names of probes, or your own `Probe` objects; empty: all.
+        seed: Seed of the choice of pairs.
+        engines: Engines to use in place of those that the pipeline would start, by name.
+        quiet: Do not show progress.
+
+    Raises:
+        ConfigError: The judge, a probe or pairs do not exist.
+        EngineError: An engine does not start or fails.
+        StoreError: The store is missing or damaged.
     """
+    store = Path(store) if store is not None else None
     config = find_judge(loaded, judge, kinds_with_engine("pair", "one", "all"))
     chosen = find_probes(probes)
     folder = Path(store or loaded.config.store)

@@ -86,9 +86,15 @@ class Result:
 
 
 def read_benchmark(name: str, files: Sequence[str | Path]) -> Bench:
-    """A benchmark from its local files. A row that is no item is told with its place and counted.
+    """Read a benchmark of judges from local files. Rows that cannot be read are listed in
+    `problems`.
 
-    Raises: ConfigError for an unknown benchmark, a file that cannot be read, or no item at all.
+    Args:
+        name: `rewardbench`, `rewardbench-2`, `judgebench`, `llmbar`, `mt-bench-human` or `hhh`.
+        files: Its files: JSONL, JSON, CSV or Parquet.
+
+    Raises:
+        ConfigError: The benchmark is unknown, a file cannot be read, or no row can be used.
     """
     if name not in adapters.BENCHMARKS:
         raise ConfigError(
@@ -141,8 +147,14 @@ def _nested(row: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def score_saved(bench: Bench, file: str | Path) -> Result:
-    """Saved verdicts, without any model. Raises: ConfigError when none of them is of this
-    benchmark.
+    """Score verdicts that were saved in a file; no model is called.
+
+    Args:
+        bench: The benchmark.
+        file: The verdicts, as `prefab eval judge --out FILE` writes them.
+
+    Raises:
+        ConfigError: The file cannot be read, or has no verdict on this benchmark.
     """
     judged, problems, n = Judged(), list(bench.problems), 0
     for number, line, value in data_files.rows(Path(file)):
@@ -164,22 +176,35 @@ def evaluate(
     bench: Bench,
     judge: str = "",
     principle: str = "",
-    store: Path | None = None,
-    out: Path | None = None,
+    store: str | Path | None = None,
+    out: str | Path | None = None,
     engines: Mapping[str, Engine] | None = None,
     quiet: bool = True,
 ) -> Result:
-    """Put a benchmark to a judge of a loaded pipeline, each question once and pairs in both orders.
+    """Evaluate a judge on a benchmark. Pairs are judged in both orders; answers are kept and reused.
 
-    `principle` is one of the constitution's, left out: which answer is better overall. `out` is a
-    file for the verdicts. `engines` stand in for those it would start. Raises: ConfigError,
-    EngineError, StoreError.
+    Args:
+        loaded: The pipeline of the judge.
+        bench: The benchmark, from `read_benchmark`.
+        judge: Its name in `panel.judges`; default: the first.
+        principle: A principle of the constitution; default: which answer is better overall.
+        store: The store whose folder `eval/` keeps the calls; default: the pipeline's.
+        out: A file to save the verdicts in.
+        engines: Engines to use in place of those that the pipeline would start, by name.
+        quiet: Do not show progress.
+
+    Raises:
+        ConfigError: The judge or the principle does not exist.
+        EngineError: An engine does not start or fails.
+        StoreError: The store is damaged.
     """
     config = find_judge(loaded, judge, kinds_with_engine("pair", "one"))
     config = judge_of(config.config.model_copy(update={"repeats": 1}))
     under = _principle(loaded, principle)
     engine, folder = engine_for(loaded, config, engines), Path(store or loaded.config.store)
-    return asyncio.run(_evaluate(loaded, bench, config, under, folder, out, engine, quiet))
+    return asyncio.run(
+        _evaluate(loaded, bench, config, under, folder, Path(out) if out else None, engine, quiet)
+    )
 
 
 def _principle(loaded: ResolvedPipeline, name: str) -> Principle:

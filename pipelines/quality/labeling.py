@@ -347,21 +347,33 @@ def _typed(fd: int) -> str:
 
 @contextlib.contextmanager
 def open_session(
-    store: Path,
-    run: str,
-    annotator: str,
+    store: str | Path,
+    run: str = "",
+    annotator: str = "",
     first: First = "unsure",
     seed: int = 0,
     principles: Sequence[str] = (),
 ) -> Iterator[LabelingSession]:
-    """A person's session over a store, its ledger open for writing.
+    """A context in which one person labels the comparisons of a run.
 
-    Raises: ConfigError, StoreError.
+    Args:
+        store: The store; it is open for writing inside the context.
+        run: NAME or NAME@VERSION; default: the latest run that is not an import.
+        annotator: The person's name, stored with the labels; default: the login name.
+        first: Which comparisons come first: `unsure`, `divided` or `random`.
+        seed: Seed of the order in which two answers are shown.
+        principles: Only these; empty: all.
+
+    Raises:
+        ConfigError: The run or a principle does not exist, or the run has no comparisons.
+        StoreError: The store is missing or damaged.
     """
     import asyncio
+    import getpass
 
     from prefab.factory.ledger.ledger import Ledger
 
+    store, annotator = Path(store), annotator or getpass.getuser()
     todo = tasks(store, run, annotator, first, seed, principles)
     ledger = Ledger.open(store)
     try:
@@ -387,15 +399,28 @@ def terminal(
             return session.report
 
 
-def write_queue(session: LabelingSession, file: Path, limit: int | None = None) -> Report:
-    """Write what is not labelled yet, a JSON object a line with an empty `label` to fill in.
-    Raises: ConfigError.
+def write_queue(session: LabelingSession, file: str | Path, limit: int | None = None) -> Report:
+    """Write the comparisons without a label to a file, one JSON object in each line, with an empty
+    `label` to fill in.
+
+    Args:
+        session: An open session.
+        file: A new file.
+        limit: At most this number of comparisons.
+
+    Raises:
+        ConfigError: The file exists.
     """
+    file = Path(file)
     if file.exists():
         raise ConfigError(
             [
                 Problem(
-                    str(file), 0, 0, "", "is there already; name a new file, lest answers be lost"
+                    str(file),
+                    0,
+                    0,
+                    "",
+                    "exists already; give a new file, so that no labels are lost",
                 )
             ]
         )
@@ -419,14 +444,17 @@ def write_queue(session: LabelingSession, file: Path, limit: int | None = None) 
     return session.report
 
 
-def read_answers(session: LabelingSession, file: Path) -> Report:
-    """Record the answers of a queue file: `id` and `label` (a, b, tie or skip; empty: not answered)
-    of each line.
+def read_answers(session: LabelingSession, file: str | Path) -> Report:
+    """Record the labels of a queue file. A label that is recorded already is not recorded again.
 
-    All lines are checked before anything is recorded; an answer that stands already is not recorded
-    twice.
-    Raises: ConfigError with every mistake and its line.
+    Args:
+        session: An open session.
+        file: Lines with `id` and `label`: `a`, `b`, `tie`, `skip`, or empty for no label.
+
+    Raises:
+        ConfigError: Every mistake with its line; nothing is recorded then.
     """
+    file = Path(file)
     tasks = [*session.todo, *(task for task, _, _ in session.done)]
     known: dict[str, tuple[Task, Order]] = {
         task.name(order): (task, order) for task in tasks for order in ("ab", "ba")
@@ -471,16 +499,16 @@ def _answer(
     except (ValueError, KeyError, TypeError):
         return 'each line is an object with "id" and "label", as in the queue file'
     if not isinstance(name, str) or name not in known:
-        return f"{name!r} is no comparison of this run (is it another run's queue file?)"
+        return f"{name!r} is not a comparison of this run (is this the queue file of another run?)"
     if said in ("", None):
         report.unanswered += 1
         return ""
     word = said.strip().lower() if isinstance(said, str) else said
     word = human.KEYS.get(word, word) if isinstance(word, str) else word
     if word not in human.KEYS.values():
-        return f"the label {said!r} is none of a, b, tie, skip"
+        return f"the label {said!r} is not one of a, b, tie, skip"
     task, order = known[name]
     if task.place in answers:
-        return f"this comparison has an answer already, in line {answers[task.place][0]}"
+        return f"this comparison already has a label in line {answers[task.place][0]}"
     answers[task.place] = (number, task, order, word)
     return ""

@@ -167,9 +167,14 @@ def _placeholder(request: Request, use: Use) -> Completion:
 
 
 def plan(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> Plan:
-    """What running this pipeline would ask, reuse, and why.
+    """Which model calls a run would make, which answers it would reuse, and why. No model is called.
 
-    Raises: ConfigError with every mistake in the pipeline and what it names.
+    Args:
+        source: A pipeline file, the name of a preset, or a dictionary with the same content.
+        sets: Overrides of fields, for example `["policy.samples=8"]`.
+
+    Raises:
+        ConfigError: Every mistake in the pipeline and in the files that it names.
     """
     loaded = resolve_pipeline(source, sets)
     file = Path(loaded.config.store) / db.FILE

@@ -114,11 +114,22 @@ def run(
     quiet: bool = True,
     engines: dict[str, Engine] | None = None,
 ) -> RunResult:
-    """Make the data that a pipeline describes; run it again to resume. `engines` stand in for those
-    it would start.
+    """Make the preference data of a pipeline. The same call continues a run that was interrupted.
 
-    Raises: ConfigError, EngineError, StoreError. A budget that was passed or Ctrl-C is told by the
-    result's `state`.
+    Args:
+        source: A pipeline file, the name of a preset, or a dictionary with the same content.
+        sets: Overrides of fields, for example `["policy.samples=8"]`.
+        quiet: Do not show progress.
+        engines: Engines to use in place of those that the pipeline would start, by name.
+
+    Returns:
+        Counts, and the run's rows as polars frames. `state` is `done`, `budget` (a budget was
+        exceeded) or `stopped` (Ctrl-C).
+
+    Raises:
+        ConfigError: A mistake in the pipeline, or in a file that it names.
+        EngineError: An engine does not start or fails.
+        StoreError: The store is damaged.
     """
     loaded = resolve_pipeline(source, sets)
     work = lambda: _loop(run_async(loaded, quiet, engines))  # noqa: E731

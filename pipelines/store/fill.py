@@ -104,9 +104,14 @@ def fill(folder: str | Path) -> FillReport:
 
 
 def rebuild(folder: str | Path) -> FillReport:
-    """Delete the store and make it again from the ledger: the same rows, as sets.
+    """Delete `prefab.duckdb` and build it again from the ledger. The rows are the same, as sets.
 
-    Raises: HeldError when another program has the store open, StoreError when there is no ledger.
+    Args:
+        folder: The store.
+
+    Raises:
+        HeldError: Another program has the store open.
+        StoreError: There is no ledger.
     """
     folder = Path(folder)
     db.connect(folder / db.FILE, readonly=True).close()
@@ -123,11 +128,21 @@ def rebuild(folder: str | Path) -> FillReport:
 
 
 def query(folder: str | Path, sql: str, parameters: Sequence[Any] = ()) -> polars.DataFrame:
-    """The rows of a query over a store that is up to date with its ledger.
+    """Query a store with SQL (DuckDB), after new answers in the ledger were added to it.
 
-    Another command that asks the same store holds it for a moment; that much is waited for.
-    Raises: HeldError when another program keeps it from catching up, ConfigError when the query is
-    wrong.
+    Waits a moment while another command holds the store.
+
+    Args:
+        folder: The store.
+        sql: One SELECT statement; it can read only the tables and views of the store.
+        parameters: Values for `?` in the statement.
+
+    Returns:
+        The rows as a polars DataFrame.
+
+    Raises:
+        HeldError: Another program has the store open, so that it cannot be brought up to date.
+        ConfigError: The statement is wrong.
     """
     deadline = time.monotonic() + PATIENCE_S
     while True:

@@ -102,35 +102,36 @@ PLAIN = PromptsConfig(source="-")
 
 
 def import_files(
-    folder: Path,
-    files: Sequence[Path],
+    folder: str | Path,
+    files: Sequence[str | Path],
     name: str = "",
     by: str = "",
     skip_bad: bool = False,
     names: Mapping[str, str] | None = None,
 ) -> list[Imported]:
-    """Read all files, then record each as a run.
+    """Import preference pairs that others labelled. Each file becomes a run of the store.
 
     Args:
-        folder: The store.
+        folder: The store; created if it does not exist.
         files: Data files, or folders of them.
-        name: Of the runs; left out: the file's own.
-        by: Who labelled the pairs.
-        skip_bad: Leave out rows that cannot be read, and count them.
+        name: Name of the new runs; default: the file's name.
+        by: Who labelled the pairs, for example `people`; stored with them.
+        skip_bad: Skip rows that cannot be read, and count them.
         names: Columns to read under another name: `{"chosen": "good"}`.
 
     Raises:
-        ConfigError: With every row that cannot be read, before anything is written.
-        StoreError: The ledger cannot be written.
+        ConfigError: Every row that cannot be read; nothing is written then.
+        StoreError: The store is damaged.
     """
+    folder, paths = Path(folder), [Path(file) for file in files]
     import asyncio
 
     from prefab.factory.ledger.ledger import Ledger
 
-    read = [_read(path, skip_bad, names or {}) for path in files]
+    read = [_read(path, skip_bad, names or {}) for path in paths]
     ledger = Ledger.open(folder)
     try:
-        for (report, found, sha256), path in zip(read, files, strict=True):
+        for (report, found, sha256), path in zip(read, paths, strict=True):
             origin = {
                 "file": path.name,
                 "sha256": sha256,

@@ -83,14 +83,23 @@ class Mean:
     high: float | None
 
 
-def sweep(path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str, Any]:
-    """Train what is not trained yet, then measure, draw and write. The result is what
-    `OUT/sweep.json` holds.
+def sweep(path: str | Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str, Any]:
+    """Train PPO for several values of beta, seeds and rewards, and find the best beta. The same call
+    continues a sweep that was stopped.
 
-    Raises: ConfigError for mistakes in file or data; KeyboardInterrupt, and what has been trained
-    is kept.
+    Args:
+        path: A configuration file, or the name of a preset in `trainers/presets/`.
+        sets: Overrides of fields, for example `["betas=[0.1, 0.3]"]`.
+        quiet: Do not show progress.
+
+    Returns:
+        The content of `OUT/sweep.json`.
+
+    Raises:
+        ConfigError: A mistake in the configuration or the data.
+        KeyboardInterrupt: The sweep was stopped; trained policies are kept.
     """
-    config = yamlio.validate(stages.document(path, sets), SweepConfig)
+    config = yamlio.validate(stages.document(Path(path), sets), SweepConfig)
     runs = settings(config)
     charts.ready()  # not after hours
     data = runs[0][2].data

@@ -100,12 +100,22 @@ def export(
     truncated: bool = False,
     without: Sequence[str] = (),
 ) -> ExportReport:
-    """Write one run of a store to `out`; `run` is NAME or NAME@VERSION, left out: the run that ran
-    last. `without` are rules of `prefab audit data`, whose marks are left out. An earlier export in
-    `out` is replaced, and stays as it is when this one fails; other files in `out` are left alone.
+    """Write a run of a store as training data, with a dataset card.
 
-    Raises: ConfigError for an unknown format or run, a file in the way that no export wrote, an
-    `out` within the store, rules that no audit has looked for, or nothing to write.
+    An earlier export in `out` is replaced once the new one is complete; other files are kept.
+
+    Args:
+        folder: The store.
+        out: The output folder.
+        format: `trl` or `parquet`, or a format of another package.
+        run: NAME or NAME@VERSION; default: the latest run that is not an import.
+        truncated: Include answers that were cut off at the length limit.
+        without: Rules of `prefab audit data`; pairs that they marked are left out.
+
+    Raises:
+        ConfigError: The format or run does not exist, `out` holds a file in the way that no export
+            wrote or lies within the store, a rule was not checked by an audit, or there is nothing
+            to write.
     """
     folder, out = Path(folder), Path(out)
     if format not in FORMATS:

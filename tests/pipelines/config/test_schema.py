@@ -320,3 +320,14 @@ def test_engines_are_stored_as_written_and_judges_with_every_default(tmp_path):
     )
     assert resolved["panel"]["judges"][0] == config.judges()[0].model_dump(mode="json")
     assert resolved["panel"]["judges"][0]["template"] == "pairwise.jinja"
+
+
+def test_a_name_without_a_folder_is_a_preset_unless_there_is_such_a_file(tmp_path, monkeypatch):
+    assert c.load_pipeline("demo")[0].name == c.load_pipeline("demo.yaml")[0].name == "demo"
+    with pytest.raises(ConfigError):
+        c.load_pipeline(tmp_path / "demo")
+    (tmp_path / "demo").write_text("recipe: rlaif\nname: mine\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        c.load_pipeline("demo")
+    assert "demo" in str(caught.value) and "presets" not in str(caught.value)

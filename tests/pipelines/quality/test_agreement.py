@@ -257,7 +257,7 @@ def test_one_judge_is_still_told_of(world):
         mine["position_consistency"].high < 0.85
         and found["coefficients"] is found["between"] is None
     )
-    assert any("another judge in panel.judges" in words for words in found["unsaid"])
+    assert any("another judge in panel.judges" in words for words in found["limitations"])
     assert found["divided"] and all(
         one["judges"]["slot"]["ab"] != one["judges"]["slot"]["ba"] for one in found["divided"]
     )
@@ -325,7 +325,7 @@ def test_people_are_gold_where_they_have_spoken(tmp_path):
     )
     none = measure(tmp_path / "store", gold="none", resamples=100)
     assert none["accuracy"] is none["calibration"] is None and any(
-        "no gold" in words for words in none["unsaid"]
+        "no gold" in words for words in none["limitations"]
     )
     with pytest.raises(ConfigError, match="alone has an oracle"):
         measure(tmp_path / "store", gold="oracle")

@@ -218,7 +218,7 @@ def test_a_queue_file_there_and_back(store, tmp_path):
     label_with_keys(store, "aaq")
     with labeling.open_session(store, "", "ann") as session:
         assert labeling.write_queue(session, file, 4).unanswered == 4
-        with pytest.raises(ConfigError, match="there already"):
+        with pytest.raises(ConfigError, match="exists already"):
             labeling.write_queue(session, file)
     rows = fill_in(file, ["a", "T", "", "b"])
     assert sorted(rows[0]) == ["answer_a", "answer_b", "conversation", "id", "label", "question"]
@@ -264,7 +264,9 @@ def test_mistakes_in_an_answers_file_are_told_with_their_lines_and_nothing_is_re
     told = {problem.line: problem.message for problem in caught.value.problems}
     assert set(told) == {2, 3, 4, 5, 6, 7, 9}
     assert (
-        "none of a, b, tie, skip" in told[2] and "in line 1" in told[3] and "another run" in told[4]
+        "not one of a, b, tie, skip" in told[2]
+        and "in line 1" in told[3]
+        and "another run" in told[4]
     )
     assert labeling.recorded(store) == []
     with (
@@ -301,7 +303,7 @@ def test_the_command(store, tmp_path, monkeypatch, capsys):
         ([str(tmp_path / "none")], "no store here"),
         ([str(store), "--first", "best"], "did you mean"),
         ([str(store), "--run", "nobody"], "has no run"),
-        ([str(store), "--queue", "a", "--answers", "b"], "one of the two"),
+        ([str(store), "--queue", "a", "--answers", "b"], "give only one of them"),
     ):
         monkeypatch.setattr(sys, "argv", ["prefab", "label", "--store", *words])
         with pytest.raises(SystemExit) as caught:

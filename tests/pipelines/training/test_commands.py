@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.main import app
-from prefab.pipelines.training.stages import load_config, train
+from prefab.pipelines.training.stages import load_config
+from prefab.pipelines.training.train import train
 from prefab.trainers.registry import STAGES
 from tests.support import trained
 
@@ -86,3 +87,8 @@ def test_mistakes_are_told_with_their_place(folder, tmp_path):
 def test_a_source_is_a_store_or_files(folder, tmp_path):
     with pytest.raises(ConfigError, match="name a store, or files, and not both"):
         train("dpo", folder / "dpo.yaml", ["data.sources.0.files=x"])
+
+
+def test_an_unknown_stage_is_named_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="there is no stage 'dpos'; did you mean \"dpo\""):
+        train("dpos", "dpo")
