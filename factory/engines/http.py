@@ -1,5 +1,5 @@
-"""The one HTTP client of the hot path: aiohttp and orjson, one pool a server, retries, deadlines
-and a circuit breaker.
+"""The HTTP client of the engines: aiohttp and orjson, one pool for each server, retries, deadlines,
+a circuit breaker, and a throttle that obeys rate limits.
 
 Measured against a zero-latency server with 64 in flight: aiohttp with orjson makes 10,000 calls a
 second where httpx makes 290 and the OpenAI client 240-580, so neither of those is ever used here.
@@ -11,9 +11,13 @@ import asyncio
 import json
 import os
 import random
+import re
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from email.utils import parsedate_to_datetime
+from math import inf
 from typing import Any
 
 import orjson
@@ -21,21 +25,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.errors import EngineError, TransportError
 
-HEALS = frozenset(
-    {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
-)  # worth asking again
-DOWN = frozenset(
-    {502, 503, 504}
-)  # speak of the server's health, where 429 and 500 speak of one request
+LIMITED = 429  # the only status that slows all requests down; it costs time, no retries
+# worth asking again
+HEALS = frozenset({408, 409, 425, 500, 502, 503, 504, 520, 522, 524, 529})
+DOWN = frozenset({502, 503, 504})  # tell of the server's health, where 500 tells of one request
+# no waiting mends these: OpenAI's and others' 429 or 402 for an account without money
+NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
 BACKOFF_S, BACKOFF_CAP_S = 0.25, 20.0
-KEEP_ALIVE_S = (
-    4.0  # uvicorn closes idle connections after 5 s; a client that waits longer meets resets
-)
+# uvicorn closes idle connections after 5 s; a client that waits longer meets resets
+KEEP_ALIVE_S = 4.0
 
 
 class HttpConfig(BaseModel):
-    """What every engine that speaks HTTP can be told. `timeout_s` is for one try, `deadline_s` for
-    all of a call's.
+    """The settings of every engine that speaks HTTP. `timeout_s` is for one try, `deadline_s` for
+    all tries of a call together, waiting for a rate limit included. `retries` counts failures, not
+    refusals by a rate limit.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,8 +52,8 @@ class HttpConfig(BaseModel):
 
 
 class Rejected(Exception):
-    """The server refused one request for good (a 4xx that does not heal). The engine gives it its
-    meaning.
+    """The server refused one request with a 4xx that asking again does not heal. The engine decides
+    what that means.
     """
 
     def __init__(self, status: int, message: str, detail: dict[str, Any]) -> None:
@@ -98,15 +102,96 @@ class Breaker:
             self.open, self.retry_at = True, now + self.pause_s
 
 
+class Throttle:
+    """How many requests a server may have in flight, and when the next one may start.
+
+    Unlimited until the first 429. Each 429 pauses all requests for as long as the server asks and
+    halves the number in flight (once for each generation of requests); every answer adds a little,
+    one more after a full round of answers, until `most` is reached again.
+    Source: additive increase, multiplicative decrease: Chiu and Jain 1989.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.most, self.clock = most, clock
+        self.limit = inf
+        self.in_flight = self.pauses = 0
+        self.resume_at = self._halved_at = 0.0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self, deadline: float) -> bool:
+        """Wait for a place; False when there is none before the deadline."""
+        while True:
+            now = self.clock()
+            if self.resume_at > now:
+                if self.resume_at >= deadline:
+                    return False
+                await asyncio.sleep(self.resume_at - now)
+            elif self.in_flight < max(1, int(min(self.limit, 1 << 20))):
+                self.in_flight += 1
+                return True
+            elif not await self._place(deadline - now):
+                return False
+
+    async def _place(self, within_s: float) -> bool:
+        """Wait until a place is free; False when that takes longer."""
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        try:
+            await asyncio.wait_for(place, within_s)
+        except TimeoutError:
+            return False
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._wake()  # the place was ours; the next one gets it
+            raise
+        return True
+
+    def leave(self) -> None:
+        """Give the place back."""
+        self.in_flight -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+
+    def answered(self) -> None:
+        """An answer came: after a full round of them, one more request may be in flight."""
+        self.pauses = 0
+        if self.limit < self.most:
+            before, self.limit = int(self.limit), self.limit + 1 / self.limit
+            if int(self.limit) > before:
+                self._wake()
+        if self.most <= self.limit < inf:
+            self.limit = inf
+
+    def limited(self, began: float, wait_s: float | None) -> None:
+        """A 429 came for a request sent at `began`. Without a time from the server, the pause
+        doubles from one to the next.
+        """
+        now = self.clock()
+        if began >= self._halved_at:
+            self.limit = max(1.0, min(self.limit, self.most, self.in_flight) / 2)
+            self._halved_at = now
+            self.pauses += 1
+        if wait_s is None:
+            wait_s = min(BACKOFF_CAP_S, BACKOFF_S * 2**self.pauses) * random.uniform(0.5, 1.0)
+        self.resume_at = max(self.resume_at, now + wait_s)
+
+
 class HttpClient:
-    """One server: its address, its pool of connections, its breaker."""
+    """One server: its address, its pool of connections, its breaker and its throttle."""
 
     def __init__(self, url: str, config: HttpConfig, api_key_env: str | None = None) -> None:
         self.url, self.config, self.api_key_env = url.rstrip("/"), config, api_key_env
         self.breaker = Breaker(config.down_after_s)
-        self.why_down: Callable[[], str | None] = lambda: (
-            None
-        )  # an engine that owns the server knows when it died
+        self.throttle = Throttle(config.max_in_flight)
+        self.tell: Callable[[str], None] = lambda line: None  # where a notice for people goes
+        # an engine that owns the server knows when it died
+        self.why_down: Callable[[], str | None] = lambda: None
         self._session: Any = None
         self._loop: Any = None
         self._urls: dict[str, Any] = {}
@@ -145,33 +230,67 @@ class HttpClient:
         self, method: str, path: str, body: bytes | None, final: frozenset[int]
     ) -> dict[str, Any]:
         deadline = time.monotonic() + self.config.deadline_s
-        attempt = 0
+        failures = 0
         while True:
-            self.breaker.admit(self.url)
-            answer, reason, wait_s = await self._once(method, path, body, deadline, final)
+            if not await self.throttle.enter(deadline):
+                raise TransportError(self._too_late(path, "its rate limit leaves no time"))
+            try:
+                self.breaker.admit(self.url)
+                answer, reason, wait_s = await self._once(method, path, body, deadline, final)
+            finally:
+                self.throttle.leave()
             if answer is not None:
                 return answer
-            died = self.why_down()
-            if died:
+            if reason.startswith(f"HTTP {LIMITED}"):
+                continue  # the throttle waits
+            if died := self.why_down():
                 raise TransportError(died)
-            attempt += 1
-            if attempt > self.config.retries:
-                raise TransportError(f"{self.url}{path}: {reason}; gave up after {attempt} tries")
-            pause_s = (
-                random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2**attempt))
-                if wait_s is None
-                else wait_s
-            )
-            if time.monotonic() + pause_s >= deadline:
-                raise TransportError(
-                    f"{self.url}{path}: {reason}; the deadline of {self.config.deadline_s:g} s passed"
-                )
-            await asyncio.sleep(pause_s)
+            failures += 1
+            if failures > self.config.retries:
+                raise TransportError(f"{self.url}{path}: {reason}; gave up after {failures} tries")
+            if wait_s is None:
+                wait_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2**failures))
+            if time.monotonic() + wait_s >= deadline:
+                raise TransportError(self._too_late(path, reason))
+            await asyncio.sleep(wait_s)
+
+    def _too_late(self, path: str, reason: str) -> str:
+        return f"{self.url}{path}: {reason}; the deadline of {self.config.deadline_s:g} s passed"
 
     async def _once(
         self, method: str, path: str, body: bytes | None, deadline: float, final: frozenset[int]
     ) -> tuple[dict[str, Any] | None, str, float | None]:
         """One try: the answer, or why there is none and how long the server asked to wait."""
+        began = self.throttle.clock()
+        response = await self._send(method, path, body, deadline)
+        if isinstance(response, str):
+            self.breaker.failed(response)
+            return None, response, None
+        status, headers, raw = response
+        if status in DOWN:
+            self.breaker.failed(f"HTTP {status}")
+        else:
+            self.breaker.succeeded()
+        if status == 200:
+            self.throttle.answered()
+            return loads(raw), "the answer is not a JSON object", None
+        message, detail = _error_of(raw)
+        if status == 402 or NO_MONEY & {str(detail.get("code")), str(detail.get("type"))}:
+            raise EngineError(f"{self.url}: {message}")
+        wait_s = wait_hint(headers, message)
+        if status == LIMITED:
+            self._limited(began, message, wait_s)
+        if status in (*HEALS, LIMITED) and status not in final:
+            return None, f"HTTP {status} {message}", wait_s
+        # some APIs answer 403 to a parameter that this account or model may not use
+        if status == 401 or (status == 403 and "logprobs" not in message):
+            raise EngineError(self._key_problem(status, message))
+        raise Rejected(status, message, detail)
+
+    async def _send(
+        self, method: str, path: str, body: bytes | None, deadline: float
+    ) -> tuple[int, Mapping[str, str], bytes] | str:
+        """Status, headers and body of the response; the reason as text when none came."""
         import aiohttp
 
         url = self._urls.get(path) or self._url(path)
@@ -185,27 +304,14 @@ class HttpClient:
             async with self.session().request(
                 method, url, data=body, headers=self._headers(), **options
             ) as response:
-                raw = await response.read()
-                status, headers = response.status, response.headers
+                return response.status, response.headers, await response.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            reason = f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})"
-            self.breaker.failed(reason)
-            return None, reason, None
-        if status in DOWN:
-            self.breaker.failed(f"HTTP {status}")
-        else:
-            self.breaker.succeeded()
-        if status == 200:
-            answer = loads(raw)
-            return answer, "the answer is not a JSON object", None
-        message, detail = _error_of(raw)
-        if detail.get("code") == "insufficient_quota":  # OpenAI's 429 that no waiting mends
-            raise EngineError(f"{self.url}: {message}")
-        if status in HEALS and status not in final:
-            return None, f"HTTP {status} {message}", retry_after(headers.get("Retry-After"))
-        if status in (401, 403):
-            raise EngineError(self._key_problem(status, message))
-        raise Rejected(status, message, detail)
+            return f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})"
+
+    def _limited(self, began: float, message: str, wait_s: float | None) -> None:
+        if self.throttle.limit == inf:
+            self.tell(f"{self.url} limits the rate ({message}): requests wait, fewer at once")
+        self.throttle.limited(began, wait_s)
 
     def session(self) -> Any:
         """The pool of connections of the running loop, made once; a new loop (a second `run`) gets
@@ -271,22 +377,69 @@ def loads(raw: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header (a number or a date), with a little jitter; None when
-    absent or bad.
+_TRY_AGAIN = re.compile(
+    r"(?:(?:try again|retry|wait)\s*(?:in|after|for)?|retryDelay\W+)\s*((?:(?:and\s+)?\d[\d.]*\s*[a-z]+\s*)+)",
+    re.I,
+)
+_LENGTH = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(?:(ms|milli|s|m|h|d)(?:s|ecs?|econds?|seconds?|ins?|inutes?|rs?|ours?|ays?)?)?(?![a-z])",
+    re.I,
+)
+_UNIT_S = {"ms": 1e-3, "milli": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def wait_hint(headers: Mapping[str, str], message: str) -> float | None:
+    """Seconds to wait, by what the server says, with a little jitter; None where it says nothing.
+
+    Read in this order: `retry-after-ms`, `Retry-After`, "try again in 7.3s" in the message, and the
+    reset times of those rate limits (`x-ratelimit-reset-requests`, `anthropic-ratelimit-tokens-reset`
+    and the like) of which nothing remains.
     """
-    if not value:
+    found = seconds(headers.get("retry-after-ms"), "ms")
+    if found is None:
+        found = seconds(headers.get("Retry-After"))
+    if found is None and (said := _TRY_AGAIN.search(message)):
+        found = seconds(said[1])
+    if found is None:
+        found = max(_resets(headers), default=None)
+    return None if found is None else found + random.uniform(0.0, 0.1)
+
+
+def _resets(headers: Mapping[str, str]) -> list[float]:
+    """The times until the exhausted limits are reset; of all limits where none is said to be
+    exhausted.
+    """
+    limits = {name.lower(): value for name, value in headers.items() if "ratelimit" in name.lower()}
+    resets = {name: seconds(value) for name, value in limits.items() if "reset" in name}
+    empty = {n for n in resets if limits.get(n.replace("reset", "remaining")) == "0"} or set(resets)
+    return [wait_s for name in empty if (wait_s := resets[name]) is not None]
+
+
+def seconds(text: str | None, unit: str = "s") -> float | None:
+    """A time to wait in seconds: a number in `unit`, `6m0s`, `20ms`, `1.5 seconds`, a moment as Unix
+    time or as a date; None for anything else.
+    """
+    if not text:
         return None
-    try:
-        wait_s = float(value)
-    except ValueError:
+    text = text.strip()
+    parts = _LENGTH.findall(text)
+    if parts and not _LENGTH.sub("", text).strip(" ,and"):
+        bare = len(parts) == 1 and not parts[0][1]
+        total = sum(
+            float(n) * _UNIT_S[(name or (unit if bare else "s")).lower()] for n, name in parts
+        )
+        if bare and total > 1e9:  # a moment, as Unix time
+            total -= time.time()
+    else:
         try:
-            wait_s = parsedate_to_datetime(value).timestamp() - time.time()
+            moment = parsedate_to_datetime(text)
         except (TypeError, ValueError):
-            return None
-    return (
-        max(0.0, wait_s) + random.uniform(0.0, 0.1) if wait_s == wait_s and wait_s < 1e6 else None
-    )
+            try:
+                moment = datetime.fromisoformat(text)
+            except ValueError:
+                return None
+        total = moment.timestamp() - time.time()
+    return max(0.0, total) if total < 1e6 else None
 
 
 def _error_of(raw: bytes) -> tuple[str, dict[str, Any]]:

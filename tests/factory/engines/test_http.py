@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from itertools import pairwise
 from math import exp, inf, nan
 
 import orjson
@@ -21,12 +22,14 @@ from prefab.factory.engines.http import (
     HttpClient,
     HttpConfig,
     Rejected,
+    Throttle,
     loads,
-    retry_after,
+    wait_hint,
 )
 from prefab.factory.errors import ConfigError, EngineError, TransportError
 from prefab.factory.keys import request_key
 from prefab.factory.types import Completion, Message, Request, Sampling
+from tests.support.family_server import family_server
 
 LABELS = ("A", "B", " A", " B")
 
@@ -271,12 +274,98 @@ def test_breaker_opens_half_opens_and_closes():
     breaker.admit("u")
 
 
-def test_retry_after_and_json():
-    assert 2.0 <= retry_after("2") <= 2.1
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") <= 0.1
-    assert retry_after("soon") is None and retry_after(None) is None and retry_after("nan") is None
+def test_json_objects():
     assert loads(b'{"a": 1}') == {"a": 1} and loads(b"[1]") is None and loads(b"<html>") is None
     assert str(loads(b'{"a": NaN}')["a"]) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("headers", "message", "wait_s"),
+    [
+        ({"Retry-After": "2"}, "", 2.0),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, "", 0.0),
+        ({"retry-after-ms": "1500", "Retry-After": "9"}, "", 1.5),
+        ({"Retry-After": "soon"}, "Rate limit reached. Please try again in 7.3s. See", 7.3),
+        ({}, "Please try again in 6m0s.", 360.0),
+        ({}, "quota exceeded, retry after 20ms", 0.02),
+        ({}, "Please retry in 1 minute and 5 seconds", 65.0),
+        ({}, 'RESOURCE_EXHAUSTED "retryDelay": "34s"', 34.0),
+        ({"x-ratelimit-reset-requests": "1s", "x-ratelimit-reset-tokens": "6m0s"}, "", 360.0),
+        (
+            {
+                "x-ratelimit-reset-requests": "1s",
+                "x-ratelimit-remaining-requests": "0",
+                "x-ratelimit-reset-tokens": "6m0s",
+                "x-ratelimit-remaining-tokens": "1000",
+            },
+            "slow down",
+            1.0,
+        ),
+        ({"anthropic-ratelimit-requests-reset": "2015-10-21T07:28:00Z"}, "", 0.0),
+        ({"RateLimit-Reset": "3"}, "", 3.0),
+        ({"Retry-After": "nan"}, "try again in 5 bananas", None),
+        ({}, "slow down", None),
+    ],
+)
+def test_how_long_a_server_asks_to_wait(headers, message, wait_s):
+    found = wait_hint(headers, message)
+    assert found is None if wait_s is None else wait_s <= found <= wait_s + 0.1
+
+
+def throttled(most: int) -> tuple[list[float], Throttle]:
+    now = [0.0]
+    return now, Throttle(most, clock=lambda: now[0])
+
+
+def test_a_429_pauses_everyone_and_halves_what_is_in_flight_once():
+    now, throttle = throttled(64)
+
+    async def scenario():
+        assert all([await throttle.enter(60.0) for _ in range(16)])
+        now[0] = 1.0
+        throttle.limited(0.5, 5.0)
+        throttle.limited(0.5, 3.0)  # sent before the first halving: the same news
+        assert throttle.limit == 8.0 and throttle.resume_at == 6.0
+        assert not await throttle.enter(5.5)  # the pause ends after this one's deadline
+        for _ in range(16):
+            throttle.leave()
+        now[0] = 7.0
+        assert all([await throttle.enter(60.0) for _ in range(8)])
+        assert not await throttle.enter(7.01)  # the ninth finds no place
+        waiting = asyncio.create_task(throttle.enter(60.0))
+        await asyncio.sleep(0)
+        throttle.leave()
+        assert await waiting
+
+    asyncio.run(scenario())
+
+
+def test_concurrency_grows_back_slowly_after_a_429():
+    _, throttle = throttled(8)
+    throttle.in_flight = 8
+    throttle.limited(0.0, 0.0)
+    sizes = []
+    for _ in range(30):
+        throttle.answered()
+        sizes.append(throttle.limit)
+    assert sizes[0] == 4.25 and sizes[4] > 5 and sizes[-1] == inf
+    assert all(b - a <= 0.25 for a, b in pairwise(sizes) if b < inf)
+
+
+def test_a_rate_limit_costs_time_and_no_retries():
+    """Six calls where a server takes two in each 0.3 s, with no retry allowed."""
+    with family_server(quota=2) as server:
+        engine = openai(server.url, model="mock", retries=0)
+        answers = run(engine, *(label_read(f"A or B? {i}") for i in range(6)))
+    assert all(isinstance(a, Completion) for a in answers)
+
+
+def test_a_rate_limit_beyond_the_deadline_is_a_transport_failure():
+    with family_server(quota=1, window_s=60.0) as server:
+        engine = openai(server.url, model="mock", deadline_s=1)
+        answers = run(engine, *(label_read(f"A or B? {i}") for i in range(3)))
+    failed = [a for a in answers if isinstance(a, TransportError)]
+    assert len(failed) == 2 and all("deadline of 1 s" in str(a) for a in failed)
 
 
 def test_top_reads():

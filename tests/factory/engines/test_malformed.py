@@ -59,7 +59,7 @@ def url():
 
 
 def engines(url: str, **config):
-    plain = {"retries": 0, "down_after_s": 600.0, **config}
+    plain = {"retries": 0, "deadline_s": 5, "down_after_s": 600.0, **config}
     return {
         "openai": make(
             {"engine": "openai", "model": "m", "base_url": f"{url}/v1", **plain}, "openai"
