@@ -1,7 +1,7 @@
-"""The protocol that every kind of judge keeps (`Judge`), and what the kinds share: ready-made texts
-for the templates, label reads, and the typed reasons why an answer is unscored.
+"""The protocol of judges (`Judge`), and what the kinds share: ready-made texts for the templates,
+label reads, and the typed reasons why an answer is unscored.
 
-A kind is one class. The pipelines know judges by this protocol alone: they ask what `requests`
+A kind is one class. The pipelines use judges through this protocol alone: they ask what `requests`
 gives, decode each answer once with `decode`, and combine the decoded answers of a comparison with
 `verdict`. Most kinds derive from `PairJudge` (a question shows two answers) or `ScoreJudge` (a
 question shows one answer) and write three short methods.
@@ -74,11 +74,11 @@ class JudgeConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one answer got: either `value` with the labels' `probabilities`, or `reason`; never
+    """The score of one answer: either `value` with the labels' `probabilities`, or `reason`; never
     both, never neither.
 
-    `probabilities` are normalised over the labels, in their order; `mass` is what the labels had
-    together (None when the engine gave a bare label).
+    `probabilities` are normalised over the labels, in their order; `mass` is the labels'
+    probability together (None when the engine gave a bare label).
     """
 
     value: float | None
@@ -96,7 +96,7 @@ class Score:
 
 
 def spellings(labels: Sequence[str]) -> dict[str, int]:
-    """Every spelling that is read, plain and after a space, with the index of its label."""
+    """Every spelling that is read (plain, and after a space) with the index of its label."""
     return {prefix + label: i for prefix in ("", " ") for i, label in enumerate(labels)}
 
 
@@ -206,8 +206,8 @@ def conversation(messages: tuple[Message, ...], specials: tuple[str, ...] = ()) 
 
 
 def candidate(messages: tuple[Message, ...], text: str, specials: tuple[str, ...] = ()) -> str:
-    """A candidate's text, neutralised and fenced (`fence` remembers: every pair with the same
-    answer shares it).
+    """A candidate's text, neutralised and fenced (`fence` caches: every pair with the same answer
+    shares it).
     """
     return fence(_talk(messages, specials), text, specials)
 
@@ -316,7 +316,7 @@ class RequestContext:
         seed: The run's seed, used at temperature above 0 and for draws.
         orders: The panel's setting: both, random or first.
         repeats: The repeats to ask for; None: all that the configuration names.
-        people: What people said, for a judge that they answer (see `human.answers`).
+        people: People's labels, for a judge that they answer (see `human.answers`).
     """
 
     run: int = 0
@@ -331,7 +331,7 @@ class RequestContext:
 
 
 class Judge(ABC, Generic[AnyConfig]):
-    """What the pipelines know of a judge. One class a kind, one object a configured judge.
+    """The protocol of a judge. One class a kind, one object a configured judge.
 
     Class attributes: `Config`, the pydantic class of its configuration; `PARSER_VERSION`, raised
     when answers are read in another way; `FILES`, fields that name the user's files; `shows`, what
@@ -384,14 +384,14 @@ class Judge(ABC, Generic[AnyConfig]):
         return ()
 
     def reading(self) -> Any:
-        """What of the configuration decides how answers are read, as plain data: part of the ids
-        of verdicts.
+        """The part of the configuration that decides how answers are read, as plain data: part of
+        the ids of verdicts.
         """
         asked = {"name", "engine", "weight", "repeats", "template", "template_kwargs"}
         return self.config.model_dump(mode="json", exclude=asked)
 
     def in_every_order(self) -> Judge[AnyConfig]:
-        """The judge, asked in every order that the measurement of position bias needs."""
+        """The judge, asked in every order that a measurement of position bias needs."""
         return self
 
     def lines(self, principle: str, own: RubricLines | None) -> RubricLines:
@@ -420,21 +420,21 @@ class Judge(ABC, Generic[AnyConfig]):
 
     @abstractmethod
     def decode(self, use: Any, completion: Completion) -> Value | None:
-        """One answer. Never raises; None where nothing has been said yet."""
+        """The value of one answer. Never raises; None where no answer has been given yet."""
 
     @abstractmethod
     def verdict(
         self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
     ) -> tuple[Verdict, tuple[str, ...]] | None:
-        """What the decoded answers of one place (principle, repeat, order) say of a pair, with the
-        calls that they stand on; None while one is awaited.
+        """The verdict on a pair from the decoded answers of one place (principle, repeat, order),
+        with the calls that it stands on; None while one is awaited.
         """
 
     def verdicts_by_order(
         self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
     ) -> tuple[Verdict, Verdict]:
         """The verdicts with a shown first and with b shown first; the same twice where a question
-        has no order. No answer is unscored: transport.
+        has no order. Without an answer: unscored, `transport`.
         """
         found = self.verdict(answers, pair, lines)
         verdict = found[0] if found else Verdict(None, None, "transport")

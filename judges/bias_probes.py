@@ -1,10 +1,9 @@
-"""The bias battery: minimal edits of a decided pair's losing answer that leave the truth as it is,
-and what they move.
+"""The bias probes: small edits of the losing answer of a decided pair, which do not change which
+answer is better, and how often they change the verdict.
 
-A probe dresses the answer that loses; a sound judge goes on preferring the other. What is counted:
-flips (the verdict was right before the edit and is for the edited answer after it), with the same
-judge asked again without an edit beside it, and how far the probability moved. Pure functions: who
-asks is `pipelines/quality/judge_audit.py`.
+Counted are flips (the verdict was right before the edit and is for the edited answer after it),
+flips when the same judge is asked again without an edit, and how far the probability moved. Pure
+functions; `pipelines/quality/judge_audit.py` asks the judges.
 
 Sources of the attacks: one-token answers, Zhao et al. 2025 (arXiv:2507.08794); authority, bandwagon
 and sentiment, Ye et al. 2024 (CALM, arXiv:2410.02736); padding and repetition, Zheng et al. 2023
@@ -34,11 +33,10 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One edit of a losing answer. `why` says why the truth stays; `place` where a phrasing is put.
-
-    `excluded` and `only` are regular expressions over a principle's words: those under which the
-    edit itself could matter are left out, or (for answers that are replaced) those alone are asked
-    under which the new one surely loses.
+    """One edit of a losing answer. `why` says why the other answer stays the better one; `place`
+    where a phrasing is put. `excluded` and `only` are regular expressions over a principle's words:
+    principles under which the edit itself could matter are left out, or (for answers that are
+    replaced) only those are asked under which the new answer surely loses.
     """
 
     name: str
@@ -240,9 +238,7 @@ PROBES: tuple[Probe, ...] = (
 
 
 def allowed(probe: Probe, principle: Principle) -> bool:
-    """Whether the truth under this principle stays what it is when the losing answer is edited
-    so.
-    """
+    """Whether, under this principle, the other answer stays the better one after the edit."""
     words = " ".join(
         (principle.id, principle.title, principle.compare, principle.criterion, *principle.tags)
     )
@@ -275,11 +271,9 @@ def edited(probe: Probe, text: str, k: int) -> str:
 @dataclass(frozen=True, slots=True)
 class Tried:
     """One pair under one probe: verdicts in both orders before the edit, asked again without it,
-    and after it.
-
-    All speak of the same a and b; `gold` is the side that is better, whose opponent was edited.
-    Pairs of one `prompt` (empty: its own) are not independent, and intervals are as wide as that
-    makes them.
+    and after it. All speak of the same a and b; `gold` is the better side, whose opponent was
+    edited. Pairs of one `prompt` (empty: its own) are not independent: they are one cluster of the
+    intervals.
     """
 
     gold: Literal["a", "b"]
@@ -292,12 +286,11 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one probe did. `flips`, `again` (the same without an edit) and `one_order` are shares of
-    right verdicts, of pairs or (`one_order`) of their orders.
-
-    `shift` is the mean change of P(edited side wins), over all pairs scored before and after;
-    `ties` of the right verdicts became a tie, `silenced` unscored. `by_phrasing`: flips and right
-    verdicts of each.
+    """The result of one probe. `flips`, `again` (the same without an edit) and `one_order` are
+    shares of right verdicts, of pairs or (`one_order`) of their orders. `shift` is the mean change
+    of P(edited side wins), over all pairs scored before and after; `ties` of the right verdicts
+    became a tie, `silenced` became unscored. `by_phrasing`: flips and right verdicts of each
+    phrasing.
     """
 
     probe: str
@@ -313,7 +306,7 @@ class Finding:
 
 
 def find(probe: Probe, tried: Sequence[Tried]) -> Finding:
-    """What a probe did to these pairs."""
+    """The result of a probe on these pairs."""
     if probe.place == "swap":
         return _swapped(probe, tried)
     right = [t for t in tried if _outcome(t.before) == t.gold]
@@ -344,8 +337,8 @@ def _shifts(tried: Sequence[Tried]) -> list[tuple[Tried, float]]:
 
 
 def _swapped(probe: Probe, tried: Sequence[Tried]) -> Finding:
-    """Of verdicts that are right in one order, the share that is wrong in the other; the shift is
-    to the first slot.
+    """The share of verdicts that are right in one order and wrong in the other; the shift is
+    towards the first slot.
 
     The mean of both orders cannot flip: exchanging them gives the same mean.
     """
@@ -370,7 +363,7 @@ def _swapped(probe: Probe, tried: Sequence[Tried]) -> Finding:
 
 
 def _outcome(verdicts: Sequence[Verdict]) -> str:
-    """a, b, tie or unscored: what both orders together say, by the rule that makes preferences."""
+    """a, b, tie or unscored: both orders together, by the rule that makes preferences."""
     return panel.decide([panel.combine_orders(verdicts)]).outcome
 
 
@@ -420,5 +413,5 @@ def _mean(values: Sequence[tuple[Tried, float]]) -> Estimate:
 
 
 def _clusters(some: Sequence[tuple[Tried, float]]) -> list[str]:
-    """What is not independent of what: pairs by their prompt, where it is known."""
+    """The cluster of each pair: its prompt, where it is known."""
     return [t.prompt or str(id(t)) for t, _ in some]

@@ -1,8 +1,8 @@
-"""Which comparisons a stronger judge is asked about: where the cheap ones are unsure, divided, or
-could not be read.
+"""Which comparisons a stronger judge is asked about: those on which the first judges are unsure or
+disagree, and those that could not be scored.
 
-A budget holds prompt by prompt and by a draw from the prompt's identity, never by what was done
-first: the same comparisons are escalated whatever the order of execution, and again by a rerun.
+The budget holds for each prompt by itself, and what is left over is drawn from the prompt's
+identity: the same comparisons are escalated in any order of execution, and again by a rerun.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """What calls for the stronger judge: a likeliest label (a, b or tie) within `margin` of a half
-    (None: not by margin), or judges that pick different sides. A comparison that could not be
-    scored always does.
+    """The conditions for asking the stronger judge: the likeliest label (a, b or tie) has a
+    probability within `margin` of a half (None: this is not a condition), or judges pick different
+    sides. A comparison that could not be scored is always escalated.
     """
 
     margin: float | None = 0.2
@@ -33,7 +33,9 @@ class When:
 def doubt(
     preference: Preference, readings: Sequence[Reading], when: When, tie_margin: float = 0.02
 ) -> str:
-    """Why the cheap judges' word is not enough: unscored, divided or unsure; empty when it is."""
+    """Why the first judges' readings are not enough: unscored, divided or unsure; empty when they
+    are.
+    """
     if preference.p_a is None:
         return "unscored"
     if when.disagreement and _divided(readings, tie_margin):
@@ -43,10 +45,10 @@ def doubt(
 
 
 def certainty(readings: Sequence[Reading]) -> float | None:
-    """The probability of the likeliest of a, b and tie, under the principle where it is least; None
-    without a reading.
+    """The probability of the likeliest of a, b and tie, under the principle where it is smallest;
+    None without a reading.
 
-    A tie of which the judges are sure is no doubt, though its probability is a half.
+    Judges that are sure of a tie are not unsure, though their P(a) is a half.
     """
     sums = by_principle(scored_readings(readings))
     means = [(p / weight, tie / weight) for p, tie, weight in sums]
@@ -54,8 +56,8 @@ def certainty(readings: Sequence[Reading]) -> float | None:
 
 
 def _divided(readings: Sequence[Reading], tie_margin: float) -> bool:
-    """Whether one judge, over all its principles, picks a and another b. An even judge picks
-    neither.
+    """Whether one judge, over all its principles, picks a and another picks b. A judge within the
+    tie margin picks neither.
     """
     sums: dict[str, list[float]] = {}
     for r, p_a in scored_readings(readings):
@@ -69,9 +71,9 @@ def _divided(readings: Sequence[Reading], tie_margin: float) -> bool:
 
 
 def quota(n: int, max_share: float, seed: int, prompt: str, round: int = 0) -> int:
-    """How many of a prompt's `n` comparisons may be escalated: `n` times the share, its fraction
-    settled by a draw from the prompt's identity. So the mean over prompts is the share itself,
-    however few comparisons a prompt has.
+    """How many of a prompt's `n` comparisons may be escalated: `n` times the share; whether its
+    fraction is rounded up is drawn from the prompt's identity. So the mean over prompts is the
+    share itself, also when a prompt has few comparisons.
     """
     exact = n * max_share
     whole = floor(exact + _EPS)
@@ -80,9 +82,9 @@ def quota(n: int, max_share: float, seed: int, prompt: str, round: int = 0) -> i
 
 
 def choose(doubts: Mapping[Pair, tuple[str, float | None]], allowed: int) -> dict[Pair, str]:
-    """Of comparisons with their doubt and certainty: the reason to escalate, `budget` where the
-    quota was spent on others, or nothing. What could not be scored comes first, then the least
-    certain.
+    """Which comparisons are escalated. Gives, for each with its doubt and certainty, the reason to
+    escalate it, `budget` where the quota was used up by others, or an empty text. Unscored ones
+    come first, then the least certain.
     """
     wanted = sorted(
         (pair for pair, (why, _) in doubts.items() if why),

@@ -1,7 +1,8 @@
-"""Which comparisons are made under which principles, and what several readings of one say together.
+"""Which pairs are compared under which principles, and how the readings of a pair become a
+preference.
 
-A reading is one judge under one principle: the mean of both orders, un-swapped. Unscored is
-carried, never guessed.
+A reading is one judge under one principle: the mean of both orders, both told as P(a is better). An
+unscored reading stays unscored; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _EPS = 1e-12  # 0.52 - 0.5 is a little more than 0.02 in floats; the margin is m
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How readings become a preference. `lexicographic`: the first principle, in order, whose
-    readings decide. `log_odds`: what principles say is added up as evidence, not averaged.
+    """How readings become a preference. `lexicographic`: the first principle, in the constitution's
+    order, whose readings decide. `log_odds`: the principles' log-odds are added up instead of
+    averaging their probabilities.
     """
 
     min_scored: float = 0.5
@@ -57,10 +59,11 @@ def weakest(found: Iterable[Exactness]) -> Exactness:
 def combine_orders(
     verdicts: Sequence[Verdict], weight: float = 1.0, principle: str = "", judge: str = ""
 ) -> Reading:
-    """The mean of a comparison's verdicts: one an order (both speak of sample a), or one a repeat
-    and order.
+    """The mean of a comparison's verdicts: one an order (both give P(a)), or one a repeat and
+    order.
 
-    Unscored when any of them is, with the first one's reason: half a reading leans to a slot.
+    Unscored when any of them is, with the first one's reason: half a reading would carry the
+    judge's position bias.
     """
     exactness = weakest(v.exactness for v in verdicts)
     reason: UnscoredReason | None = None if verdicts else "transport"
@@ -81,12 +84,14 @@ def combine_orders(
 def decide(
     readings: Sequence[Reading], rule: Rule = Rule(), prompt: str = "", a: int = 0, b: int = 1
 ) -> Preference:
-    """What the readings of `a` and `b` say together: the weighted mean (or the sum of log-odds),
-    over at least `min_scored` of the weight. `spread` is the readings' weighted standard deviation
-    about their mean.
+    """The preference between `a` and `b`: the weighted mean of the readings (or the sum of
+    log-odds), over at least `min_scored` of the weight. `spread` is the readings' weighted standard
+    deviation about their mean.
 
-    A tie lies within the margin of a half, or has most of its mass on tie under every principle:
-    one that does not speak to a pair (of many, most do not) must not silence one that does.
+    The rule for ties: the outcome is `tie` when the probability lies within `tie_margin` of a half,
+    or when under every principle more than half of the mass (the weighted mean over its judges) is
+    on the label tie. One principle with less is enough for a winner: of many principles most have
+    nothing to say about a pair, and they must not outvote one that does.
     """
     if rule.lexicographic:
         return _first_decided(readings, rule, prompt, a, b)
@@ -140,15 +145,15 @@ def _added_up(principles: Sequence[tuple[float, float, float]]) -> float:
 
 
 def identical(prompt: str = "", a: int = 0, b: int = 1) -> Preference:
-    """The preference between equal texts: a tie by definition, which nobody is asked about."""
+    """The preference between equal texts: a tie by definition, which no judge is asked about."""
     return Preference(prompt, a, b, "tie", 0.5, 0.5, 0.0, 0, 0)
 
 
 def _first_decided(
     readings: Sequence[Reading], rule: Rule, prompt: str, a: int, b: int
 ) -> Preference:
-    """Ties fall through to the next principle; an unscored principle does not, since it might have
-    decided.
+    """A tie falls through to the next principle; an unscored principle does not, since it might
+    have decided.
     """
     flat = Rule(rule.min_scored, rule.tie_margin, log_odds=rule.log_odds)
     by_principle: dict[str, list[Reading]] = {}
@@ -203,6 +208,7 @@ def draw(
     draws that it wins, an edit of a text moves none, and a renamed principle keeps its draws by its
     first `formerly` id. The order of `samples` does not matter: one draw serves both orders and all
     judges.
+
     Source: Thaler and Ravishankar 1998; weights by -w / ln(u), Schindelhauer and Schomaker 2005.
     """
     choice = applicable(principles, tags)
@@ -229,8 +235,8 @@ def draw(
 
 
 def _uniform(text: str, context: blake2b = blake2b(digest_size=8)) -> float:  # noqa: B008
-    """A number strictly between 0 and 1 that only the text (after what `context` has hashed)
-    decides.
+    """A number strictly between 0 and 1, a function of the text (after what `context` has hashed)
+    alone.
     """
     state = context.copy()
     state.update(text.encode())

@@ -1,5 +1,5 @@
-"""The kinds of judges and critics by name: one explicit dictionary each, and other packages' entry
-points.
+"""The kinds of judges and critics by name: an explicit dictionary of each, and other packages'
+entry points.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""Benchmarks of judges: their rows as items, and from a judge's verdicts the benchmark's own metric
-and ours.
+"""Benchmarks of judges: their rows as items, and a judge's verdicts and scores on them.
 
-A pair's verdict is the mean of both orders, as everywhere. What a judge could not score is neither
-right nor wrong: it is counted apart, and each share stands with the worst and the best that it
-could be were all of it wrong or right. (Some of the benchmarks' own scripts count it as wrong, as
-half, or by the other order alone.)
+A pair's verdict is the mean of both orders, as everywhere. A comparison that a judge could not
+score is neither right nor wrong: it is counted apart, and each share is given with the worst and
+the best value that it could have if all of those were wrong or right. (Some of the benchmarks' own
+scripts count them as wrong, as half, or by the other order alone.)
 
-`judges/benchmarks/metrics.py` computes the metrics; the benchmarks' papers and scoring scripts are
-named there. The code is ours.
+`judges/benchmarks/metrics.py` computes the metrics and names the benchmarks' papers and scoring
+scripts.
 """
 
 from __future__ import annotations
@@ -64,8 +63,8 @@ class Item:
 
 @dataclass(slots=True)
 class Judged:
-    """What a judge said: verdicts by item, pair and order, scores by item and answer. None: it
-    could not say, with the reason in `reasons`.
+    """A judge's verdicts by item, pair and order, and scores by item and answer. None: it could not
+    be scored, with the reason in `reasons`.
     """
 
     verdicts: dict[tuple[str, int, int], dict[Order, Verdict]] = field(default_factory=dict)
@@ -106,7 +105,7 @@ class Judged:
         return None if p is None else ["a" if p > 0.5 else "b" if p < 0.5 else "tie"]
 
     def reason(self, item: Item, i: int, j: int) -> str:
-        """Why a pair is unscored; `missing` where nothing was said of it."""
+        """Why a pair is unscored; `missing` where there is no verdict on it."""
         for verdict in self.verdicts.get((item.id, i, j), {}).values():
             if verdict.p_a is None:
                 return verdict.reason or "parse"
@@ -324,7 +323,7 @@ def adapt(benchmark: str, row: Any, place: str = "", number: int = 0) -> Item:
 
 
 def collect(items: Mapping[str, Item], item: Item) -> Item:
-    """The item to keep under its id: people's votes on one comparison come together.
+    """The item to keep under its id: people's votes on one comparison are put together.
 
     Raises: ValueError where the id stands for something else already.
     """

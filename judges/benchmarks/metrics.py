@@ -1,8 +1,7 @@
-"""Scores of a judge on a benchmark: the benchmark's own metric and ours, from items and what was
-said of them.
+"""Scores of a judge on a benchmark: the benchmark's own metric and ours, from items and verdicts.
 
-See `judges/benchmarks/adapters.py` for how unscored comparisons are counted. An `own` metric's
-first line is the headline.
+See `judges/benchmarks/adapters.py` for how unscored comparisons are counted. The first line of a
+benchmark's own metric is its headline.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The critic names a fault under a principle, or that there is none; the reviser mends it.
+"""The critic names a fault under a principle, or says that there is none; the reviser corrects the
+answer.
 
 A critique's first word decides: "None" names no fault, "Fault" names one, anything else is
 unscored.

@@ -1,11 +1,11 @@
 """People as judges: what a label is, in which order a person sees two answers, and what all labels
-together say.
+of a comparison say together.
 
-A label is a JSON object in the ledger, which only grows: correcting oneself adds a label, an undo
-adds `{"undo": digest of the label, ...}`. People are asked apart from runs (`prefab label`), blind
-to what judges said; what they say is gold for the statistics, and in a panel the word of its
-stronger judge of kind `human`: a run takes what was said of an answer's text, and leaves open what
-was not.
+A label is a JSON object in the ledger, which is append-only: a correction adds a label, an undo
+adds `{"undo": digest of the label, ...}`. People give labels outside of runs (`prefab label`),
+without seeing the judges' verdicts. Their labels are the ground truth of the statistics, and the
+verdicts of a panel's judge of kind `human`: a run takes the labels that exist for an answer's text;
+comparisons without a label stay open.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ Place = tuple[
 
 
 class HumanConfig(JudgeConfig):
-    """People, where a panel's other judges are in doubt (`escalate.to`). `annotators`: whose labels
-    count; none: all.
+    """People, asked where a panel's other judges are in doubt (`escalate.to`). `annotators`: whose
+    labels count; none: all.
     """
 
     kind: Literal["human"] = "human"
@@ -69,8 +69,8 @@ class HumanConfig(JudgeConfig):
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What one person last said of a comparison under a principle; `winner` speaks of `a` and `b`
-    as named here.
+    """The last label of one person on a comparison under a principle; `winner` speaks of `a` and
+    `b` as named here.
     """
 
     digest: str
@@ -99,12 +99,12 @@ def place_of(prompt: str, a: Any, b: Any, principle: str) -> Place:
 
 
 def swapped(said: Said) -> Said:
-    """The same word when the answers change places."""
+    """The same label when the two answers change places."""
     return {"a": "b", "b": "a"}.get(said, said)  # type: ignore[return-value]
 
 
 def shown_order(seed: int, annotator: str, place: Place) -> Order:
-    """Which answer a person sees first: as good as random, and the same when asked again."""
+    """Which answer a person sees first: pseudo-random, and the same when asked again."""
     text = "\0".join(("shown", str(seed), annotator, *place))
     return "ab" if sha256(text.encode()).digest()[0] % 2 == 0 else "ba"
 
@@ -151,11 +151,11 @@ def latest(
     rows: Iterable[Mapping[str, Any]],
     placed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> list[Label]:
-    """What stands of all labels, oldest first: no undone ones, each person's last word on each
-    comparison.
+    """The labels that are in force, oldest first: none that were undone, and each person's last one
+    on each comparison.
 
     `placed` gives a row with the names by which the reader knows answers and principle. Rows that
-    are no labels then (another program's, without a winner or answers) are passed over.
+    are not labels (of another program, without a winner or answers) are skipped.
     """
     known = list(rows)
     undone = {value.get("undo") for value in known}
@@ -186,8 +186,8 @@ def _label(value: Mapping[str, Any], name: str) -> Label | None:
 
 
 def gold(labels: Iterable[Label]) -> dict[Place, Winner | None]:
-    """What most people said of each comparison, in the order of its place; None where they are
-    split evenly.
+    """The label of the majority on each comparison, in the order of its place; None where people
+    are split evenly.
     """
     votes: dict[Place, Counter[str]] = {}
     for label in labels:
@@ -205,7 +205,7 @@ def _most(counts: Counter[str]) -> Any:
 
 
 def text_name(text: str) -> str:
-    """How an answer is named by its text alone: what a person says of it holds in every run."""
+    """The name of an answer by its text alone: a label on it holds in every run."""
     return digest("text", text)
 
 
@@ -213,9 +213,9 @@ Word = tuple[Winner | None, tuple[str, ...]]
 
 
 def answers(rows: Iterable[Mapping[str, Any]], annotators: Sequence[str] = ()) -> dict[Place, Word]:
-    """What most people (or most of these) say now, by place with the answers' `text_name`s; None
-    where they are split, have skipped, or took back what they had said. With it the digests of all
-    that was ever said there.
+    """The majority's label now (of all people, or of these), by place with the answers'
+    `text_name`s; None where people are split, have skipped, or took their label back. With it the
+    digests of all labels that were ever given there.
     """
     known = [row for row in rows if not annotators or row.get("annotator") in annotators]
     ever: dict[Place, set[str]] = {}
@@ -243,10 +243,10 @@ def _by_text(value: Mapping[str, Any]) -> Mapping[str, Any]:
 def request(
     known: Mapping[Place, Word], prompt: str, a: str, b: str, principle: str
 ) -> Request | None:
-    """The question to which `known` has people's answer about the texts `a` and `b`; None where
-    nobody ever spoke.
+    """The request that is answered by people's labels about the texts `a` and `b`; None where
+    nobody ever gave one.
 
-    It holds the labels, so that after one is corrected or taken back it is another question.
+    It holds the labels, so that after one is corrected or taken back it is another request.
     """
     names = text_name(a), text_name(b)
     place = place_of(prompt, *names, principle)
@@ -266,17 +266,17 @@ def request(
 
 
 class Clerk(Engine):
-    """The engine: each request holds what people have said."""
+    """The engine: each request holds people's label."""
 
     identity, max_in_flight = MODEL, 1024
 
     async def complete(self, key: bytes, request: Request) -> Completion:
-        """What people have said."""
+        """The label that the request holds."""
         return Completion(orjson.loads(request.messages[-1].content)["said"], "stop", None, "hard")
 
 
 class HumanJudge(Judge[HumanConfig]):
-    """People. A run takes what they said before it; the rest is awaited."""
+    """People. A run takes the labels that were given before it; the other comparisons stay open."""
 
     Config = HumanConfig
     shows = "people"
@@ -293,7 +293,7 @@ class HumanJudge(Judge[HumanConfig]):
         context: RequestContext,
         earlier: Sequence[Decoded],
     ) -> list[Ask]:
-        """The comparisons on which people have said something."""
+        """The comparisons on which people have given a label."""
         asks = []
         for comparison, principles in questions:
             prompt, a, b = comparison.prompt.id, comparison.a, comparison.b
@@ -319,8 +319,8 @@ class HumanJudge(Judge[HumanConfig]):
         return sum(len(principles) for _, principles in questions)
 
     def decode(self, use: Any, completion: Completion) -> Verdict | None:
-        """What people say now of a comparison's a and b; None where they are split, skipped, or took
-        it back.
+        """People's label as a verdict on a and b; None where they are split, skipped, or took it
+        back.
         """
         if not completion.text:
             return None

@@ -1,7 +1,7 @@
 """Order K answers from best to worst, as one line like `[2] > [1] > [3]`.
 
 For real models and the scripted engine; the embedded models were not trained for it. Answers are
-shown in a permutation, since first places attract; `parse` undoes it.
+shown in permutations, because judges favour the first places; `parse` maps the ranking back.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""A program decides about one answer: the right text or number, a pattern, a JSON schema, Python
+"""A program judges one answer: by the right text or number, a pattern, a JSON schema, or Python
 tests.
 
-What decides is the `reference`: the text (or texts), the number, the regular expression, the
-schema, the tests' code; in the configuration, in a file, or by prompt. The check and the answer go
-into the request as they stand, so that a verdict is kept and found again like any call, and is
-asked anew when either changes.
+The `reference` says what is right: the text (or texts), the number, the regular expression, the
+schema, or the tests' code; in the configuration, in a file, or by prompt. The check and the answer
+are part of the request, so that a verdict is stored and found again like any call, and is asked
+anew when either changes.
 
-What is the answer's fault is a score of 0: a wrong result, no number, broken JSON, code that runs
-too long or too large. What is not is unscored with the reason `program`: tests that cannot be run,
-a pattern that takes too long, no reference.
+A wrong result, no number, broken JSON, or code over a limit is the answer's fault: a score of 0.
+Tests that cannot be run, a pattern that takes too long, or a missing reference are not: unscored
+with the reason `program`.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ _CODE = re.compile(r"^(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)^\1[ \t]*$", re.M
 
 
 class VerifierConfig(JudgeConfig):
-    """A judge that is a program. `extract` finds the part of an answer that is checked: its last
-    match's first group.
+    """A judge that is a program. `extract` finds the part of an answer that is checked: the first
+    group of its last match.
 
     Without it: exact and regex take the whole answer, numeric its last number, json_schema and
     python the fenced code block (the longest one of Python's) where there is one. `references` is a
-    JSONL file of `{"prompt": id or text, "reference": ...}`; a pipeline's files are found from its
-    own folder, as all that it names. `tolerance` is relative, `absolute` absolute; a number is
-    right within either. For python, `timeout_s` is of one test, five times that of all; an answer
-    over a limit has failed.
+    JSONL file of `{"prompt": id or text, "reference": ...}`; paths are relative to the pipeline's
+    folder. `tolerance` is relative, `absolute` absolute; a number is right within either. For
+    python, `timeout_s` is the limit of one test, five times that of all; an answer over a limit has
+    failed.
     """
 
     kind: Literal["verifier"] = "verifier"
@@ -295,7 +295,7 @@ class Verifier(Engine):
 
 
 def check(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What became of a check: `passed` of `total`, or `error` when it could not be made."""
+    """The result of a check: `passed` of `total`, or `error` when it could not be made."""
     kind, reference, settings = job["check"], job["reference"], job["settings"]
     if reference is None:
         return {"error": "no reference for this prompt"}

@@ -1,10 +1,10 @@
-"""Running code that nobody trusts: an answer's Python under tests (and, in `timeout_worker.py`,
-patterns that may never end).
+"""Runs code that is not trusted: an answer's Python under tests, and (in `timeout_worker.py`)
+regular expressions that may run without end.
 
-`run_tests` says how many tests an answer passed. See `isolation.py` for what is kept in,
-`test_runner.py` for why a pass cannot be faked. Where the system gives an ordinary user no
-namespaces (some containers, macOS, Ubuntu's AppArmor rule), only resource limits are left:
-`isolation` says so.
+`run_tests` counts the tests that an answer passes. `isolation.py` says what the sandbox keeps out
+of reach, `test_runner.py` why a pass cannot be faked. Where the system gives an ordinary user no
+namespaces (some containers, macOS, Ubuntu's AppArmor rule), only resource limits are left, and the
+result says so (`isolation`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ _known: list[dict[str, Any]] = []
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an answer's process may take. `timeout_s` is wall and CPU time of one test (five times
-    that for all).
-
-    `processes` 1: it may start none, and no threads. `packages`: whether installed packages can be
-    imported.
+    """The limits of an answer's process. `timeout_s` is wall and CPU time of one test (all together
+    may take five times that). `processes` 1: it may start no process and no thread. `packages`:
+    whether installed packages can be imported.
     """
 
     timeout_s: float = 10.0
@@ -49,9 +47,7 @@ class Limits:
 
 
 class NoSandbox(Exception):
-    """No process could be started, or not in the isolation that was asked for: nobody's answer is
-    at fault.
-    """
+    """No process could be started, or none as isolated as required. The answer is not at fault."""
 
 
 def run_tests(

@@ -1,9 +1,9 @@
-"""The answer's side of a Python test: runs the answer's code, does what it is asked with it, and
-knows no test.
+"""The answer's side of a Python test: runs the answer's code and executes the operations that the
+test runner asks for. It never sees the tests.
 
 Run in a sandbox (see `isolation.py`) from its text alone, standard library only. Nothing here is
-trusted: the code that it runs can change all of it. What it sends back is data, which the test
-runner reads as such; no verdict is made on this side.
+trusted: the code that it runs can change all of it. What it sends back is read as data; the test
+runner decides what passed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def send(sock: Any, message: Any) -> None:
 
 
 def receive(sock: Any) -> Any:
-    """The next message. Raises: EOFError when the other side is gone, ValueError when it talks
-    nonsense.
+    """The next message.
+
+    Raises: EOFError when the other side is gone, ValueError for a message that is not valid.
     """
     size = struct.unpack(">I", _exactly(sock, 4))[0]
     if size > MOST_BYTES:
@@ -61,8 +62,8 @@ def _exactly(sock: Any, size: int) -> bytes:
 
 
 def encode(value: Any, other: Any) -> Any:
-    """A value as JSON. Plain data is copied, whatever class it pretends to be; `other` names all
-    else.
+    """A value as JSON. Plain data is copied, whatever class it pretends to be; `other` encodes
+    everything else.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -88,7 +89,7 @@ def encode(value: Any, other: Any) -> Any:
 
 
 def decode(value: Any, other: Any) -> Any:
-    """The inverse of `encode`: new plain data, whoever sent it."""
+    """The inverse of `encode`: new plain data, whoever sent it. `other` decodes everything else."""
     if isinstance(value, float):
         raise ValueError("not a message")
     if not isinstance(value, dict):
@@ -129,7 +130,7 @@ class Host:
         self.sock, self.objects = sock, [None]
 
     def load(self, source: str) -> Any:
-        """Run the answer's code; gives the names that it defines."""
+        """Run the answer's code. Returns the names that it defines."""
         import types
 
         module = types.ModuleType("answer")
@@ -138,7 +139,7 @@ class Host:
         return [name for name in vars(module) if not name.startswith("_")]
 
     def do(self, what: str, args: Any) -> Any:
-        """One thing that the test runner wants done with an object."""
+        """One operation that the test runner asks for."""
         if what == "call":
             return args[0](*args[1], **args[2])
         if what == "isinstance":
@@ -150,7 +151,7 @@ class Host:
         )  # getattr, setattr, len, iter, next, bool, str, repr, hash
 
     def name(self, value: Any) -> Any:
-        """An object that stays here, as the test runner will speak of it."""
+        """A reference to an object that stays here, for the test runner."""
         if isinstance(value, type) and issubclass(value, BaseException):
             return {"e": [value.__name__, value.__module__ == "builtins", base_of(value)]}
         if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
@@ -159,7 +160,9 @@ class Host:
         return {"h": len(self.objects) - 1}
 
     def find(self, tag: str, inner: Any) -> Any:
-        """An object of ours that came back, or a stub for a function of the test runner's."""
+        """The object behind a reference that came back, or a stub for a function of the test
+        runner's.
+        """
         if tag == "k":
             return lambda *args: self.callback(inner, args)
         return self.objects[inner]
@@ -170,7 +173,7 @@ class Host:
         return self.serve()
 
     def serve(self) -> Any:
-        """Do as asked until the test runner returns from a callback."""
+        """Execute requests until the test runner returns from a callback."""
         while True:
             message = receive(self.sock)
             if "returned" in message:

@@ -1,7 +1,7 @@
-"""What a test holds instead of an answer's objects: proxies that do everything in the answer's
-process.
+"""The proxies that a test holds instead of the answer's objects: every operation on one is done in
+the answer's process.
 
-Plain data crosses as copies, so that `==` between a result and what a test expects is decided here,
+Plain data is sent as copies, so that `==` between a result and what a test expects is decided here,
 by Python's own types, whatever the answer's classes say of themselves. Standard library only.
 """
 
@@ -17,8 +17,8 @@ from prefab.judges.sandbox import candidate
 
 
 class CandidateDied(BaseException):
-    """The answer's process ended or ran out of time. Not an Exception: no `except` of a test's may
-    swallow it.
+    """The answer's process ended or ran out of time. Not an Exception, so that no `except` of a
+    test's catches it.
     """
 
 
@@ -31,8 +31,8 @@ class AnswerError(Exception):
 
 
 class Channel:
-    """The talk with the answer's process. `gone` and `broken` keep what happened, whatever a test's
-    `except` hides.
+    """The connection to the answer's process. `gone` and `broken` keep what happened, whatever a
+    test's `except` hides.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -46,8 +46,8 @@ class Channel:
         self.greeted = True
 
     def set_alarm(self, seconds: float) -> None:
-        """From now on so long; 0: no limit. Time spent waiting for the answer is the answer's, all
-        else the test's.
+        """Set the time limit from now on; 0: no limit. Time spent waiting for the answer counts for
+        the answer, all other time for the test.
         """
         signal.signal(signal.SIGALRM, self._late)
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -63,7 +63,7 @@ class Channel:
         return CandidateDied(self.gone)
 
     def ask(self, message: dict[str, Any]) -> Any:
-        """What the answer replies. Raises: what it raised, or Gone."""
+        """The answer's reply. Raises: what the answer raised, or CandidateDied."""
         if self.gone:
             raise CandidateDied(self.gone)
         before, self.waiting = self.waiting, True
@@ -98,7 +98,7 @@ class Channel:
         raise error
 
     def do(self, what: str, *args: Any) -> Any:
-        """`what` done with these arguments on the answer's side."""
+        """The operation `what` with these arguments, done on the answer's side."""
         try:
             packed = candidate.encode(list(args), self.give)
         except (RecursionError, ValueError) as error:
@@ -114,8 +114,8 @@ class Channel:
             candidate.send(self.sock, {"raised": f"{type(error).__name__}: {error}"[:300]})
 
     def give(self, value: Any) -> Any:
-        """Something of the test's that is no plain data: a proxy goes home, a function becomes a
-        callback.
+        """A reference to something of the test's that is no plain data: a proxy becomes the object
+        it stands for, a function becomes a callback.
         """
         if type(value) is Proxy:
             return {"h": object.__getattribute__(value, "_number")}
@@ -131,7 +131,7 @@ class Channel:
         return NotSerializable(why)
 
     def take(self, tag: str, inner: Any) -> Any:
-        """Something of the answer's that is no plain data."""
+        """What stands here for something of the answer's that is no plain data."""
         if tag == "e":
             return self.error_class(inner[0], inner[1], inner[2])
         return Proxy(self, int(inner))
@@ -157,8 +157,8 @@ class Channel:
 
 
 class Proxy:
-    """An object of the answer's. Equal to no plain data whatever its `__eq__` says: that would be a
-    way to pass.
+    """An object of the answer's. Never equal to plain data, whatever its `__eq__` says: an object
+    that is equal to everything would pass every test.
     """
 
     def __init__(self, line: Channel, number: int) -> None:

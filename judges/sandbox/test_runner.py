@@ -38,7 +38,7 @@ class Broken(Exception):
 
 
 def main() -> None:
-    """One job, from stdin to stdout."""
+    """Run one job, from stdin to stdout."""
     job = json.loads(sys.stdin.buffer.read())
     out = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -48,8 +48,8 @@ def main() -> None:
 
 
 def examine(job: dict[str, Any]) -> dict[str, Any]:
-    """What became of every test: `passed` of `total`, or `broken` (the tests' fault) or
-    `failed_to_run` (nobody's).
+    """The result of all tests: `passed` of `total`, or `broken` (the tests' fault) or
+    `failed_to_run` (nobody's fault).
     """
     with open(os.path.join(os.path.dirname(__file__), "candidate.py"), encoding="utf-8") as file:
         job["candidate"] = file.read()
@@ -109,8 +109,8 @@ def _no_arguments(node: ast.FunctionDef, own: int) -> None:
 
 
 def supervise(job: dict[str, Any], tree: ast.Module, names: list[str]) -> dict[str, Any]:
-    """Run the tests in a process that is replaced when the answer's died or a test hung; the rest
-    goes on there.
+    """Run the tests in a process that is replaced when the answer's process died or a test hung;
+    the rest goes on in the new one.
     """
     results: dict[int, str] = {}
     total = len(names)

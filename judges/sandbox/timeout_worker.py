@@ -1,7 +1,8 @@
-"""Patterns and schemas on other people's texts, in a process that can be given up.
+"""Regular expressions and JSON schemas on texts that are not trusted, in a process with a time
+limit.
 
 A regular expression that backtracks without end stops the whole of Python and cannot be
-interrupted; a schema's `pattern` is one too. So a process beside each thread does them, and is
+interrupted; a schema's `pattern` is one too. So each thread has a process for them, which is
 replaced when it takes too long.
 """
 
@@ -53,7 +54,7 @@ class _Helper:
 
 
 def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """What `work` makes of the job, or `error` when it took too long or broke its process.
+    """The result of the job, or `error` when it took too long or broke its process.
 
     Raises: NoSandbox when no process could be started.
     """
@@ -92,8 +93,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validate(value: Any, schema: Any) -> dict[str, Any]:
-    """JSON Schema, by its `$schema`, else 2020-12. References lead nowhere outside: nothing is
-    fetched.
+    """Validate by JSON Schema: the draft that `$schema` names, else 2020-12. References outside of
+    the schema are not fetched.
     """
     from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for

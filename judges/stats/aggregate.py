@@ -1,5 +1,4 @@
-"""From many raters to one answer: mean probability, majority, Dawid-Skene, Bradley-Terry and
-Davidson.
+"""One answer from many raters: mean probability, majority, Dawid-Skene, Bradley-Terry and Davidson.
 
 Missing ratings are NaN and stay missing: an item that nobody rated has no aggregate, not a half.
 """
@@ -93,8 +92,8 @@ class DawidSkene:
 def dawid_skene(
     ratings: FloatArray | Table, tolerance: float = 1e-12, limit: int = 10_000
 ) -> DawidSkene:
-    """Who errs how, and so what is probably true, from items x raters; the posterior has one row an
-    item (NaN for an item that nobody rated), or one a pattern when given a `Table`.
+    """Each rater's errors and each item's probable class, from items x raters; the posterior has
+    one row an item (NaN for an item that nobody rated), or one a pattern when given a `Table`.
     """
     table = group(ratings)
     if not len(table.times) or len(table.values) < 2:

@@ -1,12 +1,12 @@
-"""How far raters agree beyond chance: every usual coefficient, for any number of raters, missing
-ratings allowed.
+"""Agreement of raters beyond chance: every usual coefficient, for any number of raters, with
+missing ratings.
 
 All are (observed - chance) / (1 - chance) with weights between categories; they differ in what
-chance is. `ratings` is items x raters, float, NaN for missing (or a `patterns.Table`, grouped once
-for many coefficients); `counts` is items x categories. Standard errors are the linearised ones of
-Gwet, intervals use t with n - 1 degrees of freedom. Every function takes `resamples` (0: none) and
-`seed` for the bootstrap's interval over items (`boot_low`, `boot_high`: none over more than 100,000
-distinct patterns, or where over 5% of the resamples define no value).
+chance is. `ratings` is items x raters, float, NaN for missing (or a `rating_table.Table`, grouped
+once for many coefficients); `counts` is items x categories. Standard errors are the linearised ones
+of Gwet; intervals use t with n - 1 degrees of freedom. Every function takes `resamples` (0: none)
+and `seed` for the bootstrap's interval over items (`boot_low`, `boot_high`: none over more than
+100,000 distinct patterns, or where over 5% of the resamples define no value).
 
 Source: Gwet, Handbook of Inter-Rater Reliability, 4th ed. (2014), and Gwet 2008, 2021 for the
 variances.

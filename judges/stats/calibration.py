@@ -1,8 +1,8 @@
-"""Does a probability of 0.8 come true 8 times in 10? Errors of calibration, and the temperature
-that mends them.
+"""Calibration: whether a probability of 0.8 comes true 8 times in 10; its errors, and the
+temperature that corrects it.
 
-`p` are probabilities, `y` the truth: 1, 0, or 0.5 for a tie. All over items; nothing here knows of
-judges.
+`p` are probabilities, `y` the truth: 1, 0, or 0.5 for a tie. All over items; nothing here depends
+on judges.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _COLDEST, _HOTTEST = 1e-2, 1e2
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """One row of a reliability table: what was said, what came true, and for how many."""
+    """One row of a reliability table: the mean probability, the share that came true, and the
+    number of items.
+    """
 
     mean_p: float
     mean_y: float

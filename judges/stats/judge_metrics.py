@@ -1,8 +1,8 @@
-"""What kind of judge is this? Its accuracy, its pull to a slot, and how far several judges err
-together.
+"""Metrics of judges: accuracy, position bias, and how far the errors of several judges are
+correlated.
 
 Probabilities speak of sample a in both orders (un-swapped), NaN where unscored; `gold` is 1, 0, or
-NaN where nobody knows (or a tie, which no pick is right or wrong about).
+NaN where it is not known (or a tie, on which no winner is right or wrong).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Clusters = (
 
 
 def accuracy(p: FloatArray, gold: FloatArray, clusters: Clusters = None) -> Estimate:
-    """The share of decided verdicts that pick gold's side, over items where both are known. A half
-    picks nobody.
+    """The share of decided verdicts whose winner is gold's, over items where both are known. A
+    probability of a half has no winner.
     """
     right, counted = _right(np.asarray(p, dtype=float)[:, None], np.asarray(gold, dtype=float))
     right, counted = right[:, 0], counted[:, 0]
@@ -56,8 +56,8 @@ def position_consistency(p_ab: FloatArray, p_ba: FloatArray, clusters: Clusters 
 
 def first_slot_share(p_ab: FloatArray, p_ba: FloatArray, clusters: Clusters = None) -> Estimate:
     """The share of decided verdicts that pick the answer shown first, over comparisons scored in
-    both orders, so that every answer stood as often first as second: without a pull to a slot it is
-    a half.
+    both orders, so that every answer was shown first as often as second: without position bias it
+    is a half.
     """
     both, known = _both(p_ab, p_ba)
     picks = np.concatenate([both[:, 0] - 0.5, 0.5 - both[:, 1]])
@@ -68,10 +68,9 @@ def first_slot_share(p_ab: FloatArray, p_ba: FloatArray, clusters: Clusters = No
 
 
 def slot_lean(p_ab: FloatArray, p_ba: FloatArray, clusters: Clusters = None) -> Estimate:
-    """Fairness between slots: of the comparisons that both slots' answers won by turns, the share
-    that the first slot won, less a half and doubled: +1 always the first slot, -1 always the
-    second, 0 fair.
-    Source: after Shi et al. 2024 (preference fairness), unnormalised.
+    """Direction of the position bias: of the comparisons whose winner changes with the order, the
+    share that the first slot won, less a half and doubled: +1 always the first slot, -1 always the
+    second, 0 balanced. Source: after Shi et al. 2024 (preference fairness), unnormalised.
     """
     both, known = _both(p_ab, p_ba)
     torn = (both[:, 0] - 0.5) * (both[:, 1] - 0.5) < 0
@@ -92,9 +91,9 @@ def stability(first: FloatArray, again: FloatArray, clusters: Clusters = None) -
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """How J judges err together. `correlation` J x J of their errors, NaN where two share no items
-    or one never, or always, errs; `effective` is the number of independent judges that they are
-    worth, None where unknown.
+    """How far J judges make the same errors. `correlation` J x J of their errors, NaN where two
+    share no items or one never, or always, errs; `effective` is the number of independent judges
+    that they are worth, None where unknown.
     """
 
     correlation: FloatArray

@@ -1,8 +1,8 @@
 """Ratings as counts of distinct rating patterns: a million items by five judges are a thousand
 rows.
 
-Every statistic of agreement depends on the items only through how often each pattern occurs, so it
-costs what the patterns cost, and a bootstrap over items is a multinomial draw over their counts.
+Every statistic of agreement depends on the items only through how often each pattern occurs, so its
+cost is that of the patterns, and a bootstrap over items is a multinomial draw over their counts.
 """
 
 from __future__ import annotations
