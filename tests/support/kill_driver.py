@@ -1,7 +1,7 @@
 """What the kill test kills, and what counts for it.
 
 `python kill_driver.py serve` is an HTTP server that prints its port, answers by `miniworld.answer`,
-and counts every question under its key (`GET /counts`). `python kill_driver.py run STORE PORT` is
+and counts every question under its key (`GET /counts`, with the number of open connections). `python kill_driver.py run STORE PORT` is
 the run: miniworld's pipeline against that server, the ledger closed, the store filled. It is killed
 from outside, or by itself at `PREFAB_KILL_AT`."""
 
@@ -71,7 +71,8 @@ async def serve() -> None:
         )
 
     async def tell(http: web.Request) -> web.Response:
-        return web.json_response(counts)
+        others = len(runner.server.connections) - 1  # this request has one of its own
+        return web.json_response({"counts": counts, "others": others})
 
     app = web.Application()
     app.add_routes([web.post("/ask", ask), web.get("/counts", tell)])
