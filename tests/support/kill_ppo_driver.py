@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from prefab.trainers.rl import ppo, rewards
 from tests.support.answer_world import World
-from tests.support.killer import until_done
+from tests.support.killer import at_random, until_done
 
 WORLD = World(length=3)
 
@@ -66,5 +66,6 @@ def train(settings: ppo.PpoConfig) -> None:
 if __name__ == "__main__":
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     until_done(
-        lambda: train(config(folder, "killed", store=str(folder / "store"))), kills, seed, 1.5
+        lambda: train(config(folder, "killed", store=str(folder / "store"))),
+        at_random(kills, seed, 1.5),
     )

@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 from prefab.factory.engines.vllm_process import free_port
 from prefab.trainers import distributed
 from prefab.trainers.registry import STAGES
-from tests.support.killer import until_done
+from tests.support.killer import at_random, until_done
 
 
 def train_in_two(stage: str, file: Path) -> None:
@@ -43,4 +43,4 @@ if __name__ == "__main__":
     import trl  # noqa: F401
 
     stage, file, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    until_done(lambda: train_in_two(stage, file), kills, seed, 3.0)
+    until_done(lambda: train_in_two(stage, file), at_random(kills, seed, 3.0))

@@ -1,5 +1,4 @@
-"""A piece of work that is killed with SIGKILL at random moments and begun again, until it gets to
-its end."""
+"""Do a piece of work in processes that are killed with SIGKILL, until one gets to its end."""
 
 from __future__ import annotations
 
@@ -8,33 +7,39 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
+Due = Callable[[int], bool]  # whether the process of this id is to be killed now
 
-def until_done(work: Callable[[], object], kills: int, seed: int, most_s: float) -> None:
+
+def until_done(work: Callable[[], object], dues: Iterable[Due] = ()) -> None:
     """Do `work` in forks of this process, which has imported what it needs, so that a try costs
     little.
 
-    The first `kills` tries end after at most `most_s` seconds of CPU, drawn from the seed. Prints
-    how many were killed, and exits when a try fails."""
+    A try is killed when the next of `dues` says so. Prints how many were killed, and exits when a
+    try fails."""
     import torch
     import transformers
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    draw, killed = random.Random(seed), 0
+    dues, killed = iter(dues), 0
     while True:
         child = os.fork()
         if child == 0:
             work()
             os._exit(0)
-        limit = draw.uniform(0.1, most_s) if killed < kills else 1e9
-        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and cpu_s(child) < limit:
-            time.sleep(0.005)
-        if done == (0, 0):
-            os.kill(child, signal.SIGKILL)
+        due = next(dues, None)
+        if due is None:
             done = os.waitpid(child, 0)
+        else:
+            while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and not due(child):
+                time.sleep(0.005)
+            if done == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                done = os.waitpid(child, 0)
         if os.WIFSIGNALED(done[1]):
             killed += 1
         elif os.WEXITSTATUS(done[1]):
@@ -42,6 +47,17 @@ def until_done(work: Callable[[], object], kills: int, seed: int, most_s: float)
         else:
             print(f"{killed} killed")
             return
+
+
+def at_random(kills: int, seed: int, most_s: float) -> list[Due]:
+    """After at most `most_s` seconds of CPU, drawn from the seed."""
+    draw = random.Random(seed)
+    return [partial(has_used, draw.uniform(0.1, most_s)) for _ in range(kills)]
+
+
+def has_used(limit_s: float, pid: int) -> bool:
+    """Whether a process has used so much CPU."""
+    return cpu_s(pid) >= limit_s
 
 
 def cpu_s(pid: int) -> float:

@@ -229,8 +229,9 @@ def test_a_policy_that_was_changed_by_hand_is_told(tmp_path):
 
 
 if __name__ == "__main__":
-    from tests.support.killer import until_done
+    from tests.support.killer import at_random, until_done
 
     until_done(
-        lambda: train(Path(sys.argv[1]), quiet=True), int(sys.argv[2]), int(sys.argv[3]), 4.0
+        lambda: train(Path(sys.argv[1]), quiet=True),
+        at_random(int(sys.argv[2]), int(sys.argv[3]), 4.0),
     )
