@@ -150,30 +150,6 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
-    """What a call was asked for; committed with or before the call's first use.
-
-    `role` is sample, critique, revise, reason, judge (a pair), score (one answer), rank (all
-    answers), or one of those that ask nothing: identical (a comparison of equal texts), pair (a
-    comparison under a principle), escalate and settle (whether a stronger judge is asked about it;
-    `order` says why). `sample` is the sample's index in its prompt; `other` the second sample's of
-    a comparison; `round` counts from 0 (of a score: the line of the prompt's own rubric, which
-    `order` names; of a rank: the permutation, which `order` spells out).
-    """
-
-    run: int
-    prompt: str
-    role: str
-    sample: int = 0
-    other: int = -1
-    round: int = 0
-    principle: str = ""
-    judge: str = ""
-    order: str = ""
-    repeat: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """An answer of the policy to a prompt. `parent` is the index of the sample it revises, -1 for a
     first draft.

@@ -34,10 +34,10 @@ from prefab.factory.types import (
     Sample,
     Sampling,
     UnscoredReason,
-    Use,
     Verdict,
     Winner,
 )
+from prefab.factory.uses import PairUse, ScoreUse, Use
 from prefab.judges.panel import orders, weakest
 
 LABEL_READ = Sampling(max_tokens=1)
@@ -292,9 +292,9 @@ Value = Verdict | Score | Ranking | Reasoning
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One answer as its judge reads it. `use` says what was asked (`Use`, or a row of the ledger
-    with the same fields); `value` is None while there is no answer; `call` is the call's key in
-    hex, empty during a run; `text` is the answer's text, during a run only.
+    """One answer as its judge reads it. `use` says what was asked (one of `prefab.factory.uses`);
+    `value` is None while there is no answer; `call` is the call's key in hex, empty during a run;
+    `text` is the answer's text, during a run only.
     """
 
     use: Any
@@ -481,18 +481,8 @@ class PairJudge(Judge[AnyConfig]):
         asks: list[Ask] = []
         for comparison, principle, order, repeat in self._places(questions, context):
             a, b = comparison.a.index, comparison.b.index
-            use = Use(
-                context.run,
-                comparison.prompt.id,
-                role,
-                a,
-                b,
-                0,
-                principle.id,
-                self.name,
-                order,
-                repeat,
-            )
+            at = (context.run, comparison.prompt.id, role, a, b)
+            use = PairUse(*at, principle.id, self.name, order, repeat)
             text = None
             if role != self.passes[0]:
                 said = reasons.get(_reading_of(use))
@@ -535,7 +525,7 @@ class PairJudge(Judge[AnyConfig]):
 
 
 def _reading_of(use: Any) -> tuple[Any, ...]:
-    return use.sample, use.other, use.principle, use.order, use.repeat
+    return use.a, use.b, use.principle, use.order, use.repeat
 
 
 def last_verdict(
@@ -629,18 +619,8 @@ class ScoreJudge(Judge[AnyConfig]):
         asks: list[Ask] = []
         for sample, principle, line, repeat in self._places(questions, context):
             prompt = questions[0][0].prompt
-            use = Use(
-                context.run,
-                prompt.id,
-                role,
-                sample.index,
-                -1,
-                line,
-                principle.id,
-                self.name,
-                self.own_rubric(prompt),
-                repeat,
-            )
+            at = (context.run, prompt.id, sample.index, principle.id, self.name)
+            use = ScoreUse(*at, line, self.own_rubric(prompt), repeat)
             asks.append((self.request(prompt, sample, principle, line, repeat, context), use))
         return asks
 
@@ -675,7 +655,7 @@ class ScoreJudge(Judge[AnyConfig]):
         self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
     ) -> tuple[Verdict, tuple[str, ...]] | None:
         """Both answers' scores on every line, as a verdict."""
-        by_place = {(d.use.sample, d.use.round): d for d in answers}
+        by_place = {(d.use.sample, d.use.line): d for d in answers}
         wanted = [by_place.get((i, line)) for i in pair for line in range(len(lines))]
         scores, calls = [], []
         for decoded in wanted:

@@ -28,7 +28,8 @@ import orjson
 
 from prefab.factory.errors import StoreError
 from prefab.factory.ledger.migrations import SCHEMA, migrate, record
-from prefab.factory.types import Completion, Use
+from prefab.factory.types import Completion
+from prefab.factory.uses import Use, columns_of
 
 T = TypeVar("T")
 FILE = "ledger.sqlite"
@@ -459,27 +460,18 @@ class Writer:
     def _insert_uses(self, uses: list[tuple[Use, bytes]]) -> None:
         if not uses:
             return
+        rows = [(use.run, use.prompt, columns_of(use), key) for use, key in uses]
         names = {
             name
-            for use, _ in uses
-            for name in (use.prompt, use.role, use.principle, use.judge, use.order)
+            for _, prompt, c, _ in rows
+            for name in (prompt, c.role, c.principle, c.judge, c.order)
         }
         ids = self._names.ids(self._con, names)
         flat: list[Any] = []
-        for u, key in uses:
-            flat += (
-                u.run,
-                ids[u.prompt],
-                ids[u.role],
-                u.sample,
-                u.other,
-                u.round,
-                ids[u.principle],
-                ids[u.judge],
-                ids[u.order],
-                u.repeat,
-                key,
-            )
+        for run, prompt, c, key in rows:
+            named = (ids[c.principle], ids[c.judge], ids[c.order])
+            flat += (run, ids[prompt], ids[c.role], c.sample, c.other, c.round, *named)
+            flat += (c.repeat, key)
         insert_rows(self._con, f"INSERT OR IGNORE INTO uses({USE_COLUMNS})", 11, flat)
 
     def _insert_answers(self, answers: list[AnswerRow]) -> None:

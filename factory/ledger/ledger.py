@@ -6,17 +6,8 @@ together, so a question already answered costs microseconds. The promise: no com
 ever asked again, and a crash repeats at most what was in flight or not yet committed (each bounded
 by the engine's `max_in_flight`).
 
-What the fields of a use mean; the store is derived from them. All uses of one comparison belong in
-one `ask_many`, which writes them in one transaction, so that a comparison is never seen with half of
-its questions:
-
-  sample     `sample`, `round`                the text of answer `sample`
-  critique   `sample`, `principle`, `round`   what is said of answer `sample`
-  revise     `sample`, `other`, `principle`, `round`   the text of the new answer `sample`; `other`
-  is its parent
-  reason     as judge                         the reasoning before a label read
-  judge      `sample` (a), `other` (b), `principle`, `judge`, `order`, `repeat`, `round`
-  identical  `sample`, `other`                two equal texts; not asked
+What each call was asked for is recorded beside it (`prefab.factory.uses`); the store is derived
+from that.
 """
 
 from __future__ import annotations
@@ -36,7 +27,8 @@ from prefab.factory.keys import key_of, request_bytes
 from prefab.factory.ledger import db, records
 from prefab.factory.ledger.db import AnswerRow, Commit, Failure, Writer
 from prefab.factory.ledger.records import Run
-from prefab.factory.types import Completion, Engine, Prompt, Request, Use
+from prefab.factory.types import Completion, Engine, Prompt, Request
+from prefab.factory.uses import Use
 
 STORE_FILE = "prefab.duckdb"
 

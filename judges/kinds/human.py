@@ -26,10 +26,10 @@ from prefab.factory.types import (
     Order,
     Request,
     Sampling,
-    Use,
     Verdict,
     Winner,
 )
+from prefab.factory.uses import PairUse
 from prefab.judges.base import (
     NO_ORDER,
     Ask,
@@ -45,14 +45,14 @@ from prefab.judges.base import (
 
 MODEL = "human"  # the identity under which a run keeps people's word
 
-KEYS = {
+Said = Literal["a", "b", "tie", "skip"]
+KEYS: dict[str, Said] = {
     "a": "a",
     "b": "b",
     "t": "tie",
     "s": "skip",
 }  # what a person types, by what it says of the answers as shown
 WINNERS: tuple[Winner, ...] = ("a", "b", "tie")
-Said = Literal["a", "b", "tie", "skip"]
 Place = tuple[
     str, str, str, str
 ]  # prompt, answer, the other answer (the lesser name first), principle
@@ -294,22 +294,13 @@ class HumanJudge(Judge[HumanConfig]):
         earlier: Sequence[Decoded],
     ) -> list[Ask]:
         """The comparisons on which people have given a label."""
-        asks = []
+        asks: list[Ask] = []
         for comparison, principles in questions:
             prompt, a, b = comparison.prompt.id, comparison.a, comparison.b
             for principle in principles:
                 found = request(context.people, prompt, a.text, b.text, principle.id)
-                use = Use(
-                    context.run,
-                    prompt,
-                    role,
-                    a.index,
-                    b.index,
-                    0,
-                    principle.id,
-                    self.name,
-                    NO_ORDER,
-                )
+                at = (context.run, prompt, role, a.index, b.index)
+                use = PairUse(*at, principle.id, self.name, NO_ORDER)
                 if found is not None:
                     asks.append((found, use))
         return asks

@@ -21,9 +21,9 @@ from prefab.factory.types import (
     Request,
     Sample,
     Sampling,
-    Use,
     Verdict,
 )
+from prefab.factory.uses import RankUse
 from prefab.judges.base import (
     Ask,
     Decoded,
@@ -129,19 +129,9 @@ class ListwiseJudge(Judge[ListwiseConfig]):
             shown = permutations(len(samples), self.config.permutations, prompt.id, context.seed)
             for (number, order), repeat in product(enumerate(shown), self.asked_repeats(context)):
                 ordered = [samples[i] for i in order]
-                names = ",".join(str(sample.index) for sample in ordered)
-                use = Use(
-                    context.run,
-                    prompt.id,
-                    role,
-                    -1,
-                    -1,
-                    number,
-                    principle.id,
-                    self.name,
-                    names,
-                    repeat,
-                )
+                indices = tuple(sample.index for sample in ordered)
+                under = (context.run, prompt.id, principle.id, self.name)
+                use = RankUse(*under, number, indices, repeat)
                 asks.append((self.request(prompt, ordered, principle, repeat, context), use))
         return asks
 
@@ -171,15 +161,15 @@ class ListwiseJudge(Judge[ListwiseConfig]):
 
     def decode(self, use: Any, completion: Completion) -> Ranking:
         """The order of the samples, by their indices."""
-        return parse(completion, shown_of(use))
+        return parse(completion, use.shown)
 
     def verdict(
         self, answers: Sequence[Decoded], pair: Pair, lines: RubricLines
     ) -> tuple[Verdict, tuple[str, ...]] | None:
         """The share of all permutations' rankings that puts a first."""
-        by_number = {d.use.round: d for d in answers}
+        by_number = {d.use.permutation: d for d in answers}
         found = [by_number.get(number) for number in range(self.config.permutations)]
-        there = [d for d in found if d is not None and set(pair) <= set(shown_of(d.use))]
+        there = [d for d in found if d is not None and set(pair) <= set(d.use.shown)]
         rankings = [d.value for d in there if isinstance(d.value, Ranking)]
         if len(rankings) < len(found):
             return None
@@ -192,15 +182,10 @@ class ListwiseJudge(Judge[ListwiseConfig]):
         sides: tuple[list[Ranking], list[Ranking]] = ([], [])
         for d in answers:
             if isinstance(d.value, Ranking):
-                shown = shown_of(d.use)
+                shown = d.use.shown
                 sides[shown.index(pair[0]) > shown.index(pair[1])].append(d.value)
         missing = [Ranking(None, "transport")]
         return verdict(sides[0] or missing, *pair), verdict(sides[1] or missing, *pair)
-
-
-def shown_of(use: Any) -> tuple[int, ...]:
-    """The samples' indices in the order in which they were shown."""
-    return tuple(map(int, use.order.split(",")))
 
 
 def _by_principle(questions: Sequence[Question]) -> list[tuple[Principle, list[Sample]]]:

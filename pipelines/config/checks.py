@@ -93,7 +93,7 @@ def escalation(value: Any) -> Found:
 def engine_names(value: Any) -> Found:
     """Every role names an engine that is defined."""
     known = list(mapping(value, "engines"))
-    roles = [
+    roles: list[tuple[yamlio.Path_, dict[str, Any]]] = [
         (("policy", "engine"), mapping(value, "policy")),
         (("critic", "engine"), mapping(value, "critic")),
     ]
@@ -134,7 +134,7 @@ def fits(value: Any) -> Found:
 
 def files(value: Any, base: Path) -> Found:
     """Files that are named exist."""
-    named = [
+    named: list[tuple[yamlio.Path_, Any]] = [
         (("constitution",), value.get("constitution") if isinstance(value, dict) else None),
         (("prompts", "source"), mapping(value, "prompts").get("source")),
     ]

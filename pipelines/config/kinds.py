@@ -62,7 +62,7 @@ class OneOf:
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         classes = [config_class(self.registry, kind) for kind in self.registry.builtin]
-        union: Any = Annotated[reduce(or_, classes), Field(discriminator=self.by)]  # type: ignore[arg-type]  # the union is made at run time
+        union: Any = Annotated[reduce(or_, classes), Field(discriminator=self.by)]
         return handler(TypeAdapter(union).core_schema)
 
     def _validate(self, value: Any) -> Any:
@@ -158,7 +158,7 @@ def _error(
     words: str, loc: tuple[int | str, ...], value: Any, kind: str = "value_error"
 ) -> InitErrorDetails:
     # PydanticCustomError fills in {braces} from a context; without one the words stay as they are.
-    return {"type": PydanticCustomError(kind, words), "loc": loc, "input": value}  # type: ignore[arg-type]  # the words are no literal
+    return {"type": PydanticCustomError(kind, words), "loc": loc, "input": value}
 
 
 def _errors(title: str, lines: list[InitErrorDetails]) -> ValidationError:

@@ -13,11 +13,12 @@ from prefab.factory.engines.base import make
 from prefab.factory.engines.lifecycle import lazily
 from prefab.factory.errors import ConfigError
 from prefab.factory.spec.constitution import load_constitution
-from prefab.factory.spec.templates import load_template as load_template
+from prefab.factory.spec.templates import Template, load_template
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Constitution, Engine
 from prefab.judges import registry
-from prefab.judges.base import Judge
+from prefab.judges.base import Judge, JudgeConfig
+from prefab.judges.kinds.critique import CritiqueConfig
 from prefab.pipelines.config.prompts import Prompts
 from prefab.pipelines.config.schema import (
     PipelineConfig,
@@ -34,11 +35,11 @@ class ResolvedPipeline:
     config: PipelineConfig
     resolved: dict[str, Any]
     constitution: Constitution
-    templates: dict[str, Any]
+    templates: dict[str, Template]
     judges: list[Judge[Any]]
     revise: ReviseConfig | None
-    critic: Any
-    reviser: Any
+    critic: CritiqueConfig
+    reviser: CritiqueConfig
     prompts: Prompts
 
     @property
@@ -96,7 +97,7 @@ def resolve_pipeline(
     )
 
 
-def _critics(config: PipelineConfig, revise: ReviseConfig) -> tuple[Any, Any]:
+def _critics(config: PipelineConfig, revise: ReviseConfig) -> tuple[CritiqueConfig, CritiqueConfig]:
     """One model with two templates: as critic at its own temperature and length, as reviser at
     those of revisions.
     """
@@ -109,11 +110,12 @@ def _critics(config: PipelineConfig, revise: ReviseConfig) -> tuple[Any, Any]:
     )
 
 
-def _located(config: PipelineConfig, judge: Any) -> Any:
+def _located(config: PipelineConfig, judge: JudgeConfig) -> JudgeConfig:
     """The judge with its files as they are found from the pipeline file; the resolved configuration
     keeps their names.
     """
-    named = {field: getattr(judge, field) for field in registry.JUDGES[judge.kind].FILES}
+    files = registry.JUDGES[judge.model_dump()["kind"]].FILES
+    named = judge.model_dump(include=set(files))
     return judge.model_copy(
         update={
             field: str(config.locate(name)) for field, name in named.items() if name is not None
@@ -121,7 +123,7 @@ def _located(config: PipelineConfig, judge: Any) -> Any:
     )
 
 
-def _template(config: PipelineConfig, name: str, kind: str) -> Any:
+def _template(config: PipelineConfig, name: str, kind: str) -> Template:
     path = config.locate(name)
     return load_template(path if path.is_file() else name, kind)
 
@@ -130,7 +132,7 @@ def make_engines(loaded: ResolvedPipeline) -> dict[str, Engine]:
     """The engines that some role of this pipeline uses, not yet started."""
     config = loaded.config
     used = {config.policy.engine}
-    used |= {loaded.critic.engine} if loaded.revises else set()
+    used |= {str(loaded.critic.engine)} if loaded.revises else set()
     used |= {judge.engine for judge in loaded.judges} if loaded.compares else set()
     return {
         name: lazily(_logged(config, make(config.engines[name], name)))
@@ -170,7 +172,7 @@ def models(engines: dict[str, Engine]) -> dict[str, str]:
     return {f"model {name}": engine.identity for name, engine in engines.items()}
 
 
-def find_judge(loaded: ResolvedPipeline, name: str, kinds: tuple[str, ...]) -> Any:
+def find_judge(loaded: ResolvedPipeline, name: str, kinds: tuple[str, ...]) -> Judge[Any]:
     """The judge of this name (without one, the panel's first), which must be of one of `kinds`.
     Raises: ConfigError.
     """

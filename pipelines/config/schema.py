@@ -231,11 +231,15 @@ class PipelineConfig(_Strict):
         """
         return locate(name, self._base)
 
-    def judges(self) -> list[Any]:
+    def judges(self) -> list[JudgeConfig]:
         """The panel's judges, each as the configuration class of its kind."""
         return list(self.panel.judges) if self.panel else []
 
-    def critic_config(self) -> Any:
+    def panel_settings(self) -> PanelConfig:
+        """The panel; without one, no judge and the default settings."""
+        return self.panel or PanelConfig.model_construct(judges=[])
+
+    def critic_config(self) -> CritiqueConfig:
         """The critic as `CritiqueConfig`; the engine is the policy's unless it says otherwise."""
         return CritiqueConfig.model_validate({"engine": self.policy.engine, **(self.critic or {})})
 

@@ -165,53 +165,37 @@ async def _battery(
     async def ask(questions: list[RepeatedQuestion]) -> list[tuple[Verdict, Verdict]]:
         return await judged(questions, session, progress)
 
-    before = dict(
-        zip(
-            every,
-            await ask([RepeatedQuestion(c.comparison, c.principle) for c in every]),
-            strict=True,
-        )
-    )
-    again = dict(
-        zip(
-            every,
-            await ask([RepeatedQuestion(c.comparison, c.principle, 1) for c in every]),
-            strict=True,
-        )
-    )
+    plain, repeated = [
+        await ask([RepeatedQuestion(c.comparison, c.principle, repeat) for c in every])
+        for repeat in (0, 1)
+    ]
+    before = dict(zip(every, plain, strict=True))
+    again = dict(zip(every, repeated, strict=True))
     report = _begin(every, before, session)
     for probe, some in plan.items():
-        decided = [replace(c, gold=c.gold or _own(before[c])) for c in some]
-        pairs = [
-            (i, c, old) for i, (c, old) in enumerate(zip(decided, some, strict=True)) if c.gold
-        ]
+        principles = len({c.principle for c in some})
         turns = [
-            (c, old, _turn(i, len({c.principle for c in some}), len(probe.phrasings)))
-            for i, c, old in pairs
+            (c, gold, _turn(i, principles, len(probe.phrasings)))
+            for i, c in enumerate(some)
+            if (gold := c.gold or _own(before[c]))
         ]
-        after = (
-            [before[old] for _, old, _ in turns]
-            if probe.place == "swap"
-            else await ask(
-                [RepeatedQuestion(attacked(c, probe, k), c.principle) for c, _, k in turns]
+        if probe.place == "swap":
+            after = [before[c] for c, _, _ in turns]
+        else:
+            edited = [(attacked(c.comparison, gold, probe, k), c) for c, gold, k in turns]
+            after = await ask([RepeatedQuestion(pair, c.principle) for pair, c in edited])
+        tried = [
+            bias_probes.Tried(
+                gold,
+                before[c],
+                again[c],
+                verdicts,
+                probe.phrasings[k % len(probe.phrasings)],
+                c.comparison.prompt.id,
             )
-        )
-        report.findings.append(
-            bias_probes.find(
-                probe,
-                [
-                    bias_probes.Tried(
-                        c.gold,
-                        before[old],
-                        again[old],
-                        edited,
-                        probe.phrasings[k % len(probe.phrasings)],
-                        c.comparison.prompt.id,
-                    )
-                    for (c, old, k), edited in zip(turns, after, strict=True)
-                ],
-            )
-        )
+            for (c, gold, k), verdicts in zip(turns, after, strict=True)
+        ]
+        report.findings.append(bias_probes.find(probe, tried))
     return report
 
 
@@ -245,10 +229,9 @@ def _own(verdicts: Sequence[Verdict]) -> Side | None:
     return outcome if outcome in ("a", "b") else None
 
 
-def attacked(case: Case, probe: bias_probes.Probe, k: int) -> Comparison:
-    """The pair with its losing answer edited."""
-    pair = case.comparison
-    if case.gold == "a":
+def attacked(pair: Comparison, better: Side, probe: bias_probes.Probe, k: int) -> Comparison:
+    """The pair with its losing answer edited, in the probe's k-th phrasing."""
+    if better == "a":
         return replace(pair, b=replace(pair.b, text=bias_probes.edited(probe, pair.b.text, k)))
     return replace(pair, a=replace(pair.a, text=bias_probes.edited(probe, pair.a.text, k)))
 
@@ -260,7 +243,7 @@ def share(e: Estimate) -> str:
     """`1.5% (0.4-4.3)`, a dash where there is none, and no interval where all pairs are of one
     prompt.
     """
-    if e.value is None or e.low is None:
+    if e.value is None or e.low is None or e.high is None:
         return "-" if e.value is None else f"{e.value:.1%}"
     return f"{e.value:.1%} ({100 * e.low:.1f}-{100 * e.high:.1f})"
 

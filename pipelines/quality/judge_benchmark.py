@@ -63,7 +63,7 @@ class Result:
     judge: str
     model: str
     bench: Bench
-    report: metrics.Report
+    report: adapters.Report
     problems: list[Problem]
     asked: int = 0
     reused: int = 0
@@ -257,7 +257,7 @@ async def _evaluate(
     )
 
 
-def _metrics(report: metrics.Report) -> dict[str, Any]:
+def _metrics(report: adapters.Report) -> dict[str, Any]:
     return {line.name: line.value for line in (*report.own, *report.ours)} | {
         "unscored": sum(report.unscored.values())
     }
@@ -353,7 +353,7 @@ COLUMNS = (
 )
 
 
-def shown(lines: Sequence[metrics.BenchmarkLine]) -> list[tuple[Any, ...]]:
+def shown(lines: Sequence[adapters.BenchmarkLine]) -> list[tuple[Any, ...]]:
     """Metrics as rows of a table."""
     return [
         (

@@ -284,7 +284,7 @@ def _one_key(session: LabelingSession, keys: Iterator[str], show: Callable[[str]
         if key in ("q", "\x03", "\x04"):
             return False
         if key in human.KEYS:
-            session.say(human.KEYS[key])  # type: ignore[arg-type]
+            session.say(human.KEYS[key])
             return True
         if key == "u":
             show("undone; here it is again" if session.undo() else "there is nothing to undo")
@@ -503,12 +503,12 @@ def _answer(
     if said in ("", None):
         report.unanswered += 1
         return ""
-    word = said.strip().lower() if isinstance(said, str) else said
-    word = human.KEYS.get(word, word) if isinstance(word, str) else word
-    if word not in human.KEYS.values():
+    words = human.KEYS | {choice: choice for choice in human.KEYS.values()}
+    choice = words.get(said.strip().lower()) if isinstance(said, str) else None
+    if choice is None:
         return f"the label {said!r} is not one of a, b, tie, skip"
     task, order = known[name]
     if task.place in answers:
         return f"this comparison already has a label in line {answers[task.place][0]}"
-    answers[task.place] = (number, task, order, word)
+    answers[task.place] = (number, task, order, choice)
     return ""

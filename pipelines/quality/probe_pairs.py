@@ -17,8 +17,8 @@ import orjson
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Comparison, Message, Principle, Prompt, Sample
 from prefab.judges import bias_probes
+from prefab.pipelines.config.loader import ResolvedPipeline
 from prefab.pipelines.quality.ground_truth import people
-from prefab.pipelines.run.runner import ResolvedPipeline
 
 Side = Literal["a", "b"]
 
@@ -92,7 +92,8 @@ def world_cases(
 def _world_case(principle: Principle, k: int, seed: int) -> Case:
     from prefab.factory.microworld import grammar, oracle, tasks
 
-    rng, gold = random.Random(f"audit {seed} {principle.id} {k}"), "ab"[k % 2]
+    rng = random.Random(f"audit {seed} {principle.id} {k}")
+    gold: Side = "b" if k % 2 else "a"
     while True:
         s = grammar.situation(rng, "test")
         a, b = (tasks.candidate(rng, s, 0.0).text for _ in "ab")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from prefab.factory.types import Comparison, Engine, Principle, Prompt, Verdict
 from prefab.judges.base import Judge
 from prefab.judges.registry import JUDGES
 from prefab.pipelines.config.loader import ResolvedPipeline
-from prefab.pipelines.config.schema import BudgetConfig, PanelConfig
 from prefab.pipelines.run import judging
 from prefab.pipelines.run.context import Context
 
@@ -99,20 +98,11 @@ async def asking_session(
             settings = {**described, "judge": judge.config.model_dump(mode="json")}
             record = ledger.begin_run(run[:64], settings, texts)
             ledger.add_prompts({prompt.id: prompt for prompt in prompts}.values())
-            panel = loaded.config.panel or PanelConfig(judges=[settings["judge"]])
-            budget = BudgetConfig(**{**loaded.config.budget.model_dump(), "unscored": None})
-            config = loaded.config.model_copy(
-                update={"budget": budget, "panel": panel.model_copy(update={"orders": "both"})}
-            )
-            ctx = Context(
-                config,
-                loaded.constitution,
-                record.id,
-                ledger,
-                {judge.engine: cached},
-                loaded.templates,
-                judges=[judge],
-            )
+            panel = loaded.config.panel_settings().model_copy(update={"orders": "both"})
+            budget = loaded.config.budget.model_copy(update={"unscored": None})
+            config = loaded.config.model_copy(update={"budget": budget, "panel": panel})
+            asking = replace(loaded, config=config, judges=[judge])
+            ctx = Context.of(asking, record.id, ledger, {judge.engine: cached})
             yield AskingSession(judge, ctx, ledger, cached)
     finally:
         await ledger.close()

@@ -11,13 +11,15 @@ are moves none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from prefab.factory.types import Completion, Principle, Prompt, Request, Sample, Use
+from prefab.factory.types import Completion, Principle, Prompt, Request, Sample
+from prefab.factory.uses import CritiqueUse, DraftUse, RevisionUse
 from prefab.judges import panel
 from prefab.judges.base import RequestContext
 from prefab.judges.kinds import critique
+from prefab.pipelines.config.schema import ReviseConfig
 from prefab.pipelines.run.context import Context, policy_messages, policy_sampling
 
 Fault = tuple[Principle, str]
@@ -27,7 +29,7 @@ async def pipeline(prompt: Prompt, ctx: Context) -> None:
     """Sample drafts, then critique and revise them."""
     drafts = await sample(prompt, ctx)
     if ctx.revise is not None:
-        await revise(prompt, drafts, ctx)
+        await revise(prompt, drafts, ctx.revise, ctx)
 
 
 async def sample(prompt: Prompt, ctx: Context) -> list[Sample]:
@@ -43,7 +45,7 @@ async def sample(prompt: Prompt, ctx: Context) -> list[Sample]:
             Request(
                 model, messages, sampling, (), kwargs, (k,) if policy.temperature > 0 or k else ()
             ),
-            Use(ctx.run, prompt.id, "sample", k),
+            DraftUse(ctx.run, prompt.id, k),
         )
         for k in range(policy.samples)
     ]
@@ -59,50 +61,59 @@ async def sample(prompt: Prompt, ctx: Context) -> list[Sample]:
     return drafts
 
 
-async def revise(prompt: Prompt, drafts: Sequence[Sample], ctx: Context) -> list[Sample]:
+async def revise(
+    prompt: Prompt, drafts: Sequence[Sample], config: ReviseConfig, ctx: Context
+) -> list[Sample]:
     """All revisions of these drafts, by the `revise` section's rounds and selection."""
-    config = ctx.revise
     principles = panel.applicable(ctx.constitution.principles, prompt.tags)
     width = len(principles) if config.select == "sweep" else 1
-    first = ctx.config.policy.samples
-
-    def place(k: int, principle: Principle) -> int:
-        step = round * width + (principles.index(principle) if width > 1 else 0)
-        return first + k * config.rounds * width + step
-
+    n_drafts = ctx.config.policy.samples
     current = {draft.index: draft for draft in drafts}
     revisions: list[Sample] = []
     for round in range(config.rounds):
-        drawn = {k: _select(prompt, k, round, principles, ctx) for k in current}
+        drawn = {
+            k: principles if config.select == "sweep" else _draw(prompt, k, round, ctx)
+            for k in current
+        }
         faults = await _critiques(prompt, current, drawn, round, ctx)
         if not any(faults.values()) and ctx.critic.temperature == 0:
             break  # the same questions again would get the same answers
         for step in range(max(map(len, faults.values()), default=0)):
             due = {k: named[step] for k, named in faults.items() if step < len(named)}
-            made = await _revisions(prompt, current, due, round, place, ctx)
+            indices = {
+                k: n_drafts
+                + (k * config.rounds + round) * width
+                + (principles.index(principle) if width > 1 else 0)
+                for k, (principle, _) in due.items()
+            }
+            made = await _revisions(prompt, current, due, indices, round, ctx)
             current.update(made)
             revisions += made.values()
     return revisions
 
 
-def _select(
-    prompt: Prompt, k: int, round: int, principles: list[Principle], ctx: Context
-) -> list[Principle]:
-    if ctx.revise.select == "sweep":
-        return principles
-    selection = "weighted" if ctx.constitution.selection == "weighted" else "sample_one"
+def _draw(prompt: Prompt, k: int, round: int, ctx: Context) -> list[Principle]:
+    """The one principle that is drawn for a draft in a round."""
+    weighted = ctx.constitution.selection == "weighted"
     return panel.draw(
-        ctx.constitution.principles, selection, ctx.config.seed, prompt.id, (k,), round, prompt.tags
+        ctx.constitution.principles,
+        "weighted" if weighted else "sample_one",
+        ctx.config.seed,
+        prompt.id,
+        (k,),
+        round,
+        prompt.tags,
     )
 
 
 def _context(config: critique.CritiqueConfig, ctx: Context) -> RequestContext:
     """What a critic's requests need beside the answer."""
+    engine = str(config.engine)
     return RequestContext(
         ctx.run,
-        ctx.engines[config.engine].identity,
+        ctx.engines[engine].identity,
         ctx.templates,
-        ctx.specials(config.engine),
+        ctx.specials(engine),
         ctx.examples,
         ctx.config.seed,
     )
@@ -121,16 +132,14 @@ async def _critiques(
     critic, context, engine = (
         critique.Critic(ctx.critic),
         _context(ctx.critic, ctx),
-        ctx.critic.engine,
+        str(ctx.critic.engine),
     )
     asks, places = [], []
     for k, text in current.items():
         for principle in drawn[k]:
             at = replace(text, index=k)
             request = critic.critique_request(prompt, at, principle, context, round)
-            asks.append(
-                (request, Use(ctx.run, prompt.id, "critique", text.index, -1, round, principle.id))
-            )
+            asks.append((request, CritiqueUse(ctx.run, prompt.id, text.index, principle.id, round)))
             places.append((k, principle))
     faults: dict[int, list[Fault]] = {k: [] for k in current}
     for (k, principle), answer in zip(places, await ctx.ask(asks, engine), strict=True):
@@ -146,38 +155,23 @@ async def _revisions(
     prompt: Prompt,
     current: dict[int, Sample],
     due: dict[int, Fault],
+    indices: dict[int, int],
     round: int,
-    place: Callable[[int, Principle], int],
     ctx: Context,
 ) -> dict[int, Sample]:
-    """The revision of each draft that is due; a draft whose revision cannot be read keeps its
-    text.
+    """The revision of each draft that is due, by `indices` the index of each; a draft whose
+    revision cannot be read keeps its text.
     """
-    reviser, engine = critique.Critic(ctx.reviser), ctx.reviser.engine
+    reviser, engine = critique.Critic(ctx.reviser), str(ctx.reviser.engine)
     context = _context(ctx.reviser, ctx)
     asks, made = [], []
     for k, (principle, named) in due.items():
         at = replace(current[k], index=k)
         request = reviser.revise_request(prompt, at, principle, named, context, round)
-        made.append(
-            Sample(
-                prompt.id, place(k, principle), "", "stop", current[k].index, round, principle.id
-            )
-        )
-        asks.append(
-            (
-                request,
-                Use(
-                    ctx.run,
-                    prompt.id,
-                    "revise",
-                    made[-1].index,
-                    current[k].index,
-                    round,
-                    principle.id,
-                ),
-            )
-        )
+        index, parent = indices[k], current[k].index
+        made.append(Sample(prompt.id, index, "", "stop", parent, round, principle.id))
+        use = RevisionUse(ctx.run, prompt.id, index, parent, principle.id, round)
+        asks.append((request, use))
     revisions = {}
     for k, revision, answer in zip(due, made, await ctx.ask(asks, engine), strict=True):
         if isinstance(answer, Completion):

@@ -7,12 +7,13 @@ the ledger one look-up and one write a list; running it again is how a crashed r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from prefab.factory.errors import BudgetError, EngineError, PrefabError
-from prefab.factory.spec.templates import neutralise
+from prefab.factory.ledger.ledger import LedgerStats
+from prefab.factory.spec.templates import Template, neutralise
 from prefab.factory.types import (
     Completion,
     Constitution,
@@ -22,9 +23,14 @@ from prefab.factory.types import (
     Prompt,
     Request,
     Sampling,
-    Use,
 )
-from prefab.judges.kinds import critique
+from prefab.factory.uses import IdenticalUse, Use
+from prefab.judges.base import Judge
+from prefab.judges.kinds.critique import CritiqueConfig
+from prefab.pipelines.config.loader import ResolvedPipeline
+from prefab.pipelines.config.schema import PipelineConfig, ReviseConfig
+from prefab.pipelines.store.labels import people
+from prefab.pipelines.store.verdicts import Rules
 
 # during a run, shares of a handful of answers say nothing; at its end they count whatever their
 # number
@@ -47,11 +53,16 @@ class Stopped(PrefabError):
 class Asker(Protocol):
     """Where answers come from: the ledger in a run, a look-up alone in a plan."""
 
+    stats: LedgerStats
+
     async def ask_many(self, asks: Sequence[Ask], engine: Engine) -> Sequence[Response]:
         """The answers in the order of the asks; a `TransportError` stands where none came."""
 
     def note(self, use: Use) -> None:
         """Record something that was decided without asking."""
+
+    def add_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Record prompts, before they are asked."""
 
 
 @dataclass(slots=True)
@@ -100,25 +111,42 @@ class Context:
     ledger to ask.
     """
 
-    config: Any
+    config: PipelineConfig
     constitution: Constitution
     run: int
     asker: Asker
-    engines: dict[str, Engine]
-    templates: dict[str, Any]
-    critic: critique.CritiqueConfig | None = None
-    reviser: critique.CritiqueConfig | None = None
-    revise: Any = None
-    judges: list[Any] = field(default_factory=list)
+    engines: Mapping[str, Engine]
+    templates: Mapping[str, Template]
+    critic: CritiqueConfig
+    reviser: CritiqueConfig
+    revise: ReviseConfig | None
+    judges: Sequence[Judge[Any]]
+    people: Mapping[str, Any]  # by judge of kind human, what people said (`human.answers`)
     counts: Counts = field(default_factory=Counts)
     stopping: bool = False
     hurry: bool = False
     last_failure: str = ""
-    people: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # by judge of kind human, what people said (`human.answers`)
-    rules: Any = None  # how the store will read the answers, once somebody wants to know
+    rules: Rules | None = None  # how the store will read the answers, once somebody wants to know
     _examples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, loaded: ResolvedPipeline, run: int, asker: Asker, engines: Mapping[str, Engine]
+    ) -> Context:
+        """The context of run number `run` of a resolved pipeline."""
+        return cls(
+            loaded.config,
+            loaded.constitution,
+            run,
+            asker,
+            engines,
+            loaded.templates,
+            loaded.critic,
+            loaded.reviser,
+            loaded.revise if loaded.revises else None,
+            loaded.judges,
+            people(loaded),
+        )
 
     async def ask(self, asks: Sequence[Ask], engine: str) -> Sequence[Response]:
         """The answers to all asks, in order; failures are in their places as exceptions.
@@ -149,8 +177,10 @@ class Context:
             self.check_answered()
         if counts.answers >= BUDGET_FROM:
             self.check_shares()
-        for name, n in (("calls", self.asked()), ("tokens", self.tokens())):
-            limit = getattr(budget, name, None)
+        for name, n, limit in (
+            ("calls", self.asked(), budget.calls),
+            ("tokens", self.tokens(), budget.tokens),
+        ):
             if limit is not None and n >= limit:
                 raise BudgetError(
                     f"{n:,} {name} were used: the cap budget.{name} of {limit:,} is reached"
@@ -182,12 +212,11 @@ class Context:
 
     def asked(self) -> int:
         """How many calls were really made, not found in the ledger."""
-        return getattr(getattr(self.asker, "stats", None), "asked", 0)
+        return self.asker.stats.asked
 
     def tokens(self) -> int:
         """Tokens of the calls really made."""
-        stats = getattr(self.asker, "stats", None)
-        return stats.prompt_tokens + stats.completion_tokens if stats else 0
+        return self.asker.stats.prompt_tokens + self.asker.stats.completion_tokens
 
     def _reasons(self, name: str) -> str:
         if name != "unscored":
@@ -197,7 +226,7 @@ class Context:
 
     def note(self, use: Use) -> None:
         """Record what is decided without asking."""
-        self.counts.identical += use.role == "identical"
+        self.counts.identical += isinstance(use, IdenticalUse)
         self.asker.note(use)
 
     def unscored(self, role: str, reason: str | None) -> None:
@@ -221,7 +250,7 @@ class Context:
         if found is None:
             by_id = {p.id: p for p in self.constitution.principles}
             found = self._examples[kind, principle.id] = [
-                _example(row, kind, by_id.get(row.get("principle"), principle))
+                _example(row, kind, by_id.get(row.get("principle", ""), principle))
                 for row in rows
                 if row.get("principle") in (None, principle.id)
             ]
@@ -232,11 +261,11 @@ _WHAT = {"unscored": "are unscored", "failed": "failed"}
 _FIELD = {"critique": "critique", "revise": "revise"}
 
 
-def _example(row: dict[str, Any], kind: str, principle: Principle) -> dict[str, Any]:
+def _example(row: Mapping[str, Any], kind: str, principle: Principle) -> dict[str, Any]:
     """A row as the templates name it: with the principle's own question, and the label that a judge
     would give.
     """
-    label = _LABEL.get(row.get("prefer"), "")
+    label = _LABEL.get(row.get("prefer", ""), "")
     name = "compare"
     if "score" in row or "fault" in row:
         label = str(row["score"]) if "score" in row else "Yes" if row["fault"] else "No"

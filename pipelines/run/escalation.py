@@ -12,12 +12,14 @@ from typing import Any
 
 from prefab.factory.keys import rubric_id
 from prefab.factory.ledger.records import RunRecord
-from prefab.factory.types import Preference, Prompt, Use
+from prefab.factory.types import Preference, Prompt
+from prefab.factory.uses import EscalationUse
 from prefab.judges import escalation, panel
+from prefab.judges.base import Judge, Pair, Question
+from prefab.pipelines.config.schema import EscalateConfig
 from prefab.pipelines.run.context import PLACEHOLDER, Context
-from prefab.pipelines.run.judging import Question, Responses, judge_all, n_calls, note_pairs
+from prefab.pipelines.run.judging import Responses, judge_all, n_calls, note_pairs
 from prefab.pipelines.store import derive, verdicts
-from prefab.pipelines.store.verdicts import Pair
 
 GUESS = "guess"  # in a plan: the reason of an escalation that hangs on answers still to come
 Said = tuple[Preference, list[panel.Reading]]
@@ -33,18 +35,18 @@ async def judged(
     note_pairs(prompt, questions, ctx)
     if not questions:
         return [], None
-    settings = ctx.config.panel.escalate
+    settings = ctx.config.panel_settings().escalate
     if settings is None:
         return await judge_all(ctx.judges, questions, ctx), None
     strong = [config for config in ctx.judges if config.name in settings.to]
     cheap = [config for config in ctx.judges if config.name not in settings.to]
     heard = await judge_all(cheap, questions, ctx)
-    reasons = _reasons(prompt, questions, heard, round, strong, ctx)
+    reasons = _reasons(prompt, questions, heard, round, strong, settings, ctx)
     if reasons is None:
         return heard, None
-    for (a, b), why in reasons.items():
-        ctx.note(Use(ctx.run, prompt.id, _role(why), a, b, order=why))
-    doubted = [question for question in questions if _role(reasons[_pair(question)]) == "escalate"]
+    for pair, reason in reasons.items():
+        ctx.note(EscalationUse(ctx.run, prompt.id, *pair, reason))
+    doubted = [question for question in questions if verdicts.escalated(reasons[_pair(question)])]
     _count(reasons, strong, questions, doubted, ctx)
     return heard + await judge_all(strong, doubted, ctx), reasons
 
@@ -54,7 +56,8 @@ def _reasons(
     questions: Sequence[Question],
     heard: Responses,
     round: int,
-    strong: Sequence[Any],
+    strong: Sequence[Judge[Any]],
+    settings: EscalateConfig,
     ctx: Context,
 ) -> dict[Pair, str] | None:
     """Why each comparison is escalated (or empty, or `budget`). None where a cheap judge's answer
@@ -64,13 +67,12 @@ def _reasons(
     """
     if any(PLACEHOLDER in one.text for one in heard):
         return {_pair(question): GUESS for question in questions}
-    settings = ctx.config.panel.escalate
-    settled = {_pair(question): "settle" for question in questions}
-    found = decide(prompt, questions, heard, ctx, dict.fromkeys(settled, ""))
+    settled = {_pair(question): "" for question in questions}
+    found = decide(prompt, questions, heard, ctx, settled)
     if found.keys() != settled.keys():
         return None
     when = escalation.When(settings.when.margin, settings.when.disagreement)
-    tie_margin = ctx.config.panel.tie_margin
+    tie_margin = ctx.config.panel_settings().tie_margin
     doubts = {
         pair: (escalation.doubt(one, readings, when, tie_margin), escalation.certainty(readings))
         for pair, (one, readings) in found.items()
@@ -123,13 +125,9 @@ def _pair(question: Question) -> Pair:
     return question[0].a.index, question[0].b.index
 
 
-def _role(why: str) -> str:
-    return "escalate" if verdicts.escalated(why) else "settle"
-
-
 def _count(
     reasons: Mapping[Pair, str],
-    strong: Sequence[Any],
+    strong: Sequence[Judge[Any]],
     questions: Sequence[Question],
     doubted: Sequence[Question],
     ctx: Context,

@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from prefab.factory.types import Completion, Principle, Prompt, Use, Verdict
+from prefab.factory.types import Completion, Principle, Prompt, Verdict
+from prefab.factory.uses import ComparisonUse
 from prefab.judges.base import Decoded, Judge, Question, RequestContext
 from prefab.pipelines.run.context import Context
 
@@ -61,7 +62,6 @@ def request_context(
     judge: Judge[Any], ctx: Context, repeats: Sequence[int] | None = None
 ) -> RequestContext:
     """What the judge's requests need beside the questions."""
-    panel = ctx.config.panel
     engine = ctx.engines.get(judge.engine)
     return RequestContext(
         ctx.run,
@@ -70,7 +70,7 @@ def request_context(
         ctx.specials(judge.engine) if engine else (),
         ctx.examples,
         ctx.config.seed,
-        panel.orders if panel else "both",
+        ctx.config.panel_settings().orders,
         repeats,
         ctx.people.get(judge.name, {}),
     )
@@ -82,7 +82,7 @@ def verdicts_by_order(
     """What decoded answers say of one comparison under one principle, in both orders."""
     pair = question[0].a.index, question[0].b.index
     lines = judge.lines(principle.id, None)
-    here = [d for d in found if not judge.ordered or (d.use.sample, d.use.other) == pair]
+    here = [d for d in found if not judge.ordered or d.use.pair == pair]
     return judge.verdicts_by_order(here, pair, lines)
 
 
@@ -92,6 +92,5 @@ def note_pairs(prompt: Prompt, questions: Sequence[Question], ctx: Context) -> N
         return
     for comparison, principles in questions:
         for name in [principle.id for principle in principles] or [""]:
-            ctx.note(
-                Use(ctx.run, prompt.id, "pair", comparison.a.index, comparison.b.index, 0, name)
-            )
+            a, b = comparison.a.index, comparison.b.index
+            ctx.note(ComparisonUse(ctx.run, prompt.id, a, b, name))

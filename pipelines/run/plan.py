@@ -12,8 +12,9 @@ import asyncio
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import log
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.keys import request_key
 from prefab.factory.ledger import db
 from prefab.factory.ledger import records as recorded
+from prefab.factory.ledger.ledger import LedgerStats
 from prefab.factory.spec.constitution import parse_constitution
-from prefab.factory.types import Completion, Constitution, Request, Use
+from prefab.factory.types import Completion, Constitution, Principle, Prompt, Request
+from prefab.factory.uses import EscalationUse, IdenticalUse, Use, columns_of
 from prefab.judges.kinds.critique import parse_critique
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
@@ -34,8 +37,7 @@ from prefab.pipelines.config.loader import (
 from prefab.pipelines.config.registries import RECIPES
 from prefab.pipelines.run.context import PLACEHOLDER, Context
 from prefab.pipelines.run.escalation import GUESS
-from prefab.pipelines.store.labels import people
-from prefab.pipelines.store.verdicts import DECISIONS
+from prefab.pipelines.store import verdicts
 
 CHARS_PER_TOKEN = 4.0  # English in the tokenizers in use; only for a rough figure
 FAULT_SHARE = 0.3  # of critiques that name a fault, until some are known
@@ -89,6 +91,7 @@ class DryRunLedger:
 
     def __init__(self, con: sqlite3.Connection | None) -> None:
         self.con = con
+        self.stats = LedgerStats()
         self.rows: dict[tuple[str, str, str], Row] = {}
         self.lengths: dict[str, list[int]] = defaultdict(
             lambda: [0, 0]
@@ -111,14 +114,17 @@ class DryRunLedger:
             for (request, use), key in zip(asks, keys, strict=True)
         ]
 
+    def add_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """A plan records nothing."""
+
     def note(self, use: Use) -> None:
         """Nothing would be asked."""
-        self.identical += use.role == "identical"
-        if use.order == GUESS:
+        self.identical += isinstance(use, IdenticalUse)
+        if isinstance(use, EscalationUse) and use.reason == GUESS:
             self.guessed.add(use.prompt)
-        elif use.role in DECISIONS:
+        elif isinstance(use, EscalationUse):
             self.decided += 1
-            self.escalated += use.role == "escalate"
+            self.escalated += verdicts.escalated(use.reason)
 
     def _count(self, request: Request, use: Use, answer: Completion | None) -> Completion:
         place = (use.role, use.principle, use.judge)
@@ -160,10 +166,7 @@ def _placeholder(request: Request, use: Use) -> Completion:
         return Completion(PLACEHOLDER, "length", dict.fromkeys(request.labels, even))
     if use.role == "critique":
         return Completion("None.", "stop")
-    return Completion(
-        f"{PLACEHOLDER}{use.prompt}/{use.sample}/{use.judge}{use.order}{use.principle}{use.repeat}",
-        "stop",
-    )
+    return Completion(f"{PLACEHOLDER}{use.prompt}/{columns_of(use)}", "stop")
 
 
 def plan(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> Plan:
@@ -189,24 +192,13 @@ def plan(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> Plan:
 async def _plan(loaded: ResolvedPipeline, con: sqlite3.Connection | None) -> Plan:
     engines = {**make_programs(loaded), **make_engines(loaded)}
     dry_run = DryRunLedger(con)
-    escalate = loaded.config.panel.escalate if loaded.config.panel else None
+    escalate = loaded.config.panel_settings().escalate
     dry_run.strong = escalate.to if escalate else ()
     free = loaded.config.budget.model_copy(
         update={"unscored": None, "failed": None, "calls": None, "tokens": None}
     )
-    ctx = Context(
-        loaded.config.model_copy(update={"budget": free}),
-        loaded.constitution,
-        0,
-        dry_run,
-        engines,
-        loaded.templates,
-        loaded.critic,
-        loaded.reviser,
-        loaded.revise if loaded.revises else None,
-        loaded.judges,
-        people=people(loaded),
-    )
+    unlimited = replace(loaded, config=loaded.config.model_copy(update={"budget": free}))
+    ctx = Context.of(unlimited, 0, dry_run, engines)
     pipeline = RECIPES[loaded.config.recipe]
     prompts = 0
     for prompt in loaded.prompts:
@@ -214,7 +206,7 @@ async def _plan(loaded: ResolvedPipeline, con: sqlite3.Connection | None) -> Pla
         prompts += 1
     if loaded.revises:
         _estimate_revisions(dry_run)
-    if dry_run.guesses:
+    if escalate:
         _estimate_escalations(dry_run, escalate.max_share)
     _shorten(dry_run)
     texts = {**loaded.texts, **models(engines)}
@@ -225,21 +217,18 @@ async def _plan(loaded: ResolvedPipeline, con: sqlite3.Connection | None) -> Pla
     )
     for row in rows:
         row.why = _why(row, changes, before, rows) if row.ask else []
-    ask = sum(row.ask for row in rows)
+    counted = ("reused", "ask", "estimated", "prompt_tokens", "completion_tokens")
+    totals: dict[str, int] = {name: sum(map(attrgetter(name), rows)) for name in counted}
     rate = _rate(con)
     return Plan(
         rows,
         prompts,
-        sum(row.reused for row in rows),
-        ask,
-        sum(row.estimated for row in rows),
-        sum(row.prompt_tokens for row in rows),
-        sum(row.completion_tokens for row in rows),
-        ask / rate if rate else None,
-        f"{before.name}@{before.version}" if before else "",
-        resumes,
-        [text for _, _, text in changes],
-        {name: engine.identity for name, engine in engines.items()},
+        **totals,
+        seconds=totals["ask"] / rate if rate else None,
+        before=f"{before.name}@{before.version}" if before else "",
+        resumes=resumes,
+        changes=[text for _, _, text in changes],
+        models={name: engine.identity for name, engine in engines.items()},
     )
 
 
@@ -321,7 +310,7 @@ def _changes(
     except ConfigError:
         old = None
     if old is not None:
-        found += _principle_changes(old, loaded.constitution)
+        found += _constitution_changes(old, loaded.constitution)
     roles = {"critique": "critique", "revise": "revise"}
     for name, text in texts.items():
         if name.startswith("model ") and before.texts.get(name, text) != text:
@@ -348,35 +337,40 @@ _FIELD_ROLES = {
 _TOUCHES = {"judge": ("judge", "reason", "score", "rank"), "compare": ("judge", "reason", "rank")}
 
 
-def _principle_changes(old: Constitution, new: Constitution) -> list[Change]:
+def _constitution_changes(old: Constitution, new: Constitution) -> list[Change]:
+    was, now = _by_every_id(old), _by_every_id(new)
     found: list[Change] = []
-    was = {p.id: p for p in old.principles}
-    was |= {former: p for p in old.principles for former in p.formerly}
     for principle in new.principles:
-        former = was.get(principle.id) or next(
-            (was[f] for f in principle.formerly if f in was), None
-        )
-        if former is None:
-            found.append(("", principle.id, f"principle {principle.id} is new"))
-            continue
-        for name, role in _FIELD_ROLES.items():
-            if getattr(former, name) != getattr(principle, name):
-                found.append((role, principle.id, f"{name} of principle {principle.id} changed"))
-        if former.enabled != principle.enabled and principle.enabled:
-            found.append(("", principle.id, f"principle {principle.id} was enabled"))
-    now = {p.id for p in new.principles if p.enabled} | {
-        f for p in new.principles for f in p.formerly
-    }
-    for principle in old.principles:
-        if principle.id not in now and principle.enabled:
-            found.append(
-                ("judge", "", f"principle {principle.id} is gone; its draws fall to others")
-            )
+        former = next((was[n] for n in (principle.id, *principle.formerly) if n in was), None)
+        found += _principle_changes(former, principle)
+    found += [
+        ("judge", "", f"principle {p.id} is gone; its draws fall to others")
+        for p in old.principles
+        if p.enabled and not (p.id in now and (now[p.id].enabled or now[p.id].id != p.id))
+    ]
     if old.selection != new.selection:
         found.append(("judge", "", f"selection changed from {old.selection} to {new.selection}"))
     if old.examples != new.examples:
         found.append(("", "", "the constitution's few-shot examples changed"))
     return found
+
+
+def _by_every_id(constitution: Constitution) -> dict[str, Principle]:
+    """The principles by their ids and their former ids."""
+    found = {p.id: p for p in constitution.principles}
+    return found | {former: p for p in constitution.principles for former in p.formerly}
+
+
+def _principle_changes(old: Principle | None, new: Principle) -> list[Change]:
+    if old is None:
+        return [("", new.id, f"principle {new.id} is new")]
+    found = [
+        (role, new.id, f"{name} of principle {new.id} changed")
+        for name, role in _FIELD_ROLES.items()
+        if getattr(old, name) != getattr(new, name)
+    ]
+    enabled = new.enabled and not old.enabled
+    return [*found, ("", new.id, f"principle {new.id} was enabled")] if enabled else found
 
 
 _SECTION_ROLES = {

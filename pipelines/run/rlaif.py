@@ -8,20 +8,22 @@ samples gives both demonstrations and preferences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
-from prefab.factory.types import Comparison, Prompt, Sample, Use
+from prefab.factory.types import Comparison, Prompt, Sample
+from prefab.factory.uses import IdenticalUse
 from prefab.judges import panel
+from prefab.judges.base import Question
 from prefab.pipelines.run import cai
 from prefab.pipelines.run.context import Context
 from prefab.pipelines.run.escalation import decide, judged
-from prefab.pipelines.run.judging import Question
 
 
 async def pipeline(prompt: Prompt, ctx: Context) -> None:
     """Sample, revise where asked for, and compare the drafts."""
     drafts = await cai.sample(prompt, ctx)
     if ctx.revise is not None:
-        await cai.revise(prompt, drafts, ctx)
+        await cai.revise(prompt, drafts, ctx.revise, ctx)
     await compare(prompt, drafts, ctx)
 
 
@@ -33,7 +35,7 @@ async def compare(prompt: Prompt, samples: Sequence[Sample], ctx: Context) -> No
     """
     if ctx.config.pairs == "tournament":
         return await _tournament(prompt, samples, ctx)
-    shape = "adjacent" if ctx.config.pairs == "adjacent" else "all"
+    shape: Literal["adjacent", "all"] = "adjacent" if ctx.config.pairs == "adjacent" else "all"
     pairs = [(samples[i], samples[j]) for i, j in panel.pairs(len(samples), shape)]
     await judged(prompt, ask_about(prompt, pairs, ctx), ctx)
 
@@ -62,11 +64,11 @@ def ask_about(
     """The comparisons to make, each with the principles drawn for it. Equal texts are a tie by
     definition and are never asked.
     """
-    selection = ctx.config.panel.selection or ctx.constitution.selection
+    selection = ctx.config.panel_settings().selection or ctx.constitution.selection
     questions: list[Question] = []
     for a, b in pairs:
         if a.text == b.text:
-            ctx.note(Use(ctx.run, prompt.id, "identical", a.index, b.index))
+            ctx.note(IdenticalUse(ctx.run, prompt.id, a.index, b.index))
             continue
         drawn = panel.draw(
             ctx.constitution.principles,

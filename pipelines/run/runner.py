@@ -11,11 +11,12 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefab.factory.console import Progress, warn
 from prefab.factory.engines.lifecycle import started_engines
@@ -32,8 +33,9 @@ from prefab.pipelines.config.loader import (
     resolve_pipeline,
 )
 from prefab.pipelines.config.registries import RECIPES
-from prefab.pipelines.run.context import Context, Stopped
-from prefab.pipelines.store.labels import people
+from prefab.pipelines.run.context import Asker, Context, Stopped
+
+T = TypeVar("T")
 
 MAX_AT_WORK = 2048  # prompts in work at once: bounds memory where a prompt asks one call
 READ_AHEAD = 256  # prompts recorded in one transaction
@@ -132,7 +134,10 @@ def run(
         StoreError: The store is damaged.
     """
     loaded = resolve_pipeline(source, sets)
-    work = lambda: _loop(run_async(loaded, quiet, engines))  # noqa: E731
+
+    def work() -> RunResult:
+        return _loop(run_async(loaded, quiet, engines))
+
     return _in_thread(work) if _in_a_loop() else work()
 
 
@@ -145,16 +150,18 @@ def _in_a_loop() -> bool:
     return True
 
 
-def _loop(coroutine: Any) -> Any:
-    try:
+def _loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine gives, in a loop of uvloop where that is installed."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with suppress(ImportError):
         from uvloop import Loop
-    except ImportError:
-        Loop = None
-    with asyncio.Runner(loop_factory=Loop) as runner:
+
+        factory = Loop
+    with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(coroutine)
 
 
-def _in_thread(work: Callable[[], Any]) -> Any:
+def _in_thread(work: Callable[[], T]) -> T:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
@@ -174,19 +181,7 @@ async def run_async(
             record = ledger.begin_run(
                 config.name, loaded.resolved, {**loaded.texts, **models(made)}
             )
-            ctx = Context(
-                config,
-                loaded.constitution,
-                record.id,
-                ledger,
-                made,
-                loaded.templates,
-                loaded.critic,
-                loaded.reviser,
-                loaded.revise if loaded.revises else None,
-                loaded.judges,
-                people=people(loaded),
-            )
+            ctx = Context.of(loaded, record.id, ledger, made)
             began = time.monotonic()
             state, reason = await _work(loaded, ctx, total, quiet)
             starting = max((engine.starting_s for engine in made.values()), default=0.0)
@@ -216,7 +211,7 @@ def count_prompts(loaded: ResolvedPipeline, quiet: bool = True) -> int | None:
     return total
 
 
-def at_work(loaded: ResolvedPipeline, engines: dict[str, Engine]) -> int:
+def at_work(loaded: ResolvedPipeline, engines: Mapping[str, Engine]) -> int:
     """How many prompts keep the engines full: a prompt has its samples' questions in flight at the
     leanest moment, and as many prompts again cover those between two steps.
     """
@@ -253,7 +248,8 @@ async def _work(
         except asyncio.CancelledError:
             if not ctx.hurry:
                 raise
-            asyncio.current_task().uncancel()
+            if task := asyncio.current_task():
+                task.uncancel()
             return "stopped", "stopped by Ctrl-C"
         finally:
             ticker.cancel()
@@ -272,7 +268,7 @@ async def _work(
     raise first[0]
 
 
-def recorded(prompts: Iterable[Prompt], ledger: Any) -> Iterator[Prompt]:
+def recorded(prompts: Iterable[Prompt], ledger: Asker) -> Iterator[Prompt]:
     """Prompts, a batch at a time on disk before any of the batch is asked."""
     rest = iter(prompts)
     while batch := list(islice(rest, READ_AHEAD)):
@@ -303,7 +299,8 @@ class interruptible:
     def _told(self) -> None:
         if self.ctx.stopping or loading(self.ctx):
             self.ctx.hurry = self.ctx.stopping = True
-            self.task.cancel()
+            if self.task:
+                self.task.cancel()
             return
         self.ctx.stopping = True
         if not self.quiet:
@@ -343,8 +340,7 @@ def fill_store(folder: Path, quiet: bool = True) -> int:
     """Bring the DuckDB file up to date; how far it is behind when another program holds it."""
     from prefab.pipelines.store.fill import fill
 
-    filled = fill(folder)
-    behind = int(getattr(filled, "behind", 0) or 0)
+    behind = fill(folder).behind
     if behind and not quiet:
         warn(
             f"another program has {folder / 'prefab.duckdb'} open: the store is behind by {behind:,} rows, the ledger "

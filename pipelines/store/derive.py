@@ -16,11 +16,12 @@ from typing import Any
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import RunRecord
 from prefab.factory.types import Completion, Constitution, Preference
+from prefab.factory.uses import CritiqueUse, DraftUse, IdenticalUse, RankUse, RevisionUse, ScoreUse
 from prefab.judges import panel, registry
-from prefab.judges.base import Decoded, Ranking, Score
+from prefab.judges.base import Decoded, Pair, Ranking, RubricLines, Score
 from prefab.judges.kinds import critique
 from prefab.pipelines.store import verdicts
-from prefab.pipelines.store.verdicts import NOT_ASKED, Found, Heard, Pair, Place, Rules, UseRow
+from prefab.pipelines.store.verdicts import NOT_ASKED, Found, Heard, Place, RecordedUse, Rules
 
 VERSIONS = {
     **{f"parse.{kind}": registry.JUDGES[kind].PARSER_VERSION for kind in registry.JUDGES},
@@ -30,17 +31,20 @@ VERSIONS = {
 FITS = ("bradley_terry", "davidson")
 
 
+Row = tuple[Any, ...]  # the values of one of the store's tables, in the order of its columns
+
+
 @dataclass(slots=True)
 class Derived:
     """Rows by table, in the order of the tables' columns."""
 
-    samples: list[tuple] = field(default_factory=list)
-    critiques: list[tuple] = field(default_factory=list)
-    scores: list[tuple] = field(default_factory=list)
-    rankings: list[tuple] = field(default_factory=list)
-    verdicts: list[tuple] = field(default_factory=list)
-    preferences: list[tuple] = field(default_factory=list)
-    strengths: list[tuple] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+    critiques: list[Row] = field(default_factory=list)
+    scores: list[Row] = field(default_factory=list)
+    rankings: list[Row] = field(default_factory=list)
+    verdicts: list[Row] = field(default_factory=list)
+    preferences: list[Row] = field(default_factory=list)
+    strengths: list[Row] = field(default_factory=list)
     open: bool = False
 
 
@@ -80,34 +84,34 @@ def rules(record: RunRecord, constitution: Constitution | None) -> Rules:
 
 def derive(
     prompt: str,
-    uses: Sequence[UseRow],
+    uses: Sequence[RecordedUse],
     answers: Mapping[bytes, Completion],
     rules: Rules,
-    rubrics: Mapping[str, Any] = {},
+    rubrics: Mapping[str, RubricLines] = {},
 ) -> Derived:
     """All rows of one prompt in one run. `rubrics` by the names under which its scores were
     asked.
     """
     derived, decoded = Derived(), []
-    for use in sorted(verdicts.latest(uses), key=lambda use: use.rowid):
-        answer = answers.get(use.key)
+    for recorded in verdicts.latest(uses):
+        use, call, answer = recorded.use, recorded.key.hex(), answers.get(recorded.key)
         judge = rules.judges.get(use.judge)
         value = judge.decode(use, answer) if judge and answer else None
-        decoded.append(Decoded(use, value, use.key.hex()))
-        if use.role == "identical":
-            equal = panel.identical(prompt, use.sample, use.other)
+        decoded.append(Decoded(use, value, call))
+        if isinstance(use, IdenticalUse):
+            equal = panel.identical(prompt, *use.pair)
             derived.preferences.append(_preference(equal, (), rules, identical=True))
-        if use.role in NOT_ASKED:
+        if isinstance(use, NOT_ASKED):
             continue
         derived.open |= answer is None or answer.finish == "context"
         if answer is None:
             continue
-        if use.role == "critique":
-            derived.critiques.append(_critique(prompt, use, answer, rules))
-        elif use.role in ("sample", "revise"):
-            derived.samples.append(_sample(prompt, use, answer, rules))
-        elif isinstance(value, Ranking):
-            derived.rankings.append(_ranking(prompt, use, value, rules))
+        if isinstance(use, CritiqueUse):
+            derived.critiques.append(_critique(use, call, answer, rules))
+        elif isinstance(use, DraftUse | RevisionUse):
+            derived.samples.append(_sample(use, call, answer, rules))
+        elif isinstance(use, RankUse) and isinstance(value, Ranking):
+            derived.rankings.append(_ranking(use, call, value, rules))
     heard = verdicts.gather(decoded)
     _scores(prompt, heard, rules, rubrics, derived)
     for pair in heard.principles:
@@ -117,22 +121,21 @@ def derive(
     return derived
 
 
-def _sample(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tuple:
-    if use.role == "revise":
+def _sample(use: DraftUse | RevisionUse, call: str, answer: Completion, rules: Rules) -> Row:
+    if isinstance(use, RevisionUse):
         revision = critique.parse_revision(answer)
-        text, reason, parent = revision.text, revision.reason, use.other
+        text, reason, parent, round = revision.text, revision.reason, use.parent, use.round
     else:
         reason = answer.finish if answer.finish in ("context", "refused") else None
-        text, parent = None if reason else answer.text, -1
-    call = use.key.hex()
-    name = digest("sample", prompt, str(use.sample), str(parent), call)
+        text, parent, round = None if reason else answer.text, -1, 0
+    name = digest("sample", use.prompt, str(use.sample), str(parent), call)
     return (
         name,
         rules.run,
-        prompt,
+        use.prompt,
         use.sample,
         parent,
-        use.round,
+        round,
         use.principle,
         text,
         answer.finish,
@@ -141,12 +144,11 @@ def _sample(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tuple
     )
 
 
-def _critique(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tuple:
-    read = critique.parse_critique(answer, prompt, use.sample, use.principle)
-    call = use.key.hex()
+def _critique(use: CritiqueUse, call: str, answer: Completion, rules: Rules) -> Row:
+    read = critique.parse_critique(answer, use.prompt, use.sample, use.principle)
     name = digest(
         "critique",
-        prompt,
+        use.prompt,
         str(use.sample),
         use.principle,
         str(use.round),
@@ -156,7 +158,7 @@ def _critique(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tup
     return (
         name,
         rules.run,
-        prompt,
+        use.prompt,
         use.sample,
         use.principle,
         use.round,
@@ -167,29 +169,27 @@ def _critique(prompt: str, use: UseRow, answer: Completion, rules: Rules) -> tup
     )
 
 
-def _ranking(prompt: str, use: UseRow, read: Ranking, rules: Rules) -> tuple:
-    shown = tuple(map(int, use.order.split(",")))
-    call = use.key.hex()
+def _ranking(use: RankUse, call: str, read: Ranking, rules: Rules) -> Row:
     name = digest(
         "ranking",
-        prompt,
+        use.prompt,
         use.principle,
         use.judge,
         str(use.repeat),
-        str(use.round),
-        use.order,
+        str(use.permutation),
+        ",".join(map(str, use.shown)),
         call,
         str(rules.judges[use.judge].PARSER_VERSION),
     )
     return (
         name,
         rules.run,
-        prompt,
+        use.prompt,
         use.principle,
         use.judge,
         use.repeat,
-        use.round,
-        shown,
+        use.permutation,
+        use.shown,
         read.order,
         read.reason,
         call,
@@ -197,15 +197,16 @@ def _ranking(prompt: str, use: UseRow, read: Ranking, rules: Rules) -> tuple:
 
 
 def _scores(
-    prompt: str, heard: Heard, rules: Rules, rubrics: Mapping[str, Any], derived: Derived
+    prompt: str, heard: Heard, rules: Rules, rubrics: Mapping[str, RubricLines], derived: Derived
 ) -> None:
     """What each answer got from the judges that read one at a time."""
     for (judge, principle, repeat), some in heard.answers.items():
         own = rubrics.get(heard.rubric_of.get(judge, "")) if not principle else None
         for one in some:
-            read, sample, line = one.value, one.use.sample, one.use.round
-            if not isinstance(read, Score):
+            read, use = one.value, one.use
+            if not (isinstance(read, Score) and isinstance(use, ScoreUse)):
                 continue
+            sample, line = use.sample, use.line
             name = digest(
                 "score",
                 prompt,
@@ -244,7 +245,7 @@ def _compare(
     pair: Pair,
     heard: Heard,
     rules: Rules,
-    rubrics: Mapping[str, Any],
+    rubrics: Mapping[str, RubricLines],
     derived: Derived,
 ) -> None:
     """The verdicts of one comparison, and its preference if none that counts is still awaited."""
@@ -265,7 +266,7 @@ def _compare(
     derived.preferences.append(_preference(decided[0], counted, rules, escalation=escalation))
 
 
-def _verdict(name: str, prompt: str, pair: Pair, place: Place, found: Found, rules: Rules) -> tuple:
+def _verdict(name: str, prompt: str, pair: Pair, place: Place, found: Found, rules: Rules) -> Row:
     verdict = found.verdict
     principle, judge, repeat, order = place
     return (
@@ -287,7 +288,7 @@ def _verdict(name: str, prompt: str, pair: Pair, place: Place, found: Found, rul
     )
 
 
-def _strengths(prompt: str, preferences: Sequence[tuple], rules: Rules) -> list[tuple]:
+def _strengths(prompt: str, preferences: Sequence[Row], rules: Rules) -> list[Row]:
     """How strong each answer is, by a fit of all the prompt's scored comparisons: each counts as
     p_a of a win and the rest of a loss; for Davidson a tie is a tie. Why there is no fit stands in
     its place.
@@ -325,7 +326,7 @@ def _preference(
     rules: Rules,
     identical: bool = False,
     escalation: str | None = None,
-) -> tuple:
+) -> Row:
     rule = rules.rule
     name = digest(
         "preference",

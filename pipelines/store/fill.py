@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,10 @@ from prefab.factory.spec.constitution import (
 )
 from prefab.factory.store import store
 from prefab.factory.types import Constitution
+from prefab.factory.uses import ScoreUse, UseColumns, use_of
 from prefab.pipelines.store import derive, imports
+from prefab.pipelines.store.derive import Row
+from prefab.pipelines.store.verdicts import RecordedUse, Rules
 
 if TYPE_CHECKING:
     import duckdb
@@ -220,7 +223,7 @@ def _file_state(folder: Path) -> list[int]:
 
 
 def _last(ledger: sqlite3.Connection, table: str) -> int:
-    return ledger.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()[0]
+    return int(ledger.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()[0])
 
 
 def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> None:
@@ -380,7 +383,7 @@ def _copy_calls(
     while page := ledger.execute(sql, (store.watermark(con, "calls"), PAGE)).fetchall():
         models = names({row[2] for row in page})
         rows = [(key.hex(), models[model], *rest) for _, key, model, *rest in page]
-        best: dict[str, tuple] = {}
+        best: dict[str, Row] = {}
         for row in rows:
             before = best.get(row[0])
             if (
@@ -461,7 +464,7 @@ def _copy_evals(
         report.add("evals", 1)
 
 
-def _marks(audit: dict[str, Any], marks: dict[str, str]) -> Iterator[tuple]:
+def _marks(audit: dict[str, Any], marks: dict[str, str]) -> Iterator[Row]:
     """An audit's marks as rows; each rule's are lines of a preference's id and a detail."""
     for rule, lines in marks.items():
         of_prompt = audit["rules"][rule]["of_prompt"]
@@ -470,7 +473,7 @@ def _marks(audit: dict[str, Any], marks: dict[str, str]) -> Iterator[tuple]:
             yield audit["run"], preference, rule, detail, of_prompt
 
 
-def _label(row: tuple) -> tuple:
+def _label(row: Row) -> Row:
     value = orjson.loads(row[1])
     return (
         row[0],
@@ -524,7 +527,7 @@ def _derive_work(
     con: duckdb.DuckDBPyConnection,
     ledger: sqlite3.Connection,
     names: Names,
-    rules: dict[int, derive.Rules],
+    rules: Mapping[int, Rules],
     report: FillReport,
 ) -> None:
     """Derive what `work` holds, a batch a transaction: old rows out, new rows in, the work done or
@@ -535,26 +538,9 @@ def _derive_work(
         "SELECT run, prompt, fresh FROM work WHERE state = 'todo' ORDER BY run, prompt LIMIT ?",
         [size],
     ).fetchall():
-        uses = _uses(ledger, names, [pair[:2] for pair in pairs])
-        keys = {use.key for some in uses.values() for use in some if use.key}
-        answers = db.lookup(ledger, list(keys))
-        named = {
-            use.order for some in uses.values() for use in some if use.role == "score" and use.order
-        }
-        rubrics = recorded.rubrics(ledger, sorted(named))
         prompts = names({prompt for _, prompt, _ in pairs})
-        rows: dict[str, list[tuple]] = {table: [] for table in store.DERIVED}
-        waiting = []
-        for run, prompt, _ in pairs:
-            if run not in rules:
-                continue
-            derived = derive.derive(
-                prompts[prompt], uses.get((run, prompt), ()), answers, rules[run], rubrics
-            )
-            for table in store.DERIVED:
-                rows[table] += getattr(derived, table)
-            if derived.open:
-                waiting.append((run, prompt, "open", False))
+        uses = _uses(ledger, names, [pair[:2] for pair in pairs])
+        rows, waiting = _derive_batch(ledger, prompts, uses, rules)
         stale = [(run, prompts[prompt]) for run, prompt, fresh in pairs if not fresh]
         _replace(con, [pair[:2] for pair in pairs], stale, rows, waiting)
         for table in store.DERIVED:
@@ -563,12 +549,36 @@ def _derive_work(
         size = max(1, min(USES_PAGE // per_pair, PAGE, size * 8))
 
 
+def _derive_batch(
+    ledger: sqlite3.Connection,
+    prompts: Mapping[int, str],
+    uses: Mapping[tuple[int, int], Sequence[RecordedUse]],
+    rules: Mapping[int, Rules],
+) -> tuple[dict[str, list[Row]], list[Row]]:
+    """The rows of some prompts of some runs, by table, and what goes back to `work` as open."""
+    recorded_uses = [recorded for some in uses.values() for recorded in some]
+    answers = db.lookup(ledger, list({one.key for one in recorded_uses if one.key}))
+    named = {one.use.rubric for one in recorded_uses if isinstance(one.use, ScoreUse)} - {""}
+    rubrics = recorded.rubrics(ledger, sorted(named))
+    rows: dict[str, list[Row]] = {table: [] for table in store.DERIVED}
+    waiting: list[Row] = []
+    for (run, prompt), some in sorted(uses.items()):
+        if run not in rules:
+            continue
+        derived = derive.derive(prompts[prompt], some, answers, rules[run], rubrics)
+        for table in store.DERIVED:
+            rows[table] += getattr(derived, table)
+        if derived.open:
+            waiting.append((run, prompt, "open", False))
+    return rows, waiting
+
+
 def _replace(
     con: duckdb.DuckDBPyConnection,
-    pairs: Sequence[tuple],
-    stale: Sequence[tuple],
-    rows: dict[str, list[tuple]],
-    waiting: Sequence[tuple],
+    pairs: Sequence[Row],
+    stale: Sequence[Row],
+    rows: Mapping[str, Sequence[Row]],
+    waiting: Sequence[Row],
 ) -> None:
     with store.transaction(con):
         for table in store.DERIVED if stale else ():
@@ -595,38 +605,15 @@ def _delete(
 
 def _uses(
     ledger: sqlite3.Connection, names: Names, pairs: Sequence[tuple[int, int]]
-) -> dict[tuple, list[derive.UseRow]]:
+) -> dict[tuple[int, int], list[RecordedUse]]:
     """All uses of these prompts in these runs, whatever has arrived by now."""
-    found: dict[tuple, list[derive.UseRow]] = {}
+    found: dict[tuple[int, int], list[RecordedUse]] = {}
     for run in {run for run, _ in pairs}:
         sql = f"SELECT id, {db.USE_COLUMNS} FROM uses WHERE run = {int(run)} AND prompt IN"
         for rows in db.select_in(ledger, sql, [prompt for other, prompt in pairs if other == run]):
-            spelt = names({name for row in rows for name in (row[3], row[7], row[8], row[9])})
-            for (
-                i,
-                _,
-                prompt,
-                role,
-                sample,
-                other,
-                round,
-                principle,
-                judge,
-                order,
-                repeat,
-                key,
-            ) in rows:
-                use = derive.UseRow(
-                    i,
-                    spelt[role],
-                    sample,
-                    other,
-                    round,
-                    spelt[principle],
-                    spelt[judge],
-                    spelt[order],
-                    repeat,
-                    key,
-                )
-                found.setdefault((run, prompt), []).append(use)
+            spelt = names({name for row in rows for name in (row[2], row[3], *row[7:10])})
+            for rowid, _, prompt, role, sample, other, round, *named, repeat, key in rows:
+                at = (spelt[role], sample, other, round, *(spelt[name] for name in named), repeat)
+                use = use_of(run, spelt[prompt], UseColumns(*at))
+                found.setdefault((run, prompt), []).append(RecordedUse(rowid, use, key))
     return found

@@ -9,11 +9,21 @@ order: its order is `-`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from prefab.factory.keys import digest
 from prefab.factory.types import Preference, Verdict
+from prefab.factory.uses import (
+    NO_ESCALATION,
+    ComparisonUse,
+    EscalationUse,
+    IdenticalUse,
+    PairUse,
+    RankUse,
+    ScoreUse,
+    Use,
+)
 from prefab.judges import panel
 from prefab.judges.base import NO_ORDER, Decoded, Judge, Pair, RubricLines
 
@@ -21,25 +31,15 @@ Place = tuple[
     str, str, int, str
 ]  # principle, judge, repeat, order: where in a comparison's readings
 Asked = tuple[str, str, int]  # judge, principle, repeat
-DECISIONS = ("escalate", "settle")
-NOT_ASKED = ("identical", "pair", *DECISIONS)  # roles of uses that stand on no call
+NOT_ASKED = (IdenticalUse, ComparisonUse, EscalationUse)  # uses that stand on no call
 
 
 @dataclass(slots=True)
-class UseRow:
-    """A use as the ledger keeps it, its names spelt out; `rowid` tells a later one from an
-    earlier.
-    """
+class RecordedUse:
+    """A use as the ledger keeps it: a later one has a greater `rowid`; `key` is its call's."""
 
     rowid: int
-    role: str
-    sample: int
-    other: int
-    round: int
-    principle: str
-    judge: str
-    order: str
-    repeat: int
+    use: Use
     key: bytes
 
 
@@ -55,7 +55,7 @@ class Rules:
     readers: dict[
         str, str
     ]  # by judge: what of its configuration decides a verdict, for the verdict's id
-    orders: str
+    orders: Literal["both", "random", "first"]
     seed: int
     rule: panel.Rule
     weights: dict[str, float]
@@ -89,58 +89,54 @@ class Found:
     calls: tuple[str, ...]
 
 
-def latest(uses: Iterable[UseRow]) -> list[UseRow]:
-    """One use a place: where code changed under a run, what it asked last."""
-    last: dict[tuple, UseRow] = {}
-    for use in uses:
-        place: tuple = (
-            use.role,
-            use.sample,
-            use.other,
-            use.round,
-            use.principle,
-            use.judge,
-            "" if use.role == "rank" else use.order,
-            use.repeat,
-        )
-        if use.role in DECISIONS:
-            place = ("decision", use.sample, use.other)
-        if place not in last or last[place].rowid < use.rowid:
-            last[place] = use
-    return list(last.values())
+def latest(uses: Iterable[RecordedUse]) -> list[RecordedUse]:
+    """One use a place, by its row: where code changed under a run, what it asked last."""
+    last: dict[Use, RecordedUse] = {}
+    for recorded in sorted(uses, key=lambda recorded: recorded.rowid):
+        last[_place_of(recorded.use)] = recorded
+    return sorted(last.values(), key=lambda recorded: recorded.rowid)
+
+
+def _place_of(use: Use) -> Use:
+    """The use without what an answer to the same question may differ in: the order in which answers
+    were shown to be ranked, and the reason of a decision.
+    """
+    if isinstance(use, RankUse):
+        return replace(use, shown=())
+    return replace(use, reason="") if isinstance(use, EscalationUse) else use
 
 
 def gather(decoded: Iterable[Decoded]) -> Heard:
     """The answers that make verdicts, by what they are for. The order is that in which they were
     asked: of several rubrics, the one that was asked about last counts.
     """
-    heard, shown = Heard(), {}
+    heard, by_rubric = Heard(), dict[str, list[tuple[ScoreUse, Decoded]]]()
     for one in decoded:
-        use = one.use
-        pair, asked = (use.sample, use.other), (use.judge, use.principle, use.repeat)
-        if use.role == "pair":
-            heard.principles.setdefault(pair, set()).add(use.principle)
-        elif use.role in DECISIONS:
-            heard.decisions[pair] = use.order
-        elif use.role == "score" and use.order:
-            shown.setdefault(use.judge, []).append(one)
-        elif use.role in ("score", "rank"):
-            heard.answers.setdefault(asked, []).append(one)
-        elif use.judge:
-            heard.principles.setdefault(pair, set()).add(use.principle)
-            place = (use.principle, use.judge, use.repeat, use.order)
-            heard.pairs.setdefault(pair, {}).setdefault(place, []).append(one)
-    for judge, some in shown.items():
-        heard.rubric_of[judge] = some[-1].use.order
-        for one in some:
-            if one.use.order == heard.rubric_of[judge]:
-                heard.answers.setdefault((judge, "", one.use.repeat), []).append(one)
+        match one.use:
+            case ComparisonUse(pair=pair, principle=principle):
+                heard.principles.setdefault(pair, set()).add(principle)
+            case EscalationUse(pair=pair, reason=reason):
+                heard.decisions[pair] = reason
+            case ScoreUse() as use if use.rubric:
+                by_rubric.setdefault(use.judge, []).append((use, one))
+            case ScoreUse() | RankUse() as use:
+                asked = (use.judge, use.principle, use.repeat)
+                heard.answers.setdefault(asked, []).append(one)
+            case PairUse(pair=pair) as use:
+                heard.principles.setdefault(pair, set()).add(use.principle)
+                place = (use.principle, use.judge, use.repeat, use.order)
+                heard.pairs.setdefault(pair, {}).setdefault(place, []).append(one)
+    for judge, some in by_rubric.items():
+        heard.rubric_of[judge] = some[-1][0].rubric
+        for use, one in some:
+            if use.rubric == heard.rubric_of[judge]:
+                heard.answers.setdefault((judge, "", use.repeat), []).append(one)
     return heard
 
 
-def escalated(why: str) -> bool:
+def escalated(reason: str) -> bool:
     """Whether a comparison with this reason is put to the stronger judges."""
-    return why not in ("", "budget")
+    return reason not in NO_ESCALATION
 
 
 def counted(pair: Pair, heard: Heard, rules: Rules) -> list[str] | None:

@@ -164,7 +164,7 @@ def scorer(loaded: ResolvedPipeline, session: AskingSession) -> Score:
     panel's `min_scored` of their weight is scored.
     """
     judge, ctx = session.judge, session.ctx
-    principles, rule = loaded.constitution.principles, ctx.config.panel
+    principles, rule = loaded.constitution.principles, ctx.config.panel_settings()
     selection = rule.selection or loaded.constitution.selection
     tagged = any(p.applies_when for p in principles)  # only the pipeline's own prompts have tags
     tags = {keys.prompt_id(p.messages): p.tags for p in loaded.prompts} if tagged else {}

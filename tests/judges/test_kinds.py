@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefab.factory.spec.templates import load_template
-from prefab.factory.types import Comparison, Completion, Message, Principle, Prompt, Sample, Use
+from prefab.factory.types import Comparison, Completion, Message, Principle, Prompt, Sample
+from prefab.factory.uses import PairUse
 from prefab.judges import panel
 from prefab.judges.base import Ranking, Reasoning, RequestContext, Score
 from prefab.judges.kinds import critique, listwise, pairwise, pointwise, rubric
@@ -204,7 +205,7 @@ def test_request_is_a_greedy_label_read():
 
 def test_reasoning_is_a_pass_of_its_own():
     config = pairwise.PairwiseConfig(name="thinks", reasoning=True, temperature=1.0)
-    judge, use = pairwise.PairwiseJudge(config), Use(0, "p1", "reason", order="ba")
+    judge, use = pairwise.PairwiseJudge(config), PairUse(0, "p1", "reason", 0, 1, "", "j", "ba")
     first = judge.request("reason", PAIR, RULE, "ba", 0, CONTEXT)
     assert first.labels == () and first.sampling.seed == 7 and first.repeat == (0, 1, 0)
     said = judge.decode(use, text("<think>hm</think> B is rude. <|im_end|>"))

@@ -12,7 +12,8 @@ from math import log
 
 from prefab.factory.errors import TransportError
 from prefab.factory.ledger.ledger import Ledger
-from prefab.factory.types import Completion, Engine, Message, Prompt, Request, Sampling, Use
+from prefab.factory.types import Completion, Engine, Message, Prompt, Request, Sampling
+from prefab.factory.uses import CritiqueUse, DraftUse, IdenticalUse, PairUse, RevisionUse
 
 MODEL = "name:mini"
 LABELS = ("A", "B", "T", " A", " B", " T")
@@ -111,7 +112,7 @@ async def pipeline(prompt: Prompt, ledger: Ledger, run: int, engine, config: dic
     asks = [
         (
             Request(MODEL, (Message("user", question),), sampling, repeat=(k,)),
-            Use(run, prompt.id, "sample", k),
+            DraftUse(run, prompt.id, k),
         )
         for k in range(3)
     ]
@@ -124,12 +125,12 @@ async def pipeline(prompt: Prompt, ledger: Ledger, run: int, engine, config: dic
     pairs = [(a, b) for a in texts for b in texts if a < b]
     for a, b in pairs:
         if texts[a] == texts[b]:
-            ledger.note(Use(run, prompt.id, "identical", a, b))
+            ledger.note(IdenticalUse(run, prompt.id, a, b))
     for judge in config["panel"]["judges"]:
         asks = [
             (
                 _judgment(question, texts[a], texts[b], principle, judge["name"], order),
-                Use(run, prompt.id, "judge", a, b, 0, principle, judge["name"], order),
+                PairUse(run, prompt.id, "judge", a, b, principle, judge["name"], order),
             )
             for a, b in pairs
             if texts[a] != texts[b]
@@ -148,7 +149,7 @@ async def _revise(prompt: Prompt, texts: dict[int, str], ledger: Ledger, run: in
                 (Message("user", f"critique {texts[k]} by {p} of {prompt.id}"),),
                 Sampling(16),
             ),
-            Use(run, prompt.id, "critique", k, -1, 0, p),
+            CritiqueUse(run, prompt.id, k, p),
         )
         for k, p in places
     ]
@@ -162,7 +163,7 @@ async def _revise(prompt: Prompt, texts: dict[int, str], ledger: Ledger, run: in
             Request(
                 MODEL, (Message("user", f"revise {texts[k]} by {p} of {prompt.id}"),), Sampling(16)
             ),
-            Use(run, prompt.id, "revise", 3 + 2 * k + PRINCIPLES.index(p), k, 0, p),
+            RevisionUse(run, prompt.id, 3 + 2 * k + PRINCIPLES.index(p), k, p),
         )
         for k, p in named
     ]

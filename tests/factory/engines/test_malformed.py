@@ -29,9 +29,9 @@ from prefab.factory.types import (
     Sample,
     Sampling,
     UnscoredReason,
-    Use,
     Verdict,
 )
+from prefab.factory.uses import DraftUse, PairUse
 from prefab.judges.base import Reasoning, RequestContext
 from prefab.judges.kinds import critique, listwise, pairwise, pointwise, rubric
 from tests.support.malformed import BATCHES, SHAPES
@@ -81,7 +81,7 @@ async def through_the_ledger(engine, folder: Path, names: list[str]) -> tuple[di
     await engine.start()
     try:
         run = ledger.begin_run("r", {}, {}).id
-        asks = [(question(name), Use(run, name, "judge")) for name in names]
+        asks = [(question(name), DraftUse(run, name, 0)) for name in names]
         answers = await asyncio.wait_for(ledger.ask_many(asks, engine), 60)
         kept = ledger.lookup([request_key(request) for request, _ in asks])
     finally:
@@ -236,7 +236,7 @@ def test_texts_of_every_shape(said, wanted):
 
 
 def thought(completion: Completion) -> Reasoning | Verdict:
-    return PAIRWISE.decode(Use(0, "p", "reason"), completion)
+    return PAIRWISE.decode(PairUse(0, "p", "reason", 0, 1, "", "j", "ab"), completion)
 
 
 def check_all(completion: Completion) -> None:

@@ -13,15 +13,16 @@ from prefab.factory.keys import request_bytes, request_key
 from prefab.factory.ledger import records as recorded
 from prefab.factory.ledger.db import connect
 from prefab.factory.ledger.ledger import Ledger
-from prefab.factory.types import Completion, Message, Prompt, Request, Sampling, Use
+from prefab.factory.types import Completion, Message, Prompt, Request, Sampling
+from prefab.factory.uses import DraftUse, IdenticalUse
 
 
 def request(text: str) -> Request:
     return Request("name:m", (Message("user", text),), Sampling(8))
 
 
-def use(i: int = 0, run: int = 1) -> Use:
-    return Use(run, f"p{i}", "sample")
+def use(i: int = 0, run: int = 1) -> DraftUse:
+    return DraftUse(run, f"p{i}", 0)
 
 
 def answered(text: str) -> Completion:
@@ -418,7 +419,7 @@ def test_a_prompt_s_own_rubric_comes_back(tmp_path):
 def test_uses_without_a_call_are_noted_once(tmp_path):
     async def work(ledger):
         for _ in range(3):
-            ledger.note(Use(1, "p", "identical", 0, 1))
+            ledger.note(IdenticalUse(1, "p", 0, 1))
 
     using(tmp_path, work)
     using(tmp_path, work)

@@ -19,7 +19,8 @@ from prefab.factory.engines.reward_model import reward_engine, reward_identity
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import model_identity, request_key
 from prefab.factory.ledger.ledger import Ledger
-from prefab.factory.types import Completion, Message, Prompt, Request, Sample, Use, Verdict
+from prefab.factory.types import Completion, Message, Prompt, Request, Sample, Verdict
+from prefab.factory.uses import ScoreUse
 from prefab.judges.base import NO_PRINCIPLE, RequestContext, Score
 from prefab.judges.kinds import reward_model
 
@@ -186,7 +187,7 @@ def test_through_the_ledger(folder, tmp_path):
     asks = [
         (
             request(judge, text),
-            Use(1, "p", "judge", i, judge="rm"),
+            ScoreUse(1, "p", i, "", "rm"),
         )
         for i, text in enumerate(TEXTS)
     ]

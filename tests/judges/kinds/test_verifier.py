@@ -22,7 +22,8 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.keys import request_key
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.paths import IMPORT_ROOT
-from prefab.factory.types import Completion, Message, Prompt, Request, Sample, Use, Verdict
+from prefab.factory.types import Completion, Message, Prompt, Request, Sample, Verdict
+from prefab.factory.uses import ScoreUse
 from prefab.judges import sandbox
 from prefab.judges.base import NO_PRINCIPLE, RequestContext, Score
 from prefab.judges.kinds import verifier
@@ -276,7 +277,7 @@ def test_checks_are_kept_in_the_ledger(tmp_path):
     asks = [
         (
             request(judge, text, index=i),
-            Use(1, "p1", "judge", i, judge="v"),
+            ScoreUse(1, "p1", i, "", "v"),
         )
         for i, text in enumerate(texts)
     ]

@@ -16,9 +16,11 @@ from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.ledger.db import connect
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.store import store
-from prefab.factory.types import Completion, Message, Request, Sampling, Use
+from prefab.factory.types import Completion, Message, Request, Sampling
+from prefab.factory.uses import DraftUse, PairUse
 from prefab.pipelines.store import derive
 from prefab.pipelines.store.fill import SOURCES, FillReport, fill, query, rebuild
+from prefab.pipelines.store.verdicts import RecordedUse
 from tests.support.miniworld import CONFIG, CONSTITUTION, MiniEngine, pipeline, prompts, run
 from tests.support.store_rows import dump, same
 
@@ -321,7 +323,7 @@ def test_a_judge_that_reasons_first_is_read_from_its_second_call():
     }
     rules = derive.rules(derive.RunRecord(1, "r", 1, config, {}, 1, 0.0), None)
     uses = [
-        derive.UseRow(i, role, 0, 1, 0, "kind", "one", order, 0, f"{role}{order}".encode())
+        RecordedUse(i, PairUse(1, "p", role, 0, 1, "kind", "one", order), f"{role}{order}".encode())
         for i, (role, order) in enumerate([("reason", "ab"), ("reason", "ba"), ("judge", "ab")])
     ]
     thought, read = (
@@ -342,7 +344,7 @@ def test_labels_evals_and_failures_are_copied(tmp_path):
         ledger = Ledger.open(tmp_path)
         ledger.add_human_label({"prompt": "p", "winner": "a", "annotator": "me"})
         ledger.add_eval({"name": "gold", "metrics": {"x": 1}})
-        ask = (Request("name:m", (Message("user", "q"),), Sampling(1)), Use(7, "p", "sample"))
+        ask = (Request("name:m", (Message("user", "q"),), Sampling(1)), DraftUse(7, "p", 0))
         await ledger.ask_many([ask], MiniEngine(lambda key: True))
         await ledger.close()
 
