@@ -207,7 +207,6 @@ def test_no_function_is_too_complex():
     assert not found
 
 
-
 def test_public_functions_have_docstrings():
     bare = []
     for path in modules():
