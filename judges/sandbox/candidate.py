@@ -90,7 +90,7 @@ def encode(value: Any, other: Any) -> Any:
 
 
 def decode(value: Any, other: Any) -> Any:
-    """The inverse of `encode`: new plain data, whoever sent it."""
+    """The inverse of `encode`: new plain data, whoever sent it. `other` decodes everything else."""
     if isinstance(value, (float, list)):
         raise ValueError("not a message")
     if not isinstance(value, dict):

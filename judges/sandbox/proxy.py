@@ -143,7 +143,7 @@ class Channel:
         it stands for, a function becomes a callback.
         """
         if type(value) is Proxy:
-            return {"h": object.__getattribute__(value, "_number")}
+            return {"h": value._proxy_number}
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
             self.functions.append(value)
             return {"k": len(self.functions) - 1}
@@ -182,56 +182,58 @@ class Channel:
 
 
 class Proxy:
-    """An object of the answer's. Equal to no plain data whatever its `__eq__` says: that would be a
-    way to pass.
+    """An object of the answer's. Never equal to plain data, whatever its `__eq__` says: an object
+    that is equal to everything would pass every test.
 
-    `name`: of the attribute that it was found as. `made`: by a call of a class in a test, or
-    calculated with such an object.
+    `_proxy_name` is the name of the attribute that it was found as; `_proxy_made` says whether a
+    test made it by calling a class, or calculated it with such an object.
     """
 
-    __slots__ = ("_line", "_made", "_name", "_number")
+    __slots__ = ("_proxy_line", "_proxy_made", "_proxy_name", "_proxy_number")
 
     def __init__(self, line: Channel, number: int) -> None:
         for slot, value in zip(self.__slots__, (line, False, "", number), strict=True):
             object.__setattr__(self, slot, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        result = self._line.do("call", self, list(args), kwargs)
-        return _marked(result, "_made", _names_class(self._name))
+        result = self._proxy_line.do("call", self, list(args), kwargs)
+        return _marked(result, "_proxy_made", _names_class(self._proxy_name))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__") and name not in DESCRIPTIONS:
             raise AttributeError(name)  # numpy would read memory where __array_interface__ says
-        if name in PREDICATES and not self._made and not _names_class(self._name):
+        if name in PREDICATES and not self._proxy_made and not _names_class(self._proxy_name):
             raise AttributeError(f"the answer gave an object of its own, and the test asks {name}")
-        return _marked(self._line.do("getattr", self, name), "_name", name)
+        return _marked(self._proxy_line.do("getattr", self, name), "_proxy_name", name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._line.do("setattr", self, name, value)
+        self._proxy_line.do("setattr", self, name, value)
 
     def __eq__(self, other: Any) -> bool:
-        return type(other) is Proxy and bool(self._line.do("eq", self, other))
+        return type(other) is Proxy and bool(self._proxy_line.do("eq", self, other))
 
     def __ne__(self, other: Any) -> bool:
         return not self == other
 
     def __instancecheck__(self, instance: Any) -> bool:
-        return type(instance) is Proxy and bool(self._line.do("isinstance", instance, self))
+        return type(instance) is Proxy and bool(self._proxy_line.do("isinstance", instance, self))
 
     def __enter__(self) -> Any:
-        return self._line.do("call", self._line.do("getattr", self, "__enter__"), [], {})
+        return self._proxy_line.do(
+            "call", self._proxy_line.do("getattr", self, "__enter__"), [], {}
+        )
 
     def __exit__(self, *_: Any) -> Any:
-        return self._line.do(
-            "call", self._line.do("getattr", self, "__exit__"), [None, None, None], {}
+        return self._proxy_line.do(
+            "call", self._proxy_line.do("getattr", self, "__exit__"), [None, None, None], {}
         )
 
     def __hash__(self) -> int:
-        return int(self._line.do("hash", self))
+        return int(self._proxy_line.do("hash", self))
 
     def __contains__(self, item: Any) -> bool:
-        if self._made:
-            return bool(self._line.do("contains", self, item))
+        if self._proxy_made:
+            return bool(self._proxy_line.do("contains", self, item))
         return any(each == item for each in self)  # compared here, and nobody is told the item
 
 
@@ -251,7 +253,7 @@ PREDICATES = frozenset(_PREDICATES.split())
 
 def top_level(line: Channel, name: str) -> Any:
     """What the answer defines by this name."""
-    return _marked(line.do("getattr", Proxy(line, 0), name), "_name", name)
+    return _marked(line.do("getattr", Proxy(line, 0), name), "_proxy_name", name)
 
 
 def _names_class(name: str) -> bool:
@@ -269,7 +271,7 @@ def _order(name: str) -> None:
     def method(self: Proxy, other: Any) -> Any:  # a bool, or NotImplemented
         if type(other) is not Proxy:
             return NotImplemented
-        return bool(self._line.do(name, self, other))
+        return bool(self._proxy_line.do(name, self, other))
 
     setattr(Proxy, f"__{name}__", method)
 
@@ -278,20 +280,20 @@ def _calculation(name: str) -> None:
     """An operator between two values; see above for what it may do."""
 
     def method(self: Proxy, other: Any) -> Any:
-        made = self._made or (type(other) is Proxy and other._made)
+        made = self._proxy_made or (type(other) is Proxy and other._proxy_made)
         if type(other) is not Proxy and not made:
             raise TypeError(f"{name}: the answer gave an object of its own, not plain data")
-        result = self._line.do(name, self, other)
+        result = self._proxy_line.do(name, self, other)
         if type(result) is not Proxy and not made:
             raise TypeError(f"{name}: objects of the answer's own make plain data")
-        return _marked(result, "_made", made)
+        return _marked(result, "_proxy_made", made)
 
     setattr(Proxy, f"__{name.rstrip('_')}__", method)
 
 
 def _forward(name: str) -> None:
     def method(self: Proxy, *args: Any) -> Any:
-        return _marked(self._line.do(name, self, *args), "_made", self._made)
+        return _marked(self._proxy_line.do(name, self, *args), "_proxy_made", self._proxy_made)
 
     setattr(Proxy, f"__{name}__", method)
 
