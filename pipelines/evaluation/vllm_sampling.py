@@ -22,7 +22,8 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.keys import request_key
 from prefab.factory.types import Message, Request, Sampling
 from prefab.pipelines.evaluation import policy_metrics
-from prefab.trainers.common import Turns, load_tokenizer, loading, model_folder
+from prefab.trainers.chat import Turns
+from prefab.trainers.common import load_tokenizer, loading, model_folder
 from prefab.trainers.rl import rollout
 
 SAMPLER = "vllm"  # what the engine is called in messages: the configuration's section
