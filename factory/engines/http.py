@@ -39,7 +39,8 @@ KEEP_ALIVE_S = 4.0
 class HttpConfig(BaseModel):
     """The settings of every engine that speaks HTTP. `timeout_s` is for one try, `deadline_s` for
     all tries of a call together, waiting for a rate limit included. `retries` counts failures, not
-    refusals by a rate limit.
+    refusals by a rate limit. A model that thinks before it answers gets `thinking_tokens` beside
+    the tokens of its answer.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +50,7 @@ class HttpConfig(BaseModel):
     deadline_s: float = Field(1800.0, gt=0)
     retries: int = Field(6, ge=0)
     down_after_s: float = Field(20.0, ge=0)
+    thinking_tokens: int = Field(2048, ge=0)
 
 
 class Rejected(Exception):
