@@ -394,8 +394,8 @@ def wait_hint(headers: Mapping[str, str], message: str) -> float | None:
     """Seconds to wait, by what the server says, with a little jitter; None where it says nothing.
 
     Read in this order: `retry-after-ms`, `Retry-After`, "try again in 7.3s" in the message, and the
-    reset times of those rate limits (`x-ratelimit-reset-requests`, `anthropic-ratelimit-tokens-reset`
-    and the like) of which nothing remains.
+    reset times of those rate limits (`x-ratelimit-reset-requests`,
+    `anthropic-ratelimit-tokens-reset` and the like) of which nothing remains.
     """
     found = seconds(headers.get("retry-after-ms"), "ms")
     if found is None:
@@ -418,8 +418,8 @@ def _resets(headers: Mapping[str, str]) -> list[float]:
 
 
 def seconds(text: str | None, unit: str = "s") -> float | None:
-    """A time to wait in seconds: a number in `unit`, `6m0s`, `20ms`, `1.5 seconds`, a moment as Unix
-    time or as a date; None for anything else.
+    """A time to wait in seconds: a number in `unit`, `6m0s`, `20ms`, `1.5 seconds`, a moment as
+    Unix time or as a date; None for anything else.
     """
     if not text:
         return None

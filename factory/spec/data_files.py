@@ -81,7 +81,9 @@ def suffix_of(path: Path) -> str:
 
 
 def columns(path: Path) -> list[str] | None:
-    """The column names of a table (CSV, TSV, Parquet); None of other formats, and of an empty file."""
+    """The column names of a table (CSV, TSV, Parquet); None of other formats, and of an empty
+    file.
+    """
     kind = suffix_of(path)
     if path.is_dir() or kind not in (".csv", ".tsv", ".parquet"):
         return None

@@ -7,9 +7,9 @@ by Python's own types, whatever the answer's classes say of themselves. Standard
 Threat: where a test expects a number, an answer gives an object whose `-` is always 0, so that
 `abs(f() - 1.0) < 1e-6` holds; and its `-` would be told the 1.0 that is right. So an object may
 calculate with a test's plain data, and turn a calculation into plain data, only when the test made
-it itself by calling a class, which is what the test's own code names in CapWords (`Vector(1, 2) * 2`).
-Any other object (what a function or method returned) compares, calculates and contains by what
-is decided here.
+it itself by calling a class, which is what the test's own code names in CapWords
+(`Vector(1, 2) * 2`). Any other object (what a function or method returned) compares, calculates and
+contains by what is decided here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Channel:
         self.greeted = True
 
     def use(self) -> None:
-        """The test has something of the answer's from now on: what takes too long may be due to it."""
+        """The test has something of the answer's from now on: what takes too long may be due to
+        it.
+        """
         if not self.used:
             self.used = True
             self.on_use()

@@ -86,8 +86,8 @@ def draw(
     engine: Any = None,
 ) -> list[list[rollout.SampledAnswer]]:
     """`config.samples` answers at temperature 1 to each conversation, for each list of them, in
-    order: what `policy_metrics.draw` gives, drawn by vLLM. A draw's seed is of (weights, config.seed,
-    conversation, sample).
+    order: what `policy_metrics.draw` gives, drawn by vLLM. A draw's seed is of (weights,
+    config.seed, conversation, sample).
 
     `engine` stands in for the server that would be started. Raises: ConfigError, EngineError.
     """
