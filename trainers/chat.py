@@ -222,8 +222,8 @@ def _rest(start: str, whole: str, turn: Turn, tail: str) -> str:
 
 
 def check_tools(turns: Turns, text: str) -> None:
-    """Raises: ConfigError where tool calls or their results are not in `text`, as the template wrote
-    these turns.
+    """Raises: ConfigError where tool calls or their results are not in `text`, as the template
+    wrote these turns.
     """
     for turn in turns:
         names = [call["function"]["name"] for call in turn.get("tool_calls") or ()]

@@ -291,7 +291,9 @@ class _FileRows:
             self.rows.append({**row, "split": row["split"] or split or "train"})
 
     def finished(self, place: Path, bad_rows: str, notes: list[str]) -> list[Row]:
-        """The rows; what is left out is noted. Raises: ConfigError with the rows that cannot be kept."""
+        """The rows; what is left out is noted. Raises: ConfigError with the rows that cannot be
+        kept.
+        """
         bad = f"{len(self.problems):,} rows cannot be kept"
         if self.problems and (bad_rows == "error" or not self.rows):
             mend = f"{bad}; mend them, or leave them out with data.bad_rows: drop"

@@ -31,7 +31,8 @@ from prefab.factory.keys import derived_seed
 from prefab.factory.thinking import join_thinking, split_thinking
 from prefab.factory.types import Completion, Exactness, Finish, Message, Request, Sampling
 
-# a label read waits this long for others to share its POST while some are under way, else not at all
+# a label read waits this long for others to share its POST while some are under way, else not at
+# all
 FLUSH_AFTER_S = 0.002
 MAX_LESSONS = 12  # refusals of one request that the engine learns from
 _CONTEXT = re.compile(

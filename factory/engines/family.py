@@ -1,8 +1,8 @@
 """How a served model differs from most: found by a probe of one or two short calls, and by what the
 server refuses.
 
-Nothing of this is part of a key: a question stays the same question when a server needs it in another
-form.
+Nothing of this is part of a key: a question stays the same question when a server needs it in
+another form.
 """
 
 from __future__ import annotations
