@@ -1,8 +1,8 @@
-"""`prefab audit data`: a run's preferences through the rules of the data gate, and the marks kept.
+"""`prefab audit data`: check a run's preferences with the rules of `data_rules` and store the marks.
 
-The audit is recorded in the ledger, marks and all, because the evaluation files that it looked at
-may be gone later: a store that is made anew from the ledger has the same marks. The latest audit of
-a run is the one that counts.
+The audit is recorded in the ledger together with its marks, because its evaluation files may not
+exist later. So a store that is rebuilt from the ledger has the same marks. Only the latest audit of
+a run is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = "audit data"
 
 @dataclass(slots=True)
 class Finding:
-    """What one rule found. `fails`: more than its limit allows."""
+    """The result of one rule. `fails`: more pairs are marked than its limit allows."""
 
     rule: data_rules.Rule
     threshold: float | None
@@ -58,7 +58,17 @@ class Finding:
 
 @dataclass(slots=True)
 class Audit:
-    """All findings on a run's pairs. `clean`: pairs that no rule marked."""
+    """The results of all rules on a run's pairs.
+
+    Attributes:
+        run: The run, as NAME@VERSION.
+        pairs: The number of decided pairs.
+        comparisons: The number of all comparisons.
+        clean: The number of pairs without a mark.
+        findings: One result for each rule.
+        evaluation: The evaluation files, with their digests.
+        notes: What was not checked, or not completely.
+    """
 
     run: str
     pairs: int
@@ -70,7 +80,7 @@ class Audit:
 
     @property
     def fails(self) -> bool:
-        """Whether some rule's limit is passed."""
+        """Whether a rule fails."""
         return any(finding.fails for finding in self.findings)
 
     def data(self) -> dict[str, Any]:
@@ -118,7 +128,7 @@ def audit(
     notes = data.notes + (
         []
         if evaluation
-        else ["contamination was not looked for: name the files you evaluate on with --eval FILE"]
+        else ["contamination was not checked: name the files that you evaluate on with --eval FILE"]
     )
     result = Audit(
         f"{record['name']}@{record['version']}",
@@ -139,20 +149,25 @@ def _check(thresholds: Mapping[str, float]) -> None:
         if known.get(name) is None:
             there = ", ".join(name for name, threshold in known.items() if threshold is not None)
             raise ConfigError(
-                f"--threshold {name}={value:g}: no rule of that name has a threshold; those that do: {there}"
+                f"--threshold {name}={value:g}: there is no rule of this name with a threshold; rules with one: {there}"
             )
         if value < 0:
             raise ConfigError(f"--threshold {name}={value:g}: must not be negative")
         if name == "contamination" and (value != int(value) or value < data_rules.SHORTEST):
             raise ConfigError(
-                f"--threshold {name}={value:g}: a whole number of words, at least {data_rules.SHORTEST}"
+                f"--threshold {name}={value:g}: must be a whole number of words, at least {data_rules.SHORTEST}"
             )
 
 
 def load_pairs(folder: Path, record: Mapping[str, Any]) -> tuple[data_rules.Data, str]:
-    """A run's decided pairs, each text once, and what tells this set of preferences from another.
+    """The decided pairs of a run, and a digest that identifies this set of preferences.
 
-    Raises: ConfigError when the run has no comparisons.
+    Args:
+        folder: The store.
+        record: The run, as a row of the table `runs`.
+
+    Raises:
+        ConfigError: The run has no comparisons.
     """
     import polars as pl
 
@@ -218,7 +233,7 @@ def look(
     thresholds: Mapping[str, float] = {},
     examples: int = 2,
 ) -> list[Finding]:
-    """Every rule's finding; contamination only with evaluation texts."""
+    """The results of all rules; contamination is only checked with evaluation texts."""
     found = []
     for rule in data_rules.RULES:
         value = thresholds.get(rule.name, rule.threshold)
@@ -242,7 +257,7 @@ def look(
 
 
 def _examples(data: data_rules.Data, marks: polars.DataFrame, n: int) -> list[dict[str, str]]:
-    """A few marked pairs in words, from all over the run rather than its first ones."""
+    """The texts of `n` marked pairs, evenly spaced over the run."""
     import polars as pl
 
     some = marks.gather_every(max(1, marks.height // max(1, n))).head(n)
@@ -269,9 +284,7 @@ def _examples(data: data_rules.Data, marks: polars.DataFrame, n: int) -> list[di
 
 
 def _record(folder: Path, run: int, result: Audit, version: str) -> None:
-    """Into the ledger, then the store. What is said again in the same words is not recorded
-    again.
-    """
+    """Record an audit in the ledger and add it to the store, unless it is equal to the last one."""
     from prefab.pipelines.store.fill import fill, query
 
     last = query(
@@ -326,7 +339,7 @@ def _record(folder: Path, run: int, result: Audit, version: str) -> None:
 
 
 def _plain(detail: str) -> str:
-    """One line that the ledger can hold."""
+    """The text as one line of valid UTF-8."""
     return " ".join(detail.encode("utf-8", "replace").decode().split())
 
 
@@ -339,24 +352,25 @@ async def _add(folder: Path, value: dict[str, Any]) -> None:
 
 
 def _evaluation(files: Sequence[str | Path]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """Every text in the files with where it stands, and the files with their digests.
+    """All (place, text) in the files, and the files with their digests.
 
-    Raises: ConfigError for a file that cannot be read, or holds no text.
+    Raises:
+        ConfigError: A file cannot be read, or has no text.
     """
     texts: list[tuple[str, str]] = []
     told = []
     for name in files:
         path = Path(name)
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file; --eval names files that you evaluate on")
+            raise ConfigError(f"{path}: no such file; --eval names the files that you evaluate on")
         before = len(texts)
         for number, line, value in data_files.rows(path, text=True):
             where = data_files.place(path, number, line)
             if isinstance(value, ValueError):
-                raise ConfigError(f"{where}: {value}; a text that is not read cannot be found")
+                raise ConfigError(f"{where}: {value}; every evaluation text must be readable")
             texts += [(where, text) for text in strings(value)]
         if len(texts) == before:
-            raise ConfigError(f"{path}: holds no text to look for")
+            raise ConfigError(f"{path}: has no text to look for")
         with path.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         told.append({"file": path.name, "sha256": digest, "texts": len(texts) - before})
@@ -364,7 +378,7 @@ def _evaluation(files: Sequence[str | Path]) -> tuple[list[tuple[str, str]], lis
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text inside a value, however deep."""
+    """All texts inside a nested value."""
     if isinstance(value, str):
         if value.strip():
             yield value

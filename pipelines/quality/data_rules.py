@@ -1,9 +1,8 @@
-"""What can be wrong with preference pairs before anything is trained on them: one rule a function,
-each gives marks.
+"""Rules that find defects in preference pairs; each rule is a function that returns marks.
 
-A mark is a preference's id and a few words of detail. Nothing is deleted: an export leaves marked
-pairs out when it is told to, rule by rule. Rules look at `Data`, where every text is a number, so
-that a million pairs take a minute.
+A mark is the id of a preference and a short detail. Nothing is deleted: `prefab export --without
+RULE` leaves marked pairs out. The rules work on `Data`, where every text is a number, so that a
+million pairs take about a minute.
 """
 
 from __future__ import annotations
@@ -24,16 +23,20 @@ if TYPE_CHECKING:
 NGRAM, SHORTEST = 13, 8
 LEAST_WORDS_APART = 20
 SPLITS = ("train", "val", "test")
-OPENING = 300  # characters in which a refusal says that it is one
+OPENING = 300  # a refusal is recognised in this many characters at the beginning
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule, its threshold, and where that comes from. `of_prompt`: a mark concerns the prompt,
-    whatever its answers.
+    """A rule.
 
-    `limit` is the share of pairs that may be marked before the audit fails; None: it tells, and
-    never fails.
+    Attributes:
+        name: Its name, which is also the name of its function.
+        what: Which pairs it marks.
+        threshold: Its default threshold, if it has one.
+        source: Where the threshold, or the rule, comes from.
+        limit: The share of pairs that may be marked before the audit fails; None: it never fails.
+        of_prompt: Whether a mark concerns the prompt, with all of its pairs.
     """
 
     name: str
@@ -49,73 +52,73 @@ RULES = (
         "low_margin",
         "p_chosen below the threshold",
         0.6,
-        "a calibrated judge is wrong on 40% and more of such labels, the top of the noise found in preference data "
-        "(20-40%; Gao et al. 2024)",
+        "a calibrated judge is wrong on at least 40% of such labels, the upper end of the noise found in preference "
+        "data (20-40%; Gao et al. 2024)",
     ),
     Rule(
         "near_duplicate",
-        "prompt and both answers nearly those of an earlier pair (Jaccard of word pairs)",
+        "prompt and both answers are almost those of an earlier pair (Jaccard similarity of word pairs)",
         0.8,
-        "Lee et al. 2022, on the 5-word shingles of web pages; word pairs here, since answers are short",
+        "Lee et al. 2022, with 5-word shingles of web pages; word pairs here, because answers are short",
     ),
     Rule(
         "identical",
-        "both answers the same but for white space",
+        "the answers differ at most in white space",
         None,
-        "nobody can prefer one of two equal texts",
+        "one of two equal texts cannot be better",
     ),
     Rule(
         "length",
-        f"one answer so many times as long as the other, and {LEAST_WORDS_APART} words longer",
+        f"one answer is this many times as long as the other, and at least {LEAST_WORDS_APART} words longer",
         3.0,
-        "ours: of such a pair a model can learn to count words (Singhal et al. 2023 find most of the reward of RLHF in "
-        "length)",
+        "our choice: from such pairs a model can learn to prefer length (Singhal et al. 2023: length explains most of "
+        "the gain in reward of RLHF)",
     ),
     Rule(
         "contradiction",
-        "the same two answers to a prompt, preferred the other way round elsewhere",
+        "another pair prefers the same two answers to the prompt the other way round",
         None,
         "one of the two labels is wrong",
     ),
     Rule(
         "cycle",
-        "answers to a prompt preferred in a circle of three and more",
+        "preferences between answers to a prompt form a cycle of three or more",
         None,
-        "no reward orders a circle: at least one label in it is wrong",
+        "no reward can order a cycle: at least one label in it is wrong",
     ),
     Rule(
         "contamination",
-        f"{NGRAM} words in a row with an evaluation text (all of it, where it is shorter)",
+        f"{NGRAM} consecutive words are also in an evaluation text (or a whole shorter text)",
         float(NGRAM),
-        "Brown et al. 2020 (GPT-3), appendix C: 13-grams of lower-case words, 8 at the least",
+        "Brown et al. 2020 (GPT-3), appendix C: 13-grams of lower-case words, at least 8",
         0.0,
         True,
     ),
     Rule(
         "both_refuse",
-        "both answers open with a refusal",
+        "both answers begin with a refusal",
         None,
-        "such a pair teaches how to refuse, not when (Röttger et al. 2024 on exaggerated safety)",
+        "such a pair teaches how to refuse, but not when (Röttger et al. 2024 on exaggerated safety)",
     ),
     Rule(
         "leakage",
-        "the prompt's group, or the same words, are in a split held out from this one",
+        "the prompt's group, or the same prompt, is also in a split held out from this one",
         None,
-        "what is held out and trained on measures memory",
+        "an evaluation on texts that were trained on measures memory",
         0.0,
         True,
     ),
     Rule(
         "near_leakage",
-        "a prompt nearly the same (Jaccard of word pairs) is in a split held out from this one",
+        "an almost identical prompt (Jaccard similarity of word pairs) is in a split held out from this one",
         0.8,
-        "as near_duplicate; prompts made from a pattern are told though they ask for different things, so it never fails",
+        "as near_duplicate; it never fails, because it also marks prompts from one pattern that ask for different things",
         None,
         True,
     ),
     Rule(
         "unscored",
-        "no verdict; the share of these among all comparisons",
+        "comparisons without a verdict; the threshold is their share of all comparisons",
         0.05,
         "the pipeline's own budget.unscored",
         0.05,
@@ -123,7 +126,7 @@ RULES = (
 )
 NAMES = tuple(rule.name for rule in RULES)
 
-# Openings of refusals, ours, by the pattern "I + cannot / will not / must refuse ... + help /
+# Beginnings of refusals (our own list), with the pattern "I + cannot / will not / must refuse ... + help /
 # provide ...".
 _CANNOT = (
     r"(?:can(?:no|['’]?)t|can not|could(?: not|n['’]t)|will not|won['’]?t|would rather not|do not|don['’]t|must not|"
@@ -147,12 +150,17 @@ REFUSAL = (
 
 @dataclass(slots=True)
 class Data:
-    """Pairs whose texts are numbers into `texts`. `same` gives each text the number of the first
-    that equals it but for white space.
+    """Preference pairs with each text stored once, as a number.
 
-    `pairs` has preference, prompt, question (a text's number), chosen, rejected (likewise),
-    p_chosen, group and split; `unscored` the ids of comparisons without a verdict, `comparisons`
-    how many there are, ties among them. `notes` learns what a rule could not do in full.
+    Attributes:
+        texts: All texts; a text's number is its row.
+        words: The words of each text.
+        same: For each text the number of the first text that is equal except for white space.
+        pairs: Columns preference, prompt, p_chosen, group, split, and question, chosen and
+            rejected, which are numbers of texts.
+        unscored: Ids of comparisons without a verdict.
+        comparisons: The number of all comparisons, with ties.
+        notes: What a rule could not check completely.
     """
 
     texts: pl.Series
@@ -211,7 +219,7 @@ def indexed(texts: pl.Series, pairs: pl.DataFrame, unscored: list[str], comparis
 
 
 def low_margin(data: Data, threshold: float) -> pl.DataFrame:
-    """Pairs whose label is little better than a coin."""
+    """Pairs whose label is hardly better than chance."""
     import polars as pl
 
     return _marks(
@@ -221,9 +229,7 @@ def low_margin(data: Data, threshold: float) -> pl.DataFrame:
 
 
 def near_duplicate(data: Data, threshold: float) -> pl.DataFrame:
-    """Pairs that say again what an earlier one said; without them no two are left that are nearly
-    the same.
-    """
+    """Pairs that are almost the same as an earlier one. Without them no near-duplicates are left."""
     found = near_duplicates.near_duplicates(data.words, data.columns, threshold)
     _tell_crowds(data, "near_duplicate", found.cut_short)
     ids = data.pairs["preference"].to_list()
@@ -233,18 +239,18 @@ def near_duplicate(data: Data, threshold: float) -> pl.DataFrame:
 def _tell_crowds(data: Data, rule: str, n: int) -> None:
     if n:
         data.notes.append(
-            f"{rule}: {n:,} texts are a little like very many others and were not compared with all of them; "
+            f"{rule}: {n:,} texts resemble very many others and were not compared with all of them; "
             "a few near-duplicates may be left"
         )
 
 
 def identical(data: Data) -> pl.DataFrame:
-    """Pairs whose answers differ in nothing that a reader sees."""
+    """Pairs whose answers differ at most in white space."""
     import polars as pl
 
     _, chosen, rejected = data.same[data.columns].T
     return _marks(
-        data.pairs.filter(pl.Series(chosen == rejected)), pl.lit("differ in white space at most")
+        data.pairs.filter(pl.Series(chosen == rejected)), pl.lit("differ at most in white space")
     )
 
 
@@ -278,11 +284,11 @@ def contradiction(data: Data) -> pl.DataFrame:
 
 
 def cycle(data: Data) -> pl.DataFrame:
-    """Pairs in a circle of three and more answers. Of two it is a contradiction."""
+    """Pairs in a cycle of three or more answers. A cycle of two is a contradiction."""
     import polars as pl
 
     edges, before = _edges(data), -1
-    while edges.height != before:  # what nothing beats, or what beats nothing, is in no circle
+    while edges.height != before:  # an answer without a win or without a loss is in no cycle
         before = edges.height
         edges = edges.join(
             edges.select("question", pl.col("rejected").alias("chosen")).unique(),
@@ -302,7 +308,7 @@ def cycle(data: Data) -> pl.DataFrame:
         knots = circles((a, b) for a, b, _ in rows)
         sizes = Counter(knots.values())
         found += [
-            (preference, f"in a circle of {sizes[knots[a]]} answers")
+            (preference, f"in a cycle of {sizes[knots[a]]} answers")
             for a, b, preference in rows
             if a in knots and knots[a] == knots.get(b)
         ]
@@ -310,7 +316,7 @@ def cycle(data: Data) -> pl.DataFrame:
 
 
 def _edges(data: Data) -> pl.DataFrame:
-    """Who beats whom, among texts that differ by more than white space."""
+    """Which text is preferred to which, among texts that differ in more than white space."""
     import polars as pl
 
     question, chosen, rejected = data.same[data.columns].T
@@ -375,7 +381,7 @@ def _close(root: int, stack: list[int], low: dict[int, int], knots: dict[int, in
 
 
 def both_refuse(data: Data) -> pl.DataFrame:
-    """Pairs in which neither answer answers."""
+    """Pairs of two refusals."""
     import numpy as np
     import polars as pl
 
@@ -390,17 +396,22 @@ def both_refuse(data: Data) -> pl.DataFrame:
 def contamination(
     data: Data, evaluation: Sequence[tuple[str, str]], n: int = NGRAM
 ) -> pl.DataFrame:
-    """Pairs that hold a run of words of an evaluation text, given as (where it is from, text).
+    """Pairs that contain `n` consecutive words of an evaluation text.
 
-    A shorter text counts when all of it is there, from `SHORTEST` words on; a still shorter one
-    when it is the prompt.
+    A text with fewer words counts if all of it is contained and it has at least `SHORTEST` words; a
+    still shorter one if it is the whole prompt.
+
+    Args:
+        data: The pairs.
+        evaluation: (place, text) of each evaluation text.
+        n: The number of consecutive words.
     """
     import numpy as np
     import polars as pl
 
     wanted = near_duplicates.words(pl.Series([text for _, text in evaluation], dtype=pl.String))
     sizes = wanted.counts
-    touched: dict[int, int] = {}  # text -> the evaluation text that it holds
+    touched: dict[int, int] = {}  # text -> the evaluation text in it
     for size in sorted({n, *(int(s) for s in sizes if SHORTEST <= s < n)}):
         fitting = sizes >= n if size == n else sizes == size
         grams, of = near_duplicates.ngrams(wanted, size)
@@ -424,14 +435,14 @@ def contamination(
 def _holding(
     words: near_duplicates.Words, size: int, grams: np.ndarray, of: np.ndarray
 ) -> Iterator[tuple[int, int]]:
-    """Which texts hold one of these n-grams, and whose it is."""
+    """Yield (text, source) for each text that contains one of these n-grams; `of` has the sources."""
     import numpy as np
 
     if not len(grams):
         return
     order = np.argsort(grams, kind="stable")
     grams, of = grams[order], of[order]
-    maybe = np.zeros(1 << 24, bool)  # most n-grams are sorted out by 24 of their bits
+    maybe = np.zeros(1 << 24, bool)  # 24 bits of the hash exclude most n-grams
     maybe[grams >> np.uint64(40)] = True
     for start, some in words.parts():
         there, text = near_duplicates.ngrams(some, size)
@@ -444,9 +455,7 @@ def _holding(
 
 
 def leakage(data: Data) -> pl.DataFrame:
-    """Pairs of one split whose prompt's group, or its words, are in a split that is held out from
-    it.
-    """
+    """Pairs whose prompt's group, or the same prompt, is also in a split held out from theirs."""
     import polars as pl
 
     whole = pl.Series("words", near_duplicates.wholes(data.words)[data.columns[:, 0]])
@@ -462,9 +471,7 @@ def leakage(data: Data) -> pl.DataFrame:
 
 
 def near_leakage(data: Data, threshold: float) -> pl.DataFrame:
-    """Pairs of one split with a prompt that is nearly one of a split held out from it, and not the
-    same.
-    """
+    """Pairs whose prompt is almost, but not exactly, one of a split held out from theirs."""
     import polars as pl
 
     pairs = _ranked(data.pairs).join(
@@ -492,7 +499,7 @@ def near_leakage(data: Data, threshold: float) -> pl.DataFrame:
 
 
 def _ranked(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Pairs with the place of their split: what is held out comes after what is trained on."""
+    """Pairs with the rank of their split: train 0, val 1, test 2."""
     import polars as pl
 
     rank = pl.col("split").replace_strict(
@@ -507,9 +514,7 @@ def _head(data: Data, text: Any) -> str:
 
 
 def unscored(data: Data) -> pl.DataFrame:
-    """Comparisons without a verdict. They are no pairs, and no export has them; what matters is
-    their share.
-    """
+    """Comparisons without a verdict. They are never exported; their share matters."""
     return _frame([(preference, "unscored") for preference in data.unscored])
 
 

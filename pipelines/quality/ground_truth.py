@@ -1,4 +1,4 @@
-"""What is true of a run's comparisons: as people said, or the embedded world's oracle."""
+"""Gold labels of a run's comparisons: from people, or from the embedded world's oracle."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     from prefab.pipelines.quality.selection import Selection
 
 CHOICES = ("auto", "human", "oracle", "none")
-_EPS = 1e-9  # of gold scores, whose weights may be summed in another order
+_EPS = 1e-9  # gold scores differ by rounding if their weights are added in another order
 _SIDE = {"a": 1.0, "b": 0.0, "tie": 0.5, None: float("nan")}
 
 
 @dataclass(frozen=True, slots=True)
 class People:
-    """What people said of a run's comparisons, by place; `names` gives an answer's name there by
-    prompt and index.
+    """People's labels of a run's comparisons.
+
+    Attributes:
+        said: The majority's label by comparison; None if people are split.
+        names: The name of an answer in `said`, by prompt and index.
+        annotators: The number of people.
     """
 
     said: Mapping[human.Place, Winner | None]
@@ -35,7 +39,7 @@ class People:
     annotators: int
 
     def winner(self, prompt: str, a: int, b: int, principle: str) -> Winner | None:
-        """What most said of answers `a` and `b`; None where nobody said anything, or they are
+        """The majority's label of answers `a` and `b`; None without labels, or if people are
         split.
         """
         name_a, name_b = (self.names.get((prompt, index), "") for index in (a, b))
@@ -46,10 +50,10 @@ class People:
 
 
 def people(store: Path, run: int) -> People:
-    """People's labels of a run's comparisons, each person's last word.
+    """People's labels of a run's comparisons; for each person the latest one.
 
-    A label names its answers by sample id, text or index. One without a principle counts where the
-    run judged the comparison under one alone: else nobody knows of which it speaks.
+    A label names its answers by sample id, text or index. A label without a principle is used only
+    if the run judged the comparison under exactly one principle.
     """
     from prefab.pipelines.store.fill import query
 
@@ -95,10 +99,18 @@ def people(store: Path, run: int) -> People:
 def find_gold(
     selection: Selection, items: polars.DataFrame, choice: str = "auto"
 ) -> tuple[np.ndarray, str]:
-    """What is true of each comparison (1 a, 0 b, 0.5 a tie, NaN unknown), and in words who says so.
+    """The gold label of each comparison, and its source in words.
 
-    Raises: ConfigError for an oracle where the prompts are not the embedded world's, or an unknown
-    choice.
+    Args:
+        selection: The run.
+        items: Comparisons, with columns prompt, a, b and principle.
+        choice: `human`, `oracle`, `none`, or `auto` for the first of these that exists.
+
+    Returns:
+        1 if a is better, 0 if b is, 0.5 for a tie, NaN if unknown (shape: N); and the source.
+
+    Raises:
+        ConfigError: The choice is unknown, or there is no oracle for these prompts.
     """
     import numpy as np
 
@@ -107,8 +119,8 @@ def find_gold(
     microworld = (selection.config.get("prompts") or {}).get("source") == "microworld"
     if choice == "oracle" and not microworld:
         raise ConfigError(
-            f"--gold oracle: the prompts of {selection.name} are not the embedded world's, which alone has an "
-            "oracle"
+            f"--gold oracle: the prompts of {selection.name} are not from the embedded world; only that world has "
+            "an oracle"
         )
     if choice in ("auto", "human"):
         known = people(selection.folder, selection.run["run"])
@@ -128,10 +140,10 @@ def find_gold(
 
 
 def truth(a: oracle.Assessment, b: oracle.Assessment, principle: str) -> Winner | None:
-    """What the oracle says of two answers under a principle, and without one (a program's word) by
-    the gold score.
+    """The oracle's label of two answers under a principle; without a principle, by the gold score.
 
-    None for a principle that is not of its world.
+    Returns:
+        None for a principle that the oracle does not know.
     """
     from prefab.factory.microworld import grammar
 
@@ -146,7 +158,7 @@ def truth(a: oracle.Assessment, b: oracle.Assessment, principle: str) -> Winner 
 
 
 def _oracle(selection: Selection, items: polars.DataFrame) -> np.ndarray:
-    """As `truth`, each text read once."""
+    """The oracle's label of each comparison, as in `find_gold`."""
     import numpy as np
 
     from prefab.factory.microworld import oracle

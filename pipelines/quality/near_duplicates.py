@@ -1,11 +1,10 @@
-"""Texts that are nearly the same: word shingles, MinHash candidates by `rensa`, and an exact check
-of each candidate.
+"""Near-duplicate texts: MinHash (`rensa`) proposes candidates, and each candidate is checked exactly.
 
-Words are compared without case and punctuation. Similarity is Jaccard's over the sets of word pairs
-(of a text of one word: the word); answers are tens of words long, where one changed word breaks a
-third of the 5-word shingles that are usual for web pages. LSH with 64 values in 16 bands of 4
-proposes a pair of similarity s with probability 1 - (1 - s^4)^16: 99.98% at 0.8, and whatever it
-proposes is checked exactly, so it adds no false alarm.
+Words are compared without case and punctuation. Similarity is the Jaccard similarity of the sets of
+word pairs (for a text of one word: of the word). The 5-word shingles that are usual for web pages
+are too long for answers of some tens of words, where one changed word changes a third of them. LSH
+with 64 values in 16 bands of 4 proposes a pair of similarity s with probability 1 - (1 - s^4)^16:
+99.98% at 0.8.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
     import polars as pl
 
 NUM_PERM, BANDS, SEED = 64, 16, 1
-TEXTS_AT_ONCE = 50_000  # tokenised together: bounds what polars holds
-SHINGLES_AT_ONCE = 400_000  # signed together: what a core's cache holds
-CROWD = 128  # rows of one bucket that another is compared with; who meets more is counted
+TEXTS_AT_ONCE = 50_000  # texts that are tokenised together: limits the memory of polars
+SHINGLES_AT_ONCE = 400_000  # shingles that are signed together: about what fits into a core's cache
+CROWD = 128  # each row is compared with at most this many rows of a bucket
 LEAST_ALIKE = (
-    0.75  # of the threshold: by so much a signature's estimate (deviation 0.05) may be too low
+    0.75  # share of the threshold: the estimate of a signature (deviation 0.05) may be too low
 )
 _ASCII = [chr(i) for i in range(128) if not chr(i).isalnum()]
 _ODD = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
@@ -31,9 +30,7 @@ _ODD = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
 
 @dataclass(slots=True)
 class Words:
-    """Every text's words as 32-bit hashes, one after the other: text i is
-    `flat[offsets[i]:offsets[i + 1]]`.
-    """
+    """The words of all texts as 32-bit hashes; text i is `flat[offsets[i]:offsets[i + 1]]`."""
 
     flat: np.ndarray
     offsets: np.ndarray
@@ -41,18 +38,18 @@ class Words:
 
     @property
     def counts(self) -> np.ndarray:
-        """Words of each text."""
+        """The number of words of each text."""
         result: np.ndarray = self.offsets[1:] - self.offsets[:-1]
         return result
 
     def parts(self) -> Iterator[tuple[int, Words]]:
-        """The texts, some at a time, with the number of the first."""
+        """Yield (number of the first text, some texts) until all texts are done."""
         for start in range(0, len(self.counts), TEXTS_AT_ONCE):
             offsets = self.offsets[start : start + TEXTS_AT_ONCE + 1]
             yield start, Words(self.flat[offsets[0] : offsets[-1]], offsets - offsets[0])
 
     def shingles(self, text: int) -> frozenset[int]:
-        """The word pairs of a text, remembered."""
+        """The word pairs of a text; cached."""
         found = self._sets.get(text)
         if found is None:
             some = self.flat[self.offsets[text] : self.offsets[text + 1]]
@@ -60,7 +57,7 @@ class Words:
         return found
 
     def similarity(self, a: int, b: int) -> float:
-        """Jaccard's similarity of two texts; two texts without a word are the same."""
+        """The Jaccard similarity of two texts; 1 for two texts without words."""
         if a == b:
             return 1.0
         first, second = self.shingles(a), self.shingles(b)
@@ -74,8 +71,8 @@ def normalised(texts: pl.Series) -> pl.Series:
 
 
 def _split(texts: pl.Series) -> pl.Series:
-    """The words of each text. What is ASCII (most texts are) goes without regular expressions, five
-    times as fast.
+    """The words of each text. ASCII texts need no regular expressions, which is five times as
+    fast.
     """
     import polars as pl
 
@@ -105,7 +102,7 @@ def words(texts: pl.Series) -> Words:
 
 
 def ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """A 64-bit hash of each run of n words within a text, and the text that it stands in."""
+    """A 64-bit hash of each n consecutive words within a text, and the number of that text."""
     import numpy as np
 
     total = len(words.flat) - n + 1
@@ -120,7 +117,7 @@ def ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def wholes(words: Words) -> np.ndarray:
-    """A 64-bit hash of each text's words in their order; 0 where there are none."""
+    """A 64-bit hash of all words of each text in their order; 0 for a text without words."""
     import numpy as np
 
     place = np.arange(len(words.flat)) - np.repeat(words.offsets[:-1], words.counts)
@@ -133,7 +130,7 @@ def wholes(words: Words) -> np.ndarray:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """32-bit hashes spread over 64 bits."""
+    """32-bit hashes mixed into 64 bits."""
     import numpy as np
 
     wide = values.astype(np.uint64) * np.uint64(_ODD[1])
@@ -150,10 +147,10 @@ def _pairs_of(some: np.ndarray) -> np.ndarray:
 
 
 def _gathered(words: Words, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The shingles of documents, and how many each has. A document is a row of texts, each in a
-    space of its own.
+    """The shingles of documents, and the number of shingles of each. A document is a row of texts;
+    equal shingles of different fields are different.
 
-    Shapes: rows N x fields, of text numbers.
+    Shapes: rows N x fields, numbers of texts.
     """
     import numpy as np
 
@@ -179,7 +176,7 @@ def _gathered(words: Words, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _interleaved(
     parts: list[np.ndarray], lengths: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each document's fields one after the other."""
+    """The shingles ordered by document, with its fields one after the other."""
     import numpy as np
 
     total = np.sum(lengths, axis=0)
@@ -193,7 +190,7 @@ def _interleaved(
 
 
 def _signed(words: Words, rows: np.ndarray) -> Iterator[Any]:
-    """MinHash signatures of documents, some at a time."""
+    """Yield the MinHash signatures of documents, some at a time."""
     import numpy as np
     from rensa import RMinHash
 
@@ -206,9 +203,10 @@ def _signed(words: Words, rows: np.ndarray) -> Iterator[Any]:
 
 
 def _with_mates(words: Words, rows: np.ndarray) -> np.ndarray:
-    """The documents that share a band with another: seen from the front, each later one is told,
-    from the back each earlier one. Most documents of most data have none, and are never looked at
-    one by one.
+    """The documents that share a band with another document.
+
+    A pass from the front finds the later document of each pair, a pass from the back the earlier
+    one. Most documents of most data share none and need no further comparison.
     """
     import numpy as np
     from rensa import RMinHashLSH
@@ -225,8 +223,8 @@ def _with_mates(words: Words, rows: np.ndarray) -> np.ndarray:
 
 
 def _families(words: Words) -> np.ndarray:
-    """A number for each text, the same for texts that may be near each other (directly or through
-    others).
+    """A number for each text, the same for texts that may be similar (directly or through other
+    texts).
     """
     import numpy as np
 
@@ -250,9 +248,7 @@ def _families(words: Words) -> np.ndarray:
 
 
 def _candidates(words: Words, rows: np.ndarray) -> np.ndarray:
-    """The documents of which every text is of one family with another document's: of clean data
-    hardly any.
-    """
+    """The documents whose texts are all in the same families as the texts of another document."""
     import numpy as np
 
     families = _families(words)[rows]
@@ -269,7 +265,7 @@ def _signatures(words: Words, rows: np.ndarray) -> np.ndarray:
 
 
 def _bands(signatures: np.ndarray) -> Iterator[list[bytes]]:
-    """The bands of each signature, each with its number before it."""
+    """Yield the bands of each signature, each with its number in front."""
     width = NUM_PERM // BANDS * signatures.itemsize
     names = [bytes([band]) for band in range(BANDS)]
     for row in signatures:
@@ -279,8 +275,12 @@ def _bands(signatures: np.ndarray) -> Iterator[list[bytes]]:
 
 @dataclass(slots=True)
 class NearDuplicates:
-    """For each document that is nearly the same as another one: that one. `cut_short` met too many
-    to be compared with all of them, and no match among those that they were.
+    """Near-duplicates among documents.
+
+    Attributes:
+        of: For each near-duplicate the document that it resembles.
+        cut_short: The number of documents that had too many candidates to compare them all, and no
+            match among those that were compared.
     """
 
     of: dict[int, int]
@@ -288,11 +288,11 @@ class NearDuplicates:
 
 
 def near_duplicates(words: Words, rows: np.ndarray, threshold: float) -> NearDuplicates:
-    """The later ones among documents of which every text is at least `threshold` similar to an
-    earlier one's.
+    """The documents in which every text has at least `threshold` similarity with the text of an
+    earlier document.
 
-    Without them no two near-duplicates are left, and each of them has one that stays.
-    Shapes: rows N x fields, of text numbers.
+    Without them no near-duplicates are left, and each of them resembles one that remains.
+    Shapes: rows N x fields, numbers of texts.
     """
 
     def is_near(i: int, j: int) -> bool:
@@ -315,7 +315,7 @@ def near_duplicates(words: Words, rows: np.ndarray, threshold: float) -> NearDup
 def near_across(
     words: Words, texts: np.ndarray, held_out: Sequence[bool], threshold: float
 ) -> NearDuplicates:
-    """The texts that are not held out and are similar to one that is."""
+    """The texts that are not held out, but are similar to one that is."""
 
     def is_near(i: int, j: int) -> bool:
         return words.similarity(int(texts[i]), int(texts[j])) >= threshold
@@ -342,8 +342,8 @@ def _matched(
     asks: Callable[[int], bool],
     answers: Callable[[int], bool],
 ) -> NearDuplicates:
-    """Each of some rows that `asks`, with the first of those that `answer` which it is near to. One
-    that is near to another answers no more.
+    """For each candidate row for which `asks` is true, the first similar row for which `answers` is
+    true. A row with a match is no longer a match for others.
     """
     found = NearDuplicates({})
     signatures = _signatures(words, rows[some])
@@ -365,8 +365,8 @@ def _matched(
 
 
 def _alike(i: int, met: list[list[int]], signatures: np.ndarray, threshold: float) -> list[int]:
-    """Those met in a bucket whose signature is like enough, in their order: the exact check is
-    dearer than this one.
+    """The rows in the same buckets whose signature is similar enough, in order. This is cheaper than
+    the exact check.
     """
     others = sorted(set().union(*(there[:CROWD] for there in met)))
     if len(others) < 8:

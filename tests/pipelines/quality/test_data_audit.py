@@ -294,7 +294,7 @@ def test_circles_are_told_and_what_hangs_on_them_is_not():
     found = dict(data_rules.cycle(data(rows)).iter_rows())
     assert set(found) == {f"p{100 + i:05d}" for i in (0, 1, 2, 7, 8, 9, 10)}
     assert (
-        found["p00100"] == "in a circle of 3 answers"
+        found["p00100"] == "in a cycle of 3 answers"
         and found["p00107"] == "in a circle of 4 answers"
     )
 
@@ -711,7 +711,7 @@ def test_an_export_leaves_out_what_it_is_told_to(store, tmp_path):
 
 def test_refusals_of_the_gate_say_how_to_go_on(store, tmp_path):
     folder, _bench = store
-    with pytest.raises(ConfigError, match="low_marg.*those that do: low_margin"):
+    with pytest.raises(ConfigError, match="low_marg.*rules with one: low_margin"):
         audit(folder, thresholds={"low_marg": 0.5})
     with pytest.raises(ConfigError, match="at least 8"):
         audit(folder, thresholds={"contamination": 3})
