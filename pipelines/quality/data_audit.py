@@ -1,4 +1,4 @@
-"""`prefab audit data`: check a run's preferences with the rules of `data_rules` and store the marks.
+"""`prefab audit data`: check a run's preferences with `data_rules`, and store the marks.
 
 The audit is recorded in the ledger together with its marks, because its evaluation files may not
 exist later. So a store that is rebuilt from the ledger has the same marks. Only the latest audit of

@@ -126,8 +126,7 @@ RULES = (
 )
 NAMES = tuple(rule.name for rule in RULES)
 
-# Beginnings of refusals (our own list), with the pattern "I + cannot / will not / must refuse ... + help /
-# provide ...".
+# Beginnings of refusals (our own list): "I + cannot / will not / must refuse ... + help / ...".
 _CANNOT = (
     r"(?:can(?:no|['’]?)t|can not|could(?: not|n['’]t)|will not|won['’]?t|would rather not|do not|don['’]t|must not|"
     r"am (?:not able|unable|not going|not comfortable|not willing)(?: to)?|"
@@ -229,7 +228,7 @@ def low_margin(data: Data, threshold: float) -> pl.DataFrame:
 
 
 def near_duplicate(data: Data, threshold: float) -> pl.DataFrame:
-    """Pairs that are almost the same as an earlier one. Without them no near-duplicates are left."""
+    """Pairs that are almost equal to an earlier one. Without them no near-duplicates are left."""
     found = near_duplicates.near_duplicates(data.words, data.columns, threshold)
     _tell_crowds(data, "near_duplicate", found.cut_short)
     ids = data.pairs["preference"].to_list()
@@ -435,7 +434,7 @@ def contamination(
 def _holding(
     words: near_duplicates.Words, size: int, grams: np.ndarray, of: np.ndarray
 ) -> Iterator[tuple[int, int]]:
-    """Yield (text, source) for each text that contains one of these n-grams; `of` has the sources."""
+    """Yield (text, source) for each text with one of these n-grams; `of` has the sources."""
     import numpy as np
 
     if not len(grams):

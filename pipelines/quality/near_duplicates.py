@@ -1,4 +1,4 @@
-"""Near-duplicate texts: MinHash (`rensa`) proposes candidates, and each candidate is checked exactly.
+"""Near-duplicate texts: MinHash (`rensa`) proposes candidates; each is checked exactly.
 
 Words are compared without case and punctuation. Similarity is the Jaccard similarity of the sets of
 word pairs (for a text of one word: of the word). The 5-word shingles that are usual for web pages
@@ -365,9 +365,7 @@ def _matched(
 
 
 def _alike(i: int, met: list[list[int]], signatures: np.ndarray, threshold: float) -> list[int]:
-    """The rows in the same buckets whose signature is similar enough, in order. This is cheaper than
-    the exact check.
-    """
+    """The rows in the same buckets with a similar enough signature; cheaper than the exact check."""
     others = sorted(set().union(*(there[:CROWD] for there in met)))
     if len(others) < 8:
         return others

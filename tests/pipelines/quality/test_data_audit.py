@@ -295,7 +295,7 @@ def test_circles_are_told_and_what_hangs_on_them_is_not():
     assert set(found) == {f"p{100 + i:05d}" for i in (0, 1, 2, 7, 8, 9, 10)}
     assert (
         found["p00100"] == "in a cycle of 3 answers"
-        and found["p00107"] == "in a circle of 4 answers"
+        and found["p00107"] == "in a cycle of 4 answers"
     )
 
 
