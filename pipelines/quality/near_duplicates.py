@@ -365,7 +365,7 @@ def _matched(
 
 
 def _alike(i: int, met: list[list[int]], signatures: np.ndarray, threshold: float) -> list[int]:
-    """The rows in the same buckets with a similar enough signature; cheaper than the exact check."""
+    """The rows in the same buckets with a similar signature; cheaper than the exact check."""
     others = sorted(set().union(*(there[:CROWD] for there in met)))
     if len(others) < 8:
         return others
