@@ -17,6 +17,9 @@ setup:           ## make $(VENV) (nothing if it is up to date)
 demo: setup      ## the whole loop on the embedded world, with the truth beside it
 	@$(BIN)/prefab demo
 
+real: setup      ## the whole loop on real questions, with a small real model from the package index
+	@$(BIN)/prefab demo --real --store real-store
+
 # One process a core that this process may use; a file's tests stay in one process (they share servers and models), and
 # files are handed out in the order of tests/conftest.py, the longest first. Another number: make test JOBS=4
 JOBS ?= auto
@@ -78,4 +81,4 @@ clean:           ## caches and build leavings; never a store
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo test test-all coverage kill-test lint types reference world world-eval bench peers-venvs requirements clean distclean
+.PHONY: help setup demo real test test-all coverage kill-test lint types reference world world-eval bench peers-venvs requirements clean distclean

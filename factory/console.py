@@ -10,7 +10,9 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -23,6 +25,7 @@ T = TypeVar("T")
 LONGEST_NAME = 20  # a first column up to this width is not wrapped
 PLAIN_EVERY_S = 5.0  # seconds between progress lines where stderr is not a terminal
 EXIT_FAILED, EXIT_USAGE = 1, 2
+_EVERY_NOTE: ContextVar[str] = ContextVar("every_note", default="")
 
 
 @lru_cache
@@ -87,6 +90,16 @@ def hint(command: str) -> None:
     console(stderr=True).print(f"next: [bold]{escape(command)}[/bold]")
 
 
+@contextmanager
+def every_table_notes(note: str) -> Iterator[None]:
+    """Within it, every table ends with this line too."""
+    token = _EVERY_NOTE.set(note)
+    try:
+        yield
+    finally:
+        _EVERY_NOTE.reset(token)
+
+
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = ""
 ) -> None:
@@ -120,8 +133,9 @@ def table(
         console().print(title, markup=False, style="italic")
     # The console's soft wrap would let rich crop the table's frame.
     console().print(view, soft_wrap=False)
-    if note:  # as a caption it would be broken to the width of the table
-        console().print(note, markup=False, style="dim")
+    for line in filter(None, (note, _EVERY_NOTE.get())):
+        # as a caption it would be broken to the width of the table
+        console().print(line, markup=False, style="dim")
 
 
 def cell(value: Any) -> str:
@@ -157,8 +171,7 @@ class Progress:
     ) -> None:
         self.what, self.total, self.quiet, self.unit = what, total, quiet, unit
         self.done, self.facts = 0, ""
-        # share of the work that is done, where `done / total` is a bad estimate (many begun at
-        # once)
+        # share of the work that is done, where `done / total` is a bad estimate (many begun at once)
         self.share: float | None = None
         self._started = self._printed = time.monotonic()
         self._bar: Any = None

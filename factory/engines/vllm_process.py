@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -16,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from prefab.factory.errors import EngineError
+from prefab.factory.paths import cache_folder
 
 TELL_EVERY_S = 4.0
 FEW_CORES = 8  # up to so many, servers share them as the system sees fit
@@ -190,13 +194,16 @@ def command_line(process: VllmProcess) -> list[str]:
 def environment(process: VllmProcess) -> dict[str, str]:
     """The server's environment: no telemetry, no look at a hub for what lies in a folder, no other
     size of the cache than ours (VLLM_CPU_KVCACHE_SPACE would win). On a few cores threads are not
-    bound: vLLM would bind those of every server to the same ones.
+    bound: vLLM would bind those of every server to the same ones. What a CPU compiled is kept for
+    the next start, apart for each kind of CPU: compiled code runs on its own kind alone.
     """
     c = process.config
     ours = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if Path(process.model).is_dir():
         ours["HF_HUB_OFFLINE"] = "1"
     if not has_gpu():
+        if "VLLM_CACHE_ROOT" not in os.environ:
+            ours["VLLM_CACHE_ROOT"] = str(cache_folder() / f"vllm-{_cpu_kind()}")
         cores = len(os.sched_getaffinity(0))
         if cores <= FEW_CORES and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             ours |= {
@@ -207,6 +214,17 @@ def environment(process: VllmProcess) -> dict[str, str]:
         ours["VLLM_CPU_OMP_THREADS_BIND"] = c.threads
     given = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
     return {**given, **ours, **c.env}
+
+
+@lru_cache
+def _cpu_kind() -> str:
+    """A digest of what this CPU can do, as Linux lists it; elsewhere of the kind of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    able = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256((able or platform.machine()).encode()).hexdigest()[:8]
 
 
 def has_gpu() -> bool:

@@ -82,15 +82,27 @@ def demo(
     train: Annotated[
         bool, typer.Option(help="Also train policies on the data and evaluate them.")
     ] = True,
+    real: Annotated[
+        bool,
+        typer.Option(
+            "--real",
+            help="Real questions to a small real model (smollm2-135m, from the package index).",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run everything on the embedded world: make data with vLLM, train on it, and compare labels
-    and policies with the known truth.
+    and policies with the known truth. With --real: on real questions, without a known truth.
     """
-    from prefab.pipelines.cli.demo import demo as run_demo
-
     with resumable():
-        code = run_demo(store, prompts, sets, train, as_json, print_json)
+        if real:
+            from prefab.pipelines.cli.demo_real import demo_real
+
+            code = demo_real(store, sets, train, as_json, print_json)
+        else:
+            from prefab.pipelines.cli.demo import demo as run_demo
+
+            code = run_demo(store, prompts, sets, train, as_json, print_json)
     raise typer.Exit(code)
 
 

@@ -21,8 +21,7 @@ from prefab.factory.spec import data_files
 from prefab.factory.stats import Estimate, bootstrap, paired_difference, undefined
 from prefab.factory.types import UnscoredReason
 from prefab.pipelines.evaluation.policy_metrics import REFUSES
-from prefab.trainers.chat import Turns
-from prefab.trainers.common import Strict
+from prefab.trainers.common import Strict, Turns
 
 CONDITIONS = (
     None,

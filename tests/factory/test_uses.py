@@ -1,5 +1,4 @@
-"""Uses and the ledger's columns: the values that every ledger since the first has held, both
-ways."""
+"""Uses and the ledger's columns: the values that every ledger since the first has held, both ways."""
 
 import pytest
 

@@ -418,6 +418,73 @@ def test_a_fraction_of_a_gib_is_asked_for_in_bytes(monkeypatch):
         VllmConfig(model="m", kv_cache_gib=float("inf"))
 
 
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_what_was_compiled_is_kept_in_the_cache(monkeypatch, tmp_path):
+    process = VllmProcess(VllmConfig(model="m"), "m", 1, "local", None)
+    monkeypatch.setenv("PREFAB_CACHE", str(tmp_path))
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    kept = Path(environment(process)["VLLM_CACHE_ROOT"])
+    assert kept.parent == tmp_path and kept.name.startswith("vllm-")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/mine")
+    assert environment(process)["VLLM_CACHE_ROOT"] == "/mine"
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_a_compiled_function_is_loaded_again():
+    """The function that vLLM reads back on a CPU lacks `finalize_loading`, which vLLM asks for."""
+    import torch
+
+    from prefab.factory.engines import vllm_plugin
+
+    class Loaded:
+        class _artifacts:
+            compiled_fn = staticmethod(lambda x: x)
+
+    before = torch.compiler.load_compiled_function
+    torch.compiler.load_compiled_function = lambda file: Loaded()
+    try:
+        vllm_plugin.register()
+        vllm_plugin.register()  # vLLM may load a plugin twice
+        loaded = torch.compiler.load_compiled_function("file")
+        assert loaded._artifacts.compiled_fn.finalize_loading(None) is None
+        assert loaded._artifacts.compiled_fn(3) == 3
+    finally:
+        torch.compiler.load_compiled_function = before
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_a_second_start_compiles_nothing(tmp_path):
+    """On an empty cache. vLLM finds the plugin by the installed project's entry point."""
+    from importlib.metadata import entry_points
+
+    assert "prefab" in entry_points(group="vllm.general_plugins").names
+    logs = []
+    for start in ("first", "second"):
+        log = tmp_path / f"{start}.log"
+        engine = make(
+            {
+                "engine": "vllm",
+                "model": "prefab-nano",
+                "log_file": str(log),
+                "env": {"VLLM_CACHE_ROOT": str(tmp_path / "cache")},
+            },
+            "local",
+        )
+        engine.mute()
+
+        async def once(engine=engine):
+            await engine.start()
+            await engine.stop()
+
+        asyncio.run(once())
+        logs.append(log.read_text())
+    assert "saved AOT compiled function" in logs[0] and "Directly load AOT" not in logs[0]
+    assert "Directly load AOT compilation" in logs[1]
+    assert "Compiling model again" not in logs[1]
+
+
 def test_a_server_that_is_not_there_is_said_to_be():
     engine = make(
         {"engine": "vllm", "model": "m", "url": "http://127.0.0.1:13", "retries": 0}, "far"
