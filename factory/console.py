@@ -171,7 +171,8 @@ class Progress:
     ) -> None:
         self.what, self.total, self.quiet, self.unit = what, total, quiet, unit
         self.done, self.facts = 0, ""
-        # share of the work that is done, where `done / total` is a bad estimate (many begun at once)
+        # share of the work that is done, where `done / total` is a bad estimate (many begun at
+        # once)
         self.share: float | None = None
         self._started = self._printed = time.monotonic()
         self._bar: Any = None

@@ -53,6 +53,12 @@ class TransportError(EngineError):
     """
 
 
+class RequestRefused(TransportError):
+    """The server refused one request for good (HTTP 4xx): counted, and not asked again by the next
+    run unless told to.
+    """
+
+
 class BudgetError(PrefabError, RuntimeError):
     """A run passed the share of unscored or failed answers, or the number of calls or tokens, that
     it allows.

@@ -231,8 +231,8 @@ def split_of(
 
 
 def model_identity(path: str, dtype: str = "", revision: str = "", adapter: str = "") -> str:
-    """Which model this is, independent of its address: `folder:<digest>` for a local folder, else the
-    declared name and revision.
+    """Which model this is, independent of its address: `folder:<digest>` for a local folder, else
+    the declared name and revision.
 
     A folder's digest covers weights, configuration, tokenizer, chat template, dtype and adapter.
     The hub's blob names stand for file contents where there are some; other files are digested once
@@ -291,7 +291,7 @@ def _write_cache(file: Path, known: dict[str, str]) -> None:
 
 
 def rubric_id(rubric: tuple[tuple[str, float], ...]) -> str:
-    """The name of a prompt's own rubric in a use: 16 hex digits of its digest. An edited rubric gets
-    another name, so earlier uses keep the rubric that they were asked with.
+    """The name of a prompt's own rubric in a use: 16 hex digits of its digest. An edited rubric
+    gets another name, so earlier uses keep the rubric that they were asked with.
     """
     return digest("rubric", [list(line) for line in rubric])[:16]

@@ -1,8 +1,8 @@
 """What a reasoning model thinks before it answers, and the answer, in one text.
 
-A completion's text is raw: thinking stands in it as `<think>...</think>` before the answer, also where
-the server gave it apart (`reasoning_content`). Where the chat template opens the thinking, the text has
-the closing tag alone. Judges, stores and trainers take the answer.
+A completion's text is raw: thinking stands in it as `<think>...</think>` before the answer, also
+where the server gave it apart (`reasoning_content`). Where the chat template opens the thinking,
+the text has the closing tag alone. Judges, stores and trainers take the answer.
 """
 
 from __future__ import annotations

@@ -252,6 +252,7 @@ class Engine(ABC):
     owns_server: bool = False  # whether `start` starts a server
     log_folder: Path | None = None  # where the server's log goes; None: a temporary file
     starting_s: float = 0.0  # time that a start at the first question took
+    findings: Mapping[str, Any] = {}  # of `probe`; empty before
 
     @classmethod
     def make(cls, config: Any, name: str) -> Engine:
@@ -275,6 +276,12 @@ class Engine(ABC):
         """Find the token ids of `labels`, after `start`. Raises: EngineError when a label cannot be
         read.
         """
+
+    async def probe(self) -> Mapping[str, Any]:
+        """Find out with one or two short calls, after `start`, what the model does otherwise than
+        most (see `engines.family.Family`); kept in `findings`. Raises: TransportError, EngineError.
+        """
+        return self.findings
 
     async def check_specials(self) -> list[str]:
         """Control tokens that neutralised text would still contain, as far as the engine can

@@ -15,7 +15,8 @@ from tests.support.field_reads import fields_read, keys_read
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("factory", "judges", "pipelines", "trainers")
-# Looked up by key, since a run's record holds its configuration as plain data: class, where, fields.
+# Looked up by key, since a run's record holds its configuration as plain data: (class, where,
+# fields).
 BY_KEY = (
     ("ChooseConfig", "factory/store/datasets.py", {"method", "margin"}),
     ("EscalateConfig", "pipelines/store/derive.py", {"decides"}),
@@ -64,7 +65,7 @@ def models() -> dict[str, type[BaseModel]]:
 def unread(
     classes: dict[str, type], code: dict[str, str], own: dict[str, set[str]]
 ) -> set[tuple[str, str]]:
-    """The fields (of the class that declares them) that the code reads of no class that has them."""
+    """The fields (of the class that declares them) that the code reads of no class with them."""
     every = {
         name: set(cls.model_fields)
         if issubclass(cls, BaseModel)

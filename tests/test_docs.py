@@ -2,8 +2,8 @@
 documented; links lead to files.
 
 A block fenced ```sh or ```python is run, in the order of the page, in an empty folder
-(CONTRIBUTING.md: at the top of the repository). Python blocks with no ```sh block between them share
-one process. What needs a server or a GPU is fenced ```console, or ```py."""
+(CONTRIBUTING.md: at the top of the repository). Python blocks with no ```sh block between them
+share one process. What needs a server or a GPU is fenced ```console, or ```py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""What every trainer shares: models and tokenizers, chats as tokens, seeds, checkpoints that are
-whole, told errors.
-
-Tokens are made here and nowhere else: the template is applied once, as text, and the text is
-tokenised without special tokens of the tokenizer's own, so that a second BOS cannot come in.
+"""What every trainer shares: models and tokenizers, seeds, whole checkpoints, and errors that say
+what to do.
 """
 
 from __future__ import annotations
@@ -12,9 +9,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.engines.base import resolve_model
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
+from prefab.trainers.chat import chat_text, dialect
 
 COMPLETE = "prefab-complete"  # stands in a checkpoint once everything else does
 NEW = ".new"  # how a file ends that is being written
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
-Turns = Sequence[Mapping[str, str]]
 
 
 class TrainError(PrefabError, RuntimeError):
@@ -125,23 +121,50 @@ def load_tokenizer(
         if pad_token not in tokenizer.get_vocab():
             raise ConfigError(f"pad_token: {pad_token!r} is no token of {model}")
         tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    end = dialect(tokenizer).end
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, end):
         what = (
             "has no pad token"
             if tokenizer.pad_token_id is None
             else "pads with its end-of-turn token"
         )
-        others = [
-            t.content
-            for i, t in sorted(tokenizer.added_tokens_decoder.items())
-            if i != tokenizer.eos_token_id
-        ]
+        others = _possible_pads(tokenizer)
         raise ConfigError(
-            f"model: the tokenizer of {model} {what}; name a token that answers never hold with "
+            f"model: the tokenizer of {model} {what}; name a token that conversations never hold with "
             f"pad_token: TOKEN{' (there are: ' + ', '.join(others[:8]) + ')' if others else ''}"
         )
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _possible_pads(tokenizer: Any) -> list[str]:
+    """Added tokens that the chat template neither writes nor looks for, those made for padding
+    first.
+    """
+    known = dialect(tokenizer)
+    written = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.decode([known.end])}
+    found = [
+        token.content
+        for _, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.content not in written and token.content not in tokenizer.chat_template
+    ]
+    whole = chat_text(tokenizer, [{"role": "user", "content": "x"}], True)
+    found = [text for text in found if text.strip() and text not in whole]
+    return sorted(found, key=lambda text: "pad" not in text.lower())
+
+
+def write_ends(model: Any, tokenizer: Any) -> None:
+    """Have generation end where the chat template ends the assistant's turn, by the model's own
+    generation configuration. A model that does not generate is left as it is.
+    """
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    known = generation.eos_token_id
+    ends = [known] if isinstance(known, int) else list(known or ())
+    end = dialect(tokenizer).end
+    generation.eos_token_id = [end, *(i for i in ends if i != end)] if ends != [end] else end
+    generation.pad_token_id = tokenizer.pad_token_id
 
 
 def load_policy(
@@ -271,92 +294,6 @@ def with_lora(model: Any, lora: Lora | None, task: Literal["CAUSAL_LM", "SEQ_CLS
     from peft import get_peft_model
 
     return get_peft_model(model, lora_config(lora, task))
-
-
-def chat_text(
-    tokenizer: Any, turns: Turns, prompt: bool, kwargs: Mapping[str, Any] | None = None
-) -> str:
-    """A conversation as the template writes it; with `prompt`, up to where the assistant's answer
-    begins.
-    """
-    text: str = tokenizer.apply_chat_template(
-        [dict(turn) for turn in turns],
-        tokenize=False,
-        add_generation_prompt=prompt,
-        **(kwargs or {}),
-    )
-    return text
-
-
-def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that already holds its control tokens: nothing is put before or after
-    them.
-    """
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def prompt_ids(tokenizer: Any, turns: Turns, kwargs: Mapping[str, Any] | None = None) -> list[int]:
-    """What a server is given for this conversation: the very tokens that an answer is sampled
-    after.
-    """
-    return ids_of(tokenizer, chat_text(tokenizer, turns, True, kwargs))
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A prompt and its answer as tokens: `prompt` as at sampling, `answer` up to and with the
-    end-of-turn token.
-
-    `merged`: the tokenizer would have joined tokens across the border, had it seen both at once.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    merged: bool
-
-
-def answered(
-    tokenizer: Any, turns: Turns, answer: str, kwargs: Mapping[str, Any] | None = None
-) -> Answered:
-    """A conversation that waits for the assistant, with the answer, for any chat template.
-
-    The answer's tokens are those that the template writes after the prompt as it stands at
-    sampling. Templates that write an earlier turn otherwise than the last (those that strip
-    reasoning) are served too: the answer then is its text and whatever the template writes behind
-    it. What follows the end-of-turn token is cut, since nothing is sampled there; where the
-    template writes none, it is added, or the policy would never learn to stop.
-
-    Raises: ConfigError when the template does not write the answer's text as it is.
-    """
-    start = chat_text(tokenizer, turns, True, kwargs)
-    whole = chat_text(tokenizer, [*turns, {"role": "assistant", "content": answer}], False, kwargs)
-    if whole.startswith(start) and whole[len(start) :].startswith(answer):
-        rest = whole[len(start) :]
-    else:
-        at = whole.rfind(answer)
-        if at < 0 or not answer:
-            raise ConfigError(
-                f"the chat template does not write this answer as it is: {answer[:60]!r}"
-            )
-        rest = whole[at:]
-    before, after = ids_of(tokenizer, start), ids_of(tokenizer, rest)
-    merged = ids_of(tokenizer, start + rest) != before + after
-    end = tokenizer.eos_token_id
-    text_tokens = len(ids_of(tokenizer, answer))
-    stop = next(
-        (i for i in range(min(text_tokens, len(after)), len(after)) if after[i] == end), None
-    )
-    after = [*after, end] if stop is None else after[: stop + 1]
-    return Answered(before, after, merged)
-
-
-def conversation_ids(
-    tokenizer: Any, turns: Turns, kwargs: Mapping[str, Any] | None = None
-) -> list[int]:
-    """A finished conversation, all that the template writes: what a reward model reads here and on
-    vLLM alike.
-    """
-    return ids_of(tokenizer, chat_text(tokenizer, turns, False, kwargs))
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -1,9 +1,8 @@
-"""From the store, or files of the shape that `prefab export` writes, to tokens: the one way data
-reaches a trainer.
+"""From a store, or data files, to tokens: the one way data reaches a trainer.
 
 The test split never does: it is not read from a store, rows that carry its name are refused, and so
-is any row whose prompt stands in the test split of one of the sources. What is left out is counted
-and told.
+is any row whose prompt is in the test split of one of the sources. What is left out is counted, in
+the notes.
 """
 
 from __future__ import annotations
@@ -17,14 +16,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from prefab.factory.errors import ConfigError
+from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest, split_of
-from prefab.factory.spec.templates import neutralise
+from prefab.factory.spec import data_files, layouts
 from prefab.factory.store import datasets, store
-from prefab.trainers.common import Strict, answered, chat_text, conversation_ids, ids_of
+from prefab.trainers.chat import (
+    Turns,
+    answered,
+    chat_text,
+    check_tools,
+    conversation_ids,
+    dialect,
+    ids_of,
+    shown,
+    turn_of,
+)
+from prefab.trainers.common import Strict
 
 if TYPE_CHECKING:
-    import polars
     from datasets import Dataset
 
 # Models whose answers a run used, in the tables named.
@@ -38,7 +47,7 @@ WHERE used.run = ? AND used.source IN {} ORDER BY 1
 """
 Kind = Literal["preference", "unpaired", "sft", "prompts"]
 Encoder = Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]]
-HUB = {"train": "train", "val": "validation", "test": "test"}
+Row = dict[str, Any]
 
 
 class Source(Strict):
@@ -49,7 +58,14 @@ class Source(Strict):
     store: str | None = Field(None, description="The folder of ledger.sqlite and prefab.duckdb.")
     run: str = Field("", description="NAME or NAME@VERSION; left out: the run that ran last.")
     files: str | None = Field(
-        None, description="A folder that `prefab export` wrote, or one .parquet or .jsonl file."
+        None,
+        description="A data file in a layout that `prefab check FILE` names, or a folder: of such "
+        "files, or one that `prefab export` wrote.",
+    )
+    map: dict[str, str] = Field(
+        {},
+        description="Of files: columns to read under another name, such as {prompt: question}.",
+        exclude_if=lambda value: not value,
     )
     weight: float = Field(1.0, gt=0)
     judges: list[str] = Field([], description="Decide by these judges' readings alone.")
@@ -90,6 +106,11 @@ class DataConfig(Strict):
     too_long: Literal["error", "drop"] = Field(
         "error", description="Of rows longer than that; never cut silently."
     )
+    bad_rows: Literal["error", "drop"] = Field(
+        "error",
+        description="Of rows of files that cannot be kept whole; drop: left out and counted.",
+        exclude_if=lambda value: value == "error",
+    )
     val_share: float = Field(
         0.05, gt=0, lt=1, description="Of prompts, where the sources have no validation rows."
     )
@@ -121,14 +142,13 @@ def read_rows(kind: Kind, config: DataConfig) -> Rows:
     """
     found, tests = Rows(), set()
     for source in config.sources:
-        frame, held_out = (
-            _from_store(kind, source, found) if source.store else _from_files(kind, source)
-        )
+        if source.store:
+            rows, held_out = _from_store(kind, source, found)
+        else:
+            rows, held_out = _from_files(kind, source, config.bad_rows, found.notes)
         tests |= held_out
-        where = source.store or source.files or ""
-        if not frame.is_empty():
-            _refuse_test(frame, where)
-            _take(found, _filtered(frame, source, found.notes), source)
+        _refuse_test(rows, source.store or source.files or "")
+        _take(found, _filtered(rows, source, found.notes), source)
     _refuse_leaks(found, tests)
     _split_off(found, config)
     if not found.train:
@@ -159,7 +179,7 @@ def _text(row: Mapping[str, Any]) -> Any:
     return [row.get(name) for name in ("chosen", "rejected", "completion", "messages")]
 
 
-def _from_store(kind: Kind, source: Source, found: Rows) -> tuple[polars.DataFrame, set[str]]:
+def _from_store(kind: Kind, source: Source, found: Rows) -> tuple[list[Row], set[str]]:
     """Rows of a run whose split is train or val, and the digests of the prompts of the store's test
     split.
     """
@@ -201,155 +221,221 @@ def _from_store(kind: Kind, source: Source, found: Rows) -> tuple[polars.DataFra
         }
     )
     frame = frames.get(kind, pl.DataFrame())
-    if not frame.is_empty():
-        frame = frame.filter(pl.col("split").is_in(["train", "val"]))
-    return frame, {
+    rows = [row for row in frame.iter_rows(named=True) if row["split"] in ("train", "val")]
+    for row in rows:
+        row["prompt"] = [dict(turn) for turn in row["prompt"]]
+        for name in ("chosen", "rejected", "completion"):
+            if row.get(name) is not None:
+                row[name] = row[name][-1]["content"]
+    return rows, {
         _prompt_digest([{"role": r, "content": c} for r, c in json.loads(text)]) for text in test
     }
 
 
-def _from_files(kind: Kind, source: Source) -> tuple[polars.DataFrame, set[str]]:
+def _from_files(
+    kind: Kind, source: Source, bad_rows: str, notes: list[str]
+) -> tuple[list[Row], set[str]]:
     """Rows of train and validation files, and the digests of the prompts of a test file beside
     them.
 
-    Raises: ConfigError where there is no such file, or it lacks the columns.
+    Raises: ConfigError where there is no such file, or with the rows that cannot be kept.
     """
-    import polars as pl
-
     place = Path(source.files or "")
-    if place.is_file():
-        frame = _file(place)
-        return _needed(
-            kind,
-            frame if "split" in frame.columns else frame.with_columns(split=pl.lit("train")),
-            place,
-        ), set()
-    if not place.is_dir():
+    if (place / kind).is_dir():
+        place = place / kind
+    if not place.exists():
         raise ConfigError(f"{place}: no such file or folder")
-    folder = place / kind if (place / kind).is_dir() else place
-    parts = {
-        split: _file(folder / f"{name}.parquet")
-        for split, name in HUB.items()
-        if (folder / f"{name}.parquet").exists()
-    }
-    if "train" not in parts:
-        raise ConfigError(
-            f"{folder}: no train.parquet here. `prefab export OUT` writes {kind}/train.parquet; or name one "
-            ".parquet or .jsonl file"
-        )
-    tests = (
-        {_prompt_digest(turns) for turns in parts["test"]["prompt"].to_list()}
-        if "test" in parts
-        else set()
-    )
-    frame = pl.concat(
-        [
-            part.with_columns(split=part["split"] if "split" in part.columns else pl.lit(split))
-            for split, part in parts.items()
-            if split != "test"
-        ],
-        how="diagonal",
-    )
-    return _needed(kind, frame, folder), tests
+    if place.is_file() and not place.stat().st_size:
+        raise ConfigError(f"{place}: the file is empty")
+    found = _FileRows()
+    for file, split in _files_of(place):
+        for number, line, value in data_files.rows(file):
+            try:
+                made = _rows_of(kind, value, source.map)
+            except ValueError as error:
+                where = (str(file), line, 1 if line else 0, f"row {number}")
+                found.problems.append(Problem(*where, str(error)))
+                continue
+            for row in made:
+                found.take(row, row["split"] if split == BY_ROW else split)
+    return found.finished(place, bad_rows, notes), found.tests
 
 
-def _file(path: Path) -> polars.DataFrame:
-    import polars as pl
-
-    if not path.stat().st_size:
-        raise ConfigError(f"{path}: the file is empty")
-    try:
-        return (
-            pl.read_parquet(path)
-            if path.suffix == ".parquet"
-            else pl.read_ndjson(path, infer_schema_length=None)
-        )
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as {path.suffix or 'a file of rows'}: {error}"
-        ) from error
+BY_ROW = "by row"  # of a folder that `datasets` saved: each row's split is that of its part
 
 
-COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "preference": (("prompt", "chosen", "rejected"),),
-    "unpaired": (("prompt", "completion", "label"),),
-    "sft": (("prompt", "completion"), ("messages",), ("prompt", "chosen")),
-    "prompts": (("prompt",),),
+def _files_of(place: Path) -> list[tuple[Path, str | None]]:
+    """(file, the split that its name says) of a file, or of the files of a folder."""
+    if place.is_file():
+        return [(place, None)]
+    files = data_files.data_files(place)
+    return [(file, data_files.split_in_name(file)) for file in files] or [(place, BY_ROW)]
+
+
+@dataclass(slots=True)
+class _FileRows:
+    """Rows of the files of a source, digests of the prompts of test files, and what is left out."""
+
+    rows: list[Row] = field(default_factory=list)
+    tests: set[str] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
+    ties: int = 0
+
+    def take(self, row: Row, split: str | None) -> None:
+        """Take a row of a file of this split (None: the rows say it)."""
+        if split == "test":
+            self.tests.add(_prompt_digest(prompt_of(row)))
+        elif row.pop("tie", False):
+            self.ties += 1
+        else:
+            self.rows.append({**row, "split": row["split"] or split or "train"})
+
+    def finished(self, place: Path, bad_rows: str, notes: list[str]) -> list[Row]:
+        """The rows; what is left out is noted. Raises: ConfigError with the rows that cannot be
+        kept.
+        """
+        bad = f"{len(self.problems):,} rows cannot be kept"
+        if self.problems and (bad_rows == "error" or not self.rows):
+            mend = f"{bad}; mend them, or leave them out with data.bad_rows: drop"
+            raise ConfigError([*self.problems[:SHOWN], Problem(str(place), 0, 0, "", mend)])
+        if self.problems:
+            notes.append(f"{place}: {bad} and are left out, the first: {self.problems[0]}")
+        if self.ties:
+            notes.append(f"{place}: {self.ties:,} pairs are ties and are left out")
+        return self.rows
+
+
+SHOWN = 20  # problems that are printed; all are counted
+# Columns beside prompt and answers that training uses or names rows by.
+KEPT = (
+    "preference",
+    "sample",
+    "chosen_sample",
+    "rejected_sample",
+    "prompt_id",
+    "run",
+    "weight",
+    "p_chosen",
+    "p_win",
+)
+NEEDED = {
+    "preference": "prompt, chosen, rejected, or another layout of pairs",
+    "unpaired": "prompt, completion, label",
+    "sft": "prompt and completion, messages, or chosen",
+    "prompts": "prompt or messages",
 }
 
 
-def _needed(kind: Kind, frame: polars.DataFrame, place: Path) -> polars.DataFrame:
-    """The frame, with its prompts and answers as turns. Raises: ConfigError where columns are
-    missing.
+def _rows_of(kind: Kind, value: Any, names: Mapping[str, str]) -> list[Row]:
+    """The training rows of one row of a file. Raises: ValueError where it cannot be kept, or is of
+    another kind.
     """
-    shape = next((shape for shape in COLUMNS[kind] if set(shape) <= set(frame.columns)), None)
-    if shape is None:
-        raise ConfigError(
-            f"{place}: {kind} rows need {' or '.join(', '.join(s) for s in COLUMNS[kind])}; there are: "
-            f"{', '.join(frame.columns)}"
+    if isinstance(value, ValueError):
+        raise value
+    record = layouts.parse(value, names)
+    columns = value if isinstance(value, Mapping) else {}
+    split = str(columns.get("split") or "")
+    base: Row = {name: columns[name] for name in KEPT if columns.get(name) is not None}
+    base["split"] = data_files.split_in_name(Path(split)) or split
+    if record.tools:
+        base["tools"] = record.tools
+    made = [{**base, **row} for row in _CONTENT[kind](record, base)]
+    if not made:
+        raise ValueError(
+            f"is no {kind} row (it is read as {record.layout}): these need {NEEDED[kind]}; there "
+            f"are: {', '.join(map(str, columns))}"
         )
-    return frame
+    return made
 
 
-def _refuse_test(frame: polars.DataFrame, where: str) -> None:
-    bad = frame["split"].is_in(["train", "val", "validation"]).not_().sum()
+def _pairs(record: layouts.Record, base: Row) -> Iterator[Row]:
+    answers = [_answer(turn) for turn in record.answers]
+    for a, b, p in record.pairs:
+        tie = p == 0.5 and "p_chosen" not in base
+        if p < 0.5 and "p_chosen" not in base:
+            a, b = b, a
+        yield {"prompt": record.prompt, "chosen": answers[a], "rejected": answers[b], "tie": tie}
+
+
+def _labelled(record: layouts.Record, base: Row) -> Iterator[Row]:
+    if record.label is not None:
+        answer = _answer(record.answers[0])
+        yield {"prompt": record.prompt, "completion": answer, "label": record.label}
+
+
+def _demonstrations(record: layouts.Record, base: Row) -> Iterator[Row]:
+    if record.talk:
+        yield {"prompt": [], "messages": record.talk}
+    elif record.answers:
+        wins = [0.0] * len(record.answers)
+        for a, b, p in record.pairs:
+            wins[a], wins[b] = wins[a] + p, wins[b] + 1 - p
+        best = record.answers[wins.index(max(wins))]
+        yield {"prompt": record.prompt, "completion": _answer(best)}
+
+
+def _asked(record: layouts.Record, base: Row) -> Iterator[Row]:
+    yield {"prompt": record.prompt or _before_answer(record.talk)}
+
+
+_CONTENT: dict[Kind, Callable[[layouts.Record, Row], Iterator[Row]]] = {
+    "preference": _pairs,
+    "unpaired": _labelled,
+    "sft": _demonstrations,
+    "prompts": _asked,
+}
+
+
+def _answer(turn: layouts.Turn) -> str | layouts.Turn:
+    """A text where the turn is nothing else, the turn where it calls tools or thinks apart."""
+    text: str = turn["content"]
+    return turn if turn.keys() - {"role", "content", "name"} else text
+
+
+def _refuse_test(rows: Sequence[Row], where: str) -> None:
+    bad = [row["split"] for row in rows if row["split"] not in ("train", "val")]
     if bad:
-        names = ", ".join(
-            sorted({str(s) for s in frame["split"].to_list()} - {"train", "val", "validation"})
-        )
         raise ConfigError(
-            f"{where}: {bad:,} rows of the split {names}. A trainer takes train and val only: what is measured "
-            "on rows that were trained on is no measurement"
+            f"{where}: {len(bad):,} rows of the split {', '.join(sorted(set(bad)))}. A trainer takes "
+            "train and val only: what is measured on rows that were trained on is no measurement"
         )
 
 
-def _filtered(frame: polars.DataFrame, source: Source, notes: list[str]) -> polars.DataFrame:
+def _filtered(rows: list[Row], source: Source, notes: list[str]) -> list[Row]:
     """Without pairs inside the margin and without ids that are excluded; both counted."""
-    import polars as pl
 
-    for column in ("p_chosen", "p_win"):
-        if source.margin and column in frame.columns:
-            kept = frame.filter((pl.col(column) - 0.5).abs() >= source.margin)
-            notes.append(
-                f"{frame.height - kept.height:,} of {frame.height:,} rows lie within {source.margin} of a half"
-            )
-            frame = kept
+    def near(row: Row) -> bool:
+        return any(
+            abs(row[name] - 0.5) < source.margin for name in ("p_chosen", "p_win") if name in row
+        )
+
+    if source.margin:
+        kept = [row for row in rows if not near(row)]
+        notes.append(
+            f"{len(rows) - len(kept):,} of {len(rows):,} rows lie within {source.margin} of a half"
+        )
+        rows = kept
     if source.exclude:
         from prefab.factory.spec.yamlio import read_text
 
         ids = {line.strip() for line in read_text(source.exclude).splitlines() if line.strip()}
-        columns = [
-            c
-            for c in ("preference", "sample", "chosen_sample", "rejected_sample", "prompt_id")
-            if c in frame.columns
-        ]
-        kept = (
-            frame.filter(~pl.any_horizontal(pl.col(c).is_in(list(ids)) for c in columns))
-            if columns
-            else frame
-        )
+        kept = [row for row in rows if not any(row.get(name) in ids for name in IDS)]
         notes.append(
-            f"{frame.height - kept.height:,} of {frame.height:,} rows are left out as {source.exclude} says"
+            f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out as {source.exclude} says"
         )
-        frame = kept
-    return frame
+        rows = kept
+    return rows
 
 
-def _take(found: Rows, frame: polars.DataFrame, source: Source) -> None:
-    """Rows as dictionaries with plain texts. Raises: ConfigError for a probability that is none."""
+IDS = ("preference", "sample", "chosen_sample", "rejected_sample", "prompt_id")
+
+
+def _take(found: Rows, rows: Sequence[Row], source: Source) -> None:
+    """Rows with their weights into their split; pairs of equal answers are counted."""
     same = 0
-    for i, row in enumerate(frame.iter_rows(named=True)):
-        p = row.get("p_chosen")
-        if p is not None and not 0 <= p <= 1:
-            raise ConfigError(
-                f"{source.store or source.files}: row {i} has p_chosen {p}; it is a probability, from 0 to 1"
-            )
+    for row in rows:
         weight = row.get("weight")
         row["weight"] = source.weight * (weight if isinstance(weight, float) else 1.0)
-        row["prompt"] = _turns(row["prompt"], "user") if row.get("prompt") is not None else []
-        for name in ("chosen", "rejected", "completion"):
-            if row.get(name) is not None:
-                row[name] = _turns(row[name], "assistant")[-1]["content"]
         if row.get("chosen") is not None and row.get("chosen") == row.get("rejected"):
             same += 1
             continue
@@ -358,29 +444,23 @@ def _take(found: Rows, frame: polars.DataFrame, source: Source) -> None:
         found.notes.append(f"{same:,} pairs of equal answers are left out")
 
 
-def _turns(value: Any, role: str) -> list[dict[str, str]]:
-    return (
-        [{"role": role, "content": value}]
-        if isinstance(value, str)
-        else [dict(turn) for turn in value]
-    )
-
-
-def _prompt_digest(value: Any) -> str:
+def _prompt_digest(turns: Turns) -> str:
     """Two rows have the same prompt when its turns say the same, however they are stored."""
     return digest(
-        "prompt", [[t["role"], " ".join(t["content"].split())] for t in _turns(value, "user")]
+        "prompt",
+        [[t["role"], " ".join(t["content"].split()), *t.get("tool_calls", ())] for t in turns],
     )
 
 
-def prompt_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
+def prompt_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row's prompt; of a whole conversation, what stands before its first answer."""
-    if row.get("prompt"):
-        result: list[dict[str, str]] = row["prompt"]
-        return result
-    turns = [dict(turn) for turn in row.get("messages") or ()]
+    prompt: list[dict[str, Any]] = row.get("prompt") or _before_answer(row.get("messages") or ())
+    return prompt
+
+
+def _before_answer(turns: Turns) -> list[dict[str, Any]]:
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
-    return turns[:first]
+    return [dict(turn) for turn in turns[:first]]
 
 
 def _refuse_leaks(found: Rows, tests: set[str]) -> None:
@@ -438,7 +518,7 @@ def tokenised(
     """
     from datasets import Dataset
 
-    made = [{**item, "row": i} for i, row in enumerate(rows_) for item in encode(row)]
+    made = _encoded(rows_, encode, config, notes, what)
     long = [item for item in made if item["length"] > config.max_length]
     if long and config.too_long == "error":
         row = rows_[long[0]["row"]]
@@ -465,6 +545,28 @@ def tokenised(
     return Dataset.from_list(made)
 
 
+def _encoded(
+    rows_: Sequence[Mapping[str, Any]],
+    encode: Encoder,
+    config: DataConfig,
+    notes: list[str],
+    what: str,
+) -> list[dict[str, Any]]:
+    """The token rows of all rows. Raises: ConfigError for rows that the chat template refuses."""
+    made, problems = [], []
+    for i, row in enumerate(rows_):
+        try:
+            made += [{**item, "row": i} for item in encode(row)]
+        except ConfigError as error:
+            problems.append(f"{prompt_of(row)[-1]['content'][:60]!r}: {error}")
+    if problems:
+        told = f"{len(problems):,} of {len(rows_):,} {what} rows cannot be tokens, the first: {problems[0]}"
+        if config.bad_rows == "error" or not made:
+            raise ConfigError(f"{told}. Mend them, or write data.bad_rows: drop")
+        notes.append(told)
+    return made
+
+
 def encoder(
     kind: Kind,
     tokenizer: Any,
@@ -476,31 +578,40 @@ def encoder(
     """How a row of this kind becomes tokens. With `reward`, whole conversations; `every_turn`: see
     `_sft_rows`.
     """
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    kwargs = found.template_kwargs
+    if not dialect(tokenizer, found.template_kwargs).has_system:
+        first = [prompt_of(row)[:1] for row in (*found.train, *found.val)]
+        if n := sum(turns[0]["role"] == "system" for turns in first if turns):
+            found.notes.append(
+                f"the chat template has no system turn: {n:,} system texts begin the first user's turn"
+            )
 
-    def clean(turns: Any) -> list[dict[str, str]]:
-        return [{**turn, "content": neutralise(turn["content"], specials)} for turn in turns]
+    def begin(row: Mapping[str, Any]) -> tuple[Turns, dict[str, Any]]:
+        """The prompt as the model is shown it, and the template's arguments."""
+        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        kwargs = {**found.template_kwargs, **tools}
+        prompt = shown(tokenizer, row["prompt"], kwargs)
+        if tools or any(turn.get("tool_calls") or turn["role"] == "tool" for turn in prompt):
+            _check_tools(tokenizer, prompt, kwargs)
+        return prompt, kwargs
+
+    def target(answer: Any, kwargs: Mapping[str, Any]) -> Any:
+        """The answer, in which nothing ends the turn before its end."""
+        (turn,) = shown(tokenizer, [turn_of(answer)], kwargs)
+        return turn
 
     def pair(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        prompt, p = clean(row["prompt"]), row.get("p_chosen")
-        sides = {
-            side: clean([{"role": "assistant", "content": row[side]}])
-            for side in ("chosen", "rejected")
-        }
+        (prompt, kwargs), p = begin(row), row.get("p_chosen")
+        sides = {side: target(row[side], kwargs) for side in ("chosen", "rejected")}
         made: dict[str, Any] = {"p": 1.0 if p is None else float(p), "weight": row["weight"]}
         made["target"] = made["p"] if config.labels == "soft" else 1.0
         if reward:
             made |= {
-                f"{side}_ids": conversation_ids(tokenizer, prompt + turn, kwargs)
+                f"{side}_ids": conversation_ids(tokenizer, [*prompt, turn], kwargs)
                 for side, turn in sides.items()
             }
             made["length"] = max(len(made["chosen_ids"]), len(made["rejected_ids"]))
         else:
-            both = {
-                side: answered(tokenizer, prompt, turn[0]["content"], kwargs)
-                for side, turn in sides.items()
-            }
+            both = {side: answered(tokenizer, prompt, turn, kwargs) for side, turn in sides.items()}
             made |= {
                 "prompt_ids": both["chosen"].prompt,
                 "merged": any(a.merged for a in both.values()),
@@ -510,12 +621,8 @@ def encoder(
         yield made
 
     def single(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        a = answered(
-            tokenizer,
-            clean(row["prompt"]),
-            clean([{"content": row["completion"]}])[0]["content"],
-            kwargs,
-        )
+        prompt, kwargs = begin(row)
+        a = answered(tokenizer, prompt, target(row["completion"], kwargs), kwargs)
         yield {
             "prompt_ids": a.prompt,
             "completion_ids": a.answer,
@@ -526,12 +633,9 @@ def encoder(
         }
 
     def demonstration(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        text = row.get("completion") if row.get("completion") is not None else row.get("chosen")
-        turns = clean(
-            row["messages"]
-            if row.get("messages")
-            else [*row["prompt"], {"role": "assistant", "content": text}]
-        )
+        answer = row.get("completion") if row.get("completion") is not None else row.get("chosen")
+        talk = row.get("messages") or [*row["prompt"], turn_of(answer or "")]
+        turns, kwargs = begin({**row, "prompt": talk})
         last = len(turns) - 1 if not row.get("messages") or not every_turn else None
         for ids, labels in _sft_rows(tokenizer, turns, kwargs, last):
             yield {"input_ids": ids, "labels": labels, "weight": row["weight"], "length": len(ids)}
@@ -539,8 +643,19 @@ def encoder(
     return {"preference": pair, "unpaired": single, "sft": demonstration}[kind]
 
 
+def _check_tools(tokenizer: Any, prompt: Turns, kwargs: Mapping[str, Any]) -> None:
+    """Raises: ConfigError where the template writes no tools, calls or results."""
+    text = chat_text(tokenizer, prompt, False, kwargs)
+    check_tools(prompt, text)
+    names = [tool.get("function", tool).get("name", "") for tool in kwargs.get("tools", ())]
+    if any(name not in text for name in names):
+        raise ConfigError(
+            "the chat template writes no tools; train a model whose template has them"
+        )
+
+
 def _sft_rows(
-    tokenizer: Any, turns: Sequence[Mapping[str, str]], kwargs: Mapping[str, Any], only: int | None
+    tokenizer: Any, turns: Turns, kwargs: Mapping[str, Any], only: int | None
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(tokens, labels) of a conversation: labels are -100 but for the assistant's tokens, of turn
     `only` or of all.
@@ -556,7 +671,7 @@ def _sft_rows(
         raise ConfigError(
             f"a conversation without an answer of the assistant: {turns[-1]['content'][:60]!r}"
         )
-    parts = [answered(tokenizer, turns[:i], turns[i]["content"], kwargs) for i in places]
+    parts = [answered(tokenizer, turns[:i], turns[i], kwargs) for i in places]
     whole = ids_of(tokenizer, chat_text(tokenizer, turns[: places[-1] + 1], False, kwargs))
     starts = [len(part.prompt) for part in parts]
     fits = all(

@@ -1,5 +1,5 @@
-"""Engines by name: `ENGINES` maps the `engine:` of a pipeline file to a class of this package or, by
-the entry points `prefab.engines`, of another one.
+"""Engines by name: `ENGINES` maps the `engine:` of a pipeline file to a class of this package or,
+by the entry points `prefab.engines`, of another one.
 
 The protocol is `Engine`. Nothing heavy is imported before `start`.
 """

@@ -1,9 +1,9 @@
-"""Chat completions as vLLM and OpenAI-compatible servers speak them: bodies, label reads, answers,
-typed refusals.
+"""Chat completions of vLLM and OpenAI-compatible servers: bodies, label reads, answers, typed
+refusals.
 
 A label read asks for one unconstrained token and its log-probabilities. Constrained decoding is
 never used for it: it renormalises over the labels, and the probability mass that they really had is
-lost.
+lost. A model that thinks gets room for it, and is read at its answer.
 """
 
 from __future__ import annotations
@@ -11,18 +11,30 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import orjson
 
-from prefab.factory.engines.http import HttpClient, Rejected
-from prefab.factory.errors import EngineError, TransportError
+from prefab.factory.engines.family import (
+    PROBE,
+    PROBE_TOKENS,
+    Family,
+    droppable,
+    learned,
+    without_system,
+)
+from prefab.factory.engines.http import LIMITED, HttpClient, Rejected
+from prefab.factory.errors import EngineError, RequestRefused, TransportError
 from prefab.factory.keys import derived_seed
+from prefab.factory.thinking import join_thinking, split_thinking
 from prefab.factory.types import Completion, Exactness, Finish, Message, Request, Sampling
 
-# a label read waits this long for company while others are under way, and not at all otherwise
+# a label read waits this long for others to share its POST while some are under way, else not at
+# all
 FLUSH_AFTER_S = 0.002
+MAX_LESSONS = 12  # refusals of one request that the engine learns from
 _CONTEXT = re.compile(
     r"context[ _](?:length|window|size)|prompt is too long|max_model_len|too many tokens", re.I
 )
@@ -59,9 +71,12 @@ class Read(Protocol):
         """The fields of the body that ask for them."""
 
     def parse(self, entries: Sequence[Any] | None, labels: tuple[str, ...]) -> LabelRead:
-        """Log-probabilities by spelling from the first token's `top_logprobs`; spellings not there
-        are left out.
+        """Log-probabilities by spelling from a token's `top_logprobs`; spellings not there are left
+        out.
         """
+
+    def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
+        """Whether the server's name of a token is that of one of these labels."""
 
 
 class TopRead:
@@ -101,6 +116,10 @@ class TopRead:
                 found[token] = log_add(found[token], logp) if token in found else logp
         return found, "exact" if len(found) == len(labels) else "bounds"
 
+    def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
+        """As `Read.is_label`."""
+        return token in labels
+
 
 class Drawn(NamedTuple):
     """A sampled answer as token ids: the prompt's as the server's template wrote it, the answer's
@@ -114,13 +133,15 @@ class Drawn(NamedTuple):
     ended: bool
 
 
-class Group(NamedTuple):
-    """What label reads that may share one POST have in common: the body before its messages, and
-    the labels.
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """What label reads that may share one POST have in common: the body without its messages, also
+    as text, and the labels.
     """
 
     head: bytes
     labels: tuple[str, ...]
+    body: Mapping[str, Any]
 
 
 class Chat:
@@ -137,15 +158,14 @@ class Chat:
         *,
         batch: int = 1,
         extended: bool = True,
-        max_tokens_field: str = "max_tokens",
+        family: Family | None = None,
+        probe_labels: tuple[str, ...] = (),
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.server, self.path, self.model, self.read, self.batch = server, path, model, read, batch
-        self.extended, self.max_tokens_field, self.extra = (
-            extended,
-            max_tokens_field,
-            dict(extra or {}),
-        )
+        self.extended, self.extra = extended, dict(extra or {})
+        self.family, self.probe_labels = family or Family(), probe_labels
+        self.tell: Callable[[str], None] = lambda line: None  # where a notice for people goes
         self.max_model_len = self.in_flight = 0
         self._heads: dict[tuple[Any, ...], Group] = {}
         self._waiting: dict[Group, list[tuple[bytes, asyncio.Future[Completion]]]] = {}
@@ -153,17 +173,117 @@ class Chat:
         self._posts: set[asyncio.Task[None]] = set()
 
     async def complete(self, key: bytes, request: Request) -> Completion:
-        """The answer to one request. Raises: TransportError, EngineError (as `Server.post`)."""
+        """The answer to one request. Raises: TransportError, RequestRefused, EngineError."""
         self.in_flight += 1
         try:
-            group = await self._group(request)
-            messages = message_bytes(request.messages)
-            if request.labels and self.batch > 1 and request.sampling.temperature == 0:
-                return await self._join(group, messages)
-            seed = b',"seed":%d' % derived_seed(key) if request.sampling.temperature > 0 else b""
-            return await self._single(group, messages, seed)
+            return await self._adapted(request, lambda: self._complete(key, request))
+        except Rejected as refusal:
+            return await self._refused(refusal)
         finally:
             self.in_flight -= 1
+
+    async def _complete(self, key: bytes, request: Request) -> Completion:
+        group = await self._group(request)
+        messages = self._messages(request)
+        if request.labels and self.batch > 1 and request.sampling.temperature == 0:
+            return await self._join(group, messages)
+        seeded = request.sampling.temperature > 0 and "seed" not in self.family.left_out
+        seed = b',"seed":%d' % derived_seed(key) if seeded else b""
+        return await self._single(group, messages, seed)
+
+    async def _adapted(self, request: Request, ask: Callable[[], Awaitable[T]]) -> T:
+        """What `ask` gives. Where the server refuses the form of the request, the request is
+        written in another form and asked again.
+
+        Raises: Rejected for a refusal that teaches nothing.
+        """
+        for _ in range(MAX_LESSONS):
+            family = self.family
+            try:
+                return await ask()
+            except Rejected as refusal:
+                if family is self.family and not await self._learn(refusal, request):
+                    raise
+        return await ask()
+
+    async def _learn(self, refusal: Rejected, request: Request) -> bool:
+        """Whether the refusal taught something about the model."""
+        if refusal.status not in (400, 403, 422):
+            return False
+        body = (await self._group(request)).body
+        has_system = any(m.role == "system" for m in request.messages)
+        param = str(refusal.detail.get("param") or "")
+        found = learned(self.family, refusal.message, param, body, has_system)
+        if found is None or found == self.family:
+            return False
+        self._now(found)
+        return True
+
+    def _now(self, family: Family) -> None:
+        """Write requests for this family from now on, and tell what is unusual."""
+        said = self.family.notes()
+        self.family = family
+        self._heads.clear()
+        for line in family.notes():
+            if line not in said:
+                self.tell(line)
+
+    async def probe(self) -> Family:
+        """Find out with one or two short calls what the model does otherwise than most.
+
+        Raises: TransportError, EngineError.
+        """
+        kwargs: tuple[tuple[str, Any], ...] = ()
+        answer, thought = await self._probe_once(kwargs)
+        if thought:
+            kwargs = (("enable_thinking", False),)
+            answer, thought = await self._probe_once(kwargs)
+            self._now(replace(self.family, thinking="always" if thought else "unless_told"))
+        if answer is None:
+            return self.family
+        read = answer.label_logps or {}
+        if self.probe_labels and answer.exactness == "hard" and not thought:
+            self._now(replace(self.family, logprobs=False))
+        letter = split_thinking(answer.text).answer.strip()
+        if not read and letter not in ("A", "B"):
+            self._now(replace(self.family, begins=letter[:20]))
+        return self.family
+
+    async def _probe_once(
+        self, kwargs: tuple[tuple[str, Any], ...]
+    ) -> tuple[Completion | None, bool]:
+        """The answer to the probe, and whether the model thought before it; no answer when the
+        probe was refused.
+        """
+        most = min(PROBE_TOKENS, max(1, (self.max_model_len or 4096) // 4))
+        request = Request(self.model, PROBE, Sampling(most), self.probe_labels, kwargs)
+        hidden = 0
+
+        def parse(answer: dict[str, Any]) -> Completion:
+            nonlocal hidden
+            details = (answer.get("usage") or {}).get("completion_tokens_details") or {}
+            hidden = _count(details.get("reasoning_tokens"))
+            return self._completion(_choices(answer, 1)[0], request.labels, *_usage(answer))
+
+        async def ask() -> Completion:
+            group = await self._group(request)
+            return await self._parsed(b"%b%b}" % (group.head, self._messages(request)), parse)
+
+        try:
+            answer = await self._adapted(request, ask)
+        except Rejected as refusal:
+            if refusal.status == 404:
+                raise EngineError(
+                    await wrong_model(self.server, self.path, self.model, refusal.message)
+                ) from refusal
+            self.tell(f"the probe was refused: HTTP {refusal.status} {refusal.message}")
+            return None, False
+        split = split_thinking(answer.text)
+        return answer, bool(hidden or split.thinking or not split.finished)
+
+    def _messages(self, request: Request) -> bytes:
+        messages = request.messages
+        return message_bytes(messages if self.family.system_role else without_system(messages))
 
     async def draw(self, key: bytes, request: Request, stops: Sequence[int]) -> Drawn:
         """The answer to one request as token ids (`return_token_ids`, which vLLM has), ended by any
@@ -173,7 +293,7 @@ class Chat:
         """
         self.in_flight += 1
         try:
-            group, messages = await self._group(request), message_bytes(request.messages)
+            group, messages = await self._group(request), self._messages(request)
             more = orjson.dumps(
                 {
                     "return_token_ids": True,
@@ -198,28 +318,33 @@ class Chat:
         if group is None:
             if request.labels:
                 await self.read.prepare(request.labels)
-            body = {
-                "model": self.model,
-                **self._sampling(request.sampling),
-                "n": 1,
-                "stream": False,
-                **self.extra,
-            }
-            if request.labels:
+            body = {"model": self.model, **self._sampling(request), "n": 1, "stream": False}
+            if request.labels and self.family.logprobs:
                 body |= self.read.fields(request.labels)
+                if "top_logprobs" in body and self.family.top_logprobs:
+                    body["top_logprobs"] = self.family.top_logprobs
             if kwargs:
                 body["chat_template_kwargs"] = dict(request.template_kwargs)
-            group = Group(orjson.dumps(body)[:-1] + b',"messages":', request.labels)
-            self._heads[kind] = group
+            for name in self.family.left_out:
+                if name in body and droppable(name, body[name]):
+                    del body[name]
+            body |= self.extra
+            head = orjson.dumps(body)[:-1] + b',"messages":'
+            # another request of this kind may have come first while the labels were prepared
+            group = self._heads.setdefault(kind, Group(head, request.labels, body))
         return group
 
-    def _sampling(self, s: Sampling) -> dict[str, Any]:
+    def _sampling(self, request: Request) -> dict[str, Any]:
         """Every field: a server fills what is left out from the model's own generation_config.json.
-        Fields that only vLLM and its like know are left out for others (`extended` False) while
-        they say nothing.
+        Fields that only vLLM and the like know are left out for others (`extended` False) where
+        they have their neutral value. A model that thinks gets more tokens.
         """
+        s, room = request.sampling, 0
+        if self.family.thinks(dict(request.template_kwargs)):
+            room = self.server.config.thinking_tokens
+            room = min(room, self.max_model_len // 2) if self.max_model_len else room
         plain = {
-            self.max_tokens_field: s.max_tokens,
+            self.family.max_tokens_field: s.max_tokens + room,
             "temperature": s.temperature,
             "top_p": s.top_p,
             "frequency_penalty": s.frequency_penalty,
@@ -238,19 +363,15 @@ class Chat:
         return plain | more_fields | ({"stop": list(s.stop)} if s.stop or self.extended else {})
 
     async def _single(self, group: Group, messages: bytes, seed: bytes) -> Completion:
-        try:
-            return await self._parsed(
-                b"%b%b%b}" % (group.head, messages, seed),
-                lambda answer: self._completion(
-                    _choices(answer, 1)[0], group.labels, *_usage(answer)
-                ),
-            )
-        except Rejected as refusal:
-            return await self._refused(refusal)
+        """The answer to one conversation. Raises: Rejected, TransportError, EngineError."""
+        return await self._parsed(
+            b"%b%b%b}" % (group.head, messages, seed),
+            lambda answer: self._completion(_choices(answer, 1)[0], group.labels, *_usage(answer)),
+        )
 
     async def _parsed(self, body: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
-        """What `parse` finds in the answer to `body`, which is asked thrice where it finds nothing
-        of the kind.
+        """What `parse` finds in the answer to `body`; asked up to three times while the answers are
+        malformed.
 
         Raises: Rejected, TransportError, EngineError.
         """
@@ -262,8 +383,9 @@ class Chat:
         raise TransportError(f"{self.server.url}{self.path}: {problem}")
 
     async def _refused(self, refusal: Rejected) -> Completion:
-        """What a 4xx means: a fact about this prompt (kept), a mistake of the user's (told), or a
-        failure (counted).
+        """What a 4xx means: a completion that says why there is no answer, or an error.
+
+        Raises: EngineError for a wrong model name; RequestRefused for any other refusal.
         """
         code, message = str(refusal.detail.get("code") or ""), refusal.message
         if code == "context_length_exceeded" or (
@@ -278,7 +400,7 @@ class Chat:
             return Completion("", "refused")
         if refusal.status == 404:
             raise EngineError(await wrong_model(self.server, self.path, self.model, message))
-        raise TransportError(f"{self.server.url}{self.path}: HTTP {refusal.status} {message}")
+        raise RequestRefused(f"{self.server.url}{self.path}: HTTP {refusal.status} {message}")
 
     def _completion(
         self, choice: Any, labels: tuple[str, ...], prompt_tokens: int, new_tokens: int
@@ -286,7 +408,7 @@ class Chat:
         try:
             message = choice["message"]
             refusal = message.get("refusal")
-            text = refusal if refusal else message.get("content") or ""
+            text = refusal if refusal else _text(message)
             finish: Finish | None = (
                 "refused" if refusal else _FINISH.get(choice.get("finish_reason") or "stop")
             )
@@ -297,10 +419,25 @@ class Chat:
             if not labels:
                 return Completion(text, finish, None, "exact", prompt_tokens, new_tokens)
             content = (choice.get("logprobs") or {}).get("content") or [{}]
-            logps, exactness = self.read.parse(content[0].get("top_logprobs"), labels)
+            logps, exactness = self._label_read(text, content, labels)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise Malformed(f"not a chat completion ({type(error).__name__}: {error})") from error
         return Completion(text, finish, logps, exactness, prompt_tokens, new_tokens)
+
+    def _label_read(self, text: str, content: list[Any], labels: tuple[str, ...]) -> LabelRead:
+        """The labels at the first token; where the model thought before, at the label that is its
+        whole answer (without log-probabilities, `hard`, when its answer is anything else).
+        """
+        if not self.family.logprobs:
+            return None, "hard"
+        split = split_thinking(text)
+        if not split.thinking and split.finished:
+            return self.read.parse(content[0].get("top_logprobs"), labels)
+        if split.answer in {label.strip() for label in labels}:
+            for entry in reversed(content):
+                if self.read.is_label(entry.get("token"), labels):
+                    return self.read.parse(entry.get("top_logprobs"), labels)
+        return None, "hard"
 
     def _join(self, group: Group, messages: bytes) -> asyncio.Future[Completion]:
         """Wait for company: a full batch leaves at once, a lonely read when the loop next turns."""
@@ -337,10 +474,9 @@ class Chat:
         and one with NaN logits makes it a 500: then each is asked by itself.
         """
         try:
-            if len(reads) > 1:
-                answers = await self._batch_answers(group, [messages for messages, _ in reads])
-            else:
-                answers = [await self._single(group, reads[0][0], b"")]
+            if len(reads) == 1:
+                return await self._alone(group, *reads[0])
+            answers = await self._batch_answers(group, [messages for messages, _ in reads])
         except (Rejected, Malformed):
             await asyncio.gather(*(self._alone(group, *read) for read in reads))
         except BaseException as error:
@@ -355,12 +491,16 @@ class Chat:
     async def _batch_answers(self, group: Group, conversations: list[bytes]) -> list[Completion]:
         body = b"%b[%b]}" % (group.head, b",".join(conversations))
         try:
-            answer = await self.server.post(self.path + "/batch", body, final=frozenset({500}))
+            answer = await self.server.post(
+                self.path + "/batch", body, final=frozenset({500, LIMITED})
+            )
         except Rejected as refusal:
             if refusal.status in (404, 405, 501):
                 # this server has no such endpoint (or no such model, which the single read will
                 # tell)
                 self.batch = 1
+            if refusal.status == LIMITED:  # a batch may be larger than the limit
+                self.batch = max(1, self.batch // 2)
             raise
         choices = _choices(answer, len(conversations))
         shares = _share(_usage(answer)[0], [len(c) for c in conversations])
@@ -407,6 +547,15 @@ async def wrong_model(server: HttpClient, path: str, model: str, message: str = 
 def message_bytes(messages: tuple[Message, ...]) -> bytes:
     """The conversation as a JSON array."""
     return orjson.dumps([{"role": m.role, "content": m.content} for m in messages])
+
+
+def _text(message: Mapping[str, Any]) -> Any:
+    """The message's text; thinking that the server gives apart stands before it."""
+    content = message.get("content") or ""
+    thoughts = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(thoughts, str) and thoughts.strip() and isinstance(content, str):
+        return join_thinking(thoughts.strip(), content)
+    return content
 
 
 def log_probability(value: Any) -> float | None:

@@ -39,7 +39,8 @@ KEEP_ALIVE_S = 4.0
 class HttpConfig(BaseModel):
     """The settings of every engine that speaks HTTP. `timeout_s` is for one try, `deadline_s` for
     all tries of a call together, waiting for a rate limit included. `retries` counts failures, not
-    refusals by a rate limit.
+    refusals by a rate limit. A model that thinks before it answers gets `thinking_tokens` beside
+    the tokens of its answer.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +50,7 @@ class HttpConfig(BaseModel):
     deadline_s: float = Field(1800.0, gt=0)
     retries: int = Field(6, ge=0)
     down_after_s: float = Field(20.0, ge=0)
+    thinking_tokens: int = Field(2048, ge=0)
 
 
 class Rejected(Exception):
@@ -392,8 +394,8 @@ def wait_hint(headers: Mapping[str, str], message: str) -> float | None:
     """Seconds to wait, by what the server says, with a little jitter; None where it says nothing.
 
     Read in this order: `retry-after-ms`, `Retry-After`, "try again in 7.3s" in the message, and the
-    reset times of those rate limits (`x-ratelimit-reset-requests`, `anthropic-ratelimit-tokens-reset`
-    and the like) of which nothing remains.
+    reset times of those rate limits (`x-ratelimit-reset-requests`,
+    `anthropic-ratelimit-tokens-reset` and the like) of which nothing remains.
     """
     found = seconds(headers.get("retry-after-ms"), "ms")
     if found is None:
@@ -416,8 +418,8 @@ def _resets(headers: Mapping[str, str]) -> list[float]:
 
 
 def seconds(text: str | None, unit: str = "s") -> float | None:
-    """A time to wait in seconds: a number in `unit`, `6m0s`, `20ms`, `1.5 seconds`, a moment as Unix
-    time or as a date; None for anything else.
+    """A time to wait in seconds: a number in `unit`, `6m0s`, `20ms`, `1.5 seconds`, a moment as
+    Unix time or as a date; None for anything else.
     """
     if not text:
         return None

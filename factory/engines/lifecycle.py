@@ -7,9 +7,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
+from typing import Any
 
+from prefab.factory.errors import TransportError
 from prefab.factory.types import Completion, Engine, Request
 
 Labels = Collection[tuple[str, ...]]  # the labels that each judge of an engine reads
@@ -35,6 +37,7 @@ class LazyEngine(Engine):
     def _learn(self) -> None:
         self.special_tokens = self.engine.special_tokens
         self.max_model_len = self.engine.max_model_len
+        self.findings = self.engine.findings
 
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # learned when first needed
@@ -66,9 +69,15 @@ class LazyEngine(Engine):
         try:
             await self.engine.start()
             await _prepare(self.engine, self.labels)
+            with suppress(TransportError):  # the first question will tell
+                await self.engine.probe()
             self._learn()
         finally:
             self.starting_s = time.monotonic() - began
+
+    async def probe(self) -> Mapping[str, Any]:
+        """What the probe at the start found; nothing before."""
+        return self.findings
 
     async def stop(self) -> None:
         """Stop what was started."""

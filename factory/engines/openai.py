@@ -1,16 +1,19 @@
 """Any OpenAI-compatible API. Labels are read among the top 20 tokens: `bounds` where one is
-missing, `hard` where the API gives no log-probabilities. The key comes from the environment
+missing, `hard` where the API gives no log-probabilities. The API key comes from the environment
 variable that the configuration names.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
 
+from prefab.factory.console import warn
 from prefab.factory.engines.chat import Chat, TopRead, claim
+from prefab.factory.engines.family import Family, MaxTokensField
 from prefab.factory.engines.http import HttpClient, HttpConfig
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import canonical, model_identity
@@ -92,7 +95,7 @@ class OpenAIConfig(HttpConfig):
     )  # OpenAI and vLLM answer 400 above 20; 0 asks for none
     batch: int = Field(1, ge=1, le=256)
     extended: bool = False
-    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    max_tokens_field: MaxTokensField = "max_tokens"
     max_model_len: int | None = None
     extra_body: dict[str, Any] = {}
 
@@ -115,9 +118,30 @@ class OpenAI(Engine):
             TopRead(config.top_logprobs),
             batch=config.batch,
             extended=config.extended,
-            max_tokens_field=config.max_tokens_field,
+            family=Family(
+                max_tokens_field=config.max_tokens_field, logprobs=config.top_logprobs > 0
+            ),
+            probe_labels=("A", "B"),
             extra=config.extra_body,
         )
+        self._chat.tell = server.tell = self._tell
+        self._said: set[str] = set()
+        self._muted = False
+
+    def mute(self) -> None:
+        """Print no notices."""
+        self._muted = True
+
+    def _tell(self, line: str) -> None:
+        if not self._muted and line not in self._said:
+            self._said.add(line)
+            warn(f"engines.{self.name}: {self.config.model} {line}")
+
+    async def probe(self) -> Mapping[str, Any]:
+        """What the model does otherwise than most. Raises: TransportError, EngineError."""
+        if not self.findings:
+            self.findings = (await self._chat.probe()).data()
+        return self.findings
 
     async def start(self) -> None:
         """Check what can be checked without a paid call.

@@ -1,9 +1,9 @@
 """Chooses the replica for a request: the one that has seen the longest prefix of its text, unless
 it is too busy.
 
-A server's prefix cache holds the prefixes it was asked before. Routing by a hash of the prompt would
-need to know where the instructions end and the prompt begins. Counting known prefixes needs no such
-knowledge: the instructions are soon cached on all replicas, and a prompt's answers on one.
+A server's prefix cache holds the prefixes it was asked before. Routing by a hash of the prompt
+would need to know where the instructions end and the prompt begins. Counting known prefixes needs
+no such knowledge: the instructions are soon cached on all replicas, and a prompt's answers on one.
 """
 
 from __future__ import annotations

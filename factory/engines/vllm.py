@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import orjson
 from pydantic import Field, model_validator
 
+from prefab.factory.console import warn
 from prefab.factory.engines.base import folder_specials, max_length, resolve_model
 from prefab.factory.engines.chat import (
     Chat,
@@ -156,6 +157,10 @@ class IdRead:
             spelling: logp for spelling, logp in found.items() if spelling.strip() not in lost
         }, "exact"
 
+    def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
+        """As `Read.is_label`."""
+        return token in self._owner[labels]
+
 
 class VLLM(Engine):
     """The engine. `progress` gets a line every few seconds while a server
@@ -186,6 +191,7 @@ class VLLM(Engine):
         self.owns_server = not self._urls
         self.process: VllmProcess | None = None
         self._chats: list[Chat] = []
+        self._said: set[str] = set()
         self._router = PrefixRouter(max(1, len(self._urls)))
 
     @cached_property
@@ -275,12 +281,30 @@ class VLLM(Engine):
             batch=self.config.batch,
         )
         chat.max_model_len = int(entry.get("max_model_len") or 0)
+        chat.tell = server.tell = self._tell
         self.max_model_len = min(
             filter(None, (self.max_model_len, chat.max_model_len)), default=None
         )
         if self.path is None and not self.special_tokens and Path(str(entry.get("root"))).is_dir():
             self.special_tokens = folder_specials(Path(entry["root"]))
         self._chats.append(chat)
+
+    def _tell(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            (self.progress or warn)(f"engines.{self.name}: {line}")
+
+    async def probe(self) -> Mapping[str, Any]:
+        """What the model does otherwise than most, asked of one replica and taken over by all.
+
+        Raises: TransportError, EngineError.
+        """
+        if not self.findings:
+            family = await self._chats[0].probe()
+            for chat in self._chats[1:]:
+                chat.family = family
+            self.findings = family.data()
+        return self.findings
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """Answer one request; when its replica is down, another one does. Raises: TransportError,

@@ -1,10 +1,10 @@
-"""A plugin of vLLM's (entry point `vllm.general_plugins`), loaded in each of its processes: on a CPU
-a second start reads the compiled model of the first.
+"""A plugin of vLLM's (entry point `vllm.general_plugins`), loaded in each of its processes: on a
+CPU a second start reads the compiled model of the first.
 
-vLLM 0.32 writes what it compiled on a CPU and reads it at the next start, but then asks the function
-that it has read to `finalize_loading`, which only its GPU backend's functions can. It takes the
-failure for a damaged file and compiles again. Here such a function is given that method, which has
-nothing to do. Measured: benchmarks/vllm_start.py.
+vLLM 0.32 writes what it compiled on a CPU and reads it at the next start, but then asks the
+function that it has read to `finalize_loading`, which only its GPU backend's functions can. It
+takes the failure for a damaged file and compiles again. Here such a function is given that method,
+which has nothing to do. Measured: benchmarks/vllm_start.py.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ _passed: Counter[str] = Counter()
 
 
 def kill_point(name: str) -> None:
-    """For the kill test: end this process by SIGKILL when `PREFAB_KILL_AT` is `name`, or `name:N` at
-    the N-th call.
+    """For the kill test: end this process by SIGKILL when `PREFAB_KILL_AT` is `name`, or `name:N`
+    at the N-th call.
 
     Names: before_commit and after_commit (of a transaction with answers), mid_fill, end.
     """
@@ -123,7 +123,8 @@ def _story(file: Path, error: sqlite3.Error) -> str:
 def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
     """A connection that begins no transaction by itself. A ledger of an older schema is migrated.
 
-    Raises: StoreError when the file is damaged, no ledger, of a newer schema, or cannot be migrated.
+    Raises: StoreError when the file is damaged, no ledger, of a newer schema, or cannot be
+    migrated.
     """
     with translate_errors(file):
         if readonly and not file.exists():
@@ -350,8 +351,8 @@ class Commit:
 
 
 class Writer:
-    """The one thread that writes. A transaction takes whatever has arrived; `landed` is called after
-    each commit.
+    """The one thread that writes. A transaction takes whatever has arrived; `landed` is called
+    after each commit.
 
     `landed(commit, error)` is called on this thread, with the error when the commit failed; from
     then on nothing more is written: a ledger that cannot write must not go on as if it could.

@@ -285,8 +285,8 @@ class Ledger:
         self._staff(batch.window)
 
     def _staff(self, window: _Window) -> None:
-        """Start workers while there is work: one task for each place in the window, not one for each
-        question.
+        """Start workers while there is work: one task for each place in the window, not one for
+        each question.
 
         None while a full window waits for the disk: a crash must not repeat more than promised.
         """

@@ -179,7 +179,8 @@ def _freeze(model: PrincipleModel) -> Principle:
 
 
 def principle_digest(principle: Principle) -> str:
-    """32 hex digits that change exactly when the principle's questions, weight or conditions change.
+    """32 hex digits that change exactly when the principle's questions, weight or conditions
+    change.
 
     Title, tags, id, earlier ids, comments, key order and the folding of the YAML do not matter.
     """

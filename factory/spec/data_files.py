@@ -81,7 +81,9 @@ def suffix_of(path: Path) -> str:
 
 
 def columns(path: Path) -> list[str] | None:
-    """The column names of a table (CSV, TSV, Parquet); None of other formats, and of an empty file."""
+    """The column names of a table (CSV, TSV, Parquet); None of other formats, and of an empty
+    file.
+    """
     kind = suffix_of(path)
     if path.is_dir() or kind not in (".csv", ".tsv", ".parquet"):
         return None
@@ -108,7 +110,7 @@ def _open(path: Path) -> IO[bytes]:
     """The bytes of a file, decompressed as its name says."""
     try:
         if path.suffix.lower() == ".gz":
-            return io.BufferedReader(gzip.open(path))  # type: ignore[arg-type]  # typed as IO
+            return io.BufferedReader(gzip.open(path))
         if path.suffix.lower() == ".bz2":
             return bz2.open(path)
         if path.suffix.lower() == ".zst":
@@ -254,7 +256,8 @@ def _batches(batches: Iterable[Any]) -> Iterator[Row]:
                 yield number, 0, _with_lists(row)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+Reader = Callable[[Path], Iterator[Row]]
+READERS: dict[str, Reader] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
@@ -265,7 +268,9 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def _folder(path: Path) -> Iterator[Row]:
-    files = [(file, split, _arrow) for file, split in _saved_by_datasets(path)]
+    files: list[tuple[Path, str | None, Reader]] = [
+        (file, split, _arrow) for file, split in _saved_by_datasets(path)
+    ]
     files = files or [
         (file, split_in_name(file), READERS[suffix_of(file)]) for file in data_files(path)
     ]

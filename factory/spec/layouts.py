@@ -446,8 +446,8 @@ def _last(turns: Turns, name: str, n: int) -> Turn:
 
 
 def _check_agrees(given: Turns, prompt: Turns) -> None:
-    """Raises: ValueError where `given`, the row's own prompt, is neither how the conversations begin
-    nor how their common part ends.
+    """Raises: ValueError where `given`, the row's own prompt, is neither how the conversations
+    begin nor how their common part ends.
     """
 
     def plain(turns: Turns) -> list[tuple[str, str]]:

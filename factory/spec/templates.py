@@ -2,7 +2,8 @@
 text as data.
 
 A template has the blocks `system`, `user`, `assistant`, `user_2` (any of them, in the order of a
-conversation). The variables that a template may use are fixed by its kind and checked when it is loaded.
+conversation). The variables that a template may use are fixed by its kind and checked when it is
+loaded.
 """
 
 from __future__ import annotations

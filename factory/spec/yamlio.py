@@ -327,8 +327,8 @@ def validate(document: Document, model: type[Model], checks: Sequence[Check] = (
 
 
 def tidy(problems: list[Problem]) -> list[Problem]:
-    """At most one problem for each place (the first; later ones mostly follow from it), in the order
-    of the file.
+    """At most one problem for each place (the first; later ones mostly follow from it), in the
+    order of the file.
     """
     first: dict[tuple[str, int, int, str], Problem] = {}
     for problem in problems:

@@ -1,8 +1,8 @@
 """The rows of a run that are trained on: decided pairs, single answers labelled good or bad,
 prompts, demonstrations.
 
-Used by `prefab export` and by the trainers. Ties and unscored comparisons give no pairs; answers that
-were cut off by length are left out unless asked for; everything that is left out is counted.
+Used by `prefab export` and by the trainers. Ties and unscored comparisons give no pairs; answers
+that were cut off by length are left out unless asked for; everything that is left out is counted.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def datasets(
     select: str = "",
     without: Sequence[str] = (),
 ) -> dict[str, polars.DataFrame]:
-    """TRL's four kinds of data for a run, conversational, in its column names. What is left out, and
-    why, is appended to `notes`.
+    """TRL's four kinds of data for a run, conversational, in its column names. What is left out,
+    and why, is appended to `notes`.
 
     `judges` and `principles` keep the readings of these alone: the preference is then decided anew
     from them. `select` is which demonstrations: draw (every revision) or sweep (the last text of

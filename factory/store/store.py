@@ -8,7 +8,7 @@ writing keeps every other one out. What fills it is `pipelines/store/fill.py`; i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,9 +84,11 @@ def opened(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         con.close()
 
 
-def read_frame(folder: Path, sql: str, parameters: Sequence[Any] = ()) -> polars.DataFrame:
+def read_frame(
+    folder: Path, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
+) -> polars.DataFrame:
     """The rows of a query over the store as it lies, read-only (`prefab.pipelines.store.fill.query`
-    catches up first).
+    catches up first). Of named parameters (`$name`) those are taken that the query names.
 
     Raises: StoreError when there is no store or it is held, ConfigError when the query is wrong or
     no single SELECT.
@@ -100,7 +102,10 @@ def read_frame(folder: Path, sql: str, parameters: Sequence[Any] = ()) -> polars
     con = _connect(Path(folder), read_only=True)
     try:
         _refuse_all_but_select(con, sql)
-        result = con.sql(sql, params=list(parameters)) if parameters else con.sql(sql)
+        if isinstance(parameters, Mapping):
+            named = {name for one in con.extract_statements(sql) for name in one.named_parameters}
+            parameters = {name: parameters[name] for name in named}
+        result = con.sql(sql, params=parameters) if parameters else con.sql(sql)
         frame: polars.DataFrame = result.pl()
         return frame
     except duckdb.PermissionException as error:

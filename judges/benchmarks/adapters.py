@@ -142,7 +142,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-# --- rows as items ----------------------------------------------------------------------------------------------------
+# --- rows as items ---
 
 
 def _rewardbench(row: Mapping[str, Any], place: str, number: int) -> Item:

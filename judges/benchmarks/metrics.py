@@ -63,7 +63,7 @@ def score(benchmark: str, items: Sequence[Item], judged: Judged) -> Report:
     return Report(benchmark, own, ours(items, judged), unscored(items, judged), notes)
 
 
-# --- the benchmarks' own ----------------------------------------------------------------------------------------------
+# --- the benchmarks' own ---
 
 
 def rewardbench(items: Sequence[Item], judged: Judged, notes: list[str]) -> list[BenchmarkLine]:
@@ -205,7 +205,7 @@ _METRICS: dict[str, Callable[[Sequence[Item], Judged, list[str]], list[Benchmark
 }
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts ---
 
 
 def best(item: Item, judged: Judged) -> Credit:
@@ -364,7 +364,7 @@ def _voted(name: str, values: list[float], clusters: list[str], unscored: int) -
     )
 
 
-# --- ours -------------------------------------------------------------------------------------------------------------
+# --- ours ---
 
 
 def ours(items: Sequence[Item], judged: Judged) -> list[BenchmarkLine]:

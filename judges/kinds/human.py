@@ -201,7 +201,7 @@ def _most(counts: Counter[str]) -> Any:
     return None if rest and rest[0][1] == first[1] else first[0]
 
 
-# --- in a panel -------------------------------------------------------------------------------------------------------
+# --- in a panel ---
 
 
 def text_name(text: str) -> str:

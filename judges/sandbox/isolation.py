@@ -10,6 +10,7 @@ memory, file sizes and the number of processes are limited.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -204,6 +205,15 @@ def limit(job: dict[str, Any], processes: int) -> None:
         except (OSError, ValueError):
             if name not in ("AS", "NPROC"):  # macOS has these two in name only
                 raise
+
+
+def limit_memory(megabytes: int) -> None:
+    """Bound this process's address space, where the system does so."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    wanted = megabytes << 20
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_AS, (wanted, wanted))
 
 
 def in_own_namespace(work: Callable[[], None]) -> int:

@@ -3,6 +3,13 @@ the answer's process.
 
 Plain data is sent as copies, so that `==` between a result and what a test expects is decided here,
 by Python's own types, whatever the answer's classes say of themselves. Standard library only.
+
+Threat: where a test expects a number, an answer gives an object whose `-` is always 0, so that
+`abs(f() - 1.0) < 1e-6` holds; and its `-` would be told the 1.0 that is right. So an object may
+calculate with a test's plain data, and turn a calculation into plain data, only when the test made
+it itself by calling a class, which is what the test's own code names in CapWords
+(`Vector(1, 2) * 2`). Any other object (what a function or method returned) compares, calculates and
+contains by what is decided here.
 """
 
 from __future__ import annotations
@@ -10,7 +17,9 @@ from __future__ import annotations
 import builtins
 import signal
 import socket
+import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 from prefab.judges.sandbox import candidate
@@ -35,8 +44,9 @@ class Channel:
     test's `except` hides.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, on_use: Callable[[], None] = lambda: None) -> None:
         self.sock, self.waiting, self.greeted, self.gone, self.broken = sock, False, False, "", ""
+        self.on_use, self.used, self.cpu_end = on_use, False, 0.0
         self.functions: list[Any] = []
         self.errors: dict[str, Any] = {}
 
@@ -45,16 +55,30 @@ class Channel:
         candidate.receive(self.sock)
         self.greeted = True
 
+    def use(self) -> None:
+        """The test has something of the answer's from now on: what takes too long may be due to
+        it.
+        """
+        if not self.used:
+            self.used = True
+            self.on_use()
+
     def set_alarm(self, seconds: float) -> None:
         """Set the time limit from now on; 0: no limit. Time spent waiting for the answer counts for
         the answer, all other time for the test.
         """
+        self.cpu_end = time.process_time() + seconds
         signal.signal(signal.SIGALRM, self._late)
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def _late(self, *_: Any) -> None:
         if self.waiting:
             raise self._lose("the answer took longer than the time limit")
+        if self.used:
+            raise self._lose("the test took longer than the time limit with what the answer gave")
+        if time.process_time() < self.cpu_end:  # the machine is busy; a test that sleeps is ended
+            signal.setitimer(signal.ITIMER_REAL, 0.1)  # by `test_runner.supervise`
+            return
         self.broken = self.broken or "the test itself took longer than the time limit"
         raise NotSerializable(self.broken)
 
@@ -70,6 +94,7 @@ class Channel:
         try:
             candidate.send(self.sock, message)
             reply = candidate.receive(self.sock)
+            self.use()
             while "callback" in reply:
                 self._call_back(reply)
                 reply = candidate.receive(self.sock)
@@ -102,6 +127,8 @@ class Channel:
         try:
             packed = candidate.encode(list(args), self.give)
         except (RecursionError, ValueError) as error:
+            if self.used:
+                raise self._lose("what the answer gave cannot be sent back to it") from None
             raise self._uncrossable(f"an argument cannot be sent ({error})") from None
         return self.ask({"do": what, "args": packed})
 
@@ -118,7 +145,7 @@ class Channel:
         it stands for, a function becomes a callback.
         """
         if type(value) is Proxy:
-            return {"h": object.__getattribute__(value, "_number")}
+            return {"h": value._proxy_number}
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
             self.functions.append(value)
             return {"k": len(self.functions) - 1}
@@ -159,62 +186,123 @@ class Channel:
 class Proxy:
     """An object of the answer's. Never equal to plain data, whatever its `__eq__` says: an object
     that is equal to everything would pass every test.
+
+    `_proxy_name` is the name of the attribute that it was found as; `_proxy_made` says whether a
+    test made it by calling a class, or calculated it with such an object.
     """
 
+    __slots__ = ("_proxy_line", "_proxy_made", "_proxy_name", "_proxy_number")
+
     def __init__(self, line: Channel, number: int) -> None:
-        object.__setattr__(self, "_line", line)
-        object.__setattr__(self, "_number", number)
+        for slot, value in zip(self.__slots__, (line, False, "", number), strict=True):
+            object.__setattr__(self, slot, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return self._line.do("call", self, list(args), kwargs)
+        result = self._proxy_line.do("call", self, list(args), kwargs)
+        return _marked(result, "_proxy_made", _names_class(self._proxy_name))
 
     def __getattr__(self, name: str) -> Any:
-        return self._line.do("getattr", self, name)
+        if name.startswith("__") and name.endswith("__") and name not in DESCRIPTIONS:
+            raise AttributeError(name)  # numpy would read memory where __array_interface__ says
+        if name in PREDICATES and not self._proxy_made and not _names_class(self._proxy_name):
+            raise AttributeError(f"the answer gave an object of its own, and the test asks {name}")
+        return _marked(self._proxy_line.do("getattr", self, name), "_proxy_name", name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._line.do("setattr", self, name, value)
+        self._proxy_line.do("setattr", self, name, value)
 
     def __eq__(self, other: Any) -> bool:
-        return type(other) is Proxy and bool(self._line.do("eq", self, other))
+        return type(other) is Proxy and bool(self._proxy_line.do("eq", self, other))
 
     def __ne__(self, other: Any) -> bool:
         return not self == other
 
     def __instancecheck__(self, instance: Any) -> bool:
-        return type(instance) is Proxy and bool(self._line.do("isinstance", instance, self))
+        return type(instance) is Proxy and bool(self._proxy_line.do("isinstance", instance, self))
 
     def __enter__(self) -> Any:
-        return self._line.do("call", self._line.do("getattr", self, "__enter__"), [], {})
+        return self._proxy_line.do(
+            "call", self._proxy_line.do("getattr", self, "__enter__"), [], {}
+        )
 
     def __exit__(self, *_: Any) -> Any:
-        return self._line.do(
-            "call", self._line.do("getattr", self, "__exit__"), [None, None, None], {}
+        return self._proxy_line.do(
+            "call", self._proxy_line.do("getattr", self, "__exit__"), [None, None, None], {}
         )
 
     def __hash__(self) -> int:
-        return int(self._line.do("hash", self))
+        return int(self._proxy_line.do("hash", self))
 
     def __contains__(self, item: Any) -> bool:
-        return bool(self._line.do("contains", self, item))
+        if self._proxy_made:
+            return bool(self._proxy_line.do("contains", self, item))
+        return any(each == item for each in self)  # compared here, and nobody is told the item
+
+
+# Of other attributes with two underscores, those that a test may look at.
+_DESCRIPTIONS = """
+__name__ __qualname__ __annotations__ __version__ __all__ __mro__ __bases__ __members__ __dict__
+__dataclass_fields__ __abstractmethods__ __post_init__
+"""
+DESCRIPTIONS = frozenset(_DESCRIPTIONS.split())
+# Questions to a text, set or number with yes or no for an answer, which may not answer themselves.
+_PREDICATES = """
+startswith endswith isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric
+isprintable isspace istitle isupper isdisjoint issubset issuperset is_integer
+"""
+PREDICATES = frozenset(_PREDICATES.split())
+
+
+def top_level(line: Channel, name: str) -> Any:
+    """What the answer defines by this name."""
+    return _marked(line.do("getattr", Proxy(line, 0), name), "_proxy_name", name)
+
+
+def _names_class(name: str) -> bool:
+    """Whether a name is written as a class's, in CapWords. The test wrote it, not the answer."""
+    return len(name) > 1 and name[0].isupper()
+
+
+def _marked(value: Any, slot: str, mark: Any) -> Any:
+    if type(value) is Proxy:
+        object.__setattr__(value, slot, mark)
+    return value
 
 
 def _order(name: str) -> None:
     def method(self: Proxy, other: Any) -> Any:  # a bool, or NotImplemented
         if type(other) is not Proxy:
             return NotImplemented
-        return bool(self._line.do(name, self, other))
+        return bool(self._proxy_line.do(name, self, other))
 
     setattr(Proxy, f"__{name}__", method)
 
 
-def _forward(name: str, what: str) -> None:
-    def method(self: Proxy, *args: Any) -> Any:
-        return self._line.do(what, self, *args)
+def _calculation(name: str) -> None:
+    """An operator between two values; see above for what it may do."""
+
+    def method(self: Proxy, other: Any) -> Any:
+        made = self._proxy_made or (type(other) is Proxy and other._proxy_made)
+        if type(other) is not Proxy and not made:
+            raise TypeError(f"{name}: the answer gave an object of its own, not plain data")
+        result = self._proxy_line.do(name, self, other)
+        if type(result) is not Proxy and not made:
+            raise TypeError(f"{name}: objects of the answer's own make plain data")
+        return _marked(result, "_proxy_made", made)
 
     setattr(Proxy, f"__{name.rstrip('_')}__", method)
 
 
+def _forward(name: str) -> None:
+    def method(self: Proxy, *args: Any) -> Any:
+        return _marked(self._proxy_line.do(name, self, *args), "_proxy_made", self._proxy_made)
+
+    setattr(Proxy, f"__{name}__", method)
+
+
+for _name in candidate.CALCULATIONS:
+    _calculation(_name)
 for _name in (*candidate.FORWARDED, "len", "iter", "next", "bool", "str", "repr", "int", "float"):
-    _forward(_name, _name)
+    _forward(_name)
 for _name in candidate.ORDERS:
     _order(_name)

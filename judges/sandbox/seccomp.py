@@ -2,9 +2,9 @@
 
 Standard library only. The table has what CPython, its standard library and usual packages call on
 plain data and on files that are in reach; it has no sockets to anything, no shared memory that a
-limit does not see, no namespaces, mounts, tracing, keys, or kernel interfaces that a program of this
-kind does not need. A refused call fails with ENOSYS, as on an older kernel, so that the C library
-falls back to what it did before such a call existed.
+limit does not see, no namespaces, mounts, tracing, keys, or kernel interfaces that a program of
+this kind does not need. A refused call fails with ENOSYS, as on an older kernel, so that the C
+library falls back to what it did before such a call existed.
 
 Source: seccomp(2), linux/seccomp.h, linux/bpf_common.h, asm/unistd.h.
 """

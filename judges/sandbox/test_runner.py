@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -27,9 +28,10 @@ from functools import partial
 from typing import Any
 
 from prefab.judges.sandbox import isolation
-from prefab.judges.sandbox.proxy import CandidateDied, Channel, NotSerializable, Proxy
+from prefab.judges.sandbox.proxy import CandidateDied, Channel, NotSerializable, top_level
 
 ALL_TESTS = 5  # all tests of an answer together may take so many times one test's limit
+RUNNER_MB = 2048  # of address space for the tests, besides what the answer may take
 START_S = 20.0  # for Python to start in the sandbox, which is nobody's fault
 
 
@@ -122,14 +124,20 @@ def supervise(job: dict[str, Any], tree: ast.Module, names: list[str]) -> dict[s
                 range(first, total), "no time was left: all tests together took too long"
             )
             break
+        used = False
         for message in _runner(job, tree, first, end):
-            if "result" in message:
+            if "used" in message:
+                used = message["used"]
+            elif "result" in message:
                 results[len(results)] = message["result"]
+                used = False
             elif "all" in message:
                 results |= dict.fromkeys(range(first, total), message["all"])
             else:
                 return message
-        if len(results) == first:
+        if used and len(results) < total:
+            results[len(results)] = "the test did not end with what the answer gave"
+        elif len(results) == first:
             return {
                 "broken": "the process of the tests ended by itself, or hung in a call of its own"
             }
@@ -145,10 +153,14 @@ def _runner(
     """
     read, write = os.pipe()
 
+    def say(message: dict[str, Any]) -> None:
+        os.write(write, json.dumps(message).encode() + b"\n")
+
     def tell() -> None:
         os.close(read)
-        for message in run(job, tree, first):
-            os.write(write, json.dumps(message).encode() + b"\n")
+        if not job["see_packages"]:
+            isolation.limit_memory(RUNNER_MB + job["memory_mb"])
+        run(job, tree, first, say)
 
     processes = [isolation.in_own_namespace(tell) if job["isolated"] else isolation.forked(tell)]
     os.close(write)
@@ -173,81 +185,112 @@ def _runner(
         os.waitpid(processes[0], 0)
 
 
-def run(job: dict[str, Any], tree: ast.Module, first: int) -> Iterator[dict[str, Any]]:
+def run(
+    job: dict[str, Any], tree: ast.Module, first: int, say: Callable[[dict[str, Any]], None]
+) -> None:
     """Load the answer and the tests, then run the tests from `first` on; ends early when the
     answer's process is gone.
 
-    A result is "" for passed, else why not.
+    A result is "" for passed, else why not. `used` says before each result whether anything of the
+    answer's has been in the test's hands.
     """
     sock, process = isolation.start_answer(job)
-    yield {"answer": process}
-    line = Channel(sock)
+    say({"answer": process})
+    line = Channel(sock, partial(say, {"used": True}))
     line.set_alarm(START_S)
     try:
         line.greet()
         line.set_alarm(job["timeout_s"])
-        names = line.ask({"load": job["answer"]})
-        namespace = _namespace(line, names)
+        namespace = _namespace(line, line.ask({"load": job["answer"]}), tree)
     except NotSerializable as error:
-        yield {"failed_to_run": str(error)}
-        return
+        return say({"failed_to_run": str(error)})
     except BaseException as error:
-        yield (
-            {"all": f"the answer cannot be loaded: {_story(error)}"}
-            if line.greeted
-            else {"failed_to_run": "Python does not start in the sandbox"}
-        )
-        return
-    for test in tests_of(tree, namespace, first):
+        if not line.greeted:
+            return say({"failed_to_run": "Python does not start in the sandbox"})
+        return say({"all": f"the answer cannot be loaded: {_story(error)}"})
+    for number, test in tests_of(tree, namespace, first):
+        if line.used:
+            line.used = False
+            say({"used": False})
         line.set_alarm(job["timeout_s"])
         why = _outcome(test, line)
         line.set_alarm(0)
         if line.broken:
-            yield {"broken": line.broken}
-            return
-        yield {"result": line.gone or why}
+            return say({"broken": line.broken})
+        if number >= first:
+            say({"result": line.gone or why})
+        elif line.gone:
+            return say({"all": line.gone})
         if line.gone:
-            return
+            return None
+    return None
 
 
-def _namespace(line: Channel, names: Any) -> dict[str, Any]:
+def _namespace(line: Channel, names: Any, tree: ast.Module) -> dict[str, Any]:
     """The tests' globals: `answer` (also by the name `solution`) and what it defines under no
     built-in name.
     """
     module = _Answer("answer")
     module.__dict__.update(_line=line, __all__=[str(name) for name in names])
     sys.modules["answer"] = sys.modules["solution"] = module
-    found = {name: getattr(module, name) for name in module.__all__ if not hasattr(builtins, name)}
+    attributes = _attributes(tree)
+    found = {
+        name: _standard_module(name, attributes.get(name)) or getattr(module, name)
+        for name in module.__all__
+        if not hasattr(builtins, name)
+    }
     return {**found, "__name__": "tests", "answer": module}
+
+
+def _attributes(tree: ast.Module) -> dict[str, set[str]]:
+    """What the tests take from each name: `math.isclose` is {"math": {"isclose"}}."""
+    used: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used.setdefault(node.value.id, set()).add(node.attr)
+    return used
+
+
+def _standard_module(name: str, attributes: set[str] | None) -> types.ModuleType | None:
+    """The standard module of that name, if it has all that the tests take from it: what `math` is
+    is not for an answer to say, even when only the answer imports it.
+    """
+    if not attributes or name not in sys.stdlib_module_names:
+        return None
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module(name)
+        if all(hasattr(module, attribute) for attribute in attributes):
+            return module
+    return None
 
 
 class _Answer(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._line.do("getattr", Proxy(self._line, 0), name)
+        return top_level(self._line, name)
 
 
 def tests_of(
     tree: ast.Module, namespace: dict[str, Any], first: int
-) -> Iterator[Callable[[], str]]:
-    """Each test as a function that gives "" or why it failed; what comes before a test in the
-    module runs with it.
+) -> Iterator[tuple[int, Callable[[], str]]]:
+    """Each test from `first` on with its number, as a function that gives "" or why it failed.
+
+    What comes before a test in the module runs with it; what comes before asserts that are over
+    runs again, under their numbers.
     """
     names = names_of(tree)
     if names == ["all"] or not names[0].startswith("line "):
         state = {"loaded": False}
-        for name in names[first:]:
-            yield partial(_call, tree, namespace, name, state)
+        for number, name in enumerate(names[first:], first):
+            yield number, partial(_call, tree, namespace, name, state)
         return
     asserts, at = [i for i, node in enumerate(tree.body) if isinstance(node, ast.Assert)], 0
     for number, index in enumerate(asserts):
         before = [node for node in tree.body[at:index] if not isinstance(node, ast.Assert)]
         at = index
-        if number < first:
-            _execute(before, namespace)
-        else:
-            yield partial(_execute, [*before, tree.body[index]], namespace)
+        nodes = before if number < first else [*before, tree.body[index]]
+        yield number, partial(_execute, nodes, namespace)
 
 
 def _execute(nodes: list[ast.stmt], namespace: dict[str, Any]) -> str:

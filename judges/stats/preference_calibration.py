@@ -1,10 +1,10 @@
 """From readings to a probability: the readings of a comparison are combined as evidence, and the
 result is calibrated on outcomes that are known.
 
-A reading is one judge under one principle, P(a is better). The mean of readings is a share of votes,
-not a probability: of eleven principles most say nothing about a pair, and the mean stays near a
-half however sure the others are. So log-odds are added up, with a discount because readings are
-correlated, and the sum is mapped to a probability on the outcomes of some comparisons: people's
+A reading is one judge under one principle, P(a is better). The mean of readings is a share of
+votes, not a probability: of eleven principles most say nothing about a pair, and the mean stays
+near a half however sure the others are. So log-odds are added up, with a discount because readings
+are correlated, and the sum is mapped to a probability on the outcomes of some comparisons: people's
 labels, a known truth, or the answers of a second asking.
 
 `fit_calibration` needs numpy and scipy; a fitted `Calibration` is applied without them.

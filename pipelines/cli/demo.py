@@ -1,7 +1,8 @@
-"""`prefab demo`: make data from the embedded world with vLLM, train policies on it, and compare both
-with the oracle.
+"""`prefab demo`: make data from the embedded world with vLLM, train policies on it, and compare
+both with the oracle.
 
-The oracle reads only text, and nothing is trained on its answers, so it gives independent gold labels.
+The oracle reads only text, and nothing is trained on its answers, so it gives independent gold
+labels.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The training part of the demo: train on its data, and evaluate the policies with the oracle on the
-test split.
+"""The training part of the demo: train on its data, and evaluate the policies with the oracle on
+the test split.
 """
 
 from __future__ import annotations

@@ -195,7 +195,9 @@ def _server() -> Iterator[Finding]:
 
 
 def _sandbox() -> Iterator[Finding]:
-    """How the sandbox isolates an answer's Python code that a verifier tests; tried by running some."""
+    """How the sandbox isolates an answer's Python code that a verifier tests; tried by running
+    some.
+    """
     from prefab.judges import sandbox
 
     try:

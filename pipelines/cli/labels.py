@@ -120,8 +120,8 @@ def label(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Label comparisons yourself. Judges' verdicts are not shown; one key for each label, with undo.
-    You can stop and continue at any time. These labels count as gold labels.
+    """Label comparisons yourself. Judges' verdicts are not shown; one key for each label, with
+    undo. You can stop and continue at any time. These labels count as gold labels.
     """
     from prefab.pipelines.quality import labeling as labelling
 
@@ -376,7 +376,9 @@ def eval_judge(
     sets: Sets = [],
     as_json: Json = False,
 ) -> None:
-    """Evaluate a judge on a benchmark from local files, with the benchmark's own metric and ours."""
+    """Evaluate a judge on a benchmark from local files, with the benchmark's own metric and
+    ours.
+    """
     from prefab.pipelines.config.loader import resolve_pipeline
     from prefab.pipelines.quality import judge_benchmark as evaluation
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from prefab.factory.paths import PACKAGE
 from prefab.factory.spec import yamlio
 from prefab.factory.spec.constitution import load_constitution
 from prefab.factory.spec.templates import TEMPLATES, VARIABLES, load_template
-from prefab.pipelines.config.schema import PromptsConfig
+from prefab.pipelines.config.schema import PromptsConfig, json_schema
 
 SKIPPED = {".git", ".venv", "__pycache__", "node_modules", "store", "out"}
 
@@ -70,11 +71,8 @@ def init_project(folder: str | Path) -> list[Path]:
     (folder / ".schemas").mkdir()
     for name in ("pairwise", "critique", "revise"):
         shutil.copyfile(TEMPLATES / f"{name}.jinja", folder / "templates" / f"{name}.jinja")
-    for schema in (
-        PACKAGE / "constitutions" / "constitution.schema.json",
-        PACKAGE / "pipelines" / "pipeline.schema.json",
-    ):
-        shutil.copyfile(schema, folder / ".schemas" / schema.name)
+    name = "constitution.schema.json"
+    shutil.copyfile(PACKAGE / "constitutions" / name, folder / ".schemas" / name)
     constitution = (PACKAGE / "constitutions" / "front-desk.yaml").read_text(encoding="utf-8")
     constitution = constitution.replace(
         "$schema=constitution.schema.json", "$schema=.schemas/constitution.schema.json"
@@ -84,6 +82,7 @@ def init_project(folder: str | Path) -> list[Path]:
         "pipeline.yaml": PIPELINE,
         "prompts.jsonl": PROMPTS,
         ".gitignore": IGNORED,
+        ".schemas/pipeline.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

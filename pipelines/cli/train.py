@@ -116,8 +116,8 @@ def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> 
 
 @train_app.command()
 def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
-    """Train in rounds: sample, judge, train (DPO, PPO or GRPO), with a fixed judge and constitution.
-    The same command resumes.
+    """Train in rounds: sample, judge, train (DPO, PPO or GRPO), with a fixed judge and
+    constitution. The same command resumes.
     """
     from prefab.pipelines.training.train import train
 
@@ -152,8 +152,8 @@ def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Qui
 
 @app.command()
 def sweep(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False) -> None:
-    """Train PPO for several values of beta, seeds and rewards; plot proxy and gold over sqrt(KL) and
-    mark the best beta. The same command resumes.
+    """Train PPO for several values of beta, seeds and rewards; plot proxy and gold over sqrt(KL)
+    and mark the best beta. The same command resumes.
     """
     from prefab.pipelines.training.sweep import sweep as run
 

@@ -1,13 +1,14 @@
 """Discriminated unions over the registries: which configuration class checks an engine or a judge.
 
 A union is built when a pipeline is first checked, and imports only the kinds that the pipeline
-names. Kinds of other packages (entry points) are checked in the same way; the JSON schema for
-editors has the built-in kinds.
+names. Kinds of other packages (entry points) are checked in the same way, and a JSON schema made at
+run time has them too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, get_args
@@ -27,6 +28,14 @@ from prefab.factory.plugins import Registry
 from prefab.factory.spec import yamlio
 
 _KNOWN_ERRORS = frozenset(get_args(core_schema.ErrorType))
+
+
+BUNDLED_ONLY: ContextVar[bool] = ContextVar("BUNDLED_ONLY", default=False)
+
+
+def _in_schema(registry: Registry) -> list[str]:
+    """The kinds that a JSON schema names: all that are installed, or the bundled ones."""
+    return list(registry.builtin if BUNDLED_ONLY.get() else registry)
 
 
 def config_class(registry: Registry, kind: str) -> type[BaseModel]:
@@ -61,7 +70,7 @@ class OneOf:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        classes = [config_class(self.registry, kind) for kind in self.registry.builtin]
+        classes = [config_class(self.registry, kind) for kind in _in_schema(self.registry)]
         union: Any = Annotated[reduce(or_, classes), Field(discriminator=self.by)]
         return handler(TypeAdapter(union).core_schema)
 
@@ -107,7 +116,7 @@ class KindName:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {**handler(schema), "enum": list(self.registry.builtin)}
+        return {**handler(schema), "enum": _in_schema(self.registry)}
 
     def _validate(self, name: str) -> str:
         if name not in self.registry:

@@ -141,7 +141,9 @@ def rows(config: PromptsConfig, path: Path) -> Iterator[Row]:
 
 
 def _check_columns(path: Path, column: str | None, names: Sequence[str]) -> None:
-    """Raises: ConfigError for a table without a prompt's column: every row would be refused alike."""
+    """Raises: ConfigError for a table without a prompt's column: every row would be refused
+    alike.
+    """
     if column in names or (column is None and layouts.layout_of(dict.fromkeys(names, ""))):
         return
     wanted = column or " or ".join(layouts.PROMPTS)

@@ -30,7 +30,7 @@ from prefab.judges.base import JudgeConfig
 from prefab.judges.kinds.critique import CritiqueConfig
 from prefab.pipelines.config import checks
 from prefab.pipelines.config.checks import locate
-from prefab.pipelines.config.kinds import KindName, OneOf, checked_raw, config_class
+from prefab.pipelines.config.kinds import BUNDLED_ONLY, KindName, OneOf, checked_raw, config_class
 from prefab.pipelines.config.registries import FORMATS, RECIPES
 
 SCHEMA_PATH = PACKAGE / "pipelines" / "pipeline.schema.json"
@@ -372,19 +372,24 @@ def _fields(kind: Any) -> Any:
     return (config_class(registry.JUDGES, kind) if known else JudgeConfig).model_fields
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON schema that editors complete and check by."""
-    schema = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **PipelineConfig.model_json_schema(),
-    }
-    return {**schema, "title": "Prefab pipeline"}
+def json_schema(bundled_only: bool = False) -> dict[str, Any]:
+    """The JSON schema that editors complete and check by, with the kinds of all installed packages,
+    or with those alone that come with Prefab.
+    """
+    token = BUNDLED_ONLY.set(bundled_only)
+    try:
+        schema = PipelineConfig.model_json_schema()
+    finally:
+        BUNDLED_ONLY.reset(token)
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, **schema, "title": "Prefab pipeline"}
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--schema"]:
         SCHEMA_PATH.write_text(
-            json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(json_schema(bundled_only=True), indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
         )
         print(f"wrote {SCHEMA_PATH}")
     else:

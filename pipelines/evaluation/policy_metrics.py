@@ -25,7 +25,7 @@ from prefab.factory.stats import (
     paired_difference,
     undefined,
 )
-from prefab.trainers.common import Turns
+from prefab.trainers.chat import Turns
 from prefab.trainers.offline.reference import compute_logps
 from prefab.trainers.rl import rollout
 from prefab.trainers.rl.overoptimization import bon_kl, distinct

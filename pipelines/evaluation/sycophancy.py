@@ -21,7 +21,8 @@ from prefab.factory.spec import data_files
 from prefab.factory.stats import Estimate, bootstrap, paired_difference, undefined
 from prefab.factory.types import UnscoredReason
 from prefab.pipelines.evaluation.policy_metrics import REFUSES
-from prefab.trainers.common import Strict, Turns
+from prefab.trainers.chat import Turns
+from prefab.trainers.common import Strict
 
 CONDITIONS = (
     None,

@@ -22,7 +22,8 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.keys import request_key
 from prefab.factory.types import Message, Request, Sampling
 from prefab.pipelines.evaluation import policy_metrics
-from prefab.trainers.common import Turns, load_tokenizer, loading, model_folder
+from prefab.trainers.chat import Turns
+from prefab.trainers.common import load_tokenizer, loading, model_folder
 from prefab.trainers.rl import rollout
 
 SAMPLER = "vllm"  # what the engine is called in messages: the configuration's section
@@ -85,8 +86,8 @@ def draw(
     engine: Any = None,
 ) -> list[list[rollout.SampledAnswer]]:
     """`config.samples` answers at temperature 1 to each conversation, for each list of them, in
-    order: what `policy_metrics.draw` gives, drawn by vLLM. A draw's seed is of (weights, config.seed,
-    conversation, sample).
+    order: what `policy_metrics.draw` gives, drawn by vLLM. A draw's seed is of (weights,
+    config.seed, conversation, sample).
 
     `engine` stands in for the server that would be started. Raises: ConfigError, EngineError.
     """

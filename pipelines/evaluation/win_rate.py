@@ -30,8 +30,8 @@ from prefab.pipelines.run.asking import (
 
 @dataclass(frozen=True, slots=True)
 class PairVerdict:
-    """A judge's verdict on a pair of answers: `p_a`, None where unscored; `tie` where it lies within the
-    margin.
+    """A judge's verdict on a pair of answers: `p_a`, None where unscored; `tie` where it lies
+    within the margin.
     """
 
     p_a: float | None

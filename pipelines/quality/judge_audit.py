@@ -124,7 +124,7 @@ def find_probes(names: Sequence[str | bias_probes.Probe]) -> list[bias_probes.Pr
     )
 
 
-# --- asking -----------------------------------------------------------------------------------------------------------
+# --- asking ---
 
 
 async def _audit(
@@ -236,7 +236,7 @@ def attacked(pair: Comparison, better: Side, probe: bias_probes.Probe, k: int) -
     return replace(pair, a=replace(pair.a, text=bias_probes.edited(probe, pair.a.text, k)))
 
 
-# --- showing ----------------------------------------------------------------------------------------------------------
+# --- showing ---
 
 
 def share(e: Estimate) -> str:

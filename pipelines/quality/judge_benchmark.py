@@ -181,7 +181,8 @@ def evaluate(
     engines: Mapping[str, Engine] | None = None,
     quiet: bool = True,
 ) -> Result:
-    """Evaluate a judge on a benchmark. Pairs are judged in both orders; answers are kept and reused.
+    """Evaluate a judge on a benchmark. Pairs are judged in both orders; answers are kept and
+    reused.
 
     Args:
         loaded: The pipeline of the judge.

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import polars
 
 WHERE = """run = $run
-  AND (len($principles) = 0 OR list_contains($principles, principle))
-  AND (len($judges) = 0 OR list_contains($judges, judge))
-  AND (len($tags) = 0
-       OR prompt IN (SELECT prompt FROM prompts WHERE list_has_any(tags, $tags))
+  AND (len($principles::VARCHAR[]) = 0 OR list_contains($principles::VARCHAR[], principle))
+  AND (len($judges::VARCHAR[]) = 0 OR list_contains($judges::VARCHAR[], judge))
+  AND (len($tags::VARCHAR[]) = 0
+       OR prompt IN (SELECT prompt FROM prompts WHERE list_has_any(tags, $tags::VARCHAR[]))
        OR principle IN (SELECT principle FROM principles
-                        WHERE constitution = $constitution AND list_has_any(tags, $tags)))"""
+                        WHERE constitution = $constitution AND list_has_any(tags, $tags::VARCHAR[])))"""
 
 _UNSCORED = f"""
 SELECT principle, judge, reason, count(*) AS n FROM verdicts WHERE {WHERE} GROUP BY ALL ORDER BY ALL"""
@@ -71,7 +71,7 @@ class Selection:
             "judges": list(self.judges),
             "tags": list(self.tags),
         }
-        return query(self.folder, *_positional(sql, values))
+        return query(self.folder, sql, values)
 
     def unscored(self) -> polars.DataFrame:
         """Verdicts by principle, judge and reason (None: scored)."""
@@ -84,18 +84,6 @@ class Selection:
     def again(self) -> polars.DataFrame:
         """Pairs of verdicts of one judge on one question in one order, asked more than once."""
         return self.query(_AGAIN)
-
-
-def _positional(sql: str, values: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Named parameters as numbered ones, which is what the store's reader takes; lists get their
-    type.
-    """
-    used = [name for name in values if f"${name}" in sql]
-    for i, name in enumerate(sorted(used, key=len, reverse=True), 1):
-        sql = sql.replace(
-            f"${name}", f"${i}::VARCHAR[]" if isinstance(values[name], list) else f"${i}"
-        )
-    return sql, [values[name] for name in sorted(used, key=len, reverse=True)]
 
 
 def select(

@@ -57,7 +57,9 @@ class AskingSession:
 
 
 def kinds_with_engine(*shows: str) -> tuple[str, ...]:
-    """The kinds of judges whose questions a model of the pipeline answers, that show one of these."""
+    """The kinds of judges whose questions a model of the pipeline answers, that show one of
+    these.
+    """
     return tuple(kind for kind, cls in JUDGES.items() if not cls.own and cls.shows in shows)
 
 

@@ -170,7 +170,8 @@ def _placeholder(request: Request, use: Use) -> Completion:
 
 
 def plan(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> Plan:
-    """Which model calls a run would make, which answers it would reuse, and why. No model is called.
+    """Which model calls a run would make, which answers it would reuse, and why. No model is
+    called.
 
     Args:
         source: A pipeline file, the name of a preset, or a dictionary with the same content.

@@ -130,7 +130,9 @@ def rebuild(folder: str | Path) -> FillReport:
     return fill(folder)
 
 
-def query(folder: str | Path, sql: str, parameters: Sequence[Any] = ()) -> polars.DataFrame:
+def query(
+    folder: str | Path, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
+) -> polars.DataFrame:
     """Query a store with SQL (DuckDB), after new answers in the ledger were added to it.
 
     Waits a moment while another command holds the store.

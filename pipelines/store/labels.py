@@ -1,4 +1,6 @@
-"""What people said, read from the ledger: for `prefab label`, and for a run whose panel has people."""
+"""What people said, read from the ledger: for `prefab label`, and for a run whose panel has
+people.
+"""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ class Mean:
 
 
 def sweep(path: str | Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str, Any]:
-    """Train PPO for several values of beta, seeds and rewards, and find the best beta. The same call
-    continues a sweep that was stopped.
+    """Train PPO for several values of beta, seeds and rewards, and find the best beta. The same
+    call continues a sweep that was stopped.
 
     Args:
         path: A configuration file, or the name of a preset in `trainers/presets/`.
@@ -257,7 +257,9 @@ def _by_gold(mean: Mean) -> tuple[float, float]:
 
 
 def _arm(points: Sequence[Point], means: Sequence[Mean]) -> dict[str, Any]:
-    """An arm's highest mean, its fit, and the fit's peak where that lies within what was measured."""
+    """An arm's highest mean, its fit, and the fit's peak where that lies within what was
+    measured.
+    """
     fit = overoptimization.gao_fit([p.kl for p in points], [p.gained for p in points], "rl")
     d = fit.peak
     if d is not None and d > sqrt(max(max(p.kl for p in points), 0.0)):

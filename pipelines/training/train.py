@@ -15,8 +15,8 @@ from prefab.trainers.registry import STAGES
 def train(
     stage: str, config: str | Path, sets: Iterable[str] = (), quiet: bool = False
 ) -> dict[str, Any]:
-    """Train a model. The same call resumes a training that was stopped, and does not repeat one that
-    has ended.
+    """Train a model. The same call resumes a training that was stopped, and does not repeat one
+    that has ended.
 
     Args:
         stage: `sft`, `reward`, `dpo`, `kto`, `ppo`, `grpo`, or `online` for rounds of sampling,

@@ -1,4 +1,5 @@
-"""Uses and the ledger's columns: the values that every ledger since the first has held, both ways."""
+"""Uses and the ledger's columns: the values that every ledger since the first has held, both
+ways."""
 
 import pytest
 

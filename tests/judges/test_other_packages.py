@@ -33,6 +33,7 @@ def test_another_packages_judge_runs_is_audited_evaluated_and_rewards(tmp_path):
     good, bad = found.pop("rewards")
     assert good > 0.8 and bad < -0.6
     assert found.pop("audited") > 0 and found.pop("audit asked") > 0
+    assert found.pop("in the schema") == [True, False]
     # 4 prompts of 3 answers under 2 principles: a score each, and 3 pairs a prompt
     assert found == {"state": "done", "scores": 24, "preferences": 12, "right": 1.0}
 

@@ -1,4 +1,5 @@
-"""One training of a policy of a few thousand weights, and how far it ends from its method's optimum.
+"""One training of a policy of a few thousand weights, and how far it ends from its method's
+optimum.
 
 The trainers are those of `prefab train` at their default settings, but for sizes and learning
 rates; the worlds are those of `answer_world`, whose optimum is known in closed form.

@@ -28,8 +28,8 @@ class Family:
         gpt5: Refuses `max_tokens`, other temperatures than 1, and log-probabilities (HTTP 403).
         refuses: Names of other fields that are refused when they are there at all.
         logprobs: `given`, `refused` (HTTP 403) or `absent` (null).
-        think: None; `open` (`<think>...</think>` in the text), `close` (only the closing tag), `apart`
-            (as `reasoning_content`), `hidden` (counted in the usage alone).
+        think: None; `open` (`<think>...</think>` in the text), `close` (only the closing tag),
+            `apart` (as `reasoning_content`), `hidden` (counted in the usage alone).
         deaf: Thinks also where `enable_thinking` is false.
         quota: Requests in `window_s`; more are HTTP 429.
         hints: How a 429 tells the time to wait: `header`, `message` or nothing.

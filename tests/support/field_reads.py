@@ -1,9 +1,9 @@
 """Which fields of configuration classes some code reads: a small type inference over syntax trees.
 
-A read is `receiver.field` where the receiver is known to hold the class: a name or an attribute that
-is annotated with it, `self.config` inside a class made for it, a call of a function that returns it,
-or a name that was assigned from one of those. `keys_read` gives the keys that are looked up in
-mappings, for configurations that are stored as plain data.
+A read is `receiver.field` where the receiver is known to hold the class: a name or an attribute
+that is annotated with it, `self.config` inside a class made for it, a call of a function that
+returns it, or a name that was assigned from one of those. `keys_read` gives the keys that are
+looked up in mappings, for configurations that are stored as plain data.
 """
 
 from __future__ import annotations

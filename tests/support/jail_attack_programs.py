@@ -1,9 +1,9 @@
 """Programs that try to leave the verifier's jail, each a function that gives True when it got what
 it wanted and False when it did not.
 
-The text of this file is the answer's code (`jail_attacks.py` adds OUTSIDE, TERMINAL and `attack`), so
-it imports nothing but the standard library. Numbers of system calls are written as on x86-64, then as
-in the generic table (arm64, riscv64).
+The text of this file is the answer's code (`jail_attacks.py` adds OUTSIDE, TERMINAL and `attack`),
+so it imports nothing but the standard library. Numbers of system calls are written as on x86-64,
+then as in the generic table (arm64, riscv64).
 """
 
 # ruff: noqa: B023

@@ -1,7 +1,7 @@
 """Runs the programs of `jail_attack_programs.py` in the verifier's jail.
 
-`python jail_attacks.py ROOT OUTSIDE` runs them all, for the test that does so as an ordinary user, and
-prints a JSON object: `isolation`, and `attacks` from name to what became of it.
+`python jail_attacks.py ROOT OUTSIDE` runs them all, for the test that does so as an ordinary user,
+and prints a JSON object: `isolation`, and `attacks` from name to what became of it.
 """
 
 from __future__ import annotations

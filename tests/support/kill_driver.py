@@ -1,9 +1,9 @@
 """What the kill test kills, and what counts for it.
 
 `python kill_driver.py serve` is an HTTP server that prints its port, answers by `miniworld.answer`,
-and counts every question under its key (`GET /counts`, with the number of open connections). `python kill_driver.py run STORE PORT` is
-the run: miniworld's pipeline against that server, the ledger closed, the store filled. It is killed
-from outside, or by itself at `PREFAB_KILL_AT`."""
+and counts every question under its key (`GET /counts`, with the number of open connections).
+`python kill_driver.py run STORE PORT` is the run: miniworld's pipeline against that server, the
+ledger closed, the store filled. It is killed from outside, or by itself at `PREFAB_KILL_AT`."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ SHAPES: dict[str, Shape] = {
     "bare Chinese": bare("答案是A", "parse"),
     "bare fullwidth": bare("Ａ", "parse"),
     "bare Greek Alpha": bare("Α", "parse"),
-    "bare thinking": bare("<think>A", "parse"),
+    "bare thinking": bare("<think>A", "parse", "parse"),
     "bare surrogate": bare("\ud83d", "parse"),
     "bare A and surrogate": bare("A\udc00", "parse"),
     "bare zero-width": bare("A\u200b", "parse"),

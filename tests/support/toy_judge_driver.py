@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from prefab import run
+from prefab.pipelines.config.schema import json_schema
 from prefab.pipelines.quality import judge_audit, judge_benchmark
 from prefab.pipelines.run.runner import resolve_pipeline
 from prefab.pipelines.training.judge_reward import opened
@@ -37,5 +38,8 @@ found = {
     "audit asked": audit.asked,
     "right": right,
     "rewards": rewarded,
+    "in the schema": [
+        "politely" in json.dumps(json_schema(bundled_only)) for bundled_only in (False, True)
+    ],
 }
 print(json.dumps(found))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prefab.factory.errors import ConfigError, StoreError
-from prefab.trainers import common
+from prefab.trainers import chat, common
 from tests.support import tinymodel
 from tests.support.tinymodel import LLAMA, TEMPLATES, THINKS
 
@@ -29,22 +29,22 @@ def tokenizer():
 )
 def test_answer_tokens_are_the_answer_and_one_end(tokenizer, name, turns):
     tokenizer.chat_template = TEMPLATES[name]
-    row = common.answered(tokenizer, turns, "I can not help you.")
+    row = chat.answered(tokenizer, turns, "I can not help you.")
     assert (
         tokenizer.decode(row.answer)
         == "I can not help you." + ("\n" if name == "no_end" else "") + "<|im_end|>"
     )
-    assert row.prompt == common.prompt_ids(tokenizer, turns)
-    assert tokenizer.decode(row.prompt) == common.chat_text(tokenizer, turns, True)
+    assert row.prompt == chat.prompt_ids(tokenizer, turns)
+    assert tokenizer.decode(row.prompt) == chat.chat_text(tokenizer, turns, True)
 
 
 def test_an_answer_that_holds_the_prompt_or_an_earlier_answer_is_found_where_it_stands(tokenizer):
     tokenizer.chat_template = THINKS
     turns = [*TURNS, {"role": "assistant", "content": "Yes."}, *TURNS]
-    assert tokenizer.decode(common.answered(tokenizer, turns, "Yes.").answer) == "Yes.<|im_end|>"
+    assert tokenizer.decode(chat.answered(tokenizer, turns, "Yes.").answer) == "Yes.<|im_end|>"
     tokenizer.chat_template = tinymodel.CHATML
     assert (
-        tokenizer.decode(common.answered(tokenizer, TURNS, TURNS[0]["content"]).answer)
+        tokenizer.decode(chat.answered(tokenizer, TURNS, TURNS[0]["content"]).answer)
         == "Please tell me your name.<|im_end|>"
     )
 
@@ -59,15 +59,15 @@ def test_a_tokenizer_that_adds_bos_adds_none(tokenizer):
     )
     assert own("x")["input_ids"][0] == bos
     own.chat_template = LLAMA
-    row = common.answered(own, TURNS, "Yes.")
+    row = chat.answered(own, TURNS, "Yes.")
     assert row.prompt.count(bos) == 1 and row.prompt[0] == bos and bos not in row.answer
-    assert common.conversation_ids(own, TURNS).count(bos) == 1
+    assert chat.conversation_ids(own, TURNS).count(bos) == 1
 
 
 def test_a_template_that_rewrites_the_answer_is_told(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(ConfigError, match="does not write this answer"):
-        common.answered(tokenizer, TURNS, "Yes, gladly.")
+        chat.answered(tokenizer, TURNS, "Yes, gladly.")
     tokenizer.chat_template = tinymodel.CHATML
 
 

@@ -180,10 +180,12 @@ def test_bad_sources_are_told(store, tmp_path):
         data.read_rows("preference", config({"store": str(tmp_path)}))
     with pytest.raises(ConfigError, match="small@1"):
         data.read_rows("preference", config({"store": str(store), "run": "smal"}))
-    with pytest.raises(ConfigError, match="no train.parquet"):
+    with pytest.raises(ConfigError, match="a folder without data"):
         data.read_rows("preference", config({"files": str(tmp_path)}))
     (tmp_path / "x.jsonl").write_text('{"text": "hello"}\n')
-    with pytest.raises(ConfigError, match="prompt, chosen, rejected; there are: text"):
+    with pytest.raises(
+        ConfigError, match="x.jsonl:1:1 row 1: has none of the columns.*its fields are: text"
+    ):
         data.read_rows("preference", config({"files": str(tmp_path / "x.jsonl")}))
     with pytest.raises(ConfigError, match="none.jsonl: no such file"):
         data.read_rows("preference", config({"files": str(tmp_path / "none.jsonl")}))
@@ -191,7 +193,7 @@ def test_bad_sources_are_told(store, tmp_path):
     with pytest.raises(ConfigError, match="the file is empty"):
         data.read_rows("preference", config({"files": str(tmp_path / "empty.jsonl")}))
     (tmp_path / "x.parquet").write_text("junk")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="x.parquet: not a Parquet file"):
         data.read_rows("preference", config({"files": str(tmp_path / "x.parquet")}))
     with pytest.raises(ValueError, match="not both"):
         data.Source(store="a", files="b")

@@ -38,6 +38,7 @@ from prefab.trainers.common import (
     remove_old,
     seed_everything,
     translate_errors,
+    write_ends,
     write_json,
 )
 from prefab.trainers.data import DataConfig, Encoder, Kind, Rows, read_rows, tokenised
@@ -579,6 +580,7 @@ def _write(
     if config.lora and config.merge_lora:
         model = model.merge_and_unload()
     model.config.pad_token_id = tokenizer.pad_token_id
+    write_ends(model, tokenizer)
     model.save_pretrained(out)
 
 

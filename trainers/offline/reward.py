@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from prefab.factory.errors import ConfigError
-from prefab.factory.spec.templates import neutralise
 from prefab.trainers import collate, data, distributed
+from prefab.trainers.chat import Turns, conversation_ids, shown
 from prefab.trainers.common import (
-    conversation_ids,
     load_reward,
     load_tokenizer,
     record_eval,
@@ -245,7 +244,7 @@ def scorer(
     batch: int = 32,
     device: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
-) -> Callable[[Sequence[Sequence[Mapping[str, str]]]], np.ndarray]:
+) -> Callable[[Sequence[Turns]], np.ndarray]:
     """A function from finished conversations to normalised scores, by one model or an ensemble.
 
     Raises: ConfigError where the folder holds no reward model.
@@ -270,14 +269,11 @@ def scorer(
         raise ConfigError(f"{folder}: no reward model here; train one with `prefab train reward`")
     model, tokenizer = load_reward(str(folder), device=device), load_tokenizer(str(folder))
     collate.add_scored_forward(model)
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values()]
 
-    def score(talks: Sequence[Sequence[Mapping[str, str]]]) -> np.ndarray:
-        clean = [
-            [{**turn, "content": neutralise(turn["content"], specials)} for turn in talk]
-            for talk in talks
+    def score(talks: Sequence[Turns]) -> np.ndarray:
+        rows = [
+            conversation_ids(tokenizer, shown(tokenizer, talk, kwargs), kwargs) for talk in talks
         ]
-        rows = [conversation_ids(tokenizer, talk, kwargs) for talk in clean]
         result: np.ndarray = (
             np.asarray(raw_scores(model, rows, tokenizer.pad_token_id, batch)) - told["mean"]
         ) / told["deviation"]

@@ -24,6 +24,7 @@ from prefab.trainers.common import (
     record_eval,
     remove_old,
     seed_everything,
+    write_ends,
 )
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
 from prefab.trainers.rl.state import PpoRun, Run, State
@@ -201,6 +202,7 @@ def write_policy(t: Run, folder: Path) -> None:
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for rest in (new, old):
         shutil.rmtree(rest, ignore_errors=True)
+    write_ends(model, t.tokenizer)
     model.save_pretrained(new)
     t.tokenizer.save_pretrained(new)
     if folder.exists():

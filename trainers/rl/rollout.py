@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prefab.factory.errors import ConfigError
-from prefab.factory.spec.templates import neutralise
 from prefab.trainers import data
-from prefab.trainers.common import prompt_ids
+from prefab.trainers.chat import Turn, dialect, prompt_ids, shown
 from prefab.trainers.data import DataConfig
 from prefab.trainers.rl import policy_gradient as pg
 
@@ -27,9 +26,8 @@ if TYPE_CHECKING:
 # computes thousands of columns in the time it takes to launch a small model's kernels).
 CALL_CPU, CALL = 64, 2048
 
-Prompt = (
-    str | Sequence[Mapping[str, str]]
-)  # one user turn, or a conversation that waits for the assistant
+# One user turn, or a conversation that waits for the assistant.
+Prompt = str | Sequence[Turn]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,21 +158,19 @@ def encode(
     return rows
 
 
-def turns_of(prompt: Prompt, tokenizer: Any) -> list[dict[str, str]]:
+def turns_of(prompt: Prompt, tokenizer: Any) -> list[Turn]:
     """A prompt as a conversation whose texts hold no control token of the tokenizer."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    return [{**turn, "content": neutralise(turn["content"], specials)} for turn in turns]
+    return shown(tokenizer, turns)
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation
-    configuration.
+    """The tokens that end an answer: the chat template's end of turn, the tokenizer's EOS, and
+    those of the model's generation configuration.
     """
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return sorted(
-        {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id} - {None}
-    )
+    known = found if isinstance(found, list) else [found]
+    return sorted({*known, tokenizer.eos_token_id, dialect(tokenizer).end} - {None})
 
 
 def sample(

@@ -18,7 +18,7 @@ from prefab.factory.types import Engine
 from prefab.pipelines.evaluation import policy_metrics, vllm_sampling
 from prefab.pipelines.evaluation.policy import PolicyEvalConfig, evaluate_policies, gold_of
 from prefab.pipelines.evaluation.policy_metrics import PolicyAnswer
-from prefab.trainers import collate, common
+from prefab.trainers import chat, collate, common
 from tests.support import trained
 
 
@@ -125,7 +125,7 @@ def test_kl_is_that_of_the_distributions(folders):
         common.load_tokenizer(folders["1"]),
         [[{"role": "user", "content": "Question 1?"}]],
     )
-    ids = torch.tensor([common.prompt_ids(tokenizer, turns[0])])
+    ids = torch.tensor([chat.prompt_ids(tokenizer, turns[0])])
     p, q = (m(input_ids=ids).logits[0, -1].detach().log_softmax(-1) for m in models.values())
     exact = float((p.exp() * (p - q)).sum())
     for m in models.values():
@@ -222,7 +222,7 @@ class Scripted(Engine):
         """The same ids each time, with the prompt's as the template makes them."""
         self.asked.append((key, request.sampling.temperature, request.repeat, list(stops)))
         turns = [{"role": m.role, "content": m.content} for m in request.messages]
-        prompt = common.prompt_ids(self.tokenizer, turns, dict(request.template_kwargs))
+        prompt = chat.prompt_ids(self.tokenizer, turns, dict(request.template_kwargs))
         return Drawn(
             self.template(prompt), [*self.ids, stops[0]], [-1.0] * (len(self.ids) + 1), True
         )
@@ -255,7 +255,7 @@ def test_served_answers_are_measured_on_the_very_ids_drawn(folders):
     assert {t for _, t, *_ in engine.asked} == {1.0} and engine.asked[0][3] == [
         tokenizer.eos_token_id
     ]
-    assert main[0].prompt == common.prompt_ids(tokenizer, questions[0][0], config.template_kwargs)
+    assert main[0].prompt == chat.prompt_ids(tokenizer, questions[0][0], config.template_kwargs)
     found = policy_metrics.measured(model, tokenizer, main, 2, model)
     assert (
         [a.prompt for a in found] == [0, 0, 1, 1, 2, 2]

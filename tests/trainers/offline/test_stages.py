@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from prefab.factory.errors import ConfigError, StoreError
-from prefab.trainers import collate, common
+from prefab.trainers import chat, collate, common
 from prefab.trainers.offline import losses
 from prefab.trainers.offline import reward as reward_stage
 from prefab.trainers.registry import STAGES
@@ -240,7 +240,7 @@ def policy_over_answers(folder: str) -> np.ndarray:
     model, tokenizer = common.load_policy(folder), common.load_tokenizer(folder)
     collate.add_scored_forward(model)
     turns = [{"role": "user", "content": "Question 0?"}]
-    made = [common.answered(tokenizer, turns, text) for text in ANSWERS]
+    made = [chat.answered(tokenizer, turns, text) for text in ANSWERS]
     batch = collate.lay_out([[(made[0].prompt, [(i, m.answer) for i, m in enumerate(made)])]], 0)
     logps = collate.answer_logps(model, batch, torch.float32)[0].detach().double().numpy()
     return np.exp(logps - logps.max()) / np.exp(logps - logps.max()).sum()
@@ -424,7 +424,7 @@ def test_what_cannot_be_trained_is_told(world, tmp_path):
     (tmp_path / "up.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ConfigError, match="thumb up: KTO needs both"):
         world.run("kto", tmp_path / "b", data={"sources": [{"files": str(tmp_path / "up.jsonl")}]})
-    with pytest.raises(ConfigError, match="p_chosen nan"):
+    with pytest.raises(ConfigError, match="p_chosen is the number nan"):
         pairs = [
             {"prompt": f"Ask {i}?", "chosen": "a", "rejected": "b", "p_chosen": math.nan}
             for i in range(9)

@@ -1,0 +1,115 @@
+"""The wheel, installed into an empty folder: one import name with its data files, which works in a
+project that has folders of the same names as Prefab's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import project
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("constitutions", "factory", "judges", "pipelines", "prompts", "trainers")
+FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "--no-cache-dir")
+
+
+def call(*words: str | Path, cwd: Path, **environment: str) -> str:
+    """The output of a command that must succeed."""
+    done = subprocess.run(
+        list(map(str, words)),
+        cwd=cwd,
+        env={**os.environ, "NO_COLOR": "1", **environment},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The folder that a wheel of this source was installed into."""
+    root = tmp_path_factory.mktemp("install")
+    source = root / "source"
+    for name in ("prefab", *FOLDERS):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=LEFT_OUT)
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    build = (*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", root)
+    call(*build, source, cwd=root, PYTHONPATH="")
+    (wheel,) = root.glob("*.whl")
+    call(*PIP, "install", "--no-deps", "--target", root / "site", wheel, cwd=root, PYTHONPATH="")
+    return root / "site"
+
+
+def test_it_adds_one_name_with_every_file(installed):
+    names = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    assert names == {"prefab", "bin"} and os.listdir(installed / "bin") == ["prefab"]
+    there = {
+        path.relative_to(installed / "prefab").as_posix()
+        for path in (installed / "prefab").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert there == wanted | {"__init__.py", "py.typed"}
+    assert "pipelines/pipeline.schema.json" in there and "factory/store/schema.sql" in there
+
+
+@pytest.fixture
+def own_project(tmp_path) -> Path:
+    """A user's project with packages of its own called like Prefab's folders, and a pipeline."""
+    for name in FOLDERS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("OWNER = 'the user'\n")
+    project.write(tmp_path, project.pipeline(tmp_path, prompts=2))
+    return tmp_path
+
+
+SCRIPT = """
+import factory, judges, pipelines, trainers
+from prefab import run
+
+assert {m.OWNER for m in (factory, judges, pipelines, trainers)} == {"the user"}
+print(run.__code__.co_filename, run("pipeline.yaml").preferences.height)
+"""
+
+
+def test_python_and_the_command_in_a_project_with_folders_of_the_same_names(installed, own_project):
+    (own_project / "script.py").write_text(SCRIPT)
+    words = call(sys.executable, "script.py", cwd=own_project, PYTHONPATH=str(installed)).split()
+    assert words[0].startswith(str(installed)) and words[1] == "6"  # 3 pairs of each prompt
+    again = call(
+        installed / "bin/prefab",
+        "run",
+        "pipeline.yaml",
+        "--json",
+        cwd=own_project,
+        PYTHONPATH=str(installed),
+    )
+    assert '"asked": 0' in again  # the script's answers are found
+
+
+def test_the_bundled_files_pass_the_check(installed, tmp_path):
+    bundled = [
+        *sorted((installed / "prefab/pipelines/presets").glob("*.yaml")),
+        *sorted((installed / "prefab/constitutions").glob("*.yaml")),
+    ]
+    assert len(bundled) > 3
+    prefab = installed / "bin/prefab"
+    told = call(prefab, "check", *bundled, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert told
+    call(prefab, "init", "mine", cwd=tmp_path, PYTHONPATH=str(installed))
+    call(prefab, "check", "pipeline.yaml", cwd=tmp_path / "mine", PYTHONPATH=str(installed))
