@@ -15,8 +15,8 @@ from tests.support.field_reads import fields_read, keys_read
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("factory", "judges", "pipelines", "trainers")
-# Looked up by key, since a run's record holds its configuration as plain data: (class, where,
-# fields).
+# Looked up by key, since a run's record holds its configuration as plain data, or read of an
+# object whose class the reader does not know: (class, where, fields).
 BY_KEY = (
     ("ChooseConfig", "factory/store/datasets.py", {"method", "margin"}),
     ("EscalateConfig", "pipelines/store/derive.py", {"decides"}),
@@ -24,6 +24,7 @@ BY_KEY = (
     ("PanelConfig", "pipelines/config/schema.py", {"min_label_mass", "repeats", "weights"}),
     ("PipelineConfig", "factory/store/datasets.py", {"choose"}),
     ("Example", "pipelines/run/context.py", {"principle", "prefer", "fault", "score"}),
+    ("VllmConfig", "factory/engines/vllm_process.py", {"log_file", "start_timeout_s"}),
     (
         "VerifierConfig",
         "judges/kinds/verifier.py",
@@ -93,7 +94,8 @@ def keys_of(name: str, code: dict[str, str]) -> set[str]:
         field
         for cls, path, fields in BY_KEY
         if cls == name and path in code
-        for field in fields & keys_read(code[path])
+        for field in fields
+        if field in keys_read(code[path]) or f"config.{field}" in code[path]
     }
     if name == "Example":
         for template in (ROOT / "judges" / "templates").glob("*.jinja"):

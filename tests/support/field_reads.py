@@ -50,12 +50,10 @@ class Reads(ast.NodeVisitor):
         self.bases_of: dict[str, set[str]] = {}
         self.bounds: dict[str, set[str]] = {}  # type variable -> names in its bound
 
-    def classes_in(self, annotation: ast.AST | None, about: str = "") -> set[str]:
+    def classes_in(self, annotation: ast.AST | None) -> set[str]:
         """The configuration classes that an annotation speaks of."""
         words = words_of(annotation)
         words |= {word for name in words for word in self.bounds.get(name, ())}
-        if words == {"Any"} and about == "config":
-            return set(self.fields)  # of any class: each field of that name counts as read
         return {name for name, family in self.family.items() if words & family}
 
     def learn(self, trees: Sequence[ast.AST]) -> None:
@@ -89,7 +87,7 @@ class Reads(ast.NodeVisitor):
         for init in node.body:
             if not (isinstance(init, ast.FunctionDef) and init.name == "__init__"):
                 continue
-            typed = {a.arg: self.classes_in(a.annotation, a.arg) for a in init.args.args}
+            typed = {a.arg: self.classes_in(a.annotation) for a in init.args.args}
             for line in ast.walk(init):
                 if not isinstance(line, ast.Assign):
                     continue
@@ -181,7 +179,7 @@ class Reads(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        scope = {arg.arg: self.classes_in(arg.annotation, arg.arg) for arg in every}
+        scope = {arg.arg: self.classes_in(arg.annotation) for arg in every}
         if self.inside and every and every[0].arg == "self" and self.inside[-1] in self.fields:
             scope["self"] = {self.inside[-1]}
         self.scopes.append(scope)
