@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from prefab.factory.errors import StoreError
+from prefab.factory.errors import RequestRefused, StoreError
 from prefab.factory.ledger.migrations import SCHEMA, migrate, record
 from prefab.factory.types import Completion
 from prefab.factory.uses import Use, columns_of
@@ -65,7 +65,8 @@ CREATE TABLE IF NOT EXISTS uses (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, p
 CREATE UNIQUE INDEX IF NOT EXISTS uses_once ON uses
     (run, prompt, role, sample, other, round, principle, judge, ord, repeat, key);
 CREATE TABLE IF NOT EXISTS failures (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, key BLOB NOT NULL,
-    error TEXT NOT NULL, at REAL NOT NULL);
+    error TEXT NOT NULL, at REAL NOT NULL, kind TEXT NOT NULL DEFAULT 'transport');
+CREATE INDEX IF NOT EXISTS failures_refused ON failures (key) WHERE kind = 'refused';
 CREATE TABLE IF NOT EXISTS human_labels (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, value TEXT NOT NULL,
     at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS imports (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, prompt TEXT NOT NULL,
@@ -259,6 +260,15 @@ def lookup(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Comple
         if "decode" not in str(error):
             raise
         raise _unreadable(con, _undecodable(con, sql, keys), error) from error
+    return found
+
+
+def refusals(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, str]:
+    """Those of the keys whose request a server refused for good, with its words."""
+    found: dict[bytes, str] = {}
+    sql = "SELECT key, error FROM failures WHERE kind = 'refused' AND key IN"
+    for rows in select_in(con, sql, keys):
+        found.update(rows)
     return found
 
 
@@ -516,5 +526,11 @@ class Writer:
         insert_rows(self._con, "INSERT INTO requests", 2, requests)
 
     def _insert_failures(self, failures: Iterable[Failure]) -> None:
-        rows = [(failure.run, failure.key, str(failure.error), time.time()) for failure in failures]
-        self._con.executemany("INSERT INTO failures(run, key, error, at) VALUES (?, ?, ?, ?)", rows)
+        now = time.time()
+        rows = [(f.run, f.key, str(f.error), now, _kind(f.error)) for f in failures]
+        sql = "INSERT INTO failures(run, key, error, at, kind) VALUES (?, ?, ?, ?, ?)"
+        self._con.executemany(sql, rows)
+
+
+def _kind(error: Exception) -> str:
+    return "refused" if isinstance(error, RequestRefused) else "transport"

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.errors import StoreError, TransportError
+from prefab.factory.errors import RequestRefused, StoreError, TransportError
 from prefab.factory.keys import key_of, request_bytes
 from prefab.factory.ledger import db, records
 from prefab.factory.ledger.db import AnswerRow, Commit, Failure, Writer
@@ -36,12 +36,13 @@ STORE_FILE = "prefab.duckdb"
 @dataclass(slots=True)
 class LedgerStats:
     """Counts since the ledger was opened. Engines answered `asked`, with these tokens; `reused`
-    needed no engine.
+    needed no engine; `refused` were not asked, because a server had refused them for good.
     """
 
     asked: int = 0
     reused: int = 0
     failed: int = 0
+    refused: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     in_flight: int = 0
@@ -115,8 +116,8 @@ class Ledger:
     says what is promised.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, retry_refused: bool = False) -> None:
+        self.folder, self.retry_refused = Path(folder), retry_refused
         self.file = self.folder / db.FILE
         self.stats = LedgerStats()
         self._writer = Writer(self.file, self._committed)
@@ -129,11 +130,15 @@ class Ledger:
             set()
         )  # every batch whose future somebody awaits, wherever it is
         self._outbox: list[Any] = []
+        self._engines: list[Engine] = []  # probed before the first question
+        self._unprobed = False
+        self._probing: asyncio.Task[None] | None = None
         self._closed = False
 
     @classmethod
-    def open(cls, folder: Path) -> Ledger:
-        """Open the store at `folder`, made where absent.
+    def open(cls, folder: Path, retry_refused: bool = False) -> Ledger:
+        """Open the store at `folder`, made where absent. `retry_refused` asks again what a server
+        has refused for good.
 
         Raises: StoreError when the ledger is damaged, or missing beside a DuckDB file that was
         filled from it.
@@ -150,7 +155,7 @@ class Ledger:
                 f"{folder / db.FILE} is missing beside {STORE_FILE}. It holds every answer: "
                 f"restore it from a copy, or delete {folder / STORE_FILE} to begin anew"
             )
-        return cls(folder)
+        return cls(folder, retry_refused)
 
     def begin_run(self, name: str, config: dict[str, Any], texts: dict[str, str]) -> Run:
         """The run of this configuration: resumed where name, configuration and texts are known,
@@ -186,6 +191,13 @@ class Ledger:
     def add_eval(self, result: dict[str, Any]) -> None:
         """Record an evaluation: a JSON object with name, subject and metrics."""
         self._writer.run(lambda con: records.add_object(con, "evals", result))
+
+    def probe_first(self, engines: Iterable[Engine]) -> None:
+        """Probe these engines (see `Engine.probe`) before the first question that has no answer
+        yet. What they find is recorded as an evaluation `model probe`.
+        """
+        self._engines = list(engines)
+        self._unprobed = bool(self._engines)
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
         """The committed answers to these keys."""
@@ -249,6 +261,7 @@ class Ledger:
         try:
             wanted = {key for batch in batches for key in batch.keys} - self._flights.keys()
             found = self.lookup(list(wanted))
+            refused = {} if self.retry_refused else self._refusals(wanted - found.keys())
         except (
             Exception
         ) as error:  # in a callback of the loop: it reaches nobody but through the futures
@@ -261,17 +274,27 @@ class Ledger:
                 uses += [(use, key) for (_, use), key in zip(batch.asks, batch.keys, strict=True)]
             self._post((uses, batches))  # before any answer to them
             for batch in batches:
-                self._dispatch(batch, found)
+                self._dispatch(batch, found, refused)
         except Exception as error:
             self._stop(self._told(error))
 
-    def _dispatch(self, batch: _Batch, found: dict[bytes, Completion]) -> None:
+    def _refusals(self, keys: set[bytes]) -> dict[bytes, str]:
+        with db.translate_errors(self.file):
+            return db.refusals(self._reader, list(keys))
+
+    def _dispatch(
+        self, batch: _Batch, found: dict[bytes, Completion], refused: dict[bytes, str]
+    ) -> None:
         limit = batch.window.engine.max_model_len or 0
         for i, key in enumerate(batch.keys):
             answer = found.get(key)
             if answer is not None and not (answer.finish == "context" and limit > answer.limit):
                 batch.results[i] = answer
                 self.stats.reused += 1
+                continue
+            if key in refused:
+                batch.results[i] = RequestRefused(refused[key])
+                self.stats.refused += 1
                 continue
             batch.waiting += 1
             flight = self._flights.get(key)
@@ -311,6 +334,8 @@ class Ledger:
     async def _fly(self, flight: _Flight) -> None:
         self.stats.in_flight += 1
         try:
+            if self._unprobed:
+                await self._probe()
             completion = _clean(await flight.window.engine.complete(flight.key, flight.request))
             self._post(AnswerRow(flight.key, flight.body, flight.request.model, completion, flight))
             flight.window.uncommitted += 1
@@ -327,6 +352,22 @@ class Ledger:
             flight.fail(error)
         finally:
             self.stats.in_flight -= 1
+
+    async def _probe(self) -> None:
+        """Probe the engines, once for all questions that wait. Raises: as `Engine.probe`."""
+        if self._probing is None or (self._probing.done() and self._unprobed):
+            self._probing = asyncio.get_running_loop().create_task(self._probe_all())
+        await asyncio.shield(self._probing)
+
+    async def _probe_all(self) -> None:
+        await asyncio.gather(*(engine.probe() for engine in self._engines))
+        self._unprobed = False
+
+    def _record_probes(self) -> None:
+        for engine in self._engines:
+            if engine.findings and self._writer.broken is None:
+                found = {"name": "model probe", "subject": engine.identity}
+                self.add_eval({**found, "metrics": dict(engine.findings)})
 
     def _post(self, item: Any) -> None:
         """Hand to the writer at the end of this turn of the event loop: waking the thread for each
@@ -410,7 +451,10 @@ class Ledger:
             for worker in workers if not drain else ():
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+        if self._probing is not None:
+            self._probing.cancel()
         self._send()
+        self._record_probes()
         self._reader.close()
         try:
             await asyncio.to_thread(self._writer.close)

@@ -43,7 +43,16 @@ def _rubrics_and_imports(con: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS = (Migration(2, "rubrics of prompts, and imported preferences", _rubrics_and_imports),)
+def _kinds_of_failures(con: sqlite3.Connection) -> None:
+    """Refusals are told apart from other failures, and found by key."""
+    con.execute("ALTER TABLE failures ADD COLUMN kind TEXT NOT NULL DEFAULT 'transport'")
+    con.execute("CREATE INDEX failures_refused ON failures (key) WHERE kind = 'refused'")
+
+
+MIGRATIONS = (
+    Migration(2, "rubrics of prompts, and imported preferences", _rubrics_and_imports),
+    Migration(3, "kinds of failures", _kinds_of_failures),
+)
 SCHEMA = MIGRATIONS[-1].schema
 
 

@@ -239,13 +239,19 @@ def run(
     sets: Sets = [],
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")] = False,
+    retry_refused: Annotated[
+        bool,
+        typer.Option(
+            "--retry-refused", help="Also ask again what a server has refused for good (HTTP 4xx)."
+        ),
+    ] = False,
 ) -> None:
     """Make preference data. The same command continues a run that was interrupted."""
     from prefab.pipelines.run.runner import run as run_pipeline
 
     again = " ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)])
     try:
-        result = run_pipeline(pipeline, sets, quiet)
+        result = run_pipeline(pipeline, sets, quiet, retry_refused=retry_refused)
     except KeyboardInterrupt:
         warn("stopped before the first model call")
         hint(again)

@@ -99,6 +99,7 @@ async def asking_session(
             texts = {**loaded.texts, f"model {judge.engine}": cached.identity}
             settings = {**described, "judge": judge.config.model_dump(mode="json")}
             record = ledger.begin_run(run[:64], settings, texts)
+            ledger.probe_first([engine])
             ledger.add_prompts({prompt.id: prompt for prompt in prompts}.values())
             panel = loaded.config.panel_settings().model_copy(update={"orders": "both"})
             budget = loaded.config.budget.model_copy(update={"unscored": None})

@@ -115,6 +115,7 @@ def run(
     sets: Iterable[str] = (),
     quiet: bool = True,
     engines: dict[str, Engine] | None = None,
+    retry_refused: bool = False,
 ) -> RunResult:
     """Make the preference data of a pipeline. The same call continues a run that was interrupted.
 
@@ -123,6 +124,7 @@ def run(
         sets: Overrides of fields, for example `["policy.samples=8"]`.
         quiet: Do not show progress.
         engines: Engines to use in place of those that the pipeline would start, by name.
+        retry_refused: Also ask again what a server has refused for good (HTTP 4xx).
 
     Returns:
         Counts, and the run's rows as polars frames. `state` is `done`, `budget` (a budget was
@@ -136,7 +138,7 @@ def run(
     loaded = resolve_pipeline(source, sets)
 
     def work() -> RunResult:
-        return _loop(run_async(loaded, quiet, engines))
+        return _loop(run_async(loaded, quiet, engines, retry_refused))
 
     return _in_thread(work) if _in_a_loop() else work()
 
@@ -169,18 +171,22 @@ def _in_thread(work: Callable[[], T]) -> T:
 
 
 async def run_async(
-    loaded: ResolvedPipeline, quiet: bool = True, engines: dict[str, Engine] | None = None
+    loaded: ResolvedPipeline,
+    quiet: bool = True,
+    engines: dict[str, Engine] | None = None,
+    retry_refused: bool = False,
 ) -> RunResult:
     """As `run`, inside an event loop, for a loaded pipeline."""
     config = loaded.config
     total = count_prompts(loaded, quiet)
-    ledger, ctx = Ledger.open(Path(config.store)), None
+    ledger, ctx = Ledger.open(Path(config.store), retry_refused), None
     try:
         made = {**make_programs(loaded), **(engines or make_engines(loaded))}
         async with started_engines(made, quiet, labels(loaded)):
             record = ledger.begin_run(
                 config.name, loaded.resolved, {**loaded.texts, **models(made)}
             )
+            ledger.probe_first(made.values())
             ctx = Context.of(loaded, record.id, ledger, made)
             began = time.monotonic()
             state, reason = await _work(loaded, ctx, total, quiet)

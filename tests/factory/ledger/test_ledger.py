@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 
+import orjson
 import pytest
 
 from prefab.factory import types
-from prefab.factory.errors import ConfigError, StoreError, TransportError
+from prefab.factory.errors import ConfigError, RequestRefused, StoreError, TransportError
 from prefab.factory.keys import request_bytes, request_key
 from prefab.factory.ledger import records as recorded
 from prefab.factory.ledger.db import connect
@@ -204,6 +205,88 @@ def test_odd_answers_survive(tmp_path):
     using(tmp_path, lambda ledger: ledger.ask_many(asks, Engine(odd.get)))
     inf, none, half = using(tmp_path, lambda ledger: ledger.ask_many(asks, Engine()))
     assert (inf, none, half.text) == (odd["inf"], odd["none"], "\ufffd\ufffd\ufffd cut")
+
+
+def test_a_refusal_is_asked_once_and_again_only_when_told_to(tmp_path):
+    engine = Engine(lambda text: RequestRefused("HTTP 400 no") if text == "bad" else answered(text))
+    asks = [(request("good"), use(0)), (request("bad"), use(1))]
+
+    async def work(ledger):
+        _, bad = await ledger.ask_many(asks, engine)
+        again = (await ledger.ask_many(asks, engine))[1]
+        assert type(bad) is type(again) is RequestRefused and str(again) == "HTTP 400 no"
+        return ledger.stats
+
+    first, second = using(tmp_path, work), using(tmp_path, work)
+    assert engine.asked == ["good", "bad"]
+    assert (first.failed, first.refused, second.failed, second.refused) == (1, 1, 0, 2)
+
+    async def told():
+        ledger = Ledger.open(tmp_path, retry_refused=True)
+        answer = await ledger.ask(*asks[1], Engine())
+        await ledger.close()
+        return answer.text
+
+    assert asyncio.run(told()) == "re bad"
+    (answer,) = using(tmp_path, lambda ledger: ledger.ask_many(asks[1:], engine))
+    assert answer.text == "re bad" and engine.asked == ["good", "bad"]
+
+
+def test_a_transport_failure_is_no_refusal(tmp_path):
+    engine = Engine(lambda text: TransportError("gone"))
+    for _ in range(2):
+        using(tmp_path, lambda ledger: ledger.ask_many([(request("q"), use())], engine))
+    assert engine.asked == ["q", "q"]
+
+
+class Probed(Engine):
+    """An engine that can be probed; `fails` times the probe fails."""
+
+    fails = 0
+    probes = 0
+
+    async def probe(self):
+        self.probes += 1
+        await asyncio.sleep(0)
+        if self.probes <= self.fails:
+            raise TransportError("nobody there")
+        self.findings = {"thinking": "no"}
+        return self.findings
+
+
+def test_engines_are_probed_once_before_the_first_question_without_an_answer(tmp_path):
+    engine, other = Probed(), Probed()
+    asks = [(request(f"q{i}"), use(i)) for i in range(5)]
+
+    async def work(ledger):
+        ledger.probe_first([engine, other])
+        return await ledger.ask_many(asks, engine)
+
+    using(tmp_path, work)
+    assert (engine.probes, other.probes, len(engine.asked)) == (1, 1, 5)
+    con = connect(tmp_path / "ledger.sqlite", readonly=True)
+    found = [orjson.loads(value) for (value,) in con.execute("SELECT value FROM evals")]
+    con.close()
+    assert found == [{"name": "model probe", "subject": "name:m", "metrics": {"thinking": "no"}}]
+    using(tmp_path, work)  # every answer is there
+    assert (engine.probes, other.probes) == (1, 1)
+
+
+def test_nothing_is_asked_of_anybody_where_the_probe_fails_and_the_next_question_tries_again(
+    tmp_path,
+):
+    engine = Probed()
+    engine.fails = 1
+
+    async def work(ledger):
+        ledger.probe_first([engine])
+        asks = [(request(f"q{i}"), use(i)) for i in range(3)]
+        failed = await ledger.ask_many(asks, engine)
+        assert all(isinstance(a, TransportError) for a in failed) and engine.asked == []
+        return await ledger.ask_many(asks, engine)
+
+    assert [a.text for a in using(tmp_path, work)] == ["re q0", "re q1", "re q2"]
+    assert engine.probes == 2
 
 
 def test_of_two_processes_the_first_answer_stands_and_the_other_takes_it_over(tmp_path):
