@@ -1,13 +1,14 @@
 """Train one stage in two processes that are killed with SIGKILL at random moments, until they get
 to the end.
 
-`python kill_two_driver.py STAGE FILE KILLS SEED`: one process imports all and forks, so that a try
-costs little; what the launcher would say is in the environment."""
+`python kill_two_driver.py STAGE SEED FILE:KILLS ...`: one process imports all and forks, so that a
+try costs little; what the launcher would say is in the environment."""
 
 from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
@@ -42,5 +43,7 @@ if __name__ == "__main__":
     import datasets  # noqa: F401
     import trl  # noqa: F401
 
-    stage, file, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    until_done(lambda: train_in_two(stage, file), at_random(kills, seed, 3.0))
+    stage, seed = sys.argv[1], int(sys.argv[2])
+    for words in sys.argv[3:]:
+        name, kills = words.rsplit(":", 1)
+        until_done(partial(train_in_two, stage, Path(name)), at_random(int(kills), seed, 3.0))

@@ -114,32 +114,23 @@ def test_two_processes_killed_four_times_give_the_same_bits(world, tmp_path, sta
     """At random moments, the first of them in all likelihood before any checkpoint. Forks stand in
     for the launcher."""
     store, model = world
+    config = {
+        "model": str(model),
+        "data": trained.data(store),
+        "batch_size": 10,
+        "learning_rate": 2e-3,
+        "epochs": 2,
+        "eval_every": 2,
+        "threads": 1,
+    }
+    driver = [sys.executable, str(ROOT / "tests/support/kill_two_driver.py"), stage, "1"]
     for name, kills in (("whole", 0), ("cut", 4)):
         file = tmp_path / f"{name}.json"
-        file.write_text(
-            json.dumps(
-                {
-                    "model": str(model),
-                    "out": str(tmp_path / name),
-                    "data": trained.data(store),
-                    "batch_size": 10,
-                    "learning_rate": 2e-3,
-                    "epochs": 2,
-                    "eval_every": 2,
-                    "threads": 1,
-                }
-            )
-        )
-        driver = [
-            sys.executable,
-            str(ROOT / "tests/support/kill_two_driver.py"),
-            stage,
-            str(file),
-            str(kills),
-            "1",
-        ]
-        done = subprocess.run(driver, env=ENV, text=True, capture_output=True, timeout=900)
-        assert done.returncode == 0 and f"{kills} killed" in done.stdout, done.stderr[-3000:]
+        file.write_text(json.dumps({**config, "out": str(tmp_path / name)}))
+        driver.append(f"{file}:{kills}")
+    done = subprocess.run(driver, env=ENV, text=True, capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-2:] == ["0 killed", "4 killed"]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
