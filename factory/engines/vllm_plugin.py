@@ -25,7 +25,7 @@ def register() -> None:
         return
 
     def load_whole(*args: Any, **kwargs: Any) -> Any:
-        loaded = load(*args, **kwargs)
+        loaded: Any = load(*args, **kwargs)
         compiled = loaded._artifacts.compiled_fn
         if not hasattr(compiled, "finalize_loading"):
             compiled.finalize_loading = lambda config: None
