@@ -28,7 +28,7 @@ from benchmarks import common
 OURS = """
 import json, sys, time
 import numpy as np
-from judges import agreement, aggregate
+from prefab.judges.stats import agreement, aggregate
 from prefab.judges.stats.rating_table import group
 ratings = np.load(sys.argv[1])
 agreement.panel_coefficients(ratings[:1000], resamples=10)

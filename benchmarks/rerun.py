@@ -26,7 +26,7 @@ from benchmarks import common
 
 REBUILD = """
 import json, sys, time
-from pipelines import fill
+from prefab.pipelines.store import fill
 started = time.perf_counter()
 report = fill.rebuild(sys.argv[1])
 print("RESULT " + json.dumps({"seconds": time.perf_counter() - started, "rows": report.rows}))

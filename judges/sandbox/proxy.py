@@ -236,7 +236,8 @@ class Proxy:
     def __contains__(self, item: Any) -> bool:
         if self._proxy_made:
             return bool(self._proxy_line.do("contains", self, item))
-        return any(each == item for each in self)  # compared here, and nobody is told the item
+        # compared here, and nobody is told the item; `__iter__` is added below
+        return any(each == item for each in self)  # type: ignore[attr-defined]
 
 
 # Of other attributes with two underscores, those that a test may look at.
