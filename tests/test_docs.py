@@ -22,6 +22,7 @@ import pytest
 from typer.main import get_command
 
 import prefab
+from prefab.factory.spec.layouts import LAYOUTS
 from prefab.pipelines.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,3 +105,10 @@ def test_links_lead_somewhere():
 
 def test_no_figure_is_left_open():
     assert not [page.name for page in PAGES if "@@" in page.read_text()]
+
+
+def test_the_table_of_layouts_names_each_in_the_order_in_which_they_are_tried():
+    named = re.findall(r"^\| `([\w-]+)` \| .* \| .* \| .*\|$", (DOCS / "data.md").read_text(), re.M)
+    assert [name for name in named if name != "hh-rlhf"] == list(
+        dict.fromkeys(layout.name for layout in LAYOUTS)
+    )
