@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.spec.templates import Template, conversation_text, fence, neutralise
+from prefab.factory.thinking import split_thinking
 from prefab.factory.types import (
     Comparison,
     Completion,
@@ -137,7 +138,11 @@ def _hard_masses(
 ) -> list[float] | UnscoredReason:
     if completion.exactness != "hard":
         return "no_logprobs"
-    i = index.get(completion.text.strip()) if isinstance(completion.text, str) else None
+    text = completion.text if isinstance(completion.text, str) else ""
+    _, answer, finished = split_thinking(text)
+    if not finished:
+        return "truncated"
+    i = index.get(answer.strip())
     if i is None:
         return "parse"
     return [float(j == i) for j in range(n)]
@@ -213,19 +218,17 @@ def candidate(messages: tuple[Message, ...], text: str, specials: tuple[str, ...
 
 
 def generated(completion: Completion) -> tuple[str, UnscoredReason | None]:
-    """A free-text answer without a thinking block, and why it cannot be used (`parse` when nothing
-    is left).
+    """A free-text answer without the thinking before it, and why it cannot be used: `truncated`
+    when it ends within the thinking or by its length, `parse` when nothing is left.
     """
     if completion.finish == "context" or completion.finish == "refused":
         return "", completion.finish
     text = completion.text if isinstance(completion.text, str) else ""
-    if text.lstrip().startswith("<think>"):
-        _, closed, rest = text.partition("</think>")
-        text = rest if closed else ""
-    text = text.strip()
-    if completion.finish == "length":
-        return text, "truncated"
-    return text, None if text else "parse"
+    _, answer, finished = split_thinking(text)
+    answer = answer.strip()
+    if completion.finish == "length" or not finished:
+        return answer, "truncated"
+    return answer, None if answer else "parse"
 
 
 _CODE_FENCE = re.compile(r"\A(`{3,})[^\n`]*\n(.*)\n?\1\Z", re.DOTALL)

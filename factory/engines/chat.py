@@ -28,7 +28,7 @@ from prefab.factory.engines.family import (
 from prefab.factory.engines.http import LIMITED, HttpClient, Rejected
 from prefab.factory.errors import EngineError, RequestRefused, TransportError
 from prefab.factory.keys import derived_seed
-from prefab.factory.thinking import join_thinking, split_thinking
+from prefab.factory.thinking import message_text, split_thinking
 from prefab.factory.types import Completion, Exactness, Finish, Message, Request, Sampling
 
 # a label read waits this long for others to share its POST while some are under way, else not at
@@ -408,7 +408,7 @@ class Chat:
         try:
             message = choice["message"]
             refusal = message.get("refusal")
-            text = refusal if refusal else _text(message)
+            text = refusal if refusal else message_text(message)
             finish: Finish | None = (
                 "refused" if refusal else _FINISH.get(choice.get("finish_reason") or "stop")
             )
@@ -547,15 +547,6 @@ async def wrong_model(server: HttpClient, path: str, model: str, message: str = 
 def message_bytes(messages: tuple[Message, ...]) -> bytes:
     """The conversation as a JSON array."""
     return orjson.dumps([{"role": m.role, "content": m.content} for m in messages])
-
-
-def _text(message: Mapping[str, Any]) -> Any:
-    """The message's text; thinking that the server gives apart stands before it."""
-    content = message.get("content") or ""
-    thoughts = message.get("reasoning_content") or message.get("reasoning")
-    if isinstance(thoughts, str) and thoughts.strip() and isinstance(content, str):
-        return join_thinking(thoughts.strip(), content)
-    return content
 
 
 def log_probability(value: Any) -> float | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from prefab.factory.thinking import policy_answer
 from prefab.factory.types import Completion, Principle, Prompt, Request, Sample
 from prefab.factory.uses import CritiqueUse, DraftUse, RevisionUse
 from prefab.judges import panel
@@ -53,11 +54,12 @@ async def sample(prompt: Prompt, ctx: Context) -> list[Sample]:
     for k, answer in enumerate(await ctx.ask(asks, policy.engine)):
         if isinstance(answer, Exception):
             continue
-        if answer.finish in ("context", "refused"):
-            ctx.unscored("sample", answer.finish)
-            continue
+        text, _, reason = policy_answer(answer)
         ctx.counts.truncated += answer.finish == "length"
-        drafts.append(Sample(prompt.id, k, answer.text, answer.finish))
+        if text is None:
+            ctx.unscored("sample", reason)
+            continue
+        drafts.append(Sample(prompt.id, k, text, answer.finish))
     return drafts
 
 

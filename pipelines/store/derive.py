@@ -15,6 +15,7 @@ from typing import Any
 
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import RunRecord
+from prefab.factory.thinking import policy_answer, split_thinking
 from prefab.factory.types import Completion, Constitution, Preference
 from prefab.factory.uses import CritiqueUse, DraftUse, IdenticalUse, RankUse, RevisionUse, ScoreUse
 from prefab.judges import panel, registry
@@ -126,8 +127,8 @@ def _sample(use: DraftUse | RevisionUse, call: str, answer: Completion, rules: R
         revision = critique.parse_revision(answer)
         text, reason, parent, round = revision.text, revision.reason, use.parent, use.round
     else:
-        reason = answer.finish if answer.finish in ("context", "refused") else None
-        text, parent, round = None if reason else answer.text, -1, 0
+        text, _, reason = policy_answer(answer)
+        parent, round = -1, 0
     name = digest("sample", use.prompt, str(use.sample), str(parent), call)
     return (
         name,
@@ -141,6 +142,7 @@ def _sample(use: DraftUse | RevisionUse, call: str, answer: Completion, rules: R
         answer.finish,
         reason,
         call,
+        split_thinking(answer.text).thinking or None,
     )
 
 
@@ -166,6 +168,7 @@ def _critique(use: CritiqueUse, call: str, answer: Completion, rules: Rules) -> 
         read.reason,
         read.text,
         call,
+        split_thinking(answer.text).thinking or None,
     )
 
 

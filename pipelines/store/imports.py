@@ -244,6 +244,7 @@ def copy(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: Any
                     "stop",
                     None,
                     None,
+                    None,
                 )
                 for i, answer in enumerate(value["answers"])
             ]

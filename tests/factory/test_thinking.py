@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from prefab.factory.thinking import join_thinking, split_thinking
+from prefab.factory.thinking import (
+    PolicyAnswer,
+    join_thinking,
+    message_text,
+    policy_answer,
+    split_thinking,
+)
+from prefab.factory.types import Completion
 
 
 @pytest.mark.parametrize(
@@ -23,6 +30,12 @@ from prefab.factory.thinking import join_thinking, split_thinking
             ("", "It writes <think> and </think>.", True),
         ),
         (" kept as it is ", ("", " kept as it is ", True)),
+        ("<think>a</think>\n<think>b</think>c", ("a\n\nb", "c", True)),
+        ("<think>a <think>b</think> c</think>d", ("a <think>b</think> c", "d", True)),
+        ("The tag `</think>` ends it.", ("", "The tag `</think>` ends it.", True)),
+        ("<think>I write `</think>` here</think>d", ("I write `</think>` here", "d", True)),
+        ("<think></think>", ("", "", True)),
+        ("<seed:think>a</seed:think>b", ("a", "b", True)),
     ],
 )
 def test_split(text, found):
@@ -32,3 +45,52 @@ def test_split(text, found):
 def test_what_is_joined_is_split_again():
     assert split_thinking(join_thinking("Why?", "Yes.")) == ("Why?", "Yes.", True)
     assert split_thinking(join_thinking("Why?", "")) == ("Why?", "", False)
+    assert split_thinking(join_thinking("Say </think> now", "Yes.")).answer == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": "Yes."}, "Yes."),
+        ({"content": None}, ""),
+        ({"content": "Yes.", "reasoning_content": None}, "Yes."),
+        ({"content": "Yes.", "reasoning_content": "Why?"}, "<think>\nWhy?\n</think>\n\nYes."),
+        ({"content": "Yes.", "reasoning": "Why?"}, "<think>\nWhy?\n</think>\n\nYes."),
+        ({"content": None, "reasoning": "Why"}, "<think>\nWhy"),
+        (
+            {
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "Why?"}]},
+                    {"type": "text", "text": "Yes."},
+                ]
+            },
+            "<think>\nWhy?\n</think>\n\nYes.",
+        ),
+    ],
+)
+def test_thinking_given_apart_stands_before_the_answer(message, text):
+    assert message_text(message) == text
+
+
+def test_content_of_another_type_is_refused():
+    for content in (5, [{"type": "image_url", "image_url": {}}], ["Yes."]):
+        with pytest.raises((TypeError, AttributeError)):
+            message_text({"content": content})
+
+
+@pytest.mark.parametrize(
+    ("completion", "found"),
+    [
+        (Completion("Yes.", "stop"), PolicyAnswer("Yes.", "")),
+        (Completion("", "stop"), PolicyAnswer("", "")),
+        (Completion("Yes, bu", "length"), PolicyAnswer("Yes, bu", "")),
+        (Completion("<think>Why?</think>Yes.", "stop"), PolicyAnswer("Yes.", "Why?")),
+        (Completion("<think>Why", "length"), PolicyAnswer(None, "Why", "truncated")),
+        (Completion("<think>Why", "stop"), PolicyAnswer(None, "Why", "truncated")),
+        (Completion("<think>Why?</think>", "length"), PolicyAnswer(None, "Why?", "truncated")),
+        (Completion("<think>Why?</think>\n", "stop"), PolicyAnswer(None, "Why?", "parse")),
+        (Completion("", "refused"), PolicyAnswer(None, "", "refused")),
+    ],
+)
+def test_an_unfinished_thought_is_no_answer(completion, found):
+    assert policy_answer(completion) == found

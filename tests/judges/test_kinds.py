@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefab.factory.spec.templates import load_template
+from prefab.factory.thinking import split_thinking
 from prefab.factory.types import Comparison, Completion, Message, Principle, Prompt, Sample
 from prefab.factory.uses import PairUse
 from prefab.judges import panel
@@ -217,7 +218,8 @@ def test_reasoning_is_a_pass_of_its_own():
         and "<|im_end|>" not in second.messages[2].content
     )
     assert judge.decode(use, text("B is", "length")).reason == "truncated"
-    assert judge.decode(use, text("<think>never closed")).reason == "parse"
+    assert judge.decode(use, text("<think>never closed")).reason == "truncated"
+    assert judge.decode(use, text("hm\n</think>\n\nB is rude.")) == Reasoning("B is rude.")
 
 
 # --- pointwise and rubric ---
@@ -313,6 +315,8 @@ def test_a_planted_better_answer_wins_by_score(kind):
         ("Fault: it is rude.", True, None),
         ("FAULT. Rude.", True, None),
         ("<think>x</think>\nNone.", False, None),
+        ("It could be a Fault.\n</think>\n\nNone.", False, None),
+        ("<think>\nNone so far", None, "truncated"),
         ("Nonetheless it is rude.", None, "parse"),
         ("Faultless.", None, "parse"),
         ("The answer is rude.", None, "parse"),
@@ -511,7 +515,7 @@ def _check_verdict(verdict, completion):
         return
     assert 0.0 <= verdict.p_a <= 1.0
     if completion.label_logps is None:
-        assert completion.text.strip() in pairwise.LABELS
+        assert split_thinking(completion.text).answer.strip() in pairwise.LABELS
     elif completion.exactness == "exact":
         assert all(any(s in completion.label_logps for s in (x, " " + x)) for x in pairwise.LABELS)
 

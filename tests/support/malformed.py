@@ -169,8 +169,8 @@ SHAPES: dict[str, Shape] = {
     "text message": broken("transport", lambda c: [c | {"message": "A"}]),
     "list message": broken("transport", lambda c: [c | {"message": ["A"]}]),
     "number content": broken("transport", lambda c: [c | {"message": {"content": 1}}]),
-    "parts content": broken(
-        "transport", lambda c: [c | {"message": {"content": [{"type": "text", "text": "A"}]}}]
+    "parts of no text": broken(
+        "transport", lambda c: [c | {"message": {"content": [{"type": "text", "image": "A"}]}}]
     ),
     "true content": broken("transport", lambda c: [c | {"message": {"content": True}}]),
     "refusal": broken(
@@ -277,7 +277,7 @@ SHAPES: dict[str, Shape] = {
     "bare Chinese": bare("答案是A", "parse"),
     "bare fullwidth": bare("Ａ", "parse"),
     "bare Greek Alpha": bare("Α", "parse"),
-    "bare thinking": bare("<think>A", "parse", "parse"),
+    "bare thinking": bare("<think>A", "truncated", "truncated"),
     "bare surrogate": bare("\ud83d", "parse"),
     "bare A and surrogate": bare("A\udc00", "parse"),
     "bare zero-width": bare("A\u200b", "parse"),
@@ -286,6 +286,9 @@ SHAPES: dict[str, Shape] = {
     "bare NaN": bare("NaN", "parse"),
     "bare refused": bare("A", "refused", "refused", finish="content_filter"),
     # odd, but nothing is wrong with the answer
+    "parts content": broken(
+        "a", lambda c: [c | {"message": {"content": [{"type": "text", "text": "A"}]}}]
+    ),
     "unknown fields": Shape(lambda name: fine(name, warning="x", service_tier=None), "a", "a"),
     "wrong content type": Shape(lambda name: Raw(bytes_of(fine(name)), headers=TEXT), "a", "a"),
     "byte order mark": Shape(lambda name: Raw(b"\xef\xbb\xbf" + bytes_of(fine(name))), "a", "a"),

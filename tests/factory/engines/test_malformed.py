@@ -19,6 +19,7 @@ from prefab.factory.errors import TransportError
 from prefab.factory.keys import request_key
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.spec.templates import load_template
+from prefab.factory.thinking import split_thinking
 from prefab.factory.types import (
     Comparison,
     Completion,
@@ -264,10 +265,11 @@ def check_all(completion: Completion) -> None:
         assert (
             score.value is None
             or score.mass is not None
-            or said.strip() in (*"123456789", "Yes", "No")
+            or split_thinking(said).answer.strip() in (*"123456789", "Yes", "No")
         )
     if verdict.winner is not None and completion.label_logps is None:
-        assert said.strip() == {"a": "A", "b": "B", "tie": "T"}[verdict.winner]
+        answer = split_thinking(said).answer.strip()
+        assert answer == {"a": "A", "b": "B", "tie": "T"}[verdict.winner]
 
 
 PIECES = (
