@@ -1,0 +1,72 @@
+r"""The label in an answer that puts it into a form: `Answer: **A**`, `[[A]]`, `\boxed{A}`, `A` alone
+on a line.
+
+Only forms count. A label in a sentence ("A is kinder than B") is none, and an answer whose forms name
+two labels has none: a verdict is never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+_OPEN, _CLOSE = r"[\s*_`\"'“”‘’(\[{<$]*", r"[\s*_`\"'“”‘’)\]}>$]*[.!。]?[\s*_`]*"
+_NAMES = (
+    r"answer|verdict|choice|judg(?:e)?ment|winner|decision|preference|preferred(?: answer)?|rating"
+    r"|score|grade|result|label|conclusion|option"
+)
+# before a label and after it: no letter, digit, slash or decimal may belong to it
+_ALONE_BEFORE, _ALONE_AFTER = (
+    r"(?<![\w/.,-])",
+    r"(?![\w/]|[.,]\d|\s*(?:/|or\b|and\b|vs\b|to\b)\s*\w)",
+)
+
+
+class FoundLabel(NamedTuple):
+    """A label and where it stands in the answer."""
+
+    label: str
+    offset: int
+
+
+def find_label(answer: str, labels: Iterable[str]) -> FoundLabel | None:
+    """The label that the answer's forms name; None where none does, or two differ.
+
+    Args:
+        answer: A model's answer without its thinking.
+        labels: The labels, with or without a space before them.
+    """
+    names = tuple(sorted({label.strip() for label in labels}, key=len, reverse=True))
+    found = [
+        FoundLabel(_label_of(match["label"], names), match.start("label"))
+        for pattern in _patterns(names)
+        for match in pattern.finditer(answer)
+    ]
+    if len({f.label for f in found}) != 1:
+        return None
+    return min(found, key=lambda f: f.offset)
+
+
+def _label_of(text: str, names: Sequence[str]) -> str:
+    return next(name for name in names if name.lower() == text.lower())
+
+
+@lru_cache(maxsize=64)
+def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    """One pattern a form. Words ("Yes") are found in any case, single letters in their own."""
+    spelled = "|".join(
+        f"(?i:{re.escape(name)})" if len(name) > 1 else re.escape(name) for name in names
+    )
+    label = f"{_ALONE_BEFORE}(?P<label>{spelled}){_ALONE_AFTER}"
+    return (
+        re.compile(rf"\\boxed\{{\s*(?:\\(?:text|textbf|mathrm)\{{)?\s*{label}\s*\}}"),
+        re.compile(rf"\[\[\s*{label}\s*\]\]"),
+        re.compile(rf"<(?:answer|verdict|choice|score)>\s*{label}\s*</"),
+        re.compile(
+            rf"(?i:\b(?:{_NAMES})\b(?:\s+(?:is|would be|should be))?){_CLOSE}[:：=]{_OPEN}{label}"
+        ),
+        re.compile(rf"(?i:\b(?:{_NAMES})\s+(?:is|would be))\s*[:：]?{_OPEN}{label}{_CLOSE}$", re.M),
+        re.compile(rf"^{_OPEN}{label}{_CLOSE}$", re.M),
+    )
