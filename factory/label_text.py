@@ -1,8 +1,8 @@
-r"""The label in an answer that puts it into a form: `Answer: **A**`, `[[A]]`, `\boxed{A}`, `A` alone
-on a line.
+r"""The label in an answer that puts it into a form: `Answer: **A**`, `[[A]]`, `\boxed{A}`, or `A`
+alone on a line.
 
-Only forms count. A label in a sentence ("A is kinder than B") is none, and an answer whose forms name
-two labels has none: a verdict is never guessed.
+Only forms count. A label in a sentence ("A is kinder than B") is none, and an answer whose forms
+name two labels has none: a verdict is never guessed.
 """
 
 from __future__ import annotations
