@@ -6,9 +6,9 @@ schema, or the tests' code; in the configuration, in a file, or by prompt. The c
 are part of the request, so that a verdict is stored and found again like any call, and is asked
 anew when either changes.
 
-A wrong result, no number, broken JSON, or code over a limit is the answer's fault: a score of 0.
-Tests that cannot be run, a pattern that takes too long, or a missing reference are not: unscored
-with the reason `program`.
+A wrong result, no number, broken JSON, code over a limit, or a text on which the pattern or schema
+takes too long is the answer's fault: a score of 0. Tests that cannot be run, a schema that refers
+elsewhere, or a missing reference are not: unscored with the reason `program`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal, InvalidOperation
@@ -47,7 +48,9 @@ from prefab.judges import sandbox
 from prefab.judges.base import JudgeConfig, RequestContext, RubricLines, Score, ScoreJudge, unwrap
 from prefab.judges.sandbox import timeout_worker
 
-CHECK_VERSION = 1  # of what the checks below do; part of every key
+# Of what the checks below do; part of every key.
+CHECK_VERSION = {"exact": 1, "numeric": 1, "regex": 2, "json_schema": 2, "python": 2}
+EXTRACT_VERSION = 2  # of every check after `extract`
 PATTERN_TIMEOUT_S = 3.0
 MOST_DIGITS = 400  # of a number: the exact arithmetic on 10^100000 would take all day
 _NUMBER = re.compile(
@@ -55,7 +58,8 @@ _NUMBER = re.compile(
     r"(?:[eE][-+]?\d{1,3}(?!\d))?(?: ?/ ?\d+)?%?",
     re.ASCII,
 )
-_CODE = re.compile(r"^(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)^\1[ \t]*$", re.M | re.S)
+_FENCE = re.compile(r"`{3,}|~{3,}")
+_LANGUAGE = re.compile(r"[ \t]*([\w+-]*)")
 
 
 class VerifierConfig(JudgeConfig):
@@ -89,7 +93,11 @@ class VerifierConfig(JudgeConfig):
     partial: bool = Field(
         True, description="python: the share of tests passed; false: 1 only when all pass."
     )
-    isolation: Literal["best", "required"] = "best"
+    isolation: Literal["best", "required"] = Field(
+        "required",
+        description="python: `required` runs no answer where there is no complete jail; `best` runs "
+        "it with what the machine has.",
+    )
     workers: int | None = Field(
         None, ge=1, description="Checks at a time; left out: one a processor."
     )
@@ -240,9 +248,12 @@ def identity(config: VerifierConfig) -> str:
     run on.
     """
     settings = config.model_dump(mode="json", include=_DECIDES[config.check] | {"check", "extract"})
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    runs_on = version if config.check == "python" else ""
-    return "verifier:" + digest(CHECK_VERSION, canonical(settings).decode(), runs_on)
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    runs_on = python if config.check == "python" else ""
+    version = CHECK_VERSION[config.check]
+    if config.extract is not None:
+        version = max(version, EXTRACT_VERSION)
+    return "verifier:" + digest(version, canonical(settings).decode(), runs_on)
 
 
 class Verifier(Engine):
@@ -264,17 +275,15 @@ class Verifier(Engine):
         if self.config.check != "python":
             return
         try:
-            isolated, words = await asyncio.get_running_loop().run_in_executor(
+            complete, _ = await asyncio.get_running_loop().run_in_executor(
                 self._threads, sandbox.isolation_status
             )
         except sandbox.NoSandbox as error:
             raise ConfigError(
                 f"{self.config.name}: no answer's code can be run here: {error}"
             ) from error
-        if self.config.isolation == "required" and not isolated:
-            raise ConfigError(
-                f"{self.config.name}: isolation is required, and here there are {words}"
-            )
+        if self.config.isolation == "required" and not complete:
+            raise ConfigError(f"{self.config.name}: {sandbox.how_to_isolate()}")
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """The check's result as JSON. Raises: TransportError when no process could be started."""
@@ -301,15 +310,23 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": "no reference for this prompt"}
     text = job["answer"]
     if settings["extract"] is not None:
-        found = timeout_worker.ask(
-            {"do": "extract", "pattern": settings["extract"], "text": text}, PATTERN_TIMEOUT_S
-        )
-        if "error" in found:
+        found = _outside({"do": "extract", "pattern": settings["extract"], "text": text})
+        if "found" not in found:
             return found
         if found["found"] is None:
-            return {"passed": 0, "total": 1, "why": "`extract` finds nothing in the answer"}
+            return _wrong("`extract` finds nothing in the answer")
         text = found["found"]
     return _CHECKS[kind](text, reference, settings)
+
+
+def _wrong(why: str) -> dict[str, Any]:
+    return {"passed": 0, "total": 1, "why": why[:300]}
+
+
+def _outside(job: dict[str, Any]) -> dict[str, Any]:
+    """A job in another process. Too long or too large for the check is wrong, not unscored."""
+    found = timeout_worker.ask(job, PATTERN_TIMEOUT_S)
+    return _wrong(found["late"]) if "late" in found else found
 
 
 def _exact(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,7 +362,7 @@ def _numeric(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str
     if right is None:
         return {"error": f"the reference {reference!r} is not a number"}
     if found is None:
-        return {"passed": 0, "total": 1, "why": "there is no number in the answer"}
+        return _wrong("there is no number in the answer")
     near = max(Fraction(settings["absolute"]), Fraction(settings["tolerance"]) * abs(right))
     return {"passed": int(abs(found - right) <= near), "total": 1}
 
@@ -358,30 +375,54 @@ def _regex(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, 
         "whole": settings["whole"],
         "ignore_case": settings["ignore_case"],
     }
-    return timeout_worker.ask(job, PATTERN_TIMEOUT_S)
+    return _outside(job)
 
 
 def _json(text: str, reference: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is not JSON")
+    blocks = [body for name, body in code_blocks(text) if name in ("json", "")]
+    text = blocks[-1] if blocks else unwrap(text)
+    return _outside({"do": "validate", "text": text, "schema": reference})
 
-    blocks = [body for _, name, body in _CODE.findall(text) if name.lower() in ("json", "")]
-    try:
-        value = json.loads(blocks[-1] if blocks else unwrap(text), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        return {"passed": 0, "total": 1, "why": f"not JSON: {error}"[:300]}
-    return timeout_worker.ask(
-        {"do": "validate", "value": value, "schema": reference}, PATTERN_TIMEOUT_S
-    )
+
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """The fenced code blocks: language (lower case) and body.
+
+    A block goes from a line that begins with three or more backticks or tildes to the next line of
+    as many of them and nothing else (or of fewer, when there is none). Takes time in proportion to
+    the text, whatever is in it.
+    """
+    lines = text.split("\n")
+    closing: dict[tuple[str, int], list[int]] = {}
+    for number, line in enumerate(lines):
+        mark = line.rstrip(" \t")
+        if _FENCE.fullmatch(mark):
+            closing.setdefault((mark[0], len(mark)), []).append(number)
+    blocks, at = [], 0
+    while at < len(lines):
+        size, end = _closing(lines[at], at, closing)
+        if size:
+            language = _LANGUAGE.match(lines[at], size)
+            body = "".join(f"{line}\n" for line in lines[at + 1 : end])
+            blocks.append((language.group(1).lower() if language else "", body))
+        at = end + 1
+    return blocks
+
+
+def _closing(line: str, at: int, closing: Mapping[tuple[str, int], list[int]]) -> tuple[int, int]:
+    """The length of the fence that a line opens, and the line that closes it; 0 and `at`: none."""
+    fence = _FENCE.match(line)
+    for size in range(fence.end() if fence else 0, 2, -1):
+        ends = closing.get((line[0], size), [])
+        next_end = bisect_right(ends, at)
+        if next_end < len(ends):
+            return size, ends[next_end]
+    return 0, at
 
 
 def code_of(text: str) -> str:
     """The Python in an answer: its longest fenced block, else all of it."""
-    blocks = [
-        body
-        for _, name, body in _CODE.findall(text)
-        if name.lower() in ("python", "py", "python3", "")
-    ]
+    languages = ("python", "py", "python3", "")
+    blocks = [body for language, body in code_blocks(text) if language in languages]
     return max(blocks, key=len, default=text)
 
 

@@ -9,6 +9,7 @@ result says so (`isolation`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,17 +18,26 @@ import sysconfig
 import tempfile
 import threading
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from prefab.factory.paths import IMPORT_ROOT
+from prefab.judges.sandbox import memory_cgroup
 
 # -I: neither the environment nor the current folder decides what is imported.
 _TEST_RUNNER = "import sys; sys.path.insert(0, {root!r}); from prefab.judges.sandbox import test_runner; del sys.path[0]; test_runner.main()"  # noqa: E501
+# What there is, by: namespaces, a filter of system calls.
 _SAYS = {
-    True: "no network, files read-only, own processes only",
-    False: "limits only: the network and your files are within an answer's reach",
+    (True, True): "no network, no files but Python's, own processes only, few system calls",
+    (True, False): "no network, no files but Python's, own processes only; all system calls",
+    (
+        False,
+        True,
+    ): "limits only: your files are within an answer's reach; few system calls, no network",
+    (False, False): "limits only: the network and your files are within an answer's reach",
 }
+_MEMORY = {True: "; memory limited by a control group", False: ""}
 _lock = threading.Lock()
 _known: list[dict[str, Any]] = []
 
@@ -53,16 +63,15 @@ class NoSandbox(Exception):
 def run_tests(
     tests: str, answer: str, limits: Limits = Limits(), isolated: bool = False
 ) -> dict[str, Any]:
-    """What became of the tests: `passed`, `total` and some `failures`, or `broken`: the tests
-    cannot be run.
+    """Run the tests against the answer's code; with `isolated`, only where there is a complete jail.
 
-    With `isolated` nothing runs where namespaces are not to be had. `isolation` says what there
-    was.
+    Returns: `passed`, `total` and some `failures`, or `broken`: the tests cannot be run.
+        `isolation` says what kept the answer in.
     Raises: NoSandbox.
     """
     mode = _mode()
-    if isolated and not mode["isolated"]:
-        raise NoSandbox(f"isolation is required, and there is none here: {mode['why']}")
+    if isolated and not mode.get("complete", mode["isolated"]):
+        raise NoSandbox(how_to_isolate())
     result = _examine(tests, answer, limits, mode)
     if "failed_to_run" in result:
         raise NoSandbox(result["failed_to_run"])
@@ -70,13 +79,55 @@ def run_tests(
 
 
 def isolation_status() -> tuple[bool, str]:
-    """Whether the network, files and other processes are out of an answer's reach here, and in
-    words.
+    """Whether there is a complete jail here, and what there is in words.
 
     Raises: NoSandbox when not even a limited process runs.
     """
     mode = _mode()
-    return mode["isolated"], mode["says"]
+    return bool(mode.get("complete", mode["isolated"])), mode["says"]
+
+
+def how_to_isolate() -> str:
+    """What this machine lacks for a complete jail, how to get it, and how to do with less."""
+    mode = _mode()
+    advice = [text for path, values, text in _ADVICE if _reads(path) in values]
+    return (
+        f"isolation is required, and there is none here ({mode['why']}): {mode['says']}. "
+        f"{' '.join(advice) or _ELSE} Or allow less: `isolation: best`"
+    )
+
+
+_ADVICE = (  # file of a setting, values that forbid, what to do
+    (
+        "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
+        ("1",),
+        "AppArmor forbids user namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0.",
+    ),
+    (
+        "/proc/sys/kernel/unprivileged_userns_clone",
+        ("0",),
+        "User namespaces are switched off: sysctl kernel.unprivileged_userns_clone=1.",
+    ),
+    (
+        "/proc/sys/user/max_user_namespaces",
+        ("0",),
+        "User namespaces are switched off: sysctl user.max_user_namespaces=10000.",
+    ),
+    (
+        "/.dockerenv",
+        ("",),
+        "This is a container: start it with --security-opt seccomp=unconfined "
+        "--security-opt apparmor=unconfined --security-opt systempaths=unconfined.",
+    ),
+)
+_ELSE = "Run on Linux 5.12 or newer, where an ordinary user may make user namespaces."
+
+
+def _reads(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
 
 
 def _mode() -> dict[str, Any]:
@@ -85,12 +136,15 @@ def _mode() -> dict[str, Any]:
         if _known:
             return _known[0]
         why: list[str] = []
-        for isolated, filtered in ((True, True), (True, False), (False, True), (False, False)):
+        groups = (True, False) if memory_cgroup.parent() else (False,)
+        for (isolated, filtered), cgroup in product(_SAYS, groups):
             mode = {
                 "isolated": isolated,
                 "filtered": filtered,
-                "why": "; ".join(why),
-                "says": _SAYS[isolated],
+                "cgroup": cgroup,
+                "complete": isolated and filtered,
+                "why": "; ".join(dict.fromkeys(why)),
+                "says": _SAYS[isolated, filtered] + _MEMORY[cgroup],
             }
             result = _examine("assert one() == 1", "def one(): return 1", Limits(), mode)
             if result.get("passed") == 1:
@@ -116,7 +170,9 @@ def _python() -> dict[str, str]:
 
 def _examine(tests: str, answer: str, limits: Limits, mode: dict[str, Any]) -> dict[str, Any]:
     flags = ["-I", *([] if limits.packages else ["-S"])]
-    with tempfile.TemporaryDirectory(prefix="prefab-verify-") as folder:
+    memory_mb = limits.memory_mb * limits.processes + limits.file_mb
+    lent = memory_cgroup.lent(memory_mb) if mode.get("cgroup") else contextlib.nullcontext("")
+    with lent as group, tempfile.TemporaryDirectory(prefix="prefab-verify-") as folder:
         os.chmod(folder, 0o777)
         job: dict[str, Any] = {
             "tests": tests,
@@ -127,6 +183,7 @@ def _examine(tests: str, answer: str, limits: Limits, mode: dict[str, Any]) -> d
             **_python(),
         }
         job["see_packages"] = limits.packages
+        job["group"] = group
         try:
             done = subprocess.run(
                 [sys.executable, *flags, "-c", _TEST_RUNNER.format(root=str(IMPORT_ROOT))],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import resource
 import signal
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from prefab.judges.sandbox import seccomp
+from prefab.judges.sandbox import candidate, seccomp
 
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x20000,
@@ -57,6 +58,13 @@ def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
     if sys.platform == "linux":
         _libc("prctl", option, value, 0, 0, 0)
+
+
+def open_group(job: dict[str, Any]) -> None:
+    """Open the answer's control group, which is not to be reached by name later."""
+    if job.get("group"):
+        opened = os.open(f"{job['group']}/cgroup.procs", os.O_WRONLY)
+        job["group_fd"] = fcntl.fcntl(opened, fcntl.F_DUPFD, 10)  # 3 will be the answer's socket
 
 
 def isolate(job: dict[str, Any]) -> None:
@@ -179,7 +187,8 @@ def _many_users() -> bool:
 
 def mount_scratch(place: str, size_mb: int, flags: int = 0) -> None:
     """An empty file system in memory over a folder."""
-    options = f"size={size_mb}m,mode=777".encode()
+    files = 1024 * size_mb  # each empty file takes about 1 kB that `size` does not count
+    options = f"size={size_mb}m,nr_inodes={files},mode=777".encode()
     _libc("mount", b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | flags, options)
 
 
@@ -258,17 +267,21 @@ def start_answer(job: dict[str, Any]) -> tuple[socket.socket, int]:
     child = os.fork()
     if child == 0:
         try:
-            _become_answer(job, theirs.fileno())
+            os.dup2(theirs.fileno(), 3)
+            _become_answer(job)
+        except OSError as error:
+            candidate.send(socket.socket(fileno=3), {"failed": str(error)})
         finally:
             os._exit(1)
     theirs.close()
     return ours, child
 
 
-def _become_answer(job: dict[str, Any], fd: int) -> None:
+def _become_answer(job: dict[str, Any]) -> None:
     os.setsid()
     many_users = _many_users()
-    os.dup2(fd, 3)
+    if job.get("group"):
+        os.write(job["group_fd"], b"0")  # this process, and all that it starts
     if job["isolated"]:
         enter_root(job["file_mb"])
         job = {**job, "python": "/python", "packages": "/packages"}

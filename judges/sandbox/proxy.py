@@ -51,8 +51,13 @@ class Channel:
         self.errors: dict[str, Any] = {}
 
     def greet(self) -> None:
-        """Wait until the answer's Python has started; nothing of the answer's has run yet."""
-        candidate.receive(self.sock)
+        """Wait until the answer's Python has started; nothing of the answer's has run yet.
+
+        Raises: OSError with what its process could not do.
+        """
+        message = candidate.receive(self.sock)
+        if "failed" in message:
+            raise OSError(message["failed"])
         self.greeted = True
 
     def use(self) -> None:

@@ -57,6 +57,7 @@ def examine(job: dict[str, Any]) -> dict[str, Any]:
         job["candidate"] = file.read()
     try:
         isolation.prctl(isolation.DEATH_SIGNAL, signal.SIGKILL)
+        isolation.open_group(job)
         if job["isolated"]:
             isolation.isolate(job)
     except OSError as error:
@@ -206,7 +207,7 @@ def run(
         return say({"failed_to_run": str(error)})
     except BaseException as error:
         if not line.greeted:
-            return say({"failed_to_run": "Python does not start in the sandbox"})
+            return say({"failed_to_run": f"Python does not start in the sandbox: {error}"})
         return say({"all": f"the answer cannot be loaded: {_story(error)}"})
     for number, test in tests_of(tree, namespace, first):
         if line.used:

@@ -17,9 +17,11 @@ import threading
 from typing import Any
 
 from prefab.factory.paths import IMPORT_ROOT
+from prefab.judges.sandbox import isolation
 
 _START = f"import sys; sys.path.insert(0, {str(IMPORT_ROOT)!r}); from prefab.judges.sandbox import timeout_worker; timeout_worker.serve()"
 _START_S = 60.0
+MEMORY_MB = 4096  # of address space
 _mine = threading.local()
 
 
@@ -54,7 +56,9 @@ class _Helper:
 
 
 def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """The result of the job, or `error` when it took too long or broke its process.
+    """The result of the job: `error` when the pattern or schema is at fault, `late` when it took
+    too long on this text or ended its process, which is the text's fault: else an answer could
+    choose not to be scored.
 
     Raises: NoSandbox when no process could be started.
     """
@@ -70,10 +74,10 @@ def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         return dict(json.loads(_mine.helper.line(timeout_s)))
     except TimeoutError:
         _mine.helper = None
-        return {"error": f"the pattern or schema took longer than {timeout_s:g} s"}
+        return {"late": f"the check of this answer took longer than {timeout_s:g} s"}
     except (OSError, EOFError):
         _mine.helper = None
-        return {"error": "the pattern or schema ended its process"}
+        return {"late": "the check of this answer ended its process"}
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +85,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     nothing).
     """
     if job["do"] == "validate":
-        return _validate(job["value"], job["schema"])
+        try:
+            value = json.loads(job["text"], parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
+            return {"passed": 0, "total": 1, "why": f"not JSON: {error}"[:300]}
+        return _validate(value, job["schema"])
     if job["do"] == "extract":
         found = None
         for found in re.finditer(job["pattern"], job["text"]):
@@ -90,6 +98,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     pattern = re.compile(job["pattern"], re.IGNORECASE if job["ignore_case"] else 0)
     match = pattern.fullmatch if job["whole"] else pattern.search
     return {"passed": int(match(job["text"]) is not None), "total": 1}
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
 
 
 def _validate(value: Any, schema: Any) -> dict[str, Any]:
@@ -115,11 +127,14 @@ def _validate(value: Any, schema: Any) -> dict[str, Any]:
 
 def serve() -> None:
     """Jobs from stdin, a line each, until it closes."""
+    isolation.limit_memory(MEMORY_MB)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin.buffer:
         try:
             result = work(json.loads(line))
+        except (MemoryError, RecursionError, ArithmeticError) as error:
+            result = {"late": f"{type(error).__name__} in the check of this answer"}
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:300]}
         sys.stdout.write(json.dumps(result) + "\n")

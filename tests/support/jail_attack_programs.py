@@ -244,6 +244,15 @@ def files_in_memory():
     return len(kept) > 8
 
 
+def many_empty_files():
+    for number in range(40_000):
+        try:
+            os.close(os.open(f"/tmp/{number}", os.O_CREAT | os.O_WRONLY))
+        except OSError:
+            return False
+    return True
+
+
 def secret_memory():
     return call(447, 447, 0)
 

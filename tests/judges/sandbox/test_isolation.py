@@ -8,13 +8,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from prefab.factory.paths import IMPORT_ROOT
 from prefab.judges import sandbox
-from prefab.judges.sandbox import seccomp
+from prefab.judges.sandbox import memory_cgroup, seccomp
 from tests.support import jail_attacks
 
 
@@ -152,3 +154,44 @@ def test_the_table_of_calls_is_the_kernels():
     for name, number in seccomp.numbers().items():
         assert numbers.get(name, number) == number, name
     assert len(set(seccomp.numbers().values())) == len(seccomp.numbers())
+
+
+def test_the_memory_of_an_answers_processes_is_bounded_together():
+    """A control group, where one can be made, holds them, and is empty and free again afterwards."""
+    if memory_cgroup.parent() is None:
+        pytest.skip("limits only: no control group of memory can be made here")
+    with memory_cgroup.lent(300) as lent:
+        pass
+    folder = Path(lent)
+    file = next(f for f in (folder / "memory.max", folder / "memory.limit_in_bytes") if f.exists())
+    tests, code = "assert f() == 1", "import time\ndef f():\n  time.sleep(1)\n  return 1"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(sandbox.run_tests, tests, code, sandbox.Limits(memory_mb=100))
+        seen = []
+        while not running.done():
+            seen.append(len((folder / "cgroup.procs").read_text().split()))
+            time.sleep(0.01)
+    assert (
+        running.result()["passed"] == 1
+        and max(seen) == 1
+        and (folder / "cgroup.procs").read_text() == ""
+    )
+    assert int(file.read_text()) == (100 + 16 + memory_cgroup.KERNEL_MB) << 20
+
+
+def test_what_is_missing_is_said_and_how_to_get_it(monkeypatch):
+    """In the words of the machine: here, as where AppArmor forbids user namespaces."""
+    mode = {
+        "isolated": False,
+        "complete": False,
+        "why": "unshare: Operation not permitted",
+        "says": "limits only",
+    }
+    monkeypatch.setattr(sandbox, "_known", [mode])
+    with pytest.raises(
+        sandbox.NoSandbox, match="isolation is required.*unshare.*limits only.*isolation: best"
+    ):
+        sandbox.run_tests("assert f() == 1", "def f(): return 1", isolated=True)
+    setting = "/proc/sys/kernel/apparmor_restrict_unprivileged_userns"
+    monkeypatch.setattr(sandbox, "_reads", lambda path: "1" if path == setting else None)
+    assert "apparmor_restrict_unprivileged_userns=0" in sandbox.how_to_isolate()
