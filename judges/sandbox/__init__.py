@@ -63,7 +63,7 @@ class NoSandbox(Exception):
 def run_tests(
     tests: str, answer: str, limits: Limits = Limits(), isolated: bool = False
 ) -> dict[str, Any]:
-    """Run the tests against the answer's code; with `isolated`, only where there is a complete jail.
+    """Run the tests against the answer's code; with `isolated`, only where the jail is complete.
 
     Returns: `passed`, `total` and some `failures`, or `broken`: the tests cannot be run.
         `isolation` says what kept the answer in.

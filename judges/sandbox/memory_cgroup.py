@@ -1,9 +1,9 @@
-"""Control groups that bound the memory of an answer's processes together, where one may be made.
+"""Control groups that bound the memory of an answer's processes together, where one can be made.
 
-A limit of address space (RLIMIT_AS) does not see what the kernel keeps for a process: full pipes and
-socket pairs, page tables, files in its scratch folder. A control group does. It may be made by root,
-and by an ordinary user below a group that systemd has handed to them (`systemd-run --user --scope -p
-Delegate=yes`). Groups are made once and lent to one check at a time.
+A limit of address space (RLIMIT_AS) does not see what the kernel keeps for a process: full pipes
+and socket pairs, page tables, files in its scratch folder. A control group does. Root can make one,
+and so can an ordinary user below a group that systemd has given to them (`systemd-run --user
+--scope -p Delegate=yes`). Groups are made once and lent to one check at a time.
 
 Source: cgroups(7), Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 """
@@ -28,7 +28,7 @@ _numbers = count()
 
 
 def parent() -> Path | None:
-    """The group in which this process may make groups with a limit of memory; None: there is none."""
+    """The group in which this process can make groups with a limit of memory, if there is one."""
     try:
         own = dict(line.split(":", 2)[1:] for line in _lines("/proc/self/cgroup"))
         mounts = [line.split() for line in _lines("/proc/self/mounts")]

@@ -238,6 +238,9 @@ class Proxy:
     def __hash__(self) -> int:
         return int(self._proxy_line.do("hash", self))
 
+    def __iter__(self) -> Any:
+        return _marked(self._proxy_line.do("iter", self), "_proxy_made", self._proxy_made)
+
     def __contains__(self, item: Any) -> bool:
         if self._proxy_made:
             return bool(self._proxy_line.do("contains", self, item))
@@ -308,7 +311,7 @@ def _forward(name: str) -> None:
 
 for _name in candidate.CALCULATIONS:
     _calculation(_name)
-for _name in (*candidate.FORWARDED, "len", "iter", "next", "bool", "str", "repr", "int", "float"):
+for _name in (*candidate.FORWARDED, "len", "next", "bool", "str", "repr", "int", "float"):
     _forward(_name)
 for _name in candidate.ORDERS:
     _order(_name)

@@ -157,7 +157,7 @@ def test_the_table_of_calls_is_the_kernels():
 
 
 def test_the_memory_of_an_answers_processes_is_bounded_together():
-    """A control group, where one can be made, holds them, and is empty and free again afterwards."""
+    """A control group holds them, where one can be made, and is empty again afterwards."""
     if memory_cgroup.parent() is None:
         pytest.skip("limits only: no control group of memory can be made here")
     with memory_cgroup.lent(300) as lent:
