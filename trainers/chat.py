@@ -20,6 +20,8 @@ Turn = Mapping[str, Any]  # role and content; of an assistant also tool_calls, r
 Turns = Sequence[Turn]
 Answer = str | Turn  # the assistant's next turn; a text where it is nothing else
 CLOSING = re.compile(r"</[\w:]+>|\[/\w+\]")  # of reasoning: </think>, [/THINK]
+OPENS = re.compile(r"[<\[](think|thinking|thought|reasoning)[>\]]\s*$", re.IGNORECASE)  # a prompt
+TAG = re.compile(r"</?\w+>|\[/?\w+\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,14 @@ def _dialect(tokenizer: Any, template: str, kwargs: str) -> Dialect:
     tail = tail if found else ""
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     end = next((i for i in ids_of(tokenizer, tail) if i in added), tokenizer.eos_token_id)
-    # around an answer that is not the last: templates write reasoning into the last one alone
-    whole = chat_text(tokenizer, [*replied, *asked], False, given)
-    around = {added[i] for i in ids_of(tokenizer, whole) if i in added}
+
+    def written(turns: Turns) -> set[str]:
+        ids = ids_of(tokenizer, chat_text(tokenizer, turns, False, given))
+        return {added[i] for i in ids if i in added}
+
+    # tags beside an answer, which no user's turn has, are of its reasoning
+    beside = {text for text in written([*replied, *asked]) if not TAG.fullmatch(text)}
+    around = written(asked) | beside
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     own = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, added.get(end)} - {None}
     return Dialect(
@@ -98,16 +105,34 @@ def chat_text(
     """
     import jinja2
 
-    try:
+    def render(some: Turns) -> str:
         text: str = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns],
+            [dict(turn) for turn in some],
             tokenize=False,
             add_generation_prompt=prompt,
             **(kwargs or {}),
         )
+        return text
+
+    try:
+        try:
+            return render(turns)
+        except TypeError:  # some templates want a call's arguments as JSON
+            return render([_with_json(turn) for turn in turns])
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"the chat template refuses this conversation: {error}") from None
-    return text
+
+
+def _with_json(turn: Turn) -> Turn:
+    """The turn, with the arguments of its tool calls as JSON texts."""
+    if not turn.get("tool_calls"):
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**turn, "tool_calls": calls}
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -200,13 +225,23 @@ def answered(
     rest = _rest(start, whole, turn, known.tail)
     before, after = ids_of(tokenizer, start), ids_of(tokenizer, rest)
     merged = ids_of(tokenizer, start + rest) != before + after
-    after = after[: after.index(known.end) + 1] if known.end in after else [*after, known.end]
+    if known.end in after:
+        after = after[: after.index(known.end) + 1]
+    elif not _is_special(tokenizer, after[-1:]):  # such as gpt-oss's end of a tool call
+        after = [*after, known.end]
     return Answered(before, after, merged)
+
+
+def _is_special(tokenizer: Any, ids: Sequence[int]) -> bool:
+    tokens = [tokenizer.added_tokens_decoder.get(i) for i in ids]
+    return any(token is not None and token.special for token in tokens)
 
 
 def _rest(start: str, whole: str, turn: Turn, tail: str) -> str:
     """What follows the prompt `start`, of an answer that the template writes as `whole`."""
     text: str = turn["content"]
+    if opens := OPENS.search(start):
+        return _after_opened(start, whole, turn, tail, opens)
     if whole.startswith(start) and text in whole[len(start) :]:
         return whole[len(start) :]
     body = whole.removesuffix(tail)
@@ -214,11 +249,31 @@ def _rest(start: str, whole: str, turn: Turn, tail: str) -> str:
         return whole[at:]
     visible = CLOSING.split(text)[-1].strip()
     if turn.get("tool_calls") or not visible or visible == text or visible not in body:
-        raise ConfigError(f"the chat template does not write this answer as it is: {text[:60]!r}")
-    # The template strips reasoning: the model's own words are the text. What the prompt opens
-    # already is not written twice.
-    opened = next((n for n in range(min(len(text), 40), 2, -1) if start.endswith(text[:n])), 0)
-    return text[opened if text[0] in "<[" else 0 :] + tail
+        raise _rewritten(text)
+    return text + tail  # the template strips reasoning, which the model writes itself
+
+
+def _rewritten(text: str) -> ConfigError:
+    return ConfigError(f"the chat template does not write this answer as it is: {text[:60]!r}")
+
+
+def _after_opened(start: str, whole: str, turn: Turn, tail: str, opens: re.Match[str]) -> str:
+    """As `_rest`, for a prompt that opens the reasoning (`<think>`), which the answer closes."""
+    text: str = turn["content"]
+    tag, space = opens[0].rstrip(), opens[0][len(opens[0].rstrip()) :]
+    close = f"{tag[0]}/{tag[1:]}"
+    own = text.lstrip().removeprefix(tag).removeprefix(space)
+    if close in text:
+        return own + tail  # the model's own words, whatever the template makes of them
+    if text.lstrip().startswith(tag):
+        raise ConfigError(f"an answer ends within its reasoning: {text[:60]!r}")
+    base = start[: opens.start()]
+    rest = whole[len(base) :].lstrip() if whole.startswith(base) else ""
+    if rest.startswith(tag) and text in rest:
+        return rest.removeprefix(tag).removeprefix(space)
+    if turn.get("tool_calls") or text not in whole:
+        raise _rewritten(text)
+    return f"\n{close}\n\n{text}{tail}"  # no reasoning, as templates that write it have it
 
 
 def check_tools(turns: Turns, text: str) -> None:
@@ -227,8 +282,9 @@ def check_tools(turns: Turns, text: str) -> None:
     """
     for turn in turns:
         names = [call["function"]["name"] for call in turn.get("tool_calls") or ()]
-        result = turn["content"].strip() if turn["role"] == "tool" else ""
-        if any(name not in text for name in names) or result[:40] not in text:
+        # by words: some templates write a result as a JSON text
+        result = re.findall(r"\w+", turn["content"])[:5] if turn["role"] == "tool" else []
+        if any(name not in text for name in (*names, *result)):
             raise ConfigError(
                 "the chat template writes no tool calls and results; train a model whose template has them"
             )

@@ -251,7 +251,7 @@ def _from_files(
     for file, split in _files_of(place):
         for number, line, value in data_files.rows(file):
             try:
-                made = _rows_of(kind, value, source.map)
+                made = rows_of(kind, value, source.map)
             except ValueError as error:
                 where = (str(file), line, 1 if line else 0, f"row {number}")
                 found.problems.append(Problem(*where, str(error)))
@@ -326,7 +326,7 @@ NEEDED = {
 }
 
 
-def _rows_of(kind: Kind, value: Any, names: Mapping[str, str]) -> list[Row]:
+def rows_of(kind: Kind, value: Any, names: Mapping[str, str]) -> list[Row]:
     """The training rows of one row of a file. Raises: ValueError where it cannot be kept, or is of
     another kind.
     """

@@ -21,6 +21,7 @@ from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli.options import (
     STOPPED,
     Json,
+    Map,
     Pipeline,
     Sets,
     Store,
@@ -128,11 +129,24 @@ def check(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="Files, or folders with such files.")
     ],
+    columns: Map = [],
+    show: Annotated[
+        bool,
+        typer.Option("--show", help="Of data files: print the first row as a trainer reads it."),
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="Whose tokenizer and chat template --show uses.")
+    ] = "prefab-tiny",
     as_json: Json = False,
 ) -> None:
-    """Check constitutions, templates, pipelines and prompts; print every problem that is found."""
+    """Check constitutions, templates, pipelines and data files (prompts, pairs, demonstrations);
+    print every problem that is found, and what each column of a data file is taken for.
+    """
+    from prefab.pipelines.cli.data_check import check_data, is_data
     from prefab.pipelines.cli.project import check_paths
 
+    if columns or show or all(is_data(path) for path in paths):
+        return check_data(paths, columns, model if show else "", as_json)
     checked, problems = check_paths(paths)
     if as_json:
         print_json(

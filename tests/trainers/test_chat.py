@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +106,60 @@ def test_a_template_that_opens_reasoning_in_the_prompt(tokenizer):
         prompt, trained = tokens(tokenizer, answer)
         assert prompt.endswith("<|im_start|>assistant\n<think>\n")
         assert trained == f"{closing}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "plain"),
+    [
+        ("qwen3", "<think>\n\n</think>\n\nIt is 3.<|im_end|>"),
+        ("qwen3_5_think", "\n</think>\n\nIt is 3.<|im_end|>"),
+        ("deepseek_r1_distill", "\n</think>\n\nIt is 3.<｜end▁of▁sentence｜>"),
+        ("nemotron_3_nano", "</think>It is 3.<|im_end|>"),
+        ("llama3_1", "It is 3.<|eot_id|>"),
+        ("gemma", "It is 3.<end_of_turn>"),
+        ("phi3", "It is 3.<|end|>"),
+        ("gptoss", "<|channel|>final<|message|>It is 3.<|return|>"),
+        ("qwen2_5", "It is 3.<|im_end|>"),
+        ("lfm2_2_5", "It is 3.<|im_end|>"),
+    ],
+)
+def test_the_templates_of_model_families(template, plain):
+    """As TRL ships them, with a tokenizer that has the tokens they name."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    text = (folder / f"{template}.jinja").read_text()
+    own = tinymodel.build_tokenizer()
+    named = set(re.findall(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end)_of_turn>", text))
+    own.add_special_tokens({"additional_special_tokens": sorted(named)})
+    own.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    own.add_special_tokens({"eos_token": "<|eos of the base model|>", "bos_token": "<|bos|>"})
+    own.chat_template = text
+    assert tokens(own, "It is 3.")[1] == plain
+    prompt, trained = tokens(own, chat.shown(own, [assistant(THOUGHT)])[0])
+    assert f"{prompt}{trained}".count("<think>") == 1
+    assert trained.endswith(plain.rpartition(".")[2]) and "Add two to 1.\n</think>\n\nIt" in trained
+    if template in (
+        "qwen2_5",
+        "qwen3",
+        "qwen3_5_think",
+        "nemotron_3_nano",
+        "llama3_1",
+        "gptoss",
+        "lfm2_2_5",
+    ):
+        _, called = tokens(own, CALLS)
+        assert "find_slot" in called and "Tuesday" in called and "eos of" not in called
+        after, trained = tokens(own, "It is 10:30.", [*ASKED, CALLS, RESULT])
+        assert "find_slot" in after and "10:30" in after and "It is 10:30." in trained
+    else:
+        with pytest.raises(ConfigError, match="chat template"):
+            tokens(own, "It is 10:30.", [*ASKED, {**CALLS, "content": "I look."}, RESULT])
+
+
+def test_an_unfinished_thought_is_refused(tokenizer):
+    tokenizer.chat_template = OPENS
+    assert tokens(tokenizer, "It is 3.")[1] == "\n</think>\n\nIt is 3.<|im_end|>"
+    with pytest.raises(ConfigError, match="ends within its reasoning"):
+        tokens(tokenizer, "<think>\nAdd two")
 
 
 def test_markup_is_text_where_the_tokenizer_has_no_such_token(tokenizer, tmp_path):

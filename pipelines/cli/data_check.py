@@ -1,0 +1,163 @@
+"""`prefab check FILE` of data files: layout, what each column is taken for, rows that cannot be
+kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from prefab.factory.console import console, hint, table
+from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.spec import data_files, layouts
+from prefab.pipelines.cli.options import print_json
+from prefab.pipelines.config.prompts import Prompts
+from prefab.pipelines.config.schema import PromptsConfig
+
+SHOWN = 20  # problems that are printed; all are counted
+UNUSED = "not read"
+WHAT = {
+    "pairs": "pairs to compare or to train on",
+    "labelled": "single answers with a label",
+    "demonstrations": "answers to learn from",
+    "prompts": "prompts",
+}
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What one data file holds: rows by layout and by kind, columns, and problems."""
+
+    file: str
+    rows: int = 0
+    bad: int = 0
+    layouts: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    shown: dict[str, str] = field(default_factory=dict)
+
+    def add(self, record: layouts.Record, columns: Iterable[str]) -> None:
+        """Count a row that can be kept. A column that some row uses is used."""
+        kind = _kind(record)
+        self.layouts[record.layout] = self.layouts.get(record.layout, 0) + 1
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        for name in columns:
+            if self.columns.get(name, UNUSED) == UNUSED:
+                self.columns[name] = record.columns.get(name, UNUSED)
+
+    def refuse(self, number: int, line: int, error: ValueError) -> None:
+        """Count a row that cannot be kept."""
+        self.bad += 1
+        if len(self.problems) < SHOWN:
+            where = (self.file, line, 1 if line else 0, f"row {number}")
+            self.problems.append(Problem(*where, str(error)))
+
+
+def is_data(path: Path) -> bool:
+    """Whether a path is a data file, or a folder of them."""
+    if path.is_dir():
+        saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+        return saved or any(file.suffix == ".parquet" for file in data_files.data_files(path))
+    return data_files.suffix_of(path) in data_files.READERS
+
+
+def check_data(paths: Sequence[Path], columns: Sequence[str], model: str, as_json: bool) -> None:
+    """Print what data files hold. `model` (with --show): print the first row with its tokens.
+
+    Raises: ConfigError with the rows that cannot be kept; with `as_json` they are printed, and the
+        exit code is 2.
+    """
+    names = layouts.mapping(columns)
+    reports = [read_report(path, names, model) for path in paths]
+    problems = [problem for report in reports for problem in report.problems]
+    if as_json:
+        print_json(
+            {
+                "checked": [str(path) for path in paths],
+                "files": [asdict(report) for report in reports],
+                "problems": [str(problem) for problem in problems],
+            }
+        )
+        raise typer.Exit(2 if problems else 0)
+    for report in reports:
+        _print(report)
+    if problems:
+        raise ConfigError(problems)
+    kinds = reports[0].kinds
+    hint(
+        "prefab import-preferences FILE"
+        if "pairs" in kinds
+        else "prefab train sft CONFIG.yaml"
+        if "demonstrations" in kinds
+        else "prefab plan PIPELINE.yaml"
+    )
+
+
+def read_report(path: Path, names: dict[str, str], model: str = "") -> DataReport:
+    """What a data file holds, read to its end.
+
+    Raises: ConfigError where the file cannot be read at all.
+    """
+    report = DataReport(str(path))
+    for number, line, value in data_files.rows(path):
+        report.rows += 1
+        try:
+            if isinstance(value, ValueError):
+                raise value
+            record = layouts.parse(value, names)
+            if model and not report.shown:
+                report.shown = _preview(value, names, model)
+        except ValueError as error:  # what a chat template refuses is a ValueError too
+            report.refuse(number, line, error)
+        else:
+            row = layouts.rename(value, names) if isinstance(value, dict) else ["prompt"]
+            report.add(record, row)
+    if set(report.kinds) == {"prompts"} and not names:
+        _check_prompts(path, report)
+    if not report.rows:
+        report.problems.append(Problem(str(path), 0, 0, "", "holds no rows"))
+    if report.bad > SHOWN:
+        more = f"{report.bad:,} of {report.rows:,} rows cannot be kept"
+        report.problems.append(Problem(str(path), 0, 0, "", more))
+    return report
+
+
+def _check_prompts(path: Path, report: DataReport) -> None:
+    """Check the ids, tags and splits of prompts as a pipeline does."""
+    prompts = Prompts(PromptsConfig(source=str(path.resolve())))
+    for _ in prompts:
+        pass
+    known = {(p.path, p.message) for p in report.problems}
+    report.problems += [p for p in prompts.problems if (p.path, p.message) not in known]
+
+
+def _preview(value: Any, names: dict[str, str], model: str) -> dict[str, str]:
+    from prefab.trainers.preview import preview
+
+    return preview(value, names, model)
+
+
+def _kind(record: layouts.Record) -> str:
+    if record.pairs:
+        return "pairs"
+    if record.label is not None:
+        return "labelled"
+    return "demonstrations" if record.talk or record.answers else "prompts"
+
+
+def _print(report: DataReport) -> None:
+    kinds = ", ".join(f"{n:,} rows of {WHAT[kind]}" for kind, n in report.kinds.items())
+    table(
+        f"{report.file}: layout {' and '.join(report.layouts) or 'unknown'}",
+        ("column", "taken for"),
+        list(report.columns.items()),
+        f"{kinds}; {report.bad:,} of {report.rows:,} rows cannot be kept" if report.bad else kinds,
+    )
+    for name, text in report.shown.items():
+        console().print(f"--- {name}", markup=False)
+        console().print(text, markup=False, highlight=False)
