@@ -166,6 +166,8 @@ class Chat:
         self.extended, self.extra = extended, dict(extra or {})
         self.family, self.probe_labels = family or Family(), probe_labels
         self.tell: Callable[[str], None] = lambda line: None  # where a notice for people goes
+        self._told: set[str] = set()
+        self._probing = False
         self.max_model_len = self.in_flight = 0
         self._heads: dict[tuple[Any, ...], Group] = {}
         self._waiting: dict[Group, list[tuple[bytes, asyncio.Future[Completion]]]] = {}
@@ -221,11 +223,15 @@ class Chat:
 
     def _now(self, family: Family) -> None:
         """Write requests for this family from now on, and tell what is unusual."""
-        said = self.family.notes()
         self.family = family
         self._heads.clear()
-        for line in family.notes():
-            if line not in said:
+        if not self._probing:
+            self._tell_notes()
+
+    def _tell_notes(self) -> None:
+        for line in self.family.notes():
+            if line not in self._told:
+                self._told.add(line)
                 self.tell(line)
 
     async def probe(self) -> Family:
@@ -233,6 +239,15 @@ class Chat:
 
         Raises: TransportError, EngineError.
         """
+        self._probing = True
+        try:
+            await self._probe()
+        finally:
+            self._probing = False
+        self._tell_notes()
+        return self.family
+
+    async def _probe(self) -> None:
         kwargs: tuple[tuple[str, Any], ...] = ()
         answer, thought = await self._probe_once(kwargs)
         if thought:
@@ -240,14 +255,13 @@ class Chat:
             answer, thought = await self._probe_once(kwargs)
             self._now(replace(self.family, thinking="always" if thought else "unless_told"))
         if answer is None:
-            return self.family
+            return
         read = answer.label_logps or {}
         if self.probe_labels and answer.exactness == "hard" and not thought:
             self._now(replace(self.family, logprobs=False))
         letter = split_thinking(answer.text).answer.strip()
         if not read and letter not in ("A", "B"):
             self._now(replace(self.family, begins=letter[:20]))
-        return self.family
 
     async def _probe_once(
         self, kwargs: tuple[tuple[str, Any], ...]

@@ -83,6 +83,11 @@ class Family:
         """As plain data."""
         return asdict(self)
 
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Family:
+        """From plain data, as `data` gives it or JSON holds it."""
+        return cls(**{**data, "left_out": tuple(data.get("left_out", ()))})
+
     def notes(self) -> list[str]:
         """What is unusual, a sentence each."""
         others = [name for name in self.left_out if name != "temperature"]

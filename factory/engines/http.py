@@ -312,7 +312,9 @@ class HttpClient:
 
     def _limited(self, began: float, message: str, wait_s: float | None) -> None:
         if self.throttle.limit == inf:
-            self.tell(f"{self.url} limits the rate ({message}): requests wait, fewer at once")
+            self.tell(
+                f"{self.url} limits the rate: requests wait, and fewer are sent at once ({message[:160]})"
+            )
         self.throttle.limited(began, wait_s)
 
     def session(self) -> Any:

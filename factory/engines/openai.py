@@ -124,7 +124,8 @@ class OpenAI(Engine):
             probe_labels=("A", "B"),
             extra=config.extra_body,
         )
-        self._chat.tell = server.tell = self._tell
+        server.tell = self._tell
+        self._chat.tell = lambda line: self._tell(f"{config.model} {line}")
         self._said: set[str] = set()
         self._muted = False
 
@@ -135,7 +136,7 @@ class OpenAI(Engine):
     def _tell(self, line: str) -> None:
         if not self._muted and line not in self._said:
             self._said.add(line)
-            warn(f"engines.{self.name}: {self.config.model} {line}")
+            warn(f"engines.{self.name}: {line}")
 
     async def probe(self) -> Mapping[str, Any]:
         """What the model does otherwise than most. Raises: TransportError, EngineError."""

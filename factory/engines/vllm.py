@@ -281,7 +281,8 @@ class VLLM(Engine):
             batch=self.config.batch,
         )
         chat.max_model_len = int(entry.get("max_model_len") or 0)
-        chat.tell = server.tell = self._tell
+        server.tell = self._tell
+        chat.tell = lambda line: self._tell(f"{model} {line}")
         self.max_model_len = min(
             filter(None, (self.max_model_len, chat.max_model_len)), default=None
         )

@@ -8,11 +8,12 @@ import importlib.util
 import shutil
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from prefab.factory.engines.family import Family
 from prefab.factory.errors import PrefabError
 from prefab.factory.types import Engine
 
@@ -71,7 +72,8 @@ class Finding:
 
 
 def examine(store: str | Path = "store", pipeline: str | Path | None = None) -> list[Finding]:
-    """Run all checks. No model is called, but the engines of `pipeline` are started.
+    """Run all checks. The engines of `pipeline` are started, and each model is asked one or two
+    short questions.
 
     Args:
         store: The folder of a store; it need not exist.
@@ -292,27 +294,36 @@ def _store(store: Path) -> Iterator[Finding]:
 
 
 def _engines(pipeline: Path) -> Iterator[Finding]:
-    """Whether each engine of a pipeline starts, and which model it serves."""
+    """Whether each engine of a pipeline starts and reads its judges' labels, which model it serves,
+    and what that model does otherwise than most.
+    """
     from prefab.factory.engines.lifecycle import LazyEngine
-    from prefab.pipelines.config.loader import make_engines, resolve_pipeline
+    from prefab.pipelines.config.loader import labels, make_engines, resolve_pipeline
 
     loaded = resolve_pipeline(pipeline)
     for name, engine in make_engines(loaded).items():
         if isinstance(engine, LazyEngine):
             engine = engine.engine  # start it now
         try:
-            words = asyncio.run(_try(engine))
+            words = asyncio.run(_try(engine, labels(loaded).get(name, ())))
             yield Finding(f"engine {name}", "ok", words)
         except PrefabError as error:
             yield Finding(f"engine {name}", "bad", str(error))
 
 
-async def _try(engine: Engine) -> str:
+async def _try(engine: Engine, labels: Collection[tuple[str, ...]]) -> str:
+    if not engine.owns_server:
+        engine.mute()  # what it would print is in the result
     try:
         await engine.start()
+        for spellings in labels:
+            await engine.prepare(spellings)
+        family = Family.of(await engine.probe())
         leaks = await engine.check_specials()
         longest = f", {engine.max_model_len:,} tokens" if engine.max_model_len else ""
         warning = f"; control tokens that a text could insert: {', '.join(leaks)}" if leaks else ""
-        return f"{engine.identity}{longest}{warning}"
+        begins = f"; asked for one letter it began with {family.begins!r}" if family.begins else ""
+        notes = "".join(f"; {note}" for note in family.notes())
+        return f"{engine.identity}{longest}{notes}{begins}{warning}"
     finally:
         await engine.stop()

@@ -34,6 +34,7 @@ class Family:
         quota: Requests in `window_s`; more are HTTP 429.
         hints: How a 429 tells the time to wait: `header`, `message` or nothing.
         bad: A message with this text is HTTP 400 for good.
+        vary: Give each free text another number.
     """
 
     system: str = "taken"
@@ -47,6 +48,7 @@ class Family:
     hints: str = "message"
     bad: str = ""
     label: str = "A"
+    vary: bool = False
     bodies: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     url: str = ""
@@ -99,6 +101,8 @@ class Family:
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
         limit = body.get("max_tokens") or body.get("max_completion_tokens") or 1 << 30
         said = self.label if CHOOSE in body["messages"][-1]["content"] else "Yes, you can come."
+        if self.vary and said != self.label:
+            said += f" It is answer {len(self.bodies)}."
         wanted = (body.get("chat_template_kwargs") or {}).get("enable_thinking", True)
         thinks = self.think if self.deaf or wanted else None
         words, apart = said.split(" "), None

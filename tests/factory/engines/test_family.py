@@ -51,7 +51,7 @@ def test_a_usual_model_has_nothing_unusual_and_is_probed_once():
     with family_server() as server:
         one = engine(server.url)
         (label,) = answers(one, read())
-        assert Family(**one.findings) == Family() and Family().notes() == []
+        assert Family.of(one.findings) == Family() and Family().notes() == []
         assert len(server.bodies) == 2 and label.exactness == "bounds"
         assert server.bodies[1]["max_tokens"] == 1 and server.bodies[1]["temperature"] == 0.0
 
@@ -82,7 +82,7 @@ def test_gpt5_takes_other_fields_one_temperature_and_gives_hard_labels(probe):
         assert "temperature" not in body and "logprobs" not in body and "top_p" not in body
         if probe:  # nothing is refused after the probe
             assert [b for b in server.bodies if "max_tokens" in b] == server.bodies[:1]
-            notes = Family(**{**one.findings, "left_out": tuple(one.findings["left_out"])}).notes()
+            notes = Family.of(one.findings).notes()
             assert len(notes) == 4 and any("labels are hard" in note for note in notes)
 
 

@@ -1,0 +1,68 @@
+"""Whole runs with models that behave otherwise than most: nothing is lost, and what is unusual is
+told once."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefab.pipelines.cli import doctor
+from prefab.pipelines.run.runner import run
+from prefab.pipelines.store.fill import query
+from tests.support import project
+from tests.support.family_server import family_server
+
+
+def pipeline(folder, server, **changes):
+    engine = {"engine": "openai", "model": "mock", "base_url": f"{server.url}/v1", **changes}
+    return project.pipeline(folder, prompts=2, engines={"local": engine})
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        {"system": "refused"},
+        {"gpt5": True, "refuses": ("top_p", "frequency_penalty")},
+        {"logprobs": "absent"},
+        {"logprobs": "refused"},
+        {"think": "open"},
+        {"think": "hidden", "deaf": True},
+        {"quota": 4},
+        {"quota": 4, "hints": ""},
+    ],
+    ids=str,
+)
+def test_every_call_is_answered_and_a_rerun_asks_nothing(tmp_path, behaviour):
+    with family_server(vary=True, **behaviour) as server:
+        source = pipeline(tmp_path, server)
+        first = run(source)
+        assert (first.state, first.failed, first.unscored) == ("done", 0, {})
+        sent = len(server.bodies)
+        second = run(source)
+        assert (second.asked, second.version, len(server.bodies)) == (0, first.version, sent)
+
+
+def test_what_the_probe_found_is_kept_and_told_once(tmp_path, capsys):
+    with family_server(vary=True, system="refused", logprobs="absent") as server:
+        run(pipeline(tmp_path, server), quiet=False)
+    told = capsys.readouterr().err
+    assert told.count("takes no system turn") == 1 and told.count("labels are hard") == 1
+    found = query(tmp_path / "store", "SELECT value->>'$.metrics.system_role' FROM evals")
+    assert found.item() == "false"
+
+
+def test_what_is_refused_for_good_is_asked_once(tmp_path):
+    with family_server(vary=True, bad="Question 1") as server:
+        source = {**pipeline(tmp_path, server), "budget": {"failed": None, "unscored": None}}
+        first, second = run(source), run(source)
+        assert first.failed == second.failed > 0
+        assert server.counts["400"] == first.failed
+        run(source, retry_refused=True)
+        assert server.counts["400"] == 2 * first.failed
+
+
+def test_doctor_tells_what_is_unusual(tmp_path):
+    with family_server(system="refused", logprobs="absent") as server:
+        file = project.write(tmp_path, pipeline(tmp_path, server))
+        findings = doctor.examine(tmp_path / "store", file)
+    words = next(f.words for f in findings if f.what == "engine local")
+    assert "takes no system turn" in words and "labels are hard" in words
