@@ -8,6 +8,7 @@ labels.
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -96,7 +97,8 @@ def demo(
     )
     result = run(PRESET, chosen, quiet=False)
     if result.state != "done":
-        return next_command(result, f"prefab demo --store {store} --prompts {prompts}")
+        again = shlex.join(["prefab", "demo", "--store", str(store), "--prompts", str(prompts)])
+        return next_command(result, again)
     took["data"] = time.monotonic() - began
     measured = measure(result)
     if not as_json:

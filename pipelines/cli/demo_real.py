@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def demo_real(
     result = run(PRESET, [f"store={store}", *sets], quiet=False)
     took["data"] = time.monotonic() - began - sum(took.values())
     if result.state != "done":
-        return next_command(result, f"prefab demo --real --store {store}")
+        return next_command(result, shlex.join(["prefab", "demo", "--real", "--store", str(store)]))
     with every_table_notes(WORTH):
         found = _after_run(store, result, as_json)
         if train:

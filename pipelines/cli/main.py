@@ -8,6 +8,7 @@ Large packages are imported inside the commands, so that `--help` and `check` st
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -263,7 +264,7 @@ def run(
     """Make preference data. The same command continues a run that was interrupted."""
     from prefab.pipelines.run.runner import run as run_pipeline
 
-    again = " ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)])
+    again = shlex.join(["prefab", "run", str(pipeline), *(w for s in sets for w in ("--set", s))])
     try:
         result = run_pipeline(pipeline, sets, quiet, retry_refused=retry_refused)
     except KeyboardInterrupt:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
-from prefab.factory.console import duration, fail, hint, table, warn
+from prefab.factory.console import EXIT_FAILED, duration, fail, hint, table, warn
 from prefab.factory.errors import BudgetError
 from prefab.pipelines.cli.options import STOPPED
 
@@ -19,7 +20,12 @@ def report(result: Any) -> None:
         ("answers reused", result.reused),
         ("calls a second", round(rate)),
         ("tokens", tokens),
-        ("unscored", sum(result.unscored.values())),
+        ("comparisons decided", sum(result.outcomes.get(side, 0) for side in "ab")),
+        ("comparisons tied", result.outcomes.get("tie", 0)),
+        ("comparisons unscored", result.outcomes.get("unscored", 0)),
+        *_agreement(result),
+        ("faults found", sum(result.faults.values())),
+        ("unscored answers", sum(result.unscored.values())),
         ("failed calls", result.failed),
         ("drafts cut off at the length limit", result.truncated),
         ("identical answers, not compared", result.identical),
@@ -27,14 +33,36 @@ def report(result: Any) -> None:
         *_escalated(result),
     ]
     rows = [
-        row for row in rows if row[1] or row[0] in ("model calls", "answers reused", "unscored")
+        row
+        for row in rows
+        if row[1] or row[0] in ("model calls", "answers reused", "unscored answers")
+    ]
+    notes = [
+        f"{title}: " + ", ".join(f"{what} {n:,}" for what, n in counts.items())
+        for title, counts in (("unscored", result.unscored), ("faults", result.faults))
+        if counts
     ]
     table(
         f"{result.name}@{result.version} in {result.store} · {duration(result.seconds)}",
         ("", ""),
         rows,
-        note=", ".join(f"{what}: {n:,}" for what, n in result.unscored.items()),
+        note=". ".join(notes),
     )
+
+
+def _agreement(result: Any) -> list[tuple[str, str]]:
+    """How often a judge named the same winner in both orders."""
+    of = result.in_both_orders
+    share = f"{result.same_in_both_orders / of:.1%} of {of:,}" if of else ""
+    return [("same winner in both orders", share)]
+
+
+def _tell_failures(result: Any) -> None:
+    """Each reason why calls failed, with its number and an example."""
+    for reason, failures in sorted(result.failures.items(), key=lambda item: -item[1].n):
+        warn(f"{failures.n:,} calls failed: {reason}")
+        if failures.example.strip() != reason:
+            warn(f"  for example: {failures.example}")
 
 
 def _escalated(result: Any) -> list[tuple[str, int]]:
@@ -54,20 +82,41 @@ def _escalated(result: Any) -> list[tuple[str, int]]:
 
 
 def next_command(result: Any, again: str) -> int:
-    """Print how the run ended and the next command; return the exit code."""
+    """Print how the run ended, why calls failed, and the next command.
+
+    Args:
+        result: What `prefab.run` gives.
+        again: The command that ran, quoted for a shell.
+
+    Returns:
+        The exit code: 1 where a budget was passed or calls are missing.
+    """
     if result.state == "stopped":
         warn("stopped; all answers so far are kept. The same command continues from here")
         hint(again)
         return STOPPED
+    _tell_failures(result)
     if result.state == "budget":
-        return fail(BudgetError(result.reason))
+        code = fail(BudgetError(result.reason))
+        hint(again)
+        return code
     if result.failed:
-        warn(f"{result.failed:,} calls failed; the same command makes them again")
+        warn(f"{result.failed:,} calls are missing; the same command makes them again")
+        hint(again)
+        return EXIT_FAILED
     if result.awaited:
         warn(
             f"{result.awaited:,} labels from people are missing. Label, then run the same command again"
         )
-        hint(f"prefab label --store {result.store} --run {result.name}@{result.version}")
+        run = f"{result.name}@{result.version}"
+        hint(shlex.join(["prefab", "label", "--store", str(result.store), "--run", run]))
         hint(again)
-    hint(f"prefab export --store {result.store} --format trl out")
+    store = ["--store", str(result.store)]
+    if result.trainable:
+        hint(shlex.join(["prefab", "export", *store, "--format", "trl", "out"]))
+    elif result.outcomes:
+        warn("no comparison was decided, so there are no pairs to train on")
+        hint(shlex.join(["prefab", "agreement", *store]))
+    else:
+        warn("nothing was answered, so there is nothing to export")
     return 0

@@ -6,6 +6,7 @@ the ledger one look-up and one write a list; running it again is how a crashed r
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ from prefab.pipelines.store.verdicts import Rules
 # during a run, shares of a handful of answers say nothing; at its end they count whatever their
 # number
 BUDGET_FROM = 200
+MAX_REASONS = 20  # of failures that are told apart
+OTHER_REASONS = "other reasons"
+REASON_LENGTH = 120  # characters of a message that tell its reason
 NOTHING_FROM = 20  # so many failures and not one answer: there is no server
 # in a plan; invisible separators: no text of a person's has exactly this
 PLACEHOLDER = "\u2063not answered yet\u2063"
@@ -66,6 +70,23 @@ class Asker(Protocol):
 
 
 @dataclass(slots=True)
+class Failures:
+    """How many calls failed for one reason, with the message of the first."""
+
+    n: int
+    example: str
+
+
+def reason_of(error: Exception) -> str:
+    """What failures of one kind have in common: the message without addresses and numbers that
+    differ from call to call.
+    """
+    words = re.sub(r"https?://\S+\s*", "", str(error))
+    kept = re.sub(r"(?<!HTTP )\b\d[\w.,:-]*", "N", words)
+    return kept[:REASON_LENGTH].strip() or type(error).__name__
+
+
+@dataclass(slots=True)
 class Counts:
     """What a run has seen so far. `unscored` counts answers that could not be read, by role and
     reason.
@@ -81,9 +102,21 @@ class Counts:
     escalation: Counter[str] = field(
         default_factory=Counter
     )  # comparisons by why, and the stronger judges' calls
+    failures: dict[str, Failures] = field(default_factory=dict)  # by reason
     awaited: int = 0  # labels that people have not given yet
     begun: Counter[str] = field(default_factory=Counter)  # answers of the prompts at work
     of_finished: int = 0  # answers of those that are done
+
+    def fail(self, error: Exception) -> None:
+        """Count a call that got no answer, with those of the same reason."""
+        self.failed += 1
+        reason = reason_of(error)
+        if reason in self.failures:
+            self.failures[reason].n += 1
+        elif len(self.failures) < MAX_REASONS:
+            self.failures[reason] = Failures(1, str(error))
+        else:
+            self.failures.setdefault(OTHER_REASONS, Failures(0, str(error))).n += 1
 
     def finish(self, prompt: str) -> None:
         """One prompt is done."""
@@ -162,7 +195,7 @@ class Context:
         counts.begun[asks[0][1].prompt] += len(answers)
         for answer in answers:
             if isinstance(answer, Exception):
-                counts.failed += 1
+                counts.fail(answer)
                 self.last_failure = str(answer)
             else:
                 counts.tokens += answer.prompt_tokens + answer.completion_tokens

@@ -23,6 +23,7 @@ from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.errors import BudgetError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
+from prefab.factory.store.store import HeldError, read_frame
 from prefab.factory.types import Engine, Prompt
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
@@ -33,7 +34,7 @@ from prefab.pipelines.config.loader import (
     resolve_pipeline,
 )
 from prefab.pipelines.config.registries import RECIPES
-from prefab.pipelines.run.context import Asker, Context, Stopped
+from prefab.pipelines.run.context import Asker, Context, Failures, Stopped
 
 T = TypeVar("T")
 
@@ -69,6 +70,15 @@ class RunResult:
     escalation: dict[str, int] = field(
         default_factory=dict
     )  # comparisons by why, and the stronger judges' calls
+    failures: dict[str, Failures] = field(
+        default_factory=dict
+    )  # calls without an answer, by reason
+    outcomes: dict[str, int] = field(default_factory=dict)  # of the run's comparisons
+    faults: dict[str, int] = field(
+        default_factory=dict
+    )  # critiques that name a fault, by principle
+    same_in_both_orders: int = 0  # verdict pairs that name the same winner in both orders
+    in_both_orders: int = 0  # verdict pairs that were read in both orders
     awaited: int = 0  # labels that the panel's people have not given yet
     behind: int = 0  # calls that the store does not show yet, because another program holds it
     _frames: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -100,6 +110,13 @@ class RunResult:
     def preferences(self) -> Any:
         """One comparison a row, with `p_chosen`."""
         return self.frame("preferences")
+
+    @property
+    def trainable(self) -> bool:
+        """Whether an export of this run holds more than prompts."""
+        if self.outcomes:
+            return bool(self.outcomes.get("a") or self.outcomes.get("b"))
+        return self.prompts > 0 and self.asked + self.reused > self.failed
 
     def summary(self) -> dict[str, Any]:
         """The counts as plain data."""
@@ -355,6 +372,27 @@ def fill_store(folder: Path, quiet: bool = True) -> int:
     return behind
 
 
+# What the store says of a run as a whole: kind, name, count.
+_SUMMARY = """
+SELECT 'outcome' AS what, outcome AS name, count(*) AS n FROM preferences WHERE run = $run GROUP BY ALL
+UNION ALL
+SELECT 'fault', principle, count(*) FROM critiques WHERE run = $run AND fault GROUP BY ALL
+UNION ALL
+SELECT 'orders', CASE WHEN x.winner = y.winner THEN 'same' ELSE 'different' END, count(*)
+FROM verdicts x JOIN verdicts y USING (run, prompt, a, b, principle, judge, repeat)
+WHERE run = $run AND x."order" = 'ab' AND y."order" = 'ba' AND x.winner IS NOT NULL
+  AND y.winner IS NOT NULL GROUP BY ALL"""
+
+
+def _in_store(folder: Path, run: int) -> dict[str, dict[str, int]]:
+    """What the store says of a run, by kind; nothing where another program holds the store."""
+    found: dict[str, dict[str, int]] = {"outcome": {}, "fault": {}, "orders": {}}
+    with suppress(HeldError):
+        for what, name, n in read_frame(folder, _SUMMARY, {"run": run}).rows():
+            found[what][name] = n
+    return found
+
+
 def _result(
     loaded: ResolvedPipeline,
     ctx: Context,
@@ -365,6 +403,7 @@ def _result(
     behind: int,
 ) -> RunResult:
     stats, counts = ctx.asker.stats, ctx.counts
+    told = _in_store(Path(loaded.config.store), record.id)
     unscored = {f"{role} {why}": n for (role, why), n in sorted(counts.unscored.items())}
     return RunResult(
         name=record.name,
@@ -386,6 +425,11 @@ def _result(
         malformed=loaded.prompts.n_malformed,
         seconds=seconds,
         escalation=dict(sorted(counts.escalation.items())),
+        failures=counts.failures,
+        outcomes=told["outcome"],
+        faults=dict(sorted(told["fault"].items(), key=lambda item: -item[1])),
+        same_in_both_orders=told["orders"].get("same", 0),
+        in_both_orders=sum(told["orders"].values()),
         awaited=counts.awaited,
         behind=behind,
     )
