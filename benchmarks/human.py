@@ -58,8 +58,8 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(12, 8, 16, 16, 160, 1, 8, 8),
-    "middle": Size(200, 100, 128, 128, 192, 2, 100, 16),
+    "quick": Size(12, 8, 12, 8, 96, 1, 6, 4),
+    "middle": Size(120, 60, 64, 64, 128, 2, 60, 8),
     "cpu": Size(None, 200, 384, 256, 256, 2, 200, 32),
     "all": Size(None, None, None, None, 1024, 2, None, 32),
 }
@@ -533,7 +533,7 @@ def train_by_hand(trainer: Any, rows: Sequence[Any]) -> list[float]:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -604,13 +604,14 @@ def main() -> None:
         "training": (args.hh, lambda: training(args, size)),
         "refusals": (args.xstest and args.hh, lambda: refusals(args, size)),
     }
-    found = earlier(args.size)
     for name, (files, measure) in wanted.items():
         if name in args.parts and files:
             began = time.monotonic()
-            found[name] = {**measure(), "size": args.size}
-            found[name]["took_s"] = round(time.monotonic() - began)
+            part = {**measure(), "size": args.size, "took_s": round(time.monotonic() - began)}
+            found = {**earlier(args.size), name: part}
             common.write("human", args.size == "quick", **found)
+            if args.size != "quick":
+                PAGE.write_text(page(found), encoding="utf-8")
 
 
 def earlier(size: str) -> dict[str, Any]:
@@ -618,6 +619,48 @@ def earlier(size: str) -> dict[str, Any]:
     file = common.RESULTS / ("human.quick.json" if size == "quick" else "human.json")
     found = json.loads(file.read_text()) if file.exists() else {}
     return {name: value for name, value in found.items() if name != "where"}
+
+
+# --- the page ---
+
+TITLES = {
+    "annotators": "Two people on one answer (XSTest)",
+    "judge": "A judge against people",
+    "training": "Training on people's preferences (HH-RLHF, harmless-base)",
+    "refusals": "Over-refusal before and after DPO (XSTest's prompts)",
+}
+PAGE = Path(__file__).with_suffix(".md")
+
+
+def page(found: dict[str, Any]) -> str:
+    """The results as Markdown: a table a part, its rows named as in the JSON."""
+    lines = [
+        "# Prefab and people's labels",
+        "",
+        "Made by `python -m benchmarks.human` (see its help); the numbers are those of "
+        "`benchmarks/results/human.json`. In brackets: 95% intervals over prompts.",
+    ]
+    for name, title in TITLES.items():
+        if name in found:
+            lines += ["", f"## {title}", "", f"Size `{found[name]['size']}`.", ""]
+            lines += ["| | |", "|---|---|", *rows_of(found[name])]
+    return "\n".join(lines) + "\n"
+
+
+def rows_of(value: dict[str, Any], under: str = "") -> list[str]:
+    """The figures of a part, those of its parts after it; bins and steps stand in the JSON alone."""
+    lines = []
+    for name, inner in value.items():
+        label = f"{under}: {name}" if under else name
+        if isinstance(inner, dict) and "value" in inner and "n_items" in inner:
+            lines.append(f"| {label} | {common.words(inner) or inner['undefined']} |")
+        elif isinstance(inner, dict):
+            lines += rows_of(inner, label)
+        elif isinstance(inner, float):
+            lines.append(f"| {label} | {inner:.4g} |")
+        elif not isinstance(inner, list) and name not in ("size", "model", "took_s"):
+            lines.append(f"| {label} | {inner} |")
+    return lines
 
 
 if __name__ == "__main__":
