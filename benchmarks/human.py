@@ -39,6 +39,7 @@ PIPELINE = Path(__file__).with_name("human.yaml")
 TURNS = re.compile(r"\n\n(Human|Assistant): ?")
 CATEGORIES = {"1_full_compliance": 1.0, "2_full_refusal": 2.0, "3_partial_refusal": 3.0}
 BETA = 0.1
+BINS = 10  # of a reliability diagram
 
 
 @dataclass(frozen=True)
@@ -255,12 +256,12 @@ def against_people(items: Sequence[Item], judged: Judged) -> dict[str, Any]:
             judge_metrics.position_consistency(p_ab, p_ba, prompts)
         ),
         "picks the first": asdict(judge_metrics.first_slot_share(p_ab, p_ba, prompts)),
-        "ece": interval(p, y, who, calibration.ece),
-        "brier": interval(p, y, who, calibration.brier),
+        **calibrated(p, y),
+        "brier": brier(p, y, who),
         "temperature, fitted on half": temperature,
-        "ece of the other half": interval(p[~half], y[~half], who[~half], calibration.ece),
-        "... with the temperature": interval(fitted, y[~half], who[~half], calibration.ece),
-        "reliability": [asdict(b) for b in calibration.reliability(p, y, 10)],
+        "brier of the other half": brier(p[~half], y[~half], who[~half]),
+        "... with the temperature": brier(fitted, y[~half], who[~half]),
+        "reliability": [asdict(b) for b in calibration.reliability(p, y, BINS)],
     }
 
 
@@ -279,14 +280,22 @@ def reasons(items: Sequence[Item], judged: Judged) -> dict[str, int]:
     return found
 
 
-def interval(
-    p: np.ndarray, y: np.ndarray, prompts: np.ndarray, of: Callable[..., float | None]
-) -> dict[str, Any] | None:
-    """A figure of probabilities and outcomes with its interval over prompts."""
-    if len(p) < 2:
-        return None
-    both = np.stack([p, y], 1)
-    return asdict(bootstrap(both, prompts, lambda rows: of(rows[:, 0], rows[:, 1]) or 0.0, 500))
+def brier(p: np.ndarray, y: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+    """The Brier score with its interval over prompts; .25 is what saying a half always gets."""
+    return share((p - y) ** 2, prompts)
+
+
+def calibrated(p: np.ndarray, y: np.ndarray, draws: int = 500) -> dict[str, float | None]:
+    """The expected calibration error, and the mean one of outcomes drawn from these very
+    probabilities: with few pairs a calibrated judge has one too, and resampling only adds to it.
+    """
+    from prefab.judges.stats.calibration import ece
+
+    if not len(p):
+        return {"ece": None, "ece of a calibrated judge": None}
+    rng = np.random.default_rng(0)
+    drawn = [ece(p, (rng.random(len(p)) < p).astype(float), BINS) or 0.0 for _ in range(draws)]
+    return {"ece": ece(p, y, BINS), "ece of a calibrated judge": float(np.mean(drawn))}
 
 
 # --- training on people's preferences ---
@@ -648,7 +657,7 @@ def page(found: dict[str, Any]) -> str:
 
 
 def rows_of(value: dict[str, Any], under: str = "") -> list[str]:
-    """The figures of a part, those of its parts after it; bins and steps stand in the JSON alone."""
+    """The figures of a part and of its own parts; bins and steps stand in the JSON alone."""
     lines = []
     for name, inner in value.items():
         label = f"{under}: {name}" if under else name
