@@ -231,7 +231,7 @@ def generated(completion: Completion) -> tuple[str, UnscoredReason | None]:
     return answer, None if answer else "parse"
 
 
-_CODE_FENCE = re.compile(r"\A(`{3,})[^\n`]*\n(.*)\n?\1\Z", re.DOTALL)
+_CODE_FENCE = re.compile(r"\A(`{3,}|~{3,})[^\n`]*\n(.*)\n?\1\Z", re.DOTALL)
 _TAG_OPEN = re.compile(r"\A<([\w-]{1,40})(?: [^<>\n]{0,80})?>")
 
 

@@ -1,12 +1,14 @@
 """The critic names a fault under a principle, or says that there is none; the reviser corrects the
 answer.
 
-A critique's first word decides: "None" names no fault, "Fault" names one, anything else is
-unscored.
+A critique's first word decides: "None" names no fault, "Fault" names one; anything else, and what
+says both, is unscored. List marks, fences and preambles around a critique or a revision are
+removed.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,30 +62,126 @@ def parse_critique(
     completion: Completion, prompt: str = "", sample: int = 0, principle: str = ""
 ) -> Critique:
     """The critique of sample number `sample` of the prompt with id `prompt`. Cut off is
-    `truncated`, never a fault.
+    `truncated`, never a fault. One that says both ("Fault: None.") is unscored.
     """
     text, reason = generated(completion)
     fault: bool | None = None
     if reason is None:
-        fault = {"fault": True, "none": False}.get(_first_word(text))
-        reason = None if fault is not None else "parse"
+        cleaned = _cleaned_critique(text)
+        fault = None if cleaned is None else cleaned.startswith(("F", "f"))
+        text = text if cleaned is None else cleaned
+        reason = "parse" if cleaned is None else None
     return Critique(prompt, sample, principle, text, fault, reason)
 
 
 def parse_revision(completion: Completion) -> Revision:
-    """The revised text without the fences, tags or thinking that a model puts around it, or why
-    there is none.
+    """The revised text without what a model puts around it (thinking, fences, tags, "Here is the
+    revised answer:"), or why there is none. A text that goes on to explain its changes, or that
+    is a critique, is unscored.
     """
     text, reason = generated(completion)
     if reason is not None:
         return Revision(None, reason)
-    text = unwrap(text)
-    return Revision(text) if text else Revision(None, "parse")
+    text = _stripped(text, _REVISION_HEAD)
+    if not text or _CRITIQUE.match(text) or any(map(_REMARK.match, _PARAGRAPH.split(text)[1:])):
+        return Revision(None, "parse")
+    return Revision(text)
 
 
-def _first_word(text: str) -> str:
-    words = text.split(maxsplit=1)
-    return words[0].strip("*_`#\"'().,:;!-").lower() if words else ""
+_PARAGRAPH = re.compile(r"\n\s*\n(?:[-*_]{3,}\s*\n)?")
+_MARK = r"(?:[-*•>#]{1,6}|\(?\d{1,2}[.)])\s+"  # of a list, a heading or a quotation
+_DECORATION = r"[*_`\"'“”‘’(\[]*"
+_LEAD = rf"(?:{_MARK}|[*_`\"'“”‘’(\[])*+"  # possessive: it can be read in one way alone
+_SURE = r"(?:(?:sure|certainly|of course|okay|ok|absolutely|understood)\b[!,.]?\s+)?"
+_HERE = r"(?:here(?:'s|’s| is| are)|below is|this is|i(?:'ve|’ve| have) (?:revised|rewritten))\b"
+_REVISED = r"(?:revised|rewritten|reworded|improved|corrected|updated|edited|new|better|final)"
+_ANSWER = r"(?:answer|response|version|reply|revision|rewrite)"
+_CRITIQUE_HEAD = re.compile(
+    rf"{_LEAD}(?:{_SURE}{_HERE}[^\n:：]{{0,80}}"
+    r"|(?:my |the )?(?:critique|evaluation|assessment|review|analysis|verdict|result)"
+    r"[*_`]*)[:：][\s*_`]*",
+    re.I,
+)
+_REVISION_HEAD = re.compile(
+    rf"{_SURE}{_HERE}(?=[^\n:：]*\b{_ANSWER}\b)(?=[^\n:：]*\b{_REVISED}\b)[^\n:：]{{0,200}}[:：]\s*"
+    rf"|(?:#+\s*|{_DECORATION})(?:the |my )?(?:{_REVISED}\s+)?{_ANSWER}[*_`]*[:：][\s*_`]*"
+    rf"|(?:#+\s*|\*\*)(?:the |my )?{_REVISED}\s+{_ANSWER}[*_`]*\s*\n\s*",
+    re.I,
+)
+# a paragraph after the first one that speaks of the changes and not to the person who asked
+_REMARK = re.compile(
+    r"\W*(?:changes(?: made)?|(?:explanation|summary) of (?:the )?changes|what (?:i|was) changed"
+    r"|rationale)\b[^\n]{0,40}[:：\n]"
+    r"|\W*(?:i(?:'ve|’ve| have)? (?:revised|rewritten|rewrote|reworded|removed|changed|edited)"
+    r"|this (?:revised|rewritten|new|version|revision))\b[^\n]*"
+    r"\b(?:answer|response|reply|version|critique|fault|wording|sentence|text)\b",
+    re.I,
+)
+_CRITIQUE = re.compile(r"(?:critique|fault)\s*[:：]", re.I)
+_LABEL = re.compile(rf"{_LEAD}(?P<label>faults?|none)\b(?P<after>[*_`\"'”’)\]]*)", re.I)
+_LISTED = re.compile(rf"^\s*{_MARK}(?={_DECORATION}(?:faults?|none)\b)", re.I | re.M)
+_CONTRADICTION = re.compile(
+    r"\W*(?:but|however|although|though|except|yet|still)\b|.*[.!?;]\s+\W*fault\s*[:：]",
+    re.I | re.S,
+)
+_END_OF_NONE = re.compile(
+    r"\s*(?:$|[.,:：;!?。，\n–—-]|(?:was |were )?(?:found|noted|observed|identified|present)\b)"
+)
+_FOUND = r"(?:found|present|detected|identified|observed|seen|applicable|here|at all)"
+_NO_FAULT = re.compile(
+    r"(?:there (?:is|are|was|were) )?(?:none|no|nothing|nil|n/?a|not)\b"
+    r"(?: (?:such|real|clear|obvious|specific|major|significant))*"
+    rf"(?: (?:faults?|issues?|problems?|violations?|one|any|wrong|{_FOUND}))*"
+    rf"(?: (?:is|are|was|were|to be))?(?: {_FOUND})*",
+    re.I,
+)
+
+
+def _cleaned_critique(text: str) -> str | None:
+    """The critique from its label on, without marks and preambles; None where it has no label, or
+    contradicts itself.
+    """
+    text = _stripped(text, _CRITIQUE_HEAD)
+    label = _LABEL.match(text)
+    if label is None:
+        return None
+    rest = text[label.end() :]
+    none = label["label"].lower() == "none"
+    others = {
+        found["label"].lower() == "none"
+        for line in rest.splitlines()[1:]
+        if (found := _LABEL.match(line.lstrip()))
+    }
+    clause = re.split(r"[.!?;。\n]", rest.lstrip(" \t.:：。,*_`-–—\"'"), maxsplit=1)[0].strip(
+        " *_`\"'"
+    )
+    if others - {none}:
+        return None
+    if none and (_CONTRADICTION.match(rest) or not _END_OF_NONE.match(rest)):
+        return None
+    if not none and len(clause) < 100 and _NO_FAULT.fullmatch(clause):
+        return None
+    if label["after"] or rest.startswith("：") or re.match(r"\s*[:：]\s*[*_`]+", rest):
+        colon = re.match(r"\s*[:：][\s*_`]*", rest)
+        rest = ": " + rest[colon.end() :] if colon else rest
+    return label["label"] + _LISTED.sub("", rest)
+
+
+def _stripped(text: str, head: re.Pattern[str]) -> str:
+    """The text without fences, tags, quotation marks and one list mark around the whole of it, and
+    without what `head` finds before it.
+    """
+    for _ in range(4):
+        inner = unwrap(text)
+        inner = inner[found.end() :].strip() if (found := head.match(inner)) else inner
+        if len(inner) > 1 and inner[0] + inner[-1] in ('""', "“”") and inner[0] not in inner[1:-1]:
+            inner = inner[1:-1].strip()
+        if "\n" not in inner and (mark := re.match(r"(?:[-*•]|\d{1,2}[.)])\s+", inner)):
+            inner = inner[mark.end() :]
+        if inner == text:
+            break
+        text = inner
+    return text
 
 
 class Critic:

@@ -324,12 +324,64 @@ def test_a_planted_better_answer_wins_by_score(kind):
         ("", None, "parse"),
         ("   \n", None, "parse"),
         ("...", None, "parse"),
+        ("Fault: None.", None, "parse"),
+        ("Fault: none found.", None, "parse"),
+        ("Fault: No fault was found.", None, "parse"),
+        ("Fault: There is nothing wrong.", None, "parse"),
+        ("**Fault:** N/A", None, "parse"),
+        ("Fault： 。 None", None, "parse"),
+        ("None. Fault: it is rude.", None, "parse"),
+        ("None.\nFault: it is rude.", None, "parse"),
+        ("Fault: it is rude.\nNone.", None, "parse"),
+        ("1. None\n2. Fault: it is rude.", None, "parse"),
+        ("None, but it is rude.", None, "parse"),
+        ("None. However, it is rude.", None, "parse"),
+        ("None of the rules is kept.", None, "parse"),
+        ("None found.", False, None),
+        ("- None.", False, None),
+        ("1. None.", False, None),
+        ("> **None.**", False, None),
+        ("Critique: None.", False, None),
+        ("```\nNone.\n```", False, None),
+        ("Sure! Here is my critique:\n\nNone.", False, None),
+        ("Fault: No greeting is given.", True, None),
+        ("Fault: none of it is kind.", True, None),
+        ("Fault: not kind.", True, None),
+        ("Faults: it is rude.", True, None),
     ],
 )
 def test_the_first_word_of_a_critique_decides(said, fault, reason):
     found = critique.parse_critique(text(said), "p1", 3, "kind")
     assert (found.fault, found.reason) == (fault, reason)
     assert (found.prompt, found.sample, found.principle) == ("p1", 3, "kind")
+
+
+def test_marks_without_end_cost_no_time():
+    for mark in ("*", "** ", "> ", '"', "- ", "1. "):
+        assert critique.parse_critique(text(mark * 20_000 + "x")).reason == "parse"
+        assert critique.parse_revision(text(mark * 20_000 + "x")).text
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("Fault: it is rude.", "Fault: it is rude."),
+        ("FAULT. Rude.", "FAULT. Rude."),
+        ("- Fault: it is rude.", "Fault: it is rude."),
+        ("1. Fault: rude.\n2. Fault: long.", "Fault: rude.\nFault: long."),
+        ("**Fault:** it is rude.", "Fault: it is rude."),
+        ("**Fault**: it is rude.", "Fault: it is rude."),
+        ("Fault：it is rude.", "Fault: it is rude."),
+        ("```text\nFault: it is rude.\n```", "Fault: it is rude."),
+        ('"Fault: it is rude."', "Fault: it is rude."),
+        ("Here is the critique:\n\nFault: it is rude.", "Fault: it is rude."),
+        ("**Critique:** Fault: it is rude.", "Fault: it is rude."),
+        ("Verdict： None.", "None."),
+    ],
+)
+def test_only_the_critique_itself_is_kept(said, kept):
+    found = critique.parse_critique(text(said))
+    assert (found.text, found.reason) == (kept, None)
 
 
 def test_a_cut_off_critique_is_not_a_fault():
@@ -348,6 +400,24 @@ def test_a_cut_off_critique_is_not_a_fault():
         ("```\n<answer>\nYes, do.\n</answer>\n```", "Yes, do."),
         ("<think>Hm.</think>Yes, do.", "Yes, do."),
         ("Use <b>bold</b>.", "Use <b>bold</b>."),
+        ("~~~\nYes, do.\n~~~", "Yes, do."),
+        ("Here is the revised answer:\n\nYes, do.", "Yes, do."),
+        ("Here is the revised answer: Yes, do.", "Yes, do."),
+        ("Here’s a new version of the answer that is kind:\n\n```\nYes, do.\n```", "Yes, do."),
+        ("Certainly! Here is the rewritten response：\nYes, do.", "Yes, do."),
+        ("Sure, here's the answer, corrected:\n\nYes, do.", "Yes, do."),
+        ("Revised answer: Yes, do.", "Yes, do."),
+        ("**New answer:** Yes, do.", "Yes, do."),
+        ("## Revised Answer\n\nYes, do.", "Yes, do."),
+        ('"Yes, do."', "Yes, do."),
+        ("“Yes, do.”", "Yes, do."),
+        ("- Yes, do.", "Yes, do."),
+        ('"Yes," he said, "do."', '"Yes," he said, "do."'),
+        ("- Yes\n- Do", "- Yes\n- Do"),
+        ("Here is the schedule: Monday.", "Here is the schedule: Monday."),
+        ("Of course, bring these:\n- a card", "Of course, bring these:\n- a card"),
+        ("Yes.\n\nI have changed your booking.", "Yes.\n\nI have changed your booking."),
+        ("Yes.\n\nNote: bring a card.", "Yes.\n\nNote: bring a card."),
         ("<b>one</b> and <b>two</b>", "<b>one</b> and <b>two</b>"),
         ("Run ```ls``` now", "Run ```ls``` now"),
         ("```\na\n```\nand\n```\nb\n```", "```\na\n```\nand\n```\nb\n```"),
@@ -364,6 +434,11 @@ def test_a_revision_loses_only_its_wrapping(said, revised):
         (text(" \n "), "parse"),
         (text("```\n\n```"), "parse"),
         (text("<a1></a1>"), "parse"),
+        (text("Here is the revised answer:"), "parse"),
+        (text("Fault: it is still rude."), "parse"),
+        (text("Yes, do.\n\nI removed the sentence that was rude."), "parse"),
+        (text("Yes, do.\n\n---\n\n**Changes made:**\n- kinder"), "parse"),
+        (text("Yes, do.\n\nThis revised answer is kinder."), "parse"),
         (text("Yes, d", "length"), "truncated"),
         (text("", "length"), "truncated"),
         (text("", "context"), "context"),
