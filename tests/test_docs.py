@@ -24,6 +24,7 @@ from typer.main import get_command
 import prefab
 from prefab.factory.spec.layouts import LAYOUTS
 from prefab.pipelines.cli.main import app
+from tests.support.family_server import family_server
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -31,7 +32,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.M | re.S)
 WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text())]
 # Pages without commands, and pages whose commands all need a model or a GPU.
-NOT_RUN = {"design", "log", "microworld", "panels", "ppo", "reference", "training", "verifiers"}
+NOT_RUN = {
+    *("design", "log", "microworld", "models", "panels", "ppo", "reference", "training"),
+    "verifiers",
+}
 
 
 def test_every_page_has_commands_that_run_or_is_listed():
@@ -112,3 +116,22 @@ def test_the_table_of_layouts_names_each_in_the_order_in_which_they_are_tried():
     assert [name for name in named if name != "hh-rlhf"] == list(
         dict.fromkeys(layout.name for layout in LAYOUTS)
     )
+
+
+def test_the_readmes_command_for_a_hosted_api_runs_with_a_model_that_takes_other_fields(tmp_path):
+    command = re.search(r"^\$ (prefab run .*model: gpt-.*)$", PAGES[0].read_text(), re.M)[1]
+    with family_server(gpt5=True, refuses=("top_p",), vary=True) as server:
+        done = subprocess.run(
+            [
+                "bash",
+                "-ec",
+                f'prefab() {{ {shlex.quote(sys.executable)} -m prefab.pipelines.cli.main "$@"; }}\n'
+                f"prefab init shop\ncd shop\n{command} --set engines.local.base_url={server.url}/v1 "
+                "--set policy.samples=2\nprefab sql 'SELECT DISTINCT exactness FROM verdicts'",
+            ],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            env={**os.environ, "OPENAI_API_KEY": "k", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        )
+    assert done.returncode == 0 and "hard" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
