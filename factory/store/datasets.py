@@ -92,6 +92,8 @@ def datasets(
     frames = {}
     if preferences.height:
         _note_one_order(config, notes)
+        if not config.get("origin"):
+            _note_hard_labels(preferences, notes)
         _tell_left_out(preferences, notes)
         wins = _win_rates(preferences)
         method, margin = choice(config)
@@ -136,6 +138,17 @@ def _note_one_order(config: dict[str, Any], notes: list[str]) -> None:
     orders = (config.get("panel") or {}).get("orders", "both")
     if orders != "both":
         notes.append(f"pairs were judged in one order only ({orders}): position bias is in them")
+
+
+def _note_hard_labels(preferences: polars.DataFrame, notes: list[str]) -> None:
+    import polars as pl
+
+    scored = preferences.filter(pl.col("p_a").is_not_null())
+    if hard := scored.filter(pl.col("exactness") == "hard").height:
+        notes.append(
+            f"{hard:,} of {scored.height:,} comparisons stand on hard labels: a judge's server gave no "
+            "log-probabilities (or the judge answers in words), so `p_chosen` is a share of votes"
+        )
 
 
 def audited(preferences: polars.DataFrame) -> str:

@@ -145,6 +145,7 @@ def _judge_row(
         "label_mass": mass["mean"],
         "label_mass_low": mass["low"],
         "inexact": mass["inexact"],
+        "hard": mass["hard"],
         "accuracy": judge_metrics.accuracy(p, data.gold, data.prompts),
         "exact": judge_metrics.exact(ratings, data.gold, data.prompts),
         **_position(data, j, mass["unordered"]),

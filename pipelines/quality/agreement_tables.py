@@ -4,7 +4,7 @@ order in which a person asks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefab.factory.console import cell, console, table, warn
@@ -147,17 +147,25 @@ def _judges(rows: Sequence[dict[str, Any]]) -> None:
         for row in rows
         if row["unscored_reasons"]
     ]
-    inexact = [
-        f"{row['judge']}: {row['inexact']:,} verdicts without exact probabilities"
-        for row in rows
-        if row["inexact"]
-    ]
+    inexact = [line for row in rows for line in _inexact(row)]
     table(
         "Judges",
         ("", *(row["judge"] for row in rows)),
         lines,
         note="\n".join([*(f"unscored, {x}" for x in reasons), *inexact, *_missing(rows)]),
     )
+
+
+def _inexact(row: Mapping[str, Any]) -> list[str]:
+    """What is to be said of a judge whose verdicts have no exact probabilities."""
+    hard, bounds = row["hard"], row["inexact"] - row["hard"]
+    told = {
+        f"{row['judge']}: {hard:,} of {row['verdicts']:,} verdicts are hard labels, without a "
+        "probability: its server gives no log-probabilities, or it answers in words": hard,
+        f"{row['judge']}: {bounds:,} of {row['verdicts']:,} verdicts are bounds: a label was not "
+        "among the tokens that the server gives": bounds,
+    }
+    return [words for words, n in told.items() if n]
 
 
 def _missing(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -27,7 +27,8 @@ SELECT principle, judge, reason, count(*) AS n FROM verdicts WHERE {WHERE} GROUP
 
 _MASS = f"""
 SELECT judge, count(*) AS verdicts, count(mass) AS n, avg(mass) AS mean, quantile_cont(mass, 0.05) AS low,
-  count(*) FILTER (WHERE exactness <> 'exact' AND p_a IS NOT NULL) AS inexact, bool_or("order" = '-') AS unordered,
+  count(*) FILTER (WHERE exactness <> 'exact' AND p_a IS NOT NULL) AS inexact,
+  count(*) FILTER (WHERE exactness = 'hard' AND p_a IS NOT NULL) AS hard, bool_or("order" = '-') AS unordered,
   count(DISTINCT repeat) AS repeats
 FROM verdicts WHERE {WHERE} GROUP BY ALL ORDER BY judge"""
 

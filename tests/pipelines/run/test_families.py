@@ -6,7 +6,9 @@ from __future__ import annotations
 import pytest
 
 from prefab.pipelines.cli import doctor
+from prefab.pipelines.quality import agreement, agreement_tables
 from prefab.pipelines.run.runner import run
+from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import query
 from tests.support import project
 from tests.support.family_server import family_server
@@ -66,3 +68,16 @@ def test_doctor_tells_what_is_unusual(tmp_path):
         findings = doctor.examine(tmp_path / "store", file)
     words = next(f.words for f in findings if f.what == "engine local")
     assert "takes no system turn" in words and "labels are hard" in words
+
+
+@pytest.mark.parametrize(("logprobs", "hard"), [("absent", True), ("given", False)])
+def test_agreement_and_card_tell_of_hard_labels(tmp_path, capsys, logprobs, hard):
+    with family_server(vary=True, logprobs=logprobs) as server:
+        run(pipeline(tmp_path, server))
+    store = tmp_path / "store"
+    agreement_tables.show(agreement.measure(store))
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("verdicts are hard labels" in told) == hard
+    export(store, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("stand on hard labels" in card) == hard
