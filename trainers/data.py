@@ -375,6 +375,8 @@ def _demonstrations(record: layouts.Record, base: Row) -> Iterator[Row]:
 
 
 def _asked(record: layouts.Record, base: Row) -> Iterator[Row]:
+    if record.tools:
+        raise ValueError("has tools, which are not passed on where answers are sampled")
     yield {"prompt": record.prompt or _before_answer(record.talk)}
 
 

@@ -35,8 +35,8 @@ class DataReport:
     file: str
     rows: int = 0
     bad: int = 0
-    layouts: dict[str, int] = field(default_factory=dict)
-    kinds: dict[str, int] = field(default_factory=dict)
+    by_layout: dict[str, int] = field(default_factory=dict)
+    by_kind: dict[str, int] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     shown: dict[str, str] = field(default_factory=dict)
@@ -44,8 +44,8 @@ class DataReport:
     def add(self, record: layouts.Record, columns: Iterable[str]) -> None:
         """Count a row that can be kept. A column that some row uses is used."""
         kind = _kind(record)
-        self.layouts[record.layout] = self.layouts.get(record.layout, 0) + 1
-        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        self.by_layout[record.layout] = self.by_layout.get(record.layout, 0) + 1
+        self.by_kind[kind] = self.by_kind.get(kind, 0) + 1
         for name in columns:
             if self.columns.get(name, UNUSED) == UNUSED:
                 self.columns[name] = record.columns.get(name, UNUSED)
@@ -88,7 +88,7 @@ def check_data(paths: Sequence[Path], columns: Sequence[str], model: str, as_jso
         _print(report)
     if problems:
         raise ConfigError(problems)
-    kinds = reports[0].kinds
+    kinds = reports[0].by_kind
     hint(
         "prefab import-preferences FILE"
         if "pairs" in kinds
@@ -117,7 +117,7 @@ def read_report(path: Path, names: dict[str, str], model: str = "") -> DataRepor
         else:
             row = layouts.rename(value, names) if isinstance(value, dict) else ["prompt"]
             report.add(record, row)
-    if set(report.kinds) == {"prompts"} and not names:
+    if set(report.by_kind) == {"prompts"} and not names:
         _check_prompts(path, report)
     if not report.rows:
         report.problems.append(Problem(str(path), 0, 0, "", "holds no rows"))
@@ -151,9 +151,9 @@ def _kind(record: layouts.Record) -> str:
 
 
 def _print(report: DataReport) -> None:
-    kinds = ", ".join(f"{n:,} rows of {WHAT[kind]}" for kind, n in report.kinds.items())
+    kinds = ", ".join(f"{n:,} rows of {WHAT[kind]}" for kind, n in report.by_kind.items())
     table(
-        f"{report.file}: layout {' and '.join(report.layouts) or 'unknown'}",
+        f"{report.file}: layout {' and '.join(report.by_layout) or 'unknown'}",
         ("column", "taken for"),
         list(report.columns.items()),
         f"{kinds}; {report.bad:,} of {report.rows:,} rows cannot be kept" if report.bad else kinds,

@@ -476,6 +476,7 @@ def fit(
         result = _result(trainer, stage, out, trainer.evaluate(), time.monotonic() - began)
         sharded = _is_sharded(trainer)
         if sharded:
+            write_ends(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
             trainer.save_model(str(out))
         if main:
             model = _written(trainer, out) if sharded else trainer.model

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers import data
-from prefab.trainers.chat import Turn, dialect, prompt_ids, shown
+from prefab.trainers.chat import Turn, chat_text, check_tools, dialect, ids_of, shown
 from prefab.trainers.data import DataConfig
 from prefab.trainers.rl import policy_gradient as pg
 
@@ -141,9 +141,14 @@ def encode(
     """The tokens of each prompt through the chat template. A prompt's own text never becomes a
     control token.
 
-    Raises: ConfigError for a prompt of more than `room` tokens, with how many there are.
+    Raises: ConfigError for a prompt of more than `room` tokens, with how many there are, or one
+    whose tool calls the template does not write.
     """
-    rows = [prompt_ids(tokenizer, turns_of(prompt, tokenizer), kwargs) for prompt in prompts]
+    rows = []
+    for prompt in prompts:
+        text = chat_text(tokenizer, turns := turns_of(prompt, tokenizer), True, kwargs)
+        check_tools(turns, text)
+        rows.append(ids_of(tokenizer, text))
     if [] in rows:
         raise ConfigError(
             f"prompt {rows.index([])} has no tokens at all: the chat template writes nothing for it"

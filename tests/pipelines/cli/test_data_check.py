@@ -30,7 +30,7 @@ ORCA = {"system": "Be terse.", "question": "Name a fish.", "chosen": "Cod.", "re
 def test_each_column_is_told(tmp_path):
     file = write(tmp_path / "x.jsonl", [{**ORCA, "source": "mine"}] * 2)
     found = json.loads(check(file, "--json"))["files"][0]
-    assert (found["rows"], found["layouts"], found["kinds"]) == (2, {"trl": 2}, {"pairs": 2})
+    assert (found["rows"], found["by_layout"], found["by_kind"]) == (2, {"trl": 2}, {"pairs": 2})
     assert found["columns"] == {
         "system": "the system turn",
         "question": "the prompt",

@@ -70,6 +70,9 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_a_stage_learns_records_and_tells(world, tmp_path, stage):
     first = world.run(stage, tmp_path / "short", max_steps=1)
     result = world.run(stage, tmp_path / "out", max_steps=24)
+    trained_at = tmp_path / "out" / STAGES[stage].model
+    assert all((tmp_path / "out" / name).exists() for name in STAGES[stage].writes)
+    assert (trained_at / "config.json").exists()
     assert result["metrics"]["loss"] < first["metrics"]["loss"]
     if stage in ("reward", "dpo"):
         assert result["metrics"]["accuracy"] == 1.0
@@ -411,6 +414,20 @@ def test_lora_is_written_as_one_model(world, tmp_path):
 
 
 # --- bad input
+
+
+def test_the_trained_model_ends_its_turns_where_the_template_does(world, tmp_path):
+    """Though the model it was trained from ended elsewhere, as base models do."""
+    from transformers import GenerationConfig
+
+    shutil.copytree(world.base, tmp_path / "base")
+    elsewhere = GenerationConfig.from_pretrained(world.base)
+    elsewhere.eos_token_id = elsewhere.pad_token_id
+    elsewhere.save_pretrained(tmp_path / "base")
+    world.run("sft", tmp_path / "out", model=str(tmp_path / "base"), max_steps=1)
+    found = GenerationConfig.from_pretrained(tmp_path / "out")
+    end = common.load_tokenizer(str(tmp_path / "out")).convert_tokens_to_ids("<|im_end|>")
+    assert found.eos_token_id == [end, found.pad_token_id]
 
 
 def test_what_cannot_be_trained_is_told(world, tmp_path):
