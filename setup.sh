@@ -16,11 +16,16 @@ done
 if nvidia-smi -L >/dev/null 2>&1; then file=requirements-gpu.txt need_gb=20; else file=requirements.txt need_gb=5; fi
 # The project is installed in place, so a moved checkout needs its environment made again.
 packages="$("$python" -c 'import sys; print(sys.version.split()[0])') $(pwd) $(sha256sum < "$file" | cut -c1-32)"
-project=$(sha256sum < pyproject.toml | cut -c1-32)
+project=$(cat pyproject.toml setup.sh | sha256sum | cut -c1-32)
 stamp() { cat "$venv/.$1" 2>/dev/null || true; }
 pip="$venv/bin/python -m pip --disable-pip-version-check -qq"
+# Pip's editable install finds `prefab` by an import hook, which type checkers and editors do not run. A path that
+# holds nothing but a link to it is found by all of them.
 install_project() {
-    $pip install --no-deps --no-build-isolation --editable . && echo "$project" > "$venv/.project"
+    $pip install --no-deps --no-build-isolation --editable .
+    mkdir -p "$venv/src" && ln -sfn "$(pwd)/prefab" "$venv/src/prefab"
+    (cd "$venv/src" && pwd) > "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/prefab.pth"
+    echo "$project" > "$venv/.project"
 }
 if [ "$(stamp packages)" = "$packages" ]; then
     [ "$(stamp project)" = "$project" ] || install_project
