@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import re
 import threading
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 from aiohttp import web
 
 THOUGHTS = "Okay, the user wants something. Answer A could be better, or is it?"
-CHOOSE = re.compile("A or B|A, B or T")  # a message with this is answered with a label
+CHOOSE = "A or B"  # a message with this is answered with a label
 
 
 @dataclass
@@ -102,13 +101,10 @@ class Family:
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
         limit = body.get("max_tokens") or body.get("max_completion_tokens") or 1 << 30
         asked = body["messages"][-1]["content"]
-        said = (
-            f"Yes, you can come. It is answer {len(self.bodies)}."
-            if self.vary
-            else "Yes, you can come."
-        )
+        said = "Yes, you can come."
+        said += f" It is answer {len(self.bodies)}." if self.vary else ""
         said = "None." if "Reply with None" in asked else said
-        said = self.label if CHOOSE.search(asked) else said
+        said = self.label if CHOOSE in asked else said
         wanted = (body.get("chat_template_kwargs") or {}).get("enable_thinking", True)
         thinks = self.think if self.deaf or wanted else None
         words, apart = said.split(" "), None
