@@ -72,7 +72,7 @@ def demo_real(
         found = _after_run(store, result, as_json)
         if train:
             try:
-                found |= _policies(store, result, as_json)
+                found |= train_and_evaluate(store, result, as_json)
             except ConfigError as error:  # so few prompts that a split is empty
                 warn(f"no training: {error}")
             took["training"] = time.monotonic() - began - sum(took.values())
@@ -120,7 +120,9 @@ def _show_example(store: Path, run: int) -> None:
         table("An example, as the model wrote it", ("", ""), cells)
 
 
-def _policies(store: Path, result: Any, as_json: bool) -> dict[str, Any]:
+def train_and_evaluate(
+    store: Path, result: Any, as_json: bool, model: str = MODEL
+) -> dict[str, Any]:
     """Train SFT and DPO with LoRA on the run, and set them against the model as it was, on prompts
     of the test split.
     """
@@ -134,7 +136,7 @@ def _policies(store: Path, result: Any, as_json: bool) -> dict[str, Any]:
     source = {"store": str(store), "run": name, "truncated": True}
     for stage, settings in STAGES.items():
         changes = overrides(
-            model=MODEL,
+            model=model,
             out=str(out / stage),
             data__sources=[source],
             lora={"rank": 16, "alpha": 32.0},
@@ -146,7 +148,7 @@ def _policies(store: Path, result: Any, as_json: bool) -> dict[str, Any]:
         stages.train(stage, Path(stage), changes, as_json)
     config = PolicyEvalConfig.model_validate(
         {
-            "policies": {"base": MODEL, **{stage: str(out / stage) for stage in STAGES}},
+            "policies": {"base": model, **{stage: str(out / stage) for stage in STAGES}},
             "prompts": {"source": str(PACKAGE / "prompts" / "everyday.jsonl"), "split": "test"},
             "samples": SAMPLES,
             "batch": 16,

@@ -5,9 +5,19 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 from prefab.factory.paths import PACKAGE
-from prefab.pipelines.cli.demo_real import CHECKS, PRESET, WORTH, check_answers, demo_real
+from prefab.pipelines.cli.demo_real import (
+    CHECKS,
+    PRESET,
+    WORTH,
+    check_answers,
+    demo_real,
+    train_and_evaluate,
+)
 from prefab.pipelines.config.loader import resolve_pipeline
+from prefab.pipelines.run.runner import run
 
 RULES = [
     {"match": "Reply with None", "text": "Fault: it is too long."},
@@ -32,6 +42,22 @@ def test_as_json_it_says_so_too(smollm, tmp_path):
     demo_real(tmp_path / "store", [engine, "prompts.limit=3"], False, True, told.append)
     assert told[0]["worth"] == WORTH
     assert {row["judge"] for row in told[0]["agreement"]["judges"]} >= {"pairwise", "pointwise"}
+
+
+@pytest.mark.slow
+def test_policies_are_trained_and_set_against_the_base(tmp_path, capsys):
+    """With the smallest embedded model in the real one's place."""
+    engine = f"engines.local={json.dumps({'engine': 'scripted', 'rules': RULES})}"
+    store = tmp_path / "store"
+    result = run(PRESET, [engine, f"store={store}"], quiet=True)
+    found = train_and_evaluate(store, result, False, "prefab-nano")
+    assert set(found["policies"]["policies"]) == {"base", "sft", "dpo"}
+    assert {policy: n for policy, (_, n) in found["right"].items()} == {
+        "base": 8,
+        "sft": 8,
+        "dpo": 8,
+    }
+    assert "known answer" in capsys.readouterr().out
 
 
 def test_the_known_answers_are_of_questions_that_are_asked():
