@@ -24,6 +24,7 @@ def report(result: Any) -> None:
         ("comparisons tied", result.outcomes.get("tie", 0)),
         ("comparisons unscored", result.outcomes.get("unscored", 0)),
         *_agreement(result),
+        ("verdicts on hard labels, without a probability", sum(result.hard.values())),
         ("faults found", sum(result.faults.values())),
         ("unscored answers", sum(result.unscored.values())),
         ("failed calls", result.failed),
@@ -101,8 +102,15 @@ def next_command(result: Any, again: str) -> int:
         hint(again)
         return code
     if result.failed:
-        warn(f"{result.failed:,} calls are missing; the same command makes them again")
-        hint(again)
+        if made_again := result.failed - result.refused:
+            warn(f"{made_again:,} calls are missing; the same command makes them again")
+            hint(again)
+        if result.refused:
+            warn(
+                f"{result.refused:,} calls were refused for good, and are made again only when told "
+                "to: mend the cause first"
+            )
+            hint(f"{again} --retry-refused")
         return EXIT_FAILED
     if result.awaited:
         warn(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from prefab.factory.errors import BudgetError, EngineError, PrefabError
+from prefab.factory.errors import BudgetError, EngineError, PrefabError, RequestRefused
 from prefab.factory.ledger.ledger import LedgerStats
 from prefab.factory.spec.templates import Template, neutralise
 from prefab.factory.types import (
@@ -95,6 +95,7 @@ class Counts:
     prompts: int = 0
     answers: int = 0
     failed: int = 0
+    refused: int = 0  # of the failed: refused by the server for good
     tokens: int = 0
     truncated: int = 0
     identical: int = 0
@@ -110,6 +111,7 @@ class Counts:
     def fail(self, error: Exception) -> None:
         """Count a call that got no answer, with those of the same reason."""
         self.failed += 1
+        self.refused += isinstance(error, RequestRefused)
         reason = reason_of(error)
         if reason in self.failures:
             self.failures[reason].n += 1

@@ -79,6 +79,8 @@ class RunResult:
     )  # critiques that name a fault, by principle
     same_in_both_orders: int = 0  # verdict pairs that name the same winner in both orders
     in_both_orders: int = 0  # verdict pairs that were read in both orders
+    hard: dict[str, int] = field(default_factory=dict)  # verdicts without a probability, by judge
+    refused: int = 0  # of the failed calls: refused by the server for good
     awaited: int = 0  # labels that the panel's people have not given yet
     behind: int = 0  # calls that the store does not show yet, because another program holds it
     _frames: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -378,6 +380,9 @@ SELECT 'outcome' AS what, outcome AS name, count(*) AS n FROM preferences WHERE 
 UNION ALL
 SELECT 'fault', principle, count(*) FROM critiques WHERE run = $run AND fault GROUP BY ALL
 UNION ALL
+SELECT 'hard', judge, count(*) FROM verdicts
+WHERE run = $run AND exactness = 'hard' AND p_a IS NOT NULL GROUP BY ALL
+UNION ALL
 SELECT 'orders', CASE WHEN x.winner = y.winner THEN 'same' ELSE 'different' END, count(*)
 FROM verdicts x JOIN verdicts y USING (run, prompt, a, b, principle, judge, repeat)
 WHERE run = $run AND x."order" = 'ab' AND y."order" = 'ba' AND x.winner IS NOT NULL
@@ -386,7 +391,7 @@ WHERE run = $run AND x."order" = 'ab' AND y."order" = 'ba' AND x.winner IS NOT N
 
 def _in_store(folder: Path, run: int) -> dict[str, dict[str, int]]:
     """What the store says of a run, by kind; nothing where another program holds the store."""
-    found: dict[str, dict[str, int]] = {"outcome": {}, "fault": {}, "orders": {}}
+    found: dict[str, dict[str, int]] = {"outcome": {}, "fault": {}, "orders": {}, "hard": {}}
     with suppress(HeldError):
         for what, name, n in read_frame(folder, _SUMMARY, {"run": run}).rows():
             found[what][name] = n
@@ -430,6 +435,8 @@ def _result(
         faults=dict(sorted(told["fault"].items(), key=lambda item: -item[1])),
         same_in_both_orders=told["orders"].get("same", 0),
         in_both_orders=sum(told["orders"].values()),
+        hard=told["hard"],
+        refused=counts.refused,
         awaited=counts.awaited,
         behind=behind,
     )

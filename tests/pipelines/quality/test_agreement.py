@@ -327,7 +327,7 @@ def test_people_are_gold_where_they_have_spoken(tmp_path):
     assert none["accuracy"] is none["calibration"] is None and any(
         "no gold" in words for words in none["limitations"]
     )
-    with pytest.raises(ConfigError, match="alone has an oracle"):
+    with pytest.raises(ConfigError, match="only that world has an oracle"):
         measure(tmp_path / "store", gold="oracle")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from prefab.pipelines.cli import doctor
+from prefab.pipelines.cli.run_report import next_command, report
 from prefab.pipelines.quality import agreement, agreement_tables
 from prefab.pipelines.run.runner import run
 from prefab.pipelines.store.export.base import export
@@ -52,12 +53,16 @@ def test_what_the_probe_found_is_kept_and_told_once(tmp_path, capsys):
     assert found.item() == "false"
 
 
-def test_what_is_refused_for_good_is_asked_once(tmp_path):
+def test_what_is_refused_for_good_is_asked_once(tmp_path, capsys):
     with family_server(vary=True, bad="Question 1") as server:
         source = {**pipeline(tmp_path, server), "budget": {"failed": None, "unscored": None}}
         first, second = run(source), run(source)
         assert first.failed == second.failed > 0
         assert server.counts["400"] == first.failed
+        assert first.refused == first.failed
+        next_command(first, "prefab run p.yaml")
+        told = capsys.readouterr().err
+        assert "prefab run p.yaml --retry-refused" in told and "makes them again" not in told
         run(source, retry_refused=True)
         assert server.counts["400"] == 2 * first.failed
 
@@ -71,9 +76,10 @@ def test_doctor_tells_what_is_unusual(tmp_path):
 
 
 @pytest.mark.parametrize(("logprobs", "hard"), [("absent", True), ("given", False)])
-def test_agreement_and_card_tell_of_hard_labels(tmp_path, capsys, logprobs, hard):
+def test_screen_agreement_and_card_tell_of_hard_labels(tmp_path, capsys, logprobs, hard):
     with family_server(vary=True, logprobs=logprobs) as server:
-        run(pipeline(tmp_path, server))
+        report(run(pipeline(tmp_path, server)))
+    assert ("verdicts on hard labels" in capsys.readouterr().out) == hard
     store = tmp_path / "store"
     agreement_tables.show(agreement.measure(store))
     told = " ".join(capsys.readouterr().out.split())
