@@ -27,16 +27,32 @@ from prefab.judges.sandbox import memory_cgroup
 
 # -I: neither the environment nor the current folder decides what is imported.
 _TEST_RUNNER = "import sys; sys.path.insert(0, {root!r}); from prefab.judges.sandbox import test_runner; del sys.path[0]; test_runner.main()"  # noqa: E501
-# What there is, by: namespaces, a filter of system calls.
-_SAYS = {
-    (True, True): "no network, no files but Python's, own processes only, few system calls",
-    (True, False): "no network, no files but Python's, own processes only; all system calls",
+# From the strictest to the weakest: what keeps an answer in, whether the jail is complete, words.
+_LEVELS: list[tuple[set[str], bool, str]] = [
     (
-        False,
+        {"isolated", "filtered"},
         True,
-    ): "limits only: your files are within an answer's reach; few system calls, no network",
-    (False, False): "limits only: the network and your files are within an answer's reach",
-}
+        "no network, no files but Python's, own processes only, few system calls",
+    ),
+    (
+        {"landlocked", "filtered"},
+        True,
+        "no namespaces, but Landlock: no network, no files but Python's (names and sizes can be "
+        "seen), few system calls, no signals to other processes",
+    ),
+    (
+        {"isolated"},
+        False,
+        "no network, no files but Python's, own processes only; all system calls",
+    ),
+    (
+        {"filtered"},
+        False,
+        "limits only: your files are within an answer's reach; no network, few system calls",
+    ),
+    (set(), False, "limits only: the network and your files are within an answer's reach"),
+]
+_KEPT_BY = ("isolated", "landlocked", "filtered")
 _MEMORY = {True: "; memory limited by a control group", False: ""}
 _lock = threading.Lock()
 _known: list[dict[str, Any]] = []
@@ -92,7 +108,8 @@ def how_to_isolate() -> str:
     mode = _mode()
     advice = [text for path, values, text in _ADVICE if _reads(path) in values]
     return (
-        f"isolation is required, and there is none here ({mode['why']}): {mode['says']}. "
+        f"isolation is required, and this machine has no complete jail ({mode['why']}): "
+        f"{mode['says']}. "
         f"{' '.join(advice) or _ELSE} Or allow less: `isolation: best`"
     )
 
@@ -120,7 +137,7 @@ _ADVICE = (  # file of a setting, values that forbid, what to do
         "--security-opt apparmor=unconfined --security-opt systempaths=unconfined.",
     ),
 )
-_ELSE = "Run on Linux 5.12 or newer, where an ordinary user may make user namespaces."
+_ELSE = "Run on Linux 5.13 or newer, where user namespaces or Landlock are switched on."
 
 
 def _reads(path: str) -> str | None:
@@ -137,14 +154,13 @@ def _mode() -> dict[str, Any]:
             return _known[0]
         why: list[str] = []
         groups = (True, False) if memory_cgroup.parent() else (False,)
-        for (isolated, filtered), cgroup in product(_SAYS, groups):
+        for (kept_by, complete, says), cgroup in product(_LEVELS, groups):
             mode = {
-                "isolated": isolated,
-                "filtered": filtered,
+                **{name: name in kept_by for name in _KEPT_BY},
                 "cgroup": cgroup,
-                "complete": isolated and filtered,
+                "complete": complete,
                 "why": "; ".join(dict.fromkeys(why)),
-                "says": _SAYS[isolated, filtered] + _MEMORY[cgroup],
+                "says": says + _MEMORY[cgroup],
             }
             result = _examine("assert one() == 1", "def one(): return 1", Limits(), mode)
             if result.get("passed") == 1:

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from prefab.judges.sandbox import candidate, seccomp
+from prefab.judges.sandbox import candidate, landlock, seccomp
 
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x20000,
@@ -299,6 +299,9 @@ def _become_answer(job: dict[str, Any]) -> None:
     leave_root(many_users)
     prctl(DEATH_SIGNAL, signal.SIGKILL)  # after the change of user, which clears it
     prctl(NO_NEW_PRIVILEGES, 1)
+    if job.get("landlocked"):
+        devices = [f"/dev/{name}" for name in DEVICES]
+        landlock.restrict(list(_visible(job).values()), [job["folder"], *devices])
     if job.get("filtered"):
         seccomp.install(None if job["isolated"] else os.getpid())
     os.set_inheritable(3, True)

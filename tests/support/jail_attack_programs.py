@@ -9,6 +9,7 @@ then as in the generic table (arm64, riscv64).
 # ruff: noqa: B023
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import resource
@@ -124,6 +125,31 @@ def a_file_by_its_handle():
 
 def a_hard_link():
     return can(lambda: os.link(OUTSIDE + "/public", "/tmp/x"))
+
+
+def a_files_mode_by_name():
+    before = os.stat(OUTSIDE + "/private").st_mode
+    os.chmod(OUTSIDE + "/private", before ^ 0o100)
+    return os.stat(OUTSIDE + "/private").st_mode != before
+
+
+def a_files_time_by_name():
+    os.utime(OUTSIDE + "/private", (1, 1))
+    return os.stat(OUTSIDE + "/private").st_mtime == 1
+
+
+def a_files_length_by_name():
+    return can(lambda: os.truncate(OUTSIDE + "/private", 1))
+
+
+def a_files_owner_by_name():
+    return can(lambda: os.chown(OUTSIDE + "/private", os.getuid(), os.getgid()))
+
+
+def a_file_taken_away():
+    return can(lambda: os.rename(OUTSIDE + "/private", "x")) or can(
+        lambda: os.unlink(OUTSIDE + "/private")
+    )
 
 
 # --- sockets ---
@@ -383,6 +409,23 @@ def becoming_another_user():
 
 def the_parents_process():
     return can(lambda: os.kill(os.getppid(), 0)) and os.getppid() > 0
+
+
+def the_limits_of_the_parent():
+    parent = os.getppid()
+    limits = resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    return parent > 0 and can(lambda: resource.prlimit(parent, *limits))
+
+
+def a_signal_to_the_parent_through_a_socket():
+    a = socket.socketpair()[0]
+    if os.getppid() == 0 or not can(lambda: fcntl.fcntl(a, fcntl.F_SETOWN, os.getppid())):
+        return False
+    return fcntl.fcntl(a, fcntl.F_GETOWN) == os.getppid()
+
+
+def the_processors_of_the_parent():
+    return os.getppid() > 0 and can(lambda: os.sched_setaffinity(os.getppid(), {0}))
 
 
 def the_limits_raised():

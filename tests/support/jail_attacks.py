@@ -1,7 +1,8 @@
 """Runs the programs of `jail_attack_programs.py` in the verifier's jail.
 
-`python jail_attacks.py ROOT OUTSIDE` runs them all, for the test that does so as an ordinary user,
-and prints a JSON object: `isolation`, and `attacks` from name to what became of it.
+`python jail_attacks.py ROOT OUTSIDE [LEVEL]` runs them all, for the test that does so as an
+ordinary user, and prints a JSON object: `isolation`, `attacks` from name to what became of it,
+among them "an honest program", which must work.
 """
 
 from __future__ import annotations
@@ -22,6 +23,17 @@ ATTACKS = [
     for node in ast.parse(PROGRAMS).body
     if isinstance(node, ast.FunctionDef) and node.name not in ("call", "can")
 ]
+HONEST = """
+import os, pathlib, shutil, signal, tempfile, threading
+def f():
+    folder = pathlib.Path(tempfile.mkdtemp())
+    (folder / "a").write_text("text")
+    shutil.copy2(folder / "a", folder / "b")
+    os.replace(folder / "b", folder / "c")
+    signal.signal(signal.SIGUSR1, lambda *a: None)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return sorted(os.listdir(folder))
+"""
 ENDED = "the answer's process ended"
 
 
@@ -62,8 +74,10 @@ def outcome(name: str, outside: Path, terminal: str) -> str:
     found = sandbox.run_tests("assert attack() is False", code, limits)
     if found.get("passed") == 1:
         return "held"
-    killed = name == "calls_of_32_bit_programs" and ENDED in str(found.get("failures"))
-    return "held" if killed else f"got through: {found}"
+    said = str(found.get("failures"))
+    no_file = "a_file" in name and "FileNotFoundError" in said
+    killed = name == "calls_of_32_bit_programs" and ENDED in said
+    return "held" if killed or no_file or "PermissionError" in said else f"got through: {found}"
 
 
 if __name__ == "__main__":
@@ -71,6 +85,12 @@ if __name__ == "__main__":
     from prefab.judges import sandbox
 
     folder = Path(sys.argv[2])
+    if len(sys.argv) > 3:  # as on a machine that has nothing stricter
+        sandbox._LEVELS = [
+            level for level in sandbox._LEVELS if level[0] == set(sys.argv[3].split())
+        ]
     with prepared(folder) as terminal:
         attacks = {name: outcome(name, folder, terminal) for name in ATTACKS}
+    honest = sandbox.run_tests("assert f() == ['a', 'c']", HONEST, sandbox.Limits(timeout_s=5))
+    attacks["an honest program"] = "held" if honest.get("passed") == 1 else str(honest)
     print(json.dumps({"isolation": sandbox.isolation_status(), "attacks": attacks}))
