@@ -20,7 +20,14 @@ from prefab.pipelines.store.export import base as exports
 
 PAGE = Path(__file__).with_name("reference.md")
 GROUPS = {
-    "Projects": ["init", "check", "load_constitution", "load_pipeline", "resolve_pipeline"],
+    "Projects": [
+        "init",
+        "check",
+        "check_data",
+        "load_constitution",
+        "load_pipeline",
+        "resolve_pipeline",
+    ],
     "Making data": ["plan", "run", "import_preferences"],
     "The store": ["query", "rebuild", "export"],
     "Quality of labels and data": [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefab.factory.spec.constitution import load_constitution
+    from prefab.pipelines.cli.data_check import read_report as check_data
     from prefab.pipelines.cli.doctor import examine as doctor
     from prefab.pipelines.cli.project import check_paths as check
     from prefab.pipelines.cli.project import init_project as init
@@ -40,6 +41,7 @@ _HOME = {
     "audit_data": "pipelines.quality.data_audit:audit",
     "audit_judge": "pipelines.quality.judge_audit:audit",
     "check": "pipelines.cli.project:check_paths",
+    "check_data": "pipelines.cli.data_check:read_report",
     "doctor": "pipelines.cli.doctor:examine",
     "eval_judge": "pipelines.quality.judge_benchmark:evaluate",
     "eval_policy": "pipelines.evaluation.policy:run",
@@ -67,6 +69,7 @@ __all__ = [
     "audit_data",
     "audit_judge",
     "check",
+    "check_data",
     "doctor",
     "eval_judge",
     "eval_policy",

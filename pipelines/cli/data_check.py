@@ -4,7 +4,7 @@ kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,20 @@ def check_data(paths: Sequence[Path], columns: Sequence[str], model: str, as_jso
     )
 
 
-def read_report(path: Path, names: dict[str, str], model: str = "") -> DataReport:
-    """What a data file holds, read to its end.
+def read_report(
+    path: str | Path, names: Mapping[str, str] | None = None, model: str = ""
+) -> DataReport:
+    """Check a data file: its layout, what each column is taken for, and rows that cannot be kept.
 
-    Raises: ConfigError where the file cannot be read at all.
+    Args:
+        path: A data file, or a folder of them.
+        names: Columns to read under another name: `{"chosen": "good"}`.
+        model: Also show the first row as a trainer of this model reads it.
+
+    Raises:
+        ConfigError: The file cannot be read at all.
     """
+    path, names = Path(path), names or {}
     report = DataReport(str(path))
     for number, line, value in data_files.rows(path):
         report.rows += 1
@@ -136,7 +145,7 @@ def _check_prompts(path: Path, report: DataReport) -> None:
     report.problems += [p for p in prompts.problems if (p.path, p.message) not in known]
 
 
-def _preview(value: Any, names: dict[str, str], model: str) -> dict[str, str]:
+def _preview(value: Any, names: Mapping[str, str], model: str) -> dict[str, str]:
     from prefab.trainers.preview import preview
 
     return preview(value, names, model)

@@ -20,6 +20,7 @@ from prefab.factory.console import console, duration, hint, table, warn
 from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
 from prefab.factory.types import Message, Winner
+from prefab.pipelines.cli.options import hint_command
 from prefab.pipelines.quality.ground_truth import truth
 
 NO_PRINCIPLE = "(none: the gold score)"
@@ -129,10 +130,9 @@ def demo(
             show_gold(told)
     if not as_json:
         console().print(" · ".join(f"{part} {duration(seconds)}" for part, seconds in took.items()))
-    hint(f"prefab export --store {store} --format trl demo-out")
-    hint(
-        f'prefab sql --store {store} "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"'
-    )
+    hint_command("export", "--store", store, "--format", "trl", "demo-out")
+    select = "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"
+    hint_command("sql", "--store", store, select)
     hint("prefab init my-project            (your own constitution, prompts and model)")
     return 0
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from prefab.factory.console import hint, table, warn
+from prefab.factory.console import table, warn
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.options import (
     Json,
@@ -16,6 +16,7 @@ from prefab.pipelines.cli.options import (
     Sets,
     Store,
     existing_store,
+    hint_command,
     print_json,
     resumable,
 )
@@ -85,11 +86,11 @@ def agreement(
         return print_json(found)
     show(found)
     worst = found["principles"][0]["name"]
-    hint(
-        f"prefab agreement --store {store} --run {found['run']} --principle {worst} --examples 10"
-        if worst and not principle
-        else f"prefab export --store {store} --run {found['run']} out"
-    )
+    source = ("--store", store, "--run", found["run"])
+    if worst and not principle:
+        hint_command("agreement", *source, "--principle", worst, "--examples", 10)
+    else:
+        hint_command("export", *source, "out")
 
 
 @app.command()
@@ -130,7 +131,7 @@ def label(
     if first not in labelling.FIRST:
         raise ConfigError(f"--first {first}: did you mean {', '.join(labelling.FIRST)}?")
     wanted = cast("labelling.First", first)
-    again = f"prefab label --store {store}" + (f" --run {run}" if run else "")
+    again = ("label", "--store", store, *(("--run", run) if run else ()))
     with labelling.open_session(
         existing_store(store), run, annotator, wanted, seed, principle
     ) as session:
@@ -143,13 +144,11 @@ def label(
     if as_json:
         return print_json(report.data())
     table(f"{report.run}, labelled by {report.annotator}", ("", ""), report.rows(bool(queue)))
-    hint(
-        f"{again} --answers {queue}"
-        if queue
-        else again
-        if report.left
-        else f"prefab agreement --store {store} --gold human"
-    )
+    if queue:
+        hint_command(*again, "--answers", queue)
+    else:
+        done = ("agreement", "--store", store, "--gold", "human")
+        hint_command(*(again if report.left else done))
 
 
 @app.command("import-preferences")
@@ -202,7 +201,7 @@ def import_preferences(
             for r in done
         ],
     )
-    hint(f"prefab export --store {store} --run {done[0].run} out")
+    hint_command("export", "--store", store, "--run", done[0].run, "out")
 
 
 @audit_app.command("judge")
@@ -249,7 +248,7 @@ def audit_judge(
             audit.rows(report),
             note=audit.notes(report),
         )
-        hint(f"prefab agreement --store {store or loaded.config.store}")
+        hint_command("agreement", "--store", store or loaded.config.store)
     raise typer.Exit(audit.print_report(report, max_flips, probe))
 
 
@@ -315,8 +314,8 @@ def _show_data_audit(found: Audit, store: Path) -> None:
     for note in found.notes:
         warn(note)
     marked = [f.rule.name for f in found.findings if f.marks.height and f.rule.name != "unscored"]
-    without = f" --without {','.join(marked)}" if marked else ""
-    hint(f"prefab export --store {store} --run {found.run}{without} out")
+    without = ("--without", ",".join(marked)) if marked else ()
+    hint_command("export", "--store", store, "--run", found.run, *without, "out")
 
 
 def _thresholds(texts: list[str]) -> dict[str, float]:
@@ -419,4 +418,4 @@ def eval_judge(
         warn(f"{len(found.problems):,} rows could not be used; they are not in any figure")
     for note in found.report.notes:
         warn(note)
-    hint(f"prefab audit judge {pipeline}" if pipeline else "prefab eval judge --help")
+    hint_command(*(("audit", "judge", pipeline) if pipeline else ("eval", "judge", "--help")))

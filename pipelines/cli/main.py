@@ -27,6 +27,7 @@ from prefab.pipelines.cli.options import (
     Sets,
     Store,
     existing_store,
+    hint_command,
     print_json,
     resumable,
 )
@@ -122,7 +123,7 @@ def init(
     console().print(f"{folder}: {len(files)} files", markup=False)
     for file in files:
         console().print(f"  {file}", markup=False)
-    hint(f"cd {folder} && prefab check . && prefab plan pipeline.yaml")
+    hint(f"cd {shlex.quote(str(folder))} && prefab check . && prefab plan pipeline.yaml")
 
 
 @app.command()
@@ -162,7 +163,7 @@ def check(
     for path, what in checked:
         console().print(f"[green]ok[/green] {path} ({what})", markup=True)
     pipelines = [path for path, what in checked if what == "pipeline"]
-    hint(f"prefab plan {pipelines[0]}" if pipelines else "prefab init my-project")
+    hint_command(*(("plan", pipelines[0]) if pipelines else ("init", "my-project")))
 
 
 @app.command()
@@ -192,7 +193,7 @@ def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
     for reason, n in _plan_reasons(found.rows):
         console().print(f"  {n:,} calls: {reason}", markup=False)
     console().print(_plan_summary(found), markup=False)
-    hint(" ".join(["prefab run", str(pipeline), *(f"--set {text}" for text in sets)]))
+    hint_command("run", pipeline, *(word for text in sets for word in ("--set", text)))
 
 
 def _plan_rows(rows: list[Any]) -> list[tuple[Any, ...]]:
@@ -339,9 +340,8 @@ def export(
     table(f"{report.run} as {format} in {out}", ("dataset", "split", "rows"), report.rows())
     for note in report.notes:
         warn(note)
-    hint(
-        f"python -c \"import datasets; print(datasets.load_dataset('{out}', '{report.first()}'))\""
-    )
+    code = f"import datasets; print(datasets.load_dataset({str(out)!r}, {report.first()!r}))"
+    hint(shlex.join(["python", "-c", code]))
 
 
 @app.command()
@@ -398,7 +398,7 @@ def info(store: Store = Path("store"), as_json: Json = False) -> None:
         )
     table(str(store), ("table", "rows"), rows.iter_rows())
     table("runs", runs.columns, runs.iter_rows())
-    hint(f"prefab export --store {store} --format trl out")
+    hint_command("export", "--store", store, "--format", "trl", "out")
 
 
 @store_app.command()
@@ -410,7 +410,7 @@ def rebuild(store: Store = Path("store"), as_json: Json = False) -> None:
     if as_json:
         return print_json({"store": str(store), "rows": made.rows, "seconds": made.seconds})
     table(f"{store} rebuilt in {duration(made.seconds)}", ("table", "rows"), made.rows.items())
-    hint(f"prefab store info --store {store}")
+    hint_command("store", "info", "--store", store)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -51,6 +51,11 @@ def resumable() -> Iterator[None]:
         raise typer.Exit(STOPPED) from None
 
 
+def hint_command(*words: object) -> None:
+    """Print the next `prefab` command, quoted so that it can be pasted into a shell."""
+    hint(shlex.join(["prefab", *map(str, words)]))
+
+
 def print_json(value: Any) -> None:
     """Print a value as one JSON object to stdout."""
     import orjson

@@ -9,7 +9,7 @@ import typer
 
 from prefab.factory.console import hint, table, warn
 from prefab.pipelines.cli.labels import eval_app
-from prefab.pipelines.cli.options import Json, Sets, print_json, resumable
+from prefab.pipelines.cli.options import Json, Sets, hint_command, print_json, resumable
 
 app = typer.Typer()
 train_app = typer.Typer(no_args_is_help=True, help="Train models on the data of a store.")
@@ -64,11 +64,10 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
         [(name, float(value)) for name, value in done["metrics"].items()],
         f"The model and its card are in {done['model']}",
     )
-    hint(
-        f"prefab eval policy --set 'policies={{trained: {done['model']}}}'"
-        if stage != "reward"
-        else "prefab train ppo CONFIG.yaml    (with this reward model)"
-    )
+    if stage == "reward":
+        hint("prefab train ppo CONFIG.yaml    (with this reward model)")
+    else:
+        hint_command("eval", "policy", "--set", f"policies={{trained: {done['model']}}}")
 
 
 @train_app.command()
@@ -111,7 +110,7 @@ def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> 
     if done["stopped"]:
         warn(f"stopped before its last step: {done['stopped']}")
         raise typer.Exit(1)
-    hint(f"prefab serve {done['policy']}")
+    hint_command("serve", done["policy"])
 
 
 @train_app.command()
@@ -147,7 +146,8 @@ def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Qui
         warn(f"stopped in round {len(done['rounds'])}: {done['stopped']}")
         raise typer.Exit(1)
     named = ", ".join(f"round-{row['round']}: {row['policy']}" for row in done["rounds"])
-    hint(f"prefab eval policy --set 'policies={{first: {done['rounds'][0]['sampled']}, {named}}}'")
+    first = done["rounds"][0]["sampled"]
+    hint_command("eval", "policy", "--set", f"policies={{first: {first}, {named}}}")
 
 
 @app.command()
@@ -197,7 +197,7 @@ def _show_sweep(found: dict[str, Any]) -> None:
             ],
         )
     best = max(found["arms"].values(), key=lambda told: told["best"]["gained"])["best"]
-    hint(f"prefab train ppo ppo --set beta={best['beta']:g}")
+    hint_command("train", "ppo", "ppo", "--set", f"beta={best['beta']:g}")
 
 
 def _interval(e: dict[str, Any]) -> str:
@@ -230,4 +230,4 @@ def eval_policy(
     if as_json:
         return print_json(report.data())
     show(report)
-    hint("prefab sql \"SELECT value FROM evals WHERE name = 'eval policy'\"")
+    hint_command("sql", "SELECT value FROM evals WHERE name = 'eval policy'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -151,6 +152,29 @@ def test_every_command_ends_by_naming_the_next(made, tmp_path, monkeypatch, caps
     ):
         code, _out, err = inside(monkeypatch, capsys, *words)
         assert code == 0 and "next: " in err, (words, err)
+
+
+def test_the_next_command_can_be_pasted_where_paths_have_spaces(
+    made, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(made, tmp_path / "my project", symlinks=True)
+    store, pipeline, out = folder / "store", folder / "pipeline.yaml", tmp_path / "my out"
+    for words in (
+        ("plan", pipeline, "--set", f"store={store}", "--set", "prompts={source: p.jsonl}"),
+        ("export", "--store", store, out),
+        ("store", "info", "--store", store),
+        ("store", "rebuild", "--store", store),
+        ("audit", "data", "--store", store),
+        ("agreement", "--store", store, "--resamples", "0"),
+        ("init", tmp_path / "another one"),
+    ):
+        shutil.copyfile(folder / "prompts.jsonl", folder / "p.jsonl")
+        _code, _out, err = inside(monkeypatch, capsys, *map(str, words))
+        told = next(line for line in reversed(err.splitlines()) if line.startswith("next: "))
+        pasted = shlex.split(told.removeprefix("next: "))
+        assert any(str(path) in word for path in (folder, out, tmp_path) for word in pasted), told
+        if words[0] == "plan":
+            assert pasted == ["prefab", "run", *map(str, words[1:])]
 
 
 @pytest.mark.parametrize(
