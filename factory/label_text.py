@@ -17,6 +17,7 @@ _NAMES = (
     r"answer|verdict|choice|judg(?:e)?ment|winner|decision|preference|preferred(?: answer)?|rating"
     r"|score|grade|result|label|conclusion|option"
 )
+_END = r"[*_`\"'”’)\]}>$]*+(?!\w)"
 # before a label and after it: no letter, digit, slash or decimal may belong to it
 _ALONE_BEFORE, _ALONE_AFTER = (
     r"(?<![\w/.,-])",
@@ -65,7 +66,7 @@ def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
         re.compile(rf"\[\[\s*{label}\s*\]\]"),
         re.compile(rf"<(?:answer|verdict|choice|score)>\s*{label}\s*</"),
         re.compile(
-            rf"(?i:\b(?:{_NAMES})\b(?:\s+(?:is|would be|should be))?){_CLOSE}[:：=]{_OPEN}{label}"
+            rf"(?i:\b(?:{_NAMES})\b(?:\s+(?:is|would be|should be))?){_CLOSE}[:：=]{_OPEN}{label}{_END}"
         ),
         re.compile(rf"(?i:\b(?:{_NAMES})\s+(?:is|would be))\s*[:：]?{_OPEN}{label}{_CLOSE}$", re.M),
         re.compile(rf"^{_OPEN}{label}{_CLOSE}$", re.M),

@@ -59,6 +59,11 @@ def split_thinking(text: str) -> ThinkingSplit:
 _OPENINGS = tuple(opening for opening, _ in TAGS)
 
 
+def closing_tag_alone(text: str) -> bool:
+    """Whether a text begins with thinking that it does not open: its chat template did."""
+    return bool(split_thinking(text).thinking) and not text.lstrip().startswith(_OPENINGS)
+
+
 def _split(text: str, opening: str, closing: str) -> ThinkingSplit | None:
     """The text's first block between these tags; None where it does not begin with one."""
     opened = text.lstrip().startswith(opening)

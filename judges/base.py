@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prefab.factory.label_text import find_label
 from prefab.factory.spec.templates import Template, conversation_text, fence, neutralise
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import (
@@ -41,7 +42,6 @@ from prefab.factory.types import (
 from prefab.factory.uses import PairUse, ScoreUse, Use
 from prefab.judges.panel import orders, weakest
 
-LABEL_READ = Sampling(max_tokens=1)
 Examples = Sequence[
     Mapping[str, Any]
 ]  # few-shot, from the constitution, as the template's loop reads them
@@ -73,6 +73,19 @@ class JudgeConfig(BaseModel):
         return tuple(sorted(self.template_kwargs.items()))
 
 
+class LabelJudgeConfig(JudgeConfig):
+    """The fields of the kinds that read a label."""
+
+    answer_tokens: int = Field(
+        1,
+        ge=1,
+        exclude_if=lambda value: value == 1,
+        description="Tokens of an answer without its thinking. 1: the label is its first token. More, "
+        "where a template of your own asks for a form: Answer: A, [[A]], \\boxed{A}. The label's "
+        "probability is then read at its own token.",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """The score of one answer: either `value` with the labels' `probabilities`, or `reason`; never
@@ -102,9 +115,11 @@ def spellings(labels: Sequence[str]) -> dict[str, int]:
 
 
 def label_masses(
-    completion: Completion, index: Mapping[str, int], n: int
+    completion: Completion, index: Mapping[str, int], n: int, forms: bool = False
 ) -> list[float] | UnscoredReason:
     """The probability of each of `n` labels, summed over its spellings, or why there is none.
+    `forms`: without log-probabilities the label may stand in a form (Answer: A), as it may after
+    thinking.
 
     A label that an exact read does not mention was not read at all, so nothing follows from its
     absence. In a top-k read (`bounds`) it lies below the k-th token and counts 0. Without
@@ -114,7 +129,7 @@ def label_masses(
         return completion.finish
     logps = completion.label_logps
     if logps is None:
-        return _hard_masses(completion, index, n)
+        return _hard_masses(completion, index, n, forms)
     masses = [0.0] * n
     unread = (1 << n) - 1
     try:
@@ -134,25 +149,37 @@ def label_masses(
 
 
 def _hard_masses(
-    completion: Completion, index: Mapping[str, int], n: int
+    completion: Completion, index: Mapping[str, int], n: int, forms: bool
 ) -> list[float] | UnscoredReason:
     if completion.exactness != "hard":
         return "no_logprobs"
     text = completion.text if isinstance(completion.text, str) else ""
-    _, answer, finished = split_thinking(text)
+    thinking, answer, finished = split_thinking(text)
     if not finished:
         return "truncated"
-    i = index.get(answer.strip())
+    answer = answer.strip()
+    i = index.get(answer)
+    if i is None and (forms or thinking):
+        found = find_label(answer, index)
+        cut = completion.finish == "length"
+        if found is not None and not (cut and answer.endswith(found.label)):
+            i = index[found.label]
+        elif cut:
+            return "truncated"
     if i is None:
         return "parse"
     return [float(j == i) for j in range(n)]
 
 
 def label_score(
-    completion: Completion, index: Mapping[str, int], values: Sequence[float], min_mass: float
+    completion: Completion,
+    index: Mapping[str, int],
+    values: Sequence[float],
+    min_mass: float,
+    forms: bool = False,
 ) -> Score:
     """The expected value over labels worth `values`, or an unscored `Score`."""
-    masses = label_masses(completion, index, len(values))
+    masses = label_masses(completion, index, len(values), forms)
     if isinstance(masses, str):
         return Score(None, reason=masses, exactness=completion.exactness)
     total = sum(masses)
@@ -170,11 +197,13 @@ def label_request(
     index: Mapping[str, int],
     config: JudgeConfig,
     repeat: int = 0,
+    tokens: int = 1,
 ) -> Request:
-    """A greedy read of the first token's label probabilities."""
-    return Request(
-        model, messages, LABEL_READ, tuple(index), config.ordered_kwargs(), repeat_key(repeat)
-    )
+    """A greedy read of the labels' probabilities: at the first token, or with more `tokens` at the
+    token of the label that the answer names.
+    """
+    kwargs, key = config.ordered_kwargs(), repeat_key(repeat)
+    return Request(model, messages, Sampling(tokens), tuple(index), kwargs, key)
 
 
 def text_request(

@@ -21,6 +21,7 @@ from prefab.factory.engines.family import (
     PROBE,
     PROBE_TOKENS,
     Family,
+    Thinking,
     droppable,
     learned,
     without_system,
@@ -28,7 +29,13 @@ from prefab.factory.engines.family import (
 from prefab.factory.engines.http import LIMITED, HttpClient, Rejected
 from prefab.factory.errors import EngineError, RequestRefused, TransportError
 from prefab.factory.keys import derived_seed
-from prefab.factory.thinking import message_text, split_thinking
+from prefab.factory.label_text import FoundLabel, find_label
+from prefab.factory.thinking import (
+    closing_tag_alone,
+    join_thinking,
+    message_text,
+    split_thinking,
+)
 from prefab.factory.types import Completion, Exactness, Finish, Message, Request, Sampling
 
 # a label read waits this long for others to share its POST while some are under way, else not at
@@ -136,12 +143,15 @@ class Drawn(NamedTuple):
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """What label reads that may share one POST have in common: the body without its messages, also
-    as text, and the labels.
+    as text, and the labels. `forms`: the label may stand in a form, not at the first token.
+    `opened`: the chat template opens the thinking.
     """
 
     head: bytes
     labels: tuple[str, ...]
     body: Mapping[str, Any]
+    forms: bool = False
+    opened: bool = False
 
 
 class Chat:
@@ -187,7 +197,8 @@ class Chat:
     async def _complete(self, key: bytes, request: Request) -> Completion:
         group = await self._group(request)
         messages = self._messages(request)
-        if request.labels and self.batch > 1 and request.sampling.temperature == 0:
+        greedy = request.sampling.temperature == 0
+        if request.labels and self.batch > 1 and greedy and not group.forms:
             return await self._join(group, messages)
         seeded = request.sampling.temperature > 0 and "seed" not in self.family.left_out
         seed = b',"seed":%d' % derived_seed(key) if seeded else b""
@@ -250,10 +261,12 @@ class Chat:
     async def _probe(self) -> None:
         kwargs: tuple[tuple[str, Any], ...] = ()
         answer, thought = await self._probe_once(kwargs)
+        opens = answer is not None and closing_tag_alone(answer.text)
         if thought:
             kwargs = (("enable_thinking", False),)
             answer, thought = await self._probe_once(kwargs)
-            self._now(replace(self.family, thinking="always" if thought else "unless_told"))
+            always: Thinking = "always" if thought else "unless_told"
+            self._now(replace(self.family, thinking=always, opens_thinking=opens))
         if answer is None:
             return
         read = answer.label_logps or {}
@@ -277,7 +290,8 @@ class Chat:
             nonlocal hidden
             details = (answer.get("usage") or {}).get("completion_tokens_details") or {}
             hidden = _count(details.get("reasoning_tokens"))
-            return self._completion(_choices(answer, 1)[0], request.labels, *_usage(answer))
+            group = Group(b"", request.labels, {})
+            return self._completion(_choices(answer, 1)[0], group, *_usage(answer))
 
         async def ask() -> Completion:
             group = await self._group(request)
@@ -345,7 +359,11 @@ class Chat:
             body |= self.extra
             head = orjson.dumps(body)[:-1] + b',"messages":'
             # another request of this kind may have come first while the labels were prepared
-            group = self._heads.setdefault(kind, Group(head, request.labels, body))
+            forms = bool(request.labels) and request.sampling.max_tokens > 1
+            thinks = self.family.thinks(dict(request.template_kwargs))
+            opened = thinks and self.family.opens_thinking
+            made = Group(head, request.labels, body, forms, opened)
+            group = self._heads.setdefault(kind, made)
         return group
 
     def _sampling(self, request: Request) -> dict[str, Any]:
@@ -380,7 +398,7 @@ class Chat:
         """The answer to one conversation. Raises: Rejected, TransportError, EngineError."""
         return await self._parsed(
             b"%b%b%b}" % (group.head, messages, seed),
-            lambda answer: self._completion(_choices(answer, 1)[0], group.labels, *_usage(answer)),
+            lambda answer: self._completion(_choices(answer, 1)[0], group, *_usage(answer)),
         )
 
     async def _parsed(self, body: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
@@ -417,7 +435,7 @@ class Chat:
         raise RequestRefused(f"{self.server.url}{self.path}: HTTP {refusal.status} {message}")
 
     def _completion(
-        self, choice: Any, labels: tuple[str, ...], prompt_tokens: int, new_tokens: int
+        self, choice: Any, group: Group, prompt_tokens: int, new_tokens: int
     ) -> Completion:
         try:
             message = choice["message"]
@@ -430,28 +448,52 @@ class Chat:
                 raise Malformed(
                     f"finish_reason {choice.get('finish_reason')!r}, content {type(text).__name__}"
                 )
-            if not labels:
+            if group.opened and finish == "length" and split_thinking(text) == ("", text, True):
+                text = join_thinking(text, "")  # it was cut off before the closing tag
+            if not group.labels:
                 return Completion(text, finish, None, "exact", prompt_tokens, new_tokens)
             content = (choice.get("logprobs") or {}).get("content") or [{}]
-            logps, exactness = self._label_read(text, content, labels)
+            logps, exactness = self._label_read(text, content, group)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise Malformed(f"not a chat completion ({type(error).__name__}: {error})") from error
         return Completion(text, finish, logps, exactness, prompt_tokens, new_tokens)
 
-    def _label_read(self, text: str, content: list[Any], labels: tuple[str, ...]) -> LabelRead:
-        """The labels at the first token; where the model thought before, at the label that is its
-        whole answer (without log-probabilities, `hard`, when its answer is anything else).
+    def _label_read(self, text: str, content: list[Any], group: Group) -> LabelRead:
+        """The labels at the first token; where the model thought before, or the label may stand in
+        a form, at the token of the label that the answer names. Without log-probabilities, `hard`,
+        where that token is not known.
         """
         if not self.family.logprobs:
             return None, "hard"
         split = split_thinking(text)
-        if not split.thinking and split.finished:
-            return self.read.parse(content[0].get("top_logprobs"), labels)
-        if split.answer in {label.strip() for label in labels}:
-            for entry in reversed(content):
-                if self.read.is_label(entry.get("token"), labels):
-                    return self.read.parse(entry.get("top_logprobs"), labels)
-        return None, "hard"
+        if not split.thinking and split.finished and not group.forms:
+            return self.read.parse(content[0].get("top_logprobs"), group.labels)
+        found = find_label(split.answer, group.labels)
+        at = None if found is None else self._token_of(found, split.answer, content, group.labels)
+        if found is None or at is None:
+            return None, "hard"
+        logps, exactness = self.read.parse(content[at].get("top_logprobs"), group.labels)
+        best = max(logps or {}, key=lambda label: (logps or {})[label], default="")
+        return (logps, exactness) if best.strip() == found.label else (None, "hard")
+
+    def _token_of(
+        self, found: FoundLabel, answer: str, content: list[Any], labels: tuple[str, ...]
+    ) -> int | None:
+        """The place of a label's token. Tokens may be named by their ids, so it is counted from the
+        end: past the tokens of the labels that stand after it in the answer. None where there are
+        more tokens after it than letters.
+        """
+        rest = answer[found.offset + len(found.label) :]
+        names = "|".join(re.escape(name) for name in {label.strip() for label in labels})
+        later = len(re.findall(rf"(?<!\w)(?:{names})(?!\w)", rest))
+        places = [
+            i
+            for i in range(len(content) - 1, -1, -1)
+            if self.read.is_label(content[i].get("token"), labels)
+        ]
+        if later >= len(places) or len(content) - 1 - places[later] > len(rest) + 3:
+            return None
+        return places[later]
 
     def _join(self, group: Group, messages: bytes) -> asyncio.Future[Completion]:
         """Wait for company: a full batch leaves at once, a lonely read when the loop next turns."""
@@ -519,8 +561,7 @@ class Chat:
         choices = _choices(answer, len(conversations))
         shares = _share(_usage(answer)[0], [len(c) for c in conversations])
         return [
-            self._completion(c, group.labels, tokens, 1)
-            for c, tokens in zip(choices, shares, strict=True)
+            self._completion(c, group, tokens, 1) for c, tokens in zip(choices, shares, strict=True)
         ]
 
     async def _alone(

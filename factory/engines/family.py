@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from prefab.factory.types import Message
 
+Thinking = Literal["no", "unless_told", "always"]
 MaxTokensField = Literal["max_tokens", "max_completion_tokens"]
 PROBE = (
     Message("system", "Answer with one letter and nothing else."),
@@ -63,6 +64,8 @@ class Family:
         top_logprobs: How many of the likeliest tokens it gives, where fewer than are asked for.
         thinking: Whether it thinks before it answers: `no`; `unless_told` (`enable_thinking: false`
             stops it); `always`.
+        opens_thinking: Whether its chat template opens the thinking, so that a text has the closing
+            tag alone.
         begins: What it began with when it was asked for one letter, where that was no letter.
     """
 
@@ -71,8 +74,9 @@ class Family:
     left_out: tuple[str, ...] = ()
     logprobs: bool = True
     top_logprobs: int | None = None
-    thinking: Literal["no", "unless_told", "always"] = "no"
+    thinking: Thinking = "no"
     begins: str = ""
+    opens_thinking: bool = False
 
     def thinks(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether it thinks when asked with these arguments of the chat template."""

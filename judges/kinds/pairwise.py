@@ -23,7 +23,7 @@ from prefab.factory.types import (
     Verdict,
 )
 from prefab.judges.base import (
-    JudgeConfig,
+    LabelJudgeConfig,
     PairJudge,
     Reasoning,
     RequestContext,
@@ -39,7 +39,7 @@ from prefab.judges.base import (
 LABELS = ("A", "B", "T")
 
 
-class PairwiseConfig(JudgeConfig):
+class PairwiseConfig(LabelJudgeConfig):
     """A pairwise judge. With `reasoning` it thinks aloud first (`reasoning_template`) and is read
     afterwards.
 
@@ -127,7 +127,8 @@ class PairwiseJudge(PairJudge[PairwiseConfig]):
             variables["reasoning"] = neutralise(reasoning, specials)
         messages = context.templates[name].render(**variables)
         if role != "reason":
-            return label_request(context.model, messages, self._index, config, repeat)
+            tokens = config.answer_tokens
+            return label_request(context.model, messages, self._index, config, repeat, tokens)
         seed = context.seed if config.temperature > 0 else None
         sampling = Sampling(config.reasoning_tokens, config.temperature, seed=seed)
         place = (comparison.a.index, comparison.b.index)
@@ -147,7 +148,8 @@ class PairwiseJudge(PairJudge[PairwiseConfig]):
         both labels.
         """
         config = self.config
-        masses = label_masses(completion, self._index, 3 if config.ties else 2)
+        forms = config.answer_tokens > 1
+        masses = label_masses(completion, self._index, 3 if config.ties else 2, forms)
         if isinstance(masses, str):
             return Verdict(None, None, masses, exactness=completion.exactness)
         a, b, tie = masses if config.ties else (*masses, 0.0)

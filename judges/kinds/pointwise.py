@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from prefab.factory.types import Completion, Principle, Prompt, Request, Sample, Verdict
 from prefab.judges.base import (
-    JudgeConfig,
+    LabelJudgeConfig,
     RequestContext,
     RubricLines,
     Score,
@@ -25,7 +25,7 @@ from prefab.judges.base import (
 )
 
 
-class PointwiseConfig(JudgeConfig):
+class PointwiseConfig(LabelJudgeConfig):
     """A judge that scores one answer on the scale `low`..`high`, both included."""
 
     kind: Literal["pointwise"] = "pointwise"
@@ -68,11 +68,13 @@ class PointwiseJudge(ScoreJudge[PointwiseConfig]):
         fault.
         """
         messages = self.render(prompt, sample, principle.criterion, principle, context)
-        return label_request(context.model, messages, self._index, self.config, repeat)
+        tokens = self.config.answer_tokens
+        return label_request(context.model, messages, self._index, self.config, repeat, tokens)
 
     def decode(self, use: Any, completion: Completion) -> Score:
         """The expected score on the judge's own scale, or why there is none."""
-        return label_score(completion, self._index, self._values, self.config.min_label_mass)
+        least, forms = self.config.min_label_mass, self.config.answer_tokens > 1
+        return label_score(completion, self._index, self._values, least, forms)
 
     def compare(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
         """P(a above b) + half of P(equal)."""

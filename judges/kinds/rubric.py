@@ -16,7 +16,7 @@ from prefab.factory.keys import rubric_id
 from prefab.factory.types import Completion, Principle, Prompt, Request, Sample, Verdict
 from prefab.judges.base import (
     NO_PRINCIPLE,
-    JudgeConfig,
+    LabelJudgeConfig,
     RequestContext,
     RubricLines,
     Score,
@@ -32,7 +32,7 @@ LABELS = ("Yes", "No")
 _INDEX = spellings(LABELS)
 
 
-class RubricConfig(JudgeConfig):
+class RubricConfig(LabelJudgeConfig):
     """A judge that answers Yes or No for one criterion at a time."""
 
     kind: Literal["rubric"] = "rubric"
@@ -77,11 +77,13 @@ class RubricJudge(ScoreJudge[RubricConfig]):
         own = principle is NO_PRINCIPLE
         criterion = prompt.rubric[line][0] if own else principle.criterion
         messages = self.render(prompt, sample, criterion, None if own else principle, context)
-        return label_request(context.model, messages, _INDEX, self.config, repeat)
+        tokens = self.config.answer_tokens
+        return label_request(context.model, messages, _INDEX, self.config, repeat, tokens)
 
     def decode(self, use: Any, completion: Completion) -> Score:
         """P(yes) = Yes / (Yes + No), or why there is none."""
-        return label_score(completion, _INDEX, (1.0, 0.0), self.config.min_label_mass)
+        least, forms = self.config.min_label_mass, self.config.answer_tokens > 1
+        return label_score(completion, _INDEX, (1.0, 0.0), least, forms)
 
     def verdict_of(self, a: Sequence[Score], b: Sequence[Score], lines: RubricLines) -> Verdict:
         """Two answers on the lines that were read for both; unscored when those have less than

@@ -67,6 +67,7 @@ def test_a_form_names_a_label(answer, label):
         "Answer: A\nAnswer: B",
         "A\nB",
         "Reply with [[A]] or [[B]].",
+        'winner": "A"T',
         r"\boxed{A, B}",
         "I cannot choose.",
         "Answer: " + "A" * 10_000,

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefab.factory.label_text import find_label
 from prefab.factory.spec.templates import load_template
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import Comparison, Completion, Message, Principle, Prompt, Sample
@@ -153,6 +154,41 @@ def test_top_k_gives_bounds_and_bare_labels_are_hard():
     hard = PAIRWISE.parse(Completion(" B ", "stop", None, "hard"), "ba")
     assert (hard.p_a, hard.winner, hard.mass, hard.exactness) == (1.0, "a", None, "hard")
     assert PAIRWISE.parse(Completion("T", "stop", None, "hard"), "ab").winner == "tie"
+
+
+@pytest.mark.parametrize(
+    ("said", "finish", "winner", "reason"),
+    [
+        ("Answer: **A**", "stop", "a", None),
+        ("[[B]]", "stop", "b", None),
+        (r"\boxed{T}", "stop", "tie", None),
+        ("A is kinder.\n\nAnswer: A", "stop", "a", None),
+        ("A is kinder.", "stop", None, "parse"),
+        ("[[A]] or [[B]]", "stop", None, "parse"),
+        ("A is kinder than", "length", None, "truncated"),
+        ("Answer: A", "length", None, "truncated"),  # it could go on: "Answer: All"
+        ("Answer: A. It is", "length", "a", None),
+        ("<think>Answer: B", "stop", None, "truncated"),
+        ("<think>Answer: B</think>Answer: A", "stop", "a", None),
+    ],
+)
+def test_a_label_in_a_form_is_read_where_it_is_asked_for(said, finish, winner, reason):
+    config = pairwise.PairwiseConfig(name="pairwise", answer_tokens=64)
+    judge = pairwise.PairwiseJudge(config)
+    request = judge.request("judge", PAIR, RULE, "ab", 0, CONTEXT)
+    assert request.sampling.max_tokens == 64 and request.labels == PAIRWISE.labels()
+    hard = Completion(said, finish, None, "hard")
+    assert (judge.parse(hard, "ab").winner, judge.parse(hard, "ab").reason) == (winner, reason)
+    if "think" not in said:  # otherwise the answer must be a label and nothing else
+        assert PAIRWISE.parse(hard, "ab").reason == "parse"
+    assert PAIRWISE.config.model_dump().keys().isdisjoint({"answer_tokens"})
+
+
+def test_forms_of_other_kinds():
+    grade = pointwise.PointwiseJudge(pointwise.PointwiseConfig(name="p", answer_tokens=9))
+    assert grade.decode(None, Completion("Rating: [[7]]", "stop", None, "hard")).value == 7.0
+    check = rubric.RubricJudge(rubric.RubricConfig(name="r", answer_tokens=9))
+    assert check.decode(None, Completion("Answer: **no**", "stop", None, "hard")).value == 0.0
 
 
 @given(a=st.floats(0, 1), b=st.floats(0, 1), t=st.floats(0, 1), scale=st.floats(0.3, 1))
@@ -590,7 +626,9 @@ def _check_verdict(verdict, completion):
         return
     assert 0.0 <= verdict.p_a <= 1.0
     if completion.label_logps is None:
-        assert split_thinking(completion.text).answer.strip() in pairwise.LABELS
+        thinking, answer, _ = split_thinking(completion.text)
+        named = find_label(answer, pairwise.LABELS) if thinking else None
+        assert answer.strip() in pairwise.LABELS or named is not None
     elif completion.exactness == "exact":
         assert all(any(s in completion.label_logps for s in (x, " " + x)) for x in pairwise.LABELS)
 

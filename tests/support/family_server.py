@@ -35,6 +35,7 @@ class Family:
         hints: How a 429 tells the time to wait: `header`, `message` or nothing.
         bad: A message with this text is HTTP 400 for good.
         vary: Give each free text another number.
+        form: What stands around a label; a space is the end of a token.
     """
 
     system: str = "taken"
@@ -49,6 +50,7 @@ class Family:
     bad: str = ""
     label: str = "A"
     vary: bool = False
+    form: str = "{}"
     bodies: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     url: str = ""
@@ -104,7 +106,7 @@ class Family:
         said = "Yes, you can come."
         said += f" It is answer {len(self.bodies)}." if self.vary else ""
         said = "None." if "Reply with None" in asked else said
-        said = self.label if CHOOSE in asked else said
+        said = self.form.format(self.label) if CHOOSE in asked else said
         wanted = (body.get("chat_template_kwargs") or {}).get("enable_thinking", True)
         thinks = self.think if self.deaf or wanted else None
         words, apart = said.split(" "), None

@@ -4,6 +4,7 @@ otherwise, and that nothing is lost."""
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from prefab.factory.engines.base import make
 from prefab.factory.engines.family import Family, learned, without_system
 from prefab.factory.errors import EngineError, RequestRefused
 from prefab.factory.keys import request_key
+from prefab.factory.thinking import split_thinking
 from prefab.factory.types import Completion, Message, Request, Sampling
 from tests.support.family_server import THOUGHTS, family_server
 
@@ -115,6 +117,42 @@ def test_a_model_that_always_thinks_is_read_at_its_verdict(think):
         assert server.bodies[-1]["max_tokens"] == 1 + 2048
         assert label.text.endswith("</think>\n\nA") or label.text.endswith("</think>\n\n A")
         assert label.label_logps["A"] > label.label_logps["B"]
+
+
+FORMS = [
+    ("Answer: {}", "bounds"),
+    ("Answer: ** {} **", "bounds"),
+    ("A is short and B is long.\n\nAnswer: {} . It is kinder than A .", "bounds"),
+    # a token with more than the label in it: which token is whose is not known
+    ("Answer: {} \n\nB is kinder than A", "hard"),
+    ("**{}**", "hard"),  # one token with its marks: its probability is not among the labels'
+    ("[[{}]]", "hard"),
+]
+
+
+@pytest.mark.parametrize(("form", "exactness"), FORMS)
+@pytest.mark.parametrize("think", [None, "open", "close", "apart"])
+def test_a_label_in_a_form_is_read_at_its_own_token(form, exactness, think):
+    with family_server(think=think, deaf=True, form=form, label="B") as server:
+        asked = replace(read(), sampling=Sampling(64))
+        (found,) = answers(engine(server.url), asked)
+        if exactness == "bounds":
+            assert found.exactness == "bounds"
+            assert found.label_logps["B"] > found.label_logps["A"] > -2
+        else:
+            assert (found.label_logps, found.exactness) == (None, "hard")
+
+
+def test_a_thought_that_the_template_opened_and_the_length_cut_off_is_known_as_one():
+    with family_server(think="close", deaf=True) as server:
+        one = engine(server.url, thinking_tokens=4)
+        asked = replace(draft(), sampling=Sampling(4))
+        (found,) = answers(one, asked)
+        assert one.findings["opens_thinking"] is True and found.finish == "length"
+        assert not split_thinking(found.text).finished
+    with family_server() as server:  # another model's answer that is cut off is an answer
+        (found,) = answers(engine(server.url), replace(draft(), sampling=Sampling(2)))
+        assert (found.text, found.finish) == ("Yes, you", "length")
 
 
 def test_hidden_thinking_gets_room():
