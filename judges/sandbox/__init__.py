@@ -106,12 +106,16 @@ def isolation_status() -> tuple[bool, str]:
 def how_to_isolate() -> str:
     """What this machine lacks for a complete jail, how to get it, and how to do with less."""
     mode = _mode()
-    advice = [text for path, values, text in _ADVICE if _reads(path) in values]
     return (
         f"isolation is required, and this machine has no complete jail ({mode['why']}): "
-        f"{mode['says']}. "
-        f"{' '.join(advice) or _ELSE} Or allow less: `isolation: best`"
+        f"{mode['says']}. {advice()}"
     )
+
+
+def advice() -> str:
+    """How this machine could have a complete jail, by its settings, and how to do with less."""
+    texts = [text for path, values, text in _ADVICE if _reads(path) in values]
+    return f"{' '.join(texts) or _ELSE} Or allow less: `isolation: best`"
 
 
 _ADVICE = (  # file of a setting, values that forbid, what to do

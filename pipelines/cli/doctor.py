@@ -213,7 +213,10 @@ def _sandbox() -> Iterator[Finding]:
     yield Finding(
         "verifier's sandbox",
         "ok" if isolated else "note",
-        f"{limits}; {words}" if isolated else sandbox.how_to_isolate(),
+        f"{limits}; {words}"
+        if isolated
+        else f"{words}. A verifier with `isolation: required` refuses to run here. "
+        + sandbox.advice(),
     )
 
 
