@@ -30,7 +30,7 @@ def version() -> int:
     """The version of Landlock in this kernel, 0 where there is none."""
     if sys.platform != "linux":
         return 0
-    return max(0, ctypes.CDLL(None).syscall(_CREATE, None, 0, _VERSION))
+    return max(0, int(ctypes.CDLL(None).syscall(_CREATE, None, 0, _VERSION)))
 
 
 def restrict(readable: list[str], writable: list[str]) -> None:

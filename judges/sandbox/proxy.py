@@ -245,7 +245,7 @@ class Proxy:
         if self._proxy_made:
             return bool(self._proxy_line.do("contains", self, item))
         # compared here, and nobody is told the item; `__iter__` is added below
-        return any(each == item for each in self)  # type: ignore[attr-defined]
+        return any(each == item for each in self)
 
 
 # Of other attributes with two underscores, those that a test may look at.
