@@ -39,7 +39,15 @@ ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
-PROMPTS = ("prompt", "question", "instruction", "query", "messages", "conversations")
+PROMPTS = (
+    "prompt",
+    "question",
+    "instruction",
+    "query",
+    "messages",
+    "conversations",
+    "conversation",
+)
 SYSTEMS = ("system", "system_prompt")
 # Of UltraFeedback: the mean of aspects first, since the overall score has known errors.
 SCORES = ("fine-grained_score", "overall_score", "score")
@@ -315,7 +323,7 @@ def prompt_of(row: Row, column: str | None = None) -> Turns:
     """The prompt of a row: the named column, or the first of `PROMPTS` that is filled; with the
     texts of `system`, `history` and `input`. Empty where there is none.
     """
-    name = column or next((n for n in PROMPTS if row.get(n) is not None), None)
+    name = column or next((n for n in (*PROMPTS, "input") if row.get(n) is not None), None)
     if name is None:
         return []
     value = row[name]
@@ -638,6 +646,7 @@ COMMON = {
     "query": "the prompt",
     "messages": "the conversation",
     "conversations": "the conversation",
+    "conversation": "the conversation",
     "context": "the prompt",
     "input": "the prompt's second part",
     "history": "earlier turns",
@@ -752,6 +761,7 @@ LAYOUTS = (
     *(Layout("demonstration", (name,), _demonstration, {name: "the answer"}) for name in ANSWERS),
     Layout("conversation", ("messages",), _conversation, {}),
     Layout("conversation", ("conversations",), _conversation, {}),
+    Layout("conversation", ("conversation",), _conversation, {}),
     *(
         Layout("prompt", (name,), _prompt, {})
         for name in ("prompt", "question", "instruction", "query")

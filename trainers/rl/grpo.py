@@ -23,6 +23,7 @@ from typing import Any
 import orjson
 
 from prefab.trainers import distributed
+from prefab.trainers.chat import dialect
 from prefab.trainers.common import (
     TrainError,
     default_device,
@@ -105,6 +106,8 @@ def prepare_run(
     check_inputs(config.method.upper(), prompts, sources)
     checkpoint.seed_step(config.seed, 0, "load", config.threads)
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
+    # TRL ends answers at the tokenizer's EOS alone
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(dialect(tokenizer).end)
     policy = load_policy(config.model, config.attention).eval()
     reference = policy  # with lora, until TRL's trainer puts the adapters in
     if config.lora is None:

@@ -207,6 +207,8 @@ def test_demonstrations_and_labelled_answers():
     kto = layouts.parse({"prompt": "x", "completion": [assistant("Cod.")], "label": False})
     assert (kto.layout, kto.label, kto.answers) == ("unpaired", False, [assistant("Cod.")])
     assert layouts.parse({"messages": TALK}).prompt == TALK
+    assert layouts.parse({"conversation": talk}).talk == talk
+    assert layouts.parse({"input": "x", "output": "y"}).prompt == [user("x")]
 
 
 def test_tool_calls_results_and_tools_are_kept():

@@ -159,6 +159,75 @@ def test_conversations(row):
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"system": "Be brief.", "prompt": "x"}, ["Be brief.", "x"]),
+        ({"system": "", "instruction": "Name", "input": "a fish."}, ["Name\na fish."]),
+        (
+            {"chosen": "\n\nHuman: x\n\nAssistant: y", "rejected": "\n\nHuman: x\n\nAssistant: z"},
+            ["x"],
+        ),
+        (
+            {"prompt": "\n\nHuman: x\n\nAssistant:", "answers": [{"answer": "y", "rank": 1}] * 2},
+            ["x"],
+        ),
+        ({"conversation": CONVERSATION}, ["s", "u", "a", "v"]),
+        (
+            {"messages": [{"role": "developer", "content": "s"}, *CONVERSATION[1:]]},
+            ["s", "u", "a", "v"],
+        ),
+    ],
+)
+def test_every_part_of_the_prompt_is_kept(row, turns):
+    messages = parse_row(row, PromptsConfig(source="x")).messages
+    assert [m.content for m in messages] == turns
+    assert (messages[0].role == "system") == (turns[0] in ("Be brief.", "s"))
+
+
+CALLS = [{"type": "function", "function": {"name": "find", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            {
+                "messages": [
+                    *CONVERSATION[:2],
+                    {**CONVERSATION[2], "tool_calls": CALLS},
+                    CONVERSATION[3],
+                ]
+            },
+            "turn 3 calls tools",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "x"},
+                    {"from": "observation", "value": "y"},
+                ]
+            },
+            "turn 2 is a tool's result",
+        ),
+        ({"prompt": "x", "tools": CALLS}, "has tools"),
+        (
+            {
+                "messages": [
+                    CONVERSATION[1],
+                    {"role": "assistant", "content": None},
+                    CONVERSATION[3],
+                ]
+            },
+            "null",
+        ),
+    ],
+)
+def test_what_a_prompt_cannot_hold_is_refused(row, told):
+    with pytest.raises(ValueError, match=told):
+        parse_row(row, PromptsConfig(source="x"))
+
+
 def test_settings(tmp_path):
     path = jsonl(
         tmp_path, *[{"question": f"q{i}", "split": "dev" if i % 2 else "train"} for i in range(6)]
@@ -219,7 +288,7 @@ def test_malformed_rows_are_told_by_number_and_counted(tmp_path):
     assert [str(problem).removeprefix(f"{path}:") for problem in prompts.problems] == [
         "2:1 row 2: not JSON: Expecting property name enclosed in double quotes at column 2",
         "4:1 row 3: not UTF-8 (byte 0xe9 at column 16)",
-        "5:1 row 4: has no prompt or question or instruction or query or messages or conversations; "
+        "5:1 row 4: has no prompt or question or instruction or query or messages or conversations or conversation; "
         "its fields are: promt",
         "6:1 row 5: the prompt is empty",
         "7:1 row 6: is the number 7; must be text or an object",
@@ -301,7 +370,7 @@ def test_malformed_csv_rows(tmp_path):
             "text,b\nx,y\n",
             {},
             "FILE:1:1: no column prompt or question or instruction or query or messages or "
-            "conversations; the columns are: text, b (prompts.column names another)",
+            "conversations or conversation; the columns are: text, b (prompts.column names another)",
         ),
         ("p.parquet", "nonsense, long enough", {}, "FILE: not a Parquet file: "),
         (

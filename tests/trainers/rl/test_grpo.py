@@ -11,11 +11,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 from prefab.factory.errors import ConfigError
+from prefab.trainers import common
 from prefab.trainers.common import COMPLETE, Lora, TrainError, load_policy
 from prefab.trainers.registry import STAGES
 from prefab.trainers.rl import checkpoint, grpo, rewards
 from tests.support import answer_world as aw
-from tests.support import exact_optimum
+from tests.support import exact_optimum, tinymodel
 
 torch.set_num_threads(1)
 WORLD = aw.World(length=2)
@@ -242,3 +243,14 @@ def test_presets_are_configurations(stage):
         load_config(Path(stage), STAGES[stage].config, ["beta=x"])
     with pytest.raises(ConfigError, match='unknown field; did you mean "beta"'):
         load_config(Path(stage), STAGES[stage].config, ["betta=1"])
+
+
+def test_an_answer_ends_where_the_template_ends_it(make, tmp_path):
+    """Though the tokenizer's EOS is another token: TRL stops sampling at that one alone."""
+    folder = tinymodel.build(tmp_path / "base", heads=2, hidden=32, layers=1)
+    tokenizer = common.load_tokenizer(str(folder))
+    tokenizer.eos_token = "<|im_start|>"
+    tokenizer.save_pretrained(folder)
+    t = grpo.prepare_run(make(model=str(folder)), PROMPTS, rewards.single(WORLD.reward))
+    assert t.tokenizer.eos_token == "<|im_end|>"
+    assert t.tokenizer.convert_tokens_to_ids("<|im_end|>") in t.ends
