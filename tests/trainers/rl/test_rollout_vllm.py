@@ -252,7 +252,7 @@ def test_a_refusal_stops_the_run_and_no_server_is_started_for_it(make):
                     {"token_ids": [2, 1], "logprobs": {"token_logprobs": [-1.0, float("nan")]}}
                 ]
             },
-            "no number",
+            "not a finite number",
         ),
         (
             {"choices": [{"token_ids": [1, 2, 1], "logprobs": {"token_logprobs": [-1.0] * 3}}]},
