@@ -19,6 +19,7 @@ import orjson
 
 from prefab.factory.engines.family import (
     PROBE,
+    PROBE_LABELS,
     PROBE_TOKENS,
     Family,
     Thinking,
@@ -154,6 +155,16 @@ class Group:
     opened: bool = False
 
 
+class _Probe(NamedTuple):
+    """The answer to the probe, whether the model thought before it, and whether log-probabilities
+    were given.
+    """
+
+    answer: Completion
+    thought: bool
+    logprobs: bool
+
+
 class Chat:
     """Asks one server. `path` is that of chat completions; `batch` > 1 coalesces label reads into
     `path`/batch.
@@ -169,12 +180,11 @@ class Chat:
         batch: int = 1,
         extended: bool = True,
         family: Family | None = None,
-        probe_labels: tuple[str, ...] = (),
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.server, self.path, self.model, self.read, self.batch = server, path, model, read, batch
         self.extended, self.extra = extended, dict(extra or {})
-        self.family, self.probe_labels = family or Family(), probe_labels
+        self.family = family or Family()
         self.tell: Callable[[str], None] = lambda line: None  # where a notice for people goes
         self._told: set[str] = set()
         self._probing = False
@@ -259,55 +269,52 @@ class Chat:
         return self.family
 
     async def _probe(self) -> None:
-        kwargs: tuple[tuple[str, Any], ...] = ()
-        answer, thought = await self._probe_once(kwargs)
-        opens = answer is not None and closing_tag_alone(answer.text)
-        if thought:
-            kwargs = (("enable_thinking", False),)
-            answer, thought = await self._probe_once(kwargs)
-            always: Thinking = "always" if thought else "unless_told"
+        found = await self._probe_once(())
+        if found is not None and found.thought:
+            opens = closing_tag_alone(found.answer.text)
+            found = await self._probe_once((("enable_thinking", False),))
+            always: Thinking = "always" if found is None or found.thought else "unless_told"
             self._now(replace(self.family, thinking=always, opens_thinking=opens))
-        if answer is None:
+        if found is None or found.thought:
             return
-        read = answer.label_logps or {}
-        if self.probe_labels and answer.exactness == "hard" and not thought:
+        if not found.logprobs:
             self._now(replace(self.family, logprobs=False))
-        letter = split_thinking(answer.text).answer.strip()
-        if not read and letter not in ("A", "B"):
+        letter = split_thinking(found.answer.text).answer.strip()
+        if not found.answer.label_logps and letter not in PROBE_LABELS:
             self._now(replace(self.family, begins=letter[:20]))
 
-    async def _probe_once(
-        self, kwargs: tuple[tuple[str, Any], ...]
-    ) -> tuple[Completion | None, bool]:
-        """The answer to the probe, and whether the model thought before it; no answer when the
-        probe was refused.
-        """
+    async def _probe_once(self, kwargs: tuple[tuple[str, Any], ...]) -> _Probe | None:
+        """The answer to the probe; None when it was refused."""
+        labels: tuple[str, ...] = PROBE_LABELS
+        try:
+            await self.read.prepare(labels)
+        except EngineError:  # no single tokens for this model
+            labels = ()
         most = min(PROBE_TOKENS, max(1, (self.max_model_len or 4096) // 4))
-        request = Request(self.model, PROBE, Sampling(most), self.probe_labels, kwargs)
-        hidden = 0
+        request = Request(self.model, PROBE, Sampling(most), labels, kwargs)
 
-        def parse(answer: dict[str, Any]) -> Completion:
-            nonlocal hidden
+        def parse(answer: dict[str, Any]) -> _Probe:
+            choice = _choices(answer, 1)[0]
+            found = self._completion(choice, Group(b"", labels, {}), *_usage(answer))
             details = (answer.get("usage") or {}).get("completion_tokens_details") or {}
+            split = split_thinking(found.text)
             hidden = _count(details.get("reasoning_tokens"))
-            group = Group(b"", request.labels, {})
-            return self._completion(_choices(answer, 1)[0], group, *_usage(answer))
+            given = not labels or bool((choice.get("logprobs") or {}).get("content"))
+            return _Probe(found, bool(hidden or split.thinking or not split.finished), given)
 
-        async def ask() -> Completion:
+        async def ask() -> _Probe:
             group = await self._group(request)
             return await self._parsed(b"%b%b}" % (group.head, self._messages(request)), parse)
 
         try:
-            answer = await self._adapted(request, ask)
+            return await self._adapted(request, ask)
         except Rejected as refusal:
             if refusal.status == 404:
                 raise EngineError(
                     await wrong_model(self.server, self.path, self.model, refusal.message)
                 ) from refusal
             self.tell(f"the probe was refused: HTTP {refusal.status} {refusal.message}")
-            return None, False
-        split = split_thinking(answer.text)
-        return answer, bool(hidden or split.thinking or not split.finished)
+            return None
 
     def _messages(self, request: Request) -> bytes:
         messages = request.messages

@@ -121,7 +121,6 @@ class OpenAI(Engine):
             family=Family(
                 max_tokens_field=config.max_tokens_field, logprobs=config.top_logprobs > 0
             ),
-            probe_labels=("A", "B"),
             extra=config.extra_body,
         )
         server.tell = self._tell
