@@ -13,15 +13,19 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.engines.base import folder_specials, resolve_model
+from prefab.factory.engines.chat import LabelRead
 from prefab.factory.engines.vllm import IdRead
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import derived_seed, model_identity
+from prefab.factory.label_text import find_label
+from prefab.factory.thinking import split_thinking
 from prefab.factory.types import Completion, Engine, Message, Request, Sampling
 
 # transformers makes models on the meta device, process-wide: two loaded at once end without
@@ -53,6 +57,11 @@ class Job(NamedTuple):
     seed: int
     request: Request
     future: asyncio.Future[Completion]
+
+    @property
+    def reads(self) -> bool:
+        """Whether the labels are read at the first token."""
+        return bool(self.request.labels) and self.request.sampling.max_tokens == 1
 
 
 class HF(Engine):
@@ -142,10 +151,8 @@ class HF(Engine):
         loop = asyncio.get_running_loop()
         await asyncio.sleep(0)  # let those who arrive together be answered together
         while self._waiting:
-            reads = bool(self._waiting[0].request.labels)
-            jobs = [job for job in self._waiting if bool(job.request.labels) is reads][
-                : self.config.batch
-            ]
+            reads = self._waiting[0].reads
+            jobs = [job for job in self._waiting if job.reads is reads][: self.config.batch]
             for job in jobs:
                 self._waiting.remove(job)
             jobs = [job for job in jobs if not job.future.done()]
@@ -172,13 +179,41 @@ class HF(Engine):
         with torch.inference_mode():
             return self._read_labels(jobs) if reads else self._generate(jobs)
 
+    def _labels_of(self, logps_V: Any, labels: tuple[str, ...]) -> LabelRead:
+        ids = self._read.fields(labels)["logprob_token_ids"]
+        entries = [{"token": f"token_id:{i}", "logprob": float(logps_V[i])} for i in ids]
+        return self._read.parse(entries, labels)
+
+    def _with_labels(self, job: Job, answer: Completion, new: Sequence[int]) -> Completion:
+        """A generated answer with the labels' log-probabilities at the token of the label that it
+        names; `hard`, without them, where it names none or that token is another one.
+        """
+        labels = job.request.labels
+        if not labels:
+            return answer
+        split = split_thinking(answer.text)
+        found = find_label(split.answer, labels) if split.finished else None
+        if found is None:
+            return replace(answer, exactness="hard")
+        at = answer.text.rindex(split.answer) + found.offset
+        before = next(
+            k
+            for k in range(len(new))
+            if len(self.tokenizer.decode(new[: k + 1], skip_special_tokens=True)) > at
+        )
+        whole = job._replace(ids=[*job.ids, *new[:before]])
+        logits_BV, _ = self._forward(*self._padded([whole]))
+        logps, exactness = self._labels_of(logits_BV[0].float().log_softmax(-1), labels)
+        best = max(logps or {}, key=lambda label: (logps or {})[label], default="")
+        if best.strip() != found.label:
+            return replace(answer, exactness="hard")
+        return replace(answer, label_logps=logps, exactness=exactness)
+
     def _read_labels(self, jobs: Sequence[Job]) -> list[Completion]:
         logits_BV, _ = self._forward(*self._padded(jobs))
         answers = []
         for job, logps_V in zip(jobs, logits_BV.float().log_softmax(-1), strict=True):
-            ids = self._read.fields(job.request.labels)["logprob_token_ids"]
-            entries = [{"token": f"token_id:{i}", "logprob": float(logps_V[i])} for i in ids]
-            logps, exactness = self._read.parse(entries, job.request.labels)
+            logps, exactness = self._labels_of(logps_V, job.request.labels)
             best = self.tokenizer.decode([int(logps_V.argmax())], skip_special_tokens=True)
             answers.append(Completion(best, "length", logps, exactness, len(job.ids), 1))
         return answers
@@ -202,7 +237,8 @@ class HF(Engine):
                 new[i].append(token)
                 done[i] = done[i] or self._finished(job, new[i], room[i])
             if all(done):
-                return [answer for answer in done if answer is not None]
+                answers = zip(jobs, done, new, strict=True)
+                return [self._with_labels(job, a, ids) for job, a, ids in answers if a is not None]
             tokens_BT = torch.tensor([[row[-1]] for row in new], device=self.device)
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(jobs), 1)], dim=1)
 

@@ -9,9 +9,10 @@ from math import exp
 import pytest
 
 from prefab.factory.engines.base import make
+from prefab.factory.engines.hf import Job
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import model_identity, request_key
-from prefab.factory.types import Message, Request, Sampling
+from prefab.factory.types import Completion, Message, Request, Sampling
 from tests.support.tinymodel import SPECIALS, build
 
 torch = pytest.importorskip("torch")
@@ -72,6 +73,30 @@ def test_label_reads_equal_the_models_own_logits(engine, runner):
             assert answer.label_logps[label] == pytest.approx(float(logps[token]), abs=1e-4)
         assert answer.exactness == "exact" and answer.prompt_tokens == ids.shape[1]
         assert sum(map(exp, answer.label_logps.values())) < 1
+
+
+def test_a_label_in_a_form_is_read_at_its_own_token(engine, runner):
+    said, asked = "<think>A or B?</think>Answer:", request("Which answer?", LABELS, max_tokens=64)
+    new = engine.tokenizer(said, add_special_tokens=False)["input_ids"]
+    ids = engine._chat_ids(asked.messages, {})
+    with torch.inference_mode():
+        logps = engine.model(torch.tensor([ids + new])).logits[0, -1].log_softmax(-1)
+    token_of = {x: engine.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in LABELS}
+    best = max("ABT", key=lambda x: max(float(logps[token_of[x]]), float(logps[token_of[" " + x]])))
+    for label in "ABT":
+        drawn = [*new, token_of[" " + label], *engine.tokenizer("\n\nIt is.")["input_ids"]]
+        text = engine.tokenizer.decode(drawn)
+        job = Job(ids, 0, asked, None)
+        with torch.inference_mode():
+            found = engine._with_labels(job, Completion(text, "stop"), drawn)
+        if label == best:
+            assert found.exactness == "exact"
+            for name, token in token_of.items():
+                assert found.label_logps[name] == pytest.approx(float(logps[token]), abs=1e-4)
+        else:  # the model would rather say another label: no probability is invented for this one
+            assert (found.label_logps, found.exactness) == (None, "hard")
+    (free,) = runner.run(ask(engine, asked))
+    assert free.completion_tokens > 1 and (free.label_logps is None) == (free.exactness == "hard")
 
 
 def test_greedy_text_equals_generate(engine, runner):
