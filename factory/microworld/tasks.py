@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 from prefab.factory.microworld import grammar as g
-from prefab.factory.spec.templates import TEMPLATES, Template, conversation_text, fence
+from prefab.factory.spec.templates import Template, conversation_text, embedded_templates, fence
 from prefab.factory.types import Message
 
 ASKED = (*g.PRINCIPLES, "overall")
@@ -151,7 +151,7 @@ def template_sets() -> list[dict[str, Template]]:
     everywhere. The last eight put the question before the answers, so that their branches share
     little.
     """
-    sources = {p.stem: p.read_text(encoding="utf-8") for p in sorted(TEMPLATES.glob("*.jinja"))}
+    sources = {p.stem: p.read_text(encoding="utf-8") for p in embedded_templates()}
     return [
         {
             k: Template(k, k, edited(s, random.Random(f"edit {i}"), i >= 40) if i else s)

@@ -191,11 +191,18 @@ def conversation_text(messages: Sequence[Message]) -> str:
     return "\n".join(f"{m.role.capitalize()}: {m.content}" for m in messages)
 
 
+def embedded_templates() -> list[Path]:
+    """The shipped templates that the embedded models are trained with: those with an example are
+    for other models.
+    """
+    return sorted(p for p in TEMPLATES.glob("*.jinja") if not p.stem.endswith("_one_shot"))
+
+
 def templates_digest() -> str:
-    """One digest over all shipped templates. The embedded models record the one they were trained
+    """One digest over the templates of the embedded models, which record the one they were trained
     with.
     """
     digest = hashlib.sha256()
-    for path in sorted(TEMPLATES.glob("*.jinja")):
+    for path in embedded_templates():
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:32]
