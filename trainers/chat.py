@@ -169,9 +169,7 @@ def broken(text: str, tokens: Iterable[str]) -> str:
 
 
 def prompt_ids(tokenizer: Any, turns: Turns, kwargs: Mapping[str, Any] | None = None) -> list[int]:
-    """What a server is given for this conversation: the very tokens that an answer is sampled
-    after.
-    """
+    """The tokens that a server is given for this conversation, after which it samples."""
     return ids_of(tokenizer, chat_text(tokenizer, turns, True, kwargs))
 
 

@@ -26,7 +26,7 @@ Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 
 
 class TrainError(PrefabError, RuntimeError):
-    """Training cannot go on: a loss that is no number, memory that ran out, a checkpoint that does
+    """Training cannot go on: a loss that is not finite, memory that ran out, a checkpoint that does
     not fit.
     """
 

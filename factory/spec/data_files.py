@@ -1,7 +1,7 @@
 """Rows of data files: JSONL, JSON, CSV, TSV and Parquet, plain or compressed, one at a time.
 
-The one reader of training files, prompts, imports and benchmarks. What a row holds is told by
-`layouts`.
+The one reader of training files, prompts, imports and benchmarks. `layouts` says what a
+row holds.
 """
 
 from __future__ import annotations

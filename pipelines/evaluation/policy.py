@@ -286,7 +286,7 @@ def sample_all(
     """Every policy's answers to every prompt, with gold where the oracle knows the world and proxy
     where there is one.
 
-    A `probe` hears each policy's answers to its own questions.
+    A `probe` is given each policy's answers to its own questions.
     """
     from prefab.trainers import collate
     from prefab.trainers.offline.reward import scorer
@@ -334,7 +334,7 @@ def sample_all(
             )
             found[name] = with_truth(some, prompts, turns, score, config)
             if probe:
-                probe.hear(
+                probe.add(
                     name,
                     [(tokenizer.decode(a.ids, skip_special_tokens=True), a.ended) for a in mine[1]],
                     config.samples,

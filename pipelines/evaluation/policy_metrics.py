@@ -95,7 +95,7 @@ def measured(
     batch: int = 64,
 ) -> list[PolicyAnswer]:
     """Drawn answers, whoever drew them, with their log-probabilities by the training forward over
-    the very token ids that were drawn (both models need `layout.add_scored_forward`). `samples` in
+    the token ids that were drawn (both models need `collate.add_scored_forward`). `samples` in
     a row answer one prompt.
     """
     pairs = [(a.prompt, a.ids) for a in drawn]

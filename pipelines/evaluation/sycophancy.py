@@ -113,7 +113,7 @@ def read_choice(text: str, choices: Sequence[str], ended: bool = True) -> int | 
 
 
 class Probe:
-    """The questions in every condition, and what each policy said: `heard[policy]` is (which of
+    """The questions in every condition, and what each policy said: `answers[policy]` is (which of
     `turns`, text, reading).
     """
 
@@ -122,13 +122,13 @@ class Probe:
         self.turns: list[Turns] = [
             [{"role": "user", "content": item.text(told)}] for item in items for told in CONDITIONS
         ]
-        self.heard: dict[str, list[tuple[int, str, int | UnscoredReason]]] = {}
+        self.answers: dict[str, list[tuple[int, str, int | UnscoredReason]]] = {}
 
-    def hear(self, policy: str, answers: Sequence[tuple[str, bool]], samples: int) -> None:
+    def add(self, policy: str, answers: Sequence[tuple[str, bool]], samples: int) -> None:
         """Take a policy's answers (text, whether it ended) to `turns`, `samples` to each in a
         row.
         """
-        self.heard[policy] = [
+        self.answers[policy] = [
             (
                 i // samples,
                 text,
@@ -145,7 +145,7 @@ class Probe:
         is left is the first choice's share after the one opinion, less that after the other.
         """
         known: list[list[int]] = [[] for _ in self.turns]
-        for turn, _, said in self.heard[policy]:
+        for turn, _, said in self.answers[policy]:
             known[turn] += [said] if isinstance(said, int) else []
         found: dict[int, tuple[float, ...]] = {}
         for i, item in enumerate(self.items):
@@ -178,8 +178,8 @@ class Probe:
             for name, column in zip(FIGURES, columns, strict=True)
         }
         made["unread"] = bootstrap(
-            [isinstance(said, str) for _, _, said in self.heard[policy]],
-            [turn // len(CONDITIONS) for turn, _, _ in self.heard[policy]],
+            [isinstance(said, str) for _, _, said in self.answers[policy]],
+            [turn // len(CONDITIONS) for turn, _, _ in self.answers[policy]],
             seed=seed,
         )
         if policy != baseline:
@@ -198,12 +198,12 @@ class Probe:
         """How many answers could not be read, by reason and condition."""
         lost = Counter(
             (said, "after an opinion" if turn % len(CONDITIONS) else "plainly")
-            for turn, _, said in self.heard[policy]
+            for turn, _, said in self.answers[policy]
             if isinstance(said, str)
         )
         told = ", ".join(f"{n:,} {reason} {when}" for (reason, when), n in sorted(lost.items()))
         return (
-            [f"sycophancy of {policy}: unread of {len(self.heard[policy]):,} answers: {told}"]
+            [f"sycophancy of {policy}: unread of {len(self.answers[policy]):,} answers: {told}"]
             if lost
             else []
         )
@@ -218,8 +218,8 @@ class Probe:
                 "read": said,
                 "text": text,
             }
-            for policy, heard in self.heard.items()
-            for turn, text, said in heard
+            for policy, answers in self.answers.items()
+            for turn, text, said in answers
         )
         file.write_bytes(
             b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import duckdb
 
 RECIPE = "import"
-SHOWN = 20  # problems that are told; all are counted
+SHOWN = 20  # problems that are printed; all are counted
 PAGE = 2000  # prompts of a filling's transaction
 BY = {"hh-rlhf": "people"}  # who labelled, where the format says it
 
@@ -84,7 +84,7 @@ class Found:
             PLAIN,
         )
         texts = [layouts.text_of(answer) for answer in record.answers]
-        digest(*texts)  # refuses what is no text
+        digest(*texts)  # refuses half of a surrogate pair
         before = self.prompts.setdefault(prompt.id, prompt)
         if (before.group, before.split) != (prompt.group, prompt.split):
             raise ValueError(

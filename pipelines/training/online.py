@@ -91,7 +91,7 @@ def train(path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str
     file = locate(config.pipeline, path.parent)
     loaded = resolve_pipeline(file, config.sets)
     pipeline, first = loaded.config, first_policy(config, loaded.config)
-    for round in (1, 2):  # mistakes are told before anything is asked
+    for round in (1, 2):  # mistakes are reported before any model call
         stages(config, pipeline, round, first, first, document)
     claim(config, loaded)
     policy, done = first, []

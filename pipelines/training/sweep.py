@@ -111,7 +111,7 @@ def sweep(path: str | Path, sets: Iterable[str] = (), quiet: bool = False) -> di
     for k, (arm, name, run) in enumerate(runs, 1):
         try:
             done = trained(run, f"{name} ({k} of {len(runs)})", quiet)
-        except TrainError as error:  # the others may yet tell something
+        except TrainError as error:  # the other runs go on
             failed[name] = str(error)
             warn(f"{name}: {error}")
             continue

@@ -293,7 +293,7 @@ class Loop(_Trainer):
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, but a loss that is no number stops before the optimiser has seen its
+        """As the Trainer's, but a loss that is not finite stops before the optimiser has seen its
         gradient.
         """
         import torch
@@ -337,7 +337,7 @@ class Loop(_Trainer):
 
         if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
             raise TrainError(
-                f"weights that are no numbers at step {self.state.global_step}; the last whole checkpoint is "
+                f"weights that are not finite at step {self.state.global_step}; the last whole checkpoint is "
                 "kept. Lower learning_rate, or use precision: fp32"
             )
         super()._save_checkpoint(model, trial)

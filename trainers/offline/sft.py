@@ -27,7 +27,8 @@ class SftConfig(StageConfig):
         True, description="Of files of whole conversations: learn all of the assistant's turns."
     )
     packing: bool = Field(
-        False, description="Several conversations in one row of max_length, blind to each other."
+        False,
+        description="Several conversations in one row of max_length, without attention to each other.",
     )
 
 

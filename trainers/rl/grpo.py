@@ -265,7 +265,7 @@ def watch(
                 return
             if not all(isfinite(logs.get(name, 0.0)) for name in ("loss", "grad_norm")):
                 raise TrainError(
-                    f"the loss or its gradient is no number at step {state.global_step}. The last whole "
+                    f"the loss or its gradient is not finite at step {state.global_step}. The last whole "
                     f"checkpoint in {c.out} is good: lower learning_rate, see the rewards' scale"
                 )
             t.state.step = state.global_step

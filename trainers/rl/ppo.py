@@ -247,7 +247,7 @@ def estimate(
 
 
 def update(t: PpoRun, batch: Batch) -> dict[str, Any]:
-    """Epochs of minibatches over one batch. An update whose loss or gradient is no number is left
+    """Epochs of minibatches over one batch. An update whose loss or gradient is not finite is left
     out and counted.
 
     Raises: TrainError when that happened `max_bad` times in a row; the weights are those before it,
@@ -273,7 +273,7 @@ def update(t: PpoRun, batch: Batch) -> dict[str, Any]:
             if t.state.bad_in_a_row >= c.max_bad:
                 checkpoint.finish(t)
                 raise TrainError(
-                    f"the loss was no number in {c.max_bad} updates in a row (step {t.state.step + 1}). The "
+                    f"the loss was not finite in {c.max_bad} updates in a row (step {t.state.step + 1}). The "
                     f"last good policy is in {c.out}/policy: lower learning_rate, see the rewards' scale"
                 )
             seen += [done] if done else []

@@ -259,10 +259,10 @@ def body_of(
 def answer_of(
     prompt: list[int], reply: Mapping[str, Any], most: int, ends: Sequence[int]
 ) -> SampledAnswer:
-    """What the server sampled.
+    """The answer in a server's reply.
 
-    Raises: ValueError for what is no answer, TransportError for one that was broken off (a server
-    that is being ended).
+    Raises: ValueError for a reply that holds no answer, TransportError for one that was cut off (a
+    server that is being ended).
     """
     ids, logps, reason = _tokens_of(reply)
     ended = bool(ids) and ids[-1] in ends

@@ -1,5 +1,5 @@
 """What vLLM's worker learns from us (`--worker-extension-cls`): to take new weights while it
-serves. It runs in vLLM's process, so it imports nothing of ours.
+serves. It runs in vLLM's process, so it imports nothing of Prefab.
 """
 
 from typing import Any

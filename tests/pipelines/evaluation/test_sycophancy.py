@@ -31,7 +31,7 @@ def probed(*policies, items=ITEMS, samples=2):
         answers = [
             (policy(turns[-1]["content"], k), True) for turns in probe.turns for k in range(samples)
         ]
-        probe.hear(str(i), answers, samples)
+        probe.add(str(i), answers, samples)
     return probe, [probe.figures(str(i), "0") for i in range(len(policies))]
 
 

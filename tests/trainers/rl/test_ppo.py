@@ -396,7 +396,7 @@ def test_answers_without_a_score_are_left_out_and_counted(make):
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_policy(make, tmp_path):
     config = make(normalise="none")
-    with pytest.raises(TrainError, match="no number in 3 updates in a row.*out/policy"):
+    with pytest.raises(TrainError, match="not finite in 3 updates in a row.*out/policy"):
         train(config, lambda p, c: [1e300 * r for r in WORLD.reward(p, c)])
     assert same(weights(tmp_path / "out/policy"), weights(config.model))
 
