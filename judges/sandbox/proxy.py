@@ -244,7 +244,7 @@ class Proxy:
     def __contains__(self, item: Any) -> bool:
         if self._proxy_made:
             return bool(self._proxy_line.do("contains", self, item))
-        # compared here, and nobody is told the item; `__iter__` is added below
+        # compared here, and nobody is told the item
         return any(each == item for each in self)
 
 
