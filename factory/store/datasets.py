@@ -419,6 +419,8 @@ def _preference(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.
         _answer("chosen_text").alias("chosen"),
         _answer("rejected_text").alias("rejected"),
         "p_chosen",
+        "vote_share",
+        "calibrated",
         "spread",
         "n_scored",
         "n_readings",

@@ -47,7 +47,8 @@ CREATE TABLE verdicts (verdict VARCHAR, run INTEGER, prompt VARCHAR, a INTEGER, 
 -- it, or `budget` where it would have been asked but the share was spent on others.
 CREATE TABLE preferences (preference VARCHAR, run INTEGER, prompt VARCHAR, a INTEGER, b INTEGER, outcome VARCHAR,
     chosen INTEGER, rejected INTEGER, p_a DOUBLE, p_chosen DOUBLE, spread DOUBLE, n_scored INTEGER,
-    n_readings INTEGER, exactness VARCHAR, identical BOOLEAN, escalation VARCHAR);
+    n_readings INTEGER, exactness VARCHAR, identical BOOLEAN, escalation VARCHAR, vote_share DOUBLE,
+    calibrated BOOLEAN);
 -- How strong an answer is, where a run chooses its pairs by a fit: the logarithm of its worth, centred on 0 within its
 -- prompt, from all of the prompt's comparisons once they are settled. NULL, with a `reason`: there is no fit.
 CREATE TABLE strengths (run INTEGER, prompt VARCHAR, "index" INTEGER, method VARCHAR, strength DOUBLE, se DOUBLE,
@@ -63,7 +64,7 @@ CREATE TABLE marks (run INTEGER, preference VARCHAR, rule VARCHAR, detail VARCHA
 -- Pairs to train on: decided preferences with both texts. Either text may have been cut off: see its `finish`.
 CREATE VIEW pairs AS
 SELECT p.preference, r.name, r.version, r.latest, p.run, p.prompt, q.messages, q.tags, q."group", q.split,
-    c.text AS chosen, j.text AS rejected, p.p_chosen, p.spread, p.n_scored, p.n_readings, p.exactness,
+    c.text AS chosen, j.text AS rejected, p.p_chosen, p.vote_share, p.calibrated, p.spread, p.n_scored, p.n_readings, p.exactness,
     c.sample AS chosen_sample, j.sample AS rejected_sample, c."index" AS chosen_index, j."index" AS rejected_index,
     c.finish AS chosen_finish, j.finish AS rejected_finish
 FROM preferences p

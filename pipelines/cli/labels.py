@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from prefab.factory.console import table, warn
+from prefab.factory.console import EXIT_FAILED, console, hint, table, warn
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.options import (
     Json,
@@ -34,6 +35,33 @@ eval_app = typer.Typer(
 )
 app.add_typer(audit_app, name="audit")
 app.add_typer(eval_app, name="eval")
+
+
+@app.command()
+def calibrate(
+    store: Store = Path("store"),
+    run: Annotated[str, typer.Option(help="NAME or NAME@VERSION. Default: the latest run.")] = "",
+    source: Annotated[
+        str,
+        typer.Option(
+            help="Whose word tells which answer is better: auto, human, oracle (embedded world only, "
+            "validation split) or retest (the judges' own second answers)."
+        ),
+    ] = "auto",
+    method: Annotated[str, typer.Option(help="auto, temperature or isotonic.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make p_chosen a probability: learn it from comparisons whose better answer is known."""
+    from prefab.pipelines.quality.calibrate import calibrate as learn
+
+    found = learn(existing_store(store), run, source, method)
+    if as_json:
+        print_json({"run": found.run, "source": found.source, **found.calibration.data()})
+    else:
+        console().print(found.sentence().replace("`", ""), markup=False)
+        hint(shlex.join(["prefab", "agreement", "--store", str(store), "--run", found.run]))
+    if found.calibration.method == "none":
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from prefab.pipelines.quality.rating_matrix import (
     load_matrix,
 )
 from prefab.pipelines.quality.selection import Selection, select
+from prefab.pipelines.store.calibrations import calibration_of
 
 if TYPE_CHECKING:
     import polars
@@ -83,6 +84,7 @@ def measure(
             "is nothing to agree on"
         )
     several = len(data.judges) > 1
+    learned = calibration_of(selection.folder, selection.run["run"])
     found = {
         "run": selection.name,
         "gold": source,
@@ -97,6 +99,7 @@ def measure(
         "coefficients": coefficients(data, resamples, seed) if several else None,
         "accuracy": accuracies(data, resamples, seed) if source else None,
         "calibration": calibrations(data) if source else None,
+        "learned": asdict(learned) if learned else None,
         "principles": group_rows(data, unscored, "principle"),
         "tags": group_rows(data, unscored, "tag"),
     }

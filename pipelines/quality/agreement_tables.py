@@ -60,6 +60,8 @@ def show(found: dict[str, Any], groups: int = 3) -> None:
         if found["between"]:
             _accuracy(found["accuracy"])
         _calibration(found["calibration"])
+    if found["learned"]:
+        _learned(found["learned"])
     _groups("Principles, the least agreed on first", found["principles"])
     if found["tags"]:
         _groups("Tags, likewise", found["tags"])
@@ -319,6 +321,23 @@ def _calibration(rows: Sequence[dict[str, Any]]) -> None:
         ("p_chosen, mean", "came true", "n"),
         [(b["mean_p"], b["mean_y"], b["n"]) for b in last["reliability"]],
     )
+
+
+def _learned(found: dict[str, Any]) -> None:
+    """The run's own calibration: its quality before and after, and its reliability diagram."""
+    c = found["calibration"]
+    if c["method"] == "none":
+        warn(f"p_chosen is a share of votes: {c['reason']} ({found['source']})")
+        return
+    table(
+        f"p_chosen was calibrated ({c['method']}) on {c['n_outcomes']:,} comparisons: {found['source']}",
+        ("", "ECE", "log loss"),
+        [(name, c[name]["ece"], c[name]["log_loss"]) for name in ("before", "after")],
+        note="after: of prompts that it was not fitted on. before: the readings' log-odds, added up "
+        f"with a discount for their correlation of {c['correlation']:.2f}",
+    )
+    rows = c["after"]["reliability"]
+    table("Reliability of p_chosen", ("p_chosen, mean", "came true", "n"), rows)
 
 
 def _groups(title: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -52,8 +52,9 @@ class People:
 def people(store: Path, run: int) -> People:
     """People's labels of a run's comparisons; for each person the latest one.
 
-    A label names its answers by sample id, text or index. A label without a principle is used only
-    if the run judged the comparison under exactly one principle.
+    A label names its answers by sample id, text or index. A label without a principle is
+    about the principle under which the run judged the comparison where that is exactly one; else it
+    says which answer is better over all (the principle "").
     """
     from prefab.pipelines.store.fill import query
 
@@ -87,10 +88,9 @@ def people(store: Path, run: int) -> People:
 
     def placed(value: Mapping[str, Any]) -> Mapping[str, Any]:
         a, b = (names.get((value.get("prompt"), value.get(side))) for side in "ab")
-        principle = value.get("principle") or alone.get(
-            human.place_of(value.get("prompt", ""), a, b, "")[:3]
-        )
-        return {} if principle is None else {**value, "a": a, "b": b, "principle": principle}
+        place = human.place_of(value.get("prompt", ""), a, b, "")[:3]
+        principle = value.get("principle") or alone.get(place, "")
+        return {**value, "a": a, "b": b, "principle": principle}
 
     labels = human.latest(rows, placed)
     return People(human.gold(labels), names, len({label.annotator for label in labels}))
@@ -103,7 +103,7 @@ def find_gold(
 
     Args:
         selection: The run.
-        items: Comparisons, with columns prompt, a, b and principle.
+        items: Comparisons, with columns prompt, a, b and principle (empty: better over all).
         choice: `human`, `oracle`, `none`, or `auto` for the first of these that exists.
 
     Returns:

@@ -21,8 +21,17 @@ from prefab.factory.uses import CritiqueUse, DraftUse, IdenticalUse, RankUse, Re
 from prefab.judges import panel, registry
 from prefab.judges.base import Decoded, Pair, Ranking, RubricLines, Score
 from prefab.judges.kinds import critique
+from prefab.judges.stats.preference_calibration import Calibration
 from prefab.pipelines.store import verdicts
-from prefab.pipelines.store.verdicts import NOT_ASKED, Found, Heard, Place, RecordedUse, Rules
+from prefab.pipelines.store.verdicts import (
+    NOT_ASKED,
+    Found,
+    Heard,
+    Place,
+    RecordedUse,
+    Rules,
+    calibrated,
+)
 
 VERSIONS = {
     **{f"parse.{kind}": registry.JUDGES[kind].PARSER_VERSION for kind in registry.JUDGES},
@@ -49,8 +58,12 @@ class Derived:
     open: bool = False
 
 
-def rules(record: RunRecord, constitution: Constitution | None) -> Rules:
-    """The rules of a run, from its resolved configuration and its constitution."""
+def rules(
+    record: RunRecord, constitution: Constitution | None, calibration: Calibration | None = None
+) -> Rules:
+    """The rules of a run, from its resolved configuration, its constitution and the calibration
+    that was learned for it.
+    """
     config = record.config
     settings = config.get("panel") or {}
     judges = {
@@ -80,6 +93,7 @@ def rules(record: RunRecord, constitution: Constitution | None) -> Rules:
         tuple(escalate.get("to", ())),
         escalate.get("decides") == "all",
         method if (method := (config.get("choose") or {}).get("method")) in FITS else "",
+        calibration if calibration is not None and calibration.method != "none" else None,
     )
 
 
@@ -266,7 +280,9 @@ def _compare(
     counted = [name for place, name in names.items() if place in places]
     decision = heard.decisions.get(pair)
     escalation = (decision or "settled") if decision is not None and rules.strong else None
-    derived.preferences.append(_preference(decided[0], counted, rules, escalation=escalation))
+    derived.preferences.append(
+        _preference(decided[0], counted, rules, decided[1], escalation=escalation)
+    )
 
 
 def _verdict(name: str, prompt: str, pair: Pair, place: Place, found: Found, rules: Rules) -> Row:
@@ -327,10 +343,12 @@ def _preference(
     p: Preference,
     verdicts: Sequence[str],
     rules: Rules,
+    readings: Sequence[panel.Reading] = (),
     identical: bool = False,
     escalation: str | None = None,
 ) -> Row:
-    rule = rules.rule
+    rule, share, p = rules.rule, p.p_chosen, calibrated(p, readings, rules)
+    learned = [] if not readings or rules.calibration is None else [repr(rules.calibration)]
     name = digest(
         "preference",
         p.prompt,
@@ -339,6 +357,7 @@ def _preference(
         *verdicts,
         repr(rule),
         str(panel.AGGREGATION_VERSION),
+        *learned,
     )
     chosen, rejected = {"a": (p.a, p.b), "b": (p.b, p.a)}.get(p.outcome, (None, None))
     return (
@@ -358,4 +377,6 @@ def _preference(
         p.exactness,
         identical,
         escalation,
+        share,
+        bool(learned),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,9 @@ from prefab.factory.spec.constitution import (
 from prefab.factory.store import store
 from prefab.factory.types import Constitution
 from prefab.factory.uses import ScoreUse, UseColumns, use_of
+from prefab.judges.stats.preference_calibration import Calibration
 from prefab.pipelines.store import derive, imports
+from prefab.pipelines.store.calibrations import CALIBRATION
 from prefab.pipelines.store.derive import Row
 from prefab.pipelines.store.verdicts import RecordedUse, Rules
 
@@ -244,13 +246,9 @@ def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> N
         _copy_calls(con, ledger, names, report)
         imports.copy(con, ledger, report)
         _copy_rest(con, ledger, report)
-        _derive_work(
-            con,
-            ledger,
-            names,
-            {r.id: derive.rules(r, constitutions[r.id]) for r in records},
-            report,
-        )
+        learned = _calibrations(con)
+        rules = {r.id: derive.rules(r, constitutions[r.id], learned.get(r.id)) for r in records}
+        _derive_work(con, ledger, names, rules, report)
         db.kill_point("end")
         con.execute("CHECKPOINT")
         marks: dict[str, Any] = {"calls": store.watermark(con, "calls"), "uses": uses}
@@ -462,8 +460,18 @@ def _copy_evals(
             if marks is not None:
                 con.execute("DELETE FROM marks WHERE run = ?", [value["run"]])
                 store.insert(con, "marks", list(_marks(value, marks)))
+            if value.get("name") == CALIBRATION:
+                of_run = "SELECT DISTINCT run, prompt FROM uses WHERE run = ?"
+                _put_to_work(con, ledger.execute(of_run, (value["run"],)).fetchall(), ())
             store.set_watermark(con, "evals", rowid)
         report.add("evals", 1)
+
+
+def _calibrations(con: duckdb.DuckDBPyConnection) -> dict[int, Calibration]:
+    """By run, what was learned last of how its readings become a probability."""
+    rows = con.execute("SELECT value FROM evals WHERE name = ? ORDER BY rowid", [CALIBRATION])
+    values = [orjson.loads(text) for (text,) in rows.fetchall()]
+    return {value["run"]: Calibration.from_data(value["calibration"]) for value in values}
 
 
 def _marks(audit: dict[str, Any], marks: dict[str, str]) -> Iterator[Row]:
@@ -507,22 +515,28 @@ def _find_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection) -> in
         pairs = ledger.execute(
             "SELECT DISTINCT run, prompt FROM uses WHERE id > ? AND id <= ?", (mark, top)
         ).fetchall()
+        fresh = {run for run, _ in pairs} - known
         with store.transaction(con):
-            store.insert(
-                con, "work", [(run, prompt, "new", run not in known) for run, prompt in pairs]
-            )
-            con.execute(
-                "UPDATE work SET state = 'todo' WHERE state = 'open' AND "
-                "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'new')"
-            )
-            con.execute(
-                "DELETE FROM work WHERE state = 'new' AND "
-                "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'todo')"
-            )
-            con.execute("UPDATE work SET state = 'todo' WHERE state = 'new'")
+            _put_to_work(con, pairs, fresh)
             store.set_watermark(con, "uses", top)
         mark = top
     return last
+
+
+def _put_to_work(
+    con: duckdb.DuckDBPyConnection, pairs: Iterable[tuple[int, int]], fresh: Collection[int]
+) -> None:
+    """Put prompts of runs into `work`, each once; those of `fresh` runs have no rows yet."""
+    store.insert(con, "work", [(run, prompt, "new", run in fresh) for run, prompt in pairs])
+    con.execute(
+        "UPDATE work SET state = 'todo' WHERE state = 'open' AND "
+        "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'new')"
+    )
+    con.execute(
+        "DELETE FROM work WHERE state = 'new' AND "
+        "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'todo')"
+    )
+    con.execute("UPDATE work SET state = 'todo' WHERE state = 'new'")
 
 
 def _derive_work(

@@ -270,6 +270,8 @@ def copy(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: Any
                         p.exactness,
                         False,
                         None,
+                        p.p_chosen,
+                        False,
                     )
                 )
         with store.transaction(con):

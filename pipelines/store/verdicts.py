@@ -8,7 +8,7 @@ order: its order is `-`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from prefab.factory.uses import (
 )
 from prefab.judges import panel
 from prefab.judges.base import NO_ORDER, Decoded, Judge, Pair, RubricLines
+from prefab.judges.stats.preference_calibration import Calibration
 
 Place = tuple[
     str, str, int, str
@@ -47,7 +48,8 @@ class RecordedUse:
 class Rules:
     """What a run's configuration says about reading its answers. `strong`: judges asked about some
     comparisons only; `joined` says that the others' readings count beside theirs. `fit`: how
-    answers' strengths are found, if at all.
+    answers' strengths are found, if at all. `calibration`: how readings become a probability, where
+    that was learned from known outcomes.
     """
 
     run: int
@@ -63,6 +65,7 @@ class Rules:
     strong: tuple[str, ...] = ()
     joined: bool = False
     fit: str = ""
+    calibration: Calibration | None = None
 
 
 @dataclass(slots=True)
@@ -255,3 +258,18 @@ def preference(
         return None
     said = readings({place: one for place, one in found.items() if place in places}, rules)
     return panel.decide(said, rules.rule, prompt, *pair), said
+
+
+def calibrated(decided: Preference, said: Sequence[panel.Reading], rules: Rules) -> Preference:
+    """The preference with its calibrated probability. The more probable answer is chosen; a tie
+    stays a tie. Unchanged where it is unscored, or the run has no calibration.
+    """
+    if rules.calibration is None or decided.p_a is None:
+        return decided
+    p = rules.calibration.probability([r.p_a for r in said], [r.weight for r in said])
+    if p is None:
+        return decided
+    outcome = decided.outcome
+    if outcome != "tie":
+        outcome = "a" if p > 0.5 else "b"
+    return replace(decided, outcome=outcome, p_a=p, p_chosen=max(p, 1.0 - p))

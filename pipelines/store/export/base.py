@@ -17,6 +17,7 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.store import datasets
 from prefab.pipelines.config.registries import FORMATS
+from prefab.pipelines.store.calibrations import NOT_LEARNED, calibration_of
 from prefab.pipelines.store.export.files import replacing
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def _card(record: dict[str, Any], report: ExportReport, folder: Path) -> str:
         [record["constitution"] or ""],
     )
     models = query(folder, "SELECT model, name FROM models")
+    learned = calibration_of(folder, record["run"])
     lines = ["---", "configs:"]
     for name, splits in report.counts.items():
         lines += [f"- config_name: {name}", "  data_files:"]
@@ -231,8 +233,9 @@ def _card(record: dict[str, Any], report: ExportReport, folder: Path) -> str:
         f'data = load_dataset("{report.out.name}", "{report.first()}", split="train")',
         "```",
         "",
-        "`p_chosen` is the judges' probability that `chosen` is better, the mean of both orders unless a line below "
-        "says otherwise. `prompt_id`, `preference`, `chosen_sample`, `rejected_sample`, `sample` and `run` lead "
+        learned.sentence() if learned else NOT_LEARNED,
+        "",
+        "`prompt_id`, `preference`, `chosen_sample`, `rejected_sample`, `sample` and `run` lead "
         "back to the store. Rows that share a group never stand in two splits.",
         "",
     ]
