@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.config.schema import load_pipeline
     from prefab.pipelines.evaluation.policy import run as eval_policy
     from prefab.pipelines.quality.agreement import measure as agreement
+    from prefab.pipelines.quality.calibrate import calibrate
     from prefab.pipelines.quality.data_audit import audit as audit_data
     from prefab.pipelines.quality.judge_audit import audit as audit_judge
     from prefab.pipelines.quality.judge_benchmark import evaluate as eval_judge
@@ -40,6 +41,7 @@ _HOME = {
     "agreement": "pipelines.quality.agreement:measure",
     "audit_data": "pipelines.quality.data_audit:audit",
     "audit_judge": "pipelines.quality.judge_audit:audit",
+    "calibrate": "pipelines.quality.calibrate:calibrate",
     "check": "pipelines.cli.project:check_paths",
     "check_data": "pipelines.cli.data_check:read_report",
     "doctor": "pipelines.cli.doctor:examine",
@@ -68,6 +70,7 @@ __all__ = [
     "agreement",
     "audit_data",
     "audit_judge",
+    "calibrate",
     "check",
     "check_data",
     "doctor",

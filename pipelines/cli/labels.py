@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from prefab.factory.console import EXIT_FAILED, console, hint, table, warn
+from prefab.factory.console import EXIT_FAILED, console, table, warn
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.options import (
     Json,
@@ -59,7 +58,7 @@ def calibrate(
         print_json({"run": found.run, "source": found.source, **found.calibration.data()})
     else:
         console().print(found.sentence().replace("`", ""), markup=False)
-        hint(shlex.join(["prefab", "agreement", "--store", str(store), "--run", found.run]))
+        hint_command("agreement", "--store", store, "--run", found.run)
     if found.calibration.method == "none":
         raise typer.Exit(EXIT_FAILED)
 

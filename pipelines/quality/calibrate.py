@@ -49,7 +49,9 @@ class _Comparison:
     again: list[float]
 
 
-def calibrate(store: Path, run: str = "", source: str = "auto", method: str = "auto") -> Learned:
+def calibrate(
+    store: str | Path, run: str = "", source: str = "auto", method: str = "auto"
+) -> Learned:
     """Learn a run's calibration, record it, and derive its preferences with it.
 
     Args:
@@ -66,6 +68,7 @@ def calibrate(store: Path, run: str = "", source: str = "auto", method: str = "a
     for what, given, known in (("source", source, SOURCES), ("method", method, METHODS)):
         if given not in known:
             raise ConfigError(f"--{what} {given}: {did_you_mean(given, known)}")
+    store = Path(store)
     selection = select(store, run)
     config = selection.config
     constitution = _constitution(selection)
