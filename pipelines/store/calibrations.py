@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from prefab.factory.store.store import read_frame
 from prefab.judges.stats.preference_calibration import Calibration, Fit
 
 CALIBRATION = "calibration"  # the name of the evaluations that hold one
@@ -50,12 +51,10 @@ def _error(fit: Fit | None) -> str:
 
 
 def calibration_of(folder: Path, run: int) -> Learned | None:
-    """What was learned last for a run; None where nothing was."""
-    from prefab.pipelines.store.fill import query
-
+    """What was learned last for a run, as the store lies; None where nothing was."""
     sql = "SELECT value FROM evals WHERE name = ? ORDER BY rowid DESC"
     values: list[dict[str, Any]] = [
-        orjson.loads(text) for (text,) in query(folder, sql, [CALIBRATION]).iter_rows()
+        orjson.loads(text) for (text,) in read_frame(folder, sql, [CALIBRATION]).iter_rows()
     ]
     value = next((value for value in values if value["run"] == run), None)
     if value is None:
