@@ -92,8 +92,8 @@ def demo(
     )
     console(stderr=True).print(
         f"{prompts:,} prompts of the embedded world: a small model on vLLM samples, criticises, revises and "
-        "compares answers.\nThe model knows only this world and is for tests alone. The server starts in "
-        "about a minute.",
+        "compares answers.\nThe model knows only this world and is for tests alone. The server takes minutes "
+        "to start the first time, because it compiles the model, and less after that.",
         markup=False,
     )
     result = run(PRESET, chosen, quiet=False)
@@ -133,7 +133,7 @@ def demo(
     hint_command("export", "--store", store, "--format", "trl", "demo-out")
     select = "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"
     hint_command("sql", "--store", store, select)
-    hint("prefab init my-project            (your own constitution, prompts and model)")
+    hint("prefab init my-project    # your own constitution, prompts and model")
     return 0
 
 
@@ -288,7 +288,8 @@ def show(result: Any, measured: dict[str, Any]) -> None:
             (a.principle, a.readings, a.decided, a.right, a.ties, a.ties_seen, a.consistent)
             for a in measured["accuracy"]
         ],
-        note="decided: the oracle finds the fault in only one answer; right: the label prefers the other one",
+        note="decided: pairs in which the oracle finds the fault in only one answer; right: the share of them "
+        "whose label prefers the other answer; ties: pairs that are equal for the oracle",
     )
     told = measured["preferences"]
     words = ", ".join(f"{name}: {n:,}" for name, n in sorted(told["outcomes"].items()))

@@ -448,7 +448,7 @@ def doctor(
     for finding in findings:
         console().print(f"[{colour[finding.state]}]{finding.state:4}[/] {finding.what}: ", end="")
         console().print(finding.words, markup=False)
-    hint("prefab demo" if not bad else "prefab doctor    (after you have fixed the problems above)")
+    hint("prefab demo" if not bad else "prefab doctor    # after you have fixed the problems above")
     raise typer.Exit(1 if bad else 0)
 
 

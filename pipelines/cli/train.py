@@ -65,7 +65,7 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
         f"The model and its card are in {done['model']}",
     )
     if stage == "reward":
-        hint("prefab train ppo CONFIG.yaml    (with this reward model)")
+        hint("prefab train ppo CONFIG.yaml    # with this reward model")
     else:
         hint_command("eval", "policy", "--set", f"policies={{trained: {done['model']}}}")
 

@@ -3,6 +3,7 @@ JSON and no traceback."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shlex
@@ -347,3 +348,23 @@ def test_ctrl_c_drains_says_how_to_go_on_and_exits_130(tmp_path):
 def test_usage_errors_are_exit_2():
     told = prefab("rnu")
     assert told.returncode == 2 and "rnu" in told.stderr and "Traceback" not in told.stderr
+
+
+def test_the_commands_that_are_proposed_can_be_pasted():
+    """Those that are written out in the source: a shell reads each of them."""
+    calls = [
+        node
+        for path in (ROOT / "pipelines").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "hint"
+    ]
+    texts = [
+        node.value
+        for call in calls
+        for node in ast.walk(call)
+        if isinstance(node, ast.Constant) and str(node.value).startswith("prefab ")
+    ]
+    assert len(texts) > 5
+    for text in {text for text in texts if text.count('"') % 2 == 0}:
+        done = subprocess.run(["bash", "-n", "-c", text], capture_output=True, text=True)
+        assert done.returncode == 0, f"{text}: {done.stderr}"
