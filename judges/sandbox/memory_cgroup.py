@@ -67,11 +67,13 @@ def lent(megabytes: int) -> Iterator[str]:
 
 def _made() -> Path | None:
     with _lock:
-        if _free:
-            return _free.pop()
+        while _free:
+            if _is_ours(group := _free.pop()):  # not that of the process that forked this one
+                return group
     folder = parent()
     if folder is None:
         return None
+    _remove_those_of_the_dead(folder)
     group = folder / f"prefab-{os.getpid()}-{next(_numbers)}"
     try:
         group.mkdir()
@@ -95,9 +97,22 @@ def _give_back(group: Path) -> None:
         _free.append(group)
 
 
+def _is_ours(group: Path) -> bool:
+    return group.name.startswith(f"prefab-{os.getpid()}-") and group.is_dir()
+
+
 def _remove(group: Path) -> None:
-    with contextlib.suppress(OSError):
-        group.rmdir()
+    if _is_ours(group):
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
+def _remove_those_of_the_dead(folder: Path) -> None:
+    """Remove the empty groups that killed processes have left."""
+    for group in folder.glob("prefab-*-*"):
+        if not Path("/proc", group.name.split("-")[1]).exists():
+            with contextlib.suppress(OSError):
+                group.rmdir()
 
 
 def _lines(file: str) -> list[str]:

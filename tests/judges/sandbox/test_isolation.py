@@ -165,8 +165,13 @@ def test_the_memory_of_an_answers_processes_is_bounded_together():
     """A control group holds them, where one can be made, and is empty again afterwards."""
     if memory_cgroup.parent() is None:
         pytest.skip("limits only: no control group of memory can be made here")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = memory_cgroup.parent() / f"prefab-{ended.pid}-0"  # as of a process that was killed
+    left.mkdir()
+    memory_cgroup._free.clear()
     with memory_cgroup.lent(300) as lent:
-        pass
+        assert not left.exists()
     folder = Path(lent)
     file = next(f for f in (folder / "memory.max", folder / "memory.limit_in_bytes") if f.exists())
     tests, code = "assert f() == 1", "import time\ndef f():\n  time.sleep(1)\n  return 1"
