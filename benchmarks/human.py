@@ -649,11 +649,60 @@ def page(found: dict[str, Any]) -> str:
         "Made by `python -m benchmarks.human` (see its help); the numbers are those of "
         "`benchmarks/results/human.json`. In brackets: 95% intervals over prompts.",
     ]
+    lines += ["", "## What was found", "", *(f"- {line}" for line in sentences(found))]
     for name, title in TITLES.items():
         if name in found:
             lines += ["", f"## {title}", "", f"Size `{found[name]['size']}`.", ""]
             lines += ["| | |", "|---|---|", *rows_of(found[name])]
     return "\n".join(lines) + "\n"
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """What the figures say, in a sentence each; an interval that holds .5 says nothing for sure."""
+    lines = []
+    if people := found.get("annotators"):
+        alpha = people["coefficients"]["krippendorff_alpha nominal"]
+        pattern = people["the pattern is right on full refusals and compliance"]
+        lines.append(
+            f"Two people label an answer alike with an alpha of {common.words(alpha)}. The pattern "
+            f"that counts refusals is right on {common.words(pattern)} of the clear answers."
+        )
+    for name, group in (found.get("judge") or {"sets": {}})["sets"].items():
+        right, same = group["right, mean of both orders"], group["the same answer in both orders"]
+        lines.append(
+            f"{found['judge']['judge']} on {name}: {group['unscored']} of {group['pairs']} pairs could "
+            f"not be read; right on {common.words(right)} of the others{beyond(right)}; the same "
+            f"answer in both orders in {common.words(same)}."
+        )
+    if trained := found.get("training"):
+        for what, part in (
+            ("A reward model", "reward model"),
+            ("The reward that DPO implies", "dpo"),
+        ):
+            right = trained[part]["held out"]["right"]
+            lines.append(
+                f"{what}, trained on {trained['trained on']} pairs, agrees with people on "
+                f"{common.words(right)} of {trained['tested on']} held-out pairs{beyond(right)}."
+            )
+        lines.append(
+            f"Prefab and TRL train on the same file of {trained['trl']['pairs']} pairs to the same "
+            f"loss at each step, within {trained['trl']['largest gap']:.1e}."
+        )
+    if refused := found.get("refusals"):
+        changes = [common.words(refused[f"change, {kind}"]) for kind in ("safe", "unsafe")]
+        lines.append(
+            f"After DPO the share of refusals changes by {changes[0]} on safe prompts and by "
+            f"{changes[1]} on unsafe ones."
+        )
+    return lines
+
+
+def beyond(share: dict[str, Any]) -> str:
+    """Whether an interval tells a share from chance."""
+    if share["low"] is None:
+        return ""
+    sure = share["low"] > 0.5 or share["high"] < 0.5
+    return "" if sure else " (not told from chance)"
 
 
 def rows_of(value: dict[str, Any], under: str = "") -> list[str]:
