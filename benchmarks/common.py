@@ -192,7 +192,7 @@ def _options() -> str:
     given = sys.argv[1:]
     return "".join(
         f" {a}"
-        for a, after in zip(given, [*given[1:], ""], strict=True)
+        for a, after in zip(given, [*given[1:], ""], strict=False)
         if not a.startswith("/") and not after.startswith("/")
     )
 

@@ -451,7 +451,8 @@ def against_trl(args: argparse.Namespace, pairs: list[Pair]) -> dict[str, Any]:
     """
     file = args.work / "same.jsonl"
     file.write_text("".join(json.dumps(pair.row()) + "\n" for pair in pairs), encoding="utf-8")
-    ours, theirs = prefab_losses(args, file), trl_losses(args, file)
+    ours, order = prefab_losses(args, file)
+    theirs = trl_losses(args, file, order)
     gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     return {"pairs": len(pairs), "prefab": ours, "trl": theirs, "largest gap": max(gaps)}
 
@@ -459,8 +460,10 @@ def against_trl(args: argparse.Namespace, pairs: list[Pair]) -> dict[str, Any]:
 STEP = 4  # pairs a step of `against_trl`
 
 
-def prefab_losses(args: argparse.Namespace, file: Path) -> list[float]:
-    """The loss at each step of Prefab's DPO."""
+def prefab_losses(args: argparse.Namespace, file: Path) -> tuple[list[float], list[list[int]]]:
+    """The loss at each step of Prefab's DPO, and the chosen answers' tokens in the order trained;
+    a prompt that it keeps for validation is not among them.
+    """
     from prefab.trainers.offline import dpo as stage
 
     config = stage.DpoConfig.model_validate(
@@ -477,11 +480,11 @@ def prefab_losses(args: argparse.Namespace, file: Path) -> list[float]:
     )
     trainer, *_ = stage.prepare(config)
     rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
-    return train_by_hand(trainer, rows)
+    return train_by_hand(trainer, rows), [list(row["chosen_ids"]) for row in rows]
 
 
-def trl_losses(args: argparse.Namespace, file: Path) -> list[float]:
-    """The loss at each step of TRL's DPO."""
+def trl_losses(args: argparse.Namespace, file: Path, order: list[list[int]]) -> list[float]:
+    """The loss at each step of TRL's DPO, on the pairs of `order` in that order."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -518,7 +521,8 @@ def trl_losses(args: argparse.Namespace, file: Path) -> list[float]:
         {**row, **{f"{side}_ids": row[f"{side}_ids"][:-1] for side in ("chosen", "rejected")}}
         for row in trainer.train_dataset
     ]
-    return train_by_hand(trainer, rows)
+    found = {tuple(row["chosen_ids"]): row for row in rows}
+    return train_by_hand(trainer, [found[tuple(ids)] for ids in order])
 
 
 def _has_cuda() -> bool:
