@@ -391,7 +391,8 @@ def rewards(folder: Path, pairs: Sequence[Pair]) -> np.ndarray:
     """The reward of each pair's chosen and rejected answer, in turn."""
     import torch
 
-    from prefab.trainers.common import answered, load_reward, load_tokenizer
+    from prefab.trainers.chat import answered
+    from prefab.trainers.common import load_reward, load_tokenizer
 
     model, tokenizer = load_reward(str(folder)).eval(), load_tokenizer(str(folder))
     found = []
@@ -430,7 +431,8 @@ def dpo(
 def logps(model: str, pairs: Sequence[Pair]) -> np.ndarray:
     """The log-probability of each pair's chosen and rejected answer, in turn."""
     from prefab.trainers import collate
-    from prefab.trainers.common import answered, load_policy, load_tokenizer
+    from prefab.trainers.chat import answered
+    from prefab.trainers.common import load_policy, load_tokenizer
     from prefab.trainers.offline.reference import compute_logps
 
     loaded, tokenizer = load_policy(model), load_tokenizer(model)
@@ -686,12 +688,14 @@ def sentences(found: dict[str, Any]) -> list[str]:
             right = trained[part]["held out"]["right"]
             lines.append(
                 f"{what}, trained on {trained['trained on']} pairs, agrees with people on "
-                f"{common.words(right)} of {trained['tested on']} held-out pairs{beyond(right)}."
+                f"{common.words(right)} of {trained['tested on']} held-out pairs{beyond(right)}, and on "
+                f"{common.words(trained[part]['on the prompts trained on']['right'])} of its own."
             )
-        lines.append(
-            f"Prefab and TRL train on the same file of {trained['trl']['pairs']} pairs to the same "
-            f"loss at each step, within {trained['trl']['largest gap']:.1e}."
-        )
+        if "trl" in trained:
+            lines.append(
+                f"Prefab and TRL train on the same file of {trained['trl']['pairs']} pairs to the same "
+                f"loss at each step, within {trained['trl']['largest gap']:.1e}."
+            )
     if refused := found.get("refusals"):
         changes = [common.words(refused[f"change, {kind}"]) for kind in ("safe", "unsafe")]
         lines.append(
