@@ -388,21 +388,16 @@ def right_of(margins: np.ndarray, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def rewards(folder: Path, pairs: Sequence[Pair]) -> np.ndarray:
-    """The reward of each pair's chosen and rejected answer, in turn."""
-    import torch
+    """The reward (a logit, up to a constant) of each pair's chosen and rejected answer, in turn."""
+    from prefab.trainers.offline.reward import FILE, scorer
 
-    from prefab.trainers.chat import answered
-    from prefab.trainers.common import load_reward, load_tokenizer
-
-    model, tokenizer = load_reward(str(folder)).eval(), load_tokenizer(str(folder))
-    found = []
-    with torch.no_grad():
-        for pair in pairs:
-            for text in (pair.chosen, pair.rejected):
-                made = answered(tokenizer, pair.messages(), text)
-                ids = torch.tensor([made.prompt + made.answer], device=model.device)
-                found.append(float(model(input_ids=ids).logits[0, 0]))
-    return np.array(found)
+    ended = [
+        [*pair.messages(), {"role": "assistant", "content": text}]
+        for pair in pairs
+        for text in (pair.chosen, pair.rejected)
+    ]
+    deviation = json.loads((folder / FILE).read_text())["deviation"]
+    return scorer(folder)(ended) * float(deviation)
 
 
 def dpo(
