@@ -31,22 +31,27 @@ class People:
     Attributes:
         said: The majority's label by comparison; None if people are split.
         names: The name of an answer in `said`, by prompt and index.
-        annotators: The number of people.
+        annotators: Who labelled a comparison.
     """
 
     said: Mapping[human.Place, Winner | None]
     names: Mapping[tuple[str, Any], str]
-    annotators: int
+    annotators: Mapping[human.Place, frozenset[str]]
+
+    def place(self, prompt: str, a: int, b: int, principle: str) -> human.Place:
+        """The comparison of answers `a` and `b` as `said` and `annotators` name it."""
+        name_a, name_b = (self.names.get((prompt, index), "") for index in (a, b))
+        return human.place_of(prompt, name_a, name_b, principle)
 
     def winner(self, prompt: str, a: int, b: int, principle: str) -> Winner | None:
         """The majority's label of answers `a` and `b`; None without labels, or if people are
         split.
         """
-        name_a, name_b = (self.names.get((prompt, index), "") for index in (a, b))
-        place = human.place_of(prompt, name_a, name_b, principle)
+        place = self.place(prompt, a, b, principle)
         said = self.said.get(place)
         other: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
-        return said if said is None or place[1] == name_a else other[said]
+        in_order = place[1] == self.names.get((prompt, a), "")
+        return said if said is None or in_order else other[said]
 
 
 def people(store: Path, run: int) -> People:
@@ -65,7 +70,7 @@ def people(store: Path, run: int) -> People:
         ]
     ]
     if not rows:
-        return People({}, {}, 0)
+        return People({}, {}, {})
     samples = query(
         store,
         'SELECT prompt, "index", sample, text FROM samples WHERE run = ? ORDER BY "index" DESC',
@@ -93,7 +98,10 @@ def people(store: Path, run: int) -> People:
         return {**value, "a": a, "b": b, "principle": principle}
 
     labels = human.latest(rows, placed)
-    return People(human.gold(labels), names, len({label.annotator for label in labels}))
+    annotators: dict[human.Place, frozenset[str]] = {}
+    for label in labels:
+        annotators[label.place] = annotators.get(label.place, frozenset()) | {label.annotator}
+    return People(human.gold(labels), names, annotators)
 
 
 def find_gold(
@@ -124,19 +132,30 @@ def find_gold(
         )
     if choice in ("auto", "human"):
         known = people(selection.folder, selection.run["run"])
-        places = items.select("prompt", "a", "b", "principle").iter_rows() if known.said else ()
-        gold = np.array(
-            [_SIDE[known.winner(*place)] for place in places] or [np.nan] * items.height
-        )
-        n = int((~np.isnan(gold)).sum())
-        if n or choice == "human":
-            return (
-                gold,
-                f"{n:,} comparisons labelled by {known.annotators} {'person' if known.annotators == 1 else 'people'}",
-            )
+        gold, source = _human(known, items)
+        if source or choice == "human":
+            return gold, source or "0 comparisons labelled by 0 people"
     if choice in ("auto", "oracle") and microworld:
         return _oracle(selection, items), "the embedded world's oracle"
     return np.full(items.height, np.nan), ""
+
+
+def _human(known: People, items: polars.DataFrame) -> tuple[np.ndarray, str]:
+    """People's label of each comparison, and how many there are of how many people; no words where
+    there is none.
+    """
+    import numpy as np
+
+    gold = np.full(items.height, np.nan)
+    persons: set[str] = set()
+    places = items.select("prompt", "a", "b", "principle").iter_rows() if known.said else ()
+    for row, place in enumerate(places):
+        if (winner := known.winner(*place)) is not None:
+            gold[row] = _SIDE[winner]
+            persons |= known.annotators[known.place(*place)]
+    n = int((~np.isnan(gold)).sum())
+    what = "person" if len(persons) == 1 else "people"
+    return gold, f"{n:,} comparisons labelled by {len(persons)} {what}" if n else ""
 
 
 def truth(a: oracle.Assessment, b: oracle.Assessment, principle: str) -> Winner | None:
