@@ -19,7 +19,8 @@ MODEL = "smollm2-135m"
 # Measured by benchmarks/human.py on 120 pairs of LLMBar: benchmarks/human.md
 WORTH = (
     "smollm2-135m as a judge: 65 of 120 LLMBar pairs could be read, of those .65 are right (.52 to "
-    ".75; chance .5), none in both orders: this shows how the loop works, not which answer is better"
+    ".75; chance .5), and none gets the same verdict in both orders: this shows how the loop works, "
+    "not which answer is better"
 )
 PRESET = PACKAGE / "pipelines" / "presets" / "real.yaml"
 CHECKS = PACKAGE / "prompts" / "everyday-checks.jsonl"
