@@ -176,7 +176,7 @@ def load_pairs(folder: Path, record: Mapping[str, Any]) -> tuple[data_rules.Data
     run = record["run"]
     preferences = query(
         folder,
-        f"SELECT preference, prompt, outcome, chosen, rejected, p_chosen FROM preferences "
+        f"SELECT preference, prompt, outcome, chosen, rejected, p_chosen, calibrated FROM preferences "
         f"WHERE run = {run} ORDER BY prompt, a, b",
     )
     if preferences.is_empty():
@@ -217,6 +217,7 @@ def load_pairs(folder: Path, record: Mapping[str, Any]) -> tuple[data_rules.Data
         "preference",
         "prompt",
         "p_chosen",
+        "calibrated",
         "group",
         "split",
         "question",
@@ -245,6 +246,8 @@ def look(
             value is None or rule.name == "unscored"
         ):  # whose threshold is of the share, not of a pair
             marks = getattr(data_rules, rule.name)(data)
+        elif rule.name == "low_margin":
+            marks = data_rules.low_margin(data, value, shares=rule.name in thresholds)
         else:
             marks = getattr(data_rules, rule.name)(data, value)
         share = marks.height / max(

@@ -50,10 +50,11 @@ class Rule:
 RULES = (
     Rule(
         "low_margin",
-        "p_chosen below the threshold",
+        "calibrated p_chosen below the threshold; a share of the vote is not a probability, and is compared only with a "
+        "threshold that is set for it",
         0.6,
-        "a calibrated judge is wrong on at least 40% of such labels, the upper end of the noise found in preference "
-        "data (20-40%; Gao et al. 2024)",
+        "at least 40% of such labels are wrong, the upper end of the noise found in preference data (20-40%; Gao et "
+        "al. 2024)",
     ),
     Rule(
         "near_duplicate",
@@ -155,8 +156,8 @@ class Data:
         texts: All texts; a text's number is its row.
         words: The words of each text.
         same: For each text the number of the first text that is equal except for white space.
-        pairs: Columns preference, prompt, p_chosen, group, split, and question, chosen and
-            rejected, which are numbers of texts.
+        pairs: Columns preference, prompt, p_chosen, calibrated, group, split, and question, chosen
+            and rejected, which are numbers of texts.
         unscored: Ids of comparisons without a verdict.
         comparisons: The number of all comparisons, with ties.
         notes: What a rule could not check completely.
@@ -177,8 +178,8 @@ class Data:
 
 
 def make(rows: pl.DataFrame, unscored: Iterable[str] = (), comparisons: int | None = None) -> Data:
-    """Data from plain rows: preference, prompt, text, chosen, rejected (texts), p_chosen, group,
-    split.
+    """Data from plain rows: preference, prompt, text, chosen, rejected (texts), p_chosen,
+    calibrated, group, split.
     """
     import polars as pl
 
@@ -188,6 +189,7 @@ def make(rows: pl.DataFrame, unscored: Iterable[str] = (), comparisons: int | No
         "preference",
         "prompt",
         "p_chosen",
+        "calibrated",
         "group",
         "split",
         *(
@@ -217,13 +219,32 @@ def indexed(texts: pl.Series, pairs: pl.DataFrame, unscored: list[str], comparis
     return Data(texts, near_duplicates.words(texts), same, pairs, unscored, comparisons)
 
 
-def low_margin(data: Data, threshold: float) -> pl.DataFrame:
-    """Pairs whose label is hardly better than chance."""
+def low_margin(data: Data, threshold: float, shares: bool = False) -> pl.DataFrame:
+    """Pairs whose label is hardly better than chance.
+
+    Args:
+        data: The pairs.
+        threshold: Pairs with a smaller `p_chosen` are marked.
+        shares: Also mark pairs whose `p_chosen` is a share of the vote. One share is right more
+            often in one panel than in another, so no threshold fits all panels.
+    """
     import polars as pl
 
+    known = pl.col("calibrated")
+    n = data.pairs.filter(~known).height
+    if n and not shares:
+        data.notes.append(
+            f"low_margin: p_chosen of {n:,} pairs is a share of the vote, not a probability, so they "
+            "were not checked: `prefab calibrate` makes it one, or --threshold low_margin=VALUE sets "
+            "a threshold for the share"
+        )
     return _marks(
-        data.pairs.filter(pl.col("p_chosen") < threshold),
-        pl.format("p_chosen {}", pl.col("p_chosen").round(4)),
+        data.pairs.filter((pl.col("p_chosen") < threshold) & (known | shares)),
+        pl.format(
+            "{} {}",
+            pl.when(known).then(pl.lit("p_chosen")).otherwise(pl.lit("share of the vote")),
+            pl.col("p_chosen").round(4),
+        ),
     )
 
 

@@ -62,6 +62,7 @@ def row(rng, i, **changes):
         "chosen": sentence(rng, 40),
         "rejected": sentence(rng, 45),
         "p_chosen": 0.9,
+        "calibrated": True,
         "group": f"g{i}",
         "split": "train",
         **changes,
@@ -215,6 +216,22 @@ def test_low_margin_by_hand():
     rows = [row(rng, i, p_chosen=p) for i, p in enumerate((0.5201, 0.5999, 0.6, 0.61, 1.0))]
     found = data_rules.low_margin(data(rows), 0.6)
     assert list(found.iter_rows()) == [("p00000", "p_chosen 0.5201"), ("p00001", "p_chosen 0.5999")]
+
+
+def test_a_share_of_the_vote_is_marked_only_by_a_threshold_set_for_it():
+    rng = random.Random(3)
+    rows = [row(rng, i, p_chosen=0.55, calibrated=i == 1) for i in range(3)]
+    made = data(rows)
+    assert list(data_rules.low_margin(made, 0.6).iter_rows()) == [("p00001", "p_chosen 0.55")]
+    assert made.notes == [made.notes[0]] and "2 pairs is a share of the vote" in made.notes[0]
+    made.notes.clear()
+    found = data_rules.low_margin(made, 0.6, shares=True)
+    assert found["detail"].to_list() == [
+        "share of the vote 0.55",
+        "p_chosen 0.55",
+        "share of the vote 0.55",
+    ]
+    assert not made.notes
 
 
 def test_identical_sides_are_those_that_differ_in_white_space_alone():
@@ -455,6 +472,7 @@ def world(n, seed=0):
                         "rejected": bad,
                         "text": "\n".join(m.content for m in talk),
                         "p_chosen": 0.9,
+                        "calibrated": True,
                         "group": s.prompt.group,
                         "split": s.prompt.split,
                     }
