@@ -1,7 +1,8 @@
 """Output on the terminal: results, tables, progress, errors and hints.
 
 Results go to stdout, so that they can be piped; progress, hints and errors go to stderr. `NO_COLOR`
-is honoured.
+is honoured. Whatever is printed here is made printable first (`printable.py`), and rich's markup
+and emoji codes in it mean nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
+from rich.segment import Segment
+from rich.text import Text
 
 from prefab.factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
+from prefab.factory.printable import printable
 
 T = TypeVar("T")
 LONGEST_NAME = 20  # a first column up to this width is not wrapped
@@ -28,17 +31,54 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 _EVERY_NOTE: ContextVar[str] = ContextVar("every_note", default="")
 
 
+class PrintableConsole(Console):
+    """A rich console that prints no character a terminal would act on, except its own colours and
+    cursor movements. Markup and emoji codes are not interpreted.
+    """
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream that is written to: the standard one, below the guard that `main` puts on
+        it.
+        """
+        file = self._file or (sys.stderr if self.stderr else sys.stdout)
+        return getattr(file, "direct", file)
+
+    @file.setter
+    def file(self, new: IO[str]) -> None:
+        """Write to another stream from now on."""
+        self._file = new
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, as rich does; strings are made printable."""
+        options |= {"markup": False, "emoji": False}
+        super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        return super()._render_buffer(
+            s if s.control else Segment(printable(s.text), s.style) for s in buffer
+        )
+
+
 @lru_cache
-def console(stderr: bool = False) -> Console:
+def console(stderr: bool = False) -> PrintableConsole:
     """The console for results (stdout), or for everything else (stderr). Colour only on a terminal,
     and never with NO_COLOR.
     """
-    return Console(
+    return PrintableConsole(
         stderr=stderr,
         no_color=bool(os.environ.get("NO_COLOR")) or None,
         highlight=False,
+        markup=False,
+        emoji=False,
         soft_wrap=True,
     )
+
+
+def say(text: str, state: str = "", style: str = "", stderr: bool = False) -> None:
+    """Print a line, after a word in a colour where `state` is given."""
+    head = ((printable(state), style), " ") if state else ("", "")
+    console(stderr).print(Text.assemble(*head, printable(text)))
 
 
 def exit_code(error: PrefabError) -> int:
@@ -52,19 +92,18 @@ def fail(error: PrefabError, remedy: str = "") -> int:
     Each problem is one line, `file:line:col path: message`, which editors and terminals make
     clickable.
     """
-    err = console(stderr=True)
     lines = (
         [str(problem) for problem in error.problems]
         if isinstance(error, ConfigError)
         else [str(error)]
     )
     for line in lines:
-        err.print(f"[red]error[/red] {escape(line)}")
+        say(line, "error", "red", stderr=True)
     if len(lines) > 1:
-        err.print(f"{len(lines)} problems")
+        say(f"{len(lines)} problems", stderr=True)
     remedy = remedy or _remedy(error)
     if remedy:
-        err.print(f"[cyan]help[/cyan]  {escape(remedy)}")
+        say(f" {remedy}", "help", "cyan", stderr=True)
     return exit_code(error)
 
 
@@ -82,12 +121,12 @@ def _remedy(error: PrefabError) -> str:
 
 def warn(message: str) -> None:
     """Print a warning to stderr."""
-    console(stderr=True).print(f"[yellow]note[/yellow]  {escape(message)}")
+    say(f" {message}", "note", "yellow", stderr=True)
 
 
 def hint(command: str) -> None:
     """Print the next command to type, to stderr."""
-    console(stderr=True).print(f"next: [bold]{escape(command)}[/bold]")
+    console(stderr=True).print(Text.assemble("next: ", (printable(command), "bold")))
 
 
 @contextmanager
@@ -122,31 +161,33 @@ def table(
             isinstance(row[index], (int, float)) or row[index] is None for row in rows
         )
         view.add_column(
-            column,
+            printable(column),
             justify="right" if numeric else "left",
             overflow="fold",
             no_wrap=whole and index == 0,
         )
     for row in rows:
-        view.add_row(*(escape(cell(value)) for value in row))
+        view.add_row(*map(cell, row))
     if title:  # as the table's own it would be broken to its width
-        console().print(title, markup=False, style="italic")
+        console().print(title, style="italic")
     # The console's soft wrap would let rich crop the table's frame.
     console().print(view, soft_wrap=False)
     for line in filter(None, (note, _EVERY_NOTE.get())):
         # as a caption it would be broken to the width of the table
-        console().print(line, markup=False, style="dim")
+        console().print(line, style="dim")
 
 
 def cell(value: Any) -> str:
-    """A value as text for a table: three decimals, thousands separated, nothing for None."""
+    """A value as printable text for a table: three decimals, thousands separated, nothing for
+    None.
+    """
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))
 
 
 def duration(seconds: float) -> str:
@@ -184,11 +225,11 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[facts]}", markup=False),
                 console=console(stderr=True),
             )
             self._task = self._bar.add_task(self.what, total=self.total, facts="")
@@ -270,4 +311,4 @@ class Progress:
         facts = f" · {self.facts}" if self.facts else ""
         left = f" {self._left()}" if self._left() else ""
         line = f"{self.what} {self.done:,}{of}{unit} · {duration(spent)}{left}{facts}"
-        console(stderr=True).print(line, markup=False)
+        say(line, stderr=True)

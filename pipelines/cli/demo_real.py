@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.console import console, duration, every_table_notes, hint, table, warn
+from prefab.factory.console import duration, every_table_notes, hint, say, table, warn
 from prefab.factory.engines.packaged import PACKAGED, set_up
 from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
@@ -60,7 +60,7 @@ def demo_real(
     from prefab.pipelines.cli.run_report import next_command
     from prefab.pipelines.run.runner import run
 
-    console(stderr=True).print(f"{PACKAGED[MODEL].summary}.", markup=False)
+    say(f"{PACKAGED[MODEL].summary}.", stderr=True)
     took: dict[str, float] = {}
     began = time.monotonic()
     set_up(MODEL)
@@ -81,7 +81,7 @@ def demo_real(
         write({"run": result.summary(), **found, "worth": WORTH, "seconds": took})
     else:
         took["in all"] = time.monotonic() - began
-        console().print(" · ".join(f"{part} {duration(s)}" for part, s in took.items()))
+        say(" · ".join(f"{part} {duration(s)}" for part, s in took.items()))
     hint(f'prefab sql --store {store} "SELECT prompt, text FROM samples LIMIT 5"')
     hint("prefab run real --set engines.local.model=Qwen/Qwen3-8B     a model whose data is of use")
     return 0

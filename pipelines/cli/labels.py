@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from prefab.factory.console import EXIT_FAILED, console, table, warn
+from prefab.factory.console import EXIT_FAILED, say, table, warn
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.options import (
     Json,
@@ -57,7 +57,7 @@ def calibrate(
     if as_json:
         print_json({"run": found.run, "source": found.source, **found.calibration.data()})
     else:
-        console().print(found.sentence().replace("`", ""), markup=False)
+        say(found.sentence().replace("`", ""))
         hint_command("agreement", "--store", store, "--run", found.run)
     if found.calibration.method == "none":
         raise typer.Exit(EXIT_FAILED)

@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from prefab.factory.console import console, duration, fail, hint, table, warn
+from prefab.factory.console import duration, fail, hint, say, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
+from prefab.factory.printable import guard_standard_streams
 from prefab.pipelines.cli import labels
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli.options import (
@@ -52,6 +53,7 @@ app.add_typer(cli_train.app)
 
 def main() -> None:
     """Run the command line. A user's mistake is printed without a traceback; a bug keeps it."""
+    guard_standard_streams()
     try:
         app()
     except PrefabError as error:
@@ -120,9 +122,9 @@ def init(
     files = init_project(folder)
     if as_json:
         return print_json({"folder": str(folder), "files": [str(file) for file in files]})
-    console().print(f"{folder}: {len(files)} files", markup=False)
+    say(f"{folder}: {len(files)} files")
     for file in files:
-        console().print(f"  {file}", markup=False)
+        say(f"  {file}")
     hint(f"cd {shlex.quote(str(folder))} && prefab check . && prefab plan pipeline.yaml")
 
 
@@ -161,7 +163,7 @@ def check(
     if problems:
         raise ConfigError(problems)
     for path, what in checked:
-        console().print(f"[green]ok[/green] {path} ({what})", markup=True)
+        say(f"{path} ({what})", "ok", "green")
     pipelines = [path for path, what in checked if what == "pipeline"]
     hint_command(*(("plan", pipelines[0]) if pipelines else ("init", "my-project")))
 
@@ -191,8 +193,8 @@ def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
         _plan_rows(found.rows),
     )
     for reason, n in _plan_reasons(found.rows):
-        console().print(f"  {n:,} calls: {reason}", markup=False)
-    console().print(_plan_summary(found), markup=False)
+        say(f"  {n:,} calls: {reason}")
+    say(_plan_summary(found))
     hint_command("run", pipeline, *(word for text in sets for word in ("--set", text)))
 
 
@@ -446,8 +448,7 @@ def doctor(
         raise typer.Exit(1 if bad else 0)
     colour = {"ok": "green", "note": "yellow", "bad": "red"}
     for finding in findings:
-        console().print(f"[{colour[finding.state]}]{finding.state:4}[/] {finding.what}: ", end="")
-        console().print(finding.words, markup=False)
+        say(f"{finding.what}: {finding.words}", f"{finding.state:4}", colour[finding.state])
     hint("prefab demo" if not bad else "prefab doctor    # after you have fixed the problems above")
     raise typer.Exit(1 if bad else 0)
 

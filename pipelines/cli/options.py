@@ -13,6 +13,7 @@ import typer
 
 from prefab.factory.console import hint, warn
 from prefab.factory.errors import ConfigError
+from prefab.factory.printable import printable
 
 STOPPED = 130
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -57,11 +58,13 @@ def hint_command(*words: object) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one JSON object to stdout."""
+    """Print a value as one JSON object to stdout, with characters that a terminal would act on
+    written as escapes.
+    """
     import orjson
 
     text = orjson.dumps(value, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)
-    sys.stdout.write(text.decode() + "\n")
+    sys.stdout.write(printable(text.decode()) + "\n")
 
 
 def existing_store(store: Path) -> Path:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from prefab.factory.console import say
 from prefab.factory.errors import EngineError
 
 
@@ -37,12 +38,11 @@ def serve_model(model: str, port: int, extra: Sequence[str] = ()) -> int:
     engine = VLLM(VllmConfig(model=model, port=port, args=list(extra)), "serve")
     process = VllmProcess(engine.config, str(engine.path), port, "serve", None)
     words = command_line(process)
-    print(
+    say(
         f"serving {model} at http://127.0.0.1:{port}/v1 (Ctrl-C ends it)\n"
         f"to use it in a pipeline: engines.local = {{engine: vllm, url: 'http://127.0.0.1:{port}', "
         f"model: {model}}}",
-        file=sys.stderr,
-        flush=True,
+        stderr=True,
     )
     supervisor = [
         sys.executable,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefab.factory import charts
-from prefab.factory.console import console, table
+from prefab.factory.console import say, table
 from prefab.factory.types import Prompt
 from prefab.pipelines.evaluation.policy_metrics import PolicyAnswer
 
@@ -173,4 +173,4 @@ def show(report: Any) -> None:
             ],
         )
     for note in report.notes:
-        console().print(note, markup=False)
+        say(note)

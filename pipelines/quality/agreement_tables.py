@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefab.factory.console import cell, console, table, warn
+from prefab.factory.console import cell, say, table, warn
 from prefab.factory.stats import Estimate
 
 _JUDGE = (
@@ -44,14 +44,13 @@ NAMES = {
 
 def show(found: dict[str, Any], groups: int = 3) -> None:
     """All of it; comparisons of the first `groups` principles."""
-    console().print(
+    say(
         f"{found['run']}: {found['comparisons']:,} comparisons of {found['prompts']:,} prompts, "
         f"{found['items']:,} with their principles"
-        + (f" · gold: {found['gold']}" if found["gold"] else ""),
-        markup=False,
+        + (f" · gold: {found['gold']}" if found["gold"] else "")
     )
     for line in in_brief(found):
-        console().print(f"  {line}", markup=False)
+        say(f"  {line}")
     _judges(found["judges"])
     if found["between"]:
         _between(found["between"])
@@ -375,7 +374,7 @@ def _divided(rows: Sequence[dict[str, Any]], principles: Sequence[str]) -> None:
     """
     shown = [row for row in rows if row["principle"] in principles]
     if shown:
-        console().print("What divides them:", markup=False)
+        say("What divides them:")
     for row in shown:
         who = (
             f"preference {row['preference'][:12]}"
@@ -383,12 +382,11 @@ def _divided(rows: Sequence[dict[str, Any]], principles: Sequence[str]) -> None:
             else f"prompt {row['prompt'][:12]}"
         )
         gold = f" · gold: {row['gold']}" if row["gold"] else ""
-        console().print(
-            f"\n  {row['principle'] or '(no principle)'} · {who} · answers {row['a']} and {row['b']}{gold}",
-            markup=False,
+        say(
+            f"\n  {row['principle'] or '(no principle)'} · {who} · answers {row['a']} and {row['b']}{gold}"
         )
         for name, text in row["text"].items():
-            console().print(f"    {name:6} {text}", markup=False)
+            say(f"    {name:6} {text}")
         for judge, said in row["judges"].items():
             p = "unscored" if said["p_a"] is None else f"{said['p_a']:.3f}"
             orders = (
@@ -398,4 +396,4 @@ def _divided(rows: Sequence[dict[str, Any]], principles: Sequence[str]) -> None:
                     f" (a first: {said['ab'] or 'unscored'}; b first: {said['ba'] or 'unscored'})"
                 )
             )
-            console().print(f"    {judge}: P(a) {p}{orders}", markup=False)
+            say(f"    {judge}: P(a) {p}{orders}")

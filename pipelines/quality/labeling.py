@@ -21,6 +21,7 @@ from typing import Any, Literal, TextIO
 
 import orjson
 
+from prefab.factory.console import say
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
 from prefab.factory.types import Order
@@ -388,8 +389,7 @@ def terminal(
     """Label in this terminal. Ctrl-C ends it as q does."""
 
     def show(text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        say(text, stderr=True)
 
     with single_keys(stream or sys.stdin) as keys:
         try:

@@ -14,7 +14,6 @@ import asyncio
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typing import Any, NoReturn
 
 import orjson
 
+from prefab.factory.console import say
 from prefab.factory.engines import vllm
 from prefab.factory.engines.http import HttpClient as Http
 from prefab.factory.engines.http import Rejected
@@ -83,10 +83,9 @@ class VllmSampler:
                 self.stop()
                 if self.failures > 1:
                     self.give_up(f"vLLM failed twice, the second time {_at(self.t)}: {why}")
-                print(
+                say(
                     f"vLLM failed {_at(self.t)} and is started once more: {why}",
-                    file=sys.stderr,
-                    flush=True,
+                    stderr=True,
                 )
 
     def check(self, gap: float) -> None:
