@@ -27,7 +27,7 @@ from prefab.factory.engines.family import (
     learned,
     without_system,
 )
-from prefab.factory.engines.http import LIMITED, HttpClient, Rejected
+from prefab.factory.engines.http import LIMITED, MAX_BYTES, HttpClient, Malformed, Rejected
 from prefab.factory.errors import EngineError, RequestRefused, TransportError
 from prefab.factory.keys import derived_seed
 from prefab.factory.label_text import FoundLabel, find_label
@@ -42,7 +42,12 @@ from prefab.factory.types import Completion, Exactness, Finish, Message, Request
 # a label read waits this long for others to share its POST while some are under way, else not at
 # all
 FLUSH_AFTER_S = 0.002
+LOG_SLACK = 0.01  # above 0: servers round log-probabilities (bf16 logits)
+MORE_TOKENS = 16  # that an answer may have beside those asked for: end tokens, a server's own count
 MAX_LESSONS = 12  # refusals of one request that the engine learns from
+# Bytes of a response: of its frame, of a token's text (some are 256 spaces, and JSON escapes take
+# six bytes a letter), of one of its top tokens (its text in letters and in bytes, and a number).
+FRAME_BYTES, TOKEN_BYTES, TOP_BYTES = 2**18, 1024, 256
 _CONTEXT = re.compile(
     r"context[ _](?:length|window|size)|prompt is too long|max_model_len|too many tokens", re.I
 )
@@ -63,10 +68,6 @@ T = TypeVar("T")
 LabelRead = tuple[dict[str, float] | None, Exactness]
 
 
-class Malformed(Exception):
-    """The server answered 200 with something that is not a chat completion."""
-
-
 class Read(Protocol):
     """How label log-probabilities are asked for and found in the answer; one way a server (see
     `claim`).
@@ -81,6 +82,8 @@ class Read(Protocol):
     def parse(self, entries: Sequence[Any] | None, labels: tuple[str, ...]) -> LabelRead:
         """Log-probabilities by spelling from a token's `top_logprobs`; spellings not there are left
         out.
+
+        Raises: Malformed where a label's number is no log-probability.
         """
 
     def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
@@ -105,9 +108,7 @@ class TopRead:
         return {"logprobs": True, "top_logprobs": self.top} if self.top else {}
 
     def parse(self, entries: Sequence[Any] | None, labels: tuple[str, ...]) -> LabelRead:
-        """As `Read.parse`; None and `hard` when the server gives no log-probabilities; nothing, as
-        an exact read that mentions no label, where a label's is no number.
-        """
+        """As `Read.parse`; None and `hard` when the server gives no log-probabilities."""
         if not entries:
             return None, "hard"
         found: dict[str, float] = {}
@@ -116,12 +117,9 @@ class TopRead:
             if token not in labels:
                 continue
             logp = log_probability(entry.get("logprob"))
-            if (
-                logp is None
-            ):  # the label was there, so it is not below the k-th token: nothing is known of it
-                return {}, "exact"
             if logp > -math.inf:  # two tokens can have one text: their masses add up
                 found[token] = log_add(found[token], logp) if token in found else logp
+        check_masses(found)
         return found, "exact" if len(found) == len(labels) else "bounds"
 
     def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
@@ -145,7 +143,8 @@ class Drawn(NamedTuple):
 class Group:
     """What label reads that may share one POST have in common: the body without its messages, also
     as text, and the labels. `forms`: the label may stand in a form, not at the first token.
-    `opened`: the chat template opens the thinking.
+    `opened`: the chat template opens the thinking. `tokens` are the most that an answer may have,
+    and `max_bytes` what a response with one answer can need.
     """
 
     head: bytes
@@ -153,6 +152,8 @@ class Group:
     body: Mapping[str, Any]
     forms: bool = False
     opened: bool = False
+    tokens: int = 1 << 30
+    max_bytes: int = MAX_BYTES
 
 
 class _Probe(NamedTuple):
@@ -304,7 +305,8 @@ class Chat:
 
         async def ask() -> _Probe:
             group = await self._group(request)
-            return await self._parsed(b"%b%b}" % (group.head, self._messages(request)), parse)
+            messages = self._messages(request)
+            return await self._parsed(b"%b%b}" % (group.head, messages), parse, group.max_bytes)
 
         try:
             return await self._adapted(request, ask)
@@ -337,7 +339,10 @@ class Chat:
                     "seed": derived_seed(key),
                 }
             )
-            return await self._parsed(b"%b%b,%b" % (group.head, messages, more[1:]), _drawn)
+            body = b"%b%b,%b" % (group.head, messages, more[1:])
+            # the log-probabilities of all tokens, and the ids of the prompt's
+            room = response_bytes(group.tokens, 1) + 16 * len(body)
+            return await self._parsed(body, _drawn, room)
         except Rejected as refusal:
             raise EngineError(
                 f"{self.server.url}{self.path}: HTTP {refusal.status} {refusal.message}"
@@ -369,7 +374,7 @@ class Chat:
             forms = bool(request.labels) and request.sampling.max_tokens > 1
             thinks = self.family.thinks(dict(request.template_kwargs))
             opened = thinks and self.family.opens_thinking
-            made = Group(head, request.labels, body, forms, opened)
+            made = Group(head, request.labels, body, forms, opened, *_bounds(body))
             group = self._heads.setdefault(kind, made)
         return group
 
@@ -406,9 +411,10 @@ class Chat:
         return await self._parsed(
             b"%b%b%b}" % (group.head, messages, seed),
             lambda answer: self._completion(_choices(answer, 1)[0], group, *_usage(answer)),
+            group.max_bytes,
         )
 
-    async def _parsed(self, body: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
+    async def _parsed(self, body: bytes, parse: Callable[[dict[str, Any]], T], max_bytes: int) -> T:
         """What `parse` finds in the answer to `body`; asked up to three times while the answers are
         malformed.
 
@@ -416,7 +422,7 @@ class Chat:
         """
         for _ in range(3):
             try:
-                return parse(await self.server.post(self.path, body))
+                return parse(await self.server.post(self.path, body, max_bytes=max_bytes))
             except Malformed as error:
                 problem = error
         raise TransportError(f"{self.server.url}{self.path}: {problem}")
@@ -460,6 +466,8 @@ class Chat:
             if not group.labels:
                 return Completion(text, finish, None, "exact", prompt_tokens, new_tokens)
             content = (choice.get("logprobs") or {}).get("content") or [{}]
+            if len(content) > group.tokens + MORE_TOKENS:
+                raise Malformed(f"{len(content)} tokens, where {group.tokens} were asked for")
             logps, exactness = self._label_read(text, content, group)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise Malformed(f"not a chat completion ({type(error).__name__}: {error})") from error
@@ -555,7 +563,10 @@ class Chat:
         body = b"%b[%b]}" % (group.head, b",".join(conversations))
         try:
             answer = await self.server.post(
-                self.path + "/batch", body, final=frozenset({500, LIMITED})
+                self.path + "/batch",
+                body,
+                final=frozenset({500, LIMITED}),
+                max_bytes=group.max_bytes * len(conversations),
             )
         except Rejected as refusal:
             if refusal.status in (404, 405, 501):
@@ -606,22 +617,45 @@ async def wrong_model(server: HttpClient, path: str, model: str, message: str = 
     return f"{server.url} has no model {model!r}; it has: {names or 'none'}"
 
 
+def _bounds(body: Mapping[str, Any]) -> tuple[int, int]:
+    """The most tokens of an answer to `body`, and the most bytes that a response can need."""
+    tokens = body.get("max_tokens", body.get("max_completion_tokens"))
+    if type(tokens) is not int:
+        return 1 << 30, MAX_BYTES
+    tops = len(body.get("logprob_token_ids", ())) + int(body.get("top_logprobs", 0))
+    return tokens, response_bytes(tokens, tops)
+
+
+def response_bytes(tokens: int, tops: int) -> int:
+    """The most bytes that a response of so many tokens, each with so many top tokens, can need."""
+    return FRAME_BYTES + tokens * (TOKEN_BYTES + TOP_BYTES * (1 + tops))
+
+
 def message_bytes(messages: tuple[Message, ...]) -> bytes:
     """The conversation as a JSON array."""
     return orjson.dumps([{"role": m.role, "content": m.content} for m in messages])
 
 
-def log_probability(value: Any) -> float | None:
-    """A number (minus infinity is one: the mass is 0), else None: null, NaN, text, truth values,
-    integers beyond floats.
+def log_probability(value: Any) -> float:
+    """A number up to 0, or a little more where the server rounds. Minus infinity is one: the mass
+    is 0.
+
+    Raises: Malformed for anything else: null, NaN, text, truth values, integers beyond floats.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if number < math.inf else None  # NaN is not below anything
+    if type(value) is float or type(value) is int:
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.nan
+        if number <= LOG_SLACK:  # NaN is not
+            return number
+    raise Malformed(f"{str(value)[:40]!r} is no log-probability")
+
+
+def check_masses(logps: Mapping[str, float]) -> None:
+    """Raises: Malformed where these labels have more than the whole probability together."""
+    if sum(map(math.exp, logps.values())) > 1.0 + LOG_SLACK:
+        raise Malformed("the labels' probabilities are more than 1 together")
 
 
 def log_add(a: float, b: float) -> float:
@@ -669,15 +703,14 @@ def _drawn(answer: dict[str, Any]) -> Drawn:
     choice = _choices(answer, 1)[0]
     try:
         prompt, ids = answer["prompt_token_ids"], choice["token_ids"]
-        logps = [log_probability(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+        numbers = [log_probability(entry["logprob"]) for entry in choice["logprobs"]["content"]]
         if not all(type(i) is int for i in [*prompt, *ids]):
             raise TypeError("token ids that are no numbers")
     except (KeyError, TypeError) as error:
         raise Malformed(
             f"no token ids ({type(error).__name__}: {error}); vLLM 0.32 gives them"
         ) from error
-    numbers = [logp for logp in logps if logp is not None]
-    if not ids or not len(ids) == len(logps) == len(numbers):
+    if not ids or len(ids) != len(numbers):
         raise Malformed(f"{len(ids)} token ids with {len(numbers)} log-probabilities")
     return Drawn(prompt, ids, numbers, choice.get("finish_reason") == "stop")
 

@@ -12,11 +12,14 @@ import json
 import os
 import random
 import re
+import select
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
+from itertools import count
 from math import inf
 from typing import Any
 
@@ -26,14 +29,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefab.factory.errors import EngineError, TransportError
 
 LIMITED = 429  # the only status that slows all requests down; it costs time, no retries
-# worth asking again
-HEALS = frozenset({408, 409, 425, 500, 502, 503, 504, 520, 522, 524, 529})
+# worth asking again: besides the standard ones, those of nginx, Cloudflare (52x) and proxies
+HEALS = frozenset({408, 409, 425, 500, 502, 503, 504, 507, *range(520, 530), 598})
+REDIRECTS = frozenset({301, 302, 307, 308})
+MAX_REDIRECTS = 5
 DOWN = frozenset({502, 503, 504})  # tell of the server's health, where 500 tells of one request
 # no waiting mends these: OpenAI's and others' 429 or 402 for an account without money
 NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
 BACKOFF_S, BACKOFF_CAP_S = 0.25, 20.0
 # uvicorn closes idle connections after 5 s; a client that waits longer meets resets
 KEEP_ALIVE_S = 4.0
+MAX_BYTES = 16 * 2**20  # of a response, where the request does not say what it can need
 
 
 class HttpConfig(BaseModel):
@@ -51,6 +57,12 @@ class HttpConfig(BaseModel):
     retries: int = Field(6, ge=0)
     down_after_s: float = Field(20.0, ge=0)
     thinking_tokens: int = Field(2048, ge=0)
+
+
+class Malformed(TransportError):
+    """The server's response is not what was asked for: no chat completion, larger than the request
+    can need, or the answer to another request.
+    """
 
 
 class Rejected(Exception):
@@ -197,23 +209,35 @@ class HttpClient:
         self._session: Any = None
         self._loop: Any = None
         self._urls: dict[str, Any] = {}
+        self._ids, self._id_prefix = count(), f"prefab-{os.urandom(6).hex()}-"
+        self._echoes = False  # whether the server's responses name the request's id
 
     async def post(
-        self, path: str, body: bytes, final: frozenset[int] = frozenset()
+        self,
+        path: str,
+        body: bytes,
+        final: frozenset[int] = frozenset(),
+        max_bytes: int = MAX_BYTES,
     ) -> dict[str, Any]:
-        """The JSON object that answers `body`. Statuses in `final` are not asked again, whatever
-        they are.
+        """The JSON object that answers `body`.
+
+        Args:
+            path: After the server's address.
+            body: JSON.
+            final: Statuses that are not asked again, whatever they are.
+            max_bytes: A larger response, once decompressed, is refused.
 
         Raises:
             Rejected: a 4xx that asking again does not heal.
+            Malformed: the response is larger than `max_bytes`.
             TransportError: no usable answer after all retries, or the breaker is open.
             EngineError: the key is missing or wrong.
         """
-        return await self._retrying("POST", path, body, final)
+        return await self._retrying("POST", path, body, final, max_bytes)
 
     async def get(self, path: str) -> dict[str, Any]:
         """The JSON object at `path`. Raises: as `post`."""
-        return await self._retrying("GET", path, None, frozenset())
+        return await self._retrying("GET", path, None, frozenset(), MAX_BYTES)
 
     async def alive(self, path: str = "/health") -> bool:
         """Whether the server answers `path` with 200 right now; never raises, never retries."""
@@ -229,7 +253,12 @@ class HttpClient:
             return False
 
     async def _retrying(
-        self, method: str, path: str, body: bytes | None, final: frozenset[int]
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        final: frozenset[int],
+        max_bytes: int,
     ) -> dict[str, Any]:
         deadline = time.monotonic() + self.config.deadline_s
         failures = 0
@@ -238,7 +267,9 @@ class HttpClient:
                 raise TransportError(self._too_late(path, "its rate limit leaves no time"))
             try:
                 self.breaker.admit(self.url)
-                answer, reason, wait_s = await self._once(method, path, body, deadline, final)
+                answer, reason, wait_s = await self._once(
+                    method, path, body, deadline, final, max_bytes
+                )
             finally:
                 self.throttle.leave()
             if answer is not None:
@@ -260,11 +291,17 @@ class HttpClient:
         return f"{self.url}{path}: {reason}; the deadline of {self.config.deadline_s:g} s passed"
 
     async def _once(
-        self, method: str, path: str, body: bytes | None, deadline: float, final: frozenset[int]
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        deadline: float,
+        final: frozenset[int],
+        max_bytes: int,
     ) -> tuple[dict[str, Any] | None, str, float | None]:
         """One try: the answer, or why there is none and how long the server asked to wait."""
         began = self.throttle.clock()
-        response = await self._send(method, path, body, deadline)
+        response = await self._send(method, path, body, deadline, max_bytes)
         if isinstance(response, str):
             self.breaker.failed(response)
             return None, response, None
@@ -284,15 +321,21 @@ class HttpClient:
             self._limited(began, message, wait_s)
         if status in (*HEALS, LIMITED) and status not in final:
             return None, f"HTTP {status} {message}", wait_s
+        if status in REDIRECTS:
+            return None, f"HTTP {status} after {MAX_REDIRECTS} redirections", None
         # some APIs answer 403 to a parameter that this account or model may not use
         if status == 401 or (status == 403 and "logprobs" not in message):
             raise EngineError(self._key_problem(status, message))
         raise Rejected(status, message, detail)
 
     async def _send(
-        self, method: str, path: str, body: bytes | None, deadline: float
+        self, method: str, path: str, body: bytes | None, deadline: float, max_bytes: int
     ) -> tuple[int, Mapping[str, str], bytes] | str:
-        """Status, headers and body of the response; the reason as text when none came."""
+        """Status, headers and body of the response; the reason as text when none came.
+
+        Raises: Malformed for a response that is too large; EngineError for a redirection to another
+        server.
+        """
         import aiohttp
 
         url = self._urls.get(path) or self._url(path)
@@ -302,13 +345,82 @@ class HttpClient:
             if left_s >= self.config.timeout_s
             else {"timeout": aiohttp.ClientTimeout(total=left_s)}
         )
+        request_id = f"{self._id_prefix}{next(self._ids)}"
+        headers = {**self._headers(), "X-Request-Id": request_id}
         try:
-            async with self.session().request(
-                method, url, data=body, headers=self._headers(), **options
-            ) as response:
-                return response.status, response.headers, await response.read()
+            for _ in range(1 + MAX_REDIRECTS):
+                async with self.session().request(
+                    method, url, data=body, headers=headers, allow_redirects=False, **options
+                ) as response:
+                    transport = response.connection and response.connection.transport
+                    raw = await self._body(response, max_bytes)
+                    status = response.status
+                    if status == 200 and body is not None and self._is_stray(request_id, raw):
+                        if transport is not None:
+                            transport.close()  # what comes next on it belongs to no one either
+                        return "the response is that of another request"
+                    if status not in REDIRECTS:
+                        break
+                    url = self._redirected(response)
+            return status, response.headers, raw
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})"
+
+    async def _body(self, response: Any, max_bytes: int) -> bytes:
+        """The response's body, decompressed as it comes. Raises: Malformed as soon as more than
+        `max_bytes` came, or are announced.
+        """
+        content = response.content
+        if (response.content_length or 0) <= max_bytes:
+            body: bytes = await content.readany()
+            if content.at_eof() and len(body) <= max_bytes:
+                return body
+            parts, size = [body], len(body)
+            while size <= max_bytes:
+                part = await content.readany()
+                if not part:
+                    return b"".join(parts)
+                parts.append(part)
+                size += len(part)
+        response.close()
+        raise Malformed(
+            f"the response is larger than {max_bytes:,} bytes, more than this request can need"
+        )
+
+    def _is_stray(self, request_id: str, raw: bytes) -> bool:
+        """Whether this is the response to an earlier request, which nobody waits for any more.
+        vLLM's responses are named after `X-Request-Id`; of servers that do not repeat it nothing is
+        known.
+        """
+        if request_id.encode() in raw:
+            self._echoes = True
+            return False
+        return self._echoes
+
+    def _redirected(self, response: Any) -> Any:
+        """Where a redirection leads, on the same server: neither key nor prompts go to another.
+
+        Raises: EngineError when it leads to another server.
+        """
+        from yarl import URL
+
+        said = response.headers.get("Location", "")
+        try:
+            target = response.url.join(URL(said))
+        except ValueError:
+            target = None
+        here = response.url
+        secured = (
+            target is not None
+            and (here.scheme, target.scheme, target.port) == ("http", "https", 443)
+            and here.port == 80
+        )
+        if target is None or not (target.host == here.host and (secured or _origin(here, target))):
+            raise EngineError(
+                f"{self.url} redirects (HTTP {response.status}) to {said[:200]!r}, another server. "
+                "Neither key nor prompts are sent there: if it is right, name it as the address"
+            )
+        return target
 
     def _limited(self, began: float, message: str, wait_s: float | None) -> None:
         if self.throttle.limit == inf:
@@ -325,9 +437,7 @@ class HttpClient:
 
         loop = asyncio.get_running_loop()
         if self._session is None or self._loop is not loop:
-            connector = aiohttp.TCPConnector(
-                limit=self.config.max_in_flight + 8, keepalive_timeout=KEEP_ALIVE_S
-            )
+            connector = _connector(self.config.max_in_flight + 8)
             self._session = aiohttp.ClientSession(
                 connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -367,6 +477,38 @@ class HttpClient:
         return f"{self.url}: the key in environment variable {self.api_key_env} {state} (HTTP {status} {message})"
 
 
+def _origin(one: Any, other: Any) -> bool:
+    return bool(one.origin() == other.origin())
+
+
+def _connector(limit: int) -> Any:
+    """A pool of connections that closes a connection on which something came while nothing was
+    asked: it would be taken for the answer to the next request.
+    """
+    import aiohttp
+    from aiohttp.client_proto import ResponseHandler
+
+    class QuietWhenIdle(ResponseHandler):
+        def is_connected(self) -> bool:
+            """Asked by the pool alone, before an idle connection is used again."""
+            return super().is_connected() and not self.should_close and not _readable(self)
+
+    loop = asyncio.get_running_loop()
+    connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=KEEP_ALIVE_S)
+    connector._factory = partial(QuietWhenIdle, loop=loop)
+    return connector
+
+
+def _readable(protocol: Any) -> bool:
+    """Whether bytes wait in the connection's socket that the event loop has not read yet."""
+    socket = protocol.transport.get_extra_info("socket")
+    if socket is None:
+        return False
+    poll = select.poll()
+    poll.register(socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def loads(raw: bytes) -> dict[str, Any] | None:
     """A JSON object, or None when `raw` is anything else. Some servers write NaN, which JSON does
     not have and Python reads; what it means is decided where the number is used.
@@ -397,35 +539,38 @@ def wait_hint(headers: Mapping[str, str], message: str) -> float | None:
 
     Read in this order: `retry-after-ms`, `Retry-After`, "try again in 7.3s" in the message, and the
     reset times of those rate limits (`x-ratelimit-reset-requests`,
-    `anthropic-ratelimit-tokens-reset` and the like) of which nothing remains.
+    `anthropic-ratelimit-tokens-reset` and the like) of which nothing remains. Moments are reckoned
+    from the server's own `Date`: its clock may be wrong.
     """
-    found = seconds(headers.get("retry-after-ms"), "ms")
+    now = _moment(headers.get("Date") or "")
+    found = seconds(headers.get("retry-after-ms"), "ms", now)
     if found is None:
-        found = seconds(headers.get("Retry-After"))
+        found = seconds(headers.get("Retry-After"), "s", now)
     if found is None and (said := _TRY_AGAIN.search(message)):
         found = seconds(said[1])
     if found is None:
-        found = max(_resets(headers), default=None)
+        found = max(_resets(headers, now), default=None)
     return None if found is None else found + random.uniform(0.0, 0.1)
 
 
-def _resets(headers: Mapping[str, str]) -> list[float]:
+def _resets(headers: Mapping[str, str], now: float | None) -> list[float]:
     """The times until the exhausted limits are reset; of all limits where none is said to be
     exhausted.
     """
     limits = {name.lower(): value for name, value in headers.items() if "ratelimit" in name.lower()}
-    resets = {name: seconds(value) for name, value in limits.items() if "reset" in name}
+    resets = {name: seconds(value, "s", now) for name, value in limits.items() if "reset" in name}
     empty = {n for n in resets if limits.get(n.replace("reset", "remaining")) == "0"} or set(resets)
     return [wait_s for name in empty if (wait_s := resets[name]) is not None]
 
 
-def seconds(text: str | None, unit: str = "s") -> float | None:
+def seconds(text: str | None, unit: str = "s", now: float | None = None) -> float | None:
     """A time to wait in seconds: a number in `unit`, `6m0s`, `20ms`, `1.5 seconds`, a moment as
-    Unix time or as a date; None for anything else.
+    Unix time or as a date; None for anything else. Moments are reckoned from `now` (Unix time;
+    default: this machine's clock).
     """
     if not text:
         return None
-    text = text.strip()
+    text, now = text.strip(), time.time() if now is None else now
     parts = _LENGTH.findall(text)
     if parts and not _LENGTH.sub("", text).strip(" ,and"):
         bare = len(parts) == 1 and not parts[0][1]
@@ -433,17 +578,24 @@ def seconds(text: str | None, unit: str = "s") -> float | None:
             float(n) * _UNIT_S[(name or (unit if bare else "s")).lower()] for n, name in parts
         )
         if bare and total > 1e9:  # a moment, as Unix time
-            total -= time.time()
+            total -= now
     else:
-        try:
-            moment = parsedate_to_datetime(text)
-        except (TypeError, ValueError):
-            try:
-                moment = datetime.fromisoformat(text)
-            except ValueError:
-                return None
-        total = moment.timestamp() - time.time()
+        moment = _moment(text)
+        if moment is None:
+            return None
+        total = moment - now
     return max(0.0, total) if total < 1e6 else None
+
+
+def _moment(text: str) -> float | None:
+    """A date in the form of e-mails and HTTP, or in ISO 8601, as Unix time."""
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        try:
+            return datetime.fromisoformat(text).timestamp()
+        except (ValueError, OverflowError):
+            return None
 
 
 def _error_of(raw: bytes) -> tuple[str, dict[str, Any]]:

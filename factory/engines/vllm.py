@@ -24,6 +24,7 @@ from prefab.factory.engines.chat import (
     Chat,
     Drawn,
     LabelRead,
+    check_masses,
     claim,
     log_add,
     log_probability,
@@ -141,17 +142,20 @@ class IdRead:
         return {"logprobs": True, "logprob_token_ids": ids, "return_tokens_as_token_ids": True}
 
     def parse(self, entries: Any, labels: tuple[str, ...]) -> LabelRead:
-        """Log-probabilities by spelling. A label with an id that is missing, or has no number, is
-        left out whole: its other spellings alone would make it smaller than it is, and another one
-        the winner.
+        """Log-probabilities by spelling. A label with an id that is missing is left out whole: its
+        other spellings alone would make it smaller than it is, and another one the winner.
+
+        Raises: Malformed where a label's number is no log-probability.
         """
         owner, unread = self._owner[labels], dict(self._owner[labels])
         found: dict[str, float] = {}
         for entry in entries or ():
             token = entry.get("token")
-            spelling, logp = owner.get(token), log_probability(entry.get("logprob"))
-            if spelling is not None and logp is not None and unread.pop(token, None) is not None:
+            spelling = owner.get(token)
+            if spelling is not None and unread.pop(token, None) is not None:
+                logp = log_probability(entry.get("logprob"))
                 found[spelling] = log_add(found[spelling], logp) if spelling in found else logp
+        check_masses(found)
         lost = {spelling.strip() for spelling in unread.values()}
         return {
             spelling: logp for spelling, logp in found.items() if spelling.strip() not in lost

@@ -225,34 +225,32 @@ SHAPES: dict[str, Shape] = {
         "(",
     ),
     # log-probabilities that are no numbers: B alone must not win by A's absence
-    "logprob NaN": read("no_logprobs", "no_logprobs", label(NAN)),
-    "logprob infinite": read("no_logprobs", "no_logprobs", label(INF)),
-    "logprob null": read("no_logprobs", "no_logprobs", label(None)),
-    "logprob text": read("no_logprobs", "no_logprobs", label("-0.1")),
-    "logprob true": read("no_logprobs", "no_logprobs", label(True)),
-    "logprob false": read("no_logprobs", "no_logprobs", label(False)),
-    "logprob list": read("no_logprobs", "no_logprobs", label([-0.1])),
-    "logprob positive": read("no_logprobs", "no_logprobs", label(0.7)),
-    "logprob a huge integer": read("no_logprobs", "no_logprobs", label(10**400)),
-    "logprob a huge negative integer": read("no_logprobs", "no_logprobs", label(-(10**400))),
+    "logprob NaN": read("transport", "transport", label(NAN)),
+    "logprob infinite": read("transport", "transport", label(INF)),
+    "logprob null": read("transport", "transport", label(None)),
+    "logprob text": read("transport", "transport", label("-0.1")),
+    "logprob true": read("transport", "transport", label(True)),
+    "logprob false": read("transport", "transport", label(False)),
+    "logprob list": read("transport", "transport", label([-0.1])),
+    "logprob positive": read("transport", "transport", label(0.7)),
+    "logprob a huge integer": read("transport", "transport", label(10**400)),
+    "logprob a huge negative integer": read("transport", "transport", label(-(10**400))),
     "logprob missing": read(
-        "no_logprobs", "no_logprobs", lambda name: [{"token": name("A")}, *top(name, B=-0.6)[1:]]
+        "transport", "transport", lambda name: [{"token": name("A")}, *top(name, B=-0.6)[1:]]
     ),
     "all NaN": read(
-        "no_logprobs",
-        "no_logprobs",
+        "transport",
+        "transport",
         lambda name: [{"token": name(s), "logprob": NAN} for s in SPELLINGS],
     ),
     "one spelling NaN": read(
-        "no_logprobs", "no_logprobs", lambda name: top(name, A=NAN, _A=-5.0, B=-0.6)
+        "transport", "transport", lambda name: top(name, A=NAN, _A=-5.0, B=-0.6)
     ),
-    "logprob false alone": read(
-        "no_logprobs", "no_logprobs", lambda name: top(name, A=False, B=-6.0)
-    ),
+    "logprob false alone": read("transport", "transport", lambda name: top(name, A=False, B=-6.0)),
     "one id missing": read("b", "no_logprobs", lambda name: top(name, _A=-5.0, B=-0.6)[1:]),
-    "masses above one": read("no_logprobs", "no_logprobs", lambda name: top(name, A=0.0, B=-0.1)),
+    "masses above one": read("transport", "transport", lambda name: top(name, A=0.0, B=-0.1)),
     "duplicated label above one": read(
-        "no_logprobs",
+        "transport",
         "low_label_mass",
         lambda name: [*top(name, A=-1.0, B=-5.0), *top(name, A=-0.1, B=-5.0)],
     ),
@@ -282,7 +280,7 @@ SHAPES: dict[str, Shape] = {
     "bare A and surrogate": bare("A\udc00", "parse"),
     "bare zero-width": bare("A\u200b", "parse"),
     "bare NUL": bare("\0A", "parse"),
-    "bare enormous": bare("A" * 1_000_000, "parse"),
+    "bare enormous": bare("A" * 1_000_000, "transport", "transport"),
     "bare NaN": bare("NaN", "parse"),
     "bare refused": bare("A", "refused", "refused", finish="content_filter"),
     # odd, but nothing is wrong with the answer
