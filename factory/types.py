@@ -137,7 +137,8 @@ class Completion:
     token.
 
     `finish` is stop, length, context (the prompt was longer than `limit` tokens) or refused (by the
-    server's policy).
+    server's policy). `replica` names the server that gave the answer; it is recorded, and not
+    looked up again.
     """
 
     text: str
@@ -147,6 +148,7 @@ class Completion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     limit: int = 0
+    replica: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
 
 from prefab.factory.errors import RequestRefused, StoreError
-from prefab.factory.ledger.migrations import SCHEMA, migrate, record
+from prefab.factory.ledger.checksums import VERIFY, add_row, intact, next_id, row_crc
+from prefab.factory.ledger.migrations import CLAIMS_AND_FORGETTING, SCHEMA, migrate, record
 from prefab.factory.types import Completion
 from prefab.factory.uses import Use, columns_of
 
@@ -41,40 +43,52 @@ CACHE_KIB = 16_384
 MAX_NAMES = 50_000  # names kept in memory, 5 MB
 STEPS = (256, 32, 4, 1)  # rows a statement: few distinct texts, so that all stay prepared
 
-TABLES = """
+TABLES = (
+    """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, crc INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY, name TEXT NOT NULL, version INTEGER NOT NULL,
     digest TEXT NOT NULL, config TEXT NOT NULL, texts TEXT NOT NULL, at REAL NOT NULL,
-    UNIQUE (name, version), UNIQUE (name, digest));
-CREATE TABLE IF NOT EXISTS starts (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, at REAL NOT NULL);
+    crc INTEGER NOT NULL, UNIQUE (name, version), UNIQUE (name, digest));
+CREATE TABLE IF NOT EXISTS starts (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, at REAL NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS prompts (id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, digest TEXT NOT NULL UNIQUE,
-    messages TEXT NOT NULL, tags TEXT NOT NULL, grp TEXT, split TEXT NOT NULL, rubric TEXT);
+    messages TEXT NOT NULL, tags TEXT NOT NULL, grp TEXT, split TEXT NOT NULL, rubric TEXT, crc INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS prompts_of ON prompts (prompt);
-CREATE TABLE IF NOT EXISTS rubrics (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, rubric TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS splits (grp TEXT PRIMARY KEY, split TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rubrics (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, rubric TEXT NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS splits (grp TEXT PRIMARY KEY, split TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS calls (id INTEGER PRIMARY KEY, key BLOB NOT NULL, model INTEGER NOT NULL,
     finish TEXT NOT NULL, exactness TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
-    limit_tokens INTEGER NOT NULL, at REAL NOT NULL, label_logps TEXT, text TEXT NOT NULL);
-CREATE UNIQUE INDEX IF NOT EXISTS calls_key ON calls (key, limit_tokens);
+    limit_tokens INTEGER NOT NULL, at REAL NOT NULL, label_logps TEXT, text TEXT NOT NULL,
+    attempt INTEGER NOT NULL DEFAULT 0, replica INTEGER, crc INTEGER NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS calls_key ON calls (key, limit_tokens, attempt);
 CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, request BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS uses (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, prompt INTEGER NOT NULL,
     role INTEGER NOT NULL, sample INTEGER NOT NULL, other INTEGER NOT NULL, round INTEGER NOT NULL,
     principle INTEGER NOT NULL, judge INTEGER NOT NULL, ord INTEGER NOT NULL, repeat INTEGER NOT NULL,
-    key BLOB NOT NULL);
+    key BLOB NOT NULL, crc INTEGER NOT NULL);
 CREATE UNIQUE INDEX IF NOT EXISTS uses_once ON uses
     (run, prompt, role, sample, other, round, principle, judge, ord, repeat, key);
 CREATE TABLE IF NOT EXISTS failures (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, key BLOB NOT NULL,
-    error TEXT NOT NULL, at REAL NOT NULL, kind TEXT NOT NULL DEFAULT 'transport');
+    error TEXT NOT NULL, at REAL NOT NULL, kind TEXT NOT NULL DEFAULT 'transport', crc INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS failures_refused ON failures (key) WHERE kind = 'refused';
 CREATE TABLE IF NOT EXISTS human_labels (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, value TEXT NOT NULL,
-    at REAL NOT NULL);
+    at REAL NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS imports (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, prompt TEXT NOT NULL,
-    value TEXT NOT NULL, UNIQUE (run, prompt));
+    value TEXT NOT NULL, crc INTEGER NOT NULL, UNIQUE (run, prompt));
 CREATE TABLE IF NOT EXISTS evals (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, value TEXT NOT NULL,
-    at REAL NOT NULL);
+    at REAL NOT NULL, crc INTEGER NOT NULL);
 """
-ANSWER = "key, text, finish, label_logps, exactness, prompt_tokens, completion_tokens, limit_tokens"
+    + CLAIMS_AND_FORGETTING
+)
+CALL_COLUMNS = (
+    "id, key, model, finish, exactness, prompt_tokens, completion_tokens, limit_tokens, at, "
+    "label_logps, text, attempt, replica, crc"
+)
+# the rows of `calls` that do not count, unless their forgetting is undone
+FORGOTTEN = (
+    "SELECT call FROM forgotten WHERE forget NOT IN "
+    "(SELECT undoes FROM forgets WHERE undoes IS NOT NULL)"
+)
 USE_COLUMNS = "run, prompt, role, sample, other, round, principle, judge, ord, repeat, key"
 
 _passed: Counter[str] = Counter()
@@ -112,10 +126,7 @@ def _story(file: Path, error: sqlite3.Error) -> str:
     if "locked" in text or "busy" in text:
         return f"{file}: another program has held the ledger for {BUSY_TIMEOUT_MS // 1000} s. End it, then run again"
     if "malformed" in text or "not a database" in text or "corrupt" in text:
-        return (
-            f"{file}: damaged ({text}). Restore it from a copy, or recover what can be read with "
-            f"`sqlite3 {file.name} .recover | sqlite3 new.sqlite`"
-        )
+        return f"{file}: damaged ({text}). {VERIFY}"
     if "unable to open" in text or "readonly" in text:
         return f"{file}: cannot be opened for writing ({text}). Check that the folder exists and is yours to write"
     return f"{file}: {text}"
@@ -137,15 +148,15 @@ def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
         con.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         application = con.execute("PRAGMA application_id").fetchone()[0]
         schema = con.execute("PRAGMA user_version").fetchone()[0]
-        if (
-            application not in (0, APPLICATION)
-            or schema > SCHEMA
-            or (readonly and application != APPLICATION)
-        ):
+        # a new file, which gets our mark and our tables in one transaction, has neither
+        new = not readonly and application == schema == 0 and not _tables(con)
+        if schema > SCHEMA or (application != APPLICATION and not new):
             con.close()
             raise StoreError(
                 f"{file}: not a ledger that this version of Prefab can read "
-                f"(application {application:#x}, schema {schema}; expected {APPLICATION:#x}, {SCHEMA})"
+                f"(application {application:#x}, schema {schema}; expected {APPLICATION:#x}, {SCHEMA}). "
+                "It is a file of another program or of a newer version of Prefab, or it is damaged: "
+                "`prefab store verify` tells which"
             )
         if application == APPLICATION and schema < SCHEMA:
             con.close()
@@ -154,6 +165,10 @@ def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
         if readonly:
             con.execute("PRAGMA query_only=1")
     return con
+
+
+def _tables(con: sqlite3.Connection) -> bool:
+    return bool(con.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0])
 
 
 def create(file: Path) -> sqlite3.Connection:
@@ -212,94 +227,116 @@ def insert_rows(con: sqlite3.Connection, into: str, width: int, flat: list[Any])
         )
 
 
-def lookup(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Completion]:
-    """The answers that are recorded. Where a prompt was too long for one server: an answer of
-    another one, else the largest limit that was met.
-
-    Raises: StoreError naming the ledger and the key of a row that cannot be read.
+@dataclass(slots=True)
+class FoundAnswers:
+    """The answers to some keys that count, and the rows that do not: damaged ones (their ids and
+    keys), and whether any is forgotten.
     """
-    found: dict[bytes, Completion] = {}
-    sql, key = f"SELECT {ANSWER} FROM calls WHERE key IN", b""
+
+    answers: dict[bytes, Completion] = field(default_factory=dict)
+    damaged: dict[int, bytes] = field(default_factory=dict)
+    forgotten: bool = False
+
+
+def lookup(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Completion]:
+    """The answers that are recorded, undamaged and not forgotten. Where a prompt was too long for
+    one server: an answer of another one, else the largest limit that was met.
+    """
+    return find_answers(con, keys).answers
+
+
+def find_answers(con: sqlite3.Connection, keys: Sequence[bytes]) -> FoundAnswers:
+    """As `lookup`, with what was left out."""
+    found = FoundAnswers()
+    answers = found.answers
+    any_forgotten = con.execute("SELECT EXISTS (SELECT 1 FROM forgotten)").fetchone()[0]
+    for rows in _answer_rows(con, keys):
+        if any_forgotten and (gone := _forgotten(con, [row[0] for row in rows])):
+            found.forgotten = True
+            rows = [row for row in rows if row[0] not in gone]
+        rows.sort(key=_ATTEMPT)  # the first answer that counts stands
+        for row in rows:
+            if row_crc(row[:-1]) != row[-1]:
+                found.damaged[row[0]] = row[1]
+                continue
+            _, key, _, finish, exactness, prompt, new, limit, _, logps, text, _, _, _ = row
+            before = answers.get(key)
+            if before is None or (
+                before.finish == "context" and (finish != "context" or limit > before.limit)
+            ):
+                answers[key] = Completion(
+                    text, finish, logps and _logps(logps), exactness, prompt, new, limit
+                )
+    return found
+
+
+_ATTEMPT = itemgetter(11)  # of CALL_COLUMNS
+
+
+def _answer_rows(con: sqlite3.Connection, keys: Sequence[bytes]) -> Iterator[list[tuple[Any, ...]]]:
+    sql = f"SELECT {CALL_COLUMNS} FROM calls WHERE key IN"
     try:
-        for rows in select_in(con, sql, keys):
-            for (
-                key,
-                text,
-                finish,
-                logps,
-                exactness,
-                prompt_tokens,
-                completion_tokens,
-                limit,
-            ) in rows:
-                if not (
-                    isinstance(text, str)
-                    and isinstance(prompt_tokens, int)
-                    and isinstance(completion_tokens, int)
-                    and isinstance(limit, int)
-                ):
-                    raise TypeError("a column holds a value of a wrong type")
-                before = found.get(key)
-                if (
-                    before is None
-                    or finish != "context"
-                    or (before.finish == "context" and limit > before.limit)
-                ):
-                    found[key] = Completion(
-                        text,
-                        finish,
-                        logps and _logps(logps),
-                        exactness,
-                        prompt_tokens,
-                        completion_tokens,
-                        limit,
-                    )
-    except (TypeError, ValueError) as error:
-        raise _unreadable(con, key, error) from error
+        yield from list(select_in(con, sql, keys))
     except sqlite3.OperationalError as error:
         if "decode" not in str(error):
             raise
-        raise _unreadable(con, _undecodable(con, sql, keys), error) from error
-    return found
+        con.text_factory = lambda text: text.decode("utf-8", "replace")  # the checksum tells
+        try:
+            yield from list(select_in(con, sql, keys))
+        finally:
+            con.text_factory = str
+
+
+def _forgotten(con: sqlite3.Connection, calls: Sequence[int]) -> set[int]:
+    """Those of these rows of `calls` that are forgotten, by a forgetting that is not undone."""
+    sql = f"{FORGOTTEN} AND call IN"
+    return {call for rows in select_in(con, sql, calls) for (call,) in rows}
+
+
+def damaged_answers(count: int) -> str:
+    """What to tell of answers whose checksum is wrong."""
+    return (
+        f"{count:,} damaged {'answer counts' if count == 1 else 'answers count'} as not answered; "
+        f"`prefab run` asks again. {VERIFY}"
+    )
 
 
 def refusals(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, str]:
-    """Those of the keys whose request a server refused for good, with its words."""
-    found: dict[bytes, str] = {}
-    sql = "SELECT key, error FROM failures WHERE kind = 'refused' AND key IN"
-    for rows in select_in(con, sql, keys):
-        found.update(rows)
-    return found
+    """Those of the keys whose request a server refused for good, with its words. A damaged row
+    counts as none.
+    """
+    sql = (
+        "SELECT id, run, key, error, at, kind, crc FROM failures WHERE kind = 'refused' AND key IN"
+    )
+    return {
+        row[2]: row[3]
+        for rows in select_in(con, sql, keys)
+        for row in rows
+        if row_crc(row[:-1]) == row[-1]
+    }
 
 
 def _logps(text: str) -> dict[str, float]:
-    values = orjson.loads(text)
-    if not isinstance(values, dict):
-        raise TypeError("label_logps is not a JSON object")
     # JSON has no infinity; a label of probability 0 is a fact all the same
-    return {label: float("-inf") if logp is None else float(logp) for label, logp in values.items()}
+    return {
+        label: float("-inf") if logp is None else float(logp)
+        for label, logp in orjson.loads(text).items()
+    }
 
 
-def _undecodable(con: sqlite3.Connection, sql: str, keys: Sequence[bytes]) -> bytes:
-    """The key of the first row whose text is not UTF-8; SQLite's error does not name it."""
-    for key in keys:
-        try:
-            con.execute(f"{sql} (?)", [key]).fetchall()
-        except sqlite3.OperationalError:
-            return key
-    return b""
+def names_of(con: sqlite3.Connection, ids: Sequence[int]) -> dict[int, str]:
+    """Names by their ids. Raises: StoreError when one is damaged."""
+    rows = select_in(con, "SELECT id, name, crc FROM names WHERE id IN", ids)
+    return {row[0]: row[1] for some in rows for row in intact(con, "names", some)}
 
 
-def _unreadable(con: sqlite3.Connection, key: bytes, error: Exception) -> StoreError:
-    file, bad = (
-        con.execute("PRAGMA database_list").fetchone()[2],
-        f"FROM calls WHERE key = x'{key.hex()}'",
-    )
-    return StoreError(
-        f"{file}: the answer with the key {key.hex()} cannot be read ({error}). Restore the ledger from a copy; "
-        f"or delete the answer, run again, which asks it again, and then `prefab store rebuild`: sqlite3 {file} "
-        f'"DELETE FROM requests WHERE id IN (SELECT id {bad}); DELETE {bad}"'
-    )
+def uses_of(con: sqlite3.Connection, run: int, prompts: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """The uses of these prompts in a run: id and `USE_COLUMNS`. Raises: StoreError when one is
+    damaged.
+    """
+    sql = f"SELECT id, {USE_COLUMNS}, crc FROM uses WHERE run = {int(run)} AND prompt IN"
+    for rows in select_in(con, sql, prompts):
+        yield from intact(con, "uses", rows)
 
 
 class Names:
@@ -316,10 +353,17 @@ class Names:
         if len(self._ids) + len(new) > MAX_NAMES:
             self._ids, new = {}, list(names)
         if new:
-            insert_rows(con, "INSERT OR IGNORE INTO names(name)", 1, new)
             for rows in select_in(con, "SELECT name, id FROM names WHERE name IN", new):
                 self._ids.update(rows)
+            self._add(con, [name for name in new if name not in self._ids])
         return self._ids
+
+    def _add(self, con: sqlite3.Connection, new: list[str]) -> None:
+        flat: list[Any] = []
+        for place, name in enumerate(new, next_id(con, "names") if new else 0):
+            flat += (place, name, row_crc((place, name)))
+            self._ids[name] = place
+        insert_rows(con, "INSERT INTO names", 3, flat)
 
     def forget(self) -> None:
         """After a rollback: ids that were given out in it are void."""
@@ -479,11 +523,13 @@ class Writer:
         }
         ids = self._names.ids(self._con, names)
         flat: list[Any] = []
-        for run, prompt, c, key in rows:
+        for place, (run, prompt, c, key) in enumerate(rows, next_id(self._con, "uses")):
             named = (ids[c.principle], ids[c.judge], ids[c.order])
-            flat += (run, ids[prompt], ids[c.role], c.sample, c.other, c.round, *named)
-            flat += (c.repeat, key)
-        insert_rows(self._con, f"INSERT OR IGNORE INTO uses({USE_COLUMNS})", 11, flat)
+            at = (ids[prompt], ids[c.role], c.sample, c.other, c.round, *named, c.repeat)
+            row = (place, run, *at, key)
+            flat += row
+            flat.append(row_crc(row))
+        insert_rows(self._con, "INSERT OR IGNORE INTO uses", 13, flat)
 
     def _insert_answers(self, answers: list[AnswerRow]) -> None:
         """Insert the answers that are not there yet. Where another process committed first, its
@@ -491,45 +537,90 @@ class Writer:
         """
         if not answers:
             return
-        stored = lookup(self._con, [answer.key for answer in answers])
-        ids = self._names.ids(self._con, {answer.model for answer in answers})
-        place = self._con.execute("SELECT coalesce(max(id), 0) FROM calls").fetchone()[0]
-        now = time.time()
+        found = find_answers(self._con, [answer.key for answer in answers])
+        ids = self._names.ids(self._con, self._named(answers))
+        attempts = self._attempts(answers, found)
+        place, now = next_id(self._con, "calls"), time.time()
         calls: list[Any] = []
         requests: list[Any] = []
         for answer in answers:
-            mine, first = answer.completion, stored.get(answer.key)
+            mine, first = answer.completion, found.answers.get(answer.key)
             same_limit = first is not None and (mine.finish, mine.limit) == ("context", first.limit)
             if first is not None and (first.finish != "context" or same_limit):
                 answer.completion = first
                 continue
-            place += 1
-            logps = (
-                None if mine.label_logps is None else orjson.dumps(dict(mine.label_logps)).decode()
-            )
-            limit = mine.limit if mine.finish == "context" else 0
-            calls += (
+            limit = int(mine.limit) if mine.finish == "context" else 0
+            row = (
                 place,
                 answer.key,
                 ids[answer.model],
                 mine.finish,
                 mine.exactness,
-                mine.prompt_tokens,
-                mine.completion_tokens,
+                int(mine.prompt_tokens),
+                int(mine.completion_tokens),
                 limit,
                 now,
-                logps,
+                _logps_text(mine),
                 mine.text,
+                attempts.get((answer.key, limit), 0),
+                ids[mine.replica] if mine.replica else None,
             )
+            calls += row
+            calls.append(row_crc(row))
             requests += (place, answer.request)
-        insert_rows(self._con, "INSERT INTO calls", 11, calls)
+            place += 1
+        insert_rows(self._con, "INSERT INTO calls", 14, calls)
         insert_rows(self._con, "INSERT INTO requests", 2, requests)
+
+    @staticmethod
+    def _named(answers: list[AnswerRow]) -> set[str]:
+        replicas = {answer.completion.replica for answer in answers}
+        return {answer.model for answer in answers} | (replicas - {""})
+
+    def _attempts(
+        self, answers: list[AnswerRow], found: FoundAnswers
+    ) -> dict[tuple[bytes, int], int]:
+        """By key and limit, the number of an answer to a question that was answered before. Damaged
+        rows are marked as forgotten, so that the new answer takes their place everywhere.
+        """
+        if found.damaged:
+            forget_calls(self._con, "damaged", {}, list(found.damaged))
+        elif not found.forgotten:
+            return {}
+        sql = "SELECT key, limit_tokens, attempt FROM calls WHERE key IN"
+        attempts: dict[tuple[bytes, int], int] = {}
+        for rows in select_in(self._con, sql, [answer.key for answer in answers]):
+            for key, limit, attempt in rows:
+                attempts[key, limit] = max(attempts.get((key, limit), 0), attempt + 1)
+        return attempts
 
     def _insert_failures(self, failures: Iterable[Failure]) -> None:
         now = time.time()
-        rows = [(f.run, f.key, str(f.error), now, _kind(f.error)) for f in failures]
-        sql = "INSERT INTO failures(run, key, error, at, kind) VALUES (?, ?, ?, ?, ?)"
-        self._con.executemany(sql, rows)
+        for f in failures:
+            add_row(self._con, "failures", f.run, f.key, str(f.error), now, _kind(f.error))
+
+
+def forget_calls(
+    con: sqlite3.Connection, reason: str, filters: dict[str, Any], calls: Sequence[int]
+) -> int:
+    """Record, inside an open transaction, that these rows of `calls` no longer count: their
+    questions are asked again. The rows stay.
+
+    Returns:
+        The id of the forgetting, which a row that undoes it names.
+    """
+    forget = add_row(con, "forgets", reason, orjson.dumps(filters).decode(), None, time.time())
+    assert forget is not None
+    flat: list[Any] = []
+    for place, call in enumerate(calls, next_id(con, "forgotten")):
+        flat += (place, forget, call, row_crc((place, forget, call)))
+    insert_rows(con, "INSERT INTO forgotten", 4, flat)
+    return forget
+
+
+def _logps_text(completion: Completion) -> str | None:
+    logps = completion.label_logps
+    return None if logps is None else orjson.dumps(dict(logps)).decode()
 
 
 def _kind(error: Exception) -> str:

@@ -22,9 +22,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from prefab.factory.console import warn
 from prefab.factory.errors import RequestRefused, StoreError, TransportError
 from prefab.factory.keys import key_of, request_bytes
 from prefab.factory.ledger import db, records
+from prefab.factory.ledger.checksums import VERIFY
 from prefab.factory.ledger.db import AnswerRow, Commit, Failure, Writer
 from prefab.factory.ledger.records import Run
 from prefab.factory.types import Completion, Engine, Prompt, Request
@@ -36,13 +38,15 @@ STORE_FILE = "prefab.duckdb"
 @dataclass(slots=True)
 class LedgerStats:
     """Counts since the ledger was opened. Engines answered `asked`, with these tokens; `reused`
-    needed no engine; `refused` were not asked, because a server had refused them for good.
+    needed no engine; `refused` were not asked, because a server had refused them for good; for
+    `damaged` ones the answer in the ledger was damaged, so that they were asked again.
     """
 
     asked: int = 0
     reused: int = 0
     failed: int = 0
     refused: int = 0
+    damaged: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     in_flight: int = 0
@@ -204,6 +208,16 @@ class Ledger:
         with db.translate_errors(self.file):
             return db.lookup(self._reader, keys)
 
+    def _find(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
+        """As `lookup`, with a warning at the first damaged answer."""
+        with db.translate_errors(self.file):
+            found = db.find_answers(self._reader, keys)
+        if lost := set(found.damaged.values()) - found.answers.keys():
+            if not self.stats.damaged:
+                warn(f"{self.file}: damaged answers are asked again. {VERIFY}")
+            self.stats.damaged += len(lost)
+        return found.answers
+
     def note(self, use: Use) -> None:
         """Record a use that asks nothing (role `identical`); on disk at the latest when the ledger
         is closed.
@@ -226,9 +240,8 @@ class Ledger:
         """Answers in the order of `asks`, all of them on disk; a question that got none gives its
         `TransportError`.
 
-        Raises: StoreError when the ledger cannot write any more, or when an answer in it cannot be
-        read; EngineError when the engine failed for good; ValueError for a text that cannot be
-        asked (a lone surrogate).
+        Raises: StoreError when the ledger cannot write any more or is damaged; EngineError when the
+        engine failed for good; ValueError for a text that cannot be asked (a lone surrogate).
         """
         self._check()
         if not asks:
@@ -260,7 +273,7 @@ class Ledger:
         batches, self._arrived = self._arrived, []
         try:
             wanted = {key for batch in batches for key in batch.keys} - self._flights.keys()
-            found = self.lookup(list(wanted))
+            found = self._find(list(wanted))
             refused = {} if self.retry_refused else self._refusals(wanted - found.keys())
         except (
             Exception
@@ -455,6 +468,8 @@ class Ledger:
             self._probing.cancel()
         self._send()
         self._record_probes()
+        if self.stats.damaged:
+            warn(f"{self.file}: {self.stats.damaged:,} damaged answers were asked again")
         self._reader.close()
         try:
             await asyncio.to_thread(self._writer.close)

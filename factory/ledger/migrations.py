@@ -16,6 +16,7 @@ from pathlib import Path
 
 from prefab.factory.console import warn
 from prefab.factory.errors import StoreError
+from prefab.factory.ledger.checksums import CHECKED, VERIFY, row_crc
 
 WAIT_MS = 2_000  # for a program that is just closing the ledger
 
@@ -49,9 +50,42 @@ def _kinds_of_failures(con: sqlite3.Connection) -> None:
     con.execute("CREATE INDEX failures_refused ON failures (key) WHERE kind = 'refused'")
 
 
+# Claims: which process asks which question (see `claims`). They describe only processes that live
+# now, and have no checksum. Forgetting: which answers no longer count, and why (see `forget`).
+CLAIMS_AND_FORGETTING = """
+CREATE TABLE IF NOT EXISTS owners (id INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL,
+    started TEXT NOT NULL, beat REAL NOT NULL, acknowledged INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS forgets (id INTEGER PRIMARY KEY, reason TEXT NOT NULL, filter TEXT NOT NULL,
+    undoes INTEGER, at REAL NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS forgotten (id INTEGER PRIMARY KEY, forget INTEGER NOT NULL,
+    call INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS forgotten_call ON forgotten (call);
+"""
+
+
+def _checksums(con: sqlite3.Connection) -> None:
+    """A checksum in each row, the server that gave an answer, several answers to one question of
+    which all but one are forgotten, claims.
+    """
+    for statement in CLAIMS_AND_FORGETTING.split(";")[:-1]:
+        con.execute(statement)
+    con.execute("ALTER TABLE calls ADD COLUMN attempt INTEGER NOT NULL DEFAULT 0")
+    con.execute("ALTER TABLE calls ADD COLUMN replica INTEGER")
+    con.execute("DROP INDEX IF EXISTS calls_key")
+    con.execute("CREATE UNIQUE INDEX calls_key ON calls (key, limit_tokens, attempt)")
+    con.create_function("row_crc", -1, lambda *row: row_crc(row), deterministic=True)
+    for table in CHECKED:
+        columns = [row[1] for row in con.execute(f"PRAGMA table_info({table})")]
+        if "crc" not in columns:
+            con.execute(f"ALTER TABLE {table} ADD COLUMN crc INTEGER NOT NULL DEFAULT 0")
+            con.execute(f"UPDATE {table} SET crc = row_crc({', '.join(columns)})")
+
+
 MIGRATIONS = (
     Migration(2, "rubrics of prompts, and imported preferences", _rubrics_and_imports),
     Migration(3, "kinds of failures", _kinds_of_failures),
+    Migration(4, "checksums, servers of answers, claims, forgetting", _checksums),
 )
 SCHEMA = MIGRATIONS[-1].schema
 
@@ -81,7 +115,7 @@ def migrate(file: Path, schema: int) -> None:
         raise StoreError(
             f"{file}: could not be brought from schema {schema} to {SCHEMA} ({error}). It is as it "
             f"was. The copy needs {file.stat().st_size / 1e6:,.0f} MB of free disk space and a "
-            "folder that is yours to write"
+            f"folder that is yours to write. Where the ledger is damaged: {VERIFY}"
         ) from error
     finally:
         old.close()

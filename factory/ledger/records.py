@@ -18,6 +18,7 @@ import orjson
 from prefab.factory import keys
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import canonical, digest, rubric_id
+from prefab.factory.ledger.checksums import add_row, damaged, intact, row_crc
 from prefab.factory.types import Message, Prompt
 
 Rubric = tuple[tuple[str, float], ...]
@@ -71,21 +72,18 @@ def begin_run(
             canonical(texts).decode(),
             time.time(),
         )
-        made = con.execute("INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?)", values)
-        row = (made.lastrowid, version)
-    con.execute("INSERT INTO starts(run, at) VALUES (?, ?)", (row[0], time.time()))
+        row = (add_row(con, "runs", *values), version)
+    add_row(con, "starts", row[0], time.time())
     return Run(row[0], name, row[1], resumed)
 
 
 def runs(con: sqlite3.Connection) -> list[RunRecord]:
-    """Every run, in the order they were first recorded."""
-    rows = con.execute(
-        "SELECT r.id, r.name, r.version, r.config, r.texts, max(s.id), r.at "
-        "FROM runs r JOIN starts s ON s.run = r.id GROUP BY r.id ORDER BY r.id"
-    ).fetchall()
+    """Every run, in the order they were first recorded. Raises: StoreError when one is damaged."""
+    starts = dict(con.execute("SELECT run, max(id) FROM starts GROUP BY run").fetchall())
+    rows = con.execute("SELECT * FROM runs ORDER BY id").fetchall()
     return [
-        RunRecord(i, name, version, orjson.loads(config), orjson.loads(texts), start, at)
-        for i, name, version, config, texts, start, at in rows
+        RunRecord(i, name, version, orjson.loads(config), orjson.loads(texts), starts[i], at)
+        for i, name, version, _, config, texts, at in intact(con, "runs", rows)
     ]
 
 
@@ -96,10 +94,7 @@ def add_prompts(con: sqlite3.Connection, prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         rubric = orjson.dumps(prompt.rubric).decode() if prompt.rubric else None
         if rubric:
-            con.execute(
-                "INSERT OR IGNORE INTO rubrics VALUES (NULL, ?, ?)",
-                (rubric_id(prompt.rubric), rubric),
-            )
+            add_row(con, "rubrics", rubric_id(prompt.rubric), rubric, ignore=True)
         text, split = _text(prompt), _split(con, prompt)
         tags = orjson.dumps(list(prompt.tags)).decode()
         identity = digest(
@@ -111,10 +106,8 @@ def add_prompts(con: sqlite3.Connection, prompts: Sequence[Prompt]) -> None:
             split,
             *filter(None, [rubric]),
         )
-        con.execute(
-            "INSERT OR IGNORE INTO prompts VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)",
-            (prompt.id, identity, text, tags, prompt.group, split, rubric),
-        )
+        row = (prompt.id, identity, text, tags, prompt.group, split, rubric)
+        add_row(con, "prompts", *row, ignore=True)
 
 
 def _text(prompt: Prompt) -> str:
@@ -125,9 +118,9 @@ def rubrics(con: sqlite3.Connection, names: Sequence[str]) -> dict[str, Rubric]:
     """The rubrics of these names, each line with its points."""
     found = {}
     for name in names:
-        row = con.execute("SELECT rubric FROM rubrics WHERE digest = ?", (name,)).fetchone()
-        if row:
-            found[name] = tuple((text, points) for text, points in orjson.loads(row[0]))
+        rows = con.execute("SELECT * FROM rubrics WHERE digest = ?", (name,)).fetchall()
+        for _, _, rubric in intact(con, "rubrics", rows):
+            found[name] = tuple((text, points) for text, points in orjson.loads(rubric))
     return found
 
 
@@ -136,11 +129,8 @@ def prompt_rows(con: sqlite3.Connection, after: int, limit: int) -> list[tuple[A
     own rubric, the latest form of a prompt last. Messages, tags and rubric are JSON; no group and
     no rubric are None.
     """
-    return con.execute(
-        "SELECT id, prompt, messages, tags, grp, split, rubric FROM prompts WHERE id > ? ORDER BY id "
-        "LIMIT ?",
-        (after, limit),
-    ).fetchall()
+    rows = con.execute("SELECT * FROM prompts WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
+    return [(i, prompt, *rest) for i, prompt, _, *rest in intact(con, "prompts", rows.fetchall())]
 
 
 def split_of(prompt: Prompt) -> str:
@@ -153,23 +143,24 @@ def split_of(prompt: Prompt) -> str:
 def _split(con: sqlite3.Connection, prompt: Prompt) -> str:
     """The first split recorded for a prompt's group (without one: for its id) stands."""
     group = "group " + prompt.group if prompt.group is not None else "prompt " + prompt.id
-    row = con.execute("SELECT split FROM splits WHERE grp=?", (group,)).fetchone()
-    if row is None:
-        split = split_of(prompt)
-        con.execute("INSERT INTO splits VALUES (?, ?)", (group, split))
-        return split
-    if prompt.split is not None and prompt.split != row[0]:
-        raise ConfigError(
-            f"prompt {prompt.id}: split {prompt.split!r}, but {group!r} is recorded as {row[0]!r}. "
-            "What belongs together stays on one side: correct the prompts file, or use a new store"
-        )
-    return str(row[0])
+    rows = con.execute("SELECT * FROM splits WHERE grp=?", (group,)).fetchall()
+    for _, split in intact(con, "splits", rows):
+        if prompt.split is not None and prompt.split != split:
+            raise ConfigError(
+                f"prompt {prompt.id}: split {prompt.split!r}, but {group!r} is recorded as "
+                f"{split!r}. What belongs together stays on one side: correct the prompts file, or "
+                "use a new store"
+            )
+        return str(split)
+    split = split_of(prompt)
+    con.execute("INSERT INTO splits VALUES (?, ?, ?)", (group, split, row_crc((group, split))))
+    return split
 
 
 def add_object(con: sqlite3.Connection, table: str, value: dict[str, Any]) -> None:
     """Record a JSON object in `human_labels` or `evals`; the same object twice is recorded once."""
     row = (digest(value), canonical(value).decode(), time.time())
-    con.execute(f"INSERT OR IGNORE INTO {table}(digest, value, at) VALUES (?, ?, ?)", row)
+    add_row(con, table, *row, ignore=True)
 
 
 def add_import(
@@ -200,10 +191,7 @@ def add_import(
         add_prompts(
             con, [replace(prompt, group=prompt.group or group, split=split or prompt.split)]
         )
-        con.execute(
-            "INSERT INTO imports(run, prompt, value) VALUES (?, ?, ?)",
-            (run.id, prompt.id, orjson.dumps(value).decode()),
-        )
+        add_row(con, "imports", run.id, prompt.id, orjson.dumps(value).decode())
     return run
 
 
@@ -220,8 +208,16 @@ def _sides(
 
 
 def request_json(con: sqlite3.Connection, key: bytes) -> dict[str, Any] | None:
-    """What was asked under a key, as it was digested; None when it was never answered."""
+    """What was asked under a key, as it was digested; None when it was never answered.
+
+    Raises: StoreError when it is damaged.
+    """
     row = con.execute(
         "SELECT r.request FROM calls c JOIN requests r ON r.id = c.id WHERE c.key=?", (key,)
     ).fetchone()
-    return None if row is None else orjson.loads(row[0])
+    if row is None:
+        return None
+    if keys.key_of(row[0]) != key:
+        raise damaged(con, f"the request with the key {key.hex()}")
+    request: dict[str, Any] = orjson.loads(row[0])
+    return request

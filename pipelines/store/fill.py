@@ -170,7 +170,9 @@ def query(
 def versions(ledger: sqlite3.Connection) -> dict[str, Any]:
     """What a store is made by: when any of it differs, the store is made anew."""
     name = ledger.execute("SELECT value FROM meta WHERE name = 'ledger'").fetchone()[0]
-    return {"schema": store.schema_version(), "ledger": name, **derive.VERSIONS}
+    forgets = _last(ledger, "forgets")
+    found = {"schema": store.schema_version(), "ledger": name, **derive.VERSIONS}
+    return {**found, "forgets": forgets} if forgets else found
 
 
 def _why_rebuild(folder: Path, ledger: sqlite3.Connection) -> str:
@@ -270,8 +272,7 @@ class Names:
         new = list(wanted - self._names.keys())
         if len(self._names) + len(new) > db.MAX_NAMES:
             self._names, new = {}, list(wanted)
-        for rows in db.select_in(self._ledger, "SELECT id, name FROM names WHERE id IN", new):
-            self._names.update(rows)
+        self._names.update(db.names_of(self._ledger, new))
         return self._names
 
 
@@ -378,7 +379,7 @@ def _copy_calls(
     """
     sql = (
         "SELECT id, key, model, finish, exactness, prompt_tokens, completion_tokens, limit_tokens, at FROM calls "
-        "WHERE id > ? ORDER BY id LIMIT ?"
+        f"WHERE id > ? AND id NOT IN ({db.FORGOTTEN}) ORDER BY id LIMIT ?"
     )
     while page := ledger.execute(sql, (store.watermark(con, "calls"), PAGE)).fetchall():
         models = names({row[2] for row in page})
@@ -556,7 +557,7 @@ def _derive_work(
     ).fetchall():
         prompts = names({prompt for _, prompt, _ in pairs})
         uses = _uses(ledger, names, [pair[:2] for pair in pairs])
-        rows, waiting = _derive_batch(ledger, prompts, uses, rules)
+        rows, waiting = _derive_batch(ledger, prompts, uses, rules, report)
         stale = [(run, prompts[prompt]) for run, prompt, fresh in pairs if not fresh]
         _replace(con, [pair[:2] for pair in pairs], stale, rows, waiting)
         for table in store.DERIVED:
@@ -570,10 +571,14 @@ def _derive_batch(
     prompts: Mapping[int, str],
     uses: Mapping[tuple[int, int], Sequence[RecordedUse]],
     rules: Mapping[int, Rules],
+    report: FillReport,
 ) -> tuple[dict[str, list[Row]], list[Row]]:
     """The rows of some prompts of some runs, by table, and what goes back to `work` as open."""
     recorded_uses = [recorded for some in uses.values() for recorded in some]
-    answers = db.lookup(ledger, list({one.key for one in recorded_uses if one.key}))
+    found = db.find_answers(ledger, list({one.key for one in recorded_uses if one.key}))
+    if found.damaged:
+        report.notes.append(db.damaged_answers(len(found.damaged)))
+    answers = found.answers
     named = {one.use.rubric for one in recorded_uses if isinstance(one.use, ScoreUse)} - {""}
     rubrics = recorded.rubrics(ledger, sorted(named))
     rows: dict[str, list[Row]] = {table: [] for table in store.DERIVED}
@@ -625,11 +630,10 @@ def _uses(
     """All uses of these prompts in these runs, whatever has arrived by now."""
     found: dict[tuple[int, int], list[RecordedUse]] = {}
     for run in {run for run, _ in pairs}:
-        sql = f"SELECT id, {db.USE_COLUMNS} FROM uses WHERE run = {int(run)} AND prompt IN"
-        for rows in db.select_in(ledger, sql, [prompt for other, prompt in pairs if other == run]):
-            spelt = names({name for row in rows for name in (row[2], row[3], *row[7:10])})
-            for rowid, _, prompt, role, sample, other, round, *named, repeat, key in rows:
-                at = (spelt[role], sample, other, round, *(spelt[name] for name in named), repeat)
-                use = use_of(run, spelt[prompt], UseColumns(*at))
-                found.setdefault((run, prompt), []).append(RecordedUse(rowid, use, key))
+        rows = list(db.uses_of(ledger, run, [prompt for other, prompt in pairs if other == run]))
+        spelt = names({name for row in rows for name in (row[2], row[3], *row[7:10])})
+        for rowid, _, prompt, role, sample, other, round, *named, repeat, key in rows:
+            at = (spelt[role], sample, other, round, *(spelt[name] for name in named), repeat)
+            use = use_of(run, spelt[prompt], UseColumns(*at))
+            found.setdefault((run, prompt), []).append(RecordedUse(rowid, use, key))
     return found

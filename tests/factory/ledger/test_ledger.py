@@ -341,31 +341,24 @@ def test_a_full_disk_fails_what_waits_stops_the_run_and_loses_nothing(tmp_path):
         "label_logps = '[-0.5]'",
         "text = CAST(x'ff' AS TEXT)",
         "text = x'00'",
+        "model = 99",
+        "at = at + 1",
         "finish = 'context', limit_tokens = 'many'",
     ],
 )
-def test_a_row_that_cannot_be_read_is_named_to_all_who_wait(tmp_path, damage):
+def test_a_damaged_answer_is_asked_again_and_said_once(tmp_path, damage, capsys):
     asks = [(request(f"q{i}"), use(i)) for i in range(40)]
     using(tmp_path, lambda ledger: ledger.ask_many(asks, Engine()))
     bad = request_key(asks[7][0])
     with sqlite3.connect(tmp_path / "ledger.sqlite") as con:
         con.execute(f"UPDATE calls SET {damage} WHERE key = ?", [bad])
-
-    async def work(ledger: Ledger) -> list[str]:
-        waiting = asyncio.gather(
-            *(ledger.ask(*ask, Engine()) for ask in asks), return_exceptions=True
-        )
-        errors = await asyncio.wait_for(waiting, 5)
-        assert all(isinstance(error, StoreError) for error in errors)
-        assert (await ledger.ask(*asks[8], Engine())).text == "re q8"
-        return [str(error) for error in errors]
-
-    for told in using(tmp_path, work):
-        assert (
-            str(tmp_path / "ledger.sqlite") in told
-            and bad.hex() in told
-            and "cannot be read" in told
-        )
+    engine = Engine(lambda text: Completion("new " + text, "stop"))
+    for _ in range(2):
+        answers = using(tmp_path, lambda ledger: ledger.ask_many(asks, engine))
+        assert [a.text for a in answers] == [f"{'new' if i == 7 else 're'} q{i}" for i in range(40)]
+    assert engine.asked == ["q7"] and count(tmp_path, "calls") == 41
+    told = capsys.readouterr().err
+    assert told.count("prefab store verify") == 1 and "1 damaged answers were asked again" in told
 
 
 @pytest.mark.parametrize("reading", range(12))
@@ -522,6 +515,13 @@ def test_damage_absence_and_strangers_are_told(tmp_path):
     con.close()
     with pytest.raises(StoreError, match="not a ledger"):
         Ledger.open(tmp_path)
+    (tmp_path / "ledger.sqlite").unlink()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as con:
+        con.execute("CREATE TABLE cookies (name)")
+    before = (tmp_path / "ledger.sqlite").read_bytes()
+    with pytest.raises(StoreError, match="not a ledger"):
+        Ledger.open(tmp_path)
+    assert (tmp_path / "ledger.sqlite").read_bytes() == before
     with pytest.raises(StoreError, match="no ledger here"):
         connect(tmp_path / "nowhere.sqlite", readonly=True)
 

@@ -13,6 +13,7 @@ import pytest
 
 from prefab.factory.errors import StoreError
 from prefab.factory.ledger import db, migrations
+from prefab.factory.ledger.checksums import CHECKED, row_crc
 from prefab.factory.ledger.db import connect
 from prefab.pipelines.store.fill import query
 from tests.support.miniworld import MiniEngine, run
@@ -32,13 +33,24 @@ def rows(file: Path) -> dict[str, list]:
     """Every table's rows, without the columns that a migration adds."""
     con = sqlite3.connect(file)
     tables = [r[0] for r in con.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
-    added = {
-        "prompts": "id, prompt, digest, messages, tags, grp, split",
-        "failures": "id, run, key, error, at",
-    }
-    found = {t: con.execute(f"SELECT {added.get(t, '*')} FROM {t}").fetchall() for t in tables}
+    added = {"crc", "replica", "attempt", "rubric", "kind"}  # without these
+    found = {}
+    for table in tables:
+        columns = [r[1] for r in con.execute(f"PRAGMA table_info({table})") if r[1] not in added]
+        found[table] = con.execute(
+            f"SELECT {', '.join(columns)} FROM {table} ORDER BY 1"
+        ).fetchall()
     con.close()
     return found
+
+
+def assert_checksums(file: Path) -> None:
+    """Each row of each table has the checksum of its values."""
+    con = sqlite3.connect(file)
+    for table in CHECKED:
+        for row in con.execute(f"SELECT * FROM {table}"):
+            assert row_crc(row[:-1]) == row[-1], (table, row)
+    con.close()
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in LEDGERS.glob("*.sqlite")))
@@ -56,8 +68,11 @@ def test_an_older_ledger_keeps_its_rows_and_asks_nothing_again(tmp_path, name):
     assert con.execute("PRAGMA user_version").fetchone() == (migrations.SCHEMA,)
     schema = int(name.split("-")[1])
     applied = [r[0] for r in con.execute("SELECT schema FROM migrations ORDER BY 1")]
-    assert applied[-1] == migrations.SCHEMA and set(range(schema + 1, 4)) <= set(applied)
+    assert applied[-1] == migrations.SCHEMA and set(
+        range(schema + 1, migrations.SCHEMA + 1)
+    ) <= set(applied)
     con.close()
+    assert_checksums(folder / db.FILE)
     assert rows(folder / f"ledger.schema-{schema}.sqlite") == before
     assert query(folder, "SELECT count(*) FROM calls").item() == len(before["calls"])
     assert sorted(p.name for p in folder.glob("*migrating*")) == []
