@@ -6,11 +6,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prefab.factory.redaction import redact
+
 
 class PrefabError(Exception):
     """Base of all errors that the user can mend; the command line prints them without a
-    traceback.
+    traceback. Known secrets are removed from the message.
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,7 @@ class Problem:
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
         place = f"{where} {self.path}".strip()
-        return f"{place}: {self.message}" if place else self.message
+        return redact(f"{place}: {self.message}" if place else self.message)
 
 
 class ConfigError(PrefabError, ValueError):

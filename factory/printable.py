@@ -12,6 +12,8 @@ import re
 import sys
 from typing import Any, TextIO
 
+from prefab.factory.redaction import redact
+
 # C0 controls but newline, DEL, C1 controls; soft hyphen; marks of direction; zero-width characters
 # but the two joiners, which scripts and emoji need; line and paragraph separators; interlinear
 # marks; halves of surrogate pairs; variation selectors and tags, which can carry hidden text.
@@ -24,9 +26,10 @@ _COLOUR = re.compile(r"(\x1b\[(?:[0-79;]|8(?!m|;)|(?<=\d)8)*m)")  # not 8, which
 
 
 def printable(text: str) -> str:
-    r"""The text with each character that a terminal would act on, or not show, written as `\u001b`.
-    A tab becomes four spaces. JSON stays the same JSON.
+    r"""The text without known secrets, and with each character that a terminal would act on, or not
+    show, written as `\u001b`. A tab becomes four spaces. JSON stays the same JSON.
     """
+    text = redact(text)
     if text.isascii() and text.isprintable():
         return text
     return _UNSAFE.sub(_escaped, text)

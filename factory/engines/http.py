@@ -27,6 +27,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.errors import EngineError, TransportError
+from prefab.factory.redaction import add_secret, redact_bytes
 
 LIMITED = 429  # the only status that slows all requests down; it costs time, no retries
 # worth asking again: besides the standard ones, those of nginx, Cloudflare (52x) and proxies
@@ -362,7 +363,7 @@ class HttpClient:
                     if status not in REDIRECTS:
                         break
                     url = self._redirected(response)
-            return status, response.headers, raw
+            return status, response.headers, redact_bytes(raw)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})"
 
@@ -465,6 +466,7 @@ class HttpClient:
             self._sent_headers = {"Content-Type": "application/json"}
             key = os.environ.get(self.api_key_env or "")
             if key:
+                add_secret(key)
                 self._sent_headers["Authorization"] = f"Bearer {key.strip()}"
         return self._sent_headers
 

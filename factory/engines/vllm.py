@@ -36,6 +36,7 @@ from prefab.factory.engines.prefix_router import PrefixRouter
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import model_identity
+from prefab.factory.redaction import redact_bytes
 from prefab.factory.types import Completion, Engine, Request
 
 T = TypeVar("T")
@@ -405,6 +406,6 @@ class VLLM(Engine):
 def _get(url: str) -> Mapping[str, Any]:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
-            return dict(json.loads(answer.read()))
+            return dict(json.loads(redact_bytes(answer.read())))
     except (OSError, ValueError) as error:
         raise EngineError(f"no vLLM server at {url}: {error}") from error

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.redaction import secrets_in
 
 Path_ = tuple[str | int, ...]
 Place = tuple[int, int]
@@ -27,6 +28,7 @@ Check = Callable[[Any], Iterable[tuple[Path_, str]]]
 
 # of names that people choose; they stand in paths and in reports
 ID_PATTERN = r"^[a-z0-9]+([-_][a-z0-9]+)*$"
+_NAME = re.compile(r"[\w ./@+-]{1,64}")
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _WORDS = {
@@ -87,9 +89,13 @@ class Document:
 
 
 def path_text(path: Sequence[str | int]) -> str:
-    """`("principles", 2, "weight")` as `principles[2].weight`."""
+    """`("principles", 2, "weight")` as `principles[2].weight`. Of a key that is no name, only its
+    beginning: the file may be another one than was meant, such as a list of passwords.
+    """
     text = ""
     for part in path:
+        if isinstance(part, str) and not _NAME.fullmatch(part):
+            part = re.match(r"[\w-]{0,20}", part)[0] + "…"  # type: ignore[index]  # matches always
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
 
@@ -310,7 +316,11 @@ def validate(document: Document, model: type[Model], checks: Sequence[Check] = (
     any shape.
     Raises: ConfigError.
     """
-    problems, result = list(document.problems), None
+    problems: list[Problem] = [
+        document.problem(path, message) for path, message in secrets_in(document.value)
+    ]
+    problems += document.problems
+    result = None
     if document.value is not None or not problems:
         try:
             result = model.model_validate(document.value)
@@ -352,6 +362,8 @@ def model_problems(
         )
         unknown = entry["type"] == "extra_forbidden"
         message = unknown_field(inner, schema) if unknown else _message(entry)
+        if not inner and isinstance(entry.get("input"), str):
+            message = "must be a mapping (key: value), not text"
         at_key = unknown or entry["type"] == "unknown_field"  # the latter: of a kind's own model
         problems.append(document.problem((*prefix, *inner), message, at_key=at_key))
     return problems

@@ -18,6 +18,7 @@ import typer
 from prefab.factory.console import duration, fail, hint, say, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
 from prefab.factory.printable import guard_standard_streams
+from prefab.factory.redaction import add_environment_secrets
 from prefab.pipelines.cli import labels
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli.options import (
@@ -53,6 +54,7 @@ app.add_typer(cli_train.app)
 
 def main() -> None:
     """Run the command line. A user's mistake is printed without a traceback; a bug keeps it."""
+    add_environment_secrets()
     guard_standard_streams()
     try:
         app()

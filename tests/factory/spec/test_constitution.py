@@ -166,7 +166,7 @@ def test_former_ids_and_disabled_principles(tmp_path):
         ("", "1:1: the file is empty"),
         ("# nothing\n", "1:1: the file is empty"),
         ("- a\n", "1:1: must be a mapping (key: value), not a list"),
-        ("hello\n", '1:1: must be a mapping (key: value), not "hello"'),
+        ("hello\n", "1:1: must be a mapping (key: value), not text"),
         (b"id: caf\xe9\n", "1:8: not UTF-8 (byte 0xe9); save the file as UTF-8"),
         ("id: a\n".encode("utf-16"), "1:1: not UTF-8 (byte 0xff); save the file as UTF-8"),
         ("id: a\x00b\n", "1:6: the control character U+0000 is not allowed; remove it"),
