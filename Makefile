@@ -37,6 +37,9 @@ coverage: setup  ## every test but the slow ones, with coverage and its floor
 kill-test: setup ## 100 SIGKILLs and more, at random moments and at each named point
 	$(PY) -m pytest tests/pipelines/store/test_kill.py -m "slow or not slow"
 
+torture: setup   ## kills, crash states, power cuts, server faults, hostile files (an hour); one part: make torture ONLY=faults
+	$(PY) -m tests.torture --out benchmarks/results/torture.json $(if $(ONLY),--only $(ONLY))
+
 lint: setup      ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -81,4 +84,4 @@ clean:           ## caches and build leavings; never a store
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo real test test-all coverage kill-test lint types reference world world-eval bench peers-venvs requirements clean distclean
+.PHONY: help setup demo real test test-all coverage kill-test torture lint types reference world world-eval bench peers-venvs requirements clean distclean
