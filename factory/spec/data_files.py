@@ -12,17 +12,20 @@ import gzip
 import io
 import json
 import re
+import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from prefab.factory.errors import ConfigError, Problem
-from prefab.factory.spec import yamlio
+from prefab.factory.spec import bounded, yamlio
 
 # Row number from 1, line in the file (0: the format has no lines), the value or a ValueError that
 # says why it cannot be read.
 Row = tuple[int, int, Any]
 COMPRESSED = (".gz", ".zst", ".bz2")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as TextIOWrapper gives them
 SPLITS = {
     "train": "train",
     "val": "val",
@@ -91,8 +94,8 @@ def columns(path: Path) -> list[str] | None:
         with _parquet_file(path) as file:
             return list(file.schema_arrow.names)
     with _csv_file(path) as file:
-        names = csv.DictReader(file, delimiter=_delimiter(path)).fieldnames
-        return list(names) if names is not None else None
+        names = _csv_reader(path, file).fieldnames
+        return list(names) if names else None
 
 
 def place(path: Path, number: int, line: int) -> str:
@@ -109,63 +112,104 @@ def _problem(path: Path, message: str, line: int = 0, column: int = 0) -> Config
 def _open(path: Path) -> IO[bytes]:
     """The bytes of a file, decompressed as its name says."""
     try:
+        file = bounded.open_regular(path)
         if path.suffix.lower() == ".gz":
-            return io.BufferedReader(gzip.open(path))
+            return io.BufferedReader(gzip.open(file))
         if path.suffix.lower() == ".bz2":
-            return bz2.open(path)
+            return bz2.open(file)
         if path.suffix.lower() == ".zst":
             import pyarrow
 
-            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-        return open(path, "rb")
+            return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+        return file
     except OSError as error:
         raise _problem(path, f"cannot be read: {error.strerror or error}") from None
 
 
-def _byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of each line that is not blank."""
+def _most(path: Path) -> int:
+    """How many bytes a file may unpack to."""
+    if path.suffix.lower() not in COMPRESSED:
+        return sys.maxsize
+    return bounded.limit(max(bounded.MAX_UNPACKED, path.stat().st_size * bounded.MAX_RATIO))
+
+
+def _unpacks_too_far(path: Path, line: int = 0) -> ConfigError:
+    message = f"unpacks to more than {bounded.mb(_most(path))}{bounded.HOW}"
+    return _problem(path, message, line, 1 if line else 0)
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """(line number, bytes) of each line; None in place of one that is longer than the limit."""
+    most, left = bounded.limit(bounded.MAX_LINE), _most(path)
     with _open(path) as file:
         try:
-            for line, data in enumerate(file, 1):
-                if line == 1:
-                    data = data.removeprefix(b"\xef\xbb\xbf")
-                if data.strip():
+            line = 0
+            while data := file.readline(most + 1):
+                line += 1
+                left -= len(data)
+                if len(data) > most:
+                    while not data.endswith(b"\n") and (data := file.readline(most)) and left > 0:
+                        left -= len(data)
+                    yield line, None
+                else:
                     yield line, data
-        except (OSError, EOFError) as error:  # a damaged compressed file
+                if left < 0:
+                    raise _unpacks_too_far(path, line)
+        except (OSError, EOFError, zlib.error) as error:  # a damaged compressed file
             raise _problem(path, f"cannot be decompressed: {error}") from None
+
+
+def _byte_lines(path: Path) -> Iterator[tuple[int, bytes | ValueError]]:
+    """(line number, bytes) of each line that is not blank."""
+    for line, data in _raw_lines(path):
+        if data is None:
+            most = bounded.mb(bounded.limit(bounded.MAX_LINE))
+            yield line, ValueError(f"the line is longer than {most}{bounded.HOW}")
+            continue
+        if line == 1:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if data.strip():
+            yield line, data
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
     for number, (line, data) in enumerate(_byte_lines(path), 1):
-        yield number, line, decode(data)
+        yield number, line, data if isinstance(data, ValueError) else decode(data)
 
 
 def _lines(path: Path) -> Iterator[Row]:
     for number, (line, data) in enumerate(_byte_lines(path), 1):
+        if isinstance(data, ValueError):
+            yield number, line, data
+            continue
         try:
             yield number, line, data.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise _problem(path, f"not UTF-8 (byte {error.start} of line {line})") from None
 
 
-def decode(data: bytes) -> Any:
+def decode(data: bytes | str) -> Any:
     """The value of one line of JSON, or a ValueError that says what is wrong with it."""
     try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return ValueError("not JSON: nested too deeply")
+        return bounded.read_json(data)
+    except ValueError as error:
+        return error
 
 
 def _json(path: Path) -> Iterator[Row]:
     """A list of rows, an object that holds one under `examples`, `data` or `rows`, or one row."""
-    with _open(path) as file:
-        data = file.read()
+    most = min(bounded.limit(bounded.MAX_JSON), _most(path))
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        with _open(path) as file:
+            data = file.read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _problem(path, f"cannot be decompressed: {error}") from None
+    if len(data) > most:
+        message = f"the file is longer than {bounded.mb(most)}; write one object a line (.jsonl)"
+        raise _problem(path, message + bounded.HOW)
+    try:
+        value = bounded.parse_json(data.decode("utf-8-sig"))
+        bounded.check_json(value, data)
     except UnicodeDecodeError as error:
         raise _problem(path, f"not UTF-8 (byte {error.start})") from None
     except RecursionError:
@@ -174,6 +218,8 @@ def _json(path: Path) -> Iterator[Row]:
         if error.msg == "Extra data":
             error.msg = "more than one value; one object a line is .jsonl"
         raise _problem(path, f"not JSON: {error.msg}", error.lineno, error.colno) from None
+    except ValueError as error:
+        raise _problem(path, str(error)) from None
     if isinstance(value, dict):
         lists = (value.get(name) for name in ("examples", "data", "rows"))
         value = next((found for found in lists if isinstance(found, list)), [value])
@@ -190,11 +236,43 @@ def _csv_file(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
+def _csv_lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a table, each within the limit."""
+    most, left, line = bounded.limit(bounded.MAX_LINE), _most(path), 0
+    while text := file.readline(most + 1):
+        line, left = line + 1, left - len(text)
+        if len(text) > most:
+            raise bounded.too_long(path, most, line)
+        if left < 0:
+            raise _unpacks_too_far(path, line)
+        yield text
+
+
+def _csv_reader(path: Path, file: io.TextIOWrapper) -> csv.DictReader[str]:
+    """A reader of a table's rows by their header.
+
+    Raises: ConfigError where the header cannot be read, or names a column twice.
+    """
+    csv.field_size_limit(bounded.limit(bounded.MAX_LINE))
+    lines = _csv_lines(path, file)
+    reader = csv.DictReader(lines, delimiter=_delimiter(path), strict=True)
+    try:
+        names = list(reader.fieldnames or ())
+    except csv.Error as error:
+        raise _problem(path, f"not CSV: {error}", 1, 1) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise _problem(path, f"cannot be decompressed: {error}") from None
+    if any(_NOT_UTF8.search(name) or "\0" in name for name in names):
+        raise _problem(path, "not UTF-8; save the file as UTF-8 (not UTF-16)", 1, 1)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise _problem(path, f"names the column {twice[0]!r} twice", 1, 1)
+    return reader
+
+
 def _csv(path: Path) -> Iterator[Row]:
     """Rows by their header. Bytes that are not UTF-8 spoil their own row only."""
-    csv.field_size_limit(2**31 - 1)
     with _csv_file(path) as file:
-        reader = csv.DictReader(file, delimiter=_delimiter(path), strict=True)
+        reader = _csv_reader(path, file)
         number = 0
         while True:
             number += 1
@@ -204,6 +282,8 @@ def _csv(path: Path) -> Iterator[Row]:
                 return
             except csv.Error as error:
                 yield number, reader.line_num + 1, ValueError(f"not CSV: {error}")
+            except (OSError, EOFError, zlib.error) as error:
+                raise _problem(path, f"cannot be decompressed: {error}") from None
             else:
                 yield number, reader.line_num, _csv_row(row)  # the line where it ends
 
@@ -213,7 +293,7 @@ def _csv_row(row: dict[Any, Any]) -> Any:
         return ValueError(
             f"has {len(row[None])} fields more than the header; put text that holds a comma in quotes"
         )
-    if any(isinstance(v, str) and re.search("[\udc80-\udcff]", v) for v in row.values()):
+    if any(isinstance(v, str) and _NOT_UTF8.search(v) for v in row.values()):
         return ValueError("not UTF-8")
     return _with_lists(row)
 
@@ -223,7 +303,7 @@ def _with_lists(row: dict[str, Any]) -> Any:
     for name in JSON_COLUMNS:
         value = row.get(name)
         if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
-            found = decode(value.encode())
+            found = decode(value)
             if not isinstance(found, ValueError):
                 row[name] = found
             elif name in ("messages", "conversations"):  # which hold nothing else
@@ -236,24 +316,50 @@ def _parquet_file(path: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        bounded.open_regular(path).close()
+        file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise _problem(path, f"not a Parquet file: {str(error).split('.')[0]}") from None
+    most = bounded.limit(bounded.MAX_UNPACKED)
+    for i in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(i)
+        for j in range(group.num_columns):
+            column = group.column(j)
+            packed = max(column.total_compressed_size, 1)
+            if column.total_uncompressed_size > max(most, packed * bounded.MAX_RATIO):
+                raise _problem(
+                    path, f"a column unpacks to more than {bounded.mb(most)}{bounded.HOW}"
+                )
+    return file
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    # few rows at a time: a value that is stored once and named by each row is small in the file
     with _parquet_file(path) as file:
-        yield from _batches(file.iter_batches(batch_size=1024))
+        yield from _batches(path, file.iter_batches(batch_size=64))
 
 
-def _batches(batches: Iterable[Any]) -> Iterator[Row]:
+def _batches(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
     """Rows of Arrow batches, in pieces: a `datasets` file may be one batch of a million rows."""
-    number = 0
-    for batch in batches:
-        for offset in range(0, batch.num_rows, 1024):
-            for row in batch.slice(offset, 1024).to_pylist():
-                number += 1
-                yield number, 0, _with_lists(row)
+    import pyarrow
+
+    number, left = (
+        0,
+        bounded.limit(max(bounded.MAX_UNPACKED, path.stat().st_size * bounded.MAX_RATIO)),
+    )
+    try:
+        for batch in batches:
+            for offset in range(0, batch.num_rows, 64):
+                piece = batch.slice(offset, 64)
+                left -= piece.nbytes
+                if left < 0:
+                    raise _problem(path, f"unpacks too far (at row {number + 1:,}){bounded.HOW}")
+                for row in piece.to_pylist():
+                    number += 1
+                    yield number, 0, _with_lists(row)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        message = f"cannot be read after row {number}: {str(error).split('.')[0]}"
+        raise _problem(path, message) from None
 
 
 Reader = Callable[[Path], Iterator[Row]]
@@ -314,26 +420,50 @@ def split_in_name(file: Path) -> str | None:
 
 
 def _saved_by_datasets(path: Path) -> list[tuple[Path, str | None]]:
-    """(file, split) of a folder that `datasets` saved with save_to_disk; empty for another."""
-    names: list[str | None] = [None]
+    """(file, split) of a folder that `datasets` saved with save_to_disk; empty for another.
+
+    Raises: ConfigError where it is damaged, or names files outside the folder.
+    """
     index = path / "dataset_dict.json"
     if index.is_file():
-        names = json.loads(yamlio.read_text(index))["splits"]
-    elif not (path / "state.json").is_file():
+        names = _names_in(index, "splits")
+    elif (path / "state.json").is_file():
+        names = [""]
+    else:
         return []
-    return [
-        (folder / file["filename"], SPLITS.get(name or ""))
-        for name in names
-        for folder in [path / name if name else path]
-        for file in json.loads(yamlio.read_text(folder / "state.json"))["_data_files"]
-    ]
+    found = []
+    for name in names:
+        state = path / name / "state.json"
+        for file in _names_in(state, "_data_files", "filename"):
+            if not (state.parent / file).is_file():
+                raise _problem(state, f"names the file {file}, which is not there")
+            found.append((state.parent / file, SPLITS.get(name)))
+    return found
+
+
+def _names_in(file: Path, field: str, inner: str = "") -> list[str]:
+    """The names of files or folders that a field of a JSON file lists."""
+    value = decode(yamlio.read_text(file))
+    if isinstance(value, ValueError):
+        raise _problem(file, str(value))
+    rows = value.get(field) if isinstance(value, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise _problem(file, f"has no list {field}; save the dataset again")
+    names = []
+    for row in rows:
+        name = row.get(inner) if inner and isinstance(row, dict) else row
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", name):
+            raise _problem(file, f"{field} holds what is not the name of a file in this folder")
+        names.append(name)
+    return names
 
 
 def _arrow(path: Path) -> Iterator[Row]:
     import pyarrow
 
     try:
+        bounded.open_regular(path).close()
         with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
-            yield from _batches(stream)
+            yield from _batches(path, stream)
     except (pyarrow.ArrowException, OSError) as error:
         raise _problem(path, f"cannot be read: {str(error).split('.')[0]}") from None

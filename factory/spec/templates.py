@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta, nodes
 
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.paths import PACKAGE
+from prefab.factory.spec import template_check, yamlio
 from prefab.factory.types import Message
 
 TEMPLATES = PACKAGE / "judges" / "templates"
@@ -37,9 +37,6 @@ VARIABLES: dict[str, set[str]] = {
     "critique": _ONE,
     "revise": _ONE | {"critique"},
 }
-_ENV = ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-)
 # Control tokens of the model families in use. A served tokenizer's own are added to these by the
 # engine.
 _CONTROL = re.compile(
@@ -52,16 +49,16 @@ _CONTROL = re.compile(
 class Template:
     """One loaded template. `digest` names its text; `render` gives its messages.
 
-    Raises: ConfigError: when loaded with bad syntax, an unknown variable, or no known block; names
-        file and line.
+    Raises: ConfigError: when loaded with bad syntax, something that `template_check` does not
+        allow, an unknown variable, or no known block; names file and line.
     """
 
-    __slots__ = ("_blocks", "_new_context", "digest", "kind", "name", "text")
+    __slots__ = ("_blocks", "_compiled", "_new_context", "digest", "file", "kind", "name", "text")
 
     def __init__(self, name: str, kind: str, text: str, file: str = "") -> None:
-        self.name, self.kind, self.text = name, kind, text
-        self.digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-        compiled = _compile(kind, text, file or name)
+        self.name, self.kind, self.text, self.file = name, kind, text, file or name
+        self.digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        self._compiled = compiled = _compile(kind, text, self.file)
         self._blocks = [
             (role, compiled.blocks[block])
             for block, role in ROLES.items()
@@ -77,51 +74,72 @@ class Template:
         message.
 
         Raises:
-            ConfigError: a variable that it uses was not given, or an example lacks a field.
+            ConfigError: It cannot be filled in: a variable that it uses was not given, an example
+                lacks a field, or it makes too much text. Names the file and the line.
         """
-        context = self._new_context(variables)
+        context = self._new_context(
+            {**variables, "loop turns": [template_check.MAX_TURNS]},
+        )
+        texts, left = [], template_check.MAX_TEXT
         try:
-            texts = [(role, "".join(block(context)).strip()) for role, block in self._blocks]
-        except jinja2.UndefinedError as error:
-            raise ConfigError(
-                [Problem(self.name, 0, 0, "", f"cannot be filled in: {error.message}")]
-            ) from None
+            for role, block in self._blocks:
+                parts = []
+                for part in block(context):
+                    parts.append(part)
+                    left -= len(part)
+                    if left < 0:
+                        raise ValueError(f"makes more than {template_check.MAX_TEXT:,} characters")
+                texts.append((role, "".join(parts).strip()))
+        except Exception as error:  # whatever a template that is not ours does
+            raise ConfigError([self._problem(error)]) from None
         return tuple(Message(role, text) for role, text in texts if text)
+
+    def _problem(self, error: Exception) -> Problem:
+        """What went wrong while rendering, with its line."""
+        line, trace = 0, error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_globals.get("__jinja_template__") is self._compiled:
+                line = self._compiled.get_corresponding_lineno(trace.tb_lineno)
+            trace = trace.tb_next
+        words = str(getattr(error, "message", None) or error) or type(error).__name__
+        return Problem(self.file, line, 1 if line else 0, "", f"cannot be filled in: {words[:500]}")
 
 
 def load_template(name: str | Path, kind: str | None = None) -> Template:
-    """The template of this name from `judges/templates`, or at this path. `kind` decides which
-    variables it may use; left out, it is the file's own name.
+    """The template of this name from `judges/templates`, or at this path, tried out on sample
+    values. `kind` decides which variables it may use; left out, it is the file's own name.
 
     Raises:
         ConfigError: no such file, or a fault in it.
     """
     path = Path(name)
-    if not path.is_file():
+    if not path.exists() and path.name == str(name):  # a name, not a path
         path = TEMPLATES / (path.name if path.suffix else f"{path.name}.jinja")
-    if not path.is_file():
+    if not path.is_file() and not path.exists():
         known = ", ".join(sorted(p.name for p in TEMPLATES.glob("*.jinja")))
         raise ConfigError([Problem(str(name), 0, 0, "", f"no such template; there are: {known}")])
-    return Template(path.name, kind or path.stem, path.read_text(encoding="utf-8"), str(path))
+    text = yamlio.read_text(path)
+    return _loaded(path.name, kind or path.stem, text, str(path))
+
+
+@lru_cache(maxsize=64)
+def _loaded(name: str, kind: str, text: str, file: str) -> Template:
+    template = Template(name, kind, text, file)
+    if Path(file).parent != TEMPLATES:
+
+        def render() -> None:
+            for values in template_check.samples(VARIABLES[kind]):
+                template.render(**values)
+
+        template_check.try_out(render, file)
+    return template
 
 
 def _compile(kind: str, text: str, file: str) -> jinja2.Template:
     if kind not in VARIABLES:
-        raise ConfigError(
-            [
-                Problem(
-                    file,
-                    0,
-                    0,
-                    "",
-                    f"unknown kind of template {kind!r}; kinds: {', '.join(VARIABLES)}",
-                )
-            ]
-        )
-    try:
-        tree = _ENV.parse(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError([Problem(file, error.lineno, 1, "", str(error.message))]) from None
+        message = f"unknown kind of template {kind!r}; kinds: {', '.join(VARIABLES)}"
+        raise ConfigError([Problem(file, 0, 0, "", message)])
+    tree = template_check.parse_template(text, file)
     problems = [
         Problem(
             file,
@@ -130,9 +148,9 @@ def _compile(kind: str, text: str, file: str) -> jinja2.Template:
             name,
             f"unknown variable; a {kind} template may use " + ", ".join(sorted(VARIABLES[kind])),
         )
-        for name in sorted(meta.find_undeclared_variables(tree) - VARIABLES[kind])
+        for name in sorted(meta.find_undeclared_variables(tree) - VARIABLES[kind] - {"range"})
     ]
-    blocks = {node.name: node.lineno for node in tree.find_all(jinja2.nodes.Block)}
+    blocks = {node.name: node.lineno for node in tree.find_all(nodes.Block)}
     problems += [
         Problem(file, line, 1, name, f"unknown block; the blocks are {', '.join(ROLES)}")
         for name, line in blocks.items()
@@ -140,9 +158,25 @@ def _compile(kind: str, text: str, file: str) -> jinja2.Template:
     ]
     if "user" not in blocks:
         problems.append(Problem(file, 1, 1, "", "has no {% block user %}: nothing would be asked"))
+    problems += _control_tokens(tree, file)
     if problems:
         raise ConfigError(problems)
-    return _ENV.from_string(text)
+    return template_check.compile_template(tree, file)
+
+
+def _control_tokens(tree: nodes.Template, file: str) -> list[Problem]:
+    """A problem for each control token that a template writes itself: it would begin or end a turn
+    in the middle of a message.
+    """
+    problems = []
+    for node in tree.find_all((nodes.TemplateData, nodes.Const)):
+        text = getattr(node, "data" if isinstance(node, nodes.TemplateData) else "value")
+        for token in _CONTROL.finditer(text) if isinstance(text, str) else ():
+            if "think" not in token[0] and "tool_" not in token[0].lower():
+                line = node.lineno + text.count("\n", 0, token.start())
+                message = f"writes the control token {token[0]}; leave it to the chat template"
+                problems.append(Problem(file, line, 1, "", message))
+    return problems
 
 
 def _line_of(text: str, name: str) -> int:

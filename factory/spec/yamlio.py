@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.redaction import secrets_in
+from prefab.factory.spec import bounded
 
 Path_ = tuple[str | int, ...]
 Place = tuple[int, int]
@@ -109,15 +110,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}" if known else "nothing is known here"
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file (a byte order mark is dropped).
+def read_text(path: str | Path, most: int = bounded.MAX_DOCUMENT) -> str:
+    """The text of a UTF-8 file of at most `most` bytes (a byte order mark is dropped).
 
-    Raises: ConfigError when it is missing, a directory, unreadable, or not UTF-8 (with line and
-    column).
+    Raises: ConfigError when it is missing, a directory, a pipe, unreadable, too long, or not UTF-8
+    (with line and column).
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = bounded.read_bytes(path, most)
     except FileNotFoundError:
         raise ConfigError([Problem(str(path), 0, 0, "", f"no such file{_sibling(path)}")]) from None
     except IsADirectoryError:

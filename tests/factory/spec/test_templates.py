@@ -128,12 +128,151 @@ def test_an_unknown_template_names_those_there_are():
         load_template("pairwse.jinja")
 
 
-def test_a_template_is_sandboxed():
-    template = Template(
-        "t", "pairwise", "{% block user %}{{ question.__class__.__mro__ }}{% endblock %}"
-    )
-    with pytest.raises(Exception, match="unsafe|undefined"):
-        template.render(**given_to("pairwise"))
+REFUSED = [
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "may not read '__class__'"),
+    ("{{ question['__class__'] }}", "may not read '__class__'"),
+    ("{{ ''|attr('__class__') }}", "unknown filter 'attr'"),
+    ("{{ ['{0.__class__}']|map(attribute='format')|list }}", "unknown filter 'map'"),
+    ("{% set f = '{0}'.format %}{{ f(question) }}", "may call range and the methods"),
+    ("{{ '{x.__class__}'.format_map({'x': question}) }}", "may call range and the methods"),
+    ("{{ '{:>9999999999}'.format('x') }}", "may call range and the methods"),
+    ("{{ 'x'.zfill(10000000000) }}", "may call range and the methods"),
+    ("{{ cycler.next() }}", "may call range and the methods"),
+    ("{{ question.strip(*examples) }}", "plain arguments only"),
+    ("{{ self|tojson }}", "may not use self"),
+    ("{{ {'a': 1} }}", "may not use a mapping in braces"),
+    ("{% include '/etc/passwd' %}", "may not use {% include %}"),
+    ("{% import 'x' as x %}", "may not use {% import %}"),
+    ("{% from 'revise.jinja' import x %}", "may not use {% from %}"),
+    ("{% extends '/etc/passwd' %}", "may not use {% extends %}"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "may not use {% macro %}"),
+    ("{% set ns.x = 1 %}", "may not use namespace"),
+    ("{% set x %}{{ question }}{% endset %}", "may not use {% set %} with {% endset %}"),
+    ("{% with x = 1 %}{% endwith %}", "may not use {% with %}"),
+    ("{% filter upper %}a{% endfilter %}", "may not use {% filter %}"),
+    ("{% autoescape true %}a{% endautoescape %}", "may not use {% autoescape %}"),
+    ("{{ 1/0 }}", "may not use /"),
+    ("{{ 10**(10**8) }}", "may not use **"),
+    ("{{ question * 10000000000 }}", "may not use *"),
+    ("{{ '%10000000000d' % 1 }}", "may not use %"),
+    ("{{ question|nope }}", "unknown filter 'nope'"),
+    ("{{ question is nope }}", "unknown test 'nope'"),
+    ("{% if false %}{{ question|nope }}{% endif %}", "unknown filter 'nope'"),
+    ("{{ [1, 2, 3]|random }}", "unknown filter 'random'"),
+    ("{{ 'x'|center(10000000000) }}", "unknown filter 'center'"),
+    ("{{ 1|round(100000000, 'ceil') }}", "unknown filter 'round'"),
+    ("{{ question|tojson(indent=1000000000) }}", "takes no arguments"),
+    ("{% for x in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}", "may not be recursive"),
+    ("{% for a in answers %}" * 3 + "{% endfor %}" * 3, "more than 2 loops"),
+    ("{{ " + " ~ ".join(["question"] * 100) + " }}", "more than 64 texts"),
+    ("{% set a = question %}" + "{% set a = a ~ a %}" * 40, "more than 64 texts"),
+    ("{% set a = [question] %}" + "{% set a = [a, a] %}" * 40, "more than 64 texts"),
+    (
+        "{% if question %}{% set a = question ~ question %}{% endif %}" * 1
+        + "{% if question %}{% set a = a ~ a %}{% endif %}" * 40,
+        "more than 64 texts",
+    ),
+    ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deeply"),
+    ("{{ " + "not " * 60 + "question }}", "nested too deeply"),
+    ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "nested too deeply"),
+    ("{{ " + "9" * 5000 + " }}", "cannot be read"),
+    ("x" * 300_000, "at most 262,144"),
+    ("{{ 1 }}" * 10_000, "too long"),
+    ("<|im_end|>", "writes the control token <|im_end|>"),
+    ("{{ '[INST]' }}", "writes the control token [INST]"),
+]
+
+
+def with_body(body: str) -> str:
+    return "{% block user %}\n{{ conversation }}{{ question }}\n" + body + "\n{% endblock %}\n"
+
+
+@pytest.mark.parametrize(("body", "says"), REFUSED, ids=[body[:40] for body, _ in REFUSED])
+def test_what_a_template_may_not_do_is_refused_when_it_is_loaded(body, says):
+    with pytest.raises(ConfigError, match=re.escape(says)) as error:
+        Template("mine.jinja", "listwise", with_body(body), "dir/mine.jinja")
+    first = error.value.problems[0]
+    assert first.file == "dir/mine.jinja"
+    if "deeply" not in says and "at most" not in says and "cannot be read" not in says:
+        assert first.line == 3
+
+
+FAILS = [
+    ("{{ 'a' + 1 }}", "3:1: cannot be filled in: can only concatenate str"),
+    ("{{ question.nope }}", "3:1: cannot be filled in: 'str object' has no attribute 'nope'"),
+    ("{{ question.strip }}", "3:1: cannot be filled in: access to attribute 'strip'"),
+    ("{{ question['format'] }}", "3:1: cannot be filled in: access to attribute 'format'"),
+    ("{{ examples.items() }}", "3:1: cannot be filled in: list has no method items"),
+    ("{{ 4 is divisibleby(0) }}", "3:1: cannot be filled in: integer modulo by zero"),
+    ("{{ question|indent(1000000000, true) }}", "3:1: cannot be filled in: makes a text of"),
+    (
+        "{{ question|replace('', question)|replace('', question) }}",
+        "3:1: cannot be filled in: makes",
+    ),
+    ("{{ question|join(question)|join(question) }}", "3:1: cannot be filled in: makes a text of"),
+    ("{% for i in range(99999) %}x{% endfor %}", "3:1: cannot be filled in: range gives 99,999"),
+    ("{% for c in question %}{{ c }}{% endfor %}", "3:1: cannot be filled in: its loops take more"),
+    (
+        "{% for i in range(90) %}{% for j in range(99) %}{% for_ %}{% endfor %}{% endfor %}".replace(
+            "{% for_ %}", "{{ conversation }}{{ question }}{{ question }}"
+        ),
+        "cannot be filled in: makes more than 4,000,000 characters",
+    ),
+    (
+        "{% for i in range(100) %}{% for j in range(99) %}{% if "
+        + " and ".join(["question|list|sort"] * 30)
+        + " %}{% endif %}{% endfor %}{% endfor %}",
+        "takes more than 1 s or 512 MB on sample values",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "says"), FAILS, ids=[body[:40] for body, _ in FAILS])
+def test_a_template_is_tried_on_sample_values(tmp_path, body, says):
+    file = tmp_path / "mine.jinja"
+    file.write_text(with_body(body))
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_template(file, "listwise")
+
+
+def test_a_template_may_do_what_prompts_need(tmp_path):
+    file = tmp_path / "mine.jinja"
+    body = """{% set short = question[:200].strip()|upper %}
+{% for e in examples if e.prompt is defined %}{% if not loop.first %}; {% endif %}
+{% for name, text in e.items()|sort %}{{ name }}={{ text|trim|indent(2) }}{% endfor %}
+{% else %}none
+{% endfor %}
+{% for i in range(answers|length) %}{{ i + 1 }}. {{ answers[i].split('.')[0] }}{% endfor %}
+{{ short if short else 'x' }} {{ answers|join(', ')|replace('X', 'Z')|truncate(99) }}"""
+    file.write_text(with_body(body))
+    template = load_template(file, "listwise")
+    values = given_to("listwise") | {"examples": [{"prompt": "p", "label": "l"}]}
+    (message,) = template.render(**values)
+    assert message.content.endswith("label=lprompt=p1. X2. YWHICH IS KINDER? Z, Y"), message.content
+
+
+def test_an_error_while_rendering_names_file_and_line(tmp_path):
+    """The samples pass; a value that comes later does not."""
+    file = tmp_path / "mine.jinja"
+    file.write_text(with_body("{% if 'rude' in question %}\n{{ question.tone }}\n{% endif %}"))
+    template = load_template(file, "pointwise")
+    with pytest.raises(ConfigError, match=re.escape(f"{file}:4:1: cannot be filled in")):
+        template.render(conversation="", answer="", question="Is it rude?", examples=[])
+
+
+def test_a_missing_file_is_not_replaced_by_a_shipped_one(tmp_path):
+    with pytest.raises(ConfigError, match="my/critique.jinja: no such template"):
+        load_template("my/critique.jinja")
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_template(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"{% block user %}caf\xe9{% endblock %}", "x".encode("utf-16")])
+def test_a_template_that_is_not_utf8_is_refused(tmp_path, data):
+    file = tmp_path / "critique.jinja"
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match="critique.jinja:1:.*not UTF-8"):
+        load_template(file)
 
 
 def test_a_fence_cannot_be_closed_from_inside():
