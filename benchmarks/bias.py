@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import common
 from prefab.factory.engines.base import make
+from prefab.factory.engines.vllm_key import SERVER_KEY
 from prefab.factory.keys import request_key
 from prefab.factory.microworld import WEIGHTS, tasks
 from prefab.factory.microworld import grammar as g
@@ -232,11 +234,13 @@ def attack(model: str, n: int, log: Callable[[str], None] = print) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
         try:
             runner.run(server.start())
+            os.environ[SERVER_KEY] = server.process.key
             client = make(
                 {
                     "engine": "vllm",
                     "model": model,
                     "url": f"http://127.0.0.1:{server.process.port}",
+                    "api_key_env": SERVER_KEY,
                 },
                 model,
             )

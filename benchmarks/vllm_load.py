@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from prefab.factory.engines.vllm_key import SERVER_KEY
 
 IN_FLIGHT = 64
 BATCH = 32
@@ -55,7 +57,13 @@ def pipeline(
 ) -> dict[str, Any]:
     """The pipeline of both runs; they differ in who judges, so that the second finds its drafts
     answered."""
-    policy = {"engine": "vllm", "model": options.model, "url": url, "max_in_flight": IN_FLIGHT}
+    policy = {
+        "engine": "vllm",
+        "model": options.model,
+        "url": url,
+        "api_key_env": SERVER_KEY,
+        "max_in_flight": IN_FLIGHT,
+    }
     judges = [
         {"name": "judge", "kind": "pairwise", "engine": "judge", "template": "pairwise.jinja"}
     ]
@@ -90,7 +98,14 @@ def timed_engine(options: argparse.Namespace, url: str, name: str) -> Any:
                 self.last = time.perf_counter()
 
     engine = Timed(
-        vllm.VllmConfig(model=options.model, url=url, max_in_flight=IN_FLIGHT, batch=BATCH), name
+        vllm.VllmConfig(
+            model=options.model,
+            url=url,
+            api_key_env=SERVER_KEY,
+            max_in_flight=IN_FLIGHT,
+            batch=BATCH,
+        ),
+        name,
     )
     engine.seen = []
     return engine
@@ -115,6 +130,7 @@ def run_prefab(
             "engine": "vllm",
             "model": options.model,
             "url": url,
+            "api_key_env": SERVER_KEY,
             "max_in_flight": IN_FLIGHT,
             "batch": BATCH,
         },
@@ -169,7 +185,9 @@ async def bare(url: str, bodies: Sequence[dict[str, Any]], batch: int) -> dict[s
     started = time.perf_counter()
     connector = aiohttp.TCPConnector(limit=IN_FLIGHT)
     async with aiohttp.ClientSession(
-        connector=connector, timeout=aiohttp.ClientTimeout(total=600)
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=600),
+        headers={"Authorization": f"Bearer {os.environ[SERVER_KEY]}"},
     ) as session:
 
         async def work() -> None:
@@ -342,6 +360,11 @@ def main() -> None:
     config = vllm.VllmConfig(model=options.model, env={"VLLM_SERVER_DEV_MODE": "1"})
     server = VllmProcess(config, resolve_model(options.model), free_port(), "bench", None)
     url = options.url or f"http://127.0.0.1:{server.port}"
+    key = os.environ.setdefault(SERVER_KEY, server.key)
+    server.key = key
+    opener = urllib.request.build_opener()
+    opener.addheaders = [("Authorization", f"Bearer {key}")]
+    urllib.request.install_opener(opener)
     with tempfile.TemporaryDirectory() as temporary:
         try:
             if not options.url:

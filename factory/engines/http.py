@@ -200,7 +200,10 @@ class Throttle:
 class HttpClient:
     """One server: its address, its pool of connections, its breaker and its throttle."""
 
-    def __init__(self, url: str, config: HttpConfig, api_key_env: str | None = None) -> None:
+    def __init__(
+        self, url: str, config: HttpConfig, api_key_env: str | None = None, key: str = ""
+    ) -> None:
+        self.key = key  # of a server that was started here; before that of `api_key_env`
         self.url, self.config, self.api_key_env = url.rstrip("/"), config, api_key_env
         self.breaker = Breaker(config.down_after_s)
         self.throttle = Throttle(config.max_in_flight)
@@ -464,7 +467,7 @@ class HttpClient:
     def _headers(self) -> dict[str, str]:
         if self._sent_headers is None:
             self._sent_headers = {"Content-Type": "application/json"}
-            key = os.environ.get(self.api_key_env or "")
+            key = self.key or os.environ.get(self.api_key_env or "")
             if key:
                 add_secret(key)
                 self._sent_headers["Authorization"] = f"Bearer {key.strip()}"

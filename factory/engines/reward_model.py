@@ -31,6 +31,7 @@ class RewardEngineConfig(BaseModel):
     """`model` is a folder or a hub name; `url` a vLLM pooling server that runs.
 
     `dtype` auto is float32 on a CPU and the model's own on a GPU. `args` go to vLLM as they are.
+    `api_key_env` names the environment variable with the key of the server at `url`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +40,7 @@ class RewardEngineConfig(BaseModel):
     model: str
     backend: Literal["transformers", "vllm"] = "transformers"
     url: str | None = None
+    api_key_env: str | None = None
     revision: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
@@ -322,7 +324,12 @@ class RewardModelVllm(Engine):
                 self.process = VllmProcess(settings, self.path, port, c.name, None, self.log_folder)
                 await self.process.start()
                 url = f"http://127.0.0.1:{port}"
-            self.server = HttpClient(url.rstrip("/").removesuffix("/v1"), settings)
+            self.server = HttpClient(
+                url.rstrip("/").removesuffix("/v1"),
+                settings,
+                c.api_key_env,
+                self.process.key if self.process else "",
+            )
             await self._greet(self.server)
         except BaseException:
             await self.stop()

@@ -1,5 +1,5 @@
-"""Runs a server and never lets it outlive us: `python supervisor.py PARENT_PID LOG_FILE
-COMMAND...`, standard library only.
+"""Runs a server and never lets it outlive us: `python supervisor.py PARENT_PID COMMAND...`,
+standard library only. The server writes where the supervisor does.
 
 The supervisor holds the other end of a pipe to its parent. When that closes, however the parent
 ended (`kill -9` too), it ends the whole process group of the server and whatever else descends from
@@ -25,7 +25,7 @@ GRACE_S = 8.0  # vLLM takes 1-3 s to end its children and give back shared memor
 
 def main() -> int:
     """Run the command until it or the parent ends; return its exit status."""
-    parent, log_file, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    parent, command = int(sys.argv[1]), sys.argv[2:]
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: stopped.append(got))
@@ -41,15 +41,9 @@ def main() -> int:
                 PR_SET_PDEATHSIG, signal.SIGTERM
             )  # in case somebody kills the supervisor itself
 
-    with open(log_file, "ab") as log:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=end_with_supervisor,
-        )
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_supervisor
+    )
     while child.poll() is None and not stopped and os.getppid() == parent:
         if select.select([0], [], [], 0.5)[0] and not os.read(0, 64):
             break

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
@@ -208,7 +209,7 @@ class VLLM(Engine):
         """
         place = self.path
         if self._urls and not (place and Path(place).is_dir()):
-            place = self._served_place(_get(self._urls[0] + "/v1/models"))
+            place = self._served_place(_get(self._urls[0] + "/v1/models", self.config.api_key_env))
         return model_identity(place or "", self._dtype(), self.config.revision, self.config.adapter)
 
     def mute(self) -> None:
@@ -268,7 +269,9 @@ class VLLM(Engine):
 
     async def _greet(self, url: str) -> None:
         claim(url, "ids")
-        server = HttpClient(url, self.config, self.config.api_key_env)
+        server = HttpClient(
+            url, self.config, self.config.api_key_env, self.process.key if self.process else ""
+        )
         try:
             listed = await server.get("/v1/models")
         except (Rejected, TransportError) as error:
@@ -403,9 +406,12 @@ class VLLM(Engine):
             await process.stop()
 
 
-def _get(url: str) -> Mapping[str, Any]:
+def _get(url: str, api_key_env: str | None) -> Mapping[str, Any]:
+    key = os.environ.get(api_key_env or "")
+    headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=5) as answer:
             return dict(json.loads(redact_bytes(answer.read())))
     except (OSError, ValueError) as error:
         raise EngineError(f"no vLLM server at {url}: {error}") from error

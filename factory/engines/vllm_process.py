@@ -12,7 +12,9 @@ import importlib.util
 import os
 import platform
 import re
+import secrets
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,11 +22,13 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from prefab.factory.console import say
+from prefab.factory.engines.vllm_key import SERVER_KEY
 from prefab.factory.errors import EngineError
-from prefab.factory.paths import cache_folder
+from prefab.factory.paths import IMPORT_ROOT, cache_folder
+from prefab.factory.redaction import add_secret
 
 TELL_EVERY_S = 4.0
 FEW_CORES = 8  # up to so many, servers share them as the system sees fit
@@ -60,8 +64,10 @@ class VllmProcess:
         self.config, self.model, self.port, self.name = config, model, port, name
         self.progress = progress or (lambda line: say(line, stderr=True))
         self._folder = log_folder
-        folder = log_folder or Path(tempfile.gettempdir())
+        folder = log_folder or Path(tempfile.gettempdir()) / f"prefab-{os.getuid()}"
         self.log_file: Path = config.log_file or folder / f"prefab-vllm-{os.getpid()}-{name}.log"
+        self.key = secrets.token_urlsafe(32)  # without it no route answers
+        add_secret(self.key)
         self.supervisor: subprocess.Popen[bytes] | None = None
         self._stopping = self._failed = False
 
@@ -76,29 +82,22 @@ class VllmProcess:
                 f"engines.{self.name}: vLLM is not installed here: `make setup` installs it, or name the "
                 "`url` of a server that runs, or use `engine: hf`"
             )
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        self.log_file.write_bytes(b"")
         supervisor = Path(__file__).with_name("supervisor.py")
-        command = [
-            sys.executable,
-            str(supervisor),
-            str(os.getpid()),
-            str(self.log_file),
-            *command_line(self),
-        ]
-        self.supervisor = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment(self),
-            start_new_session=True,
-        )
+        command = [sys.executable, str(supervisor), str(os.getpid()), *command_line(self)]
+        with open_log(self.log_file, ours=self.config.log_file is None) as log:
+            self.supervisor = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment(self),
+                start_new_session=True,
+            )
         await self._wait_until_ready()
 
     async def _wait_until_ready(self) -> None:
         began = told = time.monotonic()
-        while not await _answers(self.port):
+        while not await _answers(self.port, self.key):
             dead = self.why_dead()
             if dead:
                 raise EngineError(dead)
@@ -164,6 +163,7 @@ def command_line(process: VllmProcess) -> list[str]:
         "--served-model-name": c.model,
         "--host": "127.0.0.1",
         "--port": process.port,
+        "--middleware": "prefab.factory.engines.vllm_key.RequireKey",
         "--dtype": default_dtype() if c.dtype == "auto" else c.dtype,
         "--generation-config": "vllm",
         "--revision": c.revision,
@@ -193,10 +193,11 @@ def command_line(process: VllmProcess) -> list[str]:
 
 
 def environment(process: VllmProcess) -> dict[str, str]:
-    """The server's environment: no telemetry, no look at a hub for what lies in a folder, no other
-    size of the cache than ours (VLLM_CPU_KVCACHE_SPACE would win). On a few cores threads are not
-    bound: vLLM would bind those of every server to the same ones. What a CPU compiled is kept for
-    the next start, apart for each kind of CPU: compiled code runs on its own kind alone.
+    """The server's environment: its key, the folder that Prefab lies in, no telemetry, no look at a
+    hub for what lies in a folder, no other size of the cache than ours (VLLM_CPU_KVCACHE_SPACE
+    would win). On a few cores threads are not bound: vLLM would bind those of every server to the
+    same ones. What a CPU compiled is kept for the next start, apart for each kind of CPU: compiled
+    code runs on its own kind alone.
     """
     c = process.config
     ours = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -213,8 +214,11 @@ def environment(process: VllmProcess) -> dict[str, str]:
             }
     if c.threads:
         ours["VLLM_CPU_OMP_THREADS_BIND"] = c.threads
-    given = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
-    return {**given, **ours, **c.env}
+    unset = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_API_KEY")
+    given = {name: value for name, value in os.environ.items() if name not in unset}
+    merged = {**given, **ours, **c.env, SERVER_KEY: process.key}
+    paths = filter(None, (str(IMPORT_ROOT), merged.get("PYTHONPATH")))
+    return {**merged, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @lru_cache
@@ -274,11 +278,52 @@ def reason(log: str) -> str:
     )
 
 
-async def _answers(port: int) -> bool:
+def open_log(file: Path, ours: bool) -> IO[bytes]:
+    """The log, emptied, to be written to. No symbolic link is followed: one planted in a folder
+    that others can write to would have this user's files overwritten.
+
+    Args:
+        file: The log. Its folder is made, for this user alone.
+        ours: Whether the folder is one that nobody named, and must belong to this user.
+
+    Raises: EngineError.
+    """
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = file.parent.lstat()
+        if ours and (stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid()):
+            raise EngineError(
+                f"{file.parent}: a symbolic link, or another user's folder: no log is written there"
+            )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        log = open(os.open(file, flags, 0o600), "ab")  # noqa: SIM115  # the caller closes it
+    except OSError as error:
+        link = " (a symbolic link is not followed)" if file.is_symlink() else ""
+        raise EngineError(f"the log {file} cannot be written: {error.strerror}{link}") from None
+    if not stat.S_ISREG(os.fstat(log.fileno()).st_mode):
+        log.close()
+        raise EngineError(f"the log {file} cannot be written: it is not a regular file")
+    log.truncate(0)
+    return log
+
+
+def port_in_use(port: int) -> bool:
+    """Whether something listens on this loopback port, or it may not be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+async def _answers(port: int, key: str) -> bool:
     """Whether GET /health is answered with 200."""
     try:
         reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 2)
-        writer.write(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        head = f"GET /health HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n\r\n"
+        writer.write(head.encode())
         status = await asyncio.wait_for(reader.readline(), 5)
         writer.close()
         return b" 200 " in status

@@ -11,7 +11,6 @@ explains stops the run.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import shutil
 import time
@@ -30,7 +29,6 @@ from prefab.factory.engines.http import Rejected
 from prefab.factory.engines.supervisor import GRACE_S
 from prefab.factory.engines.vllm_process import VllmProcess, free_port, has_gpu
 from prefab.factory.errors import EngineError, TransportError
-from prefab.factory.paths import IMPORT_ROOT
 from prefab.trainers.common import TrainError
 from prefab.trainers.rl import checkpoint
 from prefab.trainers.rl.config import PpoConfig
@@ -131,7 +129,7 @@ class VllmSampler:
             checkpoint.write_policy(self.t, self.folder)
         if started := self.process is None:
             await self._start()
-        server = Http(f"http://127.0.0.1:{self.process.port}", self.config)
+        server = Http(f"http://127.0.0.1:{self.process.port}", self.config, key=self.process.key)
         server.why_down = self.process.why_dead
         try:
             if fresh and not started:
@@ -196,7 +194,6 @@ def engine_config(config: PpoConfig, folder: Path, longest: int, exact: bool) ->
         "--worker-extension-cls",
         "prefab.trainers.rl.vllm_worker.Extension",
     ]
-    paths = os.pathsep.join(filter(None, (str(IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
     if not gpu:
         args.append(
             "--enforce-eager"
@@ -210,7 +207,7 @@ def engine_config(config: PpoConfig, folder: Path, longest: int, exact: bool) ->
         kv_cache_gib=s.kv_cache_gib,
         max_in_flight=config.batch_size,
         args=[*args, *s.args],
-        env={"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": paths},
+        env={"VLLM_SERVER_DEV_MODE": "1"},
     )  # dev mode: /collective_rpc and /reset_prefix_cache
 
 

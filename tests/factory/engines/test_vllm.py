@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from math import exp, log
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from prefab.factory.keys import model_identity, request_key
 from prefab.factory.types import Message, Request, Sampling
 
 LABELS = ("A", "B", "T", " A", " B", " T")
+KEY = "PREFAB_TEST_SERVER_KEY"  # the variable with the key of the server
 STARTER = """
 import asyncio, sys
 from prefab.factory.engines.base import make
@@ -42,7 +45,7 @@ from prefab.factory.engines.base import make
 async def main():
     engine = make({"engine": "vllm", "model": sys.argv[1], "log_file": sys.argv[2], "args": ["--enforce-eager"]}, "t")
     await engine.start()
-    print(engine.process.port, engine.process.supervisor.pid, flush=True)
+    print(engine.process.port, engine.process.supervisor.pid, engine.process.key, flush=True)
     await asyncio.sleep(3600)
 
 asyncio.run(main())
@@ -84,7 +87,9 @@ def server(folder, tmp_path_factory):
     starter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     line = starter.stdout.readline().split()
     assert line, f"vLLM did not start:\n{log.read_text()[-3000:]}"
+    os.environ[KEY] = line[2]
     yield starter, f"http://127.0.0.1:{line[0]}", int(line[1])
+    del os.environ[KEY]
     starter.kill()
     starter.wait()
 
@@ -92,7 +97,14 @@ def server(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(server, folder, runner):
     engine = make(
-        {"engine": "vllm", "model": str(folder), "url": server[1], "retries": 1, "down_after_s": 0},
+        {
+            "engine": "vllm",
+            "model": str(folder),
+            "url": server[1],
+            "api_key_env": KEY,
+            "retries": 1,
+            "down_after_s": 0,
+        },
         "local",
     )
     runner.run(engine.start())
@@ -111,9 +123,24 @@ def local(folder, runner):
 @pytest.mark.vllm
 def test_the_servers_identity_is_the_folders(engine, server, folder):
     assert engine.identity == model_identity(str(folder), "float32")
-    nameless = make({"engine": "vllm", "url": server[1] + "/v1"}, "remote")
+    nameless = make({"engine": "vllm", "url": server[1] + "/v1", "api_key_env": KEY}, "remote")
     assert nameless.identity == engine.identity  # the server says where its folder is
     assert engine.max_model_len == 512 and "<|im_end|>" in engine.special_tokens
+
+
+@pytest.mark.vllm
+def test_no_route_answers_without_the_key(server):
+    """Private endpoints (`/collective_rpc`) too, which vLLM's own `--api-key` leaves open."""
+    paths = ("/health", "/v1/models", "/metrics", "/tokenize", "/collective_rpc", "/docs", "/none")
+    for path in paths:
+        for key in ("", "Bearer wrong"):
+            asked = urllib.request.Request(server[1] + path, headers={"Authorization": key})
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(asked, timeout=10)
+            assert refused.value.code == 401
+    key = os.environ[KEY]
+    commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
+    assert not [command for command in commands if key.encode() in command]
 
 
 @pytest.mark.vllm
@@ -131,7 +158,10 @@ def test_label_reads_equal_transformers(engine, local, runner):
 @pytest.mark.vllm
 def test_batches_equal_single_reads(engine, server, folder, runner):
     asked = [request(f"word{i} " * (1 + i % 7) + "A or B?", LABELS) for i in range(40)]
-    single = make({"engine": "vllm", "model": str(folder), "url": server[1], "batch": 1}, "single")
+    single = make(
+        {"engine": "vllm", "model": str(folder), "url": server[1], "api_key_env": KEY, "batch": 1},
+        "single",
+    )
     runner.run(single.start())
     ones, many = runner.run(ask(single, *asked)), runner.run(ask(engine, *asked))
     runner.run(single.stop())
@@ -174,7 +204,10 @@ def test_policies_answers_are_the_token_ids_drawn(server, folder):
     }
     ours = evaluate_policies(Eval.model_validate(config), True).policies["tiny"]
     served = evaluate_policies(
-        Eval.model_validate({**config, "sampler": "vllm", "vllm": {"url": server[1]}}), True
+        Eval.model_validate(
+            {**config, "sampler": "vllm", "vllm": {"url": server[1], "api_key_env": KEY}}
+        ),
+        True,
     ).policies["tiny"]
     assert served["sampler_gap"].value < 1e-3 and abs(served["kl"].value) < 1e-6
     assert (
@@ -186,7 +219,9 @@ def test_policies_answers_are_the_token_ids_drawn(server, folder):
 
 @pytest.mark.vllm
 def test_a_draw_ends_at_its_stops_and_is_the_same_again(server, folder):
-    engine = make({"engine": "vllm", "model": str(folder), "url": server[1]}, "again")
+    engine = make(
+        {"engine": "vllm", "model": str(folder), "url": server[1], "api_key_env": KEY}, "again"
+    )
     asked = [request("go", (), (i,), max_tokens=60, temperature=1.0, seed=0) for i in range(3)]
 
     async def twice(stops):
@@ -236,7 +271,9 @@ def test_control_tokens_in_users_text_stay_text(engine, runner):
 def test_labels_and_names_that_cannot_be(engine, server, runner):
     (answer,) = runner.run(ask(engine, request("q", ("A", "12345"))))
     assert isinstance(answer, EngineError) and "'12345'" in str(answer)
-    stranger = make({"engine": "vllm", "model": "Qwen/Qwen3-32B", "url": server[1]}, "far")
+    stranger = make(
+        {"engine": "vllm", "model": "Qwen/Qwen3-32B", "url": server[1], "api_key_env": KEY}, "far"
+    )
     with pytest.raises(EngineError, match="has no model 'Qwen/Qwen3-32B'; it has"):
         runner.run(stranger.start())
 
@@ -308,14 +345,14 @@ def test_the_supervisor_leaves_nothing(how, tmp_path, monkeypatch):
     quick.write_text(source)
     parent_code = (
         "import os, subprocess, sys, time\n"
-        "command = [sys.executable, sys.argv[1], str(os.getpid()), sys.argv[2], sys.executable, "
-        "'-c', sys.argv[3]]\n"
+        "command = [sys.executable, sys.argv[1], str(os.getpid()), sys.executable, '-c', "
+        "sys.argv[2]]\n"
         "supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)\n"
         "print(supervisor.pid, flush=True)\n"
         "sys.stdin.readline()\nsupervisor.stdin.close()\ntime.sleep(3600)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", parent_code, str(quick), str(tmp_path / "log"), STUBBORN],
+        [sys.executable, "-c", parent_code, str(quick), STUBBORN],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -45,6 +45,7 @@ class Scripted:
 
     def __init__(self, script: Script, port: int) -> None:
         self.script, self.port, self.left, self.server = script, port, None, None
+        self.key = "key-of-this-server-1"
 
     async def start(self) -> None:
         if not self.script.lives:
