@@ -218,12 +218,12 @@ class Ledger:
             self.stats.damaged += len(lost)
         return found.answers
 
-    def note(self, use: Use) -> None:
-        """Record a use that asks nothing (role `identical`); on disk at the latest when the ledger
-        is closed.
+    def note(self, use: Use, call: bytes = b"") -> None:
+        """Record a use that asks nothing (role `identical`), or a use of the answer that stands
+        under the key `call`; on disk at the latest when the ledger is closed.
         """
         self._check()
-        self._writer.put([([(use, b"")], ())])
+        self._writer.put([([(use, call)], ())])
 
     async def ask(self, request: Request, use: Use, engine: Engine) -> Completion:
         """One question. Raises: TransportError, once that is recorded, when no answer came after

@@ -210,6 +210,19 @@ def constitution_digest(constitution: Constitution) -> str:
     )
 
 
+def renamed(old: Constitution, new: Constitution) -> dict[str, str]:
+    """The ids of `old` that a principle of `new` has taken over under another id: it lists the id
+    under `formerly`, or it has the same meaning and the id is gone.
+    """
+    there = {p.id for p in new.principles}
+    found = {former: p.id for p in new.principles for former in p.formerly}
+    same = {principle_digest(p): p.id for p in new.principles}
+    for p in old.principles:
+        if p.id not in there and principle_digest(p) in same:
+            found.setdefault(p.id, same[principle_digest(p)])
+    return found
+
+
 def _digest(value: Any) -> str:
     text = json.dumps(
         value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False

@@ -24,6 +24,10 @@ FITS = ("bradley_terry", "davidson")  # ways to choose pairs that need answers' 
 WIN_MARGIN = 0.02
 
 
+# recipes of runs that a user means only by name
+ASKED_FOR = ("import", "rejudge")
+
+
 def find_run(folder: Path, read: Read, run: str = "") -> dict[str, Any]:
     """The run that NAME, NAME@VERSION or nothing (the last) stands for, as a row of the table
     `runs`.
@@ -37,9 +41,7 @@ def find_run(folder: Path, read: Read, run: str = "") -> dict[str, Any]:
         )
     rows = list(read("SELECT * FROM runs ORDER BY last_start", ()).iter_rows(named=True))
     name, at, version = run.partition("@")
-    rows = (
-        rows if name else [r for r in rows if r["recipe"] != "import"] or rows
-    )  # imports are asked for by name
+    rows = rows if name else [r for r in rows if r["recipe"] not in ASKED_FOR] or rows
     found = [
         r for r in rows if name in ("", r["name"]) and (not at or str(r["version"]) == version)
     ]

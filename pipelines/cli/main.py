@@ -19,7 +19,7 @@ from prefab.factory.console import duration, fail, hint, say, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
 from prefab.factory.printable import guard_standard_streams
 from prefab.factory.redaction import add_environment_secrets
-from prefab.pipelines.cli import labels
+from prefab.pipelines.cli import lab, labels
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli.options import (
     STOPPED,
@@ -48,6 +48,7 @@ store_app = typer.Typer(
     no_args_is_help=True, help="Show the contents of a preference store, or rebuild it."
 )
 app.add_typer(store_app, name="store")
+app.add_typer(lab.app)
 app.add_typer(labels.app)
 app.add_typer(cli_train.app)
 

@@ -4,22 +4,23 @@ started.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from prefab.factory.engines.base import make
 from prefab.factory.engines.lifecycle import lazily
-from prefab.factory.errors import ConfigError
+from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.spec.constitution import load_constitution
 from prefab.factory.spec.templates import Template, load_template
 from prefab.factory.spec.yamlio import did_you_mean
-from prefab.factory.types import Constitution, Engine
+from prefab.factory.types import Constitution, Engine, Prompt
 from prefab.judges import registry
 from prefab.judges.base import Judge, JudgeConfig
 from prefab.judges.kinds.critique import CritiqueConfig
 from prefab.pipelines.config.prompts import Prompts
+from prefab.pipelines.config.registries import Recipe
 from prefab.pipelines.config.schema import (
     PipelineConfig,
     ReviseConfig,
@@ -28,9 +29,26 @@ from prefab.pipelines.config.schema import (
 )
 
 
+class PromptSource(Protocol):
+    """Where a run's prompts come from; iterated once or often."""
+
+    path: Path
+    n_malformed: int
+    problems: list[Problem]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """The prompts, in their order."""
+
+    def summary(self) -> str:
+        """One line for people about rows that were left out; empty when there are none."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedPipeline:
-    """A pipeline file with everything that it names read and checked; nothing is started."""
+    """A pipeline file with everything that it names read and checked; nothing is started.
+
+    `recipe` stands in for the one that the configuration names.
+    """
 
     config: PipelineConfig
     resolved: dict[str, Any]
@@ -40,7 +58,8 @@ class ResolvedPipeline:
     revise: ReviseConfig | None
     critic: CritiqueConfig
     reviser: CritiqueConfig
-    prompts: Prompts
+    prompts: PromptSource
+    recipe: Recipe | None = None
 
     @property
     def texts(self) -> dict[str, str]:

@@ -62,8 +62,8 @@ class Asker(Protocol):
     async def ask_many(self, asks: Sequence[Ask], engine: Engine) -> Sequence[Response]:
         """The answers in the order of the asks; a `TransportError` stands where none came."""
 
-    def note(self, use: Use) -> None:
-        """Record something that was decided without asking."""
+    def note(self, use: Use, call: bytes = b"") -> None:
+        """Record something that was decided without asking, or a use of a recorded call."""
 
     def add_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Record prompts, before they are asked."""
@@ -259,10 +259,10 @@ class Context:
         most = self.counts.unscored.most_common(4)
         return " (" + ", ".join(f"{role} {reason}: {n:,}" for (role, reason), n in most) + ")"
 
-    def note(self, use: Use) -> None:
-        """Record what is decided without asking."""
+    def note(self, use: Use, call: bytes = b"") -> None:
+        """Record what is decided without asking, or a use of a recorded call."""
         self.counts.identical += isinstance(use, IdenticalUse)
-        self.asker.note(use)
+        self.asker.note(use, call)
 
     def unscored(self, role: str, reason: str | None) -> None:
         """Count an answer that could not be read; None counts nothing."""

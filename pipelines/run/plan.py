@@ -23,7 +23,7 @@ from prefab.factory.keys import request_key
 from prefab.factory.ledger import db
 from prefab.factory.ledger import records as recorded
 from prefab.factory.ledger.ledger import LedgerStats
-from prefab.factory.spec.constitution import parse_constitution
+from prefab.factory.spec.constitution import parse_constitution, renamed
 from prefab.factory.types import Completion, Constitution, Principle, Prompt, Request
 from prefab.factory.uses import EscalationUse, IdenticalUse, Use, columns_of
 from prefab.judges.kinds.critique import parse_critique
@@ -117,7 +117,7 @@ class DryRunLedger:
     def add_prompts(self, prompts: Iterable[Prompt]) -> None:
         """A plan records nothing."""
 
-    def note(self, use: Use) -> None:
+    def note(self, use: Use, call: bytes = b"") -> None:
         """Nothing would be asked."""
         self.identical += isinstance(use, IdenticalUse)
         if isinstance(use, EscalationUse) and use.reason == GUESS:
@@ -311,7 +311,7 @@ def _changes(
     except ConfigError:
         old = None
     if old is not None:
-        found += _constitution_changes(old, loaded.constitution)
+        found += constitution_changes(old, loaded.constitution)
     roles = {"critique": "critique", "revise": "revise"}
     for name, text in texts.items():
         if name.startswith("model ") and before.texts.get(name, text) != text:
@@ -338,28 +338,26 @@ _FIELD_ROLES = {
 _TOUCHES = {"judge": ("judge", "reason", "score", "rank"), "compare": ("judge", "reason", "rank")}
 
 
-def _constitution_changes(old: Constitution, new: Constitution) -> list[Change]:
-    was, now = _by_every_id(old), _by_every_id(new)
+def constitution_changes(old: Constitution, new: Constitution) -> list[Change]:
+    """What differs in meaning between two constitutions, with the calls that each change touches.
+    A renamed principle is no change.
+    """
+    names = renamed(old, new)
+    was = {names.get(p.id, p.id): p for p in old.principles}
+    now = {p.id for p in new.principles if p.enabled}
     found: list[Change] = []
     for principle in new.principles:
-        former = next((was[n] for n in (principle.id, *principle.formerly) if n in was), None)
-        found += _principle_changes(former, principle)
+        found += _principle_changes(was.get(principle.id), principle)
     found += [
         ("judge", "", f"principle {p.id} is gone; its draws fall to others")
         for p in old.principles
-        if p.enabled and not (p.id in now and (now[p.id].enabled or now[p.id].id != p.id))
+        if p.enabled and names.get(p.id, p.id) not in now
     ]
     if old.selection != new.selection:
         found.append(("judge", "", f"selection changed from {old.selection} to {new.selection}"))
     if old.examples != new.examples:
         found.append(("", "", "the constitution's few-shot examples changed"))
     return found
-
-
-def _by_every_id(constitution: Constitution) -> dict[str, Principle]:
-    """The principles by their ids and their former ids."""
-    found = {p.id: p for p in constitution.principles}
-    return found | {former: p for p in constitution.principles for former in p.formerly}
 
 
 def _principle_changes(old: Principle | None, new: Principle) -> list[Change]:

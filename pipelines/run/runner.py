@@ -154,7 +154,16 @@ def run(
         EngineError: An engine does not start or fails.
         StoreError: The store is damaged.
     """
-    loaded = resolve_pipeline(source, sets)
+    return run_loaded(resolve_pipeline(source, sets), quiet, engines, retry_refused)
+
+
+def run_loaded(
+    loaded: ResolvedPipeline,
+    quiet: bool = True,
+    engines: dict[str, Engine] | None = None,
+    retry_refused: bool = False,
+) -> RunResult:
+    """As `run`, for a loaded pipeline."""
 
     def work() -> RunResult:
         return _loop(run_async(loaded, quiet, engines, retry_refused))
@@ -248,7 +257,7 @@ async def _work(
     loaded: ResolvedPipeline, ctx: Context, total: int | None, quiet: bool
 ) -> tuple[str, str]:
     """All prompts through the recipe. Gives how it ended: done, budget or stopped, and why."""
-    pipeline = RECIPES[loaded.config.recipe]
+    recipe = loaded.recipe or RECIPES[loaded.config.recipe]
     source = recorded(loaded.prompts, ctx.asker)
     first: list[BaseException] = []
 
@@ -256,7 +265,7 @@ async def _work(
         try:
             for prompt in source:
                 ctx.check()
-                await pipeline(prompt, ctx)
+                await recipe(prompt, ctx)
                 ctx.counts.finish(prompt.id)
         except BaseException as error:
             first.append(error)

@@ -1,0 +1,174 @@
+"""Commands for people who edit constitutions: what an edit changes, tests, and why a preference is
+as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefab.factory.console import console, say, table
+from prefab.factory.errors import ConfigError
+from prefab.pipelines.cli.options import (
+    Json,
+    Sets,
+    Store,
+    existing_store,
+    hint_command,
+    print_json,
+    resumable,
+)
+
+if TYPE_CHECKING:
+    from prefab.pipelines.run.diff import Diff, Moved
+
+app = typer.Typer()
+Run = Annotated[
+    str,
+    typer.Option(help="The run with the comparisons, NAME or NAME@VERSION. Default: the latest."),
+]
+PipelineOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PIPELINE.yaml", help="Ask this pipeline's judges. Default: those of the run."
+    ),
+]
+
+
+@app.command()
+def diff(
+    old: Annotated[
+        str,
+        typer.Argument(
+            metavar="OLD",
+            help="A constitution file, one in a git revision (HEAD~1:constitution.yaml), or a run.",
+        ),
+    ],
+    new: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NEW]",
+            help="The other version. Left out: OLD is the new one, compared with the constitution "
+            "of the run.",
+        ),
+    ] = "",
+    store: Store = Path("store"),
+    run: Run = "",
+    pipeline: PipelineOption = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Only so many comparisons, chosen at random.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of that choice.")] = 0,
+    only: Annotated[
+        str, typer.Option(metavar="flips", help="`flips`: show only the flipped preferences.")
+    ] = "",
+    examples: Annotated[int, typer.Option(min=0, help="Comparisons to show in full.")] = 10,
+    sets: Sets = [],
+    as_json: Json = False,
+) -> None:
+    """Compare two versions of a constitution: which preferences flip, and under which principles.
+    Only questions that the edit changes are asked.
+    """
+    from prefab.pipelines.run.diff import diff as compare
+
+    if only not in ("", "flips"):
+        raise ConfigError(f"--only {only}: did you mean flips?")
+    with resumable():
+        found = compare(
+            old, new, existing_store(store), run, pipeline, sets, sample, seed, quiet=as_json
+        )
+    if as_json:
+        return print_json(found.data())
+    show_diff(found, only, examples)
+    if found.moved:
+        hint_command("why", found.moved[0].preference, "--store", store)
+
+
+def show_diff(found: Diff, only: str = "", examples: int = 10) -> None:
+    """Print the difference of two versions."""
+    title = f"{found.old.name} ({found.old.digest}) -> {found.new.name} ({found.new.digest})"
+    if not only:
+        for change in found.changes or ["no principle changed its meaning"]:
+            say(f"  {change}")
+        lines = [line for line in found.principles if line.why or line.mean_move or line.only_new]
+        table(
+            title,
+            ("principle", "compared", "moved", "flipped", "mean move"),
+            [(p.principle, p.compared, p.moved, p.flips, p.mean_move) for p in lines],
+            note="moved: P(a) by more than .05; mean move: of P(a)" if lines else "nothing moved",
+        )
+    for line in sentences(found):
+        say(line)
+    shown = (found.flips if only else found.moved)[:examples]
+    for number, one in enumerate(shown, 1):
+        _show_moved(number, one)
+    left = len(found.flips if only else found.moved) - len(shown)
+    if left:
+        say(f"{left:,} more; --examples N shows more, --json all")
+
+
+def sentences(found: Diff) -> list[str]:
+    """What a person should know first."""
+    n, flips = found.comparisons, len(found.flips)
+    other = sum(one.changed for one in found.moved) - flips
+    asked = sum(side.asked for side in (found.old, found.new))
+    reused = sum(side.reused for side in (found.old, found.new))
+    lines = [
+        f"{flips:,} of {n:,} preferences flip{_interval(found.flip_rate)}; {other:,} more change "
+        "between a winner, a tie and unscored",
+        f"agreement between the versions: alpha {_value(found.alpha)}, AC1 {_value(found.ac1)}",
+    ]
+    if asked or reused:
+        lines.append(f"{reused:,} answers reused, {asked:,} asked")
+    failed = found.old.failed + found.new.failed
+    if failed:
+        lines.append(
+            f"{failed:,} calls failed, so some comparisons are left out; the same command asks again"
+        )
+    return lines
+
+
+def _interval(share: Any) -> str:
+    if share.value is None:
+        return ""
+    if share.low is None:
+        return f" ({share.value:.1%})"
+    return f" ({share.value:.1%}, 95% interval {share.low:.1%} to {share.high:.1%})"
+
+
+def _value(estimate: Any) -> str:
+    if estimate.value is None:
+        return f"undefined ({estimate.undefined})"
+    if estimate.low is None:
+        return f"{estimate.value:.2f}"
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+
+
+def _probability(p: float | None) -> str:
+    return "none" if p is None else f"{p:.2f}"
+
+
+def _show_moved(number: int, one: Moved) -> None:
+    """One comparison in full: the prompt, both answers side by side, and what moved."""
+    from rich import box
+    from rich.table import Table
+
+    outcome = {"a": "A wins", "b": "B wins", "tie": "tie", "unscored": "unscored"}
+    console().print("")
+    say(f"{one.text}", f"{number}. {one.prompt}", "bold")
+    view = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False)
+    for name, side in (("A", "a"), ("B", "b")):
+        mark = " (preferred before)" if one.old == side else ""
+        mark += " (preferred now)" if one.new == side else ""
+        style = "green" if one.new == side else "red" if one.old == side else ""
+        view.add_column(name + mark, ratio=1, header_style=style, overflow="fold")
+    view.add_row(one.answer_a, one.answer_b)
+    console().print(view)
+    say(
+        f"  {outcome[one.old]}, P(A) {_probability(one.p_old)} -> "
+        f"{outcome[one.new]}, P(A) {_probability(one.p_new)}"
+    )
+    for name, was, now in one.principles[:5]:
+        say(f"    {name}: P(A) {_probability(was)} -> {_probability(now)}")

@@ -1,0 +1,241 @@
+"""Judge the comparisons of a run again, under another constitution.
+
+A rejudged run has the same prompts, answers and pairs as its source; only the judges are asked. Its
+answers stand in the same ledger, so that a question that some run asked before is not asked again,
+and a later run under the new constitution finds what was asked here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.keys import digest
+from prefab.factory.spec.constitution import parse_constitution
+from prefab.factory.types import Constitution, Engine, Message, Prompt, Sample
+from prefab.factory.uses import DraftUse, RevisionUse
+from prefab.judges.base import Pair
+from prefab.pipelines.config.loader import ResolvedPipeline, resolve_pipeline
+from prefab.pipelines.run.context import Context
+from prefab.pipelines.run.escalation import judged
+from prefab.pipelines.run.rlaif import ask_about
+from prefab.pipelines.run.runner import RunResult, run_loaded
+from prefab.pipelines.store.export.base import find_run
+from prefab.pipelines.store.fill import query
+
+RECIPE = "rejudge"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedPrompt(Prompt):
+    """A prompt with the answers that a run has of it, the calls that gave them (in the order of
+    `samples`), and the pairs that it compared.
+    """
+
+    samples: tuple[Sample, ...] = ()
+    calls: tuple[bytes, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+
+
+class Panel:
+    """The comparisons of a run: its prompts, as a pipeline's `prompts`."""
+
+    def __init__(self, store: Path, run: Mapping[str, Any], prompts: list[RecordedPrompt]) -> None:
+        self.path, self.run, self.prompts = store, run, prompts
+        self.n_malformed, self.problems = 0, list[Problem]()
+
+    def __iter__(self) -> Iterator[RecordedPrompt]:
+        """The prompts, in the order of their ids."""
+        return iter(self.prompts)
+
+    @property
+    def source(self) -> str:
+        """The run that the comparisons come from, as NAME@VERSION."""
+        return f"{self.run['name']}@{self.run['version']}"
+
+    @property
+    def n_pairs(self) -> int:
+        """How many comparisons there are."""
+        return sum(len(prompt.pairs) for prompt in self.prompts)
+
+    @property
+    def digest(self) -> str:
+        """Changes when another comparison is among them."""
+        return digest(*(f"{p.id} {pair}" for p in self.prompts for pair in p.pairs))
+
+    @property
+    def constitution(self) -> Constitution:
+        """The constitution of the run, as it was when the run was made."""
+        sql = "SELECT source FROM constitutions WHERE constitution = $name"
+        rows = query(self.path, sql, {"name": self.run["constitution"]})
+        return parse_constitution(rows["source"][0], f"the constitution of {self.source}")
+
+    def summary(self) -> str:
+        """Nothing is malformed."""
+        return ""
+
+
+_PAIRS = "SELECT prompt, a, b FROM preferences WHERE run = $run AND NOT identical ORDER BY ALL"
+_SAMPLES = """
+SELECT s.prompt, s."index", s.parent, s.round, s.principle, s.text, s.finish, s.call
+FROM samples s WHERE s.run = $run AND s.text IS NOT NULL ORDER BY s.prompt, s."index" """
+_PROMPTS = """
+SELECT q.prompt, q.messages, q.tags, q."group", q.split, q.rubric FROM prompts q
+WHERE q.prompt IN (SELECT DISTINCT prompt FROM preferences WHERE run = $run) ORDER BY q.prompt"""
+
+
+def panel_of(store: Path, run: str = "", sample: int | None = None, seed: int = 0) -> Panel:
+    """The comparisons of a run that can be judged again.
+
+    Args:
+        store: The store.
+        run: NAME or NAME@VERSION; default: the latest run.
+        sample: At most so many comparisons, chosen by `seed`; default: all.
+        seed: Seed of the choice; the same seed chooses the same comparisons.
+
+    Raises:
+        ConfigError: There is no such run, it has no comparison, or its answers were imported.
+    """
+    record = find_run(store, run)
+    named, values = f"{record['name']}@{record['version']}", {"run": record["run"]}
+    if record["recipe"] == "import":
+        raise ConfigError(
+            f"{named} was imported: its answers are no model's calls, and a run that judged them "
+            "does not exist yet. Name a run that `prefab run` made with --run"
+        )
+    chosen = _choose(query(store, _PAIRS, values).rows(), sample, seed)
+    if not chosen:
+        raise ConfigError(
+            f"{named} in {store} has no comparison to judge again. Finish it with `prefab run`, "
+            "or name another run with --run"
+        )
+    samples: dict[str, dict[int, tuple[Sample, bytes]]] = {}
+    for prompt, index, parent, round, principle, text, finish, call in query(
+        store, _SAMPLES, values
+    ).rows():
+        made = Sample(prompt, index, text, finish, parent, round, principle)
+        samples.setdefault(prompt, {})[index] = made, bytes.fromhex(call)
+    found = []
+    for name, messages, tags, group, split, rubric in query(store, _PROMPTS, values).rows():
+        if pairs := chosen.get(name):
+            shown = [samples[name][i] for i in sorted({i for pair in pairs for i in pair})]
+            found.append(
+                RecordedPrompt(
+                    name,
+                    tuple(Message(role, text) for role, text in json.loads(messages)),
+                    tuple(tags),
+                    group,
+                    split,
+                    tuple((line, points) for line, points in json.loads(rubric or "[]")),
+                    tuple(one for one, _ in shown),
+                    tuple(call for _, call in shown),
+                    tuple(pairs),
+                )
+            )
+    return Panel(store, record, found)
+
+
+def _choose(
+    rows: Sequence[tuple[str, int, int]], sample: int | None, seed: int
+) -> dict[str, list[Pair]]:
+    """Pairs by prompt; with `sample`, those whose digest under `seed` is least."""
+    if sample is not None:
+        least = sorted(rows, key=lambda row: blake2b(repr((seed, row)).encode()).digest())
+        rows = sorted(least[:sample])
+    chosen: dict[str, list[Pair]] = {}
+    for prompt, a, b in rows:
+        chosen.setdefault(prompt, []).append((a, b))
+    return chosen
+
+
+def pipeline_of(panel: Panel, pipeline: str | Path | None, sets: Sequence[str]) -> ResolvedPipeline:
+    """The pipeline whose judges judge the panel: a file, or else the run's own configuration.
+
+    Raises: ConfigError when it cannot be read, or has no judges.
+    """
+    try:
+        loaded = resolve_pipeline(pipeline or json.loads(panel.run["config"]), sets)
+    except ConfigError as error:
+        if pipeline:
+            raise
+        words = (
+            f"the configuration of {panel.source} cannot be used from this folder; "
+            "name its pipeline file with --pipeline"
+        )
+        raise ConfigError([Problem("", 0, 0, "", words), *error.problems]) from error
+    if not loaded.judges:
+        raise ConfigError(f"{loaded.config.name} has no panel.judges, so nothing can be judged")
+    return loaded
+
+
+def rejudge(
+    panel: Panel,
+    constitution: Constitution,
+    loaded: ResolvedPipeline,
+    quiet: bool = True,
+    engines: dict[str, Engine] | None = None,
+) -> RunResult:
+    """Judge the panel's comparisons under a constitution, as a run of its own in the same store.
+
+    Args:
+        panel: The comparisons, from `panel_of`.
+        constitution: The constitution to judge under.
+        loaded: The pipeline whose judges are asked, from `pipeline_of`.
+        quiet: Do not show progress.
+        engines: Engines to use in place of those that the pipeline would start, by name.
+
+    Raises:
+        EngineError: An engine does not start or fails.
+        StoreError: The store is damaged.
+    """
+    return run_loaded(rejudging(panel, constitution, loaded), quiet, engines)
+
+
+def rejudging(
+    panel: Panel, constitution: Constitution, loaded: ResolvedPipeline
+) -> ResolvedPipeline:
+    """The pipeline that judges the panel under this constitution. Its run is told apart by the
+    source run, the comparisons and the constitution.
+    """
+    name = f"{panel.run['name'][:54]}-{RECIPE}"
+    unlimited = loaded.config.budget.model_copy(
+        update={"unscored": None, "calls": None, "tokens": None}
+    )
+    update = {"name": name, "store": str(panel.path), "budget": unlimited}
+    described = {
+        "recipe": RECIPE,
+        "name": name,
+        "constitution": constitution.id,
+        "source": {"run": panel.source, "comparisons": panel.n_pairs, "digest": panel.digest},
+    }
+    return replace(
+        loaded,
+        config=loaded.config.model_copy(update=update),
+        resolved={**loaded.resolved, **described},
+        constitution=constitution,
+        revise=None,
+        prompts=panel,
+        recipe=compare_again,
+    )
+
+
+async def compare_again(prompt: Prompt, ctx: Context) -> None:
+    """Record the answers that are there, and put the recorded pairs to the panel of judges."""
+    assert isinstance(prompt, RecordedPrompt)
+    for sample, call in zip(prompt.samples, prompt.calls, strict=True):
+        ctx.note(_use(sample, ctx.run), call)
+    at = {sample.index: sample for sample in prompt.samples}
+    pairs = [(at[a], at[b]) for a, b in prompt.pairs]
+    await judged(prompt, ask_about(prompt, pairs, ctx), ctx)
+
+
+def _use(sample: Sample, run: int) -> DraftUse | RevisionUse:
+    if sample.parent < 0:
+        return DraftUse(run, sample.prompt, sample.index)
+    place = (sample.index, sample.parent, sample.principle, sample.round)
+    return RevisionUse(run, sample.prompt, *place)

@@ -1,0 +1,175 @@
+"""`prefab diff`: only what an edit touches is asked; the flips are those of judging anew."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prefab import run
+from prefab.factory.errors import ConfigError
+from prefab.pipelines.run.diff import diff, read_version
+from prefab.pipelines.store.export.base import find_run
+from prefab.pipelines.store.fill import query
+from tests.support import planted, project
+
+
+def judge_of_worse(request: Any) -> Any:
+    """Under a question for the worse answer, the other answer is named."""
+    if "A" in request.labels and "worse" in str(request.messages):
+        said = planted.answer(request)
+        if said.text in "AB":
+            return planted.read(request.labels, "B" if said.text == "A" else "A", 0.97)
+    return None
+
+
+def engine() -> Any:
+    return planted.engine(say=judge_of_worse)
+
+
+def constitution(folder: Path, name: str, **principles: dict[str, Any]) -> str:
+    """The small constitution with fields of its principles changed, as a file."""
+    value = copy.deepcopy(project.CONSTITUTION)
+    for principle in value["principles"]:
+        principle.update(principles.get(principle["id"], {}))
+    (folder / name).write_text(yaml.safe_dump(value, sort_keys=False))
+    return str(folder / name)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    run(project.pipeline(tmp_path), engines=engine())
+    return tmp_path / "store"
+
+
+def compared(store: Path, old: str, new: str = "", **settings: Any) -> Any:
+    return diff(old, new, store, engines=engine(), **settings)
+
+
+def test_an_edit_asks_one_principles_questions_and_reverting_it_none(
+    store: Path, tmp_path: Path
+) -> None:
+    edited = constitution(tmp_path, "edited.yaml", kind={"compare": "Which answer is worse?"})
+    found = compared(store, edited)
+    assert (found.old.asked, found.new.asked) == (0, 36)  # 18 comparisons in two orders
+    assert found.changes == ["compare of principle kind changed"]
+    assert [line.principle for line in found.principles if line.mean_move] == ["kind"]
+    reverted = compared(store, edited, constitution(tmp_path, "reverted.yaml"))
+    assert (reverted.old.asked, reverted.new.asked) == (0, 0)
+
+
+def test_the_flips_are_those_of_judging_everything_anew(store: Path, tmp_path: Path) -> None:
+    worse = {"compare": "Which answer is worse?"}
+    edited = constitution(tmp_path, "edited.yaml", kind=worse, brief=worse)
+    found = compared(store, edited)
+    assert len(found.flips) == 12 and found.flip_rate.value == pytest.approx(12 / 18)
+    anew = tmp_path / "anew"
+    settings = project.pipeline(tmp_path) | {"store": str(anew), "constitution": edited}
+    run(settings, engines=engine())
+    sql = "SELECT prompt, a, b, outcome, p_a FROM preferences WHERE run = {} ORDER BY ALL"
+    assert query(store, sql.format(found.new.run)).rows() == query(anew, sql.format(1)).rows()
+    before = {row[:3]: row[3] for row in query(store, sql.format(1)).rows()}
+    after = {row[:3]: row[3] for row in query(anew, sql.format(1)).rows()}
+    flips = {place for place in before if {before[place], after[place]} == {"a", "b"}}
+    assert {(one.prompt, one.a, one.b) for one in found.flips} == flips
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"title": "Another title"},
+        {"tags": ["tone"]},
+        {"id": "kinder", "formerly": ["kind"]},
+        {"id": "kinder"},
+    ],
+)
+def test_edits_without_another_meaning_ask_nothing(
+    store: Path, tmp_path: Path, edit: dict[str, Any]
+) -> None:
+    found = compared(store, constitution(tmp_path, "edited.yaml", kind=edit))
+    assert found.new.asked == 0 and found.moved == found.changes == []
+    assert {line.principle for line in found.principles} == {edit.get("id", "kind"), "brief"}
+
+
+def test_other_yaml_of_the_same_meaning_asks_nothing(store: Path, tmp_path: Path) -> None:
+    value = copy.deepcopy(project.CONSTITUTION)
+    value["principles"] = [dict(reversed(p.items())) for p in value["principles"]]
+    text = "# a comment\n" + yaml.safe_dump(value, default_flow_style=True)
+    (tmp_path / "flow.yaml").write_text(text)
+    found = compared(store, str(tmp_path / "flow.yaml"))
+    assert found.new.asked == 0 and found.changes == []
+    assert found.old.digest == found.new.digest
+
+
+def test_a_later_run_finds_what_the_diff_asked(store: Path, tmp_path: Path) -> None:
+    edited = constitution(tmp_path, "edited.yaml", kind={"compare": "Which answer is nicer?"})
+    compared(store, edited)
+    done = run(project.pipeline(tmp_path) | {"constitution": edited}, engines=engine())
+    assert done.asked == 0
+    assert find_run(store)["version"] == 2 and find_run(store)["name"] == "small"
+
+
+def test_a_principle_that_is_gone_or_new_is_counted_apart(store: Path, tmp_path: Path) -> None:
+    value = copy.deepcopy(project.CONSTITUTION)
+    value["principles"][0] |= {"id": "true", "compare": "Which answer is truer?"}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(value))
+    lines = {
+        line.principle: line for line in compared(store, str(tmp_path / "other.yaml")).principles
+    }
+    assert (lines["kind"].only_old, lines["true"].only_new) == (18, 18)
+    assert lines["brief"].compared == 18
+
+
+def test_a_sample_is_the_same_each_time(store: Path, tmp_path: Path) -> None:
+    edited = constitution(tmp_path, "edited.yaml", kind={"compare": "Which answer is worse?"})
+    first = compared(store, edited, sample=5, seed=3)
+    again = compared(store, edited, sample=5, seed=3)
+    assert (first.comparisons, first.new.asked, again.new.asked) == (5, 10, 0)
+    assert [one.preference for one in first.moved] == [one.preference for one in again.moved]
+
+
+def test_two_runs_are_compared_as_they_stand(store: Path, tmp_path: Path) -> None:
+    worse = {"compare": "Which answer is worse?"}
+    edited = constitution(tmp_path, "edited.yaml", kind=worse, brief=worse)
+    run(project.pipeline(tmp_path) | {"constitution": edited}, engines=engine())
+    found = diff("small@1", "small@2", store)
+    assert len(found.flips) == 12 and found.new.asked == found.new.reused == 0
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_git_revision_of_a_constitution(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    edited = {"compare": "Which answer is worse?"}
+    constitution(tmp_path, "mine.yaml")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "mine.yaml"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    constitution(tmp_path, "mine.yaml", kind=edited)
+    found = compared(store, "HEAD:mine.yaml", "mine.yaml")
+    assert found.changes == ["compare of principle kind changed"]
+    with pytest.raises(ConfigError, match="git says"):
+        read_version("HEAD~7:mine.yaml", store)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("missing.yaml", "", "missing.yaml: no such file"),
+        ("other@7", "small@1", "has no run 'other@7'"),
+        ("small@1", "stranger@1", "no comparison in common"),
+    ],
+)
+def test_bad_versions_are_told(store: Path, tmp_path: Path, old: str, new: str, words: str) -> None:
+    settings = project.pipeline(tmp_path, prompts=1, name="stranger", store=str(store))
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"id": "x", "prompt": "Something else?"}\n')
+    run(settings, engines=engine())
+    with pytest.raises(ConfigError, match=words):
+        compared(store, old, new)
