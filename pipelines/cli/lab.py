@@ -82,8 +82,7 @@ def diff(
     if as_json:
         return print_json(found.data())
     show_diff(found, only, examples)
-    if found.moved:
-        hint_command("why", found.moved[0].preference, "--store", store)
+    hint_command("agreement", "--store", store, "--run", found.new.record)
 
 
 def show_diff(found: Diff, only: str = "", examples: int = 10) -> None:

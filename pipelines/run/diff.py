@@ -46,6 +46,7 @@ class Version:
     asked: int = 0
     reused: int = 0
     failed: int = 0
+    record: str = ""  # the run's NAME@VERSION
 
     @property
     def digest(self) -> str:
@@ -150,7 +151,7 @@ class Diff:
 
 
 def _version_data(version: Version) -> dict[str, Any]:
-    names = ("name", "digest", "run", "asked", "reused", "failed")
+    names = ("name", "digest", "run", "record", "asked", "reused", "failed")
     return {name: getattr(version, name) for name in names}
 
 
@@ -199,12 +200,8 @@ def diff(
         if side.constitution is None:
             raise ConfigError(f"{side.name} has no constitution to judge by")
         done = rejudge(panel, side.constitution, loaded, quiet, engines)
-        side.run, side.asked, side.reused, side.failed = (
-            done.run,
-            done.asked,
-            done.reused,
-            done.failed,
-        )
+        side.run, side.record = done.run, f"{done.name}@{done.version}"
+        side.asked, side.reused, side.failed = done.asked, done.reused, done.failed
     return compare(store, sides[0], sides[1], panel)
 
 
@@ -229,7 +226,8 @@ def read_version(name: str, store: Path) -> Version:
     rows = query(store, sql, {"name": record["constitution"]})
     text = rows["source"][0] if rows.height else None
     shown = f"{record['name']}@{record['version']}"
-    return Version(shown, parse_constitution(text, shown) if text else None, record["run"])
+    constitution = parse_constitution(text, shown) if text else None
+    return Version(shown, constitution, record["run"], record=shown)
 
 
 def _at_revision(revision: str, file: str) -> str:
@@ -283,26 +281,10 @@ def compare(store: Path, old: Version, new: Version, panel: Panel | None = None)
         changes = constitution_changes(old.constitution, new.constitution)
     read_old = _by_place(store, old.run, names)
     read_new = _by_place(store, new.run, {})
-    moved, groups = [], []
-    for name, prompt, a, b, was, now, p_old, p_new, messages, text_a, text_b, group in rows:
-        one = Moved(
-            name,
-            prompt,
-            json.loads(messages)[-1][1] if messages else "",
-            *(a, b, text_a, text_b, was, now, p_old, p_new),
-        )
-        place = (prompt, a, b)
-        one.principles = _principles_moved(read_old.get(place, {}), read_new.get(place, {}))
-        moved.append(one)
-        groups.append(group or prompt)
-    codes = np.array(
-        [[OUTCOMES.index(one.old), OUTCOMES.index(one.new)] for one in moved], dtype=float
-    )
+    moved = [_moved(row, read_old, read_new) for row in rows]
+    groups = [row[-1] or row[1] for row in rows]
+    codes = np.array([[OUTCOMES.index(one.old), OUTCOMES.index(one.new)] for one in moved], float)
     scored = np.where(codes == OUTCOMES.index("unscored"), np.nan, codes)
-    table: dict[str, dict[str, int]] = {}
-    for one in moved:
-        row = table.setdefault(one.old, {})
-        row[one.new] = row.get(one.new, 0) + 1
     return Diff(
         old,
         new,
@@ -312,11 +294,32 @@ def compare(store: Path, old: Version, new: Version, panel: Panel | None = None)
         clustered_share([one.changed for one in moved], groups),
         krippendorff_alpha(scored),
         gwet_ac(scored, categories=[0.0, 1.0, 2.0]),
-        table,
+        _outcomes(moved),
         _by_principle(moved, read_old, read_new, changes),
         [text for _, _, text in changes],
         sorted((one for one in moved if one.changed or one.distance > 0), key=_telling),
     )
+
+
+def _moved(
+    row: tuple[Any, ...],
+    old: dict[Place, dict[str, float]],
+    new: dict[Place, dict[str, float]],
+) -> Moved:
+    """A comparison, from a row of `_COMPARED` and the principles' readings."""
+    name, prompt, a, b, was, now, p_old, p_new, messages, text_a, text_b, _ = row
+    place, text = (prompt, a, b), json.loads(messages)[-1][1] if messages else ""
+    principles = _principles_moved(old.get(place, {}), new.get(place, {}))
+    return Moved(name, prompt, text, a, b, text_a, text_b, was, now, p_old, p_new, principles)
+
+
+def _outcomes(rows: Sequence[Moved]) -> dict[str, dict[str, int]]:
+    """How many comparisons have each outcome before and after."""
+    counts: dict[str, dict[str, int]] = {}
+    for one in rows:
+        after = counts.setdefault(one.old, {})
+        after[one.new] = after.get(one.new, 0) + 1
+    return counts
 
 
 def _telling(one: Moved) -> tuple[bool, bool, float]:
