@@ -40,6 +40,10 @@ kill-test: setup ## 100 SIGKILLs and more, at random moments and at each named p
 torture: setup   ## kills, crash states, power cuts, server faults, hostile files (an hour); one part: make torture ONLY=faults
 	$(PY) -m tests.torture --out benchmarks/results/torture.json $(if $(ONLY),--only $(ONLY))
 
+MINUTES ?= 10
+fuzz: setup      ## random inputs for parsers, readers, constitutions and templates: make fuzz MINUTES=60
+	$(PY) -m tests.fuzz --minutes $(MINUTES) --keep
+
 lint: setup      ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,4 +88,4 @@ clean:           ## caches and build leavings; never a store
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo real test test-all coverage kill-test torture lint types reference world world-eval bench peers-venvs requirements clean distclean
+.PHONY: help setup demo real test test-all coverage kill-test torture fuzz lint types reference world world-eval bench peers-venvs requirements clean distclean

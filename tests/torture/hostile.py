@@ -56,7 +56,7 @@ def constitution(codes: tuple[int, ...] = (2,), **fields: object) -> Case:
 
 
 def prompts(content: str | bytes, codes: tuple[int, ...] = (2,)) -> Case:
-    return text("prompts.jsonl", content, *CHECK, codes=codes)
+    return text("prompts.jsonl", content, *RUN, *SCRIPTED, codes=codes)
 
 
 def row(codes: tuple[int, ...] = (0, 2), **fields: object) -> Case:
@@ -69,7 +69,8 @@ def template(source: str, codes: tuple[int, ...] = (2,)) -> Case:
     """A judge's template of the user's own."""
 
     def write(folder: Path) -> None:
-        (folder / "mine.jinja").write_text(source)
+        text = source if "block user" in source else f"{{% block user %}}{source}{{% endblock %}}"
+        (folder / "mine.jinja").write_text(text)
         pipeline = yaml.safe_load((folder / "pipeline.yaml").read_text())
         pipeline["panel"]["judges"][0]["template"] = "mine.jinja"
         (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
@@ -85,12 +86,12 @@ def link(name: str, to: str, *command: str) -> Case:
     return Case(write, command or CHECK)
 
 
-def fifo(name: str) -> Case:
+def fifo(name: str, *command: str) -> Case:
     def write(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
 
-    return Case(write)
+    return Case(write, command or CHECK)
 
 
 def folder(name: str) -> Case:
@@ -209,8 +210,8 @@ CASES: dict[str, Case] = {
         )
     ),
     # prompts
-    "prompts: /dev/zero": link("prompts.jsonl", "/dev/zero"),
-    "prompts: FIFO": fifo("prompts.jsonl"),
+    "prompts: /dev/zero": link("prompts.jsonl", "/dev/zero", *RUN),
+    "prompts: FIFO": fifo("prompts.jsonl", *RUN),
     "prompts: empty": prompts(""),
     "prompts: binary": prompts(bytes(range(256)) * 40),
     "prompts: 100,000 nested lists": prompts(nested(100_000, "[", "]") + "\n"),
