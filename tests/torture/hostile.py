@@ -235,13 +235,15 @@ CASES: dict[str, Case] = {
         lambda folder: (
             (folder / "prompts.parquet").write_bytes(b"PAR1" + b"\xff" * 300 + b"PAR1"),
             _set(folder, "prompts", {"source": "prompts.parquet"}),
-        )
+        ),
+        (*RUN, *SCRIPTED),
     ),
     "prompts: not gzip": Case(
         lambda folder: (
             (folder / "prompts.jsonl.gz").write_bytes(b"\x1f\x8b" + b"\xff" * 300),
             _set(folder, "prompts", {"source": "prompts.jsonl.gz"}),
-        )
+        ),
+        (*RUN, *SCRIPTED),
     ),
     "prompts: a dataset's folder with nonsense": Case(
         lambda folder: (
@@ -251,7 +253,8 @@ CASES: dict[str, Case] = {
                 '{"_data_files": [{"filename": "../../x"}]}'
             ),
             _set(folder, "prompts", {"source": "data"}),
-        )
+        ),
+        (*RUN, *SCRIPTED),
     ),
     # arguments and queries
     "set: nested": command("check", "pipeline.yaml", "--set", "a=" + nested(50_000, "[", "]")),
