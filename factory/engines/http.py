@@ -393,13 +393,13 @@ class HttpClient:
 
     def _is_stray(self, request_id: str, raw: bytes) -> bool:
         """Whether this is the response to an earlier request, which nobody waits for any more.
-        vLLM's responses are named after `X-Request-Id`; of servers that do not repeat it nothing is
-        known.
+        vLLM's completions are named after `X-Request-Id`; of its other responses (`/tokenize`), and
+        of servers that do not repeat it, nothing is known.
         """
         if request_id.encode() in raw:
             self._echoes = True
             return False
-        return self._echoes
+        return self._echoes and b'"choices"' in raw
 
     def _redirected(self, response: Any) -> Any:
         """Where a redirection leads, on the same server: neither key nor prompts go to another.

@@ -140,3 +140,12 @@ def test_serves_key_is_in_a_file_of_this_user_alone_or_the_environments(
     monkeypatch.setenv(serve.KEY_VARIABLE, "chosen-by-a-person-1")
     assert serve._key_file(process, 8000) is None and process.key == "chosen-by-a-person-1"
     assert vllm_process.environment(process)[SERVER_KEY] == "chosen-by-a-person-1"
+
+
+def test_a_response_that_is_no_completion_is_no_stray_one() -> None:
+    """vLLM names completions after the request's id, not what `/tokenize` or private endpoints
+    answer."""
+    client = HttpClient("http://127.0.0.1:1", HttpConfig())
+    assert not client._is_stray("id-1", b'{"id": "chatcmpl-id-1", "choices": []}')
+    assert client._is_stray("id-2", b'{"id": "chatcmpl-id-1", "choices": []}')
+    assert not client._is_stray("id-3", b'{"tokens": [1]}')
