@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import orjson
 
 from prefab.factory.errors import RequestRefused, StoreError
-from prefab.factory.ledger.checksums import VERIFY, add_row, intact, next_id, row_crc
+from prefab.factory.ledger.checksums import VERIFY, add_row, damaged, intact, next_id, row_crc
 from prefab.factory.ledger.migrations import CLAIMS_AND_FORGETTING, SCHEMA, migrate, record
 from prefab.factory.types import Completion
 from prefab.factory.uses import Use, columns_of
@@ -115,11 +115,11 @@ def translate_errors(file: Path) -> Iterator[None]:
     """
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: of SQLite's own message
         raise StoreError(_story(file, error)) from error
 
 
-def _story(file: Path, error: sqlite3.Error) -> str:
+def _story(file: Path, error: Exception) -> str:
     text = str(error)
     if "full" in text:
         return f"{file}: the disk is full. What was committed is safe: free some space, then run the same command again"
@@ -129,7 +129,7 @@ def _story(file: Path, error: sqlite3.Error) -> str:
         return f"{file}: damaged ({text}). {VERIFY}"
     if "unable to open" in text or "readonly" in text:
         return f"{file}: cannot be opened for writing ({text}). Check that the folder exists and is yours to write"
-    return f"{file}: {text}"
+    return f"{file}: {text}. {VERIFY}"
 
 
 def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
@@ -291,6 +291,41 @@ def _forgotten(con: sqlite3.Connection, calls: Sequence[int]) -> set[int]:
     """Those of these rows of `calls` that are forgotten, by a forgetting that is not undone."""
     sql = f"{FORGOTTEN} AND call IN"
     return {call for rows in select_in(con, sql, calls) for (call,) in rows}
+
+
+def counted_calls(con: sqlite3.Connection, after: int, limit: int) -> list[tuple[Any, ...]]:
+    """The next rows of `calls` after an id that count: id, key, model, finish, exactness, the two
+    numbers of tokens, limit and time. Neither forgotten ones do, nor those of a question to which
+    an earlier answer counts again.
+    """
+    earlier = (
+        "SELECT 1 FROM calls e WHERE e.key = c.key AND e.limit_tokens = c.limit_tokens "
+        f"AND e.attempt < c.attempt AND e.id NOT IN ({FORGOTTEN})"
+    )
+    return con.execute(
+        "SELECT id, key, model, finish, exactness, prompt_tokens, completion_tokens, limit_tokens, at "
+        f"FROM calls c WHERE id > ? AND id NOT IN ({FORGOTTEN}) "
+        f"AND (attempt = 0 OR NOT EXISTS ({earlier})) ORDER BY id LIMIT ?",
+        (after, limit),
+    ).fetchall()
+
+
+def damaged_calls(con: sqlite3.Connection) -> list[int]:
+    """The ids of the damaged rows of `calls`, after a check of the indexes by which answers and
+    uses are found. It reads the whole ledger.
+
+    Raises: StoreError when an index does not agree with its table.
+    """
+    for table in ("calls", "uses"):
+        found = con.execute(f"PRAGMA integrity_check({table})").fetchone()[0]
+        if found != "ok":
+            raise damaged(con, f"the table {table} ({found})")
+    con.text_factory = lambda text: text.decode("utf-8", "replace")
+    try:
+        rows = con.execute(f"SELECT {CALL_COLUMNS} FROM calls")
+        return [row[0] for row in rows if row_crc(row[:-1]) != row[-1]]
+    finally:
+        con.text_factory = str
 
 
 def damaged_answers(count: int) -> str:

@@ -82,7 +82,7 @@ def runs(con: sqlite3.Connection) -> list[RunRecord]:
     starts = dict(con.execute("SELECT run, max(id) FROM starts GROUP BY run").fetchall())
     rows = con.execute("SELECT * FROM runs ORDER BY id").fetchall()
     return [
-        RunRecord(i, name, version, orjson.loads(config), orjson.loads(texts), starts[i], at)
+        RunRecord(i, name, version, orjson.loads(config), orjson.loads(texts), starts.get(i, 0), at)
         for i, name, version, _, config, texts, at in intact(con, "runs", rows)
     ]
 

@@ -20,6 +20,7 @@ from prefab.factory.errors import ConfigError, PrefabError, StoreError
 from prefab.factory.printable import guard_standard_streams
 from prefab.factory.redaction import add_environment_secrets
 from prefab.pipelines.cli import lab, labels
+from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli.options import (
     STOPPED,
@@ -44,10 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make preference data with AI judges (RLAIF, Constitutional AI), and train on it.",
 )
-store_app = typer.Typer(
-    no_args_is_help=True, help="Show the contents of a preference store, or rebuild it."
-)
-app.add_typer(store_app, name="store")
+app.add_typer(cli_store.app, name="store")
 app.add_typer(lab.app)
 app.add_typer(labels.app)
 app.add_typer(cli_train.app)
@@ -382,40 +380,6 @@ def sql(
 
 def _short(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)[:2000]
-
-
-@store_app.command()
-def info(store: Store = Path("store"), as_json: Json = False) -> None:
-    """Show the runs of a store and the number of rows in each table."""
-    from prefab.factory.store.store import TABLES, read_frame
-    from prefab.pipelines.store.fill import fill
-
-    filled = fill(existing_store(store))
-    if filled.held:
-        raise StoreError(f"{filled.held}. The store is {filled.behind:,} ledger rows behind")
-    counts = " UNION ALL ".join(
-        f"SELECT '{name}' AS \"table\", count(*) AS rows FROM {name}" for name in TABLES
-    )
-    rows, runs = read_frame(store, counts), read_frame(store, "SELECT * FROM summary ORDER BY run")
-    if as_json:
-        return print_json(
-            {"store": str(store), "tables": dict(rows.iter_rows()), "runs": runs.to_dicts()}
-        )
-    table(str(store), ("table", "rows"), rows.iter_rows())
-    table("runs", runs.columns, runs.iter_rows())
-    hint_command("export", "--store", store, "--format", "trl", "out")
-
-
-@store_app.command()
-def rebuild(store: Store = Path("store"), as_json: Json = False) -> None:
-    """Delete prefab.duckdb and build it again from the ledger. The rows are the same."""
-    from prefab.pipelines.store.fill import rebuild as rebuild_store
-
-    made = rebuild_store(existing_store(store))
-    if as_json:
-        return print_json({"store": str(store), "rows": made.rows, "seconds": made.seconds})
-    table(f"{store} rebuilt in {duration(made.seconds)}", ("table", "rows"), made.rows.items())
-    hint_command("store", "info", "--store", store)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

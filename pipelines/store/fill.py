@@ -374,16 +374,13 @@ def _copy_prompts(
 def _copy_calls(
     con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, names: Names, report: FillReport
 ) -> None:
-    """New calls. One that a wider server answered replaces the "too long" that stood under its
-    key.
+    """New calls, without damaged ones. One that a wider server answered replaces the "too long"
+    that stood under its key.
     """
-    sql = (
-        "SELECT id, key, model, finish, exactness, prompt_tokens, completion_tokens, limit_tokens, at FROM calls "
-        f"WHERE id > ? AND id NOT IN ({db.FORGOTTEN}) ORDER BY id LIMIT ?"
-    )
-    while page := ledger.execute(sql, (store.watermark(con, "calls"), PAGE)).fetchall():
-        models = names({row[2] for row in page})
-        rows = [(key.hex(), models[model], *rest) for _, key, model, *rest in page]
+    lost = _damaged_calls(con, ledger, report)
+    while page := db.counted_calls(ledger, store.watermark(con, "calls"), PAGE):
+        models = names({row[2] for row in page if row[0] not in lost})
+        rows = [(key.hex(), models[model], *rest) for i, key, model, *rest in page if i not in lost]
         best: dict[str, Row] = {}
         for row in rows:
             before = best.get(row[0])
@@ -402,9 +399,23 @@ def _copy_calls(
             }
             _delete(con, ("calls",), "call", [call for call in short if call in best])
             store.insert(con, "calls", list(best.values()))
-            _models(con, {models[row[2]] for row in page})
+            _models(con, {row[1] for row in rows})
             store.set_watermark(con, "calls", page[-1][0])
         report.add("calls", len(best))
+
+
+def _damaged_calls(
+    con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport
+) -> set[int]:
+    """Where the whole of a ledger that was opened before is copied: its damaged calls, noted.
+
+    Raises: StoreError when more than single calls is damaged.
+    """
+    if store.watermark(con, "calls") or _last(ledger, "starts") < 2:
+        return set()
+    if lost := set(db.damaged_calls(ledger)):
+        report.notes.append(db.damaged_answers(len(lost)))
+    return lost
 
 
 def _too_long(con: duckdb.DuckDBPyConnection, calls: Iterable[str]) -> dict[str, int]:
@@ -576,8 +587,9 @@ def _derive_batch(
     """The rows of some prompts of some runs, by table, and what goes back to `work` as open."""
     recorded_uses = [recorded for some in uses.values() for recorded in some]
     found = db.find_answers(ledger, list({one.key for one in recorded_uses if one.key}))
-    if found.damaged:
-        report.notes.append(db.damaged_answers(len(found.damaged)))
+    told = db.damaged_answers(len(found.damaged))
+    if found.damaged and told not in report.notes:
+        report.notes.append(told)
     answers = found.answers
     named = {one.use.rubric for one in recorded_uses if isinstance(one.use, ScoreUse)} - {""}
     rubrics = recorded.rubrics(ledger, sorted(named))
