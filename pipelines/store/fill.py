@@ -381,15 +381,7 @@ def _copy_calls(
     while page := db.counted_calls(ledger, store.watermark(con, "calls"), PAGE):
         models = names({row[2] for row in page if row[0] not in lost})
         rows = [(key.hex(), models[model], *rest) for i, key, model, *rest in page if i not in lost]
-        best: dict[str, Row] = {}
-        for row in rows:
-            before = best.get(row[0])
-            if (
-                before is None
-                or row[2] != "context"
-                or (before[2] == "context" and row[6] > before[6])
-            ):
-                best[row[0]] = row
+        best = _best(rows)
         with store.transaction(con):
             short = _too_long(con, best)
             best = {
@@ -402,6 +394,16 @@ def _copy_calls(
             _models(con, {row[1] for row in rows})
             store.set_watermark(con, "calls", page[-1][0])
         report.add("calls", len(best))
+
+
+def _best(rows: Iterable[Row]) -> dict[str, Row]:
+    """By call, an answer, or else the largest limit that was met."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        before = best.get(row[0])
+        if before is None or row[2] != "context" or (before[2] == "context" and row[6] > before[6]):
+            best[row[0]] = row
+    return best
 
 
 def _damaged_calls(
