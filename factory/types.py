@@ -7,7 +7,7 @@ Texts are `str`, ids are content digests (hex) unless a person chose them, proba
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -238,6 +238,19 @@ class Preference:
     exactness: Exactness = "exact"
 
 
+@dataclass(frozen=True, slots=True)
+class ServerReport:
+    """One server of an engine: the questions that it answered, its failures, the questions that
+    were asked of another server too because this one took long, and its state in words.
+    """
+
+    url: str
+    calls: int
+    failures: int
+    hedged: int
+    state: str
+
+
 class Engine(ABC):
     """Answers requests. A subclass gives `identity`, `max_in_flight` and `complete`.
 
@@ -262,6 +275,11 @@ class Engine(ABC):
         started.
         """
         return cls(config, name)  # type: ignore[call-arg]  # a registered engine's constructor
+
+    @property
+    def servers(self) -> Sequence[ServerReport]:
+        """The servers that it asks and what they did; nothing for an engine without one."""
+        return ()
 
     @property
     def starting(self) -> bool:

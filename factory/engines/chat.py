@@ -12,7 +12,7 @@ import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import orjson
@@ -27,7 +27,15 @@ from prefab.factory.engines.family import (
     learned,
     without_system,
 )
-from prefab.factory.engines.http import LIMITED, MAX_BYTES, HttpClient, Malformed, Rejected
+from prefab.factory.engines.http import (
+    LIMITED,
+    MAX_BYTES,
+    Denied,
+    HttpClient,
+    Malformed,
+    Pace,
+    Rejected,
+)
 from prefab.factory.errors import EngineError, RequestRefused, TransportError
 from prefab.factory.keys import derived_seed
 from prefab.factory.label_text import FoundLabel, find_label
@@ -154,6 +162,8 @@ class Group:
     opened: bool = False
     tokens: int = 1 << 30
     max_bytes: int = MAX_BYTES
+    pace: Pace = field(default_factory=Pace)
+    batch_pace: Pace = field(default_factory=Pace)
 
 
 class _Probe(NamedTuple):
@@ -306,14 +316,16 @@ class Chat:
         async def ask() -> _Probe:
             group = await self._group(request)
             messages = self._messages(request)
-            return await self._parsed(b"%b%b}" % (group.head, messages), parse, group.max_bytes)
+            return await self._parsed(
+                b"%b%b}" % (group.head, messages), parse, group.max_bytes, None
+            )
 
         try:
             return await self._adapted(request, ask)
         except Rejected as refusal:
             if refusal.status == 404:
-                raise EngineError(
-                    await wrong_model(self.server, self.path, self.model, refusal.message)
+                raise await wrong_model(
+                    self.server, self.path, self.model, refusal.message
                 ) from refusal
             self.tell(f"the probe was refused: HTTP {refusal.status} {refusal.message}")
             return None
@@ -342,7 +354,7 @@ class Chat:
             body = b"%b%b,%b" % (group.head, messages, more[1:])
             # the log-probabilities of all tokens, and the ids of the prompt's
             room = response_bytes(group.tokens, 1) + 16 * len(body)
-            return await self._parsed(body, _drawn, room)
+            return await self._parsed(body, _drawn, room, group.pace)
         except Rejected as refusal:
             raise EngineError(
                 f"{self.server.url}{self.path}: HTTP {refusal.status} {refusal.message}"
@@ -412,9 +424,16 @@ class Chat:
             b"%b%b%b}" % (group.head, messages, seed),
             lambda answer: self._completion(_choices(answer, 1)[0], group, *_usage(answer)),
             group.max_bytes,
+            group.pace,
         )
 
-    async def _parsed(self, body: bytes, parse: Callable[[dict[str, Any]], T], max_bytes: int) -> T:
+    async def _parsed(
+        self,
+        body: bytes,
+        parse: Callable[[dict[str, Any]], T],
+        max_bytes: int,
+        pace: Pace | None,
+    ) -> T:
         """What `parse` finds in the answer to `body`; asked up to three times while the answers are
         malformed.
 
@@ -422,7 +441,9 @@ class Chat:
         """
         for _ in range(3):
             try:
-                return parse(await self.server.post(self.path, body, max_bytes=max_bytes))
+                return parse(
+                    await self.server.post(self.path, body, max_bytes=max_bytes, pace=pace)
+                )
             except Malformed as error:
                 problem = error
         raise TransportError(f"{self.server.url}{self.path}: {problem}")
@@ -444,7 +465,7 @@ class Chat:
         ):
             return Completion("", "refused")
         if refusal.status == 404:
-            raise EngineError(await wrong_model(self.server, self.path, self.model, message))
+            raise await wrong_model(self.server, self.path, self.model, message)
         raise RequestRefused(f"{self.server.url}{self.path}: HTTP {refusal.status} {message}")
 
     def _completion(
@@ -464,14 +485,18 @@ class Chat:
             if group.opened and finish == "length" and split_thinking(text) == ("", text, True):
                 text = join_thinking(text, "")  # it was cut off before the closing tag
             if not group.labels:
-                return Completion(text, finish, None, "exact", prompt_tokens, new_tokens)
+                return Completion(
+                    text, finish, None, "exact", prompt_tokens, new_tokens, 0, self.server.url
+                )
             content = (choice.get("logprobs") or {}).get("content") or [{}]
             if len(content) > group.tokens + MORE_TOKENS:
                 raise Malformed(f"{len(content)} tokens, where {group.tokens} were asked for")
             logps, exactness = self._label_read(text, content, group)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise Malformed(f"not a chat completion ({type(error).__name__}: {error})") from error
-        return Completion(text, finish, logps, exactness, prompt_tokens, new_tokens)
+        return Completion(
+            text, finish, logps, exactness, prompt_tokens, new_tokens, 0, self.server.url
+        )
 
     def _label_read(self, text: str, content: list[Any], group: Group) -> LabelRead:
         """The labels at the first token; where the model thought before, or the label may stand in
@@ -567,6 +592,7 @@ class Chat:
                 body,
                 final=frozenset({500, LIMITED}),
                 max_bytes=group.max_bytes * len(conversations),
+                pace=group.batch_pace,
             )
         except Rejected as refusal:
             if refusal.status in (404, 405, 501):
@@ -607,14 +633,22 @@ class Chat:
         await self.server.close()
 
 
-async def wrong_model(server: HttpClient, path: str, model: str, message: str = "") -> str:
-    """What to tell somebody whose model name the server does not know: the names it does know."""
+async def wrong_model(server: HttpClient, path: str, model: str, message: str = "") -> Denied:
+    """What a 404 means: a model that the server does not have, with the names of those it has, or
+    something about this question alone.
+    """
     try:
         listed = await server.get(path.removesuffix("/chat/completions") + "/models")
-        names = ", ".join(str(m.get("id")) for m in listed["data"][:20])
+        names = [str(m.get("id")) for m in listed["data"]]
     except (Rejected, EngineError, KeyError, TypeError, AttributeError):
-        return f"{server.url}{path}: HTTP 404 {message}; is the address that of an OpenAI-compatible API?"
-    return f"{server.url} has no model {model!r}; it has: {names or 'none'}"
+        return Denied(
+            404,
+            f"{server.url}{path}: HTTP 404 {message}; is the address that of an OpenAI-compatible API?",
+        )
+    if model in names:
+        return Denied(404, f"{server.url}{path}: HTTP 404 {message}")
+    has = ", ".join(names[:20]) or "none"
+    return Denied(404, f"{server.url} has no model {model!r}; it has: {has}", general=True)
 
 
 def _bounds(body: Mapping[str, Any]) -> tuple[int, int]:

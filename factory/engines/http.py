@@ -1,5 +1,5 @@
 """The HTTP client of the engines: aiohttp and orjson, one pool for each server, retries, deadlines,
-a circuit breaker, and a throttle that obeys rate limits.
+what is known of the server's health, and a throttle that obeys rate limits.
 
 Measured against a zero-latency server with 64 in flight: aiohttp with orjson makes 10,000 calls a
 second where httpx makes 290 and the OpenAI client 240-580, so neither of those is ever used here.
@@ -21,7 +21,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import count
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,6 +38,11 @@ DOWN = frozenset({502, 503, 504})  # tell of the server's health, where 500 tell
 # no waiting mends these: OpenAI's and others' 429 or 402 for an account without money
 NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
 BACKOFF_S, BACKOFF_CAP_S = 0.25, 20.0
+FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 10.0  # between questions that try whether a server is back
+SEVERAL = 3  # questions that fail in a row tell of the server, not of the question
+PACE_EVERY = 64  # answers, until the time that they take is reckoned anew
+LEAST_LIMIT_S, LIMIT_P99 = 60.0, 10.0  # of the wait for an answer, once their usual time is known
+SILENT_S = 30.0  # without an answer, until it is said
 # uvicorn closes idle connections after 5 s; a client that waits longer meets resets
 KEEP_ALIVE_S = 4.0
 MAX_BYTES = 16 * 2**20  # of a response, where the request does not say what it can need
@@ -46,8 +51,9 @@ MAX_BYTES = 16 * 2**20  # of a response, where the request does not say what it 
 class HttpConfig(BaseModel):
     """The settings of every engine that speaks HTTP. `timeout_s` is for one try, `deadline_s` for
     all tries of a call together, waiting for a rate limit included. `retries` counts failures, not
-    refusals by a rate limit. A model that thinks before it answers gets `thinking_tokens` beside
-    the tokens of its answer.
+    refusals by a rate limit, nor those of a server that is down. A server that had answered is
+    waited for during `outage_s`; one that never did is given up after `down_after_s`. A model that
+    thinks before it answers gets `thinking_tokens` beside the tokens of its answer.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,6 +63,7 @@ class HttpConfig(BaseModel):
     deadline_s: float = Field(1800.0, gt=0)
     retries: int = Field(6, ge=0)
     down_after_s: float = Field(20.0, ge=0)
+    outage_s: float = Field(3600.0, ge=0)
     thinking_tokens: int = Field(2048, ge=0)
 
 
@@ -64,6 +71,24 @@ class Malformed(TransportError):
     """The server's response is not what was asked for: no chat completion, larger than the request
     can need, or the answer to another request.
     """
+
+
+class ServerDown(TransportError):
+    """The server is down, whatever it is asked. `asked`: this question met it, too."""
+
+    def __init__(self, message: str, asked: bool = False) -> None:
+        super().__init__(message)
+        self.asked = asked
+
+
+class Denied(EngineError):
+    """A 401, 403 or 404. `general`: every question gets it, as far as can be known; else it may be
+    about this question alone (a firewall that dislikes its text).
+    """
+
+    def __init__(self, status: int, message: str, general: bool = False) -> None:
+        super().__init__(message)
+        self.status, self.general = status, general
 
 
 class Rejected(Exception):
@@ -76,45 +101,87 @@ class Rejected(Exception):
         self.status, self.message, self.detail = status, message, detail
 
 
-class Breaker:
-    """Stops asking a server that is down: opens once nothing but failures came for `down_after_s`
-    (at least five), then lets one call through after a pause that doubles up to a minute; a success
-    closes it.
+class Health:
+    """Whether a server answers. It is down once nothing but failures came: from the first one on
+    for `down_after_s` (at least five) where it never answered; where it had answered, as soon as
+    its client says so. Then one question at a time tries it, after pauses that double up to 10 s;
+    an answer brings it back.
     """
 
     def __init__(self, down_after_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.down_after_s, self.clock = down_after_s, clock
         self.reason, self.failures, self.since = "", 0, 0.0
-        self.open, self.retry_at, self.pause_s = False, 0.0, 5.0
+        self.down, self.retry_at, self.pause_s = False, 0.0, FIRST_PAUSE_S
+        self.answered = False  # a question, ever
+        self.comebacks = 0
+        self.callers: set[int] = set()  # the questions that failed since the last answer
+
+    def may_try(self) -> bool:
+        """Whether a question may be asked now."""
+        return not self.down or self.clock() >= self.retry_at
 
     def admit(self, url: str) -> None:
-        """Raises: TransportError at once while the server is known to be down."""
-        if not self.open:
+        """Raises: ServerDown while the server is known to be down, but for one question after each
+        pause.
+        """
+        if not self.down:
             return
+        if not self.may_try():
+            raise ServerDown(self.words(url))
+        self.pause_s = min(MOST_PAUSE_S, 2 * self.pause_s)
+        self.retry_at = self.clock() + self.pause_s
+
+    def words(self, url: str) -> str:
+        """What to say of a server that is down."""
         wait_s = self.retry_at - self.clock()
-        if wait_s > 0:
-            raise TransportError(
-                f"{url} is down ({self.reason}); not asked again for {wait_s:.0f} s"
-            )
-        self.retry_at = (
-            self.clock() + self.pause_s
-        )  # half-open: this call alone tries, the others still fail fast
+        return f"{url} is down ({self.reason}); not asked again for {wait_s:.0f} s"
 
     def succeeded(self) -> None:
-        """An answer came, good or bad: the server is up."""
+        """A response came, good or bad: the server is up."""
         if self.failures:
-            self.failures, self.open, self.pause_s = 0, False, 5.0
+            self.comebacks += self.down
+            self.failures, self.down, self.pause_s = 0, False, FIRST_PAUSE_S
+            self.callers.clear()
 
-    def failed(self, reason: str) -> None:
-        """No answer came from the server."""
+    def failed(self, reason: str, caller: int = 0) -> None:
+        """No answer came to the question `caller`."""
         now = self.clock()
         self.since = self.since if self.failures else now
         self.failures, self.reason = self.failures + 1, reason
-        if self.open:
-            self.pause_s = min(60.0, 2 * self.pause_s)
-            self.retry_at = now + self.pause_s
-        elif self.failures >= 5 and now - self.since >= self.down_after_s:
-            self.open, self.retry_at = True, now + self.pause_s
+        self.callers.add(caller)
+        long = self.failures >= 5 and now - self.since >= self.down_after_s
+        if long and not (self.answered or self.down):
+            self.fall()
+
+    def fall(self) -> None:
+        """The server is down from now on."""
+        self.down, self.retry_at = True, self.clock() + self.pause_s
+
+
+class Pace:
+    """How long answers to one kind of request take: of the last ones the mean and what 99 of 100
+    stay below; None before there are enough.
+    """
+
+    def __init__(self) -> None:
+        self.mean_s: float | None = None
+        self.p99_s: float | None = None
+        self._recent: deque[float] = deque(maxlen=8 * PACE_EVERY)
+        self._until = PACE_EVERY
+
+    def took(self, seconds: float) -> None:
+        """An answer took so long."""
+        self._recent.append(seconds)
+        self._until -= 1
+        if self._until == 0:
+            self._until = PACE_EVERY
+            ordered = sorted(self._recent)
+            self.p99_s = ordered[int(0.99 * len(ordered))]
+            self.mean_s = sum(ordered) / len(ordered)
+
+    def limit_s(self) -> float:
+        """How long to wait for an answer: far longer than any took so far."""
+        return inf if self.p99_s is None else max(LEAST_LIMIT_S, LIMIT_P99 * self.p99_s)
 
 
 class Throttle:
@@ -197,22 +264,40 @@ class Throttle:
         self.resume_at = max(self.resume_at, now + wait_s)
 
 
+class _Call(NamedTuple):
+    """One request, as `HttpClient.post` explains it."""
+
+    method: str
+    path: str
+    body: bytes | None
+    final: frozenset[int]
+    max_bytes: int
+    pace: Pace | None
+
+
 class HttpClient:
-    """One server: its address, its pool of connections, its breaker and its throttle."""
+    """One server: its address, its pool of connections, its health and its throttle."""
 
     def __init__(
         self, url: str, config: HttpConfig, api_key_env: str | None = None, key: str = ""
     ) -> None:
         self.key = key  # of a server that was started here; before that of `api_key_env`
         self.url, self.config, self.api_key_env = url.rstrip("/"), config, api_key_env
-        self.breaker = Breaker(config.down_after_s)
+        self.health = Health(config.down_after_s)
         self.throttle = Throttle(config.max_in_flight)
         self.tell: Callable[[str], None] = lambda line: None  # where a notice for people goes
         # an engine that owns the server knows when it died
         self.why_down: Callable[[], str | None] = lambda: None
         self._session: Any = None
         self._loop: Any = None
+        # of `Replicas`, which decides what a server that is down means
+        self.grouped, self.alone = False, True
+        self.health_path = "/models"
         self._urls: dict[str, Any] = {}
+        self._timeouts: dict[float, Any] = {}
+        self._asking = 0
+        self._busy_since = self._answered_at = self._silent_s = 0.0
+        self._watch: asyncio.TimerHandle | None = None
         self._ids, self._id_prefix = count(), f"prefab-{os.urandom(6).hex()}-"
         self._echoes = False  # whether the server's responses name the request's id
 
@@ -222,6 +307,7 @@ class HttpClient:
         body: bytes,
         final: frozenset[int] = frozenset(),
         max_bytes: int = MAX_BYTES,
+        pace: Pace | None = None,
     ) -> dict[str, Any]:
         """The JSON object that answers `body`.
 
@@ -230,50 +316,58 @@ class HttpClient:
             body: JSON.
             final: Statuses that are not asked again, whatever they are.
             max_bytes: A larger response, once decompressed, is refused.
+            pace: How long answers to requests of this kind took; this one's time is added. A
+                request that takes far longer is given up and tried again.
 
         Raises:
             Rejected: a 4xx that asking again does not heal.
             Malformed: the response is larger than `max_bytes`.
-            TransportError: no usable answer after all retries, or the breaker is open.
-            EngineError: the key is missing or wrong.
+            ServerDown: the server is down.
+            TransportError: no usable answer after all retries.
+            Denied: the key is missing or wrong, or a firewall refuses the question.
+            EngineError: the account has no money; the server redirects to another one.
         """
-        return await self._retrying("POST", path, body, final, max_bytes)
+        return await self._retrying(_Call("POST", path, body, final, max_bytes, pace))
 
     async def get(self, path: str) -> dict[str, Any]:
         """The JSON object at `path`. Raises: as `post`."""
-        return await self._retrying("GET", path, None, frozenset(), MAX_BYTES)
+        return await self._retrying(_Call("GET", path, None, frozenset(), MAX_BYTES, None))
 
-    async def alive(self, path: str = "/health") -> bool:
-        """Whether the server answers `path` with 200 right now; never raises, never retries."""
+    async def reachable(self) -> bool:
+        """Whether anything that is no sign of an outage comes back right now; never raises, never
+        retries.
+        """
         import aiohttp
 
         try:
-            timeout = aiohttp.ClientTimeout(total=5)
             async with self.session().get(
-                self.url + path, timeout=timeout, headers=self._headers()
+                self.url + self.health_path,
+                timeout=aiohttp.ClientTimeout(total=5),
+                headers=self._headers(),
+                allow_redirects=False,
             ) as answer:
-                return bool(answer.status == 200)
-        except (TimeoutError, aiohttp.ClientError, OSError):
+                await self._body(answer, MAX_BYTES)
+                return answer.status not in DOWN
+        except (TimeoutError, aiohttp.ClientError, OSError, Malformed):
             return False
 
-    async def _retrying(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        final: frozenset[int],
-        max_bytes: int,
-    ) -> dict[str, Any]:
+    async def _retrying(self, call: _Call) -> dict[str, Any]:
+        self._begin()
+        try:
+            return await self._tries(call)
+        finally:
+            self._asking -= 1
+
+    async def _tries(self, call: _Call) -> dict[str, Any]:
         deadline = time.monotonic() + self.config.deadline_s
-        failures = 0
+        retries = self.config.retries if self.alone else 0
+        failures, caller = 0, next(self._ids)
         while True:
             if not await self.throttle.enter(deadline):
-                raise TransportError(self._too_late(path, "its rate limit leaves no time"))
+                raise TransportError(self._too_late(call.path, "its rate limit leaves no time"))
             try:
-                self.breaker.admit(self.url)
-                answer, reason, wait_s = await self._once(
-                    method, path, body, deadline, final, max_bytes
-                )
+                self.health.admit(self.url)
+                answer, reason, wait_s = await self._once(call, deadline, caller, failures)
             finally:
                 self.throttle.leave()
             if answer is not None:
@@ -283,57 +377,114 @@ class HttpClient:
             if died := self.why_down():
                 raise TransportError(died)
             failures += 1
-            if failures > self.config.retries:
-                raise TransportError(f"{self.url}{path}: {reason}; gave up after {failures} tries")
+            if self.grouped and await self._is_down(min(SEVERAL, 1 + retries)):
+                raise ServerDown(f"{self.url}{call.path}: {reason}", asked=True)
+            if failures > retries:
+                raise TransportError(
+                    f"{self.url}{call.path}: {reason}; gave up after {failures} tries"
+                )
             if wait_s is None:
                 wait_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2**failures))
             if time.monotonic() + wait_s >= deadline:
-                raise TransportError(self._too_late(path, reason))
+                raise TransportError(self._too_late(call.path, reason))
             await asyncio.sleep(wait_s)
+
+    async def _is_down(self, several: int) -> bool:
+        """Whether it is the server that fails, not this question: several questions failed and none
+        was answered, or nothing at all comes back.
+        """
+        health = self.health
+        if health.down or not health.answered or health.failures < several:
+            return health.down
+        if len(health.callers) < SEVERAL and await self.reachable():
+            return False
+        if health.failures >= several:  # no answer came meanwhile
+            health.fall()
+        return health.down
+
+    def _begin(self) -> None:
+        """Note that a request waits from now on, and look after a while whether answers come."""
+        loop = asyncio.get_running_loop()
+        if self._watch is None or self._loop is not loop:
+            self._asking, self._silent_s = 0, SILENT_S
+            self._watch = loop.call_later(SILENT_S / 6, self._look)
+        if self._asking == 0:
+            self._busy_since = self.throttle.clock()
+        self._asking += 1
+
+    def _look(self) -> None:
+        """Say it when requests wait and nothing has come for long; less and less often."""
+        self._watch = None
+        if not self._asking:
+            return
+        self._watch = asyncio.get_running_loop().call_later(SILENT_S / 6, self._look)
+        now = self.throttle.clock()
+        silent_s = now - max(self._answered_at, self._busy_since, self.throttle.resume_at)
+        if silent_s < SILENT_S:
+            self._silent_s = SILENT_S
+        elif silent_s >= self._silent_s and not self.health.down:
+            self._silent_s *= 4
+            self.tell(
+                f"{self.url} has not answered for {silent_s:.0f} s; {self._asking} requests wait, "
+                f"each for {self.config.timeout_s:g} s at most (`timeout_s`)"
+            )
 
     def _too_late(self, path: str, reason: str) -> str:
         return f"{self.url}{path}: {reason}; the deadline of {self.config.deadline_s:g} s passed"
 
     async def _once(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        deadline: float,
-        final: frozenset[int],
-        max_bytes: int,
+        self, call: _Call, deadline: float, caller: int, failures: int
     ) -> tuple[dict[str, Any] | None, str, float | None]:
         """One try: the answer, or why there is none and how long the server asked to wait."""
         began = self.throttle.clock()
-        response = await self._send(method, path, body, deadline, max_bytes)
+        response = await self._send(call, deadline, failures)
         if isinstance(response, str):
-            self.breaker.failed(response)
+            self.health.failed(response, caller)
             return None, response, None
         status, headers, raw = response
         if status in DOWN:
-            self.breaker.failed(f"HTTP {status}")
+            self.health.failed(f"HTTP {status}", caller)
         else:
-            self.breaker.succeeded()
+            self.health.succeeded()
         if status == 200:
-            self.throttle.answered()
-            return loads(raw), "the answer is not a JSON object", None
+            self._took(call, began)
+            answer = loads(raw)
+            if answer is not None and call.body is not None:
+                self.health.answered = True
+            return answer, "the answer is not a JSON object", None
+        return self._refused(call, status, headers, raw, began)
+
+    def _took(self, call: _Call, began: float) -> None:
+        """Note when an answer came, and how long it took."""
+        self._answered_at = now = self.throttle.clock()
+        if call.pace is not None:
+            call.pace.took(now - began)
+        self.throttle.answered()
+
+    def _refused(
+        self, call: _Call, status: int, headers: Mapping[str, str], raw: bytes, began: float
+    ) -> tuple[None, str, float | None]:
+        """Why a response with another status than 200 is worth another try.
+
+        Raises: as `post`, when it is not.
+        """
         message, detail = _error_of(raw)
         if status == 402 or NO_MONEY & {str(detail.get("code")), str(detail.get("type"))}:
             raise EngineError(f"{self.url}: {message}")
         wait_s = wait_hint(headers, message)
         if status == LIMITED:
             self._limited(began, message, wait_s)
-        if status in (*HEALS, LIMITED) and status not in final:
+        if status in (*HEALS, LIMITED) and status not in call.final:
             return None, f"HTTP {status} {message}", wait_s
         if status in REDIRECTS:
             return None, f"HTTP {status} after {MAX_REDIRECTS} redirections", None
         # some APIs answer 403 to a parameter that this account or model may not use
         if status == 401 or (status == 403 and "logprobs" not in message):
-            raise EngineError(self._key_problem(status, message))
+            raise Denied(status, self._key_problem(status, message))
         raise Rejected(status, message, detail)
 
     async def _send(
-        self, method: str, path: str, body: bytes | None, deadline: float, max_bytes: int
+        self, call: _Call, deadline: float, failures: int
     ) -> tuple[int, Mapping[str, str], bytes] | str:
         """Status, headers and body of the response; the reason as text when none came.
 
@@ -342,24 +493,24 @@ class HttpClient:
         """
         import aiohttp
 
-        url = self._urls.get(path) or self._url(path)
-        left_s = max(0.01, deadline - time.monotonic())
-        options = (
-            {}
-            if left_s >= self.config.timeout_s
-            else {"timeout": aiohttp.ClientTimeout(total=left_s)}
-        )
+        url = self._urls.get(call.path) or self._url(call.path)
         request_id = f"{self._id_prefix}{next(self._ids)}"
         headers = {**self._headers(), "X-Request-Id": request_id}
+        options = self._options(call.pace, deadline, failures)
         try:
             for _ in range(1 + MAX_REDIRECTS):
                 async with self.session().request(
-                    method, url, data=body, headers=headers, allow_redirects=False, **options
+                    call.method,
+                    url,
+                    data=call.body,
+                    headers=headers,
+                    allow_redirects=False,
+                    **options,
                 ) as response:
                     transport = response.connection and response.connection.transport
-                    raw = await self._body(response, max_bytes)
+                    raw = await self._body(response, call.max_bytes)
                     status = response.status
-                    if status == 200 and body is not None and self._is_stray(request_id, raw):
+                    if status == 200 and call.body is not None and self._is_stray(request_id, raw):
                         if transport is not None:
                             transport.close()  # what comes next on it belongs to no one either
                         return "the response is that of another request"
@@ -369,6 +520,26 @@ class HttpClient:
             return status, response.headers, redact_bytes(raw)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})"
+
+    def _options(self, pace: Pace | None, deadline: float, failures: int) -> dict[str, Any]:
+        """The request's timeout, where it is not the usual one: the time left, or a limit by how
+        long such answers take, which doubles from try to try.
+        """
+        import aiohttp
+
+        total_s = min(max(0.01, deadline - time.monotonic()), self.config.timeout_s)
+        if pace is not None and pace.p99_s is not None:
+            total_s = min(total_s, pace.limit_s() * 2**failures)
+        if total_s == self.config.timeout_s:
+            return {}
+        timeout = self._timeouts.get(total_s)
+        if timeout is None:
+            if len(self._timeouts) > 100:
+                self._timeouts.clear()
+            timeout = self._timeouts[total_s] = aiohttp.ClientTimeout(
+                total=total_s, sock_connect=30
+            )
+        return {"timeout": timeout}
 
     async def _body(self, response: Any, max_bytes: int) -> bytes:
         """The response's body, decompressed as it comes. Raises: Malformed as soon as more than
@@ -454,6 +625,9 @@ class HttpClient:
 
     async def close(self) -> None:
         """Close the pool. Safe to call twice."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         session, self._session = self._session, None
         if session is not None and self._loop is asyncio.get_running_loop():
             await session.close()
@@ -500,7 +674,8 @@ def _connector(limit: int) -> Any:
 
     loop = asyncio.get_running_loop()
     connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=KEEP_ALIVE_S)
-    connector._factory = partial(QuietWhenIdle, loop=loop)
+    # aiohttp has no public way to give it another protocol
+    connector._factory = partial(QuietWhenIdle, loop=loop)  # type: ignore[assignment]
     return connector
 
 

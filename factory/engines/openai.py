@@ -6,7 +6,7 @@ variable that the configuration names.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,9 +15,10 @@ from prefab.factory.console import warn
 from prefab.factory.engines.chat import Chat, TopRead, claim
 from prefab.factory.engines.family import Family, MaxTokensField
 from prefab.factory.engines.http import HttpClient, HttpConfig
+from prefab.factory.engines.replicas import Replicas
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import canonical, model_identity
-from prefab.factory.types import Completion, Engine, Request
+from prefab.factory.types import Completion, Engine, Request, ServerReport
 
 # What known model families use as control tokens; an API does not tell its own.
 KNOWN_SPECIALS = (
@@ -124,6 +125,7 @@ class OpenAI(Engine):
             extra=config.extra_body,
         )
         server.tell = self._tell
+        self._replicas = Replicas([server], config, self._tell)
         self._chat.tell = lambda line: self._tell(f"{config.model} {line}")
         self._said: set[str] = set()
         self._muted = False
@@ -136,6 +138,11 @@ class OpenAI(Engine):
         if not self._muted and line not in self._said:
             self._said.add(line)
             warn(f"engines.{self.name}: {line}")
+
+    @property
+    def servers(self) -> Sequence[ServerReport]:
+        """What the server did."""
+        return [r.report() for r in self._replicas.all]
 
     async def probe(self) -> Mapping[str, Any]:
         """What the model does otherwise than most. Raises: TransportError, EngineError."""
@@ -160,7 +167,9 @@ class OpenAI(Engine):
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """Answer one request. Raises: TransportError, EngineError."""
-        return await self._chat.complete(key, request)
+        return await self._replicas.ask(
+            request.messages, lambda at: self._chat.complete(key, request)
+        )
 
     async def stop(self) -> None:
         """Close the pool."""

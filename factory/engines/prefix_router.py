@@ -25,7 +25,7 @@ class PrefixRouter:
         self.known: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(n)]
 
     def pick(
-        self, messages: Sequence[Message], in_flight: Sequence[int], usable: Sequence[int]
+        self, messages: Sequence[Message], in_flight: Sequence[float], usable: Sequence[int]
     ) -> int:
         """The index of the replica to ask, one of `usable`; notes that it will have seen this
         text.

@@ -18,9 +18,11 @@ from typing import Any, Literal, NamedTuple
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from prefab.factory.console import warn
 from prefab.factory.engines.base import folder_specials, max_length, resolve_model
 from prefab.factory.engines.hf import HF, HfConfig
 from prefab.factory.engines.http import HttpClient, Rejected
+from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm import VLLM, VllmConfig
 from prefab.factory.engines.vllm_process import VllmProcess, free_port
 from prefab.factory.errors import EngineError, TransportError
@@ -331,6 +333,7 @@ class RewardModelVllm(Engine):
                 self.process.key if self.process else "",
             )
             await self._greet(self.server)
+            self._replicas = Replicas([self.server], settings, warn)
         except BaseException:
             await self.stop()
             raise
@@ -356,7 +359,8 @@ class RewardModelVllm(Engine):
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """The reward as a number in text. Raises: EngineError, TransportError."""
-        if self.server is None:
+        server = self.server
+        if server is None:
             raise EngineError(f"{self.config.name} was not started")
         body = {
             "model": self._name,
@@ -366,7 +370,9 @@ class RewardModelVllm(Engine):
             "chat_template_kwargs": dict(request.template_kwargs),
         }
         try:
-            answer = await self.server.post("/classify", orjson.dumps(body))
+            answer = await self._replicas.ask(
+                request.messages, lambda at: server.post("/classify", orjson.dumps(body))
+            )
         except Rejected as refusal:
             if refusal.status == 400 and "context length" in refusal.message:
                 return Completion("", "context", limit=self.max_model_len or 0)

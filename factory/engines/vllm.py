@@ -33,12 +33,12 @@ from prefab.factory.engines.chat import (
 )
 from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected
 from prefab.factory.engines.openai import KNOWN_SPECIALS
-from prefab.factory.engines.prefix_router import PrefixRouter
+from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import model_identity
 from prefab.factory.redaction import redact_bytes
-from prefab.factory.types import Completion, Engine, Request
+from prefab.factory.types import Completion, Engine, Request, ServerReport
 
 T = TypeVar("T")
 MAX_LABEL_IDS = 128  # vLLM 0.32 answers 400 above
@@ -198,7 +198,7 @@ class VLLM(Engine):
         self.process: VllmProcess | None = None
         self._chats: list[Chat] = []
         self._said: set[str] = set()
-        self._router = PrefixRouter(max(1, len(self._urls)))
+        self._replicas: Replicas | None = None
 
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # learned when first needed
@@ -253,6 +253,7 @@ class VLLM(Engine):
                 await self._start_server()
             for url in self._urls:
                 await self._greet(url)
+            self._replicas = Replicas([c.server for c in self._chats], self.config, self._tell)
             if not self.special_tokens:
                 self.special_tokens = await self._probe_specials()
         except BaseException:
@@ -272,6 +273,7 @@ class VLLM(Engine):
         server = HttpClient(
             url, self.config, self.config.api_key_env, self.process.key if self.process else ""
         )
+        server.health_path = "/health"
         try:
             listed = await server.get("/v1/models")
         except (Rejected, TransportError) as error:
@@ -303,6 +305,11 @@ class VLLM(Engine):
             self._said.add(line)
             (self.progress or warn)(f"engines.{self.name}: {line}")
 
+    @property
+    def servers(self) -> Sequence[ServerReport]:
+        """What each server did since the start."""
+        return [r.report() for r in self._replicas.all] if self._replicas else ()
+
     async def probe(self) -> Mapping[str, Any]:
         """What the model does otherwise than most, asked of one replica and taken over by all.
 
@@ -328,24 +335,12 @@ class VLLM(Engine):
         return await self._from_any(request, lambda chat: chat.draw(key, request, stops))
 
     async def _from_any(self, request: Request, ask: Callable[[Chat], Awaitable[T]]) -> T:
-        if len(self._chats) == 1:
-            return await ask(self._chats[0])
-        usable = [i for i, chat in enumerate(self._chats) if not chat.server.breaker.open]
-        while True:
-            at = self._pick(request, usable)
-            try:
-                return await ask(self._chats[at])
-            except TransportError:
-                usable = [i for i in usable if i != at]
-                if not usable:
-                    raise
-
-    def _pick(self, request: Request, usable: list[int]) -> int:
-        if not self._chats:
+        if self._replicas is None:
             raise EngineError(f"engines.{self.name} was not started")
-        everyone = list(range(len(self._chats)))
-        return self._router.pick(
-            request.messages, [c.in_flight for c in self._chats], usable or everyone
+        return await self._replicas.ask(
+            request.messages,
+            lambda at: ask(self._chats[at]),
+            (bool(request.labels), request.sampling.max_tokens),
         )
 
     async def _tokens(self, chat: Chat, text: str) -> list[int]:
@@ -355,8 +350,8 @@ class VLLM(Engine):
             return list((await chat.server.post("/tokenize", orjson.dumps(body)))["tokens"])
         except Rejected as error:
             if error.status == 404:
-                raise EngineError(
-                    await wrong_model(chat.server, chat.path, chat.model, error.message)
+                raise await wrong_model(
+                    chat.server, chat.path, chat.model, error.message
                 ) from error
             raise EngineError(
                 f"{chat.server.url}/tokenize: HTTP {error.status} {error.message}"

@@ -30,7 +30,8 @@ class Asked:
     @property
     def text(self) -> str:
         """The last message's text."""
-        return str(json.loads(self.body)["messages"][-1]["content"]) if self.body else ""
+        messages = json.loads(self.body).get("messages") if self.body else None
+        return str(messages[-1]["content"]) if messages else ""
 
     @property
     def labels(self) -> bool:
@@ -49,11 +50,14 @@ class WireServer:
     url: str = ""
     asked: list[Asked] = field(default_factory=list)
     connections: int = 0
+    shut: Callable[[], None] = lambda: None  # end the server and its connections
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         number = self.connections
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        with contextlib.suppress(
+            ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError
+        ):
             while asked := await _request(reader, number):
                 self.asked.append(asked)
                 for step in self.script(asked):
@@ -118,25 +122,33 @@ def wire_server(script: Script | None = None, port: int = 0) -> Iterator[WireSer
     loop = asyncio.new_event_loop()
     started = threading.Event()
 
-    async def start() -> None:
+    async def start() -> asyncio.Server:
         made = await asyncio.start_server(server.serve, "127.0.0.1", port, limit=2**26)
         server.url = f"http://127.0.0.1:{made.sockets[0].getsockname()[1]}"
         started.set()
+        return made
 
     def work() -> None:
         asyncio.set_event_loop(loop)
-        loop.run_until_complete(start())
+        listener = loop.run_until_complete(start())
         loop.run_forever()
         for task in asyncio.all_tasks(loop):
             task.cancel()
+        listener.close()
         loop.run_until_complete(asyncio.sleep(0.01))
         loop.close()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     started.wait(10)
+
+    def shut() -> None:
+        if thread.is_alive():
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(10)
+
+    server.shut = shut
     try:
         yield server
     finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        shut()

@@ -18,7 +18,7 @@ import pytest
 from prefab.factory.engines.base import engine_class, make, resolve_model
 from prefab.factory.engines.chat import Chat, Malformed, TopRead, _drawn, _share, claim, log_add
 from prefab.factory.engines.http import (
-    Breaker,
+    Health,
     HttpClient,
     HttpConfig,
     Rejected,
@@ -179,16 +179,17 @@ def test_nan_is_no_answer():
 
 def test_wrong_model_names_the_models_there_are(url):
     (answer,) = run(openai(url, model="nope"), label_read("q"))
-    assert type(answer) is EngineError and "'nope'" in str(answer) and "scripted" in str(answer)
+    assert not isinstance(answer, TransportError)
+    assert isinstance(answer, EngineError) and "'nope'" in str(answer) and "scripted" in str(answer)
     answers = run(openai(url, model="nope", batch=4), label_read("q"), label_read("r"))
-    assert all(type(a) is EngineError for a in answers)
+    assert all(isinstance(a, EngineError) for a in answers)
 
 
 def test_wrong_path_says_so(url):
     (answer,) = run(
         make({"engine": "openai", "model": "m", "base_url": f"{url}/v7"}, "api"), label_read("q")
     )
-    assert type(answer) is EngineError and "OpenAI-compatible" in str(answer)
+    assert isinstance(answer, EngineError) and "OpenAI-compatible" in str(answer)
 
 
 def test_no_key_names_the_variable(monkeypatch):
@@ -249,29 +250,29 @@ def test_a_server_killed_in_the_middle_and_started_again_answers():
     assert all(a.label_logps for a in asyncio.run(scenario()))
 
 
-def test_breaker_opens_half_opens_and_closes():
+def test_a_server_that_is_down_is_tried_by_one_question_at_a_time():
     now = [0.0]
-    breaker = Breaker(10.0, clock=lambda: now[0])
+    health = Health(10.0, clock=lambda: now[0])
     for now[0] in (0.0, 1.0, 2.0, 3.0, 9.0):
-        breaker.failed("refused")
-        breaker.admit("u")  # five failures, but not for ten seconds yet
+        health.failed("refused")
+        health.admit("u")  # five failures, but not for ten seconds yet
     now[0] = 10.0
-    breaker.failed("refused")
+    health.failed("refused")
     with pytest.raises(TransportError, match="refused"):
-        breaker.admit("u")
-    now[0] = 15.0
-    breaker.admit("u")  # this one may try
+        health.admit("u")
+    now[0] = 11.0
+    health.admit("u")  # this one may try
     with pytest.raises(TransportError):
-        breaker.admit("u")  # the next may not
-    breaker.failed("refused")
-    now[0] = 24.9
+        health.admit("u")  # the next may not
+    health.failed("refused")
+    now[0] = 12.9
     with pytest.raises(TransportError):
-        breaker.admit("u")  # the pause has doubled
-    now[0] = 25.0
-    breaker.admit("u")
-    breaker.succeeded()
-    breaker.admit("u")
-    breaker.admit("u")
+        health.admit("u")  # the pause has doubled
+    now[0] = 13.0
+    health.admit("u")
+    health.succeeded()
+    health.admit("u")
+    health.admit("u")
 
 
 def test_json_objects():

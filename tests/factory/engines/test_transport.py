@@ -4,20 +4,25 @@ outages. Each call gets its own answer or a typed failure."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
+import time
 import tracemalloc
 import zlib
 from email.utils import formatdate
+from functools import cache
 
 import pytest
 
+from prefab.factory.engines import http as http_module
+from prefab.factory.engines import replicas
 from prefab.factory.engines.base import make
 from prefab.factory.engines.http import HEALS, wait_hint
-from prefab.factory.errors import EngineError, TransportError
+from prefab.factory.errors import EngineError, RequestRefused, TransportError
 from prefab.factory.keys import request_key
 from prefab.factory.types import Completion, Message, Request, Sampling
-from tests.support.wire_server import Asked, answer, chat, http, wire_server
+from tests.support.wire_server import CLOSE, Asked, answer, chat, http, wire_server
 
 QUICK = {"retries": 2, "deadline_s": 20, "timeout_s": 5, "down_after_s": 600}
 
@@ -88,7 +93,7 @@ def test_a_response_to_another_request_is_never_taken(named, steps):
         ):  # one after another, with pauses: all on one connection where it is kept
             asked = question(str(i))
             answers.append(await engine.complete(request_key(asked), asked))
-            await asyncio.sleep(0.004)
+            await asyncio.sleep(0.03)
         await engine.stop()
         return answers
 
@@ -136,8 +141,9 @@ def test_every_request_has_an_id_of_its_own():
 HUGE = b" " * 300_000_000
 
 
+@cache
 def bomb(kind: str) -> bytes:
-    squeeze = zlib.compressobj(9, zlib.DEFLATED, 31 if kind == "gzip" else 15)
+    squeeze = zlib.compressobj(1, zlib.DEFLATED, 31 if kind == "gzip" else 15)
     packed = b"".join(squeeze.compress(HUGE[: 2**24]) for _ in range(20)) + squeeze.flush()
     return http(packed, content_encoding=kind)
 
@@ -282,3 +288,283 @@ def test_dates_are_reckoned_by_the_servers_clock(ahead_s):
     ):
         if value:
             assert 30.0 <= wait_hint({**headers, name: value}, "") <= 30.2
+
+
+# --- refusals of one question, and servers that are down ---
+
+
+def vllm(*urls: str, **config):
+    settings = {"engine": "vllm", "model": "m", "urls": list(urls), **QUICK, **config}
+    engine = make(settings, "local")
+    engine.said = []
+    engine.progress = engine.said.append
+    return engine
+
+
+def refuses(status: int, text: str):
+    """Good answers, but this status for one text (as a firewall does)."""
+
+    def script(asked):
+        if text in asked.text:
+            return [http(b"<html>blocked</html>", status)]
+        return [http(answer(asked))]
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(401, TransportError), (403, RequestRefused), (404, RequestRefused)]
+)
+def test_one_refused_question_after_answers_is_its_own_failure(status, kind):
+    with wire_server(refuses(status, "attack")) as server:
+        asked = [question(t) for t in ("a", "b", "attack", "c")]
+        answers = run(openai(server.url), *asked, at_once=1)
+    assert [type(a) for a in answers] == [Completion, Completion, kind, Completion]
+    assert f"HTTP {status}" in str(answers[2]) and "has no model" not in str(answers[2])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_before_any_answer_or_of_all_questions_ends_the_run(status):
+    with wire_server(refuses(status, "q")) as server:
+        (first,) = run(openai(server.url), question("q"))
+        asked = [question("a"), *(question(f"q{i}") for i in range(30))]
+        later = run(openai(server.url), *asked, at_once=1)
+    assert isinstance(first, EngineError) and not isinstance(first, TransportError)
+    assert isinstance(later[0], Completion)
+    assert sum(isinstance(a, TransportError) for a in later) < 20
+    assert isinstance(later[-1], EngineError) and not isinstance(later[-1], TransportError)
+
+
+def test_a_model_that_is_gone_ends_the_run_at_once():
+    def script(asked):
+        if gone and asked.method == "GET":
+            return [http({"data": [{"id": "another"}]})]
+        return [http({"error": "no such model"}, 404) if gone else http(answer(asked))]
+
+    gone = False
+    with wire_server(script) as server:
+        engine = openai(server.url)
+
+        async def scenario():
+            nonlocal gone
+            await engine.start()
+            await engine.complete(b"k" * 32, question("a"))
+            gone = True
+            with pytest.raises(EngineError, match="has no model 'm'; it has: another") as told:
+                await engine.complete(b"l" * 32, question("b"))
+            await engine.stop()
+            return told.value
+
+        assert not isinstance(asyncio.run(scenario()), TransportError)
+
+
+async def through_an_outage(engine, down, up, questions: int = 40):
+    """Ask, `down()` after the first answers, `up()` after 2 s; the answers, failures returned."""
+    await engine.start()
+    loop = asyncio.get_running_loop()
+    gate = asyncio.Semaphore(8)
+
+    async def one(i):
+        async with gate:
+            if i == 12:
+                down()
+                loop.call_later(2.0, up)
+            asked = question(str(i))
+            return await engine.complete(request_key(asked), asked)
+
+    try:
+        return await asyncio.wait_for(
+            asyncio.gather(*map(one, range(questions)), return_exceptions=True), 40
+        )
+    finally:
+        await engine.stop()
+
+
+OUTAGES = {
+    "the connection is closed": lambda asked: [CLOSE],
+    "502": lambda asked: [http(b"<html>", 502)],
+    "503": lambda asked: [http(b"loading", 503)],
+    "in the middle of a response": lambda asked: [http(answer(asked))[:-30], CLOSE],
+    # the address of models answers, that of questions does not
+    "503 of questions alone": lambda asked: [
+        http(answer(asked)) if asked.method == "GET" else http(b"busy", 503)
+    ],
+}
+
+
+@pytest.mark.parametrize("retries", [1, 6])
+@pytest.mark.parametrize("how", OUTAGES)
+@pytest.mark.parametrize("kind", [openai, vllm])
+def test_a_server_that_had_answered_is_waited_for(kind, how, retries, capsys):
+    def good(asked):
+        return [0.02, http(answer(asked))]
+
+    with wire_server(good) as server:
+        answers = asyncio.run(
+            through_an_outage(
+                kind(server.url, retries=retries),
+                lambda: setattr(server, "script", OUTAGES[how]),
+                lambda: setattr(server, "script", good),
+            )
+        )
+    assert [a.text for a in answers] == [f"said {i}" for i in range(40)]
+
+
+def test_a_server_that_goes_away_and_comes_back_is_waited_for_and_it_is_said():
+    """A listener that is closed, and opened again after 2 s: a restart."""
+    servers = contextlib.ExitStack()
+    with wire_server(lambda asked: [0.02, http(answer(asked))]) as first, servers:
+        port = int(first.url.rsplit(":", 1)[1])
+        engine = vllm(first.url, retries=0)
+        answers = asyncio.run(
+            through_an_outage(
+                engine, first.shut, lambda: servers.enter_context(wire_server(port=port))
+            )
+        )
+    assert [a.text for a in answers] == [f"said {i}" for i in range(40)]
+    said = "\n".join(engine.said)
+    assert "does not answer since" in said and "waits for it until" in said
+    assert "answers again" in said and len(engine.said) == 2
+
+
+def test_the_wait_for_a_server_ends():
+    with wire_server() as server:
+        engine = openai(server.url, outage_s=1, retries=1)
+        began = time.monotonic()
+        answers = asyncio.run(
+            through_an_outage(
+                engine, lambda: setattr(server, "script", OUTAGES["503"]), lambda: None
+            )
+        )
+    failed = [a for a in answers if isinstance(a, TransportError)]
+    assert len(failed) >= 20 and "outage_s" in str(failed[0])
+    assert time.monotonic() - began < 15
+
+
+def test_a_question_that_breaks_its_server_is_given_up():
+    """Each time it is asked the connection breaks; the others are answered."""
+
+    def script(asked):
+        poison = asked.method == "POST" and asked.text == "7"
+        return [CLOSE] if poison else [http(answer(asked))]
+
+    with wire_server(script) as server:
+        answers = run(openai(server.url, retries=2), *(question(str(i)) for i in range(20)))
+        alone = run(openai(server.url, retries=2), question("a"), question("7"), at_once=1)
+    assert [i for i, a in enumerate(answers) if not isinstance(a, Completion)] == [7]
+    assert isinstance(answers[7], TransportError) and isinstance(alone[1], TransportError)
+
+
+# --- several servers ---
+
+
+def slow(asked: Asked) -> list:
+    return [0.02, http(answer(asked))]
+
+
+SICK = {
+    "its key is refused": lambda asked: [http({"error": "key"}, 401)],
+    "it has no such model": lambda asked: [http({"error": "no"}, 404)],
+    "each question is an error": lambda asked: [http({"error": "cuda"}, 500)],
+    "it closes connections": lambda asked: [CLOSE],
+    "its answers are no JSON": lambda asked: [http(b"<html>")],
+    "it is silent": lambda asked: [30.0],
+}
+
+
+@pytest.mark.parametrize("how", SICK)
+def test_a_sick_server_is_left_out_the_others_go_on_and_it_gets_questions_again(how, monkeypatch):
+    monkeypatch.setattr(replicas, "OUT_S", 0.5)
+    with wire_server(slow) as one, wire_server(slow) as two:
+        engine = vllm(one.url, two.url, timeout_s=0.5, max_in_flight=8)
+
+        async def scenario():
+            await engine.start()
+            gate = asyncio.Semaphore(8)
+
+            async def asks(first, last):
+                async def one_of(i):
+                    async with gate:
+                        return await engine.complete(b"k" * 32, question(f"{i} {'x' * i}"))
+
+                return await asyncio.gather(
+                    *map(one_of, range(first, last)), return_exceptions=True
+                )
+
+            answers = await asks(0, 40)
+            two.script = SICK[how]
+            answers += await asks(40, 120)
+            sick = engine.servers[1]
+            two.script, before = slow, engine.servers[1].calls
+            await asyncio.sleep(2.1)
+            answers += await asks(120, 240)
+            await engine.stop()
+            return answers, sick, engine.servers[1].calls - before
+
+        answers, sick, after = asyncio.run(scenario())
+    assert all(isinstance(a, Completion) for a in answers), answers
+    assert sick.failures >= 1 and sick.url == two.url
+    assert sick.state.startswith(("left out", "down")) and after >= 20
+    assert {a.replica for a in answers} == {one.url, two.url}
+
+
+def test_a_question_that_all_servers_refuse_is_its_own_failure():
+    with wire_server(refuses(403, "attack")) as one, wire_server(refuses(403, "attack")) as two:
+        engine = vllm(one.url, two.url)
+        asked = [question(t) for t in ("a", "b", "attack", "c", "attack 2", "d")]
+        answers = run(engine, *asked, at_once=1)
+    kinds = [type(a) for a in answers]
+    assert kinds == [Completion, Completion, RequestRefused, Completion, RequestRefused, Completion]
+
+
+def test_a_server_ten_times_slower_gets_less():
+    def at(seconds):
+        return lambda asked: (
+            [seconds, http(answer(asked))] if asked.method == "POST" else [http(answer(asked))]
+        )
+
+    with wire_server(at(0.01)) as one, wire_server(at(0.1)) as two:
+        engine = vllm(one.url, two.url)
+        answers = run(engine, *(question(f"{i}") for i in range(600)), at_once=32)
+        fast, slower = engine.servers
+    assert all(isinstance(a, Completion) for a in answers)
+    assert slower.calls < 0.15 * fast.calls and "slower" in slower.state
+
+
+def test_a_question_that_takes_long_is_asked_of_another_server_too():
+    """One answer in 100 of the second server never comes."""
+
+    def stuck(asked):
+        return [30.0] if asked.text.endswith("09") else slow(asked)
+
+    with wire_server(slow) as one, wire_server(stuck) as two:
+        engine = vllm(one.url, two.url, timeout_s=10)
+        began = time.monotonic()
+        answers = run(engine, *(question(f"{i}") for i in range(400)))
+        hedged = sum(s.hedged for s in engine.servers)
+    assert [a.text for a in answers] == [f"said {i}" for i in range(400)]
+    assert time.monotonic() - began < 9 and 1 <= hedged <= 20
+
+
+# --- silence ---
+
+
+def test_silence_is_said_and_ends_by_the_time_that_answers_took(monkeypatch):
+    monkeypatch.setattr(http_module, "SILENT_S", 0.5)
+    monkeypatch.setattr(http_module, "LEAST_LIMIT_S", 1.0)
+    hung = []
+
+    def script(asked):
+        if asked.method == "POST" and asked.text == "99" and not hung:
+            hung.append(asked)
+            return [60.0]
+        return [http(answer(asked))]
+
+    with wire_server(script) as server:
+        engine = vllm(server.url, timeout_s=600.0, deadline_s=1800)
+        began = time.monotonic()
+        answers = run(engine, *(question(str(i)) for i in range(100)), at_once=1)
+    assert [a.text for a in answers] == [f"said {i}" for i in range(100)]
+    assert time.monotonic() - began < 20
+    assert len(engine.said) == 1 and "has not answered for" in engine.said[0]
+    assert "1 requests wait" in engine.said[0] or "1 request waits" in engine.said[0]

@@ -22,6 +22,7 @@ import pytest
 
 import prefab.factory.engines.supervisor
 from prefab.factory.engines.base import make
+from prefab.factory.engines.http import Malformed
 from prefab.factory.engines.prefix_router import PrefixRouter
 from prefab.factory.engines.vllm import IdRead, VllmConfig
 from prefab.factory.engines.vllm_process import (
@@ -103,7 +104,7 @@ def engine(server, folder, runner):
             "url": server[1],
             "api_key_env": KEY,
             "retries": 1,
-            "down_after_s": 0,
+            "outage_s": 0,
         },
         "local",
     )
@@ -292,7 +293,7 @@ def test_killing_the_starter_leaves_no_process_and_is_noticed(engine, server, ru
     answers = runner.run(ask(engine, *[request(f"late {i}", LABELS) for i in range(8)]))
     answers += runner.run(ask(engine, *[request(f"later {i}", max_tokens=4) for i in range(8)]))
     assert all(isinstance(a, TransportError) for a in answers)
-    assert any("is down" in str(a) for a in answers)
+    assert any("outage_s" in str(a) for a in answers)
     assert time.monotonic() - began < 20
 
 
@@ -554,10 +555,8 @@ def test_ids_count_once_and_spellings_have_several():
         {"token": "token_id:8", "logprob": float("nan")},
         {"token": "token_id:9", "logprob": 0.0},
     ]
-    assert read.parse(entries, ("A", " A")) == (
-        {},
-        "exact",
-    )  # id 8 has no number: what A has is not known
+    with pytest.raises(Malformed):  # id 8 has no number: what A has is not known
+        read.parse(entries, ("A", " A"))
     entries[2]["logprob"] = -2.0
     found, exactness = read.parse(entries, ("A", " A"))
     assert found == {"A": pytest.approx(log(exp(-1.0) + exp(-2.0)))} and exactness == "exact"
