@@ -523,12 +523,12 @@ def test_a_server_ten_times_slower_gets_less():
             [seconds, http(answer(asked))] if asked.method == "POST" else [http(answer(asked))]
         )
 
-    with wire_server(at(0.01)) as one, wire_server(at(0.1)) as two:
+    with wire_server(at(0.05)) as one, wire_server(at(0.5)) as two:
         engine = vllm(one.url, two.url)
         answers = run(engine, *(question(f"{i}") for i in range(600)), at_once=32)
         fast, slower = engine.servers
     assert all(isinstance(a, Completion) for a in answers)
-    assert slower.calls < 0.15 * fast.calls and "slower" in slower.state
+    assert slower.calls < 0.2 * fast.calls and "slower" in slower.state
 
 
 def test_a_question_that_takes_long_is_asked_of_another_server_too():
