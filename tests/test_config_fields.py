@@ -36,7 +36,6 @@ BY_KEY = (
 DISCRIMINATORS = {"engine", "kind"}
 # Accepted and checked, but without effect: each with the reason.
 WITHOUT_EFFECT = {
-    ("Constitution", "tests"): "checked by `prefab check`; running them is to come",
     **{("TestCase", name): "as above" for name in ("prompt", "a", "b", "prefer", "principle")},
 }
 

@@ -99,7 +99,7 @@ class Example(_Strict):
 
 
 class TestCase(_Strict):
-    """A comparison whose outcome the author knows. `prefab check` validates its fields."""
+    """A comparison whose outcome the author knows, which `prefab test` asks."""
 
     __test__ = False  # pytest would otherwise collect it
 
@@ -107,7 +107,9 @@ class TestCase(_Strict):
     a: Text
     b: Text
     prefer: Literal["a", "b", "tie"]
-    principle: Id
+    principle: Id | None = Field(
+        None, description="Asked under this principle; left out: under all that apply."
+    )
 
 
 class ConstitutionModel(_Strict):

@@ -4,12 +4,13 @@ as it is.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefab.factory.console import console, say, table
+from prefab.factory.console import EXIT_FAILED, PrintableConsole, console, say, table
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.options import (
     Json,
@@ -22,6 +23,10 @@ from prefab.pipelines.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from prefab.pipelines.quality.constitution_tests import TestReport
+    from prefab.pipelines.quality.why import Node
     from prefab.pipelines.run.diff import Diff, Moved
 
 app = typer.Typer()
@@ -82,7 +87,85 @@ def diff(
     if as_json:
         return print_json(found.data())
     show_diff(found, only, examples)
-    hint_command("agreement", "--store", store, "--run", found.new.record)
+    if found.moved:
+        hint_command("why", found.moved[0].preference[:12], "--store", store)
+
+
+@app.command("test")
+def test_constitution(
+    file: Annotated[Path, typer.Argument(metavar="CONSTITUTION.yaml", help="A constitution file.")],
+    pipeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PIPELINE.yaml",
+            help="Whose judge is asked. Default: pipeline.yaml beside the constitution; the preset "
+            "demo for the embedded world.",
+        ),
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(metavar="NAME", help="One of panel.judges. Default: the first.")
+    ] = "",
+    principle: Annotated[
+        list[str], typer.Option(help="Only tests of this principle; may be repeated.")
+    ] = [],
+    add: Annotated[
+        str,
+        typer.Option(
+            metavar="PREFERENCE", help="Ask nothing: add this preference of the store as a test."
+        ),
+    ] = "",
+    prefer: Annotated[
+        str, typer.Option(help="With --add: the outcome to expect, a, b or tie.")
+    ] = "",
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE.xml", help="Also write JUnit XML.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="The store. Default: the pipeline's, or `store`.")
+    ] = None,
+    sets: Sets = [],
+    as_json: Json = False,
+) -> None:
+    """Ask a constitution's own tests of a judge, in both orders. Exit code 1 when one fails."""
+    from prefab.pipelines.quality import constitution_tests as tests
+
+    if add:
+        if len(principle) > 1:
+            raise ConfigError("--add takes one --principle, or none")
+        where = existing_store(store or Path("store"))
+        added = tests.add_test(file, where, add, prefer, principle[0] if principle else "")
+        if as_json:
+            return print_json({"file": added.file, "number": added.number, "test": added.test})
+        say(f"{file}: test {added.number} added, which expects {added.test['prefer']}")
+        return hint_command("test", file)
+    with resumable():
+        report = tests.run_tests(file, pipeline, sets, judge, principle, store, quiet=as_json)
+    if junit:
+        junit.write_text(tests.junit(report), encoding="utf-8")
+    if as_json:
+        print_json(report.data())
+    else:
+        _show_tests(report)
+    raise typer.Exit(EXIT_FAILED if report.failures else 0)
+
+
+def _show_tests(report: TestReport) -> None:
+    """Print each test with its state, and the answers of those that did not pass."""
+    from prefab.pipelines.quality.constitution_tests import sentence
+
+    colour = {"passed": "green", "failed": "red", "unstable": "yellow", "unscored": "red"}
+    for result in report.results:
+        about = f"{result.number}. {result.principle or 'all principles'}: {result.prompt}"
+        say(about, f"{result.state:8}", colour[result.state])
+        if result.state != "passed":
+            say(f"           {sentence(result)}")
+            say(f"           A: {result.a}")
+            say(f"           B: {result.b}")
+    passed = len(report.results) - len(report.failures)
+    say(
+        f"{passed} of {len(report.results)} tests passed, asked of {report.judge} "
+        f"({report.reused:,} answers reused, {report.asked:,} asked)"
+    )
 
 
 def show_diff(found: Diff, only: str = "", examples: int = 10) -> None:
@@ -171,3 +254,75 @@ def _show_moved(number: int, one: Moved) -> None:
     )
     for name, was, now in one.principles[:5]:
         say(f"    {name}: P(A) {_probability(was)} -> {_probability(now)}")
+
+
+@app.command()
+def why(
+    preference: Annotated[
+        str, typer.Argument(metavar="PREFERENCE", help="A preference's id, or its beginning.")
+    ],
+    store: Store = Path("store"),
+    run: Annotated[
+        str, typer.Option(help="NAME or NAME@VERSION, where several runs share the preference.")
+    ] = "",
+    calls: Annotated[
+        bool, typer.Option("--calls", help="Also print the messages of every model call.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Also write the tree as a page.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how a preference came about: prompt, answers, each judge's verdicts under each
+    principle, the rule that combined them, and the model calls.
+    """
+    from prefab.pipelines.quality.why import why as find
+
+    found = find(existing_store(store), preference, run)
+    if html:
+        _write_page(_tree(found.root, calls=True), html)
+    if as_json:
+        return print_json(found.data())
+    console().print(_tree(found.root, calls), soft_wrap=False, overflow="fold")
+    hint_command("test", "CONSTITUTION.yaml", "--add", found.preference[:12], "--store", store)
+
+
+def _tree(node: Node, calls: bool) -> Tree:
+    """A node and all below it, for the terminal."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def line(node: Node) -> Text:
+        facts = ", ".join(
+            f"{name} {_fact(value)}" for name, value in node.facts.items() if value is not None
+        )
+        text = Text.assemble((node.title, "bold"), f"  {facts}" if facts else "")
+        if node.text:
+            text.append("\n" + node.text, "dim" if node.facts.get("finish") is None else "")
+        if calls and node.call:
+            call = node.call
+            sampling = ", ".join(f"{name} {value}" for name, value in call.sampling.items())
+            text.append(f"\ncall {call.key[:12]} of {call.model}: {sampling}", "cyan")
+            for role, content in call.messages:
+                text.append(f"\n{role}:", "cyan")
+                text.append("\n" + content)
+        return text
+
+    def grow(tree: Tree, node: Node) -> None:
+        for below in node.below:
+            grow(tree.add(line(below)), below)
+
+    tree = Tree(line(node))
+    grow(tree, node)
+    return tree
+
+
+def _fact(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _write_page(shown: Any, path: Path) -> None:
+    """What the terminal shows, as a page of its own that needs no other file."""
+    page = PrintableConsole(record=True, width=110, file=io.StringIO())
+    page.print(shown)
+    page.save_html(str(path))
