@@ -21,7 +21,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.label_text import find_label
-from prefab.factory.spec.templates import Template, conversation_text, fence, neutralise
+from prefab.factory.spec.control_tokens import neutralise, neutralised
+from prefab.factory.spec.templates import Template, conversation_text, fence
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import (
     Comparison,
@@ -361,6 +362,13 @@ class RequestContext:
     repeats: Sequence[int] | None = None
     people: Mapping[Any, Any] = field(default_factory=dict)
 
+    def render(self, name: str, question: str, **variables: Any) -> tuple[Message, ...]:
+        """The messages of the template `name`. No control token is left whole in the question: a
+        principle, or a line of a prompt's rubric. The other variables hold none.
+        """
+        shown = neutralised(question, self.specials)
+        return self.templates[name].render(self.specials, question=shown, **variables)
+
 
 class Judge(ABC, Generic[AnyConfig]):
     """The protocol of a judge. One class a kind, one object a configured judge.
@@ -622,11 +630,12 @@ class ScoreJudge(Judge[AnyConfig]):
         """The judge's template, filled in for one answer; `examples_of` is the principle whose
         few-shot examples are shown.
         """
-        (file, _), template = self.templates()[self.name], context.templates[self.name]
-        return template.render(
+        file, _ = self.templates()[self.name]
+        return context.render(
+            self.name,
+            question,
             conversation=conversation(prompt.messages, context.specials),
             answer=candidate(prompt.messages, sample.text, context.specials),
-            question=question,
             examples=() if examples_of is None else context.examples(file, examples_of),
         )
 

@@ -15,6 +15,7 @@ from prefab.factory.engines import packaged
 from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
 from prefab.factory.plugins import Registry
+from prefab.factory.spec.control_tokens import SpecialTokens, is_control
 from prefab.factory.types import Engine
 
 ENGINES = Registry(
@@ -89,14 +90,12 @@ def folder_specials(folder: Path) -> tuple[str, ...]:
     Added tokens that are not marked special count too: `<think>` and `<tool_call>` steer a model as
     well.
     """
-    found: dict[str, None] = {}
-    for entry in _json(folder / "tokenizer.json").get("added_tokens", ()):
-        found[entry.get("content", "")] = None
-    for entry in _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).values():
-        found[entry.get("content", "")] = None
+    config = _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    entries = [*_json(folder / "tokenizer.json").get("added_tokens", ()), *config.values()]
+    found = {entry.get("content", ""): bool(entry.get("special")) for entry in entries}
     for content in _json(folder / "added_tokens.json"):
-        found[content] = None
-    return tuple(spelling for spelling in found if spelling.strip())
+        found.setdefault(content, False)
+    return SpecialTokens(token for token, special in found.items() if is_control(token, special))
 
 
 def max_length(folder: Path) -> int | None:

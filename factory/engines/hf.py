@@ -25,6 +25,7 @@ from prefab.factory.engines.vllm import IdRead
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import derived_seed, model_identity
 from prefab.factory.label_text import find_label
+from prefab.factory.spec.control_tokens import SpecialTokens, is_control
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import Completion, Engine, Message, Request, Sampling
 
@@ -118,8 +119,10 @@ class HF(Engine):
         longest = getattr(model.config, "max_position_embeddings", None)
         self.max_model_len = min(filter(None, (self.config.max_model_len, longest)), default=None)
         if not self.special_tokens:
-            self.special_tokens = tuple(
-                t.content for t in self.tokenizer.added_tokens_decoder.values()
+            self.special_tokens = SpecialTokens(
+                token.content
+                for token in self.tokenizer.added_tokens_decoder.values()
+                if is_control(token.content, token.special)
             )
         self._stops = _stop_ids(model, self.tokenizer)
         self.model = model.to(self.device).eval()

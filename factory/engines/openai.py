@@ -18,65 +18,8 @@ from prefab.factory.engines.http import HttpClient, HttpConfig
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import canonical, model_identity
+from prefab.factory.spec.control_tokens import KNOWN_SPECIALS
 from prefab.factory.types import Completion, Engine, Request, ServerReport
-
-# What known model families use as control tokens; an API does not tell its own.
-KNOWN_SPECIALS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|endofprompt|>",
-    "<|startoftext|>",
-    "<|return|>",
-    "<|message|>",
-    "<|channel|>",
-    "<|constrain|>",
-    "<|start|>",
-    "<|end|>",
-    "<|call|>",
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|python_tag|>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<pad>",
-    "<bos>",
-    "<eos>",
-    "[INST]",
-    "[/INST]",
-    "[SYSTEM_PROMPT]",
-    "[/SYSTEM_PROMPT]",
-    "[TOOL_CALLS]",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<|observation|>",
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<|turn>",
-    "<turn|>",
-    "<|START_OF_TURN_TOKEN|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<|USER_TOKEN|>",
-    "<|CHATBOT_TOKEN|>",
-)
 
 
 class OpenAIConfig(HttpConfig):

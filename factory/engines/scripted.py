@@ -22,8 +22,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.engines.family import PROBE
-from prefab.factory.engines.openai import KNOWN_SPECIALS
 from prefab.factory.errors import TransportError
+from prefab.factory.spec.control_tokens import KNOWN_SPECIALS
 from prefab.factory.types import Completion, Engine, Message, Request
 
 AnswerFunction = Callable[[Request], "Completion | str"]

@@ -32,12 +32,12 @@ from prefab.factory.engines.chat import (
     wrong_model,
 )
 from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected
-from prefab.factory.engines.openai import KNOWN_SPECIALS
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import model_identity
 from prefab.factory.redaction import redact_bytes
+from prefab.factory.spec.control_tokens import KNOWN_SPECIALS, SpecialTokens
 from prefab.factory.types import Completion, Engine, Request, ServerReport
 
 T = TypeVar("T")
@@ -362,16 +362,17 @@ class VLLM(Engine):
         ids = await asyncio.gather(
             *(self._tokens(self._chats[0], spelling) for spelling in KNOWN_SPECIALS)
         )
-        return tuple(s for s, found in zip(KNOWN_SPECIALS, ids, strict=True) if len(found) == 1)
+        pairs = zip(KNOWN_SPECIALS, ids, strict=True)
+        return SpecialTokens(token for token, found in pairs if len(found) == 1)
 
     async def check_specials(self) -> list[str]:
         """The control tokens that a neutralised text would still contain, asked of the served
         tokenizer: none.
 
-        A chat server tokenises users' text with control tokens live; `templates.neutralise` is what
+        A chat server tokenises users' text with control tokens live; `neutralise` is what
         stands between.
         """
-        from prefab.factory.spec.templates import neutralise
+        from prefab.factory.spec.control_tokens import neutralise
 
         chat = self._chats[0]
         control = [await self._tokens(chat, spelling) for spelling in self.special_tokens]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from jinja2 import meta, nodes
 
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.paths import PACKAGE
-from prefab.factory.spec import template_check, yamlio
+from prefab.factory.spec import control_tokens, template_check, yamlio
+from prefab.factory.spec.control_tokens import break_tokens, neutralise
 from prefab.factory.types import Message
 
 TEMPLATES = PACKAGE / "judges" / "templates"
@@ -37,13 +38,6 @@ VARIABLES: dict[str, set[str]] = {
     "critique": _ONE,
     "revise": _ONE | {"critique"},
 }
-# Control tokens of the model families in use. A served tokenizer's own are added to these by the
-# engine.
-_CONTROL = re.compile(
-    r"<\|[^<>|\s][^<>|]{0,40}\|>|<｜[^<>｜]{1,40}｜>|</?s>|\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|AVAILABLE_TOOLS|CLS|SEP|MASK|PAD|UNK)\]"
-    r"|<</?SYS>>|</?(?:start|end)_of_(?:turn|image)>|<(?:bos|eos|pad|unk|mask|cls|sep)>|</?(?:think|tool_call|tool_response)>",
-    re.IGNORECASE,
-)
 
 
 class Template:
@@ -53,11 +47,22 @@ class Template:
         allow, an unknown variable, or no known block; names file and line.
     """
 
-    __slots__ = ("_blocks", "_compiled", "_new_context", "digest", "file", "kind", "name", "text")
+    __slots__ = (
+        "_blocks",
+        "_compiled",
+        "_new_context",
+        "_ours",
+        "digest",
+        "file",
+        "kind",
+        "name",
+        "text",
+    )
 
     def __init__(self, name: str, kind: str, text: str, file: str = "") -> None:
         self.name, self.kind, self.text, self.file = name, kind, text, file or name
         self.digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        self._ours = Path(self.file).parent == TEMPLATES
         self._compiled = compiled = _compile(kind, text, self.file)
         self._blocks = [
             (role, compiled.blocks[block])
@@ -69,9 +74,14 @@ class Template:
         )  # jinja's is a ChainMap, which each context would walk twice
         self._new_context = compiled.new_context
 
-    def render(self, **variables: Any) -> tuple[Message, ...]:
+    def render(self, specials: tuple[str, ...] = (), /, **variables: Any) -> tuple[Message, ...]:
         """The messages of this template for these variables; a block that comes out empty gives no
         message.
+
+        Args:
+            specials: Control tokens of the served tokenizer; none is left whole in a template that
+                is not one of Prefab's.
+            variables: Their values, without control tokens.
 
         Raises:
             ConfigError: It cannot be filled in: a variable that it uses was not given, an example
@@ -92,6 +102,8 @@ class Template:
                 texts.append((role, "".join(parts).strip()))
         except Exception as error:  # whatever a template that is not ours does
             raise ConfigError([self._problem(error)]) from None
+        if specials and not self._ours:
+            texts = [(role, break_tokens(text, specials)) for role, text in texts]
         return tuple(Message(role, text) for role, text in texts if text)
 
     def _problem(self, error: Exception) -> Problem:
@@ -125,7 +137,7 @@ def load_template(name: str | Path, kind: str | None = None) -> Template:
 @lru_cache(maxsize=64)
 def _loaded(name: str, kind: str, text: str, file: str) -> Template:
     template = Template(name, kind, text, file)
-    if Path(file).parent != TEMPLATES:
+    if not template._ours:
 
         def render() -> None:
             for values in template_check.samples(VARIABLES[kind]):
@@ -171,7 +183,7 @@ def _control_tokens(tree: nodes.Template, file: str) -> list[Problem]:
     problems = []
     for node in tree.find_all((nodes.TemplateData, nodes.Const)):
         text = getattr(node, "data" if isinstance(node, nodes.TemplateData) else "value")
-        for token in _CONTROL.finditer(text) if isinstance(text, str) else ():
+        for token in control_tokens.FORMS.finditer(text) if isinstance(text, str) else ():
             if "think" not in token[0] and "tool_" not in token[0].lower():
                 line = node.lineno + text.count("\n", 0, token.start())
                 message = f"writes the control token {token[0]}; leave it to the chat template"
@@ -182,21 +194,6 @@ def _control_tokens(tree: nodes.Template, file: str) -> list[Problem]:
 def _line_of(text: str, name: str) -> int:
     found = re.search(rf"\b{re.escape(name)}\b", text)
     return text.count("\n", 0, found.start()) + 1 if found else 0
-
-
-def neutralise(text: str, specials: Iterable[str] = ()) -> str:
-    """The text with every control token's spelling broken by a space, so that no tokenizer reads it
-    as one.
-
-    A space, not an invisible character: some normalisers remove those and put the token together
-    again. `specials` are the served tokenizer's own control tokens, beside the families known here.
-    """
-    if "<" in text or "[" in text:
-        text = _CONTROL.sub(lambda m: m[0][0] + " " + m[0][1:], text)
-    for special in specials:
-        if len(special) > 1 and special in text:
-            text = text.replace(special, special[0] + " " + special[1:])
-    return text
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from prefab.factory.spec.templates import neutralise
+from prefab.factory.spec.control_tokens import neutralise
 from prefab.factory.types import (
     Completion,
     Critique,
@@ -232,10 +232,11 @@ class Critic:
         context: RequestContext,
         **more: str,
     ) -> tuple[Message, ...]:
-        return context.templates[role].render(
+        return context.render(
+            role,
+            question,
             conversation=conversation(prompt.messages, context.specials),
             answer=candidate(prompt.messages, sample.text, context.specials),
-            question=question,
             examples=context.examples(role, principle),
             **more,
         )

@@ -145,10 +145,11 @@ class ListwiseJudge(Judge[ListwiseConfig]):
     ) -> Request:
         """Ask for the order of `samples`, shown in the order given and numbered from 1."""
         config, specials = self.config, context.specials
-        messages = context.templates[self.name].render(
+        messages = context.render(
+            self.name,
+            principle.compare,
             conversation=conversation(prompt.messages, specials),
             answers=[candidate(prompt.messages, sample.text, specials) for sample in samples],
-            question=principle.compare,
             examples=context.examples(config.template, principle),
         )
         sampling = Sampling(config.max_tokens)

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from prefab.factory.spec.templates import fence, neutralise
+from prefab.factory.spec.control_tokens import neutralise
+from prefab.factory.spec.templates import fence
 from prefab.factory.types import (
     Comparison,
     Completion,
@@ -120,12 +121,11 @@ class PairwiseJudge(PairJudge[PairwiseConfig]):
             "conversation": shown,
             "answer_a": fence(shown, first.text, specials),
             "answer_b": fence(shown, second.text, specials),
-            "question": principle.compare,
             "examples": context.examples(self.templates()[name][0], principle),
         }
         if reasoning is not None:
             variables["reasoning"] = neutralise(reasoning, specials)
-        messages = context.templates[name].render(**variables)
+        messages = context.render(name, principle.compare, **variables)
         if role != "reason":
             tokens = config.answer_tokens
             return label_request(context.model, messages, self._index, config, repeat, tokens)

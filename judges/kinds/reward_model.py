@@ -18,7 +18,7 @@ from prefab.factory.engines.reward_model import (
     reward_identity,
     reward_specials,
 )
-from prefab.factory.spec.templates import neutralise
+from prefab.factory.spec.control_tokens import neutralise
 from prefab.factory.types import (
     Completion,
     Engine,

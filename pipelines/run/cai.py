@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from prefab.factory.thinking import policy_answer
 from prefab.factory.types import Completion, Principle, Prompt, Request, Sample
@@ -111,12 +112,13 @@ def _draw(prompt: Prompt, k: int, round: int, ctx: Context) -> list[Principle]:
 def _context(config: critique.CritiqueConfig, ctx: Context) -> RequestContext:
     """What a critic's requests need beside the answer."""
     engine = str(config.engine)
+    specials = ctx.specials(engine)
     return RequestContext(
         ctx.run,
         ctx.engines[engine].identity,
         ctx.templates,
-        ctx.specials(engine),
-        ctx.examples,
+        specials,
+        partial(ctx.examples, specials),
         ctx.config.seed,
     )
 

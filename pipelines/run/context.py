@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from prefab.factory.errors import BudgetError, EngineError, PrefabError, RequestRefused
 from prefab.factory.ledger.ledger import LedgerStats
-from prefab.factory.spec.templates import Template, neutralise
+from prefab.factory.spec.control_tokens import neutralise
+from prefab.factory.spec.templates import Template
 from prefab.factory.types import (
     Completion,
     Constitution,
@@ -162,7 +163,9 @@ class Context:
     hurry: bool = False
     last_failure: str = ""
     rules: Rules | None = None  # how the store will read the answers, once somebody wants to know
-    _examples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    _examples: dict[tuple[str, str, tuple[str, ...]], list[dict[str, Any]]] = field(
+        default_factory=dict
+    )
 
     @classmethod
     def of(
@@ -273,19 +276,23 @@ class Context:
         """Control tokens of the tokenizer that this engine serves, which no text may become."""
         return self.engines[engine].special_tokens
 
-    def examples(self, template: str, principle: Principle) -> list[dict[str, Any]]:
+    def examples(
+        self, specials: tuple[str, ...], template: str, principle: Principle
+    ) -> list[dict[str, Any]]:
         """The constitution's few-shot examples for a template under a principle, ready for the
-        template to print.
+        template to print: no control token, `specials` among them, is left whole.
         """
         kind = template.removesuffix(".jinja")
         rows = self.constitution.examples.get(kind)
         if not rows:
             return []
-        found = self._examples.get((kind, principle.id))
+        found = self._examples.get((kind, principle.id, specials))
         if found is None:
             by_id = {p.id: p for p in self.constitution.principles}
-            found = self._examples[kind, principle.id] = [
-                _example(row, kind, by_id.get(row.get("principle", ""), principle))
+            found = self._examples[kind, principle.id, specials] = [
+                _shown(
+                    _example(row, kind, by_id.get(row.get("principle", ""), principle)), specials
+                )
                 for row in rows
                 if row.get("principle") in (None, principle.id)
             ]
@@ -306,6 +313,14 @@ def _example(row: Mapping[str, Any], kind: str, principle: Principle) -> dict[st
         label = str(row["score"]) if "score" in row else "Yes" if row["fault"] else "No"
         name = "criterion"
     return {**row, "question": getattr(principle, _FIELD.get(kind, name)), "label": label}
+
+
+def _shown(example: Mapping[str, Any], specials: tuple[str, ...]) -> dict[str, Any]:
+    """An example without control tokens in its texts."""
+    return {
+        name: neutralise(value, specials) if isinstance(value, str) else value
+        for name, value in example.items()
+    }
 
 
 def policy_sampling(ctx: Context) -> Sampling:

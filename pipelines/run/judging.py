@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from prefab.factory.types import Completion, Principle, Prompt, Verdict
@@ -63,12 +64,13 @@ def request_context(
 ) -> RequestContext:
     """What the judge's requests need beside the questions."""
     engine = ctx.engines.get(judge.engine)
+    specials = ctx.specials(judge.engine) if engine else ()
     return RequestContext(
         ctx.run,
         engine.identity if engine else "",
         ctx.templates,
-        ctx.specials(judge.engine) if engine else (),
-        ctx.examples,
+        specials,
+        partial(ctx.examples, specials),
         ctx.config.seed,
         ctx.config.panel_settings().orders,
         repeats,

@@ -21,7 +21,8 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.label_text import find_label
 from prefab.factory.spec import data_files, layouts, yamlio
 from prefab.factory.spec.constitution import constitution_digest, parse_constitution
-from prefab.factory.spec.templates import VARIABLES, Template, neutralise
+from prefab.factory.spec.control_tokens import neutralise
+from prefab.factory.spec.templates import VARIABLES, Template
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import Completion, Message
 from prefab.judges.kinds import critique, listwise, pairwise, pointwise

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefab.factory.errors import ConfigError
+from prefab.factory.spec.control_tokens import neutralise
 from prefab.factory.spec.templates import (
     TEMPLATES,
     VARIABLES,
@@ -19,7 +20,6 @@ from prefab.factory.spec.templates import (
     conversation_text,
     fence,
     load_template,
-    neutralise,
 )
 from prefab.factory.types import Message
 
