@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from prefab.factory.types import Completion, UnscoredReason
+from prefab.factory.types import LONGEST_TEXT, Completion, UnscoredReason
 
 # Qwen, DeepSeek and others; Mistral; Seed-OSS; Kimi; and what other fine-tunes write
 TAGS = (
@@ -109,6 +109,8 @@ def policy_answer(completion: Completion) -> PolicyAnswer:
     """What a completion answers. An unfinished thought is no answer: `truncated`."""
     if completion.finish == "context" or completion.finish == "refused":
         return PolicyAnswer(None, "", completion.finish)
+    if len(completion.text) > LONGEST_TEXT:
+        return PolicyAnswer(None, "", "too_long")
     thinking, answer, finished = split_thinking(completion.text)
     if not finished:
         return PolicyAnswer(None, thinking, "truncated")

@@ -20,7 +20,7 @@ Winner = Literal["a", "b", "tie"]
 Exactness = Literal["exact", "bounds", "hard"]
 Finish = Literal["stop", "length", "context", "refused"]
 # `program`: a verifier's own program could not decide (broken tests, no reference), whatever the
-# answer was.
+# answer was. `too_long`: more than LONGEST_TEXT characters.
 UnscoredReason = Literal[
     "parse",
     "refused",
@@ -30,7 +30,11 @@ UnscoredReason = Literal[
     "context",
     "no_logprobs",
     "program",
+    "too_long",
 ]
+# Characters of an answer. No model writes that much; a broken server does, and an answer of 200 MB
+# would need gigabytes in each step after it.
+LONGEST_TEXT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

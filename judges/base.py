@@ -25,6 +25,7 @@ from prefab.factory.spec.control_tokens import neutralise, neutralised
 from prefab.factory.spec.templates import Template, conversation_text, fence
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import (
+    LONGEST_TEXT,
     Comparison,
     Completion,
     Engine,
@@ -155,6 +156,8 @@ def _hard_masses(
     if completion.exactness != "hard":
         return "no_logprobs"
     text = completion.text if isinstance(completion.text, str) else ""
+    if len(text) > LONGEST_TEXT:
+        return "too_long"
     thinking, answer, finished = split_thinking(text)
     if not finished:
         return "truncated"
@@ -254,6 +257,8 @@ def generated(completion: Completion) -> tuple[str, UnscoredReason | None]:
     if completion.finish == "context" or completion.finish == "refused":
         return "", completion.finish
     text = completion.text if isinstance(completion.text, str) else ""
+    if len(text) > LONGEST_TEXT:
+        return "", "too_long"
     _, answer, finished = split_thinking(text)
     answer = answer.strip()
     if completion.finish == "length" or not finished:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,13 +124,15 @@ def rubrics(con: sqlite3.Connection, names: Sequence[str]) -> dict[str, Rubric]:
     return found
 
 
-def prompt_rows(con: sqlite3.Connection, after: int, limit: int) -> list[tuple[Any, ...]]:
+def prompt_rows(con: sqlite3.Connection, after: int, limit: int) -> Iterator[tuple[Any, ...]]:
     """The prompts recorded after this row: row, id, messages, tags, group, split and the prompt's
     own rubric, the latest form of a prompt last. Messages, tags and rubric are JSON; no group and
     no rubric are None.
     """
     rows = con.execute("SELECT * FROM prompts WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
-    return [(i, prompt, *rest) for i, prompt, _, *rest in intact(con, "prompts", rows.fetchall())]
+    for row in rows:
+        for place, prompt, _, *rest in intact(con, "prompts", [row]):
+            yield place, prompt, *rest
 
 
 def split_of(prompt: Prompt) -> str:

@@ -7,11 +7,12 @@ writing keeps every other one out. What fills it is `pipelines/store/fill.py`; i
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
@@ -22,12 +23,19 @@ if TYPE_CHECKING:
     import duckdb
     import polars
 
+T = TypeVar("T")
 FILE = "prefab.duckdb"
+WAL = FILE + ".wal"
+MARKS = (
+    "prefab.marks"  # how far the last filling came, readable while another program holds the store
+)
 SCHEMA = Path(__file__).with_name("schema.sql")
-# 144 MB hold every batch; the automatic checkpoint at 16 MiB halves the speed, one at 2 GB costs
-# 340 MB a million rows.
+# MB that DuckDB may take at first. They hold every batch of answers of usual length. DuckDB reads
+# and writes 2,048 values of a column at once, so answers of 100 kB each need 600 MB: see
+# `with_memory`.
+MEMORY_MB = 144
+# the automatic checkpoint at 16 MiB halves the speed, one at 2 GB costs 340 MB a million rows
 SETTINGS = {
-    "memory_limit": "144MB",
     "threads": 1,
     "checkpoint_threshold": "64MB",
     "preserve_insertion_order": False,
@@ -61,27 +69,76 @@ class HeldError(StoreError):
     """Another program has the DuckDB file open."""
 
 
+class DamagedError(StoreError):
+    """The DuckDB file, or its write-ahead log, is damaged."""
+
+
+class NewerError(StoreError):
+    """A newer version of DuckDB wrote the file."""
+
+
+class MemoryLimitError(StoreError):
+    """DuckDB needs more memory than it was given."""
+
+
 def schema_version() -> str:
     """The schema's version is its text: a change of columns or views makes the store anew."""
     return digest(SCHEMA.read_text(encoding="utf-8"))
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def opened(folder: Path, memory_mb: int = MEMORY_MB) -> Iterator[duckdb.DuckDBPyConnection]:
     """The store, open for writing and closed at the end; made empty, with its tables, where absent.
 
-    Raises: HeldError when another program has it open, StoreError when it is damaged.
+    Raises: HeldError when another program has it open, DamagedError when it is damaged,
+    MemoryLimitError when `memory_mb` are too little.
     """
-    con = _connect(folder, read_only=False)
+    con = _connect(folder, False, memory_mb)
     try:
-        if con.execute(
-            "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'meta'"
-        ).fetchall() == [(0,)]:
-            con.execute(f"BEGIN; {SCHEMA.read_text(encoding='utf-8')}; COMMIT")
-        with _told(folder / FILE):
+        with translate_errors(folder / FILE):
+            if con.execute(
+                "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'meta'"
+            ).fetchall() == [(0,)]:
+                con.execute(f"BEGIN; {SCHEMA.read_text(encoding='utf-8')}; COMMIT")
             yield con
     finally:
         con.close()
+
+
+def with_memory(folder: Path, work: Callable[[int], T]) -> T:
+    """The result of `work(megabytes)`. It is called with the memory that the store needed before,
+    and again with twice as much while it raises MemoryLimitError.
+
+    Raises: StoreError when it needs more than the machine has.
+    """
+    memory = int(read_marks(folder).get("memory_mb", MEMORY_MB))
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    while True:
+        try:
+            return work(memory)
+        except MemoryLimitError as error:
+            memory *= 2
+            if memory > most:
+                raise StoreError(
+                    f"{folder / FILE}: its texts need more memory than this machine has "
+                    f"({most:,} MB). Everything is in the ledger: use a machine with more memory"
+                ) from error
+            with suppress(OSError):  # read-only: the next command finds it out again
+                write_marks(folder, {**read_marks(folder), "memory_mb": memory})
+
+
+def read_marks(folder: Path) -> dict[str, Any]:
+    """What the last filling left beside the store; nothing where it cannot be read."""
+    try:
+        marks = orjson.loads((folder / MARKS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return marks if isinstance(marks, dict) else {}
+
+
+def write_marks(folder: Path, marks: Mapping[str, Any]) -> None:
+    """Write what the next command reads before it opens the store."""
+    (folder / MARKS).write_bytes(orjson.dumps(marks))
 
 
 def read_frame(
@@ -93,20 +150,28 @@ def read_frame(
     Raises: StoreError when there is no store or it is held, ConfigError when the query is wrong or
     no single SELECT.
     """
+    folder = Path(folder)
+    if not (folder / FILE).exists():
+        raise StoreError(
+            f"{folder / FILE}: no store here yet. `prefab store rebuild` makes it from the ledger"
+        )
+    return with_memory(folder, lambda memory: _read_frame(folder, sql, parameters, memory))
+
+
+def _read_frame(
+    folder: Path, sql: str, parameters: Sequence[Any] | Mapping[str, Any], memory_mb: int
+) -> polars.DataFrame:
     import duckdb
 
-    if not (Path(folder) / FILE).exists():
-        raise StoreError(
-            f"{Path(folder) / FILE}: no store here yet. `prefab store rebuild` makes it from the ledger"
-        )
-    con = _connect(Path(folder), read_only=True)
+    con = _connect(folder, True, memory_mb)
     try:
         _refuse_all_but_select(con, sql)
         if isinstance(parameters, Mapping):
             named = {name for one in con.extract_statements(sql) for name in one.named_parameters}
             parameters = {name: parameters[name] for name in named}
-        result = con.sql(sql, params=parameters) if parameters else con.sql(sql)
-        frame: polars.DataFrame = result.pl()
+        with translate_errors(folder / FILE):
+            result = con.sql(sql, params=parameters) if parameters else con.sql(sql)
+            frame: polars.DataFrame = result.pl()
         return frame
     except duckdb.PermissionException as error:
         raise ConfigError(
@@ -167,56 +232,137 @@ def _refuse_all_but_select(con: duckdb.DuckDBPyConnection, sql: str) -> None:
         )
 
 
-def _connect(folder: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
+def _connect(folder: Path, read_only: bool, memory_mb: int) -> duckdb.DuckDBPyConnection:
     import duckdb
 
     file = Path(folder) / FILE
-    with _told(file):
+    check_header(file)
+    settings: dict[str, Any] = {**SETTINGS, "memory_limit": f"{memory_mb}MB"}
+    with translate_errors(file):
         if read_only:
-            return duckdb.connect(str(file), read_only=True, config={**SETTINGS, **GUARD})
-        con = duckdb.connect(str(file), config={**SETTINGS, "temp_directory": f"{file}.tmp"})
+            return duckdb.connect(str(file), read_only=True, config={**settings, **GUARD})
+        con = duckdb.connect(str(file), config={**settings, "temp_directory": f"{file}.tmp"})
         con.execute("SET enable_progress_bar=false")
         return con
 
 
+HEADERS = 3 * 4096  # bytes of a DuckDB file's headers: shorter, it was cut off while it was made
+MAGIC = slice(8, 12)  # where the word DUCK stands
+
+
+def check_header(file: Path) -> None:
+    """See that a file is DuckDB's before DuckDB opens it: given a file of SQLite, DuckDB fetches an
+    extension from the network.
+
+    Raises: DamagedError for a file that was never finished, StoreError for one of another program.
+    """
+    try:
+        with open(file, "rb") as opened_file:
+            head = opened_file.read(HEADERS)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be read ({error.strerror})") from error
+    if head[MAGIC] != b"DUCK" and head.strip(b"\0"):
+        what = "a SQLite database" if head.startswith(b"SQLite format 3") else "of another program"
+        raise StoreError(
+            f"{file} is no DuckDB file: it is {what}. Move it to another place; the store is then "
+            "made from the ledger"
+        )
+    if len(head) < HEADERS or head[MAGIC] != b"DUCK":
+        raise DamagedError(f"{file} was not finished when it was made")
+
+
+_MEMORY = re.compile(r"Out of Memory|failed to (pin|allocate)|could not allocate", re.IGNORECASE)
+_NO_SPACE = re.compile(r"No space left|disk is full|File too large|Disk quota", re.IGNORECASE)
+_NOT_WRITABLE = re.compile(r"Permission denied|Read-only file system|not permitted", re.IGNORECASE)
+_SYSTEM = re.compile(
+    r"Too many open files|Cannot open file|Could not (open|create|write|sync|remove|move)|"
+    r"Failed to (create|open|write|delete)|Input/output error",
+    re.IGNORECASE,
+)
+
+
 @contextmanager
-def _told(file: Path) -> Iterator[None]:
+def translate_errors(file: Path) -> Iterator[None]:
+    """Turn DuckDB's errors into StoreErrors that say what happened and how to mend it; those of a
+    statement stay.
+    """
     import duckdb
 
     try:
         yield
     except duckdb.Error as error:
-        text = str(error)
-        if (
-            "lock" in text and isinstance(error, duckdb.IOException)
-        ) or "different configuration" in text:
-            holder = re.search(r"PID (\d+)", text)
-            who = f"process {holder.group(1)}" if holder else "another program"
-            raise HeldError(f"{file}: {who} has it open. Close it there, then try again") from error
-        if "No space left" in text or "disk is full" in text.lower():
-            raise StoreError(
-                f"{file}: the disk is full. The ledger is safe: free some space, then run the same "
-                "command again"
-            ) from error
-        if isinstance(
-            error,
-            (
-                duckdb.IOException,
-                duckdb.SerializationException,
-                duckdb.FatalException,
-                duckdb.InternalException,
-            ),
-        ):
-            raise StoreError(
-                f"{file}: damaged or unreadable ({text.splitlines()[0][:200]}). `prefab store rebuild` "
-                "makes it anew from the ledger; nothing is lost"
-            ) from error
-        raise
+        told = _told(file, error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _told(file: Path, error: duckdb.Error) -> StoreError | None:
+    """The error as one that a user can mend; None for an error of the statement."""
+    import duckdb
+
+    text = str(error)
+    first = text.splitlines()[0][:300]
+    if isinstance(error, duckdb.OutOfMemoryException) or _MEMORY.search(first):
+        return MemoryLimitError(f"{file}: {first}")
+    if _NO_SPACE.search(text):
+        return StoreError(
+            f"{file}: the disk is full. The ledger is safe: free some space, then run the same "
+            "command again"
+        )
+    if (
+        "lock" in text and isinstance(error, duckdb.IOException)
+    ) or "different configuration" in text:
+        holder = re.search(r"PID (\d+)", text)
+        who = f"process {holder.group(1)}" if holder else "another program"
+        return HeldError(f"{file}: {who} has it open. Close it there, then try again")
+    if _NOT_WRITABLE.search(text):
+        return StoreError(f"{file}: cannot be written ({first})")
+    if "version number" in text or "newer version" in text or "storage version" in text:
+        return NewerError(
+            f"{file}: a newer version of DuckDB wrote it ({first}). Update DuckDB, or make it anew "
+            "from the ledger with `prefab store rebuild`"
+        )
+    if isinstance(error, duckdb.IOException) and _SYSTEM.search(first):
+        return StoreError(f"{file}: {first}")
+    if isinstance(
+        error,
+        (
+            duckdb.IOException,
+            duckdb.SerializationException,
+            duckdb.FatalException,
+            duckdb.InternalException,
+        ),
+    ):
+        return DamagedError(
+            f"{file}: damaged ({first}). `prefab store rebuild` makes it anew from the ledger; "
+            "nothing is lost"
+        )
+    return None
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Give the store's files other names, so that it is made anew. Files that hold nothing yet, or
+    no more than a header, are removed.
+
+    Returns: The new names.
+    """
+    kept = []
+    number = next(n for n in range(1, 10**6) if not (folder / f"{FILE}.damaged-{n}").exists())
+    for name in (FILE, WAL):
+        path = folder / name
+        if path.exists() and path.stat().st_size >= HEADERS:
+            kept.append(path.rename(folder / name.replace(FILE, f"{FILE}.damaged-{number}")))
+        else:
+            path.unlink(missing_ok=True)
+    return kept
 
 
 def delete(folder: Path) -> None:
     """Remove the store's files; they can be made again from the ledger."""
-    for name in (FILE, FILE + ".wal"):
+    for name in (FILE, WAL):
         (Path(folder) / name).unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import RunRecord
 from prefab.factory.thinking import policy_answer, split_thinking
-from prefab.factory.types import Completion, Constitution, Preference
+from prefab.factory.types import LONGEST_TEXT, Completion, Constitution, Preference
 from prefab.factory.uses import CritiqueUse, DraftUse, IdenticalUse, RankUse, RevisionUse, ScoreUse
 from prefab.judges import panel, registry
 from prefab.judges.base import Decoded, Pair, Ranking, RubricLines, Score
@@ -156,8 +156,14 @@ def _sample(use: DraftUse | RevisionUse, call: str, answer: Completion, rules: R
         answer.finish,
         reason,
         call,
-        split_thinking(answer.text).thinking or None,
+        _thinking(answer),
     )
+
+
+def _thinking(answer: Completion) -> str | None:
+    if len(answer.text) > LONGEST_TEXT:
+        return None
+    return split_thinking(answer.text).thinking or None
 
 
 def _critique(use: CritiqueUse, call: str, answer: Completion, rules: Rules) -> Row:
@@ -182,7 +188,7 @@ def _critique(use: CritiqueUse, call: str, answer: Completion, rules: Rules) -> 
         read.reason,
         read.text,
         call,
-        split_thinking(answer.text).thinking or None,
+        _thinking(answer),
     )
 
 

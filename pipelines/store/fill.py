@@ -4,20 +4,23 @@ Plain tables (calls, prompts, failures, labels, evaluations) are read by rowid p
 the derived ones the new uses say which prompts of which runs must be derived; those go into the
 table `work` in the transaction that moves the watermark, and leave it in the transaction that
 inserts their rows. So a kill at any moment costs one batch, no row is twice or missing, and memory
-does not grow with the store.
+does not grow with the store. Batches are bounded by bytes as well as by rows. What is longer than
+the store takes, or cannot be read, becomes a row of `failures` or an unscored one.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from prefab.factory.console import warn
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import digest
 from prefab.factory.ledger import db
@@ -28,7 +31,7 @@ from prefab.factory.spec.constitution import (
     principle_digest,
 )
 from prefab.factory.store import store
-from prefab.factory.types import Constitution
+from prefab.factory.types import LONGEST_TEXT, Completion, Constitution
 from prefab.factory.uses import ScoreUse, UseColumns, use_of
 from prefab.judges.stats.preference_calibration import Calibration
 from prefab.pipelines.store import derive, imports
@@ -40,9 +43,6 @@ if TYPE_CHECKING:
     import duckdb
     import polars
 
-MARKS = (
-    "prefab.marks"  # how far the last filling came, readable while another program holds the store
-)
 SOURCES = (  # the ledger's tables that are shown in the store
     "runs",
     "starts",
@@ -57,7 +57,12 @@ SOURCES = (  # the ledger's tables that are shown in the store
 )
 FIRST_BATCH = 64  # prompts; later batches are as large as `USES_PAGE` allows
 PAGE = 20_000  # rows of a plain table a batch
-USES_PAGE = 8_192  # uses a batch of derivation: their answers' texts are in memory together
+USES_PAGE = 8_192  # uses a batch of derivation
+BATCH_BYTES = 16 << 20  # of texts that are in memory together, and in one transaction
+LONGEST_BYTES = (
+    4 * LONGEST_TEXT
+)  # a longer text is not read: it has more than LONGEST_TEXT characters
+TOO_LONG = Completion("-" * (LONGEST_TEXT + 1), "stop")  # stands for an answer that is not read
 PATIENCE_S = 2.0  # of a query while another command has the store open
 CONSTITUTION = "constitution"  # the name under which a run's texts hold it
 
@@ -95,10 +100,7 @@ def fill(folder: str | Path) -> FillReport:
         with db.translate_errors(folder / db.FILE):
             if _is_current(folder, ledger):
                 return report
-            report.rebuilt = _why_rebuild(folder, ledger)
-            if report.rebuilt:
-                store.delete(folder)
-            _catch_up(folder, ledger, report)
+            store.with_memory(folder, lambda memory: _fill(folder, ledger, report, memory))
     except store.HeldError as error:
         report.held = str(error)
         report.behind = _behind(folder, ledger)
@@ -106,6 +108,28 @@ def fill(folder: str | Path) -> FillReport:
         ledger.close()
     report.seconds = time.monotonic() - began
     return report
+
+
+def _fill(folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_mb: int) -> None:
+    """Catch up, with this much memory. Damaged files are set aside and made anew, which is told."""
+    try:
+        _make_current(folder, ledger, report, memory_mb)
+    except store.DamagedError as error:
+        kept = store.set_aside(folder)
+        report.rebuilt = str(error)
+        report.rows.clear()
+        where = f"; the damaged file is kept as {kept[0].name}" if kept else ""
+        warn(f"{error}. It is made anew from the ledger, which has everything{where}")
+        _make_current(folder, ledger, report, memory_mb)
+
+
+def _make_current(
+    folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_mb: int
+) -> None:
+    if reason := _why_rebuild(folder, ledger, memory_mb):
+        report.rebuilt = reason
+        store.delete(folder)
+    _catch_up(folder, ledger, report, memory_mb)
 
 
 def rebuild(folder: str | Path) -> FillReport:
@@ -121,13 +145,14 @@ def rebuild(folder: str | Path) -> FillReport:
     folder = Path(folder)
     db.connect(folder / db.FILE, readonly=True).close()
     try:
-        if (folder / store.FILE).exists():
-            with store.opened(folder):
-                pass  # nobody else has it
-    except store.HeldError:
-        raise
-    except Exception:
-        pass  # damaged: that is what a rebuild is for
+        store.check_header(folder / store.FILE)
+    except store.DamagedError:
+        pass  # that is what a rebuild is for
+    else:
+        with suppress(store.DamagedError, store.MemoryLimitError, store.NewerError):
+            if (folder / store.FILE).exists():
+                with store.opened(folder):
+                    pass  # nobody else has it
     store.delete(folder)
     return fill(folder)
 
@@ -151,7 +176,7 @@ def query(
         HeldError: Another program has the store open, so that it cannot be brought up to date.
         ConfigError: The statement is wrong.
     """
-    deadline = time.monotonic() + PATIENCE_S
+    deadline, repaired = time.monotonic() + PATIENCE_S, False
     while True:
         try:
             report = fill(folder)
@@ -165,6 +190,11 @@ def query(
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+        except store.DamagedError:
+            if repaired:
+                raise
+            repaired = True
+            (Path(folder) / store.MARKS).unlink(missing_ok=True)  # so that it is opened and checked
 
 
 def versions(ledger: sqlite3.Connection) -> dict[str, Any]:
@@ -175,10 +205,10 @@ def versions(ledger: sqlite3.Connection) -> dict[str, Any]:
     return {**found, "forgets": forgets} if forgets else found
 
 
-def _why_rebuild(folder: Path, ledger: sqlite3.Connection) -> str:
+def _why_rebuild(folder: Path, ledger: sqlite3.Connection, memory_mb: int) -> str:
     if not (folder / store.FILE).exists():
         return ""
-    with store.opened(folder) as con:
+    with store.opened(folder, memory_mb) as con:
         meta, now = store.get_meta(con), versions(ledger)
         changed = sorted(name for name in {*meta, *now} if meta.get(name) != now.get(name))
         if meta and changed:
@@ -194,16 +224,8 @@ def _behind(folder: Path, ledger: sqlite3.Connection) -> int:
     """Rows past the marks that the last filling left beside the store (the store itself cannot be
     read).
     """
-    marks = _read_marks(folder)
+    marks = store.read_marks(folder)
     return sum(max(0, _last(ledger, source) - marks.get(source, 0)) for source in ("calls", "uses"))
-
-
-def _read_marks(folder: Path) -> dict[str, Any]:
-    try:
-        marks: dict[str, Any] = orjson.loads((folder / MARKS).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return marks
 
 
 def _is_current(folder: Path, ledger: sqlite3.Connection) -> bool:
@@ -212,7 +234,7 @@ def _is_current(folder: Path, ledger: sqlite3.Connection) -> bool:
     """
     try:
         return bool(
-            _read_marks(folder).get("state") == [_ledger_state(ledger), _file_state(folder)]
+            store.read_marks(folder).get("state") == [_ledger_state(ledger), _file_state(folder)]
         )
     except OSError:  # no store
         return False
@@ -232,9 +254,9 @@ def _last(ledger: sqlite3.Connection, table: str) -> int:
     return int(ledger.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()[0])
 
 
-def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> None:
+def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_mb: int) -> None:
     state = _ledger_state(ledger)  # first: rows that come later are not taken for copied ones
-    with store.opened(folder) as con:
+    with store.opened(folder, memory_mb) as con:
         if not store.get_meta(con):
             store.set_meta(con, versions(ledger))
         names = Names(ledger)
@@ -256,7 +278,9 @@ def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> N
         marks: dict[str, Any] = {"calls": store.watermark(con, "calls"), "uses": uses}
         if not report.notes:  # they are told at each filling
             marks["state"] = [state, _file_state(folder)]
-    (folder / MARKS).write_bytes(orjson.dumps(marks))
+        if memory_mb > store.MEMORY_MB:
+            marks["memory_mb"] = memory_mb
+    store.write_marks(folder, marks)
 
 
 class Names:
@@ -358,17 +382,61 @@ def _copy_prompts(
     con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport
 ) -> None:
     """New prompts, and new forms of known ones in place of the old."""
-    while page := recorded.prompt_rows(ledger, store.watermark(con, "prompts"), PAGE // 4):
+    while page := _page(recorded.prompt_rows(ledger, store.watermark(con, "prompts"), PAGE // 4)):
         latest = {row[1]: row[1:] for row in page}
-        rows = [
-            (prompt, orjson.loads(messages)[-1][1], messages, orjson.loads(tags), *rest)
-            for prompt, messages, tags, *rest in latest.values()
-        ]
+        rows, left_out = _readable(latest.values(), "prompt", _prompt)
         with store.transaction(con):
             _delete(con, ("prompts",), "prompt", list(latest))
             store.insert(con, "prompts", rows)
+            store.insert(con, "failures", left_out)
             store.set_watermark(con, "prompts", page[-1][0])
         report.add("prompts", len(rows))
+
+
+def _page(rows: Iterable[Row]) -> list[Row]:
+    """The first of the rows: as many as have BATCH_BYTES of text."""
+    page, size = [], 0
+    for row in rows:
+        page.append(row)
+        size += sum(len(value) for value in row if isinstance(value, str | bytes))
+        if size > BATCH_BYTES:
+            break
+    return page
+
+
+def _readable(
+    rows: Iterable[Row], what: str, row_of: Callable[[Row], Row]
+) -> tuple[list[Row], list[Row]]:
+    """The rows of the store that `row_of` makes, and rows of `failures` for those that it cannot
+    read or that are longer than the store takes.
+
+    Args:
+        rows: Of the ledger; the first column is what names a row.
+        what: What a row is.
+        row_of: A row of the store from one of the ledger.
+    """
+    made: list[Row] = []
+    left_out: list[Row] = []
+    for row in rows:
+        reason = ""
+        size = max(len(value) for value in row if isinstance(value, str))
+        if size > LONGEST_TEXT:
+            reason = f"{size:,} characters are more than {LONGEST_TEXT:,}"
+        else:
+            try:
+                made.append(row_of(row))
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                reason = f"it cannot be read ({error})"
+        if reason:
+            left_out.append(
+                (None, None, f"{what} {row[0]} is left out of the store: {reason}", None)
+            )
+    return made, left_out
+
+
+def _prompt(row: Row) -> Row:
+    prompt, messages, tags, *rest = row
+    return prompt, orjson.loads(messages)[-1][1], messages, orjson.loads(tags), *rest
 
 
 def _copy_calls(
@@ -443,15 +511,17 @@ def _copy_rest(
     con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: FillReport
 ) -> None:
     """Failures, human labels, evaluations: appended as they are."""
-    sources = {
-        "failures": ("run, key, error, at", lambda r: (r[0], r[1].hex(), r[2], r[3])),
-        "human_labels": ("digest, value, at", _label),
+    sources: dict[str, tuple[str, str, Callable[[Row], Row]]] = {
+        "failures": ("failure", "hex(key), run, error, at", _failure),
+        "human_labels": ("label", "digest, value, at", _label),
     }
-    for table, (columns, row_of) in sources.items():
+    for table, (what, columns, row_of) in sources.items():
         sql = f"SELECT id, {columns} FROM {table} WHERE id > ? ORDER BY id LIMIT ?"
-        while page := ledger.execute(sql, (store.watermark(con, table), PAGE)).fetchall():
+        while page := _page(ledger.execute(sql, (store.watermark(con, table), PAGE))):
+            rows, left_out = _readable((row[1:] for row in page), what, row_of)
             with store.transaction(con):
-                store.insert(con, table, [row_of(row[1:]) for row in page])
+                store.insert(con, table, rows)
+                store.insert(con, "failures", left_out)
                 store.set_watermark(con, table, page[-1][0])
             report.add(table, len(page))
     _copy_evals(con, ledger, report)
@@ -495,6 +565,11 @@ def _marks(audit: dict[str, Any], marks: dict[str, str]) -> Iterator[Row]:
         for line in lines.splitlines():
             preference, _, detail = line.partition(" ")
             yield audit["run"], preference, rule, detail, of_prompt
+
+
+def _failure(row: Row) -> Row:
+    key, run, error, at = row
+    return run, key.lower(), error, at
 
 
 def _label(row: Row) -> Row:
@@ -570,13 +645,46 @@ def _derive_work(
     ).fetchall():
         prompts = names({prompt for _, prompt, _ in pairs})
         uses = _uses(ledger, names, [pair[:2] for pair in pairs])
-        rows, waiting = _derive_batch(ledger, prompts, uses, rules, report)
-        stale = [(run, prompts[prompt]) for run, prompt, fresh in pairs if not fresh]
-        _replace(con, [pair[:2] for pair in pairs], stale, rows, waiting)
-        for table in store.DERIVED:
-            report.add(table, len(rows[table]))
+        sizes = _text_sizes(ledger, {one.key for some in uses.values() for one in some})
+        for batch in _batches(pairs, uses, sizes):
+            of_batch = {pair[:2]: uses[pair[:2]] for pair in batch if pair[:2] in uses}
+            rows, waiting = _derive_batch(ledger, prompts, of_batch, rules, sizes, report)
+            stale = [(run, prompts[prompt]) for run, prompt, fresh in batch if not fresh]
+            _replace(con, [pair[:2] for pair in batch], stale, rows, waiting)
+            for table in store.DERIVED:
+                report.add(table, len(rows[table]))
         per_pair = max(1, sum(map(len, uses.values())) // len(pairs))
         size = max(1, min(USES_PAGE // per_pair, PAGE, size * 8))
+
+
+def _text_sizes(ledger: sqlite3.Connection, keys: Collection[bytes]) -> dict[bytes, int]:
+    """Bytes of the answers to these keys. No text is read for it."""
+    sizes: dict[bytes, int] = {}
+    for rows in db.select_in(ledger, "SELECT id, key FROM calls WHERE key IN", list(keys)):
+        for rowid, key in rows:
+            with ledger.blobopen("calls", "text", rowid, readonly=True) as text:
+                sizes[key] = max(sizes.get(key, 0), len(text))
+    return sizes
+
+
+def _batches(
+    pairs: Sequence[Row],
+    uses: Mapping[tuple[int, int], Sequence[RecordedUse]],
+    sizes: Mapping[bytes, int],
+) -> Iterator[list[Row]]:
+    """The pairs in their order, in batches whose answers have at most BATCH_BYTES (or one pair)."""
+    batch: list[Row] = []
+    total = 0
+    for pair in pairs:
+        keys = {one.key for one in uses.get(pair[:2], ())}
+        size = sum(n for key in keys if (n := sizes.get(key, 0)) <= LONGEST_BYTES)
+        if batch and total + size > BATCH_BYTES:
+            yield batch
+            batch, total = [], 0
+        batch.append(pair)
+        total += size
+    if batch:
+        yield batch
 
 
 def _derive_batch(
@@ -584,15 +692,18 @@ def _derive_batch(
     prompts: Mapping[int, str],
     uses: Mapping[tuple[int, int], Sequence[RecordedUse]],
     rules: Mapping[int, Rules],
+    sizes: Mapping[bytes, int],
     report: FillReport,
 ) -> tuple[dict[str, list[Row]], list[Row]]:
     """The rows of some prompts of some runs, by table, and what goes back to `work` as open."""
     recorded_uses = [recorded for some in uses.values() for recorded in some]
-    found = db.find_answers(ledger, list({one.key for one in recorded_uses if one.key}))
+    keys = {one.key for one in recorded_uses if one.key}
+    too_long = {key for key in keys if sizes.get(key, 0) > LONGEST_BYTES}
+    found = db.find_answers(ledger, list(keys - too_long))
     told = db.damaged_answers(len(found.damaged))
     if found.damaged and told not in report.notes:
         report.notes.append(told)
-    answers = found.answers
+    answers = found.answers | dict.fromkeys(too_long, TOO_LONG)
     named = {one.use.rubric for one in recorded_uses if isinstance(one.use, ScoreUse)} - {""}
     rubrics = recorded.rubrics(ledger, sorted(named))
     rows: dict[str, list[Row]] = {table: [] for table in store.DERIVED}
