@@ -70,7 +70,13 @@ class HeldError(StoreError):
 
 
 class DamagedError(StoreError):
-    """The DuckDB file, or its write-ahead log, is damaged."""
+    """The DuckDB file, or its write-ahead log, is damaged. `what` says which and how."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(
+            f"{what}. `prefab store rebuild` makes it anew from the ledger; nothing is lost"
+        )
 
 
 class NewerError(StoreError):
@@ -274,6 +280,7 @@ def check_header(file: Path) -> None:
 
 
 _MEMORY = re.compile(r"Out of Memory|failed to (pin|allocate)|could not allocate", re.IGNORECASE)
+_CORRUPT = re.compile("Corrupt (database|WAL) file|Failure while replaying WAL")
 _NO_SPACE = re.compile(r"No space left|disk is full|File too large|Disk quota", re.IGNORECASE)
 _NOT_WRITABLE = re.compile(r"Permission denied|Read-only file system|not permitted", re.IGNORECASE)
 _SYSTEM = re.compile(
@@ -327,19 +334,14 @@ def _told(file: Path, error: duckdb.Error) -> StoreError | None:
         )
     if isinstance(error, duckdb.IOException) and _SYSTEM.search(first):
         return StoreError(f"{file}: {first}")
-    if isinstance(
-        error,
-        (
-            duckdb.IOException,
-            duckdb.SerializationException,
-            duckdb.FatalException,
-            duckdb.InternalException,
-        ),
-    ):
-        return DamagedError(
-            f"{file}: damaged ({first}). `prefab store rebuild` makes it anew from the ledger; "
-            "nothing is lost"
-        )
+    damaging = (
+        duckdb.IOException,
+        duckdb.SerializationException,
+        duckdb.FatalException,
+        duckdb.InternalException,
+    )
+    if isinstance(error, damaging) or _CORRUPT.search(first):
+        return DamagedError(f"{file}: damaged ({first})")
     return None
 
 

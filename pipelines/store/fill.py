@@ -115,12 +115,17 @@ def _fill(folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_m
     try:
         _make_current(folder, ledger, report, memory_mb)
     except store.DamagedError as error:
-        kept = store.set_aside(folder)
-        report.rebuilt = str(error)
+        _set_aside(folder, error)
+        report.rebuilt = error.what
         report.rows.clear()
-        where = f"; the damaged file is kept as {kept[0].name}" if kept else ""
-        warn(f"{error}. It is made anew from the ledger, which has everything{where}")
         _make_current(folder, ledger, report, memory_mb)
+
+
+def _set_aside(folder: Path, error: store.DamagedError) -> None:
+    """Rename the damaged files, and say so: the next filling makes the store anew."""
+    kept = store.set_aside(folder)
+    where = f"; the damaged file is kept as {kept[0].name}" if kept else ""
+    warn(f"{error.what}. It is made anew from the ledger and nothing is lost{where}")
 
 
 def _make_current(
@@ -190,11 +195,11 @@ def query(
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-        except store.DamagedError:
+        except store.DamagedError as error:
             if repaired:
                 raise
             repaired = True
-            (Path(folder) / store.MARKS).unlink(missing_ok=True)  # so that it is opened and checked
+            _set_aside(Path(folder), error)
 
 
 def versions(ledger: sqlite3.Connection) -> dict[str, Any]:
@@ -658,12 +663,22 @@ def _derive_work(
 
 
 def _text_sizes(ledger: sqlite3.Connection, keys: Collection[bytes]) -> dict[bytes, int]:
-    """Bytes of the answers to these keys. No text is read for it."""
+    """Bytes of the answers to these keys. A text that is longer than LONGEST_BYTES is not read."""
     sizes: dict[bytes, int] = {}
-    for rows in db.select_in(ledger, "SELECT id, key FROM calls WHERE key IN", list(keys)):
-        for rowid, key in rows:
-            with ledger.blobopen("calls", "text", rowid, readonly=True) as text:
-                sizes[key] = max(sizes.get(key, 0), len(text))
+    before = ledger.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_BYTES)
+    try:
+        for rows in db.select_in(
+            ledger, "SELECT key, length(CAST(text AS BLOB)) FROM calls WHERE key IN", list(keys)
+        ):
+            for key, size in rows:
+                sizes[key] = max(sizes.get(key, 0), size)
+    except sqlite3.DataError:  # one is longer; asking for each takes five times as long
+        for rows in db.select_in(ledger, "SELECT id, key FROM calls WHERE key IN", list(keys)):
+            for rowid, key in rows:
+                with ledger.blobopen("calls", "text", rowid, readonly=True) as text:
+                    sizes[key] = max(sizes.get(key, 0), len(text))
+    finally:
+        ledger.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
     return sizes
 
 
