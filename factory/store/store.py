@@ -312,6 +312,26 @@ def _told(file: Path, error: duckdb.Error) -> StoreError | None:
 
     text = str(error)
     first = text.splitlines()[0][:300]
+    if told := _of_the_system(file, error, text):
+        return told
+    damaging = (
+        duckdb.IOException,
+        duckdb.SerializationException,
+        duckdb.FatalException,
+        duckdb.InternalException,
+    )
+    if isinstance(error, damaging) or _CORRUPT.search(first):
+        return DamagedError(f"{file}: damaged ({first})")
+    return None
+
+
+def _of_the_system(file: Path, error: duckdb.Error, text: str) -> StoreError | None:
+    """What another program, the memory, the disk or the version of DuckDB has to do with an
+    error.
+    """
+    import duckdb
+
+    first = text.splitlines()[0][:300]
     if isinstance(error, duckdb.OutOfMemoryException) or _MEMORY.search(first):
         return MemoryLimitError(f"{file}: {first}")
     if _NO_SPACE.search(text):
@@ -334,14 +354,6 @@ def _told(file: Path, error: duckdb.Error) -> StoreError | None:
         )
     if isinstance(error, duckdb.IOException) and _SYSTEM.search(first):
         return StoreError(f"{file}: {first}")
-    damaging = (
-        duckdb.IOException,
-        duckdb.SerializationException,
-        duckdb.FatalException,
-        duckdb.InternalException,
-    )
-    if isinstance(error, damaging) or _CORRUPT.search(first):
-        return DamagedError(f"{file}: damaged ({first})")
     return None
 
 

@@ -702,6 +702,23 @@ def _batches(
         yield batch
 
 
+def _answers(
+    ledger: sqlite3.Connection,
+    keys: set[bytes],
+    sizes: Mapping[bytes, int],
+    report: FillReport,
+) -> dict[bytes, Completion]:
+    """The answers to these keys. Damaged ones are noted and left out; one that is too long is not
+    read.
+    """
+    too_long = {key for key in keys if sizes.get(key, 0) > LONGEST_BYTES}
+    found = db.find_answers(ledger, list(keys - too_long))
+    told = db.damaged_answers(len(found.damaged))
+    if found.damaged and told not in report.notes:
+        report.notes.append(told)
+    return found.answers | dict.fromkeys(too_long, TOO_LONG)
+
+
 def _derive_batch(
     ledger: sqlite3.Connection,
     prompts: Mapping[int, str],
@@ -712,13 +729,7 @@ def _derive_batch(
 ) -> tuple[dict[str, list[Row]], list[Row]]:
     """The rows of some prompts of some runs, by table, and what goes back to `work` as open."""
     recorded_uses = [recorded for some in uses.values() for recorded in some]
-    keys = {one.key for one in recorded_uses if one.key}
-    too_long = {key for key in keys if sizes.get(key, 0) > LONGEST_BYTES}
-    found = db.find_answers(ledger, list(keys - too_long))
-    told = db.damaged_answers(len(found.damaged))
-    if found.damaged and told not in report.notes:
-        report.notes.append(told)
-    answers = found.answers | dict.fromkeys(too_long, TOO_LONG)
+    answers = _answers(ledger, {one.key for one in recorded_uses if one.key}, sizes, report)
     named = {one.use.rubric for one in recorded_uses if isinstance(one.use, ScoreUse)} - {""}
     rubrics = recorded.rubrics(ledger, sorted(named))
     rows: dict[str, list[Row]] = {table: [] for table in store.DERIVED}
