@@ -149,8 +149,9 @@ def neutralise(text: str, specials: Iterable[str] = ()) -> str:
     A space, not an invisible character: some normalisers remove those and put the token together
     again. `specials` are the served tokenizer's own control tokens, beside the forms known here.
     """
-    if "<" in text or "[" in text:
-        text = FORMS.sub(_broken, text)
+    broken = int("<" in text or "[" in text)
+    while broken:  # a token within a broken one is seen in the next round
+        text, broken = FORMS.subn(_broken, text)
     return break_tokens(text, specials) if specials else text
 
 
@@ -158,7 +159,7 @@ def break_tokens(text: str, specials: Iterable[str]) -> str:
     """The text with these tokens' spellings broken, and no others."""
     pattern = specials.pattern if isinstance(specials, SpecialTokens) else _pattern(tuple(specials))
     broken = 1
-    while broken and pattern is not None:  # a token within a broken one is seen in the next round
+    while broken and pattern is not None:
         text, broken = pattern.subn(_broken, text)
     return text
 

@@ -42,6 +42,7 @@ def test_no_familys_token_is_left_whole_through_an_api(family: str, token: str) 
 
 def test_tokens_within_tokens_and_the_longest_first() -> None:
     tokens = SpecialTokens(["[[X]]", "[X]", "<a", "<ab>", "~"])
+    assert neutralise("<|[INST]|> <|a</s>b|>") == "< |[ INST]|> <|a< /s>b|>"
     assert neutralise("[[X]] <ab> <a~", tokens) == "[ [ X]] < ab> < a~"
 
 
