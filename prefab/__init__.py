@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefab.factory.ledger.verify import back_up_ledger, recover_ledger, verify_ledger
     from prefab.factory.spec.constitution import load_constitution
     from prefab.pipelines.cli.data_check import read_report as check_data
     from prefab.pipelines.cli.doctor import examine as doctor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.evaluation.policy import run as eval_policy
     from prefab.pipelines.quality.agreement import measure as agreement
     from prefab.pipelines.quality.calibrate import calibrate
+    from prefab.pipelines.quality.constitution_tests import add_test, run_tests
     from prefab.pipelines.quality.data_audit import audit as audit_data
     from prefab.pipelines.quality.judge_audit import audit as audit_judge
     from prefab.pipelines.quality.judge_benchmark import evaluate as eval_judge
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from prefab.pipelines.quality.labeling import open_session as label
     from prefab.pipelines.quality.labeling import read_answers as read_label_queue
     from prefab.pipelines.quality.labeling import write_queue as write_label_queue
+    from prefab.pipelines.quality.why import why
+    from prefab.pipelines.run.diff import diff
     from prefab.pipelines.run.plan import plan
     from prefab.pipelines.run.runner import run
     from prefab.pipelines.store.export.base import export
@@ -38,12 +42,15 @@ if TYPE_CHECKING:
 
 # Where each name is defined, as module:attribute below `prefab`.
 _HOME = {
+    "add_test": "pipelines.quality.constitution_tests:add_test",
     "agreement": "pipelines.quality.agreement:measure",
     "audit_data": "pipelines.quality.data_audit:audit",
     "audit_judge": "pipelines.quality.judge_audit:audit",
+    "back_up_ledger": "factory.ledger.verify:back_up_ledger",
     "calibrate": "pipelines.quality.calibrate:calibrate",
     "check": "pipelines.cli.project:check_paths",
     "check_data": "pipelines.cli.data_check:read_report",
+    "diff": "pipelines.run.diff:diff",
     "doctor": "pipelines.cli.doctor:examine",
     "eval_judge": "pipelines.quality.judge_benchmark:evaluate",
     "eval_policy": "pipelines.evaluation.policy:run",
@@ -58,21 +65,28 @@ _HOME = {
     "read_benchmark": "pipelines.quality.judge_benchmark:read_benchmark",
     "read_label_queue": "pipelines.quality.labeling:read_answers",
     "rebuild": "pipelines.store.fill:rebuild",
+    "recover_ledger": "factory.ledger.verify:recover_ledger",
     "resolve_pipeline": "pipelines.config.loader:resolve_pipeline",
     "run": "pipelines.run.runner:run",
+    "run_tests": "pipelines.quality.constitution_tests:run_tests",
     "score_verdicts": "pipelines.quality.judge_benchmark:score_saved",
     "serve": "pipelines.cli.serve:serve_model",
     "sweep": "pipelines.training.sweep:sweep",
     "train": "pipelines.training.train:train",
+    "verify_ledger": "factory.ledger.verify:verify_ledger",
+    "why": "pipelines.quality.why:why",
     "write_label_queue": "pipelines.quality.labeling:write_queue",
 }
 __all__ = [
+    "add_test",
     "agreement",
     "audit_data",
     "audit_judge",
+    "back_up_ledger",
     "calibrate",
     "check",
     "check_data",
+    "diff",
     "doctor",
     "eval_judge",
     "eval_policy",
@@ -87,12 +101,16 @@ __all__ = [
     "read_benchmark",
     "read_label_queue",
     "rebuild",
+    "recover_ledger",
     "resolve_pipeline",
     "run",
+    "run_tests",
     "score_verdicts",
     "serve",
     "sweep",
     "train",
+    "verify_ledger",
+    "why",
     "write_label_queue",
 ]
 

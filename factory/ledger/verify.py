@@ -202,7 +202,12 @@ def recover_ledger(file: Path, new: Path) -> LedgerReport:
     A use whose names are lost is left out; `prefab run` records it again without asking. The name
     of a lost model is taken from a request.
 
-    Raises: StoreError when `new` exists, or there is no ledger to read.
+    Args:
+        file: The damaged ledger, which stays as it is.
+        new: The new ledger.
+
+    Raises:
+        StoreError: `new` exists, or there is no ledger to read.
     """
     if new.exists():
         raise StoreError(f"{new} exists already. Name a folder without a ledger")
@@ -258,7 +263,12 @@ def back_up_ledger(file: Path, to: Path) -> LedgerReport:
     """Copy a ledger, also while a run writes to it, and verify the copy. What was committed when
     the copy began is in it, whether or not it is still in the WAL.
 
-    Raises: StoreError when `to` exists, the disk is full, or the copy is damaged.
+    Args:
+        file: The ledger.
+        to: The copy.
+
+    Raises:
+        StoreError: `to` exists, the disk is full, or the copy is damaged.
     """
     if to.exists():
         raise StoreError(f"{to} exists already. Name a folder without a ledger")

@@ -247,7 +247,10 @@ def _result(
     return TestResult(
         number,
         test["principle"] or "",
-        *(test[name] for name in ("prompt", "a", "b", "prefer")),
+        test["prompt"],
+        test["a"],
+        test["b"],
+        prefer,
         both.outcome,
         outcomes,
         None if prefer == "tie" else p,
