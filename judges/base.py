@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefab.factory.label_text import find_label
 from prefab.factory.spec.control_tokens import neutralise, neutralised
 from prefab.factory.spec.templates import Template, conversation_text, fence
+from prefab.factory.spec.yamlio import NAME_PATTERN
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import (
     LONGEST_TEXT,
@@ -63,7 +64,7 @@ class JudgeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str = Field(pattern=NAME_PATTERN)
     engine: str | None = None
     weight: float = Field(1.0, ge=0.0, allow_inf_nan=False)
     repeats: int = Field(1, ge=1)

@@ -65,6 +65,9 @@ WINNERS = {
 }
 
 
+MAX_ANSWERS = 256  # of one prompt, which are 32,640 pairs
+
+
 @dataclass(slots=True)
 class Record:
     """What one row holds.
@@ -485,7 +488,12 @@ def _p_chosen(row: Row) -> float:
 
 
 def _compare(values: Sequence[float]) -> list[Pair]:
-    """Every two answers, the one of the higher value better; equal ones are a tie."""
+    """Every two answers, the one of the higher value better; equal ones are a tie.
+
+    Raises: ValueError for more answers than are compared.
+    """
+    if len(values) > MAX_ANSWERS:
+        raise ValueError(f"has {len(values):,} answers to one prompt; at most {MAX_ANSWERS}")
     return [
         (a, b, 0.5 if values[a] == values[b] else float(values[a] > values[b]))
         for a, b in combinations(range(len(values)), 2)

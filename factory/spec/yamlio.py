@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,9 @@ Check = Callable[[Any], Iterable[tuple[Path_, str]]]
 # of names that people choose; they stand in paths and in reports
 ID_PATTERN = r"^[a-z0-9]+([-_][a-z0-9]+)*$"
 _NAME = re.compile(r"[\w ./@+-]{1,64}")
+# of names that are shown and may stand in paths, in any script
+NAME_PATTERN = r"^[^/\\\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069]{1,80}$"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _WORDS = {
@@ -56,6 +59,7 @@ _QUIET = (
     (re.compile(r"[-+]?[0-9]+_[0-9_.]*\Z"), "a number without its underscores"),
     (re.compile(r"(?i)([-+]?\.inf|\.nan)\Z"), "a number that is not finite"),
 )
+ALIASES = "anchors and aliases (&x, *x) are not read; write the value out"
 _STRING_TAG = "tag:yaml.org,2002:str"
 _PLAIN_TAGS = (_STRING_TAG, "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
@@ -215,9 +219,7 @@ class _Builder:
         if id(node) in self.seen:
             # A few nested aliases expand to gigabytes; and a value defined elsewhere cannot be read
             # where it stands.
-            return self.complain(
-                place, path, "anchors and aliases (&x, *x) are not read; write the value out"
-            )
+            return self.complain(place, path, ALIASES)
         self.seen.add(id(node))
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
@@ -227,7 +229,7 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode):
             return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
         if not isinstance(node, yaml.ScalarNode) or node.style is not None:
-            return node.value
+            return self.whole(node.value, place, path)
         try:
             return scalar(node.value)
         except ValueError as error:
@@ -259,7 +261,7 @@ class _Builder:
             self.complain(place, path, "a key must be text; put it in quotes")
             return None
         if node.style is not None:
-            return str(node.value)
+            return self.whole(str(node.value), place, path, "unknown field: its name ")
         if node.value == "<<":
             self.complain(place, path, "merge keys (<<) are not read; write the values out")
             return None
@@ -271,7 +273,15 @@ class _Builder:
         if not isinstance(value, str):
             self.complain(place, path, f"the key `{node.value}` is not text; put it in quotes")
             return None
-        return value
+        return self.whole(value, place, path, "unknown field: its name ")
+
+    def whole(self, text: str, place: Place, path: Path_, what: str = "") -> str | None:
+        """The text, or None (and a problem) when it holds half of a surrogate pair."""
+        if text.isascii() or not _SURROGATE.search(text):
+            return text
+        message = f"{what}holds half of a surrogate pair, which is not valid Unicode"
+        self.complain(place, path, message)
+        return None
 
     def complain(self, place: Place, path: Path_, message: str) -> None:
         """Record a problem."""
@@ -301,6 +311,9 @@ def _scan_problems(document: Document, error: yaml.MarkedYAMLError) -> list[Prob
         "expected <block end>": "wrong indentation, or a quote or bracket that ends too early",
         "expected ',' or ']'": "a list opened with [ is not closed before this",
         "expected ',' or '}'": "a mapping opened with { is not closed before this",
+        "alias": ALIASES,
+        "duplicate anchor": ALIASES,
+        "undefined tag handle": "tags (!x) are not read; remove it",
         "that cannot start any token": f"text that starts with {document.text[index:][:1]} needs quotes",
     }
     for part, message in messages.items():
@@ -317,6 +330,8 @@ def validate(document: Document, model: type[Model], checks: Sequence[Check] = (
     any shape.
     Raises: ConfigError.
     """
+    if foreign := _foreign(document, model):
+        raise ConfigError([*safe_problems(document), foreign])
     problems: list[Problem] = [
         document.problem(path, message) for path, message in secrets_in(document.value)
     ]
@@ -335,6 +350,27 @@ def validate(document: Document, model: type[Model], checks: Sequence[Check] = (
     if problems or result is None:
         raise ConfigError(tidy(problems))
     return result
+
+
+def safe_problems(document: Document) -> list[Problem]:
+    """The problems of a document that show nothing of its content."""
+    told = (replace(problem, path="") for problem in document.problems)
+    return list(dict.fromkeys(p for p in told if p.message == ALIASES))
+
+
+def _foreign(document: Document, model: type[BaseModel]) -> Problem | None:
+    """The one problem of a file that is something else altogether. It shows nothing of what the
+    file holds, which may be anything: a file of passwords that was named by mistake.
+    """
+    value, known = document.value, set(model.model_fields)
+    if isinstance(value, (str, int, float)):
+        return Problem(document.file, 1, 1, "", "must be a mapping (key: value), not text")
+    if isinstance(value, dict) and value and not known & value.keys():
+        close = {c for key in value for c in difflib.get_close_matches(key, known, n=1, cutoff=0.6)}
+        if not close:
+            message = f"holds none of the fields that it should; known: {', '.join(sorted(known))}"
+            return Problem(document.file, 1, 1, "", message)
+    return None
 
 
 def tidy(problems: list[Problem]) -> list[Problem]:
@@ -434,6 +470,10 @@ def _message(entry: Any) -> str:
         return "is empty; write some text"
     if kind == "string_pattern_mismatch" and context.get("pattern") == ID_PATTERN:
         return f"must be small letters and digits, joined by - or _, not {describe(value)}"
+    if kind == "string_pattern_mismatch" and context.get("pattern") == NAME_PATTERN:
+        return (
+            f"must be at most 80 characters without / and control characters, not {describe(value)}"
+        )
     text = entry["msg"].replace("Input should", "must", 1).replace("must be a valid", "must be a")
     text = re.sub(r"^(String|List|Dictionary|Value) should", "must", text)
     return (

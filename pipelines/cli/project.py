@@ -190,17 +190,18 @@ def _check_prompts(path: Path) -> None:
 
 def _check_yaml(path: Path) -> None:
     document = yamlio.load_document(path)
-    if document.problems:
+    if document.value is None:
         raise ConfigError(document.problems)
     raise ConfigError(
         [
+            *yamlio.safe_problems(document),
             Problem(
                 str(path),
                 1,
                 1,
                 "",
                 "neither a constitution (principles: ...) nor a pipeline (recipe: ...)",
-            )
+            ),
         ]
     )
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -304,7 +305,7 @@ def _override(document: yamlio.Document, text: str) -> None:
     name, equals, value = text.partition("=")
     parsed = yamlio.parse(value, file) if value.strip() else yamlio.Document(file, value, "")
     parts: list[str | int] = [
-        int(part) if part.isdigit() else part for part in name.strip().split(".")
+        int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in name.strip().split(".")
     ]
     if not equals or "" in parts:
         document.problems.append(

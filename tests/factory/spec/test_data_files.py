@@ -5,13 +5,19 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
+import re
+from pathlib import Path
 
 import polars as pl
 import pyarrow
 import pytest
 
 from prefab.factory.errors import ConfigError
-from prefab.factory.spec import data_files
+from prefab.factory.spec import bounded, data_files, layouts, yamlio
+from prefab.factory.spec.constitution import load_constitution
+from prefab.pipelines.cli.project import check_paths
+from prefab.pipelines.config.schema import load_pipeline
 
 ROWS = [{"prompt": f"Question {i}?", "chosen": "a", "rejected": "b"} for i in range(3)]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -82,3 +88,165 @@ def test_a_damaged_file_is_told(tmp_path):
     (tmp_path / "x.xlsx").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"cannot read rows from \.xlsx; \.jsonl"):
         read(tmp_path / "x.xlsx")
+
+
+ROW = '{"prompt": "x"}\n'
+LONG = '{"prompt": "' + "x" * 100_000 + '"}\n'
+DEEP = "[" * 100_000
+REFUSED = [
+    ("a.jsonl", b'{"prompt": "\\ud800"}\n', "row 1: holds half of a surrogate pair"),
+    ("a.jsonl", b'{"prompt": "x", "tags": ["\\uDC00"]}\n', "row 1: holds half of a surrogate pair"),
+    ("a.jsonl", b'{"\\udfff": "x"}\n', "row 1: holds half of a surrogate pair"),
+    (
+        "a.jsonl",
+        b'{"n": ' + b"9" * 5000 + b"}\n",
+        "row 1: holds a number of 5,000 digits; at most 300",
+    ),
+    (
+        "a.jsonl",
+        b'{"n": 1' + b"0" * 400 + b"}\n",
+        "row 1: holds a number of 401 digits; at most 300",
+    ),
+    ("a.jsonl", DEEP.encode() + b"\n", "row 1: not JSON: nested too deeply"),
+    ("a.jsonl", b'{"prompt": "x", "prompt": "y"}\n', "row 1: the field 'prompt' is there twice"),
+    (
+        "a.jsonl",
+        b'{"prompt": "' + b"x" * 2_000_000 + b'"}\n',
+        "row 1: the line is longer than 1 MB",
+    ),
+    ("a.json", b'[{"n": ' + b"9" * 5000 + b"}]", "a number of 5,000 digits"),
+    ("a.json", DEEP.encode(), "nested too deeply"),
+    ("a.json", b'[{"prompt": "\\ud800"}]', "half of a surrogate pair"),
+    ("a.json", b" " * 6_000_000, "longer than 4 MB; write one object a line"),
+    ("a.csv", b"prompt,prompt\nx,y\n", "names the column 'prompt' twice"),
+    ("a.csv", "prompt\nHello?\n".encode("utf-16"), "not UTF-8; save the file as UTF-8"),
+    ("a.csv", b"prompt\n" + b"x" * 2_000_000, ":2:1: a line is longer than 1 MB"),
+    ("a.jsonl.gz", gzip.compress(b"x" * 40_000_000), "unpacks to more than 32 MB"),
+    (
+        "a.csv.gz",
+        gzip.compress(b"prompt\n" + (b"x" * 100_000 + b"\n") * 500),
+        "unpacks to more than 32 MB",
+    ),
+    ("a.jsonl.bz2", bz2.compress(LONG.encode() * 350), "unpacks to more than 32 MB"),
+    ("a.jsonl.gz", gzip.compress(ROW.encode())[:-9], "cannot be decompressed"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08\x00" + b"\xff" * 40, "cannot be decompressed"),
+    ("a.json.bz2", b"BZh9" + b"\xff" * 40, "cannot be decompressed"),
+    ("a.csv.gz", b"\x1f\x8b\x08\x00" + b"\xff" * 40, "cannot be decompressed"),
+    ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"\xff" * 40, "cannot be decompressed"),
+    ("a.parquet", b"hello", "not a Parquet file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"), REFUSED, ids=[f"{n} {says[:40]}" for n, _, says in REFUSED]
+)
+def test_what_would_take_all_memory_or_end_in_a_traceback_is_refused(
+    tmp_path, monkeypatch, name, data, says
+):
+    """With the limits of reading at a thirty-second."""
+    monkeypatch.setenv(bounded.VARIABLE, str(1 / 32))
+    file = tmp_path / name
+    file.write_bytes(data)
+    if not says.startswith("row "):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            list(data_files.rows(file))
+        return
+    if name.endswith(".jsonl"):
+        file.write_bytes(data + ROW.encode())
+    told, *others = [value for _, _, value in data_files.rows(file)]
+    assert isinstance(told, ValueError) and says.removeprefix("row 1: ") in str(told)
+    assert others == [{"prompt": "x"}]
+
+
+def test_a_file_that_is_no_file_is_refused_at_once(tmp_path):
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    for file, says in ((pipe, "is a pipe"), (Path("/dev/zero"), "is a device")):
+        with pytest.raises(ConfigError, match=says):
+            list(data_files.rows(file, text=True))
+        with pytest.raises(ConfigError, match=says):
+            yamlio.read_text(file)
+
+
+def test_a_limit_of_reading_can_be_raised(tmp_path, monkeypatch):
+    file = tmp_path / "a.yaml"
+    file.write_text("a: " + "x" * 9_000_000)
+    with pytest.raises(ConfigError, match=r"longer than 8 MB; PREFAB_READ_LIMITS=10"):
+        yamlio.read_text(file)
+    monkeypatch.setenv(bounded.VARIABLE, "2")
+    assert len(yamlio.read_text(file)) == 9_000_003
+    monkeypatch.setenv(bounded.VARIABLE, "many")
+    with pytest.raises(ConfigError, match="must be a number"):
+        yamlio.read_text(file)
+
+
+def test_a_table_that_names_one_long_value_again_and_again_is_refused(tmp_path, monkeypatch):
+    """A few kilobytes of Parquet or Arrow that unpack to gigabytes are read in small pieces."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["x" * 100_000])
+    table = pa.table({"prompt": values.cast(pa.large_string())})
+    file = tmp_path / "a.parquet"
+    pq.write_table(table, file, compression="zstd")
+    assert file.stat().st_size < 100_000
+    monkeypatch.setenv(bounded.VARIABLE, str(1 / 32))
+    read = 0
+    with pytest.raises(ConfigError, match=r"unpacks too far \(at row \d+\)"):
+        for read, _, _ in data_files.rows(file):
+            pass
+    assert 200 < read < 400
+
+
+BROKEN = [
+    ({"dataset_dict.json": "{"}, "dataset_dict.json: not JSON"),
+    ({"dataset_dict.json": "{}"}, "dataset_dict.json: has no list splits"),
+    ({"dataset_dict.json": '{"splits": [1]}'}, "dataset_dict.json: splits holds what is not"),
+    ({"dataset_dict.json": '{"splits": ["../x"]}'}, "dataset_dict.json: splits holds what is not"),
+    ({"dataset_dict.json": '{"splits": [".."]}'}, "dataset_dict.json: splits holds what is not"),
+    ({"dataset_dict.json": '{"splits": ["train"]}'}, "state.json: no such file"),
+    ({"state.json": "[]"}, "state.json: has no list _data_files"),
+    ({"state.json": "{}"}, "state.json: has no list _data_files"),
+    ({"state.json": '{"_data_files": [{}]}'}, "state.json: _data_files holds what is not"),
+    (
+        {"state.json": '{"_data_files": [{"filename": "/etc/shadow"}]}'},
+        "holds what is not the name",
+    ),
+    ({"state.json": '{"_data_files": [{"filename": "x.arrow"}]}'}, "x.arrow, which is not there"),
+    (
+        {"state.json": '{"_data_files": [{"filename": "x.arrow"}]}', "x.arrow": "junk"},
+        "x.arrow: cannot be read",
+    ),
+]
+
+
+@pytest.mark.parametrize(("files", "says"), BROKEN)
+def test_a_broken_folder_of_datasets_is_told(tmp_path, files, says):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        list(data_files.rows(tmp_path))
+
+
+def test_an_answer_in_a_thousand_is_not_half_a_million_pairs():
+    row = {"prompt": "x", "completions": [{"response": f"a{i}", "score": i} for i in range(1000)]}
+    with pytest.raises(ValueError, match="has 1,000 answers to one prompt; at most 256"):
+        layouts.parse(row)
+
+
+SHADOW = "root:$y$secret:20228:0:99999:7:::\ndaemon:*:20228:0:99999:7:::\n"
+
+
+@pytest.mark.parametrize(
+    "text", [SHADOW, "password: yes\npin: 010\n", "12:30\n", "user: &a secret\nb: *a\n", "secret\n"]
+)
+def test_a_file_that_was_named_by_mistake_is_not_shown(tmp_path, text):
+    file = tmp_path / "shadow.yaml"
+    file.write_text(text)
+    for read in (load_constitution, load_pipeline, lambda path: check_paths([path])[1]):
+        try:
+            said = "\n".join(map(str, read(file)))
+        except ConfigError as error:
+            said = str(error)
+        told = said.replace(str(file), "")
+        assert told and not re.search(r"secret|root|daemon|password|pin|010|12:30|user", told)
