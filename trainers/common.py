@@ -17,7 +17,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.engines.base import resolve_model
+from prefab.factory.engines.model_files import (
+    MAX_TEMPLATE,
+    check_chat_template,
+    check_model_folder,
+    loading_options,
+    refuse_words,
+    trusts_code,
+)
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
+from prefab.factory.spec.yamlio import read_text
 from prefab.trainers.chat import chat_text, dialect
 
 COMPLETE = "prefab-complete"  # stands in a checkpoint once everything else does
@@ -95,6 +104,8 @@ def model_folder(name: str, field: str = "model") -> str:
             f"{field}: {path} holds no model (no config.json). Name a folder that a stage wrote, an "
             "embedded model (prefab-tiny) or a model of the hub"
         )
+    if looks_local:
+        check_model_folder(Path(path), name)
     return path
 
 
@@ -109,14 +120,17 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     with loading(model):
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(model))
+        folder = model_folder(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code(model))
     if chat_template:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(chat_template, MAX_TEMPLATE)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"model: the tokenizer of {model} has no chat template (a base model?); name a Jinja file with "
             "chat_template: FILE"
         )
+    if isinstance(tokenizer.chat_template, str):
+        check_chat_template(tokenizer.chat_template, str(chat_template or model))
     if pad_token:
         if pad_token not in tokenizer.get_vocab():
             raise ConfigError(f"pad_token: {pad_token!r} is no token of {model}")
@@ -180,7 +194,9 @@ def load_policy(
     folder, device = model_folder(model), device or default_device()
     with loading(model):
         found = (
-            AutoConfig.from_pretrained(folder) if (Path(folder) / "config.json").exists() else None
+            AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code(model))
+            if (Path(folder) / "config.json").exists()
+            else None
         )
         kinds = list(getattr(found, "architectures", None) or ())
         if any("Classification" in kind for kind in kinds):
@@ -188,7 +204,10 @@ def load_policy(
                 f"model: {model} is a {kinds[0]}, not a language model that writes answers"
             )
         loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention_for(attention, device)
+            folder,
+            dtype=dtype,
+            attn_implementation=attention_for(attention, device),
+            **loading_options(model),
         )
     return loaded.to(device)
 
@@ -212,7 +231,7 @@ def load_reward(
 
     folder, device = model_folder(model), device or default_device()
     with loading(model), suppress_seqcls_warning():
-        found = AutoConfig.from_pretrained(folder)
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code(model))
         is_reward = any("Classification" in kind for kind in found.architectures or ())
         if is_reward and found.num_labels != 1:
             raise ConfigError(
@@ -228,7 +247,11 @@ def load_reward(
             dropout or getattr(found, "attention_dropout", 0.0),
         )
         loaded = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=found, dtype=dtype, attn_implementation=attention_for(attention, device)
+            folder,
+            config=found,
+            dtype=dtype,
+            attn_implementation=attention_for(attention, device),
+            **loading_options(model),
         )
     if not is_reward:
         torch.nn.init.normal_(loaded.score.weight, std=(loaded.score.weight.shape[1] + 1) ** -0.5)
@@ -260,9 +283,7 @@ def loading(model: str) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(
-            f"model: cannot load {model}: {str(error).splitlines()[0][:300]}"
-        ) from error
+        raise ConfigError(f"model: {refuse_words(model, error)}") from error
 
 
 def lora_config(lora: Lora | None, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:

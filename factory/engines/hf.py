@@ -21,8 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prefab.factory.engines.base import folder_specials, resolve_model
 from prefab.factory.engines.chat import LabelRead
+from prefab.factory.engines.model_files import (
+    check_chat_template,
+    check_model_folder,
+    loading_options,
+    refuse_words,
+)
 from prefab.factory.engines.vllm import IdRead
-from prefab.factory.errors import EngineError
+from prefab.factory.errors import ConfigError, EngineError
 from prefab.factory.keys import derived_seed, model_identity
 from prefab.factory.label_text import find_label
 from prefab.factory.spec.control_tokens import SpecialTokens, is_control
@@ -105,13 +111,22 @@ class HF(Engine):
             ) from error
         revision = {"revision": self.config.revision} if self.config.revision else {}
         try:
+            check_model_folder(Path(self.path), self.config.model)
+            options = loading_options(self.config.model)
             with _LOADING:
-                self.tokenizer = AutoTokenizer.from_pretrained(self.path, **revision)
-                model = AutoModelForCausalLM.from_pretrained(
-                    self.path, dtype=self.dtype, **revision
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    self.path, trust_remote_code=options["trust_remote_code"], **revision
                 )
-        except (OSError, ValueError) as error:
-            raise EngineError(f"engines.{self.name}: cannot load {self.path}: {error}") from error
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.path, dtype=self.dtype, **options, **revision
+                )
+            if isinstance(self.tokenizer.chat_template, str):
+                check_chat_template(self.tokenizer.chat_template, self.path)
+        except ConfigError as error:
+            raise EngineError(f"engines.{self.name}: {error}") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            words = refuse_words(self.config.model, error)
+            raise EngineError(f"engines.{self.name}: {words}") from error
         if not self.tokenizer.chat_template:
             raise EngineError(
                 f"engines.{self.name}: the tokenizer of {self.path} has no chat template"

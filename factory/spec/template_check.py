@@ -362,7 +362,7 @@ def samples(names: Iterable[str]) -> Iterator[dict[str, Any]]:
         }
 
 
-def try_out(render: Callable[[], object], file: str) -> None:
+def try_out(render: Callable[[], object], file: str, what: str = "") -> None:
     """Call `render` in a child process that may take little time and memory.
 
     Raises:
@@ -384,7 +384,7 @@ def try_out(render: Callable[[], object], file: str) -> None:
         raise ConfigError([Problem(file, int(line), 1 if line != "0" else 0, "", message)])
     if os.waitstatus_to_exitcode(status) != 0:
         message = (
-            f"takes more than {TRIAL_CPU_S} s or {TRIAL_BYTES >> 20} MB on sample values; make it "
+            f"{what}takes more than {TRIAL_CPU_S} s or {TRIAL_BYTES >> 20} MB on sample values; make it "
             "simpler"
         )
         raise ConfigError([Problem(file, 0, 0, "", message)])

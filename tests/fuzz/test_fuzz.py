@@ -19,13 +19,7 @@ def test_each_file_of_the_corpus_has_a_target():
     assert {file.stem for file in CORPUS.glob("*.json")} <= TARGETS.keys()
 
 
-# An unknown filter reaches the user as Jinja's own error.
-OPEN = pytest.mark.xfail(reason="Jinja's own errors are not translated yet", strict=False)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=OPEN) if n == "templates" else n for n in TARGETS]
-)
+@pytest.mark.parametrize("name", TARGETS)
 def test_new_inputs(name):
     target = TARGETS[name]
     settings(max_examples=30)(given(target.inputs)(lambda value: bounded(target.check, value)))()

@@ -238,7 +238,8 @@ SHADOW = "root:$y$secret:20228:0:99999:7:::\ndaemon:*:20228:0:99999:7:::\n"
 
 
 @pytest.mark.parametrize(
-    "text", [SHADOW, "password: yes\nzipcode: 010\n", "12:30\n", "user: &a secret\nb: *a\n", "secret\n"]
+    "text",
+    [SHADOW, "password: yes\nzipcode: 010\n", "12:30\n", "user: &a secret\nb: *a\n", "secret\n"],
 )
 def test_a_file_that_was_named_by_mistake_is_not_shown(tmp_path, text):
     file = tmp_path / "shadow.yaml"

@@ -1,0 +1,153 @@
+"""Folders of models that strangers made: none of their code runs, and nothing hangs or takes all
+memory."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import pickle
+import re
+import shutil
+import sys
+
+import pytest
+
+from prefab.factory.engines.base import EMBEDDED
+from prefab.factory.engines.hf import HF, HfConfig
+from prefab.factory.engines.model_files import (
+    TRUST,
+    chat_templates,
+    check_chat_template,
+    check_model_folder,
+    loading_options,
+)
+from prefab.factory.errors import ConfigError, EngineError
+from prefab.trainers.common import load_policy, load_reward, load_tokenizer
+
+NANO = EMBEDDED / "prefab-nano"
+LOOPS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 10**(10**8) }}",
+    "{% set ns = namespace(s='aaaaaaaaaaaaaaaa') %}"
+    "{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}"
+    "{% for m in messages %}{{ 'a' * 10**10 }}{% endfor %}",
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(NANO, copy)
+    return copy
+
+
+def edit(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+BROKEN = [
+    (pickled, "the weights are in pickle files"),
+    (cut, "model.safetensors: is cut off: 1,000 bytes of weights are missing"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"hello"), "is no safetensors file"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "is no safetensors file"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"[]"), "damaged"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{x"), "damaged"),
+    (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json: is not JSON"),
+    (lambda f: (f / "config.json").write_text("[]"), "config.json: must hold an object"),
+    (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: is not JSON"),
+    (
+        lambda f: (f / "chat_template.jinja").write_text("x" * 2_000_000),
+        "chat_template.jinja: the file is longer than 1 MB",
+    ),
+    (
+        lambda f: edit(f / "tokenizer_config.json", chat_template=LOOPS[0]),
+        "the chat template takes more than 1 s or 512 MB",
+    ),
+]
+
+
+@pytest.mark.parametrize(("breaks", "says"), BROKEN, ids=[says[:40] for _, says in BROKEN])
+def test_a_broken_model_is_refused_in_words(folder, breaks, says):
+    breaks(folder)
+    for load in (load_policy, load_tokenizer):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            load(str(folder))
+    with pytest.raises(EngineError, match=re.escape(says)):
+        asyncio.run(HF(HfConfig(engine="hf", model=str(folder))).start())
+
+
+@pytest.mark.parametrize("template", LOOPS)
+def test_a_chat_template_that_does_not_end_is_stopped(template):
+    with pytest.raises(ConfigError, match="the chat template takes more than 1 s or 512 MB"):
+        check_chat_template(template, "here")
+
+
+def test_chat_templates_of_real_models_are_taken(folder):
+    check_chat_template("{% for m in messages %}{% break %}{% endfor %}{% generation %}", "here")
+    check_chat_template("{{ raise_exception('no system') }}{{ strftime_now('%d') }}", "here")
+    (folder / "chat_template.jinja").write_text("{{ messages[0]|tojson(indent=4) }}")
+    named = [{"name": "default", "template": "a"}, {"name": "tools", "template": "b"}]
+    edit(folder / "tokenizer_config.json", chat_template=named)
+    assert [text[:2] for _, text in chat_templates(folder)] == ["{{", "a", "b"]
+    check_model_folder(folder)
+
+
+@pytest.fixture
+def brings_code(folder):
+    """A model of a kind that transformers does not know, whose files bring its code."""
+    edit(
+        folder / "config.json",
+        model_type="evil",
+        auto_map={
+            "AutoConfig": "evil.EvilConfig",
+            "AutoModelForCausalLM": "evil.EvilModel",
+            "AutoModelForSequenceClassification": "evil.EvilModel",
+        },
+    )
+    mark = folder.parent / "RAN"
+    (folder / "evil.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\n"
+        "from transformers import PretrainedConfig as EvilConfig\n"
+    )
+    return folder, mark
+
+
+def test_a_models_own_code_is_never_run(brings_code, monkeypatch):
+    folder, mark = brings_code
+    for load in (load_policy, load_reward, load_tokenizer):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+        with pytest.raises(ConfigError, match=f"brings Python code of its own.*{TRUST}={folder}"):
+            load(str(folder))
+    with pytest.raises(EngineError, match="brings Python code of its own"):
+        asyncio.run(HF(HfConfig(engine="hf", model=str(folder))).start())
+    assert not mark.exists()
+
+
+def test_a_models_own_code_is_run_when_the_user_names_it(brings_code, monkeypatch, capsys):
+    folder, _ = brings_code
+    monkeypatch.setenv(TRUST, f"other, {folder}")
+    check_model_folder(folder, str(folder))
+    assert loading_options(str(folder))["trust_remote_code"] is True
+    said = " ".join(capsys.readouterr().err.split())
+    assert "may run Python code of its own" in said
+    monkeypatch.setenv(TRUST, "other")
+    assert loading_options(str(folder))["trust_remote_code"] is False
+    with pytest.raises(ConfigError, match="brings Python code"):
+        check_model_folder(folder, str(folder))
+
+
+def test_known_models_that_also_bring_code_are_loaded_without_it(folder):
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil.EvilModel"})
+    assert load_policy(str(folder), device="cpu") is not None
