@@ -174,9 +174,9 @@ def chat_templates(folder: Path) -> Iterator[tuple[Path, str]]:
         found = settings.get("chat_template") if isinstance(settings, dict) else None
         named = found if isinstance(found, list) else [{"template": found}]
         for entry in named:
-            text = entry.get("template") if isinstance(entry, dict) else None
-            if isinstance(text, str):
-                yield file, text
+            template = entry.get("template") if isinstance(entry, dict) else None
+            if isinstance(template, str):
+                yield file, template
 
 
 @lru_cache(maxsize=64)
