@@ -384,9 +384,9 @@ class RewardModelVllm(Engine):
             if refusal.status == 400 and "context length" in refusal.message:
                 return Completion("", "context", limit=self.max_model_len or 0)
             raise EngineError(
-                f"{self.server.url}/classify: HTTP {refusal.status} {refusal.message}"
+                f"{server.url}/classify: HTTP {refusal.status} {refusal.message}"
             ) from refusal
-        return _served(answer, self.server.url)
+        return _served(answer, server.url)
 
     async def stop(self) -> None:
         """Close the pool and end the server if it is ours. Safe to call twice."""
