@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from typing import Any
 
 from prefab.factory.errors import TransportError
-from prefab.factory.types import Completion, Engine, Request
+from prefab.factory.types import Completion, Engine, Request, ServerReport
 
 Labels = Collection[tuple[str, ...]]  # the labels that each judge of an engine reads
 
@@ -47,6 +47,11 @@ class LazyEngine(Engine):
     def mute(self) -> None:
         """Print no progress while the server starts."""
         self.engine.mute()
+
+    @property
+    def servers(self) -> Sequence[ServerReport]:
+        """The engine's servers."""
+        return self.engine.servers
 
     @property
     def starting(self) -> bool:

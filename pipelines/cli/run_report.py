@@ -49,6 +49,18 @@ def report(result: Any) -> None:
         rows,
         note=". ".join(notes),
     )
+    _tell_servers(result)
+
+
+def _tell_servers(result: Any) -> None:
+    """What each server did, where there are several or one failed."""
+    servers = result.servers
+    if len(servers) > 1 or any(server.failures for server in servers):
+        table(
+            "servers",
+            ("address", "calls", "failures", "asked of another too", "state"),
+            [(s.url, s.calls, s.failures, s.hedged, s.state) for s in servers],
+        )
 
 
 def _agreement(result: Any) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from prefab.factory.errors import BudgetError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
 from prefab.factory.store.store import HeldError, read_frame
-from prefab.factory.types import Engine, Prompt
+from prefab.factory.types import Engine, Prompt, ServerReport
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
     labels,
@@ -83,6 +83,7 @@ class RunResult:
     refused: int = 0  # of the failed calls: refused by the server for good
     awaited: int = 0  # labels that the panel's people have not given yet
     behind: int = 0  # calls that the store does not show yet, because another program holds it
+    servers: list[ServerReport] = field(default_factory=list)
     _frames: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def frame(self, table: str) -> Any:
@@ -448,4 +449,5 @@ def _result(
         refused=counts.refused,
         awaited=counts.awaited,
         behind=behind,
+        servers=[server for engine in ctx.engines.values() for server in engine.servers],
     )

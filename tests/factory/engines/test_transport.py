@@ -568,3 +568,33 @@ def test_silence_is_said_and_ends_by_the_time_that_answers_took(monkeypatch):
     assert time.monotonic() - began < 20
     assert len(engine.said) == 1 and "has not answered for" in engine.said[0]
     assert "1 requests wait" in engine.said[0] or "1 request waits" in engine.said[0]
+
+
+# --- rate limits ---
+
+
+@pytest.mark.parametrize("hint", ["0", "1"])
+def test_a_rate_limit_is_used_and_not_run_against(hint):
+    """40 requests a second are allowed, in a bucket of 40; 64 are in flight."""
+    rate, n = 40.0, 280
+    bucket = {"left": rate, "at": time.monotonic(), "refused": 0}
+
+    def script(asked):
+        now = time.monotonic()
+        left = min(rate, bucket["left"] + rate * (now - bucket["at"]))
+        bucket["at"] = now
+        if left >= 1:
+            bucket["left"] = left - 1
+            return [http(answer(asked))]
+        bucket["left"] = left
+        bucket["refused"] += 1
+        return [http({"error": "slow down"}, 429, Retry_After=hint)]
+
+    with wire_server(script) as server:
+        began = time.monotonic()
+        asked = [question(str(i)) for i in range(n)]
+        answers = run(openai(server.url, retries=0), *asked, at_once=64)
+        took_s = time.monotonic() - began
+    assert all(isinstance(a, Completion) for a in answers)
+    assert took_s < (n - rate) / rate / 0.75  # 0.9 on a machine that does nothing else
+    assert bucket["refused"] < 0.5 * n

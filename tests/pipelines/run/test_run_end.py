@@ -8,7 +8,7 @@ import pytest
 
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import TransportError
-from prefab.factory.types import Completion
+from prefab.factory.types import Completion, ServerReport
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.cli.run_report import next_command, report
 from prefab.pipelines.run.context import reason_of
@@ -54,6 +54,24 @@ def test_failures_are_told_by_reason_and_calls_are_missing(tmp_path, capsys):
         0,
         [f"prefab export --store {tmp_path / 'store'} --format trl out"],
     )
+
+
+class TwoServers(Scripted):
+    """Two servers, one of which is down."""
+
+    servers = (
+        ServerReport("http://one", 90, 0, 0, "answers"),
+        ServerReport("http://two", 3, 4, 1, "down: HTTP 503"),
+    )
+
+
+def test_the_report_names_each_server(tmp_path, capsys):
+    engine = TwoServers(ScriptedConfig(), project.answer)
+    result = run(project.pipeline(tmp_path, prompts=2), engines={"local": engine})
+    report(result)
+    told = capsys.readouterr().out
+    assert "http://one" in told and "http://two" in told and "down: HTTP 503" in told
+    assert [s["calls"] for s in orjson.loads(orjson.dumps(result.summary()))["servers"]] == [90, 3]
 
 
 def test_a_passed_budget_tells_the_failures_too(tmp_path, capsys):
