@@ -107,7 +107,14 @@ def request_bytes(request: Request) -> bytes:
     Raises: ValueError as `canonical` does.
     """
     try:
-        messages = orjson.dumps([{"content": m.content, "role": m.role} for m in request.messages])
+        messages = orjson.dumps(
+            [
+                {"content": m.content, "more": m.more, "role": m.role}
+                if m.more
+                else {"content": m.content, "role": m.role}
+                for m in request.messages
+            ]
+        )
     except TypeError as error:
         raise ValueError(
             "a message holds a lone surrogate or something that is not text"
@@ -134,7 +141,10 @@ def request_object(request: Request) -> dict[str, Any]:
         "v": SCHEMA,
         "model": request.model,
         "labels": list(request.labels),
-        "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+        "messages": [
+            {"role": m.role, "content": m.content} | ({"more": m.more} if m.more else {})
+            for m in request.messages
+        ],
         "template_kwargs": dict(request.template_kwargs),
         "sampling": sampling_object(request.sampling),
         "repeat": [int(i) for i in request.repeat],
@@ -215,8 +225,9 @@ def digest(*parts: Any) -> str:
 
 
 def prompt_id(messages: Sequence[Message]) -> str:
-    """The id of a conversation: a digest of its roles and texts."""
-    return digest("prompt", *(part for m in messages for part in (m.role, m.content)))
+    """The id of a conversation: a digest of its roles, texts and tool calls."""
+    parts = ((m.role, m.content, *filter(None, [m.more])) for m in messages)
+    return digest("prompt", *(part for turn in parts for part in turn))
 
 
 def split_of(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from prefab.factory.tool_calls import join_calls
 from prefab.factory.types import LONGEST_TEXT, Completion, UnscoredReason
 
 # Qwen, DeepSeek and others; Mistral; Seed-OSS; Kimi; and what other fine-tunes write
@@ -123,9 +124,9 @@ def policy_answer(completion: Completion) -> PolicyAnswer:
 
 def message_text(message: Mapping[str, Any]) -> str:
     """The text of a chat completion's message, with thinking that the server gave apart joined to
-    it: `reasoning_content` or `reasoning`, or content in typed parts.
+    it: `reasoning_content` or `reasoning`, or content in typed parts; and with its tool calls.
 
-    Raises: TypeError where the content is neither text nor parts of text.
+    Raises: TypeError where the content is neither text nor parts of text, or a call has no name.
     """
     content = message.get("content")
     thinking = message.get("reasoning_content") or message.get("reasoning") or ""
@@ -135,7 +136,11 @@ def message_text(message: Mapping[str, Any]) -> str:
         content = "".join(_part_text(part) for part in content if part not in thought)
     if not isinstance(content, str | None):
         raise TypeError(f"content is {type(content).__name__}")
-    return join_thinking(thinking, content or "") if _is_text(thinking) else content or ""
+    content = content or ""
+    calls = message.get("tool_calls") or [message.get("function_call")]
+    if calls[0]:
+        content = join_calls(content, calls)
+    return join_thinking(thinking, content) if _is_text(thinking) else content
 
 
 def _is_text(value: Any) -> bool:

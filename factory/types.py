@@ -39,10 +39,16 @@ LONGEST_TEXT = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `role` is system, user or assistant."""
+    """One turn of a conversation. `role` is system, user, assistant or tool.
+
+    `more` is canonical JSON of what a turn has beside its text, empty where that is nothing:
+    `tool_calls` of an assistant, `tool_call_id` and `name` of a tool's result, and in the first
+    turn the `tools` that may be called. See `tool_calls`.
+    """
 
     role: str
     content: str
+    more: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from prefab.factory.spec.control_tokens import neutralise, neutralised
 from prefab.factory.spec.templates import Template, conversation_text, fence
 from prefab.factory.spec.yamlio import NAME_PATTERN
 from prefab.factory.thinking import split_thinking
+from prefab.factory.tool_calls import shown_answer
 from prefab.factory.types import (
     LONGEST_TEXT,
     Comparison,
@@ -246,9 +247,14 @@ def conversation(messages: tuple[Message, ...], specials: tuple[str, ...] = ()) 
 
 def candidate(messages: tuple[Message, ...], text: str, specials: tuple[str, ...] = ()) -> str:
     """A candidate's text, neutralised and fenced (`fence` caches: every pair with the same answer
-    shares it).
+    shares it). To a conversation with tools, its calls are shown as lines `[call] name(arguments)`.
     """
-    return fence(_talk(messages, specials), text, specials)
+    return fence(_talk(messages, specials), answer_words(messages, text), specials)
+
+
+def answer_words(messages: tuple[Message, ...], text: str) -> str:
+    """An answer's text, and to a conversation with tools its calls as judges are shown them."""
+    return shown_answer(text) if any(m.more for m in messages) else text
 
 
 def generated(completion: Completion) -> tuple[str, UnscoredReason | None]:

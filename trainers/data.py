@@ -20,6 +20,7 @@ from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest, split_of
 from prefab.factory.spec import data_files, layouts
 from prefab.factory.store import datasets, store
+from prefab.factory.tool_calls import message_turn, stored_messages
 from prefab.trainers.chat import (
     Turns,
     answered,
@@ -223,13 +224,20 @@ def _from_store(kind: Kind, source: Source, found: Rows) -> tuple[list[Row], set
     frame = frames.get(kind, pl.DataFrame())
     rows = [row for row in frame.iter_rows(named=True) if row["split"] in ("train", "val")]
     for row in rows:
-        row["prompt"] = [dict(turn) for turn in row["prompt"]]
+        row["prompt"] = layouts.turns_of(row["prompt"])
         for name in ("chosen", "rejected", "completion"):
             if row.get(name) is not None:
-                row[name] = row[name][-1]["content"]
-    return rows, {
-        _prompt_digest([{"role": r, "content": c} for r, c in json.loads(text)]) for text in test
-    }
+                row[name] = _answer(layouts.turns_of(row[name])[-1])
+        if tools := layouts.tools_of(row):
+            if kind == "prompts":
+                raise ConfigError(f"{folder}: {NO_TOOLS}")
+            row["tools"] = tools
+        else:
+            row.pop("tools", None)
+    return rows, {_prompt_digest([message_turn(m) for m in stored_messages(text)]) for text in test}
+
+
+NO_TOOLS = "has tools, which are not passed on where answers are sampled"
 
 
 def _from_files(
@@ -376,7 +384,7 @@ def _demonstrations(record: layouts.Record, base: Row) -> Iterator[Row]:
 
 def _asked(record: layouts.Record, base: Row) -> Iterator[Row]:
     if record.tools:
-        raise ValueError("has tools, which are not passed on where answers are sampled")
+        raise ValueError(NO_TOOLS)
     yield {"prompt": record.prompt or _before_answer(record.talk)}
 
 

@@ -45,6 +45,7 @@ from prefab.factory.thinking import (
     message_text,
     split_thinking,
 )
+from prefab.factory.tool_calls import server_turns, tools_of
 from prefab.factory.types import Completion, Exactness, Finish, Message, Request, Sampling
 
 # a label read waits this long for others to share its POST while some are under way, else not at
@@ -219,7 +220,8 @@ class Chat:
         group = await self._group(request)
         messages = self._messages(request)
         greedy = request.sampling.temperature == 0
-        if request.labels and self.batch > 1 and greedy and not group.forms:
+        alone = not greedy or group.forms or any(m.more for m in request.messages)
+        if request.labels and self.batch > 1 and not alone:
             return await self._join(group, messages)
         seeded = request.sampling.temperature > 0 and "seed" not in self.family.left_out
         seed = b',"seed":%d' % derived_seed(key) if seeded else b""
@@ -331,8 +333,15 @@ class Chat:
             return None
 
     def _messages(self, request: Request) -> bytes:
+        """The conversation as a JSON array, and after it the fields of its tools."""
         messages = request.messages
-        return message_bytes(messages if self.family.system_role else without_system(messages))
+        body = message_bytes(messages if self.family.system_role else without_system(messages))
+        if tools := tools_of(messages):
+            fields: dict[str, Any] = {"tools": tools}
+            if not self.family.tool_parser:  # the calls come as the model writes them
+                fields["tool_choice"] = "none"
+            body += b"," + orjson.dumps(fields)[1:-1]
+        return body
 
     async def draw(self, key: bytes, request: Request, stops: Sequence[int]) -> Drawn:
         """The answer to one request as token ids (`return_token_ids`, which vLLM has), ended by any
@@ -506,7 +515,8 @@ class Chat:
         if not self.family.logprobs:
             return None, "hard"
         split = split_thinking(text)
-        if not split.thinking and split.finished and not group.forms:
+        first = not split.thinking and split.finished and not group.forms
+        if first and self._begins(split.answer, content[0].get("token"), group.labels):
             return self.read.parse(content[0].get("top_logprobs"), group.labels)
         found = find_label(split.answer, group.labels)
         at = None if found is None else self._token_of(found, split.answer, content, group.labels)
@@ -515,6 +525,14 @@ class Chat:
         logps, exactness = self.read.parse(content[at].get("top_logprobs"), group.labels)
         best = max(logps or {}, key=lambda label: (logps or {})[label], default="")
         return (logps, exactness) if best.strip() == found.label else (None, "hard")
+
+    def _begins(self, answer: str, token: Any, labels: tuple[str, ...]) -> bool:
+        """Whether the first token that the server lists is the answer's, where the answer is a
+        label: some list the tokens of thinking that they keep to themselves.
+        """
+        answer = answer.strip()
+        own = token == answer or self.read.is_label(token, labels)
+        return own or all(answer != label.strip() for label in labels)
 
     def _token_of(
         self, found: FoundLabel, answer: str, content: list[Any], labels: tuple[str, ...]
@@ -667,6 +685,8 @@ def response_bytes(tokens: int, tops: int) -> int:
 
 def message_bytes(messages: tuple[Message, ...]) -> bytes:
     """The conversation as a JSON array."""
+    if any(m.more for m in messages):
+        return orjson.dumps(server_turns(messages))
     return orjson.dumps([{"role": m.role, "content": m.content} for m in messages])
 
 

@@ -47,6 +47,7 @@ _UNSUPPORTED = re.compile(
     r"|unrecogni[sz]ed|unexpected|extra (?:inputs|fields)|deprecated|only the default|no longer",
     re.I,
 )
+_TOOL_PARSER = re.compile(r"tool[ _-]choice\b.*\brequires|tool[-_ ]call[-_ ]parser", re.I | re.S)
 _AT_MOST = re.compile(
     r"(?:at most|less than or equal to|<=|max(?:imum)?(?: of| value)?(?: is|:)?|between 0 and|up to)\s*(\d+)",
     re.I,
@@ -67,6 +68,8 @@ class Family:
             stops it); `always`.
         opens_thinking: Whether its chat template opens the thinking, so that a text has the closing
             tag alone.
+        tool_parser: Whether the server finds the tool calls in an answer; without it they come in
+            the text, as the model writes them.
         begins: What it began with when it was asked for one letter, where that was no letter.
     """
 
@@ -78,6 +81,7 @@ class Family:
     thinking: Thinking = "no"
     begins: str = ""
     opens_thinking: bool = False
+    tool_parser: bool = True
 
     def thinks(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether it thinks when asked with these arguments of the chat template."""
@@ -106,6 +110,7 @@ class Family:
             "gives no log-probabilities: labels are hard, without a probability": not self.logprobs,
             f"gives the {self.top_logprobs} likeliest tokens at most": self.top_logprobs
             is not None,
+            "has no parser for tool calls: they are read as the model writes them": not self.tool_parser,
             "thinks before it answers unless told not to": self.thinking == "unless_told",
             "thinks before every answer: more tokens are allowed for it": self.thinking == "always",
         }
@@ -126,6 +131,8 @@ def learned(
     """
     if has_system and family.system_role and _SYSTEM.search(message):
         return replace(family, system_role=False)
+    if family.tool_parser and _TOOL_PARSER.search(message):
+        return replace(family, tool_parser=False)
     name = param if param in body else _named(message, body)
     if name is None or not (_UNSUPPORTED.search(message) or name in LOGPROBS):
         return None
@@ -172,5 +179,5 @@ def without_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     at = next((i for i, m in enumerate(rest) if m.role == "user"), None)
     if at is None:
         return (Message("user", "\n\n".join(system)), *rest)
-    rest[at] = Message("user", "\n\n".join([*system, rest[at].content]))
+    rest[at] = replace(rest[at], content="\n\n".join([*system, rest[at].content]))
     return tuple(rest)

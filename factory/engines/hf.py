@@ -33,6 +33,7 @@ from prefab.factory.keys import derived_seed, model_identity
 from prefab.factory.label_text import find_label
 from prefab.factory.spec.control_tokens import SpecialTokens, is_control
 from prefab.factory.thinking import split_thinking
+from prefab.factory.tool_calls import message_turn, tools_of
 from prefab.factory.types import Completion, Engine, Message, Request, Sampling
 
 # transformers makes models on the meta device, process-wide: two loaded at once end without
@@ -306,7 +307,9 @@ class HF(Engine):
         return out.logits[:, -1], out.past_key_values
 
     def _chat_ids(self, messages: Sequence[Message], kwargs: dict[str, Any]) -> list[int]:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        turns = [message_turn(m) for m in messages]
+        if tools := tools_of(messages):
+            kwargs = {**kwargs, "tools": tools}
         text = self.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, **kwargs
         )

@@ -27,6 +27,7 @@ from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm import VLLM, VllmConfig
 from prefab.factory.engines.vllm_process import VllmProcess, free_port
 from prefab.factory.errors import ConfigError, EngineError, TransportError
+from prefab.factory.tool_calls import message_turn, tools_of
 from prefab.factory.types import Completion, Engine, Request
 
 
@@ -228,9 +229,12 @@ class RewardModelHf(Engine):
         """The conversation as token ids: the template writes every control token there is, so none
         is added.
         """
-        turns = [{"role": m.role, "content": m.content} for m in request.messages]
+        turns = [message_turn(m) for m in request.messages]
         text = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, **dict(request.template_kwargs)
+            turns,
+            tokenize=False,
+            **dict(request.template_kwargs),
+            **({"tools": tools} if (tools := tools_of(request.messages)) else {}),
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -371,7 +375,7 @@ class RewardModelVllm(Engine):
             raise EngineError(f"{self.config.name} was not started")
         body = {
             "model": self._name,
-            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "messages": [message_turn(m) for m in request.messages],
             "add_generation_prompt": False,
             "use_activation": False,  # the default is a sigmoid of the reward
             "chat_template_kwargs": dict(request.template_kwargs),

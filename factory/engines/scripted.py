@@ -253,7 +253,10 @@ class Service:
         labels = [i.to_bytes(6, "big").lstrip(b"\0").decode() for i in ids]
         labels = labels or (["A", "B", "T"] if body.get("logprobs") else [])
         text, p = script(
-            self.rules, [Message(**m) for m in talk], labels, str(body.get("seed", ""))
+            self.rules,
+            [_message(m) for m in talk],
+            labels,
+            str(body.get("seed", "")),
         )
         # every id that was asked for comes back, however unlikely: with -9999, as vLLM writes it
         if ids:
@@ -362,3 +365,7 @@ def _arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     asyncio.run(serve(_arguments()))
+
+
+def _message(turn: dict[str, Any]) -> Message:
+    return Message(turn["role"], turn.get("content") or "")

@@ -31,6 +31,7 @@ from prefab.factory.engines.chat import (
     log_probability,
     wrong_model,
 )
+from prefab.factory.engines.family import Family
 from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
@@ -289,6 +290,7 @@ class VLLM(Engine):
             model,
             IdRead(lambda text: self._tokens(chat, text)),
             batch=self.config.batch,
+            family=Family(tool_parser=any("tool-call-parser" in arg for arg in self.config.args)),
         )
         chat.max_model_len = int(entry.get("max_model_len") or 0)
         server.tell = self._tell

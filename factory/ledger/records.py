@@ -19,6 +19,7 @@ from prefab.factory import keys
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import canonical, digest, rubric_id
 from prefab.factory.ledger.checksums import add_row, damaged, intact, row_crc
+from prefab.factory.tool_calls import stored_text
 from prefab.factory.types import Message, Prompt
 
 Rubric = tuple[tuple[str, float], ...]
@@ -111,7 +112,7 @@ def add_prompts(con: sqlite3.Connection, prompts: Sequence[Prompt]) -> None:
 
 
 def _text(prompt: Prompt) -> str:
-    return orjson.dumps([[m.role, m.content] for m in prompt.messages]).decode()
+    return stored_text(prompt.messages)
 
 
 def rubrics(con: sqlite3.Connection, names: Sequence[str]) -> dict[str, Rubric]:
@@ -201,10 +202,7 @@ def _sides(
     con: sqlite3.Connection, wanted: Sequence[tuple[Message, ...]]
 ) -> dict[tuple[Message, ...], tuple[str | None, str]]:
     """(group, split) of those prompts that are recorded already, whatever their id."""
-    texts = {
-        orjson.dumps([[m.role, m.content] for m in messages]).decode(): messages
-        for messages in wanted
-    }
+    texts = {stored_text(messages): messages for messages in wanted}
     rows = con.execute("SELECT messages, grp, split FROM prompts ORDER BY id")
     return {texts[text]: (group, split) for text, group, split in rows if text in texts}
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import Any
 
+from prefab.factory.types import Message
+
 # Forms that only control tokens have, always broken.
 FORMS = re.compile(
     r"<\|[^<>|\s][^<>|]{0,40}\|>|<｜[^<>｜]{1,40}｜>|</?s>|\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|AVAILABLE_TOOLS|CLS|SEP|MASK|PAD|UNK)\]"
@@ -153,6 +155,16 @@ def neutralise(text: str, specials: Iterable[str] = ()) -> str:
     while broken:  # a token within a broken one is seen in the next round
         text, broken = FORMS.subn(_broken, text)
     return break_tokens(text, specials) if specials else text
+
+
+def neutral_messages(
+    messages: Iterable[Message], specials: Iterable[str] = ()
+) -> tuple[Message, ...]:
+    """A conversation whose texts and tool calls are neutralised."""
+    return tuple(
+        Message(m.role, neutralise(m.content, specials), m.more and neutralise(m.more, specials))
+        for m in messages
+    )
 
 
 def break_tokens(text: str, specials: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.spec import yamlio
+from prefab.factory.tool_calls import join_calls
 
 # A turn has role (system, user, assistant, tool) and content; an assistant's may have tool_calls
 # and reasoning_content, a tool's tool_call_id and name.
@@ -48,6 +49,7 @@ PROMPTS = (
     "conversations",
     "conversation",
 )
+NO_CALLERS = ("system", "user")  # a tool's result follows the assistant's call or another result
 SYSTEMS = ("system", "system_prompt")
 # Of UltraFeedback: the mean of aspects first, since the overall score has known errors.
 SCORES = ("fine-grained_score", "overall_score", "score")
@@ -147,7 +149,7 @@ def parse(row: Any, names: Mapping[str, str] | None = None) -> Record:
         )
     record = layout.read(row)
     record.layout = record.layout or layout.name
-    record.tools = _tools(row)
+    record.tools = tools_of(row)
     used = {*layout.columns, *_filled(row, (*PROMPTS, *SYSTEMS, "input", "history", "tools"))}
     meanings = {**COMMON, **layout.meanings}
     record.columns = {name: meanings.get(name, name) for name in row if name in used | {*meanings}}
@@ -165,7 +167,8 @@ def _filled(row: Row, names: Sequence[str]) -> list[str]:
     return [name for name in names if row.get(name) not in (None, "", [], {})]
 
 
-def _tools(row: Row) -> list[dict[str, Any]]:
+def tools_of(row: Row) -> list[dict[str, Any]]:
+    """The tools that a row's conversation may call. Raises: ValueError."""
     tools = row.get("tools") or []
     if isinstance(tools, str):  # many data sets write them as JSON
         try:
@@ -296,6 +299,8 @@ def check_prompt(turns: Turns) -> Turns:
     for number, turn in enumerate(turns, 1):
         if turn["role"] == "system" and number > 1:
             raise ValueError(f"turn {number} is a system message; only the first turn may be")
+        if turn["role"] == "tool" and (number == 1 or turns[number - 2]["role"] in NO_CALLERS):
+            raise ValueError(f"turn {number} is a tool's result, and no call stands before it")
         if not turn["content"].strip() and not turn.get("tool_calls") and turn["role"] != "tool":
             raise ValueError("the prompt is empty" if number == 1 else f"turn {number} is empty")
     if turns[-1]["role"] == "assistant":
@@ -305,18 +310,15 @@ def check_prompt(turns: Turns) -> Turns:
     return turns
 
 
-def text_of(turn: Turn) -> str:
-    """The text of an answer that is text alone. Raises: ValueError where it calls tools."""
-    if turn.get("tool_calls"):
-        raise ValueError(
-            "an answer calls tools, which a store of texts cannot hold; train on the file itself"
-        )
+def answer_text(turn: Turn) -> str:
+    """An answer as a store keeps it: its text with its tool calls. Raises: ValueError where it
+    thinks apart.
+    """
     if turn.get("reasoning_content"):
         raise ValueError(
             "an answer has reasoning_content, which a store of texts cannot hold; train on the file itself"
         )
-    content: str = turn["content"]
-    return content
+    return join_calls(turn["content"], turn.get("tool_calls", ()))
 
 
 # --- prompts and answers of a row ---------------------------------------------------------------

@@ -22,6 +22,7 @@ from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.paths import PACKAGE
 from prefab.factory.spec import control_tokens, template_check, yamlio
 from prefab.factory.spec.control_tokens import break_tokens, neutralise
+from prefab.factory.tool_calls import shown_conversation
 from prefab.factory.types import Message
 
 TEMPLATES = PACKAGE / "judges" / "templates"
@@ -215,8 +216,10 @@ def fence(prompt_text: str, text: str, specials: tuple[str, ...] = ()) -> str:
 
 def conversation_text(messages: Sequence[Message]) -> str:
     """A conversation as plain text: the words alone for a single question, else one `Role: words`
-    line a turn.
+    line a turn, and with tools also these and a line a call.
     """
+    if any(m.more for m in messages):
+        return shown_conversation(messages)
     if len(messages) == 1:
         return messages[0].content
     return "\n".join(f"{m.role.capitalize()}: {m.content}" for m in messages)

@@ -8,11 +8,20 @@ that were cut off by length are left out unless asked for; everything that is le
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from prefab.factory.errors import ConfigError
+from prefab.factory.tool_calls import (
+    answer_turn,
+    as_text,
+    message_turn,
+    stored_messages,
+    tools_of,
+)
 
 if TYPE_CHECKING:
     import polars
@@ -80,9 +89,9 @@ def datasets(
         (),
     )
     samples = samples.with_columns(
-        pl.col("messages").map_elements(_turns, return_dtype=_TURNS(pl)).alias("prompt_turns"),
         pl.lit(label).alias("run"),
     )
+    samples = _with_turns(samples)
     if not truncated:
         samples = _without_cut_off(samples, notes)
     preferences = read(f"SELECT * FROM preferences WHERE run = {run} ORDER BY prompt, a, b", ())
@@ -106,7 +115,11 @@ def datasets(
         frames["preference"] = _preference(chosen, samples)
         frames["unpaired"] = _unpaired(samples, wins)
     frames["prompts"] = samples.unique("prompt", keep="first", maintain_order=True).select(
-        pl.col("prompt_turns").alias("prompt"), pl.col("prompt").alias("prompt_id"), "split", "run"
+        pl.col("prompt_turns").alias("prompt"),
+        *_tools(samples),
+        pl.col("prompt").alias("prompt_id"),
+        "split",
+        "run",
     )
     select = select or (config.get("revise") or {}).get("select", "sweep")
     if config.get("revise") or record["recipe"] == "cai":
@@ -212,21 +225,47 @@ def _unmarked(
     )
 
 
-def _TURNS(pl: Any) -> Any:
-    return pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
-
-
-def _turns(messages: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in json.loads(messages)]
-
-
-def _answer(column: str) -> Any:
-    """One assistant's turn, as TRL's conversational formats have it."""
+def _with_turns(samples: polars.DataFrame) -> polars.DataFrame:
+    """The samples with `prompt_turns` and `answer` (the assistant's turn in a list) as TRL's
+    conversational formats have them. Where a prompt has tools: with `tool_calls`, whose arguments
+    are JSON text, and a column `tools`, which is JSON text too.
+    """
     import polars as pl
 
-    return pl.concat_list(
-        pl.struct(pl.lit("assistant").alias("role"), pl.col(column).alias("content"))
+    talks = {text: stored_messages(text) for text in samples["messages"].unique()}
+    turn: dict[str, Any] = {"role": pl.String, "content": pl.String}
+    if not any(m.more for talk in talks.values() for m in talk):
+        turns = [[message_turn(m) for m in talks[text]] for text in samples["messages"]]
+        answers = pl.concat_list(
+            pl.struct(pl.lit("assistant").alias("role"), pl.col("text").alias("content"))
+        )
+        return samples.with_columns(
+            pl.Series("prompt_turns", turns, pl.List(pl.Struct(turn))), answers.alias("answer")
+        )
+    function = pl.Struct({"name": pl.String, "arguments": pl.String})
+    call = pl.Struct({"id": pl.String, "type": pl.String, "function": function})
+    turn |= {"tool_calls": pl.List(call), "tool_call_id": pl.String, "name": pl.String}
+    table = pl.List(pl.Struct(turn))
+    tools = [orjson.dumps(tools_of(talks[text])).decode() for text in samples["messages"]]
+    turns = [[_row_of(message_turn(m), turn) for m in talks[text]] for text in samples["messages"]]
+    made = [[_row_of(answer_turn(text), turn)] for text in samples["text"]]
+    return samples.with_columns(
+        pl.Series("prompt_turns", turns, table),
+        pl.Series("answer", made, table),
+        pl.Series("tools", [None if text == "[]" else text for text in tools], pl.String),
     )
+
+
+def _row_of(turn: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    calls = [
+        {"id": call.get("id"), "type": "function", "function": as_text(call["function"])}
+        for call in turn.get("tool_calls", ())
+    ]
+    return {**dict.fromkeys(columns), **turn, "tool_calls": calls or None}
+
+
+def _tools(rows: polars.DataFrame) -> list[str]:
+    return ["tools"] if "tools" in rows.columns else []
 
 
 def _tell_left_out(preferences: polars.DataFrame, notes: list[str]) -> None:
@@ -386,16 +425,16 @@ def _preference(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.
     """Pairs as TRL has them, with what leads back to the store."""
     import polars as pl
 
-    side = samples.select("prompt", "index", "text", "sample", "finish")
+    side = samples.select("prompt", "index", "answer", "sample", "finish")
     first = samples.unique("prompt", keep="first").select(
-        "prompt", "prompt_turns", "split", pl.col("run").alias("run_name")
+        "prompt", "prompt_turns", *_tools(samples), "split", pl.col("run").alias("run_name")
     )
     rows = (
         decided.join(
             side.rename(
                 {
                     "index": "chosen",
-                    "text": "chosen_text",
+                    "answer": "chosen_answer",
                     "sample": "chosen_sample",
                     "finish": "chosen_finish",
                 }
@@ -406,7 +445,7 @@ def _preference(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.
             side.rename(
                 {
                     "index": "rejected",
-                    "text": "rejected_text",
+                    "answer": "rejected_answer",
                     "sample": "rejected_sample",
                     "finish": "rejected_finish",
                 }
@@ -418,8 +457,9 @@ def _preference(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.
     )
     return rows.select(
         pl.col("prompt_turns").alias("prompt"),
-        _answer("chosen_text").alias("chosen"),
-        _answer("rejected_text").alias("rejected"),
+        pl.col("chosen_answer").alias("chosen"),
+        pl.col("rejected_answer").alias("rejected"),
+        *_tools(rows),
         "p_chosen",
         "vote_share",
         "calibrated",
@@ -446,7 +486,8 @@ def _unpaired(samples: polars.DataFrame, wins: polars.DataFrame) -> polars.DataF
     )
     return rows.sort("prompt", "index").select(
         pl.col("prompt_turns").alias("prompt"),
-        _answer("text").alias("completion"),
+        pl.col("answer").alias("completion"),
+        *_tools(rows),
         (pl.col("p_win") > 0.5).alias("label"),
         "p_win",
         "n_comparisons",
@@ -487,7 +528,8 @@ def _sft(samples: polars.DataFrame, critiques: polars.DataFrame, select: str) ->
     )
     return rows.select(
         pl.col("prompt_turns").alias("prompt"),
-        _answer("text").alias("completion"),
+        pl.col("answer").alias("completion"),
+        *_tools(rows),
         (pl.col("parent") >= 0).alias("revised"),
         "round",
         "principle",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal, cast
 
+from prefab.factory import tool_calls
 from prefab.factory.spec import layouts
 from prefab.factory.types import Message, Order, Principle, Verdict
 
@@ -414,7 +415,7 @@ def _answer(value: Any) -> str:
     turns = layouts.turns_of(value, "assistant")
     if not turns:
         raise ValueError("an answer has no turns")
-    return layouts.text_of(turns[-1])
+    return layouts.answer_text(turns[-1])
 
 
 def _turns(value: Any) -> tuple[Message, ...]:
@@ -422,4 +423,4 @@ def _turns(value: Any) -> tuple[Message, ...]:
     turns = layouts.turns_of(value)
     if not turns:
         raise ValueError("the prompt has no turns")
-    return tuple(Message(turn["role"], layouts.text_of(turn)) for turn in turns)
+    return tool_calls.messages_of(turns)

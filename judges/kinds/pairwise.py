@@ -28,6 +28,7 @@ from prefab.judges.base import (
     PairJudge,
     Reasoning,
     RequestContext,
+    answer_words,
     conversation,
     generated,
     label_masses,
@@ -114,13 +115,14 @@ class PairwiseJudge(PairJudge[PairwiseConfig]):
         config, specials = self.config, context.specials
         name = self.name + " reasoning" if role == "reason" else self.name
         shown = conversation(comparison.prompt.messages, specials)
-        first, second = comparison.a, comparison.b
+        talk = comparison.prompt.messages
+        first, second = (answer_words(talk, one.text) for one in (comparison.a, comparison.b))
         if order == "ba":
             first, second = second, first
         variables = {
             "conversation": shown,
-            "answer_a": fence(shown, first.text, specials),
-            "answer_b": fence(shown, second.text, specials),
+            "answer_a": fence(shown, first, specials),
+            "answer_b": fence(shown, second, specials),
             "examples": context.examples(self.templates()[name][0], principle),
         }
         if reasoning is not None:

@@ -18,7 +18,8 @@ from prefab.factory.engines.reward_model import (
     reward_identity,
     reward_specials,
 )
-from prefab.factory.spec.control_tokens import neutralise
+from prefab.factory.spec.control_tokens import neutral_messages
+from prefab.factory.tool_calls import answer_turn, message_of
 from prefab.factory.types import (
     Completion,
     Engine,
@@ -74,8 +75,11 @@ class RewardModelJudge(ScoreJudge[RewardModelConfig]):
         reward model's tokenizer.
         """
         specials = reward_specials(self.config.model)
-        turns = [*prompt.messages, Message("assistant", sample.text)]
-        messages = tuple(Message(m.role, neutralise(m.content, specials)) for m in turns)
+        tools = any(m.more for m in prompt.messages)
+        answer = (
+            message_of(answer_turn(sample.text)) if tools else Message("assistant", sample.text)
+        )
+        messages = neutral_messages([*prompt.messages, answer], specials)
         kwargs = self.config.ordered_kwargs()
         return Request(reward_identity(self.config), messages, Sampling(max_tokens=1), (), kwargs)
 

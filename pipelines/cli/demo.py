@@ -7,7 +7,6 @@ labels.
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections import defaultdict
@@ -19,6 +18,7 @@ from typing import Any
 from prefab.factory.console import duration, hint, say, table, warn
 from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
+from prefab.factory.tool_calls import stored_messages
 from prefab.factory.types import Message, Winner
 from prefab.pipelines.cli.options import hint_command
 from prefab.pipelines.quality.ground_truth import truth
@@ -142,7 +142,7 @@ def measure(result: Any) -> dict[str, Any]:
     from prefab.pipelines.store.fill import query
 
     prompts = {
-        name: tuple(Message(role, text) for role, text in json.loads(messages))
+        name: stored_messages(messages)
         for name, messages in query(
             result.store, "SELECT prompt, messages FROM prompts"
         ).iter_rows()

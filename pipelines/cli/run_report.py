@@ -78,6 +78,25 @@ def _tell_failures(result: Any) -> None:
             warn(f"  for example: {failures.example}")
 
 
+# by the end of "role reason"
+REMEDIES = {
+    "judge low_label_mass": "the judge does not begin with a label. Where it writes a form such as "
+    "`Answer: A`: panel.judges: [{..., answer_tokens: 16}]",
+    "sample truncated": "drafts end before their answer begins: raise policy.max_tokens, or "
+    "engines.NAME.thinking_tokens for a model that thinks",
+    "critique parse": 'critiques begin with neither Fault nor None: see `prefab sql "SELECT text FROM '
+    'critiques WHERE fault IS NULL"`, and ask for that form in critique.jinja',
+}
+
+
+def _tell_remedies(result: Any) -> None:
+    """What mends the most frequent reason of unscored answers, where it is known."""
+    if result.unscored:
+        most = max(result.unscored, key=lambda why: result.unscored[why])
+        if most in REMEDIES:
+            warn(REMEDIES[most])
+
+
 def _escalated(result: Any) -> list[tuple[str, int]]:
     """How many comparisons went to the stronger judges, and what all of them would have cost."""
     told = result.escalation
@@ -110,6 +129,7 @@ def next_command(result: Any, again: str) -> int:
         return STOPPED
     _tell_failures(result)
     if result.state == "budget":
+        _tell_remedies(result)
         code = fail(BudgetError(result.reason))
         hint(again)
         return code

@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from prefab.factory import keys
+from prefab.factory import keys, tool_calls
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.ledger.records import split_of
 from prefab.factory.spec import data_files, layouts, yamlio
@@ -200,7 +200,7 @@ def _messages(row: dict[str, Any], config: PromptsConfig) -> tuple[Message, ...]
     except ValueError as error:
         hint = " (prompts.cut_answer: true)" if "ends with the assistant" in str(error) else ""
         raise ValueError(f"{error}{hint}") from None
-    return messages_of(turns, row.get("tools"))
+    return messages_of(turns, layouts.tools_of(row))
 
 
 def _column(row: dict[str, Any], column: str | None) -> str:
@@ -216,20 +216,18 @@ def _column(row: dict[str, Any], column: str | None) -> str:
     return found
 
 
-def messages_of(turns: layouts.Turns, tools: Any = None) -> tuple[Message, ...]:
-    """Turns as messages, which hold a role and a text.
+def messages_of(turns: layouts.Turns, tools: Sequence[Any] = ()) -> tuple[Message, ...]:
+    """Turns as messages, with their tools and tool calls.
 
-    Raises: ValueError where a turn calls a tool or is its result, or tools are given.
+    Raises: ValueError where a turn has reasoning apart from its text, or a number in a call has no
+        exact JSON text.
     """
     for number, turn in enumerate(turns, 1):
-        if turn.keys() - {"role", "content", "name"} or turn["role"] == "tool":
-            what = (
-                "is a tool's result" if turn["role"] == "tool" else "calls tools, or thinks apart"
+        if "reasoning_content" in turn:
+            raise ValueError(
+                f"turn {number} has reasoning_content: the prompts of a run hold answers alone"
             )
-            raise ValueError(f"turn {number} {what}: the prompts of a run hold texts alone")
-    if tools:
-        raise ValueError("has tools: the prompts of a run hold texts alone")
-    return tuple(Message(turn["role"], turn["content"]) for turn in turns)
+    return tool_calls.messages_of(turns, tools)
 
 
 def _tags(value: Any) -> tuple[str, ...]:

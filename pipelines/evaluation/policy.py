@@ -274,6 +274,11 @@ def held_out(config: PolicyEvalConfig) -> list[Prompt]:
             f"prompts: {len(train):,} of {len(prompts):,} are of the train split, where policies have been "
             "trained. Write prompts.split: test (or val)"
         )
+    if n := sum(any(m.more for m in p.messages) for p in prompts):
+        raise ConfigError(
+            f"prompts: {n:,} of {len(prompts):,} have tools or tool calls, which an evaluation does not "
+            "pass on. Leave them out"
+        )
     return prompts
 
 

@@ -181,10 +181,10 @@ def _oracle(selection: Selection, items: polars.DataFrame) -> np.ndarray:
     import numpy as np
 
     from prefab.factory.microworld import oracle
-    from prefab.factory.types import Message
+    from prefab.factory.tool_calls import stored_messages
 
     talks = {
-        prompt: tuple(Message(role, text) for role, text in json.loads(messages))
+        prompt: stored_messages(messages)
         for prompt, messages in selection.query("SELECT prompt, messages FROM prompts").iter_rows()
     }
     texts = selection.query(

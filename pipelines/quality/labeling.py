@@ -24,6 +24,7 @@ import orjson
 from prefab.factory.console import say
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
+from prefab.factory.tool_calls import shown_conversation, stored_messages
 from prefab.factory.types import Order
 from prefab.judges import registry
 from prefab.judges.kinds import human
@@ -182,7 +183,8 @@ def _luck(seed: int, row: dict[str, Any]) -> bytes:
 
 def _task(run: str, row: dict[str, Any], seed: int, annotator: str) -> Task:
     place = human.place_of(row["prompt"], row["sample_a"], row["sample_b"], row["principle"] or "")
-    talk = tuple((role, text) for role, text in orjson.loads(row["messages"]))
+    messages = stored_messages(row["messages"])
+    talk = tuple((m.role, shown_conversation([m]) if m.more else m.content) for m in messages)
     return Task(
         run,
         row["prompt"],

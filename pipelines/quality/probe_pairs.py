@@ -15,7 +15,8 @@ from typing import Any, Literal
 import orjson
 
 from prefab.factory.errors import ConfigError
-from prefab.factory.types import Comparison, Message, Principle, Prompt, Sample
+from prefab.factory.tool_calls import stored_messages
+from prefab.factory.types import Comparison, Principle, Prompt, Sample
 from prefab.judges import bias_probes
 from prefab.pipelines.config.loader import ResolvedPipeline
 from prefab.pipelines.quality.ground_truth import people
@@ -144,7 +145,7 @@ def stored_cases(
             continue  # gone from the constitution since
         rubric = tuple((text, points) for text, points in orjson.loads(row["rubric"] or "[]"))
         prompt = Prompt(
-            row["prompt"], _messages(row["messages"]), tuple(row["tags"] or ()), rubric=rubric
+            row["prompt"], stored_messages(row["messages"]), tuple(row["tags"] or ()), rubric=rubric
         )
         said = known.winner(row["prompt"], row["a"], row["b"], row["principle"])
         if said == "tie":
@@ -152,7 +153,3 @@ def stored_cases(
         pair = _comparison(prompt, row["a"], row["text_a"], row["b"], row["text_b"])
         found.append(Case(pair, principle, said, "human" if said else "judge"))
     return found
-
-
-def _messages(text: str) -> tuple[Message, ...]:
-    return tuple(Message(role, content) for role, content in orjson.loads(text))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from prefab.factory.errors import BudgetError, EngineError, PrefabError, RequestRefused
 from prefab.factory.ledger.ledger import LedgerStats
-from prefab.factory.spec.control_tokens import neutralise
+from prefab.factory.spec.control_tokens import neutral_messages, neutralise
 from prefab.factory.spec.templates import Template
 from prefab.factory.types import (
     Completion,
@@ -343,4 +343,4 @@ def policy_messages(ctx: Context, prompt: Prompt) -> tuple[Message, ...]:
     left whole.
     """
     specials = ctx.specials(ctx.config.policy.engine)
-    return tuple(Message(m.role, neutralise(m.content, specials)) for m in prompt.messages)
+    return neutral_messages(prompt.messages, specials)

@@ -83,7 +83,7 @@ class Found:
             },
             PLAIN,
         )
-        texts = [layouts.text_of(answer) for answer in record.answers]
+        texts = [layouts.answer_text(answer) for answer in record.answers]
         digest(*texts)  # refuses half of a surrogate pair
         before = self.prompts.setdefault(prompt.id, prompt)
         if (before.group, before.split) != (prompt.group, prompt.split):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import threading
 import time
@@ -27,15 +28,19 @@ class Family:
         system: `refused` is HTTP 400 for a system turn.
         gpt5: Refuses `max_tokens`, other temperatures than 1, and log-probabilities (HTTP 403).
         refuses: Names of other fields that are refused when they are there at all.
-        logprobs: `given`, `refused` (HTTP 403) or `absent` (null).
+        logprobs: `given`, `refused` (HTTP 403), `absent` (null) or `of_thoughts` (of another text
+            than the answer).
         think: None; `open` (`<think>...</think>` in the text), `close` (only the closing tag),
             `apart` (as `reasoning_content`), `hidden` (counted in the usage alone).
         deaf: Thinks also where `enable_thinking` is false.
+        thoughts_alone: Thinks and never answers.
         quota: Requests in `window_s`; more are HTTP 429.
         hints: How a 429 tells the time to wait: `header`, `message` or nothing.
         bad: A message with this text is HTTP 400 for good.
         vary: Give each free text another number.
         form: What stands around a label; a space is the end of a token.
+        tools: With tools: `called` (`tool_calls`, null as content), `written` (in the text, as the
+            model writes calls) or `refused` (HTTP 400 without `tool_choice: none`).
     """
 
     system: str = "taken"
@@ -44,6 +49,7 @@ class Family:
     logprobs: str = "given"
     think: str | None = None
     deaf: bool = False
+    thoughts_alone: bool = False
     quota: int = 0
     window_s: float = 0.3
     hints: str = "message"
@@ -51,6 +57,7 @@ class Family:
     label: str = "A"
     vary: bool = False
     form: str = "{}"
+    tools: str = "called"
     bodies: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     url: str = ""
@@ -87,8 +94,10 @@ class Family:
         talk = body["messages"]
         if self.system == "refused" and any(m["role"] == "system" for m in talk):
             return error(400, "System role not supported")
-        if self.bad and any(self.bad in m["content"] for m in talk):
+        if self.bad and any(self.bad in (m["content"] or "") for m in talk):
             return error(400, "Invalid content in messages[0]", "invalid_value")
+        if self.tools == "refused" and body.get("tools") and body.get("tool_choice") != "none":
+            return error(400, '"auto" tool choice requires --enable-auto-tool-choice to be set')
         if self.gpt5 and "max_tokens" in body:
             return unsupported("max_tokens", "Use 'max_completion_tokens' instead.")
         if self.gpt5 and body.get("temperature", 1) != 1:
@@ -116,7 +125,8 @@ class Family:
             words = [*THOUGHTS.split(" "), "\n</think>\n\n", *words]
         elif thinks:
             apart = THOUGHTS
-            words = words if limit > len(THOUGHTS.split(" ")) else []
+            room = limit > len(THOUGHTS.split(" ")) and not self.thoughts_alone
+            words = words if room else []
         finish = "length" if len(words) > limit or not words else "stop"
         words = words[:limit]
         message: dict[str, Any] = {"role": "assistant", "content": " ".join(words) or None}
@@ -125,6 +135,18 @@ class Family:
         logprobs = None
         if body.get("logprobs") and self.logprobs == "given" and not (apart and not words):
             logprobs = {"content": [_token(word, self.label) for word in words]}
+        if body.get("logprobs") and self.logprobs == "of_thoughts":
+            logprobs = {"content": [_token("Okay", "")]}
+        if body.get("tools"):
+            day = json.dumps({"day": f"day {len(self.bodies)}"})
+            message["content"] = None
+            call = {"name": "find_slot", "arguments": day}
+            if self.tools == "called":
+                message["tool_calls"] = [{"id": "x", "type": "function", "function": call}]
+                finish = "tool_calls"
+            else:
+                written = f'{{"name": "find_slot", "arguments": {day}}}'
+                message["content"] = f"<tool_call>\n{written}\n</tool_call>"
         return {"index": 0, "message": message, "finish_reason": finish, "logprobs": logprobs}
 
     async def models(self, http: web.Request) -> web.Response:

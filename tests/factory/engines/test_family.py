@@ -155,6 +155,13 @@ def test_a_thought_that_the_template_opened_and_the_length_cut_off_is_known_as_o
         assert (found.text, found.finish) == ("Yes, you", "length")
 
 
+@pytest.mark.parametrize("think", [None, "apart"])
+def test_log_probabilities_of_another_token_than_the_answers_are_not_the_labels(think):
+    with family_server(think=think, logprobs="of_thoughts") as server:
+        (found,) = answers(engine(server.url), read())
+        assert (found.text, found.label_logps, found.exactness) == ("A", None, "hard")
+
+
 def test_hidden_thinking_gets_room():
     with family_server(think="hidden", deaf=True) as server:
         one = engine(server.url)

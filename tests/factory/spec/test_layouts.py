@@ -7,6 +7,7 @@ import json
 import pytest
 
 from prefab.factory.spec import layouts
+from prefab.factory.tool_calls import split_calls
 
 
 def user(text):
@@ -224,8 +225,11 @@ def test_tool_calls_results_and_tools_are_kept():
         {"prompt": ASKED, "chosen": [assistant(None, tool_calls=[AS_SENT])], "rejected": "No."}
     )
     assert answer.answers[0] == assistant("", tool_calls=[CALL])
-    with pytest.raises(ValueError, match="calls tools"):
-        layouts.text_of(answer.answers[0])
+    assert split_calls(layouts.answer_text(answer.answers[0])).calls == [
+        {"type": "function", "function": CALL["function"]}
+    ]
+    with pytest.raises(ValueError, match="reasoning_content"):
+        layouts.answer_text(assistant("a", reasoning_content="b"))
     share = [
         {"from": "human", "value": "Name a fish."},
         {"from": "function_call", "value": '{"name": "find", "arguments": {"day": "Tue"}}'},

@@ -185,9 +185,6 @@ def test_every_part_of_the_prompt_is_kept(row, turns):
     assert (messages[0].role == "system") == (turns[0] in ("Be brief.", "s"))
 
 
-CALLS = [{"type": "function", "function": {"name": "find", "arguments": "{}"}}]
-
-
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -195,11 +192,11 @@ CALLS = [{"type": "function", "function": {"name": "find", "arguments": "{}"}}]
             {
                 "messages": [
                     *CONVERSATION[:2],
-                    {**CONVERSATION[2], "tool_calls": CALLS},
+                    {**CONVERSATION[2], "reasoning_content": "Hm."},
                     CONVERSATION[3],
                 ]
             },
-            "turn 3 calls tools",
+            "turn 3 has reasoning_content",
         ),
         (
             {
@@ -208,9 +205,9 @@ CALLS = [{"type": "function", "function": {"name": "find", "arguments": "{}"}}]
                     {"from": "observation", "value": "y"},
                 ]
             },
-            "turn 2 is a tool's result",
+            "turn 2 is a tool's result, and no call stands before it",
         ),
-        ({"prompt": "x", "tools": CALLS}, "has tools"),
+        ({"prompt": "x", "tools": "[oops"}, "tools are no JSON"),
         (
             {
                 "messages": [
@@ -294,7 +291,7 @@ def test_malformed_rows_are_told_by_number_and_counted(tmp_path):
         "7:1 row 6: is the number 7; must be text or an object",
         '8:1 row 7: turn 1 is "hi"; must have role and content',
         "9:1 row 8: the conversation has no turns",
-        "10:1 row 9: turn 1 is a tool's result: the prompts of a run hold texts alone",
+        "10:1 row 9: turn 1 is a tool's result, and no call stands before it",
         "11:1 row 10: turn 1 has the number 3 as content; must be text",
         "12:1 row 11: ends with the assistant's turn; a prompt ends with the user's "
         "(prompts.cut_answer: true)",

@@ -14,6 +14,7 @@ from prefab.pipelines.cli.run_report import next_command, report
 from prefab.pipelines.run.context import reason_of
 from prefab.pipelines.run.runner import run
 from tests.support import project
+from tests.support.family_server import family_server
 
 
 class Failing(Scripted):
@@ -79,6 +80,21 @@ def test_a_passed_budget_tells_the_failures_too(tmp_path, capsys):
     code, commands, err = ended(result, capsys)
     assert (result.state, code, commands) == ("budget", 1, ["prefab run 'my pipeline.yaml'"])
     assert "24 calls failed: HTTP 503" in err and "export" not in err
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "remedy"),
+    [
+        ({"form": "**{}**"}, "answer_tokens: 16"),
+        ({"think": "apart", "deaf": True, "thoughts_alone": True}, "thinking_tokens"),
+    ],
+)
+def test_what_mends_unscored_answers_is_told(tmp_path, capsys, behaviour, remedy):
+    with family_server(vary=True, **behaviour) as server:
+        local = {"engine": "openai", "model": "mock", "base_url": f"{server.url}/v1"}
+        result = run(project.pipeline(tmp_path, prompts=2, engines={"local": local}))
+    code, _, err = ended(result, capsys)
+    assert (result.state, code) == ("budget", 1) and remedy in " ".join(err.split())
 
 
 def test_reasons_differ_in_words_not_in_numbers():
