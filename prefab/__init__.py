@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.run.diff import diff
     from prefab.pipelines.run.plan import plan
     from prefab.pipelines.run.runner import run
+    from prefab.pipelines.run.watch import watch
     from prefab.pipelines.store.export.base import export
     from prefab.pipelines.store.fill import query, rebuild
     from prefab.pipelines.store.imports import import_files as import_preferences
@@ -74,6 +75,7 @@ _HOME = {
     "sweep": "pipelines.training.sweep:sweep",
     "train": "pipelines.training.train:train",
     "verify_ledger": "factory.ledger.verify:verify_ledger",
+    "watch": "pipelines.run.watch:watch",
     "why": "pipelines.quality.why:why",
     "write_label_queue": "pipelines.quality.labeling:write_queue",
 }
@@ -110,6 +112,7 @@ __all__ = [
     "sweep",
     "train",
     "verify_ledger",
+    "watch",
     "why",
     "write_label_queue",
 ]

@@ -92,6 +92,26 @@ class LazyEngine(Engine):
         await self.engine.stop()
 
 
+class KeptEngine(LazyEngine):
+    """An engine that stays started between runs, until `end`."""
+
+    async def start(self) -> None:
+        """Start an engine whose control tokens only its server knows; others at their first
+        question.
+        """
+        if self._ready is None and not (self.owns_server and self.special_tokens):
+            self._ready = asyncio.create_task(self._start())
+        if self._ready is not None:
+            await asyncio.shield(self._ready)
+
+    async def stop(self) -> None:
+        """Stay started."""
+
+    async def end(self) -> None:
+        """Stop what was started."""
+        await super().stop()
+
+
 async def _prepare(engine: Engine, labels: Labels) -> None:
     """Check at the start, not after hours of sampling, that each label is one token."""
     for spellings in labels:

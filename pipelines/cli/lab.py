@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefab.factory.console import EXIT_FAILED, PrintableConsole, console, say, table
+from prefab.factory.console import (
+    EXIT_FAILED,
+    PrintableConsole,
+    console,
+    duration,
+    fail,
+    say,
+    table,
+)
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.options import (
+    STOPPED,
     Json,
     Sets,
     Store,
@@ -89,6 +98,37 @@ def diff(
     show_diff(found, only, examples)
     if found.moved:
         hint_command("why", found.moved[0].preference[:12], "--store", store)
+
+
+@app.command()
+def watch(
+    file: Annotated[Path, typer.Argument(metavar="CONSTITUTION.yaml", help="A constitution file.")],
+    store: Store = Path("store"),
+    run: Run = "",
+    pipeline: PipelineOption = None,
+    sample: Annotated[int, typer.Option(min=1, help="Comparisons to judge at each save.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of their choice.")] = 0,
+    examples: Annotated[int, typer.Option(min=0, help="Moved comparisons to show.")] = 3,
+    sets: Sets = [],
+) -> None:
+    """Judge the same comparisons again each time the constitution is saved, and show what moved
+    since the last save and since the start. The model's server stays up. Ctrl-C ends it.
+    """
+    from prefab.pipelines.run.watch import watch as follow
+
+    def show(last: Diff | None, start: Diff | None, seconds: float) -> None:
+        if last is None or start is None:
+            return say(
+                f"judged {sample} comparisons at most in {duration(seconds)}; now edit {file}"
+            )
+        say(f"since the last save ({duration(seconds)}):", "", "bold")
+        show_diff(last, examples=examples)
+        say(f"since the start: {sentences(start)[0]}")
+
+    try:
+        follow(file, existing_store(store), show, fail, run, pipeline, sets, sample, seed)
+    except KeyboardInterrupt:
+        raise typer.Exit(STOPPED) from None
 
 
 @app.command("test")

@@ -29,6 +29,7 @@ from prefab.judges.stats.agreement import gwet_ac
 from prefab.judges.stats.krippendorff import krippendorff_alpha
 from prefab.pipelines.run.plan import Change, constitution_changes
 from prefab.pipelines.run.rejudge import Panel, panel_of, pipeline_of, rejudge
+from prefab.pipelines.run.runner import RunResult
 from prefab.pipelines.store.export.base import find_run
 from prefab.pipelines.store.fill import query
 
@@ -47,6 +48,11 @@ class Version:
     reused: int = 0
     failed: int = 0
     record: str = ""  # the run's NAME@VERSION
+
+    def judged(self, done: RunResult) -> None:
+        """Keep what judging this version did."""
+        self.run, self.record = done.run, f"{done.name}@{done.version}"
+        self.asked, self.reused, self.failed = done.asked, done.reused, done.failed
 
     @property
     def digest(self) -> str:
@@ -199,9 +205,7 @@ def diff(
     for side in sides:
         if side.constitution is None:
             raise ConfigError(f"{side.name} has no constitution to judge by")
-        done = rejudge(panel, side.constitution, loaded, quiet, engines)
-        side.run, side.record = done.run, f"{done.name}@{done.version}"
-        side.asked, side.reused, side.failed = done.asked, done.reused, done.failed
+        side.judged(rejudge(panel, side.constitution, loaded, quiet, engines))
     return compare(store, sides[0], sides[1], panel)
 
 

@@ -1,0 +1,127 @@
+"""`prefab watch`: judge a fixed panel of comparisons again at each save of a constitution.
+
+The engines stay started between saves. A file that is not valid (an editor may be in the middle of
+writing it) is told, and the last valid version stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prefab.factory.engines.lifecycle import KeptEngine
+from prefab.factory.errors import ConfigError
+from prefab.factory.spec.constitution import constitution_digest, load_constitution
+from prefab.factory.types import Engine
+from prefab.pipelines.config.loader import ResolvedPipeline, make_engines, make_programs
+from prefab.pipelines.run.diff import Diff, Version, compare
+from prefab.pipelines.run.rejudge import Panel, panel_of, pipeline_of, rejudging
+from prefab.pipelines.run.runner import run_async
+
+EVERY_S = 0.1  # how often the file is looked at
+Show = Callable[[Diff | None, Diff | None, float], None]
+Tell = Callable[[ConfigError], object]
+
+
+def watch(
+    file: str | Path,
+    store: str | Path,
+    show: Show,
+    tell: Tell,
+    run: str = "",
+    pipeline: str | Path | None = None,
+    sets: Sequence[str] = (),
+    sample: int = 64,
+    seed: int = 0,
+    engines: dict[str, Engine] | None = None,
+    until: Callable[[], bool] = lambda: False,
+) -> None:
+    """Judge comparisons of a run under a constitution now, and again at each save.
+
+    Args:
+        file: The constitution.
+        store: The store whose comparisons are judged.
+        show: Called after each judging with what moved since the last save, what moved since the
+            start (both None the first time), and the seconds since the save was seen.
+        tell: Called with the mistakes of a file that is not valid.
+        run: The run with the comparisons, NAME or NAME@VERSION; default: the latest.
+        pipeline: A pipeline file whose judges are asked; default: as the run was configured.
+        sets: Overrides of the pipeline's fields.
+        sample: How many comparisons, at most.
+        seed: Seed of their choice.
+        engines: Engines to use in place of those that the pipeline would start, by name.
+        until: Asked between looks at the file; True ends the watch.
+
+    Raises:
+        ConfigError: The constitution is not valid at the start, or there is nothing to judge.
+        EngineError: An engine does not start or fails.
+    """
+    panel = panel_of(Path(store), run, sample, seed)
+    loaded = pipeline_of(panel, pipeline, sets)
+    load_constitution(file)
+    asyncio.run(_watch(Path(file), panel, loaded, show, tell, engines, until))
+
+
+async def _watch(
+    file: Path,
+    panel: Panel,
+    loaded: ResolvedPipeline,
+    show: Show,
+    tell: Tell,
+    engines: dict[str, Engine] | None,
+    until: Callable[[], bool],
+) -> None:
+    # programs of judges start at once and are made anew for each save
+    kept: dict[str, Engine] = {
+        name: KeptEngine(getattr(engine, "engine", engine))
+        for name, engine in (engines or make_engines(loaded)).items()
+    }
+    first = last = None
+    seen = b""
+    try:
+        while not until():
+            now = _digest(file)
+            if now is None or now == seen:
+                await asyncio.sleep(EVERY_S)
+                continue
+            seen, began = now, time.monotonic()
+            try:
+                constitution = load_constitution(file)
+            except ConfigError as error:
+                tell(error)
+                continue
+            if last and constitution_digest(constitution) == last.name:
+                continue  # comments and titles
+            version = Version(constitution_digest(constitution), constitution)
+            judging = rejudging(panel, constitution, loaded)
+            made = {**kept, **make_programs(loaded)}
+            version.judged(await run_async(judging, engines=made))
+            first = first or version
+            moved = [
+                compare(panel.path, was, version, panel) if was else None
+                for was in (last, last and first)
+            ]
+            show(_named(moved[0], "last save"), _named(moved[1], "start"), time.monotonic() - began)
+            last = version
+    finally:
+        for engine in kept.values():
+            await engine.end()  # type: ignore[attr-defined]  # all are KeptEngine
+
+
+def _named(found: Diff | None, name: str) -> Diff | None:
+    """The diff with names for people in place of digests."""
+    if found is None:
+        return None
+    return replace(found, old=replace(found.old, name=name), new=replace(found.new, name="now"))
+
+
+def _digest(file: Path) -> bytes | None:
+    """What the file holds, digested; None while it is not there."""
+    try:
+        return hashlib.sha256(file.read_bytes()).digest()
+    except OSError:
+        return None

@@ -1,0 +1,70 @@
+"""`prefab watch`: each save is judged, an invalid one is told, and engines are started once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prefab import run
+from prefab.factory.engines.scripted import Scripted
+from prefab.factory.errors import ConfigError
+from prefab.pipelines.run.watch import watch
+from tests.pipelines.run.test_diff import constitution, engine
+from tests.support import project
+
+
+class Counting(Scripted):
+    """A scripted engine that counts its starts and stops."""
+
+    started = stopped = 0
+
+    async def start(self) -> None:
+        self.started += 1
+        await super().start()
+
+    async def stop(self) -> None:
+        self.stopped += 1
+        await super().stop()
+
+
+def test_each_save_is_judged_and_the_engine_is_started_once(tmp_path: Path) -> None:
+    run(project.pipeline(tmp_path), engines=engine())
+    plain = engine()["local"]
+    counting = Counting(plain.config, plain.answer)
+    file = Path(constitution(tmp_path, "mine.yaml"))
+    original = file.read_text()
+    worse = original.replace("kinder?", "worse?").replace("briefer?", "worse?")
+    saves = [worse, "id: [", worse.replace("title: Small", "title: Other") + "# more\n", original]
+    shown, told, idle = [], [], 0
+
+    def until() -> bool:
+        """The next save after three looks that found nothing new; then the end."""
+        nonlocal idle
+        idle += 1
+        if idle % 3 == 0 and saves:
+            file.write_text(saves.pop(0))
+        return idle > 18
+
+    def show(last, start, seconds):
+        shown.append((last, start))
+
+    watch(file, tmp_path / "store", show, told.append, engines={"local": counting}, until=until)
+    assert shown[0] == (None, None) and len(shown) == 3
+    last, start = shown[1]
+    assert (len(last.flips), len(start.flips), last.new.asked) == (
+        12,
+        12,
+        36,
+    )  # one question for both
+    last, start = shown[2]
+    assert (len(last.flips), len(start.moved), last.new.asked) == (12, 0, 0)
+    assert len(told) == 1 and "mine.yaml" in str(told[0].problems[0])
+    assert (counting.started, counting.stopped) == (1, 1)
+
+
+def test_a_file_that_is_invalid_at_the_start_is_an_error(tmp_path: Path) -> None:
+    run(project.pipeline(tmp_path), engines=engine())
+    (tmp_path / "bad.yaml").write_text("id: [")
+    with pytest.raises(ConfigError, match="bad.yaml"):
+        watch(tmp_path / "bad.yaml", tmp_path / "store", print, print, engines=engine())
