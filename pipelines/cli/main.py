@@ -1,7 +1,8 @@
 """The command `prefab` and its subcommands.
 
 Results go to stdout (with `--json` as one JSON object), progress and errors to stderr. Exit codes:
-0 done, 1 a check failed or a budget was exceeded, 2 wrong input or usage, 130 stopped by Ctrl-C.
+0 done, 1 a check failed or a budget was exceeded, 2 wrong input or usage, 130 stopped by Ctrl-C
+(143 by SIGTERM, 129 by SIGHUP).
 Large packages are imported inside the commands, so that `--help` and `check` start quickly.
 """
 
@@ -23,7 +24,6 @@ from prefab.pipelines.cli import lab, labels
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli.options import (
-    STOPPED,
     Json,
     Map,
     Pipeline,
@@ -176,7 +176,8 @@ def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
     """
     from prefab.pipelines.run.plan import plan as make_plan
 
-    found = make_plan(pipeline, sets)
+    with resumable("a plan changes nothing"):
+        found = make_plan(pipeline, sets)
     if as_json:
         return print_json(found.data())
     table(
@@ -269,12 +270,8 @@ def run(
     from prefab.pipelines.run.runner import run as run_pipeline
 
     again = shlex.join(["prefab", "run", str(pipeline), *(w for s in sets for w in ("--set", s))])
-    try:
+    with resumable("all answers so far are in the ledger", again):
         result = run_pipeline(pipeline, sets, quiet, retry_refused=retry_refused)
-    except KeyboardInterrupt:
-        warn("stopped before the first model call")
-        hint(again)
-        raise typer.Exit(STOPPED) from None
     if as_json:
         print_json(result.summary())
     else:
@@ -337,7 +334,8 @@ def export(
         )
     out, format = out or target, format or default.format
     rules = tuple(rule.strip() for rule in without.split(",") if rule.strip())
-    report = write(existing_store(store or Path("store")), out, format, run, truncated, rules)
+    with resumable(f"an earlier export in {out} is as it was"):
+        report = write(existing_store(store or Path("store")), out, format, run, truncated, rules)
     if as_json:
         return print_json(report.data())
     table(f"{report.run} as {format} in {out}", ("dataset", "split", "rows"), report.rows())
@@ -364,7 +362,8 @@ def sql(
     """
     from prefab.pipelines.store.fill import query as ask
 
-    frame = ask(existing_store(store), query)
+    with resumable("the ledger has everything"):
+        frame = ask(existing_store(store), query)
     if as_json:
         return print_json(frame.to_dicts())
     shown = frame.head(200)

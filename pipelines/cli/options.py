@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,6 @@ from prefab.factory.console import hint, warn
 from prefab.factory.errors import ConfigError
 from prefab.factory.printable import printable
 
-STOPPED = 130
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Sets = Annotated[
     list[str],
@@ -42,14 +41,27 @@ Store = Annotated[
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """On Ctrl-C, print the command that continues (the same one) and exit with code 130."""
+def resumable(kept: str = "what is done is kept", again: str = "") -> Iterator[None]:
+    """On Ctrl-C, SIGTERM or SIGHUP, print what is kept and the command that continues (the same
+    one), and exit with 128 and the signal's number. A second signal ends the process at once.
+
+    Args:
+        kept: What is safe, where the work itself does not say it.
+        again: The command; default: as it was typed.
+    """
+    from prefab.pipelines.run.interrupts import Interrupted, name_of, signals_raise
+
     try:
-        yield
-    except KeyboardInterrupt:
-        warn("stopped; the same command continues from here")
-        hint(shlex.join(["prefab", *sys.argv[1:]]))
-        raise typer.Exit(STOPPED) from None
+        with signals_raise():
+            yield
+    except KeyboardInterrupt as error:
+        told = error if isinstance(error, Interrupted) else Interrupted()
+        with suppress(OSError):  # the terminal may be gone
+            warn(
+                f"stopped by {name_of(told.number)}: {told.kept or kept}. The same command goes on"
+            )
+            hint(again or shlex.join(["prefab", *sys.argv[1:]]))
+        raise typer.Exit(128 + told.number) from None
 
 
 def hint_command(*words: object) -> None:

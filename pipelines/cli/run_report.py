@@ -7,7 +7,6 @@ from typing import Any
 
 from prefab.factory.console import EXIT_FAILED, duration, fail, hint, table, warn
 from prefab.factory.errors import BudgetError
-from prefab.pipelines.cli.options import STOPPED
 
 
 def report(result: Any) -> None:
@@ -124,9 +123,9 @@ def next_command(result: Any, again: str) -> int:
         The exit code: 1 where a budget was passed or calls are missing.
     """
     if result.state == "stopped":
-        warn("stopped; all answers so far are kept. The same command continues from here")
+        warn(f"{result.reason}: all answers so far are kept. The same command goes on")
         hint(again)
-        return STOPPED
+        return int(128 + result.signal)
     _tell_failures(result)
     if result.state == "budget":
         _tell_remedies(result)

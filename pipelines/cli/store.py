@@ -9,7 +9,14 @@ import typer
 
 from prefab.factory.console import EXIT_FAILED, duration, say, table, warn
 from prefab.factory.errors import StoreError
-from prefab.pipelines.cli.options import Json, Store, existing_store, hint_command, print_json
+from prefab.pipelines.cli.options import (
+    Json,
+    Store,
+    existing_store,
+    hint_command,
+    print_json,
+    resumable,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,7 +30,8 @@ def info(store: Store = Path("store"), as_json: Json = False) -> None:
     from prefab.factory.store.store import TABLES, read_frame
     from prefab.pipelines.store.fill import fill
 
-    filled = fill(existing_store(store))
+    with resumable("the ledger has everything"):
+        filled = fill(existing_store(store))
     if filled.held:
         raise StoreError(f"{filled.held}. The store is {filled.behind:,} ledger rows behind")
     counts = " UNION ALL ".join(
@@ -44,7 +52,8 @@ def rebuild(store: Store = Path("store"), as_json: Json = False) -> None:
     """Delete prefab.duckdb and build it again from the ledger. The rows are the same."""
     from prefab.pipelines.store.fill import rebuild as rebuild_store
 
-    made = rebuild_store(existing_store(store))
+    with resumable("the ledger has everything"):
+        made = rebuild_store(existing_store(store))
     if as_json:
         return print_json({"store": str(store), "rows": made.rows, "seconds": made.seconds})
     table(f"{store} rebuilt in {duration(made.seconds)}", ("table", "rows"), made.rows.items())

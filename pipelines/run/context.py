@@ -7,6 +7,7 @@ the ledger one look-up and one write a list; running it again is how a crashed r
 from __future__ import annotations
 
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,6 +162,7 @@ class Context:
     counts: Counts = field(default_factory=Counts)
     stopping: bool = False
     hurry: bool = False
+    stopped_by: int = signal.SIGINT  # the signal that told it to stop
     last_failure: str = ""
     rules: Rules | None = None  # how the store will read the answers, once somebody wants to know
     _examples: dict[tuple[str, str, tuple[str, ...]], list[dict[str, Any]]] = field(

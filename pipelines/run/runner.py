@@ -35,6 +35,7 @@ from prefab.pipelines.config.loader import (
 )
 from prefab.pipelines.config.registries import RECIPES
 from prefab.pipelines.run.context import Asker, Context, Failures, Stopped
+from prefab.pipelines.run.interrupts import Interrupted, heeded, name_of
 
 T = TypeVar("T")
 
@@ -82,6 +83,7 @@ class RunResult:
     hard: dict[str, int] = field(default_factory=dict)  # verdicts without a probability, by judge
     refused: int = 0  # of the failed calls: refused by the server for good
     awaited: int = 0  # labels that the panel's people have not given yet
+    signal: int = 0  # that stopped it
     behind: int = 0  # calls that the store does not show yet, because another program holds it
     servers: list[ServerReport] = field(default_factory=list)
     _frames: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -148,7 +150,7 @@ def run(
 
     Returns:
         Counts, and the run's rows as polars frames. `state` is `done`, `budget` (a budget was
-        exceeded) or `stopped` (Ctrl-C).
+        exceeded) or `stopped` (Ctrl-C, SIGTERM or SIGHUP; `signal` is its number).
 
     Raises:
         ConfigError: A mistake in the pipeline, or in a file that it names.
@@ -223,7 +225,18 @@ async def run_async(
             seconds = time.monotonic() - began - starting
     finally:
         await ledger.close(drain=not (ctx and ctx.hurry))
-    behind = fill_store(Path(config.store), quiet)
+    kept = (
+        f"{ctx.asker.stats.asked + ctx.asker.stats.reused:,} answers of this run are in the ledger"
+    )
+    if ctx.hurry:
+        raise Interrupted(ctx.stopped_by, kept)
+    try:
+        behind = fill_store(Path(config.store), quiet)
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        raise Interrupted(
+            number, f"{kept}; the DuckDB file is filled by the next command"
+        ) from None
     return _result(loaded, ctx, record, state, reason, seconds, behind)
 
 
@@ -285,7 +298,7 @@ async def _work(
                 raise
             if task := asyncio.current_task():
                 task.uncancel()
-            return "stopped", "stopped by Ctrl-C"
+            return "stopped", f"stopped by {name_of(ctx.stopped_by)}"
         finally:
             ticker.cancel()
             _show(progress, ctx, ctx.asked(), 0.0)
@@ -299,7 +312,7 @@ async def _work(
     if isinstance(first[0], BudgetError):
         return "budget", str(first[0])
     if isinstance(first[0], Stopped):
-        return "stopped", "stopped by Ctrl-C"
+        return "stopped", f"stopped by {name_of(ctx.stopped_by)}"
     raise first[0]
 
 
@@ -312,8 +325,8 @@ def recorded(prompts: Iterable[Prompt], ledger: Asker) -> Iterator[Prompt]:
 
 
 class interruptible:
-    """Ctrl-C (or SIGTERM) drains: nothing new is asked, what is in flight is kept. A second one
-    does not wait.
+    """Ctrl-C (or SIGTERM, or SIGHUP) drains: nothing new is asked, what is in flight is kept. A
+    second one does not wait.
     """
 
     def __init__(self, ctx: Context, quiet: bool) -> None:
@@ -323,15 +336,18 @@ class interruptible:
     def __enter__(self) -> None:
         if self.here:
             self.task = asyncio.current_task()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, self._told)
+            self.before = {number: signal.getsignal(number) for number in heeded()}
+            for number in self.before:
+                asyncio.get_running_loop().add_signal_handler(number, self._told, number)
 
     def __exit__(self, *_: object) -> None:
         if self.here:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number, handler in self.before.items():
                 asyncio.get_running_loop().remove_signal_handler(number)
+                signal.signal(number, handler or signal.SIG_DFL)
 
-    def _told(self) -> None:
+    def _told(self, number: int) -> None:
+        self.ctx.stopped_by = number
         if self.ctx.stopping or loading(self.ctx):
             self.ctx.hurry = self.ctx.stopping = True
             if self.task:
@@ -448,6 +464,7 @@ def _result(
         hard=told["hard"],
         refused=counts.refused,
         awaited=counts.awaited,
+        signal=ctx.stopped_by if state == "stopped" else 0,
         behind=behind,
         servers=[server for engine in ctx.engines.values() for server in engine.servers],
     )

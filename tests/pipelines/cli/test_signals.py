@@ -1,0 +1,93 @@
+"""Ctrl-C, SIGTERM and SIGHUP in each phase of real processes: what is kept and the command that
+goes on are said, the exit code tells the signal, and that command goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.project import pipeline, write
+
+DRIVER = str(Path(__file__).parents[2] / "support" / "signal_driver.py")
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+
+
+def start(phase, *words):
+    return subprocess.Popen(
+        [sys.executable, DRIVER, phase, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*words):
+    made = subprocess.run(
+        [sys.executable, DRIVER, "-", *map(str, words)], capture_output=True, text=True, timeout=60
+    )
+    assert made.returncode == 0, made.stderr
+    return made
+
+
+def stopped(process, number):
+    """Send the signal once the phase is reached; what the process says at its end."""
+    assert process.stdout.readline() == "reached\n", process.communicate()[1]
+    process.send_signal(number)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, told
+    assert f"stopped by {NAMES[number]}: " in told and "Traceback" not in told
+    assert "The same command goes on" in told and "next: prefab " in told
+    return told
+
+
+@pytest.fixture
+def project(tmp_path):
+    budget = {"unscored": None, "failed": None}
+    return write(tmp_path, pipeline(tmp_path, prompts=20, budget=budget))
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "kept"),
+    [
+        ("opening", signal.SIGTERM, "all answers so far are in the ledger"),
+        ("asking", signal.SIGINT, "all answers so far are kept"),
+        ("asking", signal.SIGTERM, "all answers so far are kept"),
+        ("asking", signal.SIGHUP, "all answers so far are kept"),
+        ("filling", signal.SIGINT, "answers of this run are in the ledger"),
+        ("filling", signal.SIGTERM, "answers of this run are in the ledger"),
+        ("filling", signal.SIGHUP, "answers of this run are in the ledger"),
+    ],
+)
+def test_a_run_that_is_told_to_stop(project, phase, number, kept):
+    told = stopped(start(phase, "run", project, "-q"), number)
+    assert kept in told and " 0 answers" not in told
+    assert "reused" in finish("run", project).stdout
+
+
+def test_the_other_commands(project, tmp_path):
+    finish("run", project, "-q")
+    store = ["--store", tmp_path / "store"]
+    for phase, words, kept in (
+        ("planning", ["plan", project], "a plan changes nothing"),
+        ("exporting", ["export", *store, tmp_path / "out"], "earlier export"),
+        ("filling", ["store", "rebuild", *store], "the ledger has everything"),
+        ("asking the store", ["sql", "SELECT 1", *store], "the ledger has everything"),
+    ):
+        assert kept in stopped(start(phase, *words), signal.SIGTERM)
+    assert not list((tmp_path / "out").glob("*"))
+    finish("store", "info", *store)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(project, number):
+    process = start("stuck", "run", project, "-q")
+    for _ in range(2):
+        assert process.stdout.readline() == "reached\n"
+        process.send_signal(number)
+    process.communicate(timeout=5)
+    assert process.returncode == 128 + number
+    finish("run", project, "-q")

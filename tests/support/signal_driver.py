@@ -1,0 +1,61 @@
+"""The command line, held in one phase: `python signal_driver.py PHASE ARGUMENT...`. It prints a
+line when the phase is reached, and then waits for a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+PHASES = {
+    "opening": ("prefab.pipelines.run.runner", "count_prompts"),
+    "filling": ("prefab.pipelines.store.fill", "_replace"),
+    "exporting": ("prefab.pipelines.store.export.base", "_card"),
+    "planning": ("prefab.pipelines.run.plan", "plan"),
+    "asking the store": ("prefab.factory.store.store", "read_frame"),
+}
+
+
+def reached() -> None:
+    print("reached", flush=True)
+
+
+def hold(phase: str) -> None:
+    """Make the phase last for a minute. `stuck` does so again while it ends."""
+    if phase == "asking":
+        from prefab.factory.engines.scripted import Scripted
+
+        complete = Scripted.complete
+
+        async def slow(self, key, request):
+            reached()
+            await asyncio.sleep(0.3)
+            return await complete(self, key, request)
+
+        Scripted.complete = slow
+        return
+    module, name = PHASES["filling" if phase == "stuck" else phase]
+
+    def wait(*_, **__):
+        try:
+            reached()
+            time.sleep(60)
+        finally:
+            if phase == "stuck":
+                reached()
+                time.sleep(60)
+
+    setattr(importlib.import_module(module), name, wait)
+
+
+if __name__ == "__main__":
+    from prefab.pipelines.cli.main import main
+
+    if sys.argv[1] != "-":
+        hold(sys.argv[1])
+    sys.argv = ["prefab", *sys.argv[2:]]
+    main()
