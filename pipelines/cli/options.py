@@ -15,6 +15,7 @@ from prefab.factory.console import hint, warn
 from prefab.factory.errors import ConfigError
 from prefab.factory.printable import printable
 
+STOPPED = 130  # by Ctrl-C
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Sets = Annotated[
     list[str],
