@@ -80,7 +80,8 @@ async def _watch(
         name: KeptEngine(getattr(engine, "engine", engine))
         for name, engine in (engines or make_engines(loaded)).items()
     }
-    first = last = None
+    first: Version | None = None
+    last: Version | None = None
     seen = b""
     try:
         while not until():
@@ -101,11 +102,10 @@ async def _watch(
             made = {**kept, **make_programs(loaded)}
             version.judged(await run_async(judging, engines=made))
             first = first or version
-            moved = [
-                compare(panel.path, was, version, panel) if was else None
-                for was in (last, last and first)
-            ]
-            show(_named(moved[0], "last save"), _named(moved[1], "start"), time.monotonic() - began)
+            since_last = compare(panel.path, last, version, panel) if last else None
+            since_start = compare(panel.path, first, version, panel) if last else None
+            seconds = time.monotonic() - began
+            show(_named(since_last, "last save"), _named(since_start, "start"), seconds)
             last = version
     finally:
         for engine in kept.values():

@@ -17,14 +17,14 @@ from tests.support import project
 class Counting(Scripted):
     """A scripted engine that counts its starts and stops."""
 
-    started = stopped = 0
+    starts = stops = 0
 
     async def start(self) -> None:
-        self.started += 1
+        self.starts += 1
         await super().start()
 
     async def stop(self) -> None:
-        self.stopped += 1
+        self.stops += 1
         await super().stop()
 
 
@@ -60,7 +60,7 @@ def test_each_save_is_judged_and_the_engine_is_started_once(tmp_path: Path) -> N
     last, start = shown[2]
     assert (len(last.flips), len(start.moved), last.new.asked) == (12, 0, 0)
     assert len(told) == 1 and "mine.yaml" in str(told[0].problems[0])
-    assert (counting.started, counting.stopped) == (1, 1)
+    assert (counting.starts, counting.stops) == (1, 1)
 
 
 def test_a_file_that_is_invalid_at_the_start_is_an_error(tmp_path: Path) -> None:
