@@ -7,7 +7,7 @@ Texts are `str`, ids are content digests (hex) unless a person chose them, proba
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -278,6 +278,8 @@ class Engine(ABC):
     log_folder: Path | None = None  # where the server's log goes; None: a temporary file
     starting_s: float = 0.0  # time that a start at the first question took
     findings: Mapping[str, Any] = {}  # of `probe`; empty before
+    # Sets aside what a server answered since a time (seconds since 1970), and gives how much it was
+    quarantine: Callable[[str, float], int] = staticmethod(lambda replica, since: 0)
 
     @classmethod
     def make(cls, config: Any, name: str) -> Engine:
@@ -322,6 +324,11 @@ class Engine(ABC):
     @abstractmethod
     async def complete(self, key: bytes, request: Request) -> Completion:
         """Answer one request. Raises: TransportError when no answer came after all retries."""
+
+    async def verify(self) -> None:  # noqa: B027  # a default
+        """Check after the last question that the servers still serve the model that they did.
+        Raises: EngineError.
+        """
 
     async def stop(self) -> None:  # noqa: B027  # a default
         """Release what `start` took. Safe to call twice."""

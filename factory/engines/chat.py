@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import orjson
 
+from prefab.factory.engines import canary
+from prefab.factory.engines.canary import Canary
 from prefab.factory.engines.family import (
     PROBE,
     PROBE_LABELS,
@@ -199,6 +201,7 @@ class Chat:
         self.family = family or Family()
         self.tell: Callable[[str], None] = lambda line: None  # where a notice for people goes
         self._told: set[str] = set()
+        self.canary: Canary | None = None
         self._probing = False
         self.max_model_len = self.in_flight = 0
         self._heads: dict[tuple[Any, ...], Group] = {}
@@ -210,11 +213,14 @@ class Chat:
         """The answer to one request. Raises: TransportError, RequestRefused, EngineError."""
         self.in_flight += 1
         try:
-            return await self._adapted(request, lambda: self._complete(key, request))
+            answer = await self._adapted(request, lambda: self._complete(key, request))
         except Rejected as refusal:
             return await self._refused(refusal)
         finally:
             self.in_flight -= 1
+        if self.canary is not None:
+            self.canary.answered()
+        return answer
 
     async def _complete(self, key: bytes, request: Request) -> Completion:
         group = await self._group(request)
@@ -280,6 +286,21 @@ class Chat:
             self._probing = False
         self._tell_notes()
         return self.family
+
+    async def canary_logps(self) -> tuple[Mapping[str, float], ...]:
+        """Log-probabilities of the labels after each of the canaries' questions; none where this
+        model's labels cannot be read at the first token. Raises: TransportError, EngineError.
+        """
+        if self.family.thinking == "always" or not self.family.logprobs:
+            return ()
+        told = self.family.thinking == "unless_told"
+        asked = canary.questions(self.model, (("enable_thinking", False),) if told else ())
+        await self.read.prepare(canary.LABELS)
+        try:
+            found = await asyncio.gather(*(self._complete(bytes(32), one) for one in asked))
+        except Rejected:
+            return ()
+        return tuple(answer.label_logps or {} for answer in found)
 
     async def _probe(self) -> None:
         found = await self._probe_once(())

@@ -72,6 +72,7 @@ class LazyEngine(Engine):
     async def _start(self) -> None:
         began = time.monotonic()
         try:
+            self.engine.quarantine = self.quarantine
             await self.engine.start()
             await _prepare(self.engine, self.labels)
             with suppress(TransportError):  # the first question will tell
@@ -83,6 +84,11 @@ class LazyEngine(Engine):
     async def probe(self) -> Mapping[str, Any]:
         """What the probe at the start found; nothing before."""
         return self.findings
+
+    async def verify(self) -> None:
+        """As the engine's, if it was started. Raises: EngineError."""
+        if self._ready is not None and self._ready.done() and not self._ready.exception():
+            await self.engine.verify()
 
     async def stop(self) -> None:
         """Stop what was started."""
@@ -146,6 +152,8 @@ async def started_engines(
             if isinstance(result, BaseException):
                 raise result
         yield
+        for engine in engines.values():
+            await engine.verify()
     finally:
         await asyncio.shield(
             asyncio.gather(*(e.stop() for e in engines.values()), return_exceptions=True)

@@ -10,17 +10,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import orjson
 from pydantic import Field, model_validator
 
 from prefab.factory.console import warn
+from prefab.factory.engines import canary
 from prefab.factory.engines.base import folder_specials, max_length, resolve_model
+from prefab.factory.engines.canary import Canary, Fingerprint, difference
 from prefab.factory.engines.chat import (
     Chat,
     Drawn,
@@ -49,7 +53,8 @@ class VllmConfig(HttpConfig):
     """Names a model to serve, or the `url` of a server. `dtype` auto is float32 on a CPU (without
     avx512_bf16, bf16 matmul is 100 times slower there) and the model's own on a GPU; of a server
     that runs it says what you started it with, and is part of the model's identity. `batch` label
-    reads share a POST. `args` go to vLLM as they are.
+    reads share a POST. After `canary_every` answers (0: never), and after each outage, a server is
+    checked to be serving the same model still. `args` go to vLLM as they are.
     """
 
     engine: Literal["vllm"] = "vllm"
@@ -61,6 +66,7 @@ class VllmConfig(HttpConfig):
     dtype: str = "auto"
     quantization: str = ""
     batch: int = Field(32, ge=1, le=256)
+    canary_every: int = Field(2000, ge=0)
     api_key_env: str | None = None
     max_model_len: int | None = Field(None, ge=1)
     kv_cache_gib: float = Field(
@@ -222,10 +228,9 @@ class VLLM(Engine):
         return f"{dtype} {self.config.quantization}".strip()
 
     def _served_place(self, listed: Mapping[str, Any]) -> str:
-        """The folder that a server says it serves, if it is here too, else the model's name."""
+        """The folder that a server on this machine says it serves, else the model's name."""
         entry = self._entry(listed)
-        root = str(entry.get("root") or "")
-        return root if root and Path(root).is_dir() else self.config.model or str(entry["id"])
+        return _folder_here(self._urls[0], entry) or self.config.model or str(entry["id"])
 
     def _entry(self, listed: Mapping[str, Any]) -> Mapping[str, Any]:
         entries: list[Mapping[str, Any]] = listed.get("data") or []
@@ -298,9 +303,36 @@ class VLLM(Engine):
         self.max_model_len = min(
             filter(None, (self.max_model_len, chat.max_model_len)), default=None
         )
-        if self.path is None and not self.special_tokens and Path(str(entry.get("root"))).is_dir():
-            self.special_tokens = folder_specials(Path(entry["root"]))
+        folder = _folder_here(url, entry)
+        if self.path is None and not self.special_tokens and folder:
+            self.special_tokens = folder_specials(Path(folder))
+        chat.canary = Canary(
+            lambda: self._fingerprint(chat),
+            self.config.canary_every,
+            lambda: server.health.comebacks,
+            lambda wrong, since: self._other_model(url, wrong, since),
+        )
         self._chats.append(chat)
+
+    async def _fingerprint(self, chat: Chat) -> Fingerprint:
+        """What a server shows of its model. Raises: TransportError, EngineError."""
+        try:
+            entry = self._entry(await chat.server.get("/v1/models"))
+        except Rejected as error:
+            raise TransportError(f"{chat.server.url}/v1/models: {error}") from error
+        served = {name: entry.get(name) for name in ("id", "root", "max_model_len")}
+        tokens, logps = await asyncio.gather(self._tokens(chat, canary.TEXT), chat.canary_logps())
+        return Fingerprint(served, tuple(tokens), logps)
+
+    def _other_model(self, url: str, wrong: str, since: float) -> str:
+        """Set aside what a server answered as another model, and give the words for it."""
+        count = self.quarantine(url, since)
+        at = time.strftime("%H:%M:%S", time.localtime(since))
+        return (
+            f"engines.{self.name}: {url} no longer serves the model that it did: {wrong}. "
+            f"{count:,} answers since {at} are set aside and will be asked again. Serve the right "
+            "model there and run the same command; for another model, change `revision`"
+        )
 
     def _tell(self, line: str) -> None:
         if line not in self._said:
@@ -321,8 +353,28 @@ class VLLM(Engine):
             family = await self._chats[0].probe()
             for chat in self._chats[1:]:
                 chat.family = family
+            await self._check_alike()
             self.findings = family.data()
         return self.findings
+
+    async def _check_alike(self) -> None:
+        """Take each server's fingerprint; all must serve one model.
+
+        Raises: EngineError, TransportError.
+        """
+        checks = [chat.canary for chat in self._chats if chat.canary is not None]
+        await asyncio.gather(*(check.check() for check in checks))
+        prints = [check.first for check in checks if check.first is not None]
+        for url, other in zip(self._urls[1:], prints[1:], strict=False):
+            if wrong := difference(prints[0], other):
+                raise EngineError(
+                    f"engines.{self.name}: {url} serves another model than {self._urls[0]}: {wrong}"
+                )
+
+    async def verify(self) -> None:
+        """Check each server a last time. Raises: EngineError."""
+        checks = [chat.canary for chat in self._chats if chat.canary is not None]
+        await asyncio.gather(*(check.finish() for check in checks))
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """Answer one request; when its replica is down, another one does. Raises: TransportError,
@@ -402,6 +454,16 @@ class VLLM(Engine):
         if process is not None:
             self._urls = []
             await process.stop()
+
+
+def _folder_here(url: str, entry: Mapping[str, Any]) -> str:
+    """The folder that a server says it serves, where the server is on this machine; else "".
+
+    What another machine calls a folder is a name: that folder here may hold another model.
+    """
+    host, root = urlsplit(url).hostname or "", str(entry.get("root") or "")
+    here = host in ("localhost", "::1") or host.startswith("127.")
+    return root if here and root and Path(root).is_dir() else ""
 
 
 def _get(url: str, api_key_env: str | None) -> Mapping[str, Any]:

@@ -501,11 +501,12 @@ class Writer:
                 elif isinstance(item, Failure):
                     commit.failures.append(item)
                 elif isinstance(item[1], Future):
+                    self._together(commit)  # the work sees all that arrived before it
+                    commit = Commit()
                     self._alone(*item)
                 else:
                     commit.uses.append(item)
-            if commit.uses or commit.answers or commit.failures:
-                self._together(commit)
+            self._together(commit)
 
     def _alone(self, work: Callable[[sqlite3.Connection], T], result: Future[T]) -> None:
         try:
@@ -518,6 +519,8 @@ class Writer:
             result.set_exception(error)
 
     def _together(self, commit: Commit) -> None:
+        if not (commit.uses or commit.answers or commit.failures):
+            return
         if self.broken is None:
             try:
                 with translate_errors(self.file), self._transaction(bool(commit.answers)):

@@ -13,6 +13,7 @@ from that.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -50,6 +51,19 @@ class LedgerStats:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     in_flight: int = 0
+
+
+def _quarantined(con: sqlite3.Connection, replica: str, since: float) -> int:
+    """Forget, inside an open transaction, the answers of a server since a time; how many."""
+    rows = con.execute(
+        "SELECT c.id FROM calls c JOIN names n ON n.id = c.replica WHERE n.name = ? AND c.at >= ? "
+        f"AND c.id NOT IN ({db.FORGOTTEN})",
+        [replica, since],
+    ).fetchall()
+    if rows:
+        filters = {"replica": replica, "since": since}
+        db.forget_calls(con, "quarantine", filters, [row[0] for row in rows])
+    return len(rows)
 
 
 class _Batch:
@@ -201,7 +215,20 @@ class Ledger:
         yet. What they find is recorded as an evaluation `model probe`.
         """
         self._engines = list(engines)
+        for engine in self._engines:
+            engine.quarantine = self.quarantine
         self._unprobed = bool(self._engines)
+
+    def quarantine(self, replica: str, since: float) -> int:
+        """Set aside what a server answered since a time (seconds since 1970): these answers no
+        longer count, and their questions are asked again (by the next run: this one has used them).
+
+        Returns:
+            How many answers it were.
+        """
+        if self._outbox:
+            self._send()
+        return self._writer.run(partial(_quarantined, replica=replica, since=since))
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
         """The committed answers to these keys."""
