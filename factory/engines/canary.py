@@ -128,6 +128,12 @@ class Canary:
             if self._task is None or self._task.done():
                 self._task = asyncio.get_running_loop().create_task(self._quiet_check())
 
+    def expect(self, first: Fingerprint) -> None:
+        """Compare this server, which cannot be asked now, with another one's model; its first
+        answer begins a check.
+        """
+        self.first, self._answers = first, self.every
+
     async def check(self) -> None:
         """Compare the server with what it was at the first check.
 

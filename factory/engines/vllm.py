@@ -358,17 +358,23 @@ class VLLM(Engine):
         return self.findings
 
     async def _check_alike(self) -> None:
-        """Take each server's fingerprint; all must serve one model.
+        """Take each server's fingerprint; all must serve one model. One that is down is compared
+        with the others when it comes back.
 
-        Raises: EngineError, TransportError.
+        Raises: EngineError.
         """
         checks = [chat.canary for chat in self._chats if chat.canary is not None]
-        await asyncio.gather(*(check.check() for check in checks))
-        prints = [check.first for check in checks if check.first is not None]
-        for url, other in zip(self._urls[1:], prints[1:], strict=False):
-            if wrong := difference(prints[0], other):
+        for outcome in await asyncio.gather(*(c.check() for c in checks), return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, TransportError):
+                raise outcome
+        known = next((c.first for c in checks if c.first is not None), None)
+        for check, chat in zip(checks, self._chats, strict=True):
+            if known is not None and check.first is None:
+                check.expect(known)
+            elif known is not None and check.first and (wrong := difference(known, check.first)):
                 raise EngineError(
-                    f"engines.{self.name}: {url} serves another model than {self._urls[0]}: {wrong}"
+                    f"engines.{self.name}: {chat.server.url} serves another model than the "
+                    f"others: {wrong}"
                 )
 
     async def verify(self) -> None:

@@ -45,7 +45,7 @@ def one_fault(lab: Lab, rule: dict[str, object]) -> list[str]:
     again = lab.prefab("run", "pipeline.yaml", "-q", "--retry-refused", timeout_s=SECONDS)
     if again.code != 0:
         problems.append(f"the same command, server well: exit code {again.code}: {again.last}")
-    if asked := set(lab.log()) & before.keys():
+    if asked := set(lab.log(killed=False)) & before.keys():
         problems.append(f"{len(asked)} committed answers were asked again")
     if again.code == 0 and (difference := lab.differences(("runs", "failures", "evals"))):
         problems.append(f"not mended: {difference}")

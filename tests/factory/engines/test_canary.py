@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from prefab.factory.engines.canary import LABELS, Fingerprint, difference
+from prefab.factory.engines.canary import LABELS, Canary, Fingerprint, difference
 from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.engines.vllm import VLLM, VllmConfig
 from prefab.factory.errors import EngineError
@@ -196,3 +196,21 @@ def test_a_remote_servers_folder_is_not_read_here(tmp_path, monkeypatch, url, re
     monkeypatch.setattr(vllm, "_get", lambda *_: listed)
     identity = VLLM(VllmConfig(model="m", url=url), "local").identity
     assert (identity == vllm.model_identity(str(tmp_path), vllm.default_dtype())) == read
+
+
+def test_a_server_that_was_down_at_the_start_is_compared_with_the_others():
+    async def run() -> str:
+        async def ask() -> Fingerprint:
+            return Fingerprint({"id": "other"})
+
+        check = Canary(ask, 100, lambda: 0, lambda wrong, since: wrong)
+        check.expect(Fingerprint({"id": "m"}))
+        check.answered()
+        await asyncio.sleep(0)
+        with pytest.raises(EngineError, match="its id is 'other', and was 'm'"):
+            await check.finish()
+        with pytest.raises(EngineError):
+            check.answered()
+        return check.problem
+
+    assert asyncio.run(run())
