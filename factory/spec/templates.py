@@ -1,8 +1,8 @@
 """Judge templates: sandboxed Jinja whose blocks are the messages, and fences that mark candidates'
 text as data.
 
-A template has the blocks `system`, `user`, `assistant`, `user_2` (any of them, in the order of a
-conversation). The variables that a template may use are fixed by its kind and checked when it is
+A template has the blocks `system`, `user`, `assistant`, `user_2`, `assistant_2`, `user_3` and so on
+(any of them up to the last, in the order of a conversation). The variables that a template may use are fixed by its kind and checked when it is
 loaded.
 """
 
@@ -26,7 +26,8 @@ from prefab.factory.tool_calls import shown_conversation
 from prefab.factory.types import Message
 
 TEMPLATES = PACKAGE / "judges" / "templates"
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "user_2": "user"}
+BLOCKS = "system, user, assistant, user_2, assistant_2, user_3 and so on"
+_BLOCK = re.compile(r"(user|assistant)(?:_([2-9]|[1-9]\d))?|system")
 _ONE = {"conversation", "answer", "question", "examples"}
 _TWO = {"conversation", "answer_a", "answer_b", "question", "examples"}
 VARIABLES: dict[str, set[str]] = {
@@ -66,9 +67,8 @@ class Template:
         self._ours = Path(self.file).parent == TEMPLATES
         self._compiled = compiled = _compile(kind, text, self.file)
         self._blocks = [
-            (role, compiled.blocks[block])
-            for block, role in ROLES.items()
-            if block in compiled.blocks
+            (block.partition("_")[0], compiled.blocks[block])
+            for block in sorted(compiled.blocks, key=_place)
         ]
         compiled.globals = dict(
             compiled.globals
@@ -165,9 +165,14 @@ def _compile(kind: str, text: str, file: str) -> jinja2.Template:
     ]
     blocks = {node.name: node.lineno for node in tree.find_all(nodes.Block)}
     problems += [
-        Problem(file, line, 1, name, f"unknown block; the blocks are {', '.join(ROLES)}")
+        Problem(file, line, 1, name, f"unknown block; the blocks are {BLOCKS}")
         for name, line in blocks.items()
-        if name not in ROLES
+        if not _BLOCK.fullmatch(name)
+    ]
+    problems += [
+        Problem(file, line, 1, name, f"the block {before} is missing before it")
+        for name, line in blocks.items()
+        if (before := _before(name)) not in blocks and before
     ]
     if "user" not in blocks:
         problems.append(Problem(file, 1, 1, "", "has no {% block user %}: nothing would be asked"))
@@ -175,6 +180,22 @@ def _compile(kind: str, text: str, file: str) -> jinja2.Template:
     if problems:
         raise ConfigError(problems)
     return template_check.compile_template(tree, file)
+
+
+def _place(block: str) -> tuple[int, bool]:
+    """Where a block stands in the conversation."""
+    found = _BLOCK.fullmatch(block)
+    if found is None or found[1] is None:
+        return (0, False)
+    return (int(found[2] or 1), found[1] == "assistant")
+
+
+def _before(block: str) -> str:
+    """The block that a later pair of turns needs before it; empty where none is needed."""
+    number, answers = _place(block)
+    if answers and number > 1:
+        return f"user_{number}"
+    return "" if number < 3 else f"assistant_{number - 1}"
 
 
 def _control_tokens(tree: nodes.Template, file: str) -> list[Problem]:

@@ -116,6 +116,11 @@ def test_an_unknown_variable_is_an_error_with_its_line():
         ("{% block user %}{{ question", "unexpected end of template"),
         ("hello", "no {% block user %}"),
         ("{% block user %}x{% endblock %}{% block judge %}y{% endblock %}", "unknown block"),
+        ("{% block user %}x{% endblock %}{% block user_1 %}y{% endblock %}", "unknown block"),
+        (
+            "{% block user %}x{% endblock %}{% block user_3 %}y{% endblock %}",
+            "assistant_2 is missing",
+        ),
     ],
 )
 def test_a_broken_template_says_what_is_wrong(text, says):
@@ -327,3 +332,18 @@ def test_conversations_as_text():
 def test_every_template_has_a_kind():
     stems = {p.stem.removesuffix("_one_shot") for p in TEMPLATES.glob("*.jinja")}
     assert stems == set(VARIABLES)
+
+
+def test_any_number_of_turns_in_the_order_of_the_conversation():
+    names = [
+        "user",
+        "assistant",
+        *(f"{who}_{i}" for i in range(2, 12) for who in ("user", "assistant")),
+    ]
+    blocks = [
+        "{% block " + name + " %}" + name + "{% endblock %}"
+        for name in [*reversed(names), "system"]
+    ]
+    messages = Template("critique", "critique", "".join(blocks)).render()
+    assert [m.content for m in messages] == ["system", *names]
+    assert [m.role for m in messages][1:] == ["user", "assistant"] * 11
