@@ -2,8 +2,8 @@
 text as data.
 
 A template has the blocks `system`, `user`, `assistant`, `user_2`, `assistant_2`, `user_3` and so on
-(any of them up to the last, in the order of a conversation). The variables that a template may use are fixed by its kind and checked when it is
-loaded.
+(any of them up to the last, in the order of a conversation). The variables that a template may use
+are fixed by its kind and checked when it is loaded.
 """
 
 from __future__ import annotations
