@@ -145,6 +145,24 @@ def test_no_route_answers_without_the_key(server):
 
 
 @pytest.mark.vllm
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_the_server_and_its_workers_listen_on_loopback_alone(server):
+    sockets = set()
+    for pid in descendants(server[2]):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(link))
+    heard = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                heard.append(local.split(":")[0])
+    loopback = ("0100007F", "00000000000000000000000001000000")
+    assert heard and not [address for address in heard if address not in loopback]
+
+
+@pytest.mark.vllm
 def test_label_reads_equal_transformers(engine, local, runner):
     asked = [request(f"Which answer {i}? Answer A, B or T.", LABELS) for i in range(12)]
     served, own = runner.run(ask(engine, *asked)), runner.run(ask(local, *asked))
