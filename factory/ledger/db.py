@@ -656,6 +656,26 @@ def forget_calls(
     return forget
 
 
+def undo_forget(con: sqlite3.Connection, forget: int) -> None:
+    """Record, inside an open transaction, that a forgetting is undone: its answers count again."""
+    add_row(con, "forgets", "undo", "{}", forget, time.time())
+
+
+def write(file: Path, work: Callable[[sqlite3.Connection], T]) -> T:
+    """Do `work` in a transaction of its own, without a writer thread. Raises: what it raised, after
+    a rollback; StoreError.
+    """
+    con = create(file)
+    try:
+        with translate_errors(file):
+            con.execute("BEGIN IMMEDIATE")
+            result = work(con)
+            con.execute("COMMIT")
+            return result
+    finally:
+        con.close()  # rolls back what is not committed
+
+
 def _logps_text(completion: Completion) -> str | None:
     logps = completion.label_logps
     return None if logps is None else orjson.dumps(dict(logps)).decode()

@@ -128,7 +128,7 @@ def _verify_table(
 def _is_intact(con: sqlite3.Connection, table: str, row: Row) -> bool:
     """A request is checked by the key of its call; a request without a readable call passes."""
     if table != "requests":
-        return row_crc(row[:-1]) == row[-1]
+        return bool(row_crc(row[:-1]) == row[-1])
     try:
         call = con.execute("SELECT key FROM calls WHERE id = ?", (row[0],)).fetchone()
     except sqlite3.DatabaseError:

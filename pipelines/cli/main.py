@@ -265,11 +265,21 @@ def run(
             "--retry-refused", help="Also ask again what a server has refused for good (HTTP 4xx)."
         ),
     ] = False,
+    reask: Annotated[
+        str,
+        typer.Option(
+            metavar="REASON",
+            help="First forget this run's answers that are unscored for a reason: parse, "
+            "no_logprobs, ..., `unscored` for any, `empty` for empty texts. They are asked again.",
+        ),
+    ] = "",
 ) -> None:
     """Make preference data. The same command continues a run that was interrupted."""
     from prefab.pipelines.run.runner import run as run_pipeline
 
     again = shlex.join(["prefab", "run", str(pipeline), *(w for s in sets for w in ("--set", s))])
+    if reask:
+        _forget_first(pipeline, sets, reask)
     with resumable("all answers so far are in the ledger", again):
         result = run_pipeline(pipeline, sets, quiet, retry_refused=retry_refused)
     if as_json:
@@ -277,6 +287,17 @@ def run(
     else:
         report(result)
     raise typer.Exit(next_command(result, again))
+
+
+def _forget_first(pipeline: Path, sets: list[str], reason: str) -> None:
+    """Forget the unscored answers of a pipeline's run, if it has run before."""
+    from prefab.pipelines.config.loader import resolve_pipeline
+    from prefab.pipelines.store.forget import AnswerFilter, forget
+
+    config = resolve_pipeline(pipeline, sets).config
+    if (Path(config.store) / "ledger.sqlite").exists():
+        made = forget(Path(config.store), AnswerFilter(run=config.name, reason=reason))
+        warn(f"{made.answers if made else 0:,} answers are asked again")
 
 
 @app.command()

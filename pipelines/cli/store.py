@@ -1,4 +1,6 @@
-"""Commands about a store as a whole: its contents, rebuilding, verifying, backing up."""
+"""Commands about a store as a whole: its contents, rebuilding, verifying, backing up,
+forgetting.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Annotated
 import typer
 
 from prefab.factory.console import EXIT_FAILED, duration, say, table, warn
-from prefab.factory.errors import StoreError
+from prefab.factory.errors import ConfigError, StoreError
 from prefab.pipelines.cli.options import (
     Json,
     Store,
@@ -20,7 +22,7 @@ from prefab.pipelines.cli.options import (
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Show the contents of a preference store; rebuild, verify, back it up.",
+    help="Show the contents of a preference store; rebuild, verify or back it up; forget answers.",
 )
 
 
@@ -130,3 +132,65 @@ def backup(
         return print_json({"store": str(store), "backup": made.file, "rows": counts})
     say(f"{made.file}: {counts.get('calls', 0):,} answers, verified")
     hint_command("store", "info", "--store", to)
+
+
+@app.command()
+def forget(
+    store: Store = Path("store"),
+    run: Annotated[str, typer.Option(help="NAME or NAME@VERSION.")] = "",
+    role: Annotated[
+        str, typer.Option(help="sample, critique, revise, reason, judge, score or rank.")
+    ] = "",
+    reason: Annotated[
+        str,
+        typer.Option(
+            help="Of unscored answers: parse, no_logprobs, truncated, ...; unscored for any; or "
+            "empty for an empty text."
+        ),
+    ] = "",
+    since: Annotated[str, typer.Option(metavar="TIME", help="2026-11-27T12:00, local time.")] = "",
+    until: Annotated[str, typer.Option(metavar="TIME", help="Before this time.")] = "",
+    model: Annotated[str, typer.Option(help="The model that answered.")] = "",
+    replica: Annotated[str, typer.Option(help="The server that answered.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the answers.")] = False,
+    undo: Annotated[
+        int | None, typer.Option(metavar="ID", help="Undo a forgetting; 0 lists them all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Mark answers as forgotten, so that the next run asks their questions again. They must meet
+    all conditions. Nothing is deleted, and --undo brings them back.
+    """
+    from dataclasses import asdict
+
+    from prefab.pipelines.store import forget as forgetting
+
+    existing_store(store)
+    if undo is not None:
+        made = [forgetting.undo_forgetting(store, undo)] if undo else forgetting.forgettings(store)
+        if as_json:
+            return print_json([asdict(one) for one in made])
+        rows = [(one.id, one.answers, one.reason, str(one.filter), one.undone) for one in made]
+        return table(str(store), ("id", "answers", "reason", "conditions", "undone"), rows)
+    times = _time("--since", since), _time("--until", until)
+    wanted = forgetting.AnswerFilter(run, role, reason, *times, model, replica)
+    if dry_run:
+        count, done = len(forgetting.select_answers(store, wanted)), None
+    else:
+        done = forgetting.forget(store, wanted)
+        count = done.answers if done else 0
+    if as_json:
+        return print_json({"answers": count, "id": done.id if done else None, "dry_run": dry_run})
+    say(f"{count:,} answers {'would be' if dry_run else 'are'} forgotten")
+    if done:
+        say(f"`prefab store forget --store {store} --undo {done.id}` lets them count again")
+        hint_command("run", "PIPELINE.yaml")
+
+
+def _time(option: str, text: str) -> float | None:
+    from datetime import datetime
+
+    try:
+        return datetime.fromisoformat(text).timestamp() if text else None
+    except ValueError:
+        raise ConfigError(f"{option} {text}: not a time like 2026-11-27T12:00") from None

@@ -9,7 +9,7 @@ the last one shows what a rebuild shows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,9 +113,6 @@ def derive(
         judge = rules.judges.get(use.judge)
         value = judge.decode(use, answer) if judge and answer else None
         decoded.append(Decoded(use, value, call))
-        if isinstance(use, IdenticalUse):
-            equal = panel.identical(prompt, *use.pair)
-            derived.preferences.append(_preference(equal, (), rules, identical=True))
         if isinstance(use, NOT_ASKED):
             continue
         derived.open |= answer is None or answer.finish == "context"
@@ -129,11 +126,33 @@ def derive(
             derived.rankings.append(_ranking(use, call, value, rules))
     heard = verdicts.gather(decoded)
     _scores(prompt, heard, rules, rubrics, derived)
+    identical = _identical(prompt, decoded, derived, rules)
     for pair in heard.principles:
+        if pair in identical:
+            continue
         _compare(prompt, pair, heard, rules, rubrics, derived)
     if rules.fit and not derived.open:
         derived.strengths = _strengths(prompt, derived.preferences, rules)
     return derived
+
+
+def _identical(
+    prompt: str, decoded: Iterable[Decoded], derived: Derived, rules: Rules
+) -> set[tuple[int, int]]:
+    """Derive the preferences of pairs that were recorded as identical, and give these pairs. Where
+    a sample was forgotten and asked again, so that its text is another one, the pair is none of
+    them.
+    """
+    texts = {row[_INDEX]: row[_TEXT] for row in derived.samples}
+    pairs = [one.use.pair for one in decoded if isinstance(one.use, IdenticalUse)]
+    same = [(a, b) for a, b in pairs if texts.get(a) == texts.get(b)]
+    for pair in same:
+        equal = panel.identical(prompt, *pair)
+        derived.preferences.append(_preference(equal, (), rules, identical=True))
+    return set(same)
+
+
+_INDEX, _TEXT = 3, 7  # of a row of `samples`
 
 
 def _sample(use: DraftUse | RevisionUse, call: str, answer: Completion, rules: Rules) -> Row:
