@@ -85,9 +85,9 @@ def datasets(
     config = json.loads(record["config"])
     samples = read(
         f"SELECT s.*, q.messages, q.split FROM samples s JOIN prompts q USING (prompt) "
-        f'WHERE s.run = {run} AND s.text IS NOT NULL ORDER BY s.prompt, s."index"',
+        f"WHERE s.run = {run} AND s.text IS NOT NULL",
         (),
-    )
+    ).sort("prompt", "index")  # sorted by DuckDB, the texts would have to fit its memory
     samples = samples.with_columns(
         pl.lit(label).alias("run"),
     )

@@ -47,7 +47,6 @@ GUARD = {
     "enable_external_access": False,
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
-    "lock_configuration": True,
 }
 DERIVED = ("samples", "critiques", "scores", "rankings", "verdicts", "preferences", "strengths")
 TABLES = (
@@ -198,6 +197,8 @@ _WRITES = re.compile(
 _EXPLAIN = re.compile(
     r"\s*EXPLAIN\b(\s+ANALYZE\b)?(\s*\(\s*(ANALYZE|FORMAT)\b[^)]*\))?", re.IGNORECASE
 )
+# the parser takes 10 kB of memory for each level of parentheses
+LONGEST_QUERY, MOST_PARENTHESES = 100_000, 5_000
 READ_ONLY = 'Write one SELECT, DESCRIBE, SHOW or SUMMARIZE; for a file, use `prefab sql "SELECT ..." --json > FILE`'
 
 
@@ -210,6 +211,10 @@ def _refuse_all_but_select(con: duckdb.DuckDBPyConnection, sql: str) -> None:
     """
     import duckdb
 
+    if len(sql) > LONGEST_QUERY or sql.count("(") > MOST_PARENTHESES:
+        raise ConfigError(
+            f"a query has at most {LONGEST_QUERY:,} characters and {MOST_PARENTHESES:,} parentheses"
+        )
     statements = con.extract_statements(sql)
     if len(statements) != 1:
         raise ConfigError(
@@ -245,10 +250,11 @@ def _connect(folder: Path, read_only: bool, memory_mb: int) -> duckdb.DuckDBPyCo
     check_header(file)
     settings: dict[str, Any] = {**SETTINGS, "memory_limit": f"{memory_mb}MB"}
     with translate_errors(file):
-        if read_only:
-            return duckdb.connect(str(file), read_only=True, config={**settings, **GUARD})
-        con = duckdb.connect(str(file), config={**settings, "temp_directory": f"{file}.tmp"})
+        more = GUARD if read_only else {"temp_directory": f"{file}.tmp"}
+        con = duckdb.connect(str(file), read_only=read_only, config={**settings, **more})
         con.execute("SET enable_progress_bar=false")
+        if read_only:
+            con.execute("SET lock_configuration=true")
         return con
 
 

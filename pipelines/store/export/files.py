@@ -23,6 +23,7 @@ MANIFEST = "prefab-export.json"
 # All that an export writes. The threat: a list that names files of somebody else, with an absolute
 # path or with `..`.
 OURS = re.compile(r"README\.md|[a-z_]+/(train|validation|test)\.parquet")
+STAGE = re.compile(r"\.prefab-export-(\d+)-\w+")  # the folder of a running export: its process
 MEND = "Nothing was written. Choose another folder, or move it away"
 
 
@@ -38,7 +39,8 @@ def replacing(out: Path, files: Sequence[str]) -> Iterator[Path]:
     former = check(out, files)
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".prefab-export-", dir=out))
+    _remove_stages_of_the_dead(out)
+    stage = Path(tempfile.mkdtemp(prefix=f".prefab-export-{os.getpid()}-", dir=out))
     try:
         for name in files:
             (stage / name).parent.mkdir(exist_ok=True)
@@ -113,6 +115,19 @@ def _list(stage: Path, out: Path, files: Sequence[str]) -> None:
     text = json.dumps({"written_by": "prefab export", "files": list(files)}, indent=1) + "\n"
     (stage / MANIFEST).write_text(text, encoding="utf-8")
     os.replace(stage / MANIFEST, out / MANIFEST)
+
+
+def _remove_stages_of_the_dead(out: Path) -> None:
+    """Remove the hidden folders of exports that were killed. One that holds anything else than an
+    export's files stays.
+    """
+    for stage in out.glob(".prefab-export-*"):
+        process = STAGE.fullmatch(stage.name)
+        if process is None or stage.is_symlink() or Path(f"/proc/{process[1]}").exists():
+            continue
+        files = [path.relative_to(stage) for path in stage.rglob("*") if not path.is_dir()]
+        if all(str(file) == MANIFEST or OURS.fullmatch(str(file)) for file in files):
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _remove_empty(folder: Path) -> None:

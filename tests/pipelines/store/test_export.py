@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import polars as pl
@@ -279,6 +280,23 @@ def test_an_export_that_fails_leaves_the_earlier_one(store, tmp_path, monkeypatc
             export(store, again, format="parquet")
         assert tree(again) == kept if kept else not again.exists()
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_folder_of_a_killed_export_is_removed_by_the_next_one(store, tmp_path):
+    out = tmp_path / "out"
+    export(store, out)
+    dead = 2**22 + 1  # more than any process has
+    for name, file in (
+        (f".prefab-export-{dead}-abc", "README.md"),
+        (f".prefab-export-{os.getpid()}-abc", "README.md"),
+        (f".prefab-export-{dead}-mine", "thesis.tex"),
+    ):
+        (out / name).mkdir()
+        (out / name / file).write_text("x")
+    export(store, out)
+    assert sorted(path.name for path in out.glob(".prefab-export-*")) == sorted(
+        [f".prefab-export-{os.getpid()}-abc", f".prefab-export-{dead}-mine"]
+    )
 
 
 def test_a_run_with_nothing_to_export_leaves_the_earlier_export(store, tmp_path):

@@ -313,6 +313,15 @@ def test_wrong_queries_are_the_users_to_mend(tmp_path):
         query(tmp_path, "DELETE FROM runs")
 
 
+def test_a_query_is_bounded(tmp_path):
+    asyncio.run(run(tmp_path, 1, MiniEngine()))
+    for sql in ("SELECT " + "(" * 100_000, "SELECT 1 -- " + "x" * 100_000):
+        with pytest.raises(ConfigError, match="a query has at most"):
+            query(tmp_path, sql)
+    with pytest.raises(ConfigError):
+        query(tmp_path, "SET memory_limit='10GB'")
+
+
 def test_a_judge_that_reasons_first_is_read_from_its_second_call():
     config = {
         **CONFIG,
