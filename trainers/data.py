@@ -426,9 +426,14 @@ def _filtered(rows: list[Row], source: Source, notes: list[str]) -> list[Row]:
         )
         rows = kept
     if source.exclude:
+        from prefab.factory.spec.bounded import MAX_LIST
         from prefab.factory.spec.yamlio import read_text
 
-        ids = {line.strip() for line in read_text(source.exclude).splitlines() if line.strip()}
+        ids = {
+            line.strip()
+            for line in read_text(source.exclude, MAX_LIST).splitlines()
+            if line.strip()
+        }
         kept = [row for row in rows if not any(row.get(name) in ids for name in IDS)]
         notes.append(
             f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out as {source.exclude} says"

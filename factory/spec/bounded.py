@@ -25,7 +25,7 @@ MAX_LINE = 32 * 2**20  # bytes of a line, or characters of a field
 MAX_UNPACKED = 2**30  # bytes that a compressed file may always unpack to,
 MAX_RATIO = 200  # and how many times its size where that is more
 MAX_DIGITS = 300  # of a whole number in JSON
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def limit(most: int) -> int:
@@ -83,18 +83,17 @@ def read_json(text: bytes | str) -> Any:
     Raises: ValueError that says what is wrong with it: not UTF-8, no JSON, nested too deeply, a
         number of too many digits, half a surrogate pair, or a field that is there twice.
     """
-    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     try:
-        value = parse_json(data.decode("utf-8"))
+        words = text if isinstance(text, str) else text.decode("utf-8")
+        value = parse_json(words)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})"
-        ) from None
+        byte = error.object[error.start]
+        raise ValueError(f"not UTF-8 (byte 0x{byte:02x} at column {error.start + 1})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
-    check_json(value, data)
+    check_json(value, words)
     return value
 
 
@@ -107,26 +106,26 @@ def _whole_number(text: str) -> int:
 parse_json = json.JSONDecoder(parse_int=_whole_number).decode
 
 
-def check_json(value: Any, data: bytes) -> None:
+def check_json(value: Any, text: str) -> None:
     """What Python's parser accepts, and nothing else can hold or should.
 
     Args:
         value: The value of a JSON text.
-        data: The text.
+        text: The text.
 
     Raises: ValueError for half a surrogate pair, or for a field of the object that is there twice.
     """
-    if _SURROGATE.search(data):
+    if "\\u" in text and _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError("holds half of a surrogate pair, which is not valid Unicode") from None
     for name in value if isinstance(value, dict) else ():
-        if data.count(b'"' + name.encode("utf-8", "surrogatepass") + b'"') > 1:
-            return _check_names(data)
+        if text.count(f'"{name}"') > 1:
+            return _check_names(text)
 
 
-def _check_names(data: bytes) -> None:
+def _check_names(text: str) -> None:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -135,4 +134,4 @@ def _check_names(data: bytes) -> None:
             raise ValueError(f"the field {twice!r} is there twice")
         return found
 
-    json.loads(data, object_pairs_hook=once)
+    json.loads(text, object_pairs_hook=once)

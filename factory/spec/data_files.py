@@ -172,7 +172,8 @@ def _byte_lines(path: Path) -> Iterator[tuple[int, bytes | ValueError]]:
             yield line, data
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file with one JSON value a line, whatever its name."""
     for number, (line, data) in enumerate(_byte_lines(path), 1):
         yield number, line, data if isinstance(data, ValueError) else decode(data)
 
@@ -208,8 +209,9 @@ def _json(path: Path) -> Iterator[Row]:
         message = f"the file is longer than {bounded.mb(most)}; write one object a line (.jsonl)"
         raise _problem(path, message + bounded.HOW)
     try:
-        value = bounded.parse_json(data.decode("utf-8-sig"))
-        bounded.check_json(value, data)
+        text = data.decode("utf-8-sig")
+        value = bounded.parse_json(text)
+        bounded.check_json(value, text)
     except UnicodeDecodeError as error:
         raise _problem(path, f"not UTF-8 (byte {error.start})") from None
     except RecursionError:
@@ -364,8 +366,8 @@ def _batches(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
 
 Reader = Callable[[Path], Iterator[Row]]
 READERS: dict[str, Reader] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
+    ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
     ".json": _json,
     ".csv": _csv,
     ".tsv": _csv,

@@ -14,7 +14,6 @@ elsewhere, or a missing reference are not: unscored with the reason `program`.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import sys
@@ -33,6 +32,7 @@ from pydantic import Field, model_validator
 
 from prefab.factory.errors import ConfigError, Problem, TransportError
 from prefab.factory.keys import canonical, digest
+from prefab.factory.spec import bounded, data_files, yamlio
 from prefab.factory.types import (
     Completion,
     Engine,
@@ -204,17 +204,17 @@ def _changed(file: str) -> int:
 
 @lru_cache(maxsize=8)
 def _reference_file(file: str, _changed: int, check: str) -> Any:
-    text = Path(file).read_text(encoding="utf-8")
+    text = yamlio.read_text(file)
     try:
         reference = (
-            json.loads(text)
+            bounded.read_json(text)
             if check == "json_schema"
             else text
             if check == "python"
             else text.strip()
         )
     except ValueError as error:
-        raise ConfigError([Problem(file, 0, 0, "", f"not JSON: {error}")]) from error
+        raise ConfigError([Problem(file, 0, 0, "", str(error))]) from error
     problem = reference_problem(check, reference)
     if problem:
         raise ConfigError([Problem(file, 0, 0, "", problem)])
@@ -226,11 +226,8 @@ def _references(file: str, _changed: int, check: str) -> dict[str, Any]:
     """References by prompt id or text; every mistake in the file at once."""
     found: dict[str, Any] = {}
     problems = []
-    for line, text in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
+    for _, line, row in data_files.jsonl_rows(Path(file)):
         try:
-            row = orjson.loads(text)
             prompt, reference = row["prompt"], row["reference"]
             problem = reference_problem(check, reference)
             if found.setdefault(prompt, reference) != reference:

@@ -17,7 +17,7 @@ from typing import Any
 
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError, Problem
-from prefab.factory.spec import data_files
+from prefab.factory.spec import bounded, data_files
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Comparison, Engine, Principle, Prompt, Sample, Verdict
 from prefab.judges.base import Judge, Score
@@ -112,9 +112,9 @@ def read_benchmark(name: str, files: Sequence[str | Path]) -> Bench:
                 bench.items[item.id] = adapters.collect(bench.items, item)
             except (ValueError, TypeError) as error:
                 bench.problems.append(_problem(file, number, line, error))
-        bench.files.append(
-            {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        )
+        with bounded.open_regular(file) as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        bench.files.append({"file": file.name, "sha256": digest})
     if not bench.items:
         raise ConfigError(bench.problems[:20] or f"{', '.join(map(str, files))}: holds no rows")
     return bench
@@ -141,7 +141,7 @@ def _nested(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         "hhh": ("targets",),
     }.get(name, ())
     return {
-        column: json.loads(value) if column in columns and isinstance(value, str) else value
+        column: bounded.read_json(value) if column in columns and isinstance(value, str) else value
         for column, value in row.items()
     }
 

@@ -24,6 +24,7 @@ import orjson
 from prefab.factory.console import say
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
+from prefab.factory.spec import data_files
 from prefab.factory.tool_calls import shown_conversation, stored_messages
 from prefab.factory.types import Order
 from prefab.judges import registry
@@ -463,10 +464,8 @@ def read_answers(session: LabelingSession, file: str | Path) -> Report:
     }
     problems: list[Problem] = []
     answers: dict[human.Place, tuple[int, Task, Order, human.Said]] = {}
-    for number, text in enumerate(_lines(file), 1):
-        if not text.strip():
-            continue
-        message = _answer(text, number, known, answers, session.report)
+    for _, number, row in data_files.jsonl_rows(file):
+        message = _answer(row, number, known, answers, session.report)
         problems += [Problem(str(file), number, 1, "", message)] if message else []
     if problems:
         raise ConfigError(problems)
@@ -480,15 +479,8 @@ def read_answers(session: LabelingSession, file: str | Path) -> Report:
     return session.report
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([Problem(str(file), 0, 0, "", f"cannot be read ({error})")]) from error
-
-
 def _answer(
-    text: str,
+    row: Any,
     number: int,
     known: dict[str, tuple[Task, Order]],
     answers: dict[human.Place, tuple[int, Task, Order, human.Said]],
@@ -496,7 +488,6 @@ def _answer(
 ) -> str:
     """Note one line's answer; gives what is wrong with it, if anything."""
     try:
-        row = orjson.loads(text)
         name, said = row["id"], row["label"]
     except (ValueError, KeyError, TypeError):
         return 'each line is an object with "id" and "label", as in the queue file'
