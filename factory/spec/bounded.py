@@ -11,8 +11,9 @@ import json
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from prefab.factory.errors import ConfigError, Problem
 
@@ -41,7 +42,7 @@ def mb(most: int) -> str:
     return f"{most / 2**20:,.0f} MB" if most >= 2**20 else f"{most:,} bytes"
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> BufferedReader:
     """The open file at a path.
 
     Raises:
