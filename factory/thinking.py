@@ -68,6 +68,8 @@ def closing_tag_alone(text: str) -> bool:
 def _split(text: str, opening: str, closing: str) -> ThinkingSplit | None:
     """The text's first block between these tags; None where it does not begin with one."""
     opened = text.lstrip().startswith(opening)
+    if not opened and closing not in text:
+        return None
     start = text.index(opening) + len(opening) if opened else 0
     depth = 1
     for tag in re.finditer(f"{re.escape(opening)}|{re.escape(closing)}", text[start:]):

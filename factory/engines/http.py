@@ -686,25 +686,25 @@ def _connector(limit: int) -> Any:
     from aiohttp.client_proto import ResponseHandler
 
     class QuietWhenIdle(ResponseHandler):
+        _waits: select.poll | None = None
+
         def is_connected(self) -> bool:
-            """Asked by the pool alone, before an idle connection is used again."""
-            return super().is_connected() and not self.should_close and not _readable(self)
+            """Asked by the pool alone, before an idle connection is used again: whether it is open,
+            and no bytes wait, read or in the socket.
+            """
+            transport = self.transport
+            if transport is None or transport.is_closing() or self.should_close:
+                return False
+            if self._waits is None:
+                self._waits = select.poll()
+                self._waits.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+            return not self._waits.poll(0)
 
     loop = asyncio.get_running_loop()
     connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=KEEP_ALIVE_S)
     # aiohttp has no public way to give it another protocol
     connector._factory = partial(QuietWhenIdle, loop=loop)  # type: ignore[assignment]
     return connector
-
-
-def _readable(protocol: Any) -> bool:
-    """Whether bytes wait in the connection's socket that the event loop has not read yet."""
-    socket = protocol.transport.get_extra_info("socket")
-    if socket is None:
-        return False
-    poll = select.poll()
-    poll.register(socket.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def loads(raw: bytes) -> dict[str, Any] | None:

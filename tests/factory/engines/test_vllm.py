@@ -192,6 +192,19 @@ def test_batches_equal_single_reads(engine, server, folder, runner):
 
 
 @pytest.mark.vllm
+def test_completions_name_the_request_that_they_answer(engine, runner):
+    """By `X-Request-Id`: so that the response to another request is told."""
+    singles = [request(f"hello {i}", max_tokens=2) for i in range(2)]
+    batch = [request(f"A or B? {i}", LABELS) for i in range(4)]
+    client = engine._chats[0].server
+    for asked in (singles, batch):
+        client._echoes = False
+        answers = runner.run(ask(engine, *asked))
+        assert not any(isinstance(a, Exception) for a in answers) and client._echoes
+        assert {a.replica for a in answers} == {client.url}
+
+
+@pytest.mark.vllm
 def test_greedy_text_equals_transformers(engine, local, runner):
     asked = [request(t, max_tokens=12) for t in ("hello", "Please tell me your name.")]
     assert [a.text for a in runner.run(ask(engine, *asked))] == [
