@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefab.factory.errors import EngineError, TransportError
+from prefab.factory.errors import EngineError
 from prefab.factory.types import Message, Request, Sampling
 
 # Questions without a right answer: neither label's probability is close to 0 or 1.
@@ -155,8 +155,6 @@ class Canary:
         try:
             await self.check()
         except EngineError:
-            return
-        except TransportError:
             self._answers = self.every
 
     async def finish(self, within_s: float = 10.0) -> None:
@@ -167,7 +165,7 @@ class Canary:
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._task), within_s)
         if self.first is not None and self._answers and not self.problem:
-            with suppress(TimeoutError, TransportError):
+            with suppress(TimeoutError, EngineError):
                 await asyncio.wait_for(self.check(), within_s)
         if self.problem:
             raise EngineError(self.problem)

@@ -358,14 +358,14 @@ class VLLM(Engine):
         return self.findings
 
     async def _check_alike(self) -> None:
-        """Take each server's fingerprint; all must serve one model. One that is down is compared
-        with the others when it comes back.
+        """Take each server's fingerprint; all must serve one model. One that is down, or
+        refuses, is compared with the others when it comes back.
 
         Raises: EngineError.
         """
         checks = [chat.canary for chat in self._chats if chat.canary is not None]
         for outcome in await asyncio.gather(*(c.check() for c in checks), return_exceptions=True):
-            if isinstance(outcome, BaseException) and not isinstance(outcome, TransportError):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
                 raise outcome
         known = next((c.first for c in checks if c.first is not None), None)
         for check, chat in zip(checks, self._chats, strict=True):

@@ -28,7 +28,7 @@ def named_kills(here: Lab, n: int, seed: int) -> Iterator[Result]:
 
 
 def operation_kills(here: Lab, n: int, seed: int) -> Iterator[Result]:
-    return islice(kills.at_operations(here), n)
+    return kills.at_operations(here, n)
 
 
 def export_kills(here: Lab, n: int, seed: int) -> Iterator[Result]:

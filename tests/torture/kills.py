@@ -91,10 +91,10 @@ def named(lab: Lab, points: list[str]) -> Iterator[Result]:
         yield result
 
 
-def at_operations(lab: Lab, every: int = 1) -> Iterator[Result]:
-    """A kill before each operation of a run on the store's files."""
+def at_operations(lab: Lab, n: int) -> Iterator[Result]:
+    """A kill before each operation of a run on the store's files, or before `n` spread over all."""
     total = len(crash_states.recorded(lab, RUN))
-    for at in range(1, total + 1, every):
+    for at in range(1, total + 1, -(-total // n)):
         lab.reset()
         place = f"operation {at} of {total}"
         result = life(lab, place, {"shim": {"root": str(lab.store), "at": at}})

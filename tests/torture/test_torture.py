@@ -52,7 +52,7 @@ def test_crashes_and_power_cuts_lose_no_committed_answer(here):
     for how, every in (("all", 110), ("drop", 200), ("some", 170)):
         for place, sure in crash_states.states(here, operations, how, every):
             assert crash_states.check_state(here, sure) == [], place
-    well(kills.at_operations(here, 150))
+    well(kills.at_operations(here, 3))
 
 
 def test_server_faults_invent_no_verdict_and_are_mended(here):
