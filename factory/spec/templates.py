@@ -153,6 +153,10 @@ def _compile(kind: str, text: str, file: str) -> jinja2.Template:
         message = f"unknown kind of template {kind!r}; kinds: {', '.join(VARIABLES)}"
         raise ConfigError([Problem(file, 0, 0, "", message)])
     tree = template_check.parse_template(text, file)
+    try:
+        used = meta.find_undeclared_variables(tree)
+    except jinja2.TemplateSyntaxError as error:  # a block that is there twice
+        raise ConfigError([Problem(file, error.lineno, 1, "", str(error.message))]) from None
     problems = [
         Problem(
             file,
@@ -161,7 +165,7 @@ def _compile(kind: str, text: str, file: str) -> jinja2.Template:
             name,
             f"unknown variable; a {kind} template may use " + ", ".join(sorted(VARIABLES[kind])),
         )
-        for name in sorted(meta.find_undeclared_variables(tree) - VARIABLES[kind] - {"range"})
+        for name in sorted(used - VARIABLES[kind] - {"range"})
     ]
     blocks = {node.name: node.lineno for node in tree.find_all(nodes.Block)}
     problems += [
