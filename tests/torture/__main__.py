@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from prefab.factory.console import table
 from tests.torture import crash_states, hostile, kills, server_faults
@@ -98,6 +99,15 @@ def run_part(name: str, n: int, seed: int) -> dict[str, object]:
         figures |= {"killed": killed, "most_asked_twice": repeated}
     seconds = round(time.monotonic() - began)
     return {**figures, "failed": len(failures), "seconds": seconds, "failures": failures}
+
+
+def markdown(figures: dict[str, dict[str, Any]]) -> str:
+    """The figures as the table of docs/reliability.md."""
+    lines = ["| tried | how many | killed | failed |", "|---|---|---|---|"]
+    for part in figures.values():
+        killed = part.get("killed", "")
+        lines.append(f"| {part['what']} | {part['tried']} | {killed} | {part['failed']} |")
+    return "\n".join(lines)
 
 
 def main() -> int:

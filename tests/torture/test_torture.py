@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
 from tests.torture import crash_states, hostile, kills, server_faults
-from tests.torture.lab import committed, lab
+from tests.torture.__main__ import markdown
+from tests.torture.lab import ROOT, committed, lab
 
 NEEDS_SHIM = pytest.mark.skipif(
     not (shutil.which("gcc") or shutil.which("cc")), reason="no C compiler"
@@ -62,6 +64,11 @@ def test_server_faults_invent_no_verdict_and_are_mended(here):
 def test_hostile_files_are_refused_in_words(here):
     here.undisturbed()
     well(hostile.hostile(here, HOSTILE))
+
+
+def test_the_page_has_the_figures():
+    figures = json.loads((ROOT / "benchmarks" / "results" / "torture.json").read_text())
+    assert markdown(figures) in (ROOT / "docs" / "reliability.md").read_text()
 
 
 def test_the_checks_see_what_they_look_for(here):
