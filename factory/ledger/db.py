@@ -142,7 +142,11 @@ def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
         if readonly and not file.exists():
             raise StoreError(f"{file}: there is no ledger here. `prefab run` makes one")
         con = sqlite3.connect(
-            file, isolation_level=None, check_same_thread=False, cached_statements=64
+            _address(file) if readonly else file,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+            uri=readonly,
         )
         con.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
         con.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
@@ -165,6 +169,17 @@ def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
         if readonly:
             con.execute("PRAGMA query_only=1")
     return con
+
+
+def _address(file: Path) -> str:
+    """Where SQLite opens a ledger for reading. In a folder that cannot be written it cannot make
+    its files beside it, and it needs none where nobody writes: all is in the one file.
+    """
+    address = file.resolve().as_uri()
+    log = file.with_name(file.name + "-wal")
+    if os.access(file.parent, os.W_OK) or (log.exists() and log.stat().st_size):
+        return address
+    return f"{address}?mode=ro&immutable=1"
 
 
 def _tables(con: sqlite3.Connection) -> bool:

@@ -10,6 +10,7 @@ the store takes, or cannot be read, becomes a row of `failures` or an unscored o
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from prefab.factory.console import warn
-from prefab.factory.errors import ConfigError
+from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.keys import digest
 from prefab.factory.ledger import db
 from prefab.factory.ledger import records as recorded
@@ -100,6 +101,8 @@ def fill(folder: str | Path) -> FillReport:
         with db.translate_errors(folder / db.FILE):
             if _is_current(folder, ledger):
                 return report
+            if not os.access(folder, os.W_OK):
+                return _as_it_lies(folder, ledger, report)
             store.with_memory(folder, lambda memory: _fill(folder, ledger, report, memory))
     except store.HeldError as error:
         report.held = str(error)
@@ -107,6 +110,23 @@ def fill(folder: str | Path) -> FillReport:
     finally:
         ledger.close()
     report.seconds = time.monotonic() - began
+    return report
+
+
+def _as_it_lies(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> FillReport:
+    """Of a store that cannot be written: how far it is behind, which is told.
+
+    Raises: StoreError when there is nothing that can be read without filling it.
+    """
+    other = f"{folder} cannot be written. Copy it to a folder that can (`prefab store backup`)"
+    if not (folder / store.FILE).exists():
+        raise StoreError(f"{folder / store.FILE} is missing, and {other}")
+    made_by = store.read_frame(folder, "SELECT name, value FROM meta").rows()
+    if {name: orjson.loads(value) for name, value in made_by} != versions(ledger):
+        raise StoreError(f"{folder / store.FILE}: made by another version, and {other}")
+    report.behind = _behind(folder, ledger)
+    if report.behind:
+        warn(f"the store is {report.behind:,} ledger rows behind, and {other}")
     return report
 
 
