@@ -28,6 +28,7 @@ KEY = "sk-planted-4f9a1c77e2b04d5c"
 MARKS = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\u200b[/red][bold]:boom:\x08\x7f\rx"
 QUOTED = json.dumps(MARKS)  # for YAML and JSON
 CLEAN = {"\n"}
+FINE = ("store", "sql", "agreement", "audit", "why", "diff", "test", "calibrate", "doctor")
 
 
 class Server(BaseHTTPRequestHandler):
@@ -116,6 +117,9 @@ def world(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for principle in constitution["principles"]:
         for name in ("title", "compare", "critique", "revise", "criterion"):
             principle[name] += MARKS
+    constitution["tests"] = [
+        {"prompt": MARKS, "a": "a" + MARKS, "b": "b" + MARKS, "prefer": "a", "principle": "kind"}
+    ]
     (folder / "small.yaml").write_text(yaml.safe_dump(constitution, allow_unicode=False))
     rows = [
         {
@@ -141,8 +145,13 @@ def commands(folder: Path) -> list[tuple[str, ...]]:
     bad.write_text(
         f"{QUOTED}: {QUOTED}\nname: {QUOTED}\nengines: {{{QUOTED}: {{engine: {QUOTED}}}}}\n"
     )
+    changed = (folder / "small.yaml").read_text().replace("kinder", "much kinder")
+    (folder / "other.yaml").write_text(changed)
     (folder / "bad.jsonl").write_text(json.dumps({MARKS: MARKS}) + "\n" + MARKS + "\n")
-    (folder / "pairwise.jinja").write_text("{% block user %}{{ " + MARKS + " }}{% endblock %}")
+    (folder / "evil").mkdir(exist_ok=True)
+    (folder / "evil" / "pairwise.jinja").write_text(
+        "{% block user %}{{ " + MARKS + " }}{% endblock %}"
+    )
     query = "SELECT *, chr(27) || '[2J' AS \"" + MARKS.replace('"', "") + '" FROM '
     tables = (
         "samples",
@@ -161,12 +170,17 @@ def commands(folder: Path) -> list[tuple[str, ...]]:
         ("check", str(folder / "bad.jsonl")),
         ("store", "info", "--store", store),
         ("store", "rebuild", "--store", store),
-        ("store", "verify", "--store", store),
+        ("store", "verify", store),
         *(("sql", query + table, "--store", store) for table in tables),
         ("sql", f"SELECT {MARKS}", "--store", store),
         ("agreement", "--store", store, "--examples", "3"),
         ("audit", "data", "--store", store),
-        ("why", "p0", "--store", store),
+        ("why", preference_of(folder), "--store", store),
+        ("why", "nothing", "--store", store),
+        ("calibrate", "--store", store),
+        ("diff", str(folder / "small.yaml"), str(folder / "other.yaml"), "--store", store),
+        ("test", str(folder / "small.yaml"), "--pipeline", pipeline),
+        ("store", "backup", store, str(folder / "backup")),
         ("export", out, "--store", store),
         ("export", out, "--store", store, "--run", MARKS),
         ("doctor", pipeline, "--store", store),
@@ -185,6 +199,14 @@ def commands(folder: Path) -> list[tuple[str, ...]]:
     ]
 
 
+def preference_of(folder: Path) -> str:
+    """The id of some preference of the store."""
+    with duckdb.connect(str(folder / "store" / "prefab.duckdb"), read_only=True) as con:
+        found = con.execute("SELECT preference FROM preferences").fetchone()
+    assert found
+    return str(found[0])
+
+
 def unsafe(text: str) -> set[str]:
     """The characters of the text that must not reach a terminal."""
     return {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - CLEAN
@@ -194,12 +216,16 @@ def test_no_command_prints_a_mark_or_the_key_and_no_file_holds_the_key(world: Pa
     code, out = command("run", str(world / "pipeline.yaml"))
     assert Server.answered > 20 and "Traceback" not in out, out
     assert not unsafe(out) and KEY not in out
-    for words in commands(world):
+    every = commands(world)
+    fine = [w for w in every[:2] if w] + [
+        w for w in every if w[0] in FINE and w[1] not in ("nothing", "backup", f"SELECT {MARKS}")
+    ]
+    for words in every:
         for flags in ((), ("--json",)):
             code, out = command(*words, *flags)
             assert not unsafe(out), (words, unsafe(out), out[:2000])
             assert KEY not in out and "Traceback" not in out, (words, out[:3000])
-            assert code in (0, 1, 2), (words, code)
+            assert code in ((0, 1) if words in fine else (0, 1, 2)), (words, code, out)
             if flags and out.lstrip().startswith("{") and code == 0:
                 assert "\x1b" not in json.dumps(out)
     for file in world.rglob("*"):
