@@ -363,9 +363,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    asyncio.run(serve(_arguments()))
-
-
 def _message(turn: dict[str, Any]) -> Message:
     return Message(turn["role"], turn.get("content") or "")
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(_arguments()))
