@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import orjson
 
 from prefab.factory.errors import RequestRefused, StoreError
+from prefab.factory.ledger import claims
 from prefab.factory.ledger.checksums import VERIFY, add_row, damaged, intact, next_id, row_crc
 from prefab.factory.ledger.migrations import CLAIMS_AND_FORGETTING, SCHEMA, migrate, record
 from prefab.factory.types import Completion
@@ -444,6 +445,17 @@ class Failure:
 
 
 @dataclass(slots=True)
+class Claim:
+    """Questions to be claimed before they are asked (`claims`), with what waits for them. After the
+    commit: the answers that were there by then, and the keys that are ours to ask.
+    """
+
+    flights: list[Any]
+    found: dict[bytes, Completion] = field(default_factory=dict)
+    mine: set[bytes] = field(default_factory=set)
+
+
+@dataclass(slots=True)
 class Commit:
     """What one transaction holds, in order of arrival. `uses` are (use, key, ...) lists with what
     waits for them.
@@ -452,6 +464,11 @@ class Commit:
     uses: list[tuple[list[tuple[Use, bytes]], Any]] = field(default_factory=list)
     answers: list[AnswerRow] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+
+
+POLL_S = 0.25  # how soon a newcomer is seen by a writer that has nothing to write
+BEAT_S = 10.0
 
 
 class Writer:
@@ -462,10 +479,24 @@ class Writer:
     then on nothing more is written: a ledger that cannot write must not go on as if it could.
     """
 
-    def __init__(self, file: Path, landed: Callable[[Commit, StoreError | None], None]) -> None:
+    def __init__(
+        self,
+        file: Path,
+        landed: Callable[[Commit, StoreError | None], None],
+        share: Callable[[bool], list[bytes]],
+    ) -> None:
+        """`share(whether)` is called on the thread when others come or the last one has gone; it
+        gives the keys in flight.
+        """
         self.file = file
         self.broken: StoreError | None = None
         self._con = create(file)
+        self._share, self._shared = share, False
+        self._version, self._beaten = -1, 0.0
+        with translate_errors(file):
+            self._con.execute("BEGIN IMMEDIATE")
+            self.owner = self._acknowledged = claims.join(self._con)
+            self._con.execute("COMMIT")
         self._names = Names()
         self._landed = landed
         self._arrivals: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
@@ -484,6 +515,38 @@ class Writer:
         self._arrivals.put([(work, result)])
         return result.result()
 
+    def meet(self) -> None:
+        """Wait until every other process on this ledger has seen this one."""
+        until = time.monotonic() + claims.ACKNOWLEDGED_WITHIN_S
+        with translate_errors(self.file), closing(connect(self.file, readonly=True)) as con:
+            while time.monotonic() < until:
+                seen = claims.others(con, self.owner)
+                if all(seen_up_to >= self.owner for _, seen_up_to in seen):
+                    return
+                time.sleep(0.02)
+
+    def _greet(self) -> None:
+        """See who else works on this ledger: claim what is in flight before a newcomer is
+        acknowledged, and be heard of.
+        """
+        version = self._con.execute("PRAGMA data_version").fetchone()[0]
+        due = self._shared and time.monotonic() - self._beaten > BEAT_S
+        if version == self._version and not due:
+            return
+        self._version = version
+        there = [owner for owner, _ in claims.others(self._con, self.owner)]
+        newest = max([*there, self._acknowledged])
+        if not due and bool(there) == self._shared and newest == self._acknowledged:
+            return
+        if bool(there) != self._shared:
+            self._shared = bool(there)
+        keys = self._share(self._shared)
+        with self._transaction():
+            if there and newest != self._acknowledged:
+                claims.claim(self._con, self.owner, keys)
+            claims.beat(self._con, self.owner, newest)
+        self._acknowledged, self._beaten = newest, time.monotonic()
+
     def close(self) -> None:
         """Write what has arrived, checkpoint the WAL, end the thread. Raises: StoreError if that
         failed.
@@ -495,6 +558,8 @@ class Writer:
         try:
             if self.broken is None:
                 with translate_errors(self.file):
+                    with self._transaction():
+                        claims.leave(self._con, self.owner)
                     # a reader only keeps the WAL from being truncated
                     self._con.execute("PRAGMA busy_timeout=2000")
                     self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -504,7 +569,7 @@ class Writer:
     def _work(self) -> None:
         going = True
         while going:
-            items = list(self._arrivals.get())
+            items = self._next()
             while not self._arrivals.empty():
                 items += self._arrivals.get()
             commit = Commit()
@@ -515,6 +580,8 @@ class Writer:
                     commit.answers.append(item)
                 elif isinstance(item, Failure):
                     commit.failures.append(item)
+                elif isinstance(item, Claim):
+                    commit.claims.append(item)
                 elif isinstance(item[1], Future):
                     self._together(commit)  # the work sees all that arrived before it
                     commit = Commit()
@@ -522,6 +589,20 @@ class Writer:
                 else:
                     commit.uses.append(item)
             self._together(commit)
+
+    def _next(self) -> list[Any]:
+        """What arrives next; meanwhile newcomers are greeted."""
+        while True:
+            try:
+                if self.broken is None:
+                    with translate_errors(self.file):
+                        self._greet()
+            except StoreError as error:
+                self.broken = error
+            try:
+                return list(self._arrivals.get(timeout=POLL_S))
+            except queue.Empty:
+                continue
 
     def _alone(self, work: Callable[[sqlite3.Connection], T], result: Future[T]) -> None:
         try:
@@ -534,7 +615,7 @@ class Writer:
             result.set_exception(error)
 
     def _together(self, commit: Commit) -> None:
-        if not (commit.uses or commit.answers or commit.failures):
+        if not (commit.uses or commit.answers or commit.failures or commit.claims):
             return
         if self.broken is None:
             try:
@@ -542,12 +623,22 @@ class Writer:
                     self._insert_uses([pair for uses, _ in commit.uses for pair in uses])
                     self._insert_answers(commit.answers)
                     self._insert_failures(commit.failures)
+                    self._settle_claims(commit)
             except StoreError as error:
                 self.broken = error
             except Exception as error:  # a bug, or an answer that cannot be stored
                 self.broken = StoreError(f"{self.file}: {type(error).__name__}: {error}")
                 self.broken.__cause__ = error
         self._landed(commit, self.broken)
+
+    def _settle_claims(self, commit: Commit) -> None:
+        if self._shared:
+            keys = [one.key for one in (*commit.answers, *commit.failures)]
+            claims.release(self._con, self.owner, keys)
+        for one in commit.claims:
+            keys = [flight.key for flight in one.flights]
+            one.found = lookup(self._con, keys)
+            one.mine = claims.claim(self._con, self.owner, keys)
 
     @contextmanager
     def _transaction(self, killable: bool = False) -> Iterator[None]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -28,7 +30,7 @@ from prefab.factory.errors import RequestRefused, StoreError, TransportError
 from prefab.factory.keys import key_of, request_bytes
 from prefab.factory.ledger import db, records
 from prefab.factory.ledger.checksums import VERIFY
-from prefab.factory.ledger.db import AnswerRow, Commit, Failure, Writer
+from prefab.factory.ledger.db import POLL_S, AnswerRow, Claim, Commit, Failure, Writer
 from prefab.factory.ledger.records import Run
 from prefab.factory.types import Completion, Engine, Prompt, Request
 from prefab.factory.uses import Use
@@ -138,11 +140,16 @@ class Ledger:
         self.folder, self.retry_refused = Path(folder), retry_refused
         self.file = self.folder / db.FILE
         self.stats = LedgerStats()
-        self._writer = Writer(self.file, self._committed)
+        self._sharing = threading.Lock()  # between a look at `_shared` and the flights that follow
+        self._shared = False
+        self._flights: dict[bytes, _Flight] = {}
+        self._elsewhere: dict[bytes, _Flight] = {}  # that other processes ask
+        self._polling: asyncio.Task[None] | None = None
+        self._writer = Writer(self.file, self._committed, self._share)
+        self._writer.meet()
         self._reader = db.connect(self.file, readonly=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._windows: dict[int, _Window] = {}
-        self._flights: dict[bytes, _Flight] = {}
         self._arrived: list[_Batch] = []
         self._waiting: set[_Batch] = (
             set()
@@ -313,18 +320,69 @@ class Ledger:
             for batch in batches:
                 uses += [(use, key) for (_, use), key in zip(batch.asks, batch.keys, strict=True)]
             self._post((uses, batches))  # before any answer to them
-            for batch in batches:
-                self._dispatch(batch, found, refused)
+            with self._sharing:
+                flights: list[_Flight] | None = [] if self._shared else None
+                for batch in batches:
+                    self._dispatch(batch, found, refused, flights)
+            if flights:
+                self._post(Claim(flights))
         except Exception as error:
             self._stop(self._told(error))
+
+    def _share(self, shared: bool) -> list[bytes]:
+        """On the writer's thread: whether questions are to be claimed from now on. Gives the keys
+        in flight.
+        """
+        with self._sharing:
+            self._shared = shared
+            return [key for key in list(self._flights) if key not in self._elsewhere]
+
+    def _claimed(self, claim: Claim) -> None:
+        """Ask what is ours, land what was answered meanwhile, wait for what others ask."""
+        for flight in claim.flights:
+            if self._flights.get(flight.key) is not flight:
+                continue
+            self._elsewhere.pop(flight.key, None)
+            answer = claim.found.get(flight.key)
+            limit = flight.window.engine.max_model_len or 0
+            if answer is not None and not (answer.finish == "context" and limit > answer.limit):
+                self._flights.pop(flight.key)
+                self.stats.reused += 1
+                flight.land(answer)
+            elif flight.key in claim.mine:
+                flight.window.queue.append(flight)
+            else:
+                self._elsewhere[flight.key] = flight
+        if self._elsewhere and (self._polling is None or self._polling.done()):
+            self._polling = asyncio.get_running_loop().create_task(self._poll())
+
+    async def _poll(self) -> None:
+        """Look again for what other processes ask, when the ledger changed or a second is over: it
+        was answered, or they failed or died.
+        """
+        version, asked = -1, 0.0
+        while self._elsewhere and not self._closed:
+            await asyncio.sleep(POLL_S)
+            with db.translate_errors(self.file):
+                now = self._reader.execute("PRAGMA data_version").fetchone()[0]
+            if now != version or time.monotonic() - asked > 1:
+                version, asked = now, time.monotonic()
+                self._post(Claim(list(self._elsewhere.values())))
 
     def _refusals(self, keys: set[bytes]) -> dict[bytes, str]:
         with db.translate_errors(self.file):
             return db.refusals(self._reader, list(keys))
 
     def _dispatch(
-        self, batch: _Batch, found: dict[bytes, Completion], refused: dict[bytes, str]
+        self,
+        batch: _Batch,
+        found: dict[bytes, Completion],
+        refused: dict[bytes, str],
+        unclaimed: list[_Flight] | None,
     ) -> None:
+        """Queue the questions of a batch that are not answered, or add them to `unclaimed` where
+        the ledger is shared.
+        """
         limit = batch.window.engine.max_model_len or 0
         for i, key in enumerate(batch.keys):
             answer = found.get(key)
@@ -344,7 +402,7 @@ class Ledger:
                 continue
             flight = _Flight(key, batch.bodies[i], batch.asks[i][0], batch.window, [(batch, i)])
             self._flights[key] = flight
-            batch.window.queue.append(flight)
+            (batch.window.queue if unclaimed is None else unclaimed).append(flight)
         self._staff(batch.window)
 
     def _staff(self, window: _Window) -> None:
@@ -450,6 +508,8 @@ class Ledger:
         for failure in commit.failures:
             self.stats.failed += 1
             failure.flight.land(failure.error)
+        for claim in commit.claims:
+            self._claimed(claim)
         for _, batches in commit.uses:
             for batch in batches:
                 batch.settle()
@@ -491,8 +551,9 @@ class Ledger:
             for worker in workers if not drain else ():
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-        if self._probing is not None:
-            self._probing.cancel()
+        for task in (self._probing, self._polling):
+            if task is not None:
+                task.cancel()
         self._send()
         self._record_probes()
         if self.stats.damaged:

@@ -289,25 +289,42 @@ def test_nothing_is_asked_of_anybody_where_the_probe_fails_and_the_next_question
     assert engine.probes == 2
 
 
-def test_of_two_processes_the_first_answer_stands_and_the_other_takes_it_over(tmp_path):
+def test_of_two_ledgers_one_asks_and_the_other_waits_for_its_answer(tmp_path):
     async def main():
         one, two = Ledger.open(tmp_path), Ledger.open(tmp_path)
-        slow = Engine(lambda text: Completion("slow", "stop"), held=True)
-        fast = Engine(lambda text: Completion("fast", "stop"))
+        slow, never = Engine(lambda text: Completion("slow", "stop"), held=True), Engine()
         waiting = asyncio.create_task(one.ask(request("q"), use(1), slow))
         await slow.began.wait()
-        second = await two.ask(request("q"), use(2), fast)
+        second = asyncio.create_task(two.ask(request("q"), use(2), never))
+        await asyncio.sleep(0.5)
+        assert never.asked == []
         slow.released.set()
-        answers = [await waiting, second]
+        answers = await asyncio.wait_for(asyncio.gather(waiting, second), 10)
+        third = await asyncio.wait_for(two.ask(request("mine"), use(3), never), 10)
         await one.close()
         await two.close()
-        return [a.text for a in answers]
+        return [a.text for a in (*answers, third)], never.asked
 
-    assert (
-        asyncio.run(main()) == ["fast", "fast"]
-        and count(tmp_path, "calls") == 1
-        and count(tmp_path, "uses") == 2
-    )
+    assert asyncio.run(main()) == (["slow", "slow", "re mine"], ["mine"])
+    assert count(tmp_path, "calls") == 2 and count(tmp_path, "uses") == 3
+    assert count(tmp_path, "claims") == count(tmp_path, "owners") == 0
+
+
+def test_what_is_in_flight_when_another_ledger_opens_is_claimed_first(tmp_path):
+    async def main():
+        one, slow, never = Ledger.open(tmp_path), Engine(held=True), Engine()
+        waiting = asyncio.create_task(one.ask(request("q"), use(1), slow))
+        await slow.began.wait()
+        two = Ledger.open(tmp_path)
+        second = asyncio.create_task(two.ask(request("q"), use(2), never))
+        await asyncio.sleep(0.5)
+        slow.released.set()
+        await asyncio.wait_for(asyncio.gather(waiting, second), 10)
+        await two.close()
+        await one.close()
+        return never.asked
+
+    assert asyncio.run(main()) == []
 
 
 def test_a_full_disk_fails_what_waits_stops_the_run_and_loses_nothing(tmp_path):

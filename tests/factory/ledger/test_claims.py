@@ -1,0 +1,63 @@
+"""Two or three processes on one store at once ask each question once, also when one is killed."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+RUN = """
+import asyncio, sys
+from pathlib import Path
+from tests.support.miniworld import MiniEngine, run
+
+class Logged(MiniEngine):
+    async def complete(self, key, request):
+        with open(sys.argv[2], "a") as file:
+            file.write(key.hex() + chr(10))
+        await asyncio.sleep(0.01)
+        return await super().complete(key, request)
+
+asyncio.run(run(Path(sys.argv[1]), 25, Logged()))
+"""
+ROOT = Path(__file__).parents[3]
+
+
+def start(folder: Path, log: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", RUN, str(folder), str(log)], cwd=ROOT)
+
+
+def asked(log: Path) -> Counter:
+    return Counter(log.read_text().split()) if log.exists() else Counter()
+
+
+@pytest.mark.parametrize("runs", [2, 3])
+def test_each_question_is_asked_once(tmp_path, runs):
+    processes = [start(tmp_path / "store", tmp_path / "log") for _ in range(runs)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * runs
+    found = asked(tmp_path / "log")
+    con = sqlite3.connect(tmp_path / "store" / "ledger.sqlite")
+    answered = {key.hex() for (key,) in con.execute("SELECT key FROM calls")}
+    assert con.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+    con.close()
+    assert set(found) == answered and max(found.values()) == 1
+
+
+def test_the_claims_of_a_killed_process_are_taken_over(tmp_path):
+    first = start(tmp_path / "store", tmp_path / "one")
+    while len(asked(tmp_path / "one")) < 40:
+        time.sleep(0.02)
+        assert first.poll() is None
+    second = start(tmp_path / "store", tmp_path / "two")
+    while not asked(tmp_path / "two") and first.poll() is None and second.poll() is None:
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    assert second.wait(timeout=60) == 0
+    twice = asked(tmp_path / "one") & asked(tmp_path / "two")
+    assert len(twice) <= 16  # in flight, or answered and not yet on disk: 8 places each
