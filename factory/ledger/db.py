@@ -538,8 +538,7 @@ class Writer:
         newest = max([*there, self._acknowledged])
         if not due and bool(there) == self._shared and newest == self._acknowledged:
             return
-        if bool(there) != self._shared:
-            self._shared = bool(there)
+        self._shared = bool(there)
         keys = self._share(self._shared)
         with self._transaction():
             if there and newest != self._acknowledged:
@@ -633,7 +632,8 @@ class Writer:
 
     def _settle_claims(self, commit: Commit) -> None:
         if self._shared:
-            keys = [one.key for one in (*commit.answers, *commit.failures)]
+            keys = [answer.key for answer in commit.answers]
+            keys += [failure.key for failure in commit.failures]
             claims.release(self._con, self.owner, keys)
         for one in commit.claims:
             keys = [flight.key for flight in one.flights]
