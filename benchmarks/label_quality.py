@@ -29,7 +29,7 @@ from prefab.judges import escalation as escalate
 from prefab.judges.stats.aggregate import dawid_skene, majority, mean_probability
 from prefab.judges.stats.rating_table import group
 from prefab.pipelines.quality.rating_matrix import RATINGS, RatingMatrix, load_matrix
-from prefab.pipelines.quality.selection import select
+from prefab.pipelines.store.selection import select
 
 RESAMPLES = 10_000
 THIRD = 1 / 3

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from prefab.pipelines.config.schema import load_pipeline
     from prefab.pipelines.evaluation.policy import run as eval_policy
     from prefab.pipelines.quality.agreement import measure as agreement
-    from prefab.pipelines.quality.calibrate import calibrate
     from prefab.pipelines.quality.constitution_tests import add_test, run_tests
     from prefab.pipelines.quality.data_audit import audit as audit_data
     from prefab.pipelines.quality.judge_audit import audit as audit_judge
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.run.plan import plan
     from prefab.pipelines.run.runner import run
     from prefab.pipelines.run.watch import watch
+    from prefab.pipelines.store.calibrate import calibrate
     from prefab.pipelines.store.export.base import export
     from prefab.pipelines.store.fill import query, rebuild
     from prefab.pipelines.store.imports import import_files as import_preferences
@@ -48,7 +48,7 @@ _HOME = {
     "audit_data": "pipelines.quality.data_audit:audit",
     "audit_judge": "pipelines.quality.judge_audit:audit",
     "back_up_ledger": "factory.ledger.verify:back_up_ledger",
-    "calibrate": "pipelines.quality.calibrate:calibrate",
+    "calibrate": "pipelines.store.calibrate:calibrate",
     "check": "pipelines.cli.project:check_paths",
     "check_data": "pipelines.cli.data_check:read_report",
     "diff": "pipelines.run.diff:diff",

@@ -44,11 +44,13 @@ CREATE TABLE verdicts (verdict VARCHAR, run INTEGER, prompt VARCHAR, a INTEGER, 
     tie_mass DOUBLE, exactness VARCHAR, call VARCHAR);
 -- One exists once all calls of the comparison are answered. `outcome` is a, b, tie or unscored. `escalation`, where a
 -- stronger judge is asked about some comparisons only: why it was asked (unsure, divided, unscored), `settled` without
--- it, or `budget` where it would have been asked but the share was spent on others.
+-- it, or `budget` where it would have been asked but the share was spent on others. `vote_share`: the share of the vote
+-- for `chosen`. `calibrated`: whose word `p_chosen` was calibrated on (human, oracle, or retest: the judges' own second
+-- answers); NULL: nobody's, so that it is the share of the vote.
 CREATE TABLE preferences (preference VARCHAR, run INTEGER, prompt VARCHAR, a INTEGER, b INTEGER, outcome VARCHAR,
     chosen INTEGER, rejected INTEGER, p_a DOUBLE, p_chosen DOUBLE, spread DOUBLE, n_scored INTEGER,
     n_readings INTEGER, exactness VARCHAR, identical BOOLEAN, escalation VARCHAR, vote_share DOUBLE,
-    calibrated BOOLEAN);
+    calibrated VARCHAR);
 -- How strong an answer is, where a run chooses its pairs by a fit: the logarithm of its worth, centred on 0 within its
 -- prompt, from all of the prompt's comparisons once they are settled. NULL, with a `reason`: there is no fit.
 CREATE TABLE strengths (run INTEGER, prompt VARCHAR, "index" INTEGER, method VARCHAR, strength DOUBLE, se DOUBLE,

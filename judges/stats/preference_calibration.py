@@ -52,7 +52,8 @@ class Calibration:
             the curve below 0 is its mirror.
         n_outcomes: Comparisons with a known outcome.
         n_groups: Groups (prompts) that they belong to.
-        before: The quality of the combined log-odds at temperature 1; None without outcomes.
+        before: The quality of the probabilities as they were without the calibration; None without
+            outcomes.
         after: The quality of the calibrated probabilities, cross-fitted by group.
         reason: Why nothing was fitted, where `method` is none.
     """
@@ -89,6 +90,11 @@ class Calibration:
             return self.knots[-1][1]
         (x0, y0), (x1, y1) = self.knots[i - 1], self.knots[i]
         return y0 + (y1 - y0) * (combined - x0) / (x1 - x0)
+
+    @property
+    def rule(self) -> str:
+        """What decides the probabilities, and nothing else: for ids of what is derived."""
+        return repr((self.method, self.correlation, self.temperature, self.knots))
 
     def data(self) -> dict[str, Any]:
         """As JSON data."""
@@ -167,6 +173,8 @@ def fit_calibration(
     groups: Sequence[str],
     method: Method = "auto",
     weights: Sequence[Sequence[float]] | None = None,
+    before: Sequence[float | None] | None = None,
+    sharpen: bool = True,
 ) -> Calibration:
     """Learn how readings become a probability.
 
@@ -179,6 +187,11 @@ def fit_calibration(
         method: One temperature, an isotonic curve, or (auto) the one with the smaller log loss on
             groups that it was not fitted on.
         weights: Of each reading, as `p_a`; None: all the same.
+        before: P(a) of each comparison as it is without the calibration, to measure its quality
+            on the same outcomes; None: of the combined log-odds at temperature 1.
+        sharpen: Whether the temperature may be below 1, which makes the judges' probabilities
+            surer. Not where the outcomes are the judges' own second answers: these can show that
+            judges are less certain than they say, but not that they are right more often.
 
     Returns:
         The calibration. `method` is none, with a reason, where fewer than 20 outcomes are known.
@@ -186,23 +199,34 @@ def fit_calibration(
     Source: Guo et al. 2017 (temperature); Zadrozny and Elkan 2002 (isotonic); targets are smoothed
     as Platt 1999 does, so that a few outcomes that are all right give no certainty.
     """
-    odds = [[None if p is None else log_odds(p) for p in row] for row in p_a]
-    correlation = mean_correlation(odds)
-    each = [None] * len(odds) if weights is None else weights
-    combined = [combine(row, correlation, w) for row, w in zip(odds, each, strict=True)]
-    x, y, known = _with_outcomes(combined, outcomes, groups)
+    correlation, combined = combine_all(p_a, weights)
+    shown = before or [None if x is None else _sigmoid(x) for x in combined]
+    x, y, known, shares = _with_outcomes(combined, outcomes, groups, shown)
     n, n_groups = len(x), len(set(known))
     reason = None if any(x) else "no reading favours an answer"
     if n < LEAST_OUTCOMES or n_groups < 2:
-        reason = f"{n} known outcomes; at least {LEAST_OUTCOMES}, of two prompts, are needed"
+        reason = f"{n} known outcomes, and {LEAST_OUTCOMES} of two prompts are needed"
     if reason is not None:
         return Calibration("none", correlation, n_outcomes=n, n_groups=n_groups, reason=reason)
-    before = quality([_sigmoid(value) for value in x], y)
-    wanted = _METHODS[method if n >= LEAST_ISOTONIC else "temperature"]
-    tested = {name: quality(_cross_fitted(name, x, y, known), y) for name in wanted}
+    wanted = _METHODS[method if n >= LEAST_ISOTONIC and sharpen else "temperature"]
+    tested = {name: quality(_cross_fitted(name, x, y, known, sharpen), y) for name in wanted}
     best = min(wanted, key=lambda name: tested[name].log_loss)
-    temperature, knots = _fit(best, x, y)
-    return Calibration(best, correlation, temperature, knots, n, n_groups, before, tested[best])
+    temperature, knots = _fit(best, x, y, sharpen)
+    was = quality(shares, y)
+    return Calibration(best, correlation, temperature, knots, n, n_groups, was, tested[best])
+
+
+def combine_all(
+    p_a: Sequence[Sequence[float | None]], weights: Sequence[Sequence[float]] | None = None
+) -> tuple[float, list[float | None]]:
+    """The mean correlation of the readings, and the combined log-odds of each comparison.
+
+    Shapes: a row a comparison, a column a reading.
+    """
+    odds = [[None if p is None else log_odds(p) for p in row] for row in p_a]
+    correlation = mean_correlation(odds)
+    each = [None] * len(odds) if weights is None else weights
+    return correlation, [combine(row, correlation, w) for row, w in zip(odds, each, strict=True)]
 
 
 _METHODS: dict[Method, tuple[Fitted, ...]] = {
@@ -213,15 +237,23 @@ _METHODS: dict[Method, tuple[Fitted, ...]] = {
 
 
 def _with_outcomes(
-    combined: Sequence[float | None], outcomes: Sequence[float | None], groups: Sequence[str]
-) -> tuple[list[float], list[float], list[str]]:
-    """Log-odds, outcome and group of the comparisons that have both of the former."""
+    combined: Sequence[float | None],
+    outcomes: Sequence[float | None],
+    groups: Sequence[str],
+    shares: Sequence[float | None],
+) -> tuple[list[float], list[float], list[str], list[float]]:
+    """Log-odds, outcome, group and share of the comparisons that have log-odds and an outcome."""
     found = [
-        (x, float(y), group)
-        for x, y, group in zip(combined, outcomes, groups, strict=True)
+        (x, float(y), group, 0.5 if share is None else share)
+        for x, y, group, share in zip(combined, outcomes, groups, shares, strict=True)
         if x is not None and y is not None and isfinite(y)
     ]
-    return [x for x, _, _ in found], [y for _, y, _ in found], [group for _, _, group in found]
+    return (
+        [x for x, _, _, _ in found],
+        [y for _, y, _, _ in found],
+        [group for _, _, group, _ in found],
+        [share for _, _, _, share in found],
+    )
 
 
 def quality(p: Sequence[float], y: Sequence[float]) -> Fit:
@@ -240,7 +272,7 @@ def quality(p: Sequence[float], y: Sequence[float]) -> Fit:
 
 
 def _cross_fitted(
-    method: Fitted, x: Sequence[float], y: Sequence[float], groups: Sequence[str]
+    method: Fitted, x: Sequence[float], y: Sequence[float], groups: Sequence[str], sharpen: bool
 ) -> list[float]:
     """The probability of each comparison by a fit on other groups. Groups are put into folds in the
     order of their digests, so the order of the comparisons does not matter.
@@ -250,13 +282,13 @@ def _cross_fitted(
     fits = {}
     for fold in set(fold_of.values()):
         train = [i for i, group in enumerate(groups) if fold_of[group] != fold]
-        temperature, knots = _fit(method, [x[i] for i in train], [y[i] for i in train])
+        temperature, knots = _fit(method, [x[i] for i in train], [y[i] for i in train], sharpen)
         fits[fold] = Calibration(method, 0.0, temperature, knots)
     return [fits[fold_of[g]].of_log_odds(value) for value, g in zip(x, groups, strict=True)]
 
 
 def _fit(
-    method: Fitted, x: Sequence[float], y: Sequence[float]
+    method: Fitted, x: Sequence[float], y: Sequence[float], sharpen: bool
 ) -> tuple[float, tuple[tuple[float, float], ...]]:
     """The temperature and the knots."""
     import numpy as np
@@ -266,7 +298,8 @@ def _fit(
     x_N, n = np.asarray(x, dtype=float), len(x)
     y_N = (np.asarray(y, dtype=float) * n + 0.5) / (n + 1)
     if method == "temperature":
-        return calibration.fit_temperature_of(x_N, y_N) or 1.0, ()
+        fitted = calibration.fit_temperature_of(x_N, y_N) or 1.0
+        return fitted if sharpen else max(1.0, fitted), ()
     from scipy.optimize import isotonic_regression
 
     both_x, both_y = np.concatenate([x_N, -x_N]), np.concatenate([y_N, 1 - y_N])

@@ -21,7 +21,7 @@ from prefab.factory.paths import PACKAGE
 from prefab.factory.tool_calls import stored_messages
 from prefab.factory.types import Message, Winner
 from prefab.pipelines.cli.options import hint_command
-from prefab.pipelines.quality.ground_truth import truth
+from prefab.pipelines.store.ground_truth import truth
 
 NO_PRINCIPLE = "(none: the gold score)"
 PRESET = PACKAGE / "pipelines" / "presets" / "demo.yaml"

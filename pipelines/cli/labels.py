@@ -43,15 +43,16 @@ def calibrate(
     source: Annotated[
         str,
         typer.Option(
-            help="Whose word tells which answer is better: auto, human, oracle (embedded world only, "
-            "validation split) or retest (the judges' own second answers)."
+            help="Whose word tells which answer is better: human, oracle (embedded world only, "
+            "validation split), retest (the judges' own second answers), auto (the first of these "
+            "that suffices), or none (p_chosen is the share of the vote)."
         ),
     ] = "auto",
     method: Annotated[str, typer.Option(help="auto, temperature or isotonic.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Make p_chosen a probability: learn it from comparisons whose better answer is known."""
-    from prefab.pipelines.quality.calibrate import calibrate as learn
+    """Choose how p_chosen becomes a probability; a run's end does it by `auto`."""
+    from prefab.pipelines.store.calibrate import calibrate as learn
 
     found = learn(existing_store(store), run, source, method)
     if as_json:
@@ -59,7 +60,7 @@ def calibrate(
     else:
         say(found.sentence().replace("`", ""))
         hint_command("agreement", "--store", store, "--run", found.run)
-    if found.calibration.method == "none":
+    if not found.fitted and source != "none":
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -82,8 +82,13 @@ def _report_error(error: PrefabError) -> int:
 def demo(
     store: Store = Path("demo-store"),
     prompts: Annotated[
-        int, typer.Option(min=2, help="Number of prompts from the embedded world.")
-    ] = 256,
+        int,
+        typer.Option(
+            min=2,
+            help="Number of prompts from the embedded world. Every fifth is of the validation "
+            "split, on which p_chosen is calibrated.",
+        ),
+    ] = 320,
     sets: Sets = [],
     train: Annotated[
         bool, typer.Option(help="Also train policies on the data and evaluate them.")

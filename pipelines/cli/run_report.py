@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from prefab.factory.console import EXIT_FAILED, duration, fail, hint, table, warn
+from prefab.factory.console import EXIT_FAILED, console, duration, fail, hint, table, warn
 from prefab.factory.errors import BudgetError
 
 
@@ -48,6 +48,8 @@ def report(result: Any) -> None:
         rows,
         note=". ".join(notes),
     )
+    if result.p_chosen:
+        console().print(result.p_chosen.replace("`", ""), markup=False)
     _tell_servers(result)
 
 

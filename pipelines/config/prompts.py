@@ -62,7 +62,7 @@ class Prompts:
             except ValueError as error:
                 self._malformed(number, line, str(error))
                 continue
-            if self.config.split and split_of(prompt) != self.config.split:
+            if self.config.split and split_of(prompt) not in self.config.split.split("+"):
                 self.n_skipped += 1
                 continue
             found += 1
@@ -285,8 +285,12 @@ def _microworld(config: PromptsConfig) -> Iterator[Row]:
     if limit > MICROWORLD_MOST:  # drawing different ones takes ever longer as they run out
         message = f"the microworld has not {limit:,} different prompts; at most {MICROWORLD_MOST:,} are drawn"
         raise ConfigError([Problem("prompts.limit", 0, 0, "", message)])
+    split = config.split or "train"
+    n_val = limit // 5 if split == "train+val" else 0
     try:
-        prompts = grammar.prompts(config.split or "train", limit, config.seed)
+        prompts = grammar.prompts(split.partition("+")[0], limit - n_val, config.seed)
+        for k, prompt in enumerate(grammar.prompts("val", n_val, config.seed)):
+            prompts.insert(5 * k + 4, prompt)
     except ValueError as error:
         raise ConfigError([Problem("prompts.limit", 0, 0, "", str(error))]) from None
     return ((number, 0, prompt) for number, prompt in enumerate(prompts, 1))

@@ -68,8 +68,10 @@ class PromptsConfig(_Strict):
         description="The field that holds the prompt; left out: prompt, messages or "
         "conversations, whichever there is.",
     )
-    split: Literal["train", "val", "test"] | None = Field(
-        None, description="Only rows of this split; left out: all."
+    split: Literal["train", "val", "test", "train+val"] | None = Field(
+        None,
+        description="Only rows of this split; left out: all. train+val of the microworld: every fifth prompt is of "
+        "val, on which `p_chosen` is calibrated.",
     )
     cut_answer: bool = Field(
         False, description="Drop the assistant turns that end a conversation (SFT data)."

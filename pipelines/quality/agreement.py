@@ -26,8 +26,8 @@ from prefab.pipelines.quality.rating_matrix import (
     RatingMatrix,
     load_matrix,
 )
-from prefab.pipelines.quality.selection import Selection, select
-from prefab.pipelines.store.calibrations import calibration_of
+from prefab.pipelines.store.calibrations import NOT_LEARNED, calibration_of
+from prefab.pipelines.store.selection import Selection, select
 
 if TYPE_CHECKING:
     import polars
@@ -100,6 +100,7 @@ def measure(
         "accuracy": accuracies(data, resamples, seed) if source else None,
         "calibration": calibrations(data) if source else None,
         "learned": asdict(learned) if learned else None,
+        "p_chosen": learned.sentence() if learned else NOT_LEARNED,
         "principles": group_rows(data, unscored, "principle"),
         "tags": group_rows(data, unscored, "tag"),
     }

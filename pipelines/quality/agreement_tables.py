@@ -61,6 +61,8 @@ def show(found: dict[str, Any], groups: int = 3) -> None:
         _calibration(found["calibration"])
     if found["learned"]:
         _learned(found["learned"])
+    else:
+        warn(found["p_chosen"].replace("`", ""))
     _groups("Principles, the least agreed on first", found["principles"])
     if found["tags"]:
         _groups("Tags, likewise", found["tags"])
@@ -326,17 +328,23 @@ def _learned(found: dict[str, Any]) -> None:
     """The run's own calibration: its quality before and after, and its reliability diagram."""
     c = found["calibration"]
     if c["method"] == "none":
-        warn(f"p_chosen is a share of votes: {c['reason']} ({found['source']})")
+        warn(f"p_chosen is a share of the vote, not a probability: {c['reason']}")
         return
+    told = "not checked against the truth: " if found["kind"] == "retest" else ""
     table(
-        f"p_chosen was calibrated ({c['method']}) on {c['n_outcomes']:,} comparisons: {found['source']}",
+        f"p_chosen was calibrated ({c['method']}) on {c['n_outcomes']:,} comparisons: {told}"
+        f"{found['source']}",
         ("", "ECE", "log loss"),
-        [(name, c[name]["ece"], c[name]["log_loss"]) for name in ("before", "after")],
-        note="after: of prompts that it was not fitted on. before: the readings' log-odds, added up "
-        f"with a discount for their correlation of {c['correlation']:.2f}",
+        [
+            (name, c[key]["ece"], c[key]["log_loss"])
+            for name, key in (("share of the vote", "before"), ("p_chosen", "after"))
+        ],
+        note="p_chosen: of prompts that it was not fitted on. It is the readings' log-odds, added up "
+        f"with a discount for their correlation of {c['correlation']:.2f}, then calibrated",
     )
-    rows = c["after"]["reliability"]
-    table("Reliability of p_chosen", ("p_chosen, mean", "came true", "n"), rows)
+    for name, key in (("the share of the vote", "before"), ("p_chosen", "after")):
+        rows = c[key]["reliability"]
+        table(f"Reliability of {name}", ("mean", "came true", "n"), rows)
 
 
 def _groups(title: str, rows: Sequence[dict[str, Any]]) -> None:

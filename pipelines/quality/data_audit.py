@@ -176,8 +176,9 @@ def load_pairs(folder: Path, record: Mapping[str, Any]) -> tuple[data_rules.Data
     run = record["run"]
     preferences = query(
         folder,
-        f"SELECT preference, prompt, outcome, chosen, rejected, p_chosen, calibrated FROM preferences "
-        f"WHERE run = {run} ORDER BY prompt, a, b",
+        "SELECT preference, prompt, outcome, chosen, rejected, p_chosen, "
+        "calibrated IS NOT NULL AS calibrated "
+        f"FROM preferences WHERE run = {run} ORDER BY prompt, a, b",
     )
     if preferences.is_empty():
         raise ConfigError(f"{record['name']}@{record['version']} has no comparisons to audit")

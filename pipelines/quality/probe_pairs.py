@@ -19,7 +19,7 @@ from prefab.factory.tool_calls import stored_messages
 from prefab.factory.types import Comparison, Principle, Prompt, Sample
 from prefab.judges import bias_probes
 from prefab.pipelines.config.loader import ResolvedPipeline
-from prefab.pipelines.quality.ground_truth import people
+from prefab.pipelines.store.ground_truth import people
 
 Side = Literal["a", "b"]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from prefab.pipelines.quality.ground_truth import find_gold
-from prefab.pipelines.quality.selection import WHERE, Selection
+from prefab.pipelines.store.ground_truth import find_gold
+from prefab.pipelines.store.selection import WHERE, Selection
 
 if TYPE_CHECKING:
     import numpy as np

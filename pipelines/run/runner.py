@@ -36,6 +36,7 @@ from prefab.pipelines.config.loader import (
 from prefab.pipelines.config.registries import RECIPES
 from prefab.pipelines.run.context import Asker, Context, Failures, Stopped
 from prefab.pipelines.run.interrupts import Interrupted, heeded, name_of
+from prefab.pipelines.store.calibrate import calibrate_ended
 
 T = TypeVar("T")
 
@@ -86,6 +87,7 @@ class RunResult:
     signal: int = 0  # that stopped it
     behind: int = 0  # calls that the store does not show yet, because another program holds it
     servers: list[ServerReport] = field(default_factory=list)
+    p_chosen: str = ""  # what `p_chosen` is: a probability and of what, or a share of the vote
     _frames: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def frame(self, table: str) -> Any:
@@ -232,12 +234,17 @@ async def run_async(
         raise Interrupted(ctx.stopped_by, kept)
     try:
         behind = fill_store(Path(config.store), quiet)
+        result = _result(loaded, ctx, record, state, reason, seconds, behind)
+        if state == "done" and result.outcomes:
+            with suppress(HeldError):  # another program holds the store: the next run does it
+                learned = await calibrate_ended(result.store, f"{record.name}@{record.version}")
+                result.p_chosen = learned.sentence()
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
         raise Interrupted(
             number, f"{kept}; the DuckDB file is filled by the next command"
         ) from None
-    return _result(loaded, ctx, record, state, reason, seconds, behind)
+    return result
 
 
 def count_prompts(loaded: ResolvedPipeline, quiet: bool = True) -> int | None:

@@ -21,8 +21,8 @@ from prefab.factory.uses import CritiqueUse, DraftUse, IdenticalUse, RankUse, Re
 from prefab.judges import panel, registry
 from prefab.judges.base import Decoded, Pair, Ranking, RubricLines, Score
 from prefab.judges.kinds import critique
-from prefab.judges.stats.preference_calibration import Calibration
 from prefab.pipelines.store import verdicts
+from prefab.pipelines.store.calibrations import Learned
 from prefab.pipelines.store.verdicts import (
     NOT_ASKED,
     Found,
@@ -59,7 +59,7 @@ class Derived:
 
 
 def rules(
-    record: RunRecord, constitution: Constitution | None, calibration: Calibration | None = None
+    record: RunRecord, constitution: Constitution | None, learned: Learned | None = None
 ) -> Rules:
     """The rules of a run, from its resolved configuration, its constitution and the calibration
     that was learned for it.
@@ -93,7 +93,7 @@ def rules(
         tuple(escalate.get("to", ())),
         escalate.get("decides") == "all",
         method if (method := (config.get("choose") or {}).get("method")) in FITS else "",
-        calibration if calibration is not None and calibration.method != "none" else None,
+        learned if learned is not None and learned.fitted else None,
     )
 
 
@@ -373,7 +373,7 @@ def _preference(
     escalation: str | None = None,
 ) -> Row:
     rule, share, p = rules.rule, p.p_chosen, calibrated(p, readings, rules)
-    learned = [] if not readings or rules.calibration is None else [repr(rules.calibration)]
+    learned = rules.learned if readings else None
     name = digest(
         "preference",
         p.prompt,
@@ -382,7 +382,7 @@ def _preference(
         *verdicts,
         repr(rule),
         str(panel.AGGREGATION_VERSION),
-        *learned,
+        *([learned.kind, learned.calibration.rule] if learned else ()),
     )
     chosen, rejected = {"a": (p.a, p.b), "b": (p.b, p.a)}.get(p.outcome, (None, None))
     return (
@@ -403,5 +403,5 @@ def _preference(
         identical,
         escalation,
         share,
-        bool(learned),
+        learned.kind if learned and p.p_a is not None else None,
     )

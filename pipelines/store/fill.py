@@ -34,9 +34,8 @@ from prefab.factory.spec.constitution import (
 from prefab.factory.store import store
 from prefab.factory.types import LONGEST_TEXT, Completion, Constitution
 from prefab.factory.uses import ScoreUse, UseColumns, use_of
-from prefab.judges.stats.preference_calibration import Calibration
 from prefab.pipelines.store import derive, imports
-from prefab.pipelines.store.calibrations import CALIBRATION
+from prefab.pipelines.store.calibrations import CALIBRATION, Learned
 from prefab.pipelines.store.derive import Row
 from prefab.pipelines.store.verdicts import RecordedUse, Rules
 
@@ -576,11 +575,11 @@ def _copy_evals(
         report.add("evals", 1)
 
 
-def _calibrations(con: duckdb.DuckDBPyConnection) -> dict[int, Calibration]:
+def _calibrations(con: duckdb.DuckDBPyConnection) -> dict[int, Learned]:
     """By run, what was learned last of how its readings become a probability."""
     rows = con.execute("SELECT value FROM evals WHERE name = ? ORDER BY rowid", [CALIBRATION])
     values = [orjson.loads(text) for (text,) in rows.fetchall()]
-    return {value["run"]: Calibration.from_data(value["calibration"]) for value in values}
+    return {value["run"]: Learned.from_data(value) for value in values}
 
 
 def _marks(audit: dict[str, Any], marks: dict[str, str]) -> Iterator[Row]:

@@ -271,7 +271,7 @@ def copy(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: Any
                         False,
                         None,
                         p.p_chosen,
-                        False,
+                        None,
                     )
                 )
         with store.transaction(con):

@@ -26,7 +26,7 @@ from prefab.factory.uses import (
 )
 from prefab.judges import panel
 from prefab.judges.base import NO_ORDER, Decoded, Judge, Pair, RubricLines
-from prefab.judges.stats.preference_calibration import Calibration
+from prefab.pipelines.store.calibrations import Learned
 
 Place = tuple[
     str, str, int, str
@@ -48,7 +48,7 @@ class RecordedUse:
 class Rules:
     """What a run's configuration says about reading its answers. `strong`: judges asked about some
     comparisons only; `joined` says that the others' readings count beside theirs. `fit`: how
-    answers' strengths are found, if at all. `calibration`: how readings become a probability, where
+    answers' strengths are found, if at all. `learned`: how readings become a probability, where
     that was learned from known outcomes.
     """
 
@@ -65,7 +65,7 @@ class Rules:
     strong: tuple[str, ...] = ()
     joined: bool = False
     fit: str = ""
-    calibration: Calibration | None = None
+    learned: Learned | None = None
 
 
 @dataclass(slots=True)
@@ -264,9 +264,9 @@ def calibrated(decided: Preference, said: Sequence[panel.Reading], rules: Rules)
     """The preference with its calibrated probability. The more probable answer is chosen; a tie
     stays a tie. Unchanged where it is unscored, or the run has no calibration.
     """
-    if rules.calibration is None or decided.p_a is None:
+    if rules.learned is None or decided.p_a is None:
         return decided
-    p = rules.calibration.probability([r.p_a for r in said], [r.weight for r in said])
+    p = rules.learned.calibration.probability([r.p_a for r in said], [r.weight for r in said])
     if p is None:
         return decided
     outcome = decided.outcome

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import label_quality as lq
 from prefab import run
 from prefab.pipelines.quality.rating_matrix import load_matrix
-from prefab.pipelines.quality.selection import select
+from prefab.pipelines.store.selection import select
 from tests.support import noisyworld
 
 NAN = np.nan

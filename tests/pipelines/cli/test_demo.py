@@ -12,8 +12,8 @@ from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.microworld import oracle
 from prefab.factory.types import Completion, Message
 from prefab.pipelines.cli.demo import NO_PRINCIPLE, PRESET, measure
-from prefab.pipelines.quality.ground_truth import truth
 from prefab.pipelines.run.runner import run
+from prefab.pipelines.store.ground_truth import truth
 
 GOOD = "To paint the boat, sand the surface and add two thin coats."
 RUDE = "You are too slow to do this. "

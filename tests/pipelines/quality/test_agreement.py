@@ -23,8 +23,8 @@ from prefab.pipelines.quality import agreement_tables as tables
 from prefab.pipelines.quality.agreement import UnscoredError, aggregates, calibrate, gain, measure
 from prefab.pipelines.quality.agreement_tables import in_brief
 from prefab.pipelines.quality.rating_matrix import load_matrix
-from prefab.pipelines.quality.selection import select
 from prefab.pipelines.store.fill import query
+from prefab.pipelines.store.selection import select
 from tests.support import noisyworld, project
 
 JUDGES = {

@@ -159,7 +159,7 @@ def test_latest_resolves_undo_corrections_and_several_people():
 
 def test_people_are_gold_for_the_statistics(store):
     from prefab.pipelines.quality.rating_matrix import load_matrix
-    from prefab.pipelines.quality.selection import select as choose
+    from prefab.pipelines.store.selection import select as choose
 
     _, _, _todo = label_with_keys(store, "abu" + "bq")
     data, source = load_matrix(choose(store))

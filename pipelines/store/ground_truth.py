@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import polars
 
     from prefab.factory.microworld import oracle
-    from prefab.pipelines.quality.selection import Selection
+    from prefab.pipelines.store.selection import Selection
 
 CHOICES = ("auto", "human", "oracle", "none")
 _EPS = 1e-9  # gold scores differ by rounding if their weights are added in another order

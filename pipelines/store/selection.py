@@ -99,9 +99,12 @@ def select(
     Raises: ConfigError when there is no such run, or a name matches none of the run's verdicts; for
     a run that has none.
     """
-    from prefab.pipelines.store.export.base import find_run
+    from functools import partial
 
-    whole = Selection(folder, find_run(folder, run))
+    from prefab.factory.store.datasets import find_run
+    from prefab.pipelines.store.fill import query
+
+    whole = Selection(folder, find_run(folder, partial(query, folder), run))
     rows = whole.unscored()
     if rows.is_empty():
         raise ConfigError(

@@ -1,0 +1,191 @@
+"""`prefab calibrate`: p_chosen becomes a probability, and the store can be made again."""
+
+import asyncio
+import json
+from hashlib import sha256
+
+import polars as pl
+import pytest
+
+from prefab.factory.errors import ConfigError
+from prefab.factory.ledger.ledger import Ledger
+from prefab.pipelines.quality.agreement import measure
+from prefab.pipelines.run.runner import run
+from prefab.pipelines.store.calibrate import calibrate
+from prefab.pipelines.store.export.base import export
+from prefab.pipelines.store.fill import query
+from tests.support import planted, project
+from tests.support.store_rows import checked
+
+PROMPTS = 60
+
+
+def timid(request):
+    """Verdicts that lean to the good answer by little, and in one of five prompts to the bad."""
+    if not (request.labels and "A" in request.labels):
+        return None
+    text = request.messages[-1].content
+    seen = planted.SEEN.findall(text)
+    if "good" not in seen:
+        return None
+    question = planted.re.search(r"Question \d+", text)[0]
+    wrong = sha256(question.encode()).digest()[0] % 5 == 0
+    right = "A" if (seen[0] == "good") != wrong else "B"
+    return planted.read(request.labels, right, 0.40)
+
+
+def made(folder, prompts=PROMPTS):
+    folder.mkdir(exist_ok=True)
+    return run(project.pipeline(folder, prompts=prompts), engines=planted.engine(say=timid))
+
+
+async def label(store, rows):
+    ledger = Ledger.open(store)
+    for row in rows:
+        ledger.add_human_label(row)
+    await ledger.close()
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A run whose people know the truth of every comparison with the good answer (number 1)."""
+    result = made(tmp_path)
+    rows = [
+        {"prompt": f"p{i}", "a": a, "b": b, "winner": "b" if b == 1 else "a", "annotator": "me"}
+        for i in range(PROMPTS)
+        for a, b in ((0, 1), (1, 2))
+    ]
+    asyncio.run(label(result.store, rows))
+    return tmp_path, result
+
+
+def preferences(store):
+    return query(
+        store, "SELECT * FROM preferences WHERE outcome IN ('a', 'b') ORDER BY prompt, a, b"
+    )
+
+
+def test_p_chosen_comes_true_and_the_share_is_kept(labelled):
+    folder, result = labelled
+    before = preferences(result.store)
+    assert before["p_chosen"].max() < 0.65 and set(before["calibrated"]) == {"retest"}
+    found = calibrate(result.store)
+    assert found.fitted and found.kind == "human" and "1 person" in found.source
+    after = preferences(result.store)
+    assert after["vote_share"].equals(before["vote_share"])
+    assert set(after["calibrated"]) == {"human"}
+    truth = pl.when(pl.col("b") == 1).then(pl.lit("b")).otherwise(pl.lit("a"))
+    known = after.filter((pl.col("a") == 1) | (pl.col("b") == 1))
+    right = known.select((pl.col("outcome") == truth).mean()).item()
+    assert abs(known["p_chosen"].mean() - right) < 0.05 and 0.7 < right < 0.9
+    assert found.calibration.after.ece < found.calibration.before.ece
+    checked(result.store)
+    again = made(folder)
+    assert (again.asked, again.state) == (0, "done")
+    assert preferences(result.store).equals(after)
+
+
+def evals(store):
+    values = query(store, "SELECT value FROM evals WHERE name = 'calibration' ORDER BY rowid")
+    return [json.loads(value) for value in values["value"]]
+
+
+def test_a_run_calibrates_itself_at_its_end_and_asks_nothing(labelled):
+    folder, result = labelled
+    assert "not checked against the truth" in result.p_chosen and len(evals(result.store)) == 1
+    again = made(folder)  # people's labels came meanwhile
+    assert again.asked == 0 and "1 person" in again.p_chosen
+    assert set(preferences(result.store)["calibrated"]) == {"human"}
+    made(folder)
+    assert len(evals(result.store)) == 2  # nothing new, nothing recorded
+    checked(result.store)
+
+
+def test_the_source_that_was_chosen_stays(labelled):
+    folder, result = labelled
+    assert calibrate(result.store, source="none").calibration.method == "none"
+    shares = preferences(result.store)
+    assert shares["p_chosen"].equals(shares["vote_share"])
+    assert shares["calibrated"].null_count() == shares.height
+    asyncio.run(label(result.store, [{"prompt": "p0", "a": 0, "b": 1, "winner": "a"}]))
+    assert "is off" in made(folder).p_chosen
+    assert preferences(result.store).equals(shares)
+    checked(result.store)
+
+
+def test_second_answers_can_make_a_judge_less_sure_but_never_surer(tmp_path):
+    steady = made(tmp_path / "steady")
+    assert evals(steady.store)[0]["calibration"]["temperature"] == 1.0
+    (tmp_path / "pulled").mkdir()
+    value = project.pipeline(tmp_path / "pulled", prompts=PROMPTS)
+    pulled = run(value, engines=planted.engine(say=unsteady))
+    (found,) = evals(pulled.store)
+    assert found["kind"] == "retest" and found["calibration"]["temperature"] > 1.5
+    rows = preferences(pulled.store)
+    assert (rows["p_chosen"] <= rows["vote_share"] + 1e-9).all()
+
+
+def unsteady(request):
+    """Verdicts for the good answer that are a little surer in one order, and in half of the prompts
+    name the other answer in the other order.
+    """
+    if not (request.labels and "A" in request.labels):
+        return None
+    text = request.messages[-1].content
+    seen = planted.SEEN.findall(text)
+    if "good" not in seen:
+        return None
+    turned = int(planted.re.search(r"Question (\d+)", text)[1]) % 2 and seen[0] != "good"
+    right = "A" if (seen[0] == "good") != bool(turned) else "B"
+    return planted.read(request.labels, right, 0.35 if turned else 0.49)
+
+
+def test_runs_that_cannot_be_calibrated_say_why(tmp_path):
+    value = project.pipeline(tmp_path, prompts=PROMPTS)
+    value["panel"]["selection"] = "lexicographic"
+    result = run(value, engines=planted.engine(say=timid))
+    assert "lexicographic" in result.p_chosen and "share of the judges' vote" in result.p_chosen
+    with pytest.raises(ConfigError, match="lexicographic"):
+        calibrate(result.store)
+    rows = preferences(result.store)
+    assert rows["calibrated"].null_count() == rows.height
+
+
+def test_agreement_and_the_card_say_what_it_is(labelled, tmp_path):
+    _, result = labelled
+    export(result.store, tmp_path / "one", "trl")
+    assert "not checked against the truth" in (tmp_path / "one" / "README.md").read_text()
+    assert measure(result.store, resamples=0)["learned"]["kind"] == "retest"
+    calibrate(result.store, method="temperature")
+    export(result.store, tmp_path / "two", "trl")
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert "calibrated (temperature) on 120 comparisons" in card and "1 person" in card
+    learned = measure(result.store, resamples=0)["learned"]
+    assert learned["calibration"]["after"]["reliability"]
+    rows = pl.read_parquet(next((tmp_path / "two").glob("preference/train*.parquet")))
+    assert set(rows["calibrated"]) == {"human"} and (rows["p_chosen"] > rows["vote_share"]).all()
+
+
+def test_without_outcomes_it_says_so_and_changes_nothing(tmp_path):
+    result = made(tmp_path, 5)
+    before = preferences(result.store)
+    assert not evals(result.store) and "10 known outcomes, and 20" in result.p_chosen
+    export(result.store, tmp_path / "out", "trl")
+    assert "too few comparisons" in (tmp_path / "out" / "README.md").read_text()
+    found = calibrate(result.store)
+    assert found.calibration.method == "none" and found.source == "nobody"
+    assert preferences(result.store).equals(before)
+    export(result.store, tmp_path / "again", "trl")
+    assert "10 known outcomes" in (tmp_path / "again" / "README.md").read_text()
+    for words in ({"source": "people"}, {"method": "beta"}):
+        with pytest.raises(ConfigError, match="known: auto|did you mean"):
+            calibrate(result.store, **words)
+
+
+def test_the_last_calibration_counts(labelled):
+    _, result = labelled
+    calibrate(result.store, method="isotonic")
+    calibrate(result.store, method="temperature")
+    last = evals(result.store)[-1]
+    assert last["run"] == result.run and last["calibration"]["method"] == "temperature"
+    checked(result.store)
