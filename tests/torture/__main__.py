@@ -21,7 +21,7 @@ from tests.torture.faults import FAULTS
 from tests.torture.kills import Result
 from tests.torture.lab import Lab, lab
 
-PLACES = ("first", "middle", "last")
+PLACES = ("middle", "first", "last")
 
 
 def named_kills(here: Lab, n: int, seed: int) -> Iterator[Result]:

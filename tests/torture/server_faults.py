@@ -20,13 +20,14 @@ DERIVED = ("samples", "verdicts")
 
 
 def faults(lab: Lab, kinds: list[str], places: tuple[str, ...]) -> Iterator[Result]:
-    """Each of `kinds` at each of `places` (first, middle, last), for one try and for all."""
-    for kind in kinds:
-        reads = FAULTS[kind].reads
-        total = len(lab.questions) // 2 if reads else len(lab.questions)
-        numbers = {"first": 1, "middle": total // 2, "last": total}
-        for place in places:
-            for sticky in (False, True):
+    """Each of `kinds` at each of `places` (first, middle, last), for one try and for all; every
+    kind once before any is met again."""
+    for place in places:
+        for sticky in (True, False):
+            for kind in kinds:
+                reads = FAULTS[kind].reads
+                total = len(lab.questions) // 2 if reads else len(lab.questions)
+                numbers = {"first": 1, "middle": total // 2, "last": total}
                 rule = {"kind": kind, "reads": reads, "places": [numbers[place]], "sticky": sticky}
                 name = f"{kind}, {place} question, {'always' if sticky else 'once'}"
                 yield Result(name, one_fault(lab, rule))
