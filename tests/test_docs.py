@@ -34,6 +34,7 @@ WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text())]
 # Pages without commands, and pages whose commands all need a model or a GPU.
 NOT_RUN = {
     *("design", "log", "microworld", "models", "panels", "ppo", "reference", "training"),
+    "reliability",
     "verifiers",
 }
 

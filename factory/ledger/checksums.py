@@ -7,6 +7,7 @@ its call, which is a digest of it.
 
 from __future__ import annotations
 
+import marshal
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -35,8 +36,11 @@ CHECKED = (
 def row_crc(values: Iterable[Any]) -> int:
     """The checksum of a row without its column `crc`. The values are as SQLite gives them back:
     None, int, float, str or bytes.
+
+    They are made bytes by `marshal` in its format 2, which is the same in all versions of Python
+    that Prefab runs on (a test has known values) and takes a third of the time of `str` and `join`.
     """
-    return crc32("\x1f".join(map(str, values)).encode("utf-8", "surrogatepass"))
+    return crc32(marshal.dumps(tuple(values), 2))
 
 
 def add_row(con: sqlite3.Connection, table: str, *values: Any, ignore: bool = False) -> int | None:
