@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.store.calibrate import calibrate
     from prefab.pipelines.store.export.base import export
     from prefab.pipelines.store.fill import query, rebuild
+    from prefab.pipelines.store.forget import forget, undo_forgetting
     from prefab.pipelines.store.imports import import_files as import_preferences
     from prefab.pipelines.training.sweep import sweep
     from prefab.pipelines.training.train import train
@@ -57,6 +58,7 @@ _HOME = {
     "eval_policy": "pipelines.evaluation.policy:run",
     "export": "pipelines.store.export.base:export",
     "import_preferences": "pipelines.store.imports:import_files",
+    "forget": "pipelines.store.forget:forget",
     "init": "pipelines.cli.project:init_project",
     "label": "pipelines.quality.labeling:open_session",
     "load_constitution": "factory.spec.constitution:load_constitution",
@@ -74,6 +76,7 @@ _HOME = {
     "serve": "pipelines.cli.serve:serve_model",
     "sweep": "pipelines.training.sweep:sweep",
     "train": "pipelines.training.train:train",
+    "undo_forgetting": "pipelines.store.forget:undo_forgetting",
     "verify_ledger": "factory.ledger.verify:verify_ledger",
     "watch": "pipelines.run.watch:watch",
     "why": "pipelines.quality.why:why",
@@ -93,6 +96,7 @@ __all__ = [
     "eval_judge",
     "eval_policy",
     "export",
+    "forget",
     "import_preferences",
     "init",
     "label",
@@ -111,6 +115,7 @@ __all__ = [
     "serve",
     "sweep",
     "train",
+    "undo_forgetting",
     "verify_ledger",
     "watch",
     "why",

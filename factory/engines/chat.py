@@ -100,6 +100,9 @@ class Read(Protocol):
     def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
         """Whether the server's name of a token is that of one of these labels."""
 
+    def knows(self, token: str) -> bool:
+        """Whether this is how the server was asked to name a token."""
+
 
 class TopRead:
     """Reads the labels among the top k tokens. What is missing there lies below the k-th:
@@ -136,6 +139,10 @@ class TopRead:
     def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
         """As `Read.is_label`."""
         return token in labels
+
+    def knows(self, token: str) -> bool:
+        """As `Read.knows`: by its text."""
+        return True
 
 
 class Drawn(NamedTuple):
@@ -551,8 +558,10 @@ class Chat:
         """Whether the first token that the server lists is the answer's, where the answer is a
         label: some list the tokens of thinking that they keep to themselves.
         """
+        if not isinstance(token, str) or not self.read.knows(token):
+            return True  # the reading tells
         answer = answer.strip()
-        own = token == answer or self.read.is_label(token, labels)
+        own = token.strip() == answer or self.read.is_label(token, labels)
         return own or all(answer != label.strip() for label in labels)
 
     def _token_of(

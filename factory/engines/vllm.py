@@ -174,6 +174,10 @@ class IdRead:
         """As `Read.is_label`."""
         return token in self._owner[labels]
 
+    def knows(self, token: str) -> bool:
+        """As `Read.knows`: by its id."""
+        return token.startswith("token_id:")
+
 
 class VLLM(Engine):
     """The engine. `progress` gets a line every few seconds while a server

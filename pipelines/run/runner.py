@@ -235,7 +235,7 @@ async def run_async(
     try:
         behind = fill_store(Path(config.store), quiet)
         result = _result(loaded, ctx, record, state, reason, seconds, behind)
-        if state == "done" and result.outcomes:
+        if state == "done" and (result.outcomes.get("a") or result.outcomes.get("b")):
             with suppress(HeldError):  # another program holds the store: the next run does it
                 learned = await calibrate_ended(result.store, f"{record.name}@{record.version}")
                 result.p_chosen = learned.sentence()

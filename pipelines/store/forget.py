@@ -136,13 +136,15 @@ def forget(folder: Path, wanted: AnswerFilter, why: str = "") -> Forgetting | No
 
     Args:
         folder: The store.
-        wanted: Which answers.
+        wanted: Which answers, as an `AnswerFilter` of `prefab.pipelines.store.forget`.
         why: The reason that is recorded; left out: the filter's own.
 
     Returns:
         What was recorded; None when no answer meets the filter.
 
-    Raises: ConfigError as `select_answers`; StoreError.
+    Raises:
+        ConfigError: As `select_answers`.
+        StoreError: The ledger cannot be written.
     """
     calls = select_answers(folder, wanted)
     if not calls:
@@ -164,7 +166,12 @@ def quarantine(folder: Path, model: str, since: float, replica: str = "") -> For
 def undo_forgetting(folder: Path, forgetting: int) -> Forgetting:
     """Let the answers of a forgetting count again, before those that were given since.
 
-    Raises: ConfigError when there is no such forgetting, or it is undone already.
+    Args:
+        folder: The store.
+        forgetting: Its id, from `forget`.
+
+    Raises:
+        ConfigError: There is no such forgetting, or it is undone already.
     """
     found = {one.id: one for one in forgettings(folder)}
     if forgetting not in found or found[forgetting].undone:

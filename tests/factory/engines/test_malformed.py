@@ -43,7 +43,9 @@ PAIRWISE = pairwise.PairwiseJudge(pairwise.PairwiseConfig(name="j"))
 POINTWISE = pointwise.PointwiseJudge(pointwise.PointwiseConfig(name="s"))
 RUBRIC = rubric.RubricJudge(rubric.RubricConfig(name="r"))
 REASONS = set(get_args(UnscoredReason))
-ASKED = REASONS - {"program"}  # that one is a verifier's: nothing that a server answers leads to it
+# `program` is a verifier's; an answer that is `too_long` for the store is cut off by the transport
+# in these short questions
+ASKED = REASONS - {"program", "too_long"}
 MALFORMED = [name for name, shape in SHAPES.items() if {shape.openai, shape.vllm} & REASONS]
 
 

@@ -18,6 +18,8 @@ from tests.support import project
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
+from safetensors.torch import save_file
+
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import model_identity
 from prefab.pipelines.cli.main import app
@@ -218,12 +220,12 @@ def test_a_policy_that_was_changed_by_hand_is_told(tmp_path):
     folder = tmp_path / "round-1/dpo"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"trained")
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     row = {"policy": str(folder), "trained": model_identity(str(folder)), "stopped": ""}
     (tmp_path / "round-1/round.json").write_text(json.dumps(row))
     config = OnlineConfig(pipeline="pipeline.yaml", out=str(tmp_path))
     assert ended(config, 1) == row and ended(config, 2) is None
-    (folder / "model.safetensors").write_bytes(b"another")
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ConfigError, match="is not what round 1 trained"):
         ended(config, 1)
 
