@@ -339,7 +339,8 @@ class Ledger:
 
     def _claimed(self, claim: Claim) -> None:
         """Ask what is ours, land what was answered meanwhile, wait for what others ask."""
-        for flight in claim.flights:
+        flights: list[_Flight] = claim.flights
+        for flight in flights:
             if self._flights.get(flight.key) is not flight:
                 continue
             self._elsewhere.pop(flight.key, None)

@@ -109,7 +109,7 @@ def test_all_judges_and_principles_decide_as_the_run_did(store):
         for name in ("kind", "brief")
     )
     assert ((one["p_chosen"] + other["p_chosen"]) / 2).to_list() == pytest.approx(
-        plain["p_chosen"].to_list()
+        plain["vote_share"].to_list()
     )
     assert (one["p_chosen"] > other["p_chosen"] + 0.05).all()
     with pytest.raises(ConfigError, match="no judge 'nobody'.*judge"):
