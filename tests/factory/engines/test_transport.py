@@ -392,7 +392,7 @@ OUTAGES = {
 }
 
 
-@pytest.mark.parametrize("retries", [1, 6])
+@pytest.mark.parametrize("retries", [3, 6])
 @pytest.mark.parametrize("how", OUTAGES)
 @pytest.mark.parametrize("kind", [openai, vllm])
 def test_a_server_that_had_answered_is_waited_for(kind, how, retries, capsys):
