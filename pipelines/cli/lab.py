@@ -118,9 +118,7 @@ def watch(
 
     def show(last: Diff | None, start: Diff | None, seconds: float) -> None:
         if last is None or start is None:
-            return say(
-                f"judged {sample} comparisons at most in {duration(seconds)}; now edit {file}"
-            )
+            return say(f"the comparisons are judged ({duration(seconds)}): edit {file} and save it")
         say(f"since the last save ({duration(seconds)}):", "", "bold")
         show_diff(last, examples=examples)
         say(f"since the start: {sentences(start)[0]}")
