@@ -4,9 +4,12 @@ exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from prefab.factory.redaction import redact
+
+REASON_LENGTH = 120  # characters of a message that tell its reason
 
 
 class PrefabError(Exception):
@@ -68,3 +71,33 @@ class BudgetError(PrefabError, RuntimeError):
     """A run passed the share of unscored or failed answers, or the number of calls or tokens, that
     it allows.
     """
+
+
+def reason_of(error: Exception | str) -> str:
+    """What failures of one kind have in common: the message without addresses and numbers that
+    differ from call to call.
+    """
+    words = re.sub(r"https?://\S+\s*", "", str(error))
+    kept = re.sub(r"(?<!HTTP )\b\d[\w.,:-]*", "N", words)
+    return kept[:REASON_LENGTH].strip() or type(error).__name__
+
+
+_KINDS = {
+    "rate_limit": r"HTTP 429|rate limit leaves no time",
+    "server_error": r"HTTP 5\d\d",
+    "timeout": r"no answer \(\w*Timeout",
+    "no_connection": r"no answer \(|is down \(|has not answered for",
+    "malformed": r"not a JSON object|not a chat completion|\bchoices\b|finish_reason|log-probabilit"
+    r"|larger than|that of another request|an error at HTTP 200|tokens?, where|token ids",
+}
+
+
+def failure_kind(error: str, refused: bool) -> str:
+    """The kind of a call's failure, by its message: `refused` (by the server, for good),
+    `rate_limit`, `server_error` (HTTP 5xx), `timeout`, `no_connection`, `malformed` (an answer
+    that cannot be read), or `transport` for any other.
+    """
+    if refused:
+        return "refused"
+    found = (kind for kind, pattern in _KINDS.items() if re.search(pattern, error))
+    return next(found, "transport")

@@ -55,7 +55,10 @@ CREATE TABLE preferences (preference VARCHAR, run INTEGER, prompt VARCHAR, a INT
 -- prompt, from all of the prompt's comparisons once they are settled. NULL, with a `reason`: there is no fit.
 CREATE TABLE strengths (run INTEGER, prompt VARCHAR, "index" INTEGER, method VARCHAR, strength DOUBLE, se DOUBLE,
     reason VARCHAR);
-CREATE TABLE failures (run INTEGER, call VARCHAR, error VARCHAR, failed_at DOUBLE);
+-- Calls without an answer, once for each time that one failed. `kind` is refused (by the server, for good), rate_limit,
+-- server_error, timeout, no_connection, malformed (an answer that cannot be read), transport (any other), or left_out (not
+-- a call, but a row of the ledger that the store cannot hold). `reason` is the message without addresses and numbers.
+CREATE TABLE failures (run INTEGER, call VARCHAR, kind VARCHAR, reason VARCHAR, error VARCHAR, failed_at DOUBLE);
 CREATE TABLE human_labels (label VARCHAR, prompt VARCHAR, winner VARCHAR, annotator VARCHAR, value VARCHAR,
     labelled_at DOUBLE);
 CREATE TABLE evals (eval VARCHAR, name VARCHAR, value VARCHAR, evaluated_at DOUBLE);
@@ -108,6 +111,26 @@ SELECT run, count(*) AS comparisons,
     count(*) FILTER (WHERE escalation = 'unscored') AS unscored,
     count(*) FILTER (WHERE escalation = 'budget') AS over_budget
 FROM preferences WHERE escalation IS NOT NULL GROUP BY ALL;
+
+-- What a served model does otherwise than most, by its last probe (before the first question that is paid for). `labels`:
+-- whether it begins its answer with a label; where not, `begins` is what it began with. `temperature`: whether it accepts
+-- one; `left_out` has all fields that it refuses. `thinking` is no, unless_told or always.
+CREATE VIEW model_probes AS
+SELECT json_extract_string(value, '$.subject') AS model,
+    CAST(value -> '$.metrics.system_role' AS BOOLEAN) AS system_role,
+    json_extract_string(value, '$.metrics.begins') = '' AS labels,
+    CAST(value -> '$.metrics.logprobs' AS BOOLEAN) AS logprobs,
+    CAST(value -> '$.metrics.top_logprobs' AS INTEGER) AS top_logprobs,
+    json_extract_string(value, '$.metrics.max_tokens_field') AS max_tokens_field,
+    NOT list_contains(CAST(value -> '$.metrics.left_out' AS VARCHAR[]), 'temperature') AS temperature,
+    json_extract_string(value, '$.metrics.thinking') AS thinking,
+    CAST(value -> '$.metrics.opens_thinking' AS BOOLEAN) AS opens_thinking,
+    CAST(value -> '$.metrics.tool_parser' AS BOOLEAN) AS tool_parser,
+    json_extract_string(value, '$.metrics.begins') AS begins,
+    CAST(value -> '$.metrics.left_out' AS VARCHAR[]) AS left_out,
+    evaluated_at AS probed_at
+FROM evals WHERE name = 'model probe'
+QUALIFY row_number() OVER (PARTITION BY model ORDER BY evaluated_at DESC) = 1;
 
 -- Prompts of a run that wait for calls: unfinished or failed. Running the same command again asks for them.
 CREATE VIEW waiting AS

@@ -6,14 +6,19 @@ the ledger one look-up and one write a list; running it again is how a crashed r
 
 from __future__ import annotations
 
-import re
 import signal
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from prefab.factory.errors import BudgetError, EngineError, PrefabError, RequestRefused
+from prefab.factory.errors import (
+    BudgetError,
+    EngineError,
+    PrefabError,
+    RequestRefused,
+    reason_of,
+)
 from prefab.factory.ledger.ledger import LedgerStats
 from prefab.factory.spec.control_tokens import neutral_messages, neutralise
 from prefab.factory.spec.templates import Template
@@ -40,7 +45,6 @@ from prefab.pipelines.store.verdicts import Rules
 BUDGET_FROM = 200
 MAX_REASONS = 20  # of failures that are told apart
 OTHER_REASONS = "other reasons"
-REASON_LENGTH = 120  # characters of a message that tell its reason
 NOTHING_FROM = 20  # so many failures and not one answer: there is no server
 # in a plan; invisible separators: no text of a person's has exactly this
 PLACEHOLDER = "\u2063not answered yet\u2063"
@@ -77,15 +81,6 @@ class Failures:
 
     n: int
     example: str
-
-
-def reason_of(error: Exception) -> str:
-    """What failures of one kind have in common: the message without addresses and numbers that
-    differ from call to call.
-    """
-    words = re.sub(r"https?://\S+\s*", "", str(error))
-    kept = re.sub(r"(?<!HTTP )\b\d[\w.,:-]*", "N", words)
-    return kept[:REASON_LENGTH].strip() or type(error).__name__
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from prefab.factory.console import warn
-from prefab.factory.errors import ConfigError, StoreError
+from prefab.factory.errors import ConfigError, StoreError, failure_kind, reason_of
 from prefab.factory.keys import digest
 from prefab.factory.ledger import db
 from prefab.factory.ledger import records as recorded
@@ -453,7 +453,14 @@ def _readable(
                 reason = f"it cannot be read ({error})"
         if reason:
             left_out.append(
-                (None, None, f"{what} {row[0]} is left out of the store: {reason}", None)
+                (
+                    None,
+                    None,
+                    "left_out",
+                    f"{what}: {reason_of(reason)}",
+                    f"{what} {row[0]} is left out of the store: {reason}",
+                    None,
+                )
             )
     return made, left_out
 
@@ -536,7 +543,7 @@ def _copy_rest(
 ) -> None:
     """Failures, human labels, evaluations: appended as they are."""
     sources: dict[str, tuple[str, str, Callable[[Row], Row]]] = {
-        "failures": ("failure", "hex(key), run, error, at", _failure),
+        "failures": ("failure", "hex(key), run, error, at, kind", _failure),
         "human_labels": ("label", "digest, value, at", _label),
     }
     for table, (what, columns, row_of) in sources.items():
@@ -592,8 +599,8 @@ def _marks(audit: dict[str, Any], marks: dict[str, str]) -> Iterator[Row]:
 
 
 def _failure(row: Row) -> Row:
-    key, run, error, at = row
-    return run, key.lower(), error, at
+    key, run, error, at, kind = row
+    return run, key.lower(), failure_kind(error, kind == "refused"), reason_of(error), error, at
 
 
 def _label(row: Row) -> Row:

@@ -49,8 +49,9 @@ def test_what_the_probe_found_is_kept_and_told_once(tmp_path, capsys):
         run(pipeline(tmp_path, server), quiet=False)
     told = capsys.readouterr().err
     assert told.count("takes no system turn") == 1 and told.count("labels are hard") == 1
-    found = query(tmp_path / "store", "SELECT value->>'$.metrics.system_role' FROM evals")
-    assert found.item() == "false"
+    columns = "system_role, labels, logprobs, max_tokens_field, temperature, thinking, left_out"
+    found = query(tmp_path / "store", f"SELECT {columns} FROM model_probes").rows()
+    assert found == [(False, True, False, "max_tokens", True, "no", [])]
 
 
 def test_what_is_refused_for_good_is_asked_once(tmp_path, capsys):
@@ -60,6 +61,8 @@ def test_what_is_refused_for_good_is_asked_once(tmp_path, capsys):
         assert first.failed == second.failed > 0
         assert server.counts["400"] == first.failed
         assert first.refused == first.failed
+        found = query(tmp_path / "store", "SELECT kind, reason FROM failures GROUP BY ALL").rows()
+        assert [kind for kind, _ in found] == ["refused"] and "HTTP 400" in found[0][1]
         next_command(first, "prefab run p.yaml")
         told = capsys.readouterr().err
         assert "prefab run p.yaml --retry-refused" in told and "makes them again" not in told

@@ -7,11 +7,10 @@ import orjson
 import pytest
 
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
-from prefab.factory.errors import TransportError
+from prefab.factory.errors import TransportError, failure_kind, reason_of
 from prefab.factory.types import Completion, ServerReport
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.cli.run_report import next_command, report
-from prefab.pipelines.run.context import reason_of
 from prefab.pipelines.run.runner import run
 from tests.support import project
 from tests.support.family_server import family_server
@@ -102,6 +101,23 @@ def test_reasons_differ_in_words_not_in_numbers():
     assert reason_of(TransportError(one)) == reason_of(TransportError(two))
     assert reason_of(TransportError(one)) != reason_of(TransportError(one.replace("500", "429")))
     assert reason_of(TransportError("")) == "TransportError"
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("http://h/v1: HTTP 429 slow down; the deadline of 60 s passed", "rate_limit"),
+        ("http://h/v1: its rate limit leaves no time; the deadline of 60 s passed", "rate_limit"),
+        ("http://h/v1: HTTP 503 overloaded; gave up after 3 tries", "server_error"),
+        ("http://h/v1: no answer (TimeoutError); gave up after 3 tries", "timeout"),
+        ("http://h/v1: no answer (ServerDisconnectedError); gave up", "no_connection"),
+        ("http://h/v1: 2 choices for 1 conversations", "malformed"),
+        ("scripted failure", "transport"),
+    ],
+)
+def test_a_failure_has_a_kind(message, kind):
+    assert failure_kind(message, refused=False) == kind
+    assert failure_kind(message, refused=True) == "refused"
 
 
 def test_export_is_not_proposed_where_no_pair_was_decided(tmp_path, capsys):

@@ -359,7 +359,9 @@ def test_labels_evals_and_failures_are_copied(tmp_path):
         ("p", "a", "me")
     ]
     assert query(tmp_path, "SELECT name FROM evals").rows() == [("gold",)]
-    assert query(tmp_path, "SELECT run, error FROM failures").rows() == [(7, "scripted failure")]
+    assert query(tmp_path, "SELECT run, kind, error FROM failures").rows() == [
+        (7, "transport", "scripted failure")
+    ]
     assert isinstance(fill(tmp_path), FillReport) and connect(
         tmp_path / "ledger.sqlite", readonly=True
     )
