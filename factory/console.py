@@ -81,6 +81,13 @@ def say(text: str, state: str = "", style: str = "", stderr: bool = False) -> No
     console(stderr).print(Text.assemble(*head, printable(text)))
 
 
+def heading(title: str, number: int = 0, of: int = 0) -> None:
+    """Print a heading after an empty line; `number` of `of` steps where the text has steps."""
+    count = f"{number} of {of} · " if number else ""
+    console().print("")
+    console().print(count + title, style="bold")
+
+
 def exit_code(error: PrefabError) -> int:
     """2 for bad input or usage; 1 for a check, a budget, a server or a store that failed."""
     return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED

@@ -1,5 +1,5 @@
 """`prefab demo`: make data from the embedded world with vLLM, train policies on it, and compare
-both with the oracle.
+both with the oracle; step by step, each step on one screen.
 
 The oracle reads only text, and nothing is trained on its answers, so it gives independent gold
 labels.
@@ -7,24 +7,49 @@ labels.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefab.factory.console import duration, hint, say, table, warn
+from prefab.factory.console import cell, duration, heading, hint, say, table, warn
 from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
 from prefab.factory.tool_calls import stored_messages
-from prefab.factory.types import Message, Winner
+from prefab.factory.types import Engine, Message, Winner
 from prefab.pipelines.cli.options import hint_command
 from prefab.pipelines.store.ground_truth import truth
 
+if TYPE_CHECKING:
+    from prefab.pipelines.config.loader import ResolvedPipeline
+    from prefab.pipelines.run.runner import RunResult
+
+PROMPTS, FULL_PROMPTS = 96, 320
+FIRST, FIRST_NAME = 4, "demo-first"  # prompts that are run first, to show one of them
 NO_PRINCIPLE = "(none: the gold score)"
 PRESET = PACKAGE / "pipelines" / "presets" / "demo.yaml"
+_REVISED = """
+SELECT p.messages, d.text AS draft, c.principle, c.text AS critique, r.text AS revision
+FROM samples d JOIN prompts p USING (prompt)
+JOIN samples r ON r.run = d.run AND r.prompt = d.prompt AND r.parent = d."index"
+JOIN critiques c ON c.run = d.run AND c.prompt = d.prompt AND c."index" = d."index"
+  AND c.principle = r.principle
+WHERE d.run = ? AND d.parent < 0 AND c.fault AND r.text <> d.text
+ORDER BY length(d.text), d.prompt LIMIT 1
+"""
+_COMPARED = """
+SELECT q.messages, a.text AS answer_a, b.text AS answer_b, x.principle, x.p_a
+FROM readings x JOIN prompts q USING (prompt)
+JOIN samples a ON a.run = x.run AND a.prompt = x.prompt AND a."index" = x.a
+JOIN samples b ON b.run = x.run AND b.prompt = x.prompt AND b."index" = x.b
+WHERE x.run = ? AND x.p_a IS NOT NULL
+ORDER BY abs(x.p_a - 0.5) DESC, length(a.text) + length(b.text), x.prompt LIMIT 1
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,69 +97,163 @@ class Accuracy:
 
 def demo(
     store: Path,
-    prompts: int,
+    prompts: int | None,
+    full: bool,
     sets: Sequence[str],
     train: bool,
     as_json: bool,
     write: Callable[[Any], None],
+    engines: dict[str, Engine] | None = None,
 ) -> int:
-    """Run the preset, train on its data, print the tables, and return the exit code."""
-    from prefab.pipelines.cli import demo_training
-    from prefab.pipelines.cli.run_report import next_command, report
-    from prefab.pipelines.evaluation.report import show as show_policies
-    from prefab.pipelines.run.runner import run
-    from prefab.pipelines.training.stages import show_gold
+    """Show the whole way from prompts to trained policies on the embedded world, in steps.
 
-    chosen, began, took = (
-        [f"store={store}", f"prompts.limit={prompts}", *sets],
-        time.monotonic(),
-        {},
-    )
-    say(
-        f"{prompts:,} prompts of the embedded world: a small model on vLLM samples, criticises, revises and "
-        "compares answers.\nThe model knows only this world and is for tests alone. The server takes minutes "
-        "to start the first time, because it compiles the model, and less after that.",
-        stderr=True,
-    )
-    result = run(PRESET, chosen, quiet=False)
-    if result.state != "done":
-        again = shlex.join(["prefab", "demo", "--store", str(store), "--prompts", str(prompts)])
-        return next_command(result, again)
+    Args:
+        store: Where the answers are kept; the same command continues a demo that was stopped.
+        prompts: How many prompts of the embedded world; default: `PROMPTS`, or `FULL_PROMPTS`.
+        full: More prompts, and longer PPO.
+        sets: Overrides of the preset, as `--set` takes them.
+        train: Whether to train and evaluate policies too.
+        as_json: Print one JSON object instead of tables.
+        write: Prints that object.
+        engines: Engines to use in place of those that the preset would start, by name.
+
+    Returns:
+        The exit code.
+    """
+    from prefab.pipelines.cli.run_report import next_command
+
+    began, took, steps = time.monotonic(), dict[str, float](), 5 if train else 3
+    n = prompts or (FULL_PROMPTS if full else PROMPTS)
+    if not as_json:
+        _introduce(n)
+    first, result = asyncio.run(_make_data(store, n, sets, as_json, steps, engines))
     took["data"] = time.monotonic() - began
+    if result is None or result.state != "done":
+        return next_command(result or first, _again(store, prompts, full, sets, train))
     measured = measure(result)
     if not as_json:
-        report(result)
-        show(result, measured)
-    policies = told = None
-    if train:
-        try:
-            models, told = demo_training.train(store, result.run, as_json)
-            took["training"] = time.monotonic() - began - took["data"]
-            policies = demo_training.measure(store, models, as_json)
-        except ConfigError as error:  # too few prompts: a split is empty
-            warn(f"no training: {error}. Use more --prompts, or --no-train")
+        heading(f"What {result.prompts:,} prompts gave", 2, steps)
+        show_data(result)
+        heading("How many labels are right", 3, steps)
+        show(measured)
+    found = _train(store, result, full, as_json, steps, took) if train else {}
     took["in all"] = time.monotonic() - began
     if as_json:
-        write(
-            {
-                "run": result.summary(),
-                **measured,
-                "policies": policies.data() if policies else None,
-                "ppo": told,
-                "seconds": took,
-            }
-        )
-    elif policies:
-        show_policies(policies)
-        if told is not None:
-            show_gold(told)
+        policies = found["policies"].data() if found else None
+        told = {"policies": policies, "ppo": found.get("ppo"), "seconds": took}
+        write({"run": result.summary(), **measured, **told})
+    else:
+        say("\n" + " · ".join(f"{part} {duration(seconds)}" for part, seconds in took.items()))
+    _next_commands(store)
+    return 0
+
+
+def _again(store: Path, prompts: int | None, full: bool, sets: Sequence[str], train: bool) -> str:
+    """The command that goes on with a demo that was stopped."""
+    words = ["prefab", "demo", "--store", str(store)]
+    words += ["--prompts", str(prompts)] if prompts else []
+    words += ["--full"] if full else []
+    words += [word for text in sets for word in ("--set", text)]
+    return shlex.join([*words, *([] if train else ["--no-train"])])
+
+
+def _introduce(prompts: int) -> None:
+    """What will happen, to read while the server starts."""
+    say(
+        "The demo makes preference data in a small artificial world, in which a program (the oracle)\n"
+        "knows the truth about every answer. So each step can be checked:\n"
+        f"  1. A small model answers {FIRST} prompts. It criticises and revises its answers under\n"
+        "     eleven principles, and compares them. You see one of them in full.\n"
+        f"  2. The same for {prompts:,} prompts.\n"
+        "  3. The oracle says how many of the labels are right.\n"
+        "  4. Policies are trained on the data: SFT, a reward model, DPO, PPO.\n"
+        "  5. The oracle says whether the policies are better than before.\n"
+        "The model knows this world alone, so use it for nothing else. vLLM serves it; the first\n"
+        "start compiles the model, which takes one to two minutes.",
+        stderr=True,
+    )
+
+
+async def _make_data(
+    store: Path,
+    prompts: int,
+    sets: Sequence[str],
+    as_json: bool,
+    steps: int,
+    engines: dict[str, Engine] | None,
+) -> tuple[RunResult, RunResult | None]:
+    """A run of a few prompts, one of which is shown, and then the run of all: on one server.
+
+    Returns:
+        Both runs; of the second, None where the first did not come to its end.
+    """
+    from prefab.factory.engines.lifecycle import KeptEngine
+    from prefab.pipelines.config.loader import make_engines, resolve_pipeline
+    from prefab.pipelines.run.runner import run_async
+
+    def pipeline(limit: int, *more: str) -> ResolvedPipeline:
+        return resolve_pipeline(PRESET, [f"store={store}", f"prompts.limit={limit}", *sets, *more])
+
+    loaded = pipeline(prompts)
+    kept = {
+        name: KeptEngine(getattr(engine, "engine", engine))
+        for name, engine in (engines or make_engines(loaded)).items()
+    }
+    used: dict[str, Engine] = {**kept}
+    try:
+        first = await run_async(pipeline(min(FIRST, prompts), f"name={FIRST_NAME}"), as_json, used)
+        if first.state != "done":
+            return first, None
+        if not as_json:
+            heading("One prompt from beginning to end", 1, steps)
+            show_first(first)
+        return first, await run_async(loaded, as_json, used)
+    finally:
+        for engine in kept.values():
+            await engine.end()
+
+
+def _train(
+    store: Path,
+    result: RunResult,
+    full: bool,
+    as_json: bool,
+    steps: int,
+    took: dict[str, float],
+) -> dict[str, Any]:
+    """Train and evaluate; the evaluation and PPO's result, or nothing where a split is empty."""
+    from prefab.pipelines.cli import demo_training
+    from prefab.pipelines.training.stages import show_gold
+
+    began = time.monotonic()
     if not as_json:
-        say(" · ".join(f"{part} {duration(seconds)}" for part, seconds in took.items()))
-    hint_command("export", "--store", store, "--format", "trl", "demo-out")
+        heading("Training on the data", 4, steps)
+        say(demo_training.ABOUT)
+    try:
+        models, told = demo_training.train(store, result.run, full, as_json)
+        took["training"] = time.monotonic() - began
+        if not as_json:
+            show_gold(told)
+        policies = demo_training.measure(store, models, as_json)
+    except ConfigError as error:  # too few prompts: a split is empty
+        warn(f"no training: {error}. Use more --prompts, or --no-train")
+        return {}
+    took["evaluation"] = time.monotonic() - began - took["training"]
+    if not as_json:
+        heading("Are the policies better than before?", 5, steps)
+        demo_training.show_policies(policies)
+    return {"policies": policies, "ppo": told}
+
+
+def _next_commands(store: Path) -> None:
+    """What to look at next, on the data that was made."""
+    say("\nLook further:", stderr=True)
+    hint_command("report", "demo", "--store", store, "--out", f"{store}.html")
+    hint_command("agreement", "--store", store)
     select = "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"
     hint_command("sql", "--store", store, select)
+    hint_command("export", "--store", store, "--format", "trl", f"{store}-out")
     hint("prefab init my-project    # your own constitution, prompts and model")
-    return 0
 
 
 def measure(result: Any) -> dict[str, Any]:
@@ -263,44 +382,83 @@ def _preferences(
     return {"outcomes": dict(outcomes), "gold_decided": len(right), "right": _share(right)}
 
 
-def show(result: Any, measured: dict[str, Any]) -> None:
-    """Print the tables of the oracle's figures."""
+def show_first(result: RunResult) -> None:
+    """One prompt of a run: a draft, its fault, its revision, and the verdicts on a comparison."""
+    from prefab.pipelines.store.fill import query
+
+    rows = query(result.store, _REVISED, [result.run]).rows(named=True)
+    for row in rows:
+        question = json.loads(row["messages"])[-1][1]
+        say(f"prompt    {question}")
+        say(f"draft     {row['draft']}")
+        say(f"critique  {row['critique']} (principle: {row['principle']})")
+        say(f"revision  {row['revision']}")
+    rows = query(result.store, _COMPARED, [result.run]).rows(named=True)
+    for row in rows:
+        say(f"\nA compared pair of answers to: {json.loads(row['messages'])[-1][1]}")
+        say(f"A         {row['answer_a']}")
+        say(f"B         {row['answer_b']}")
+        p = row["p_a"]
+        better = "A" if p > 0.5 else "B"
+        say(
+            f"verdict   {row['principle']}: {better} is better, P(A) {cell(p)} (mean of both orders)"
+        )
+    say("Look at: what the critique names, what the revision changed, which principle decided.")
+
+
+def show_data(result: RunResult) -> None:
+    """What a run made, in a few sentences."""
+    n = result.outcomes
+    decided = n.get("a", 0) + n.get("b", 0)
+    faults = ", ".join(f"{name} {count:,}" for name, count in list(result.faults.items())[:4])
+    say(f"{sum(result.faults.values()):,} faults were found; most often: {faults}")
+    say(
+        f"{sum(n.values()):,} comparisons of two answers: {decided:,} decided, {n.get('tie', 0):,} "
+        f"tied, {n.get('unscored', 0):,} unscored"
+    )
+    if result.p_chosen:
+        say(result.p_chosen.replace("`", ""))
+    if result.asked and result.seconds:
+        tokens = (result.prompt_tokens + result.completion_tokens) / result.seconds
+        say(
+            f"{result.asked:,} model calls in {duration(result.seconds)}: "
+            f"{result.asked / result.seconds:,.0f} calls/s, {tokens:,.0f} tokens/s"
+        )
+    else:
+        say("no model calls: every answer was in the ledger")
+
+
+def show(measured: dict[str, Any]) -> None:
+    """Print the oracle's figures: the headline first, then a table of drafts and one of labels."""
+    told = measured["preferences"]
+    if told["right"] is not None:
+        say(
+            f"The preferences name the better answer in {told['right']:.1%} of the "
+            f"{told['gold_decided']:,} comparisons that differ for the oracle."
+        )
     drafts, revised = measured["drafts"], measured["revised"]
     rows = [
-        (what, getattr(drafts, name), getattr(revised, name))
-        for what, name in (
-            ("break at least one principle", "broken"),
-            ("principles broken, mean", "faults"),
-            ("help", "helps"),
-            ("coherent", "coherent"),
-            ("words, mean", "words"),
+        (what, getattr(drafts, name), getattr(revised, name), mark)
+        for what, name, mark in (
+            ("break at least one principle", "broken", "less is better"),
+            ("principles broken, mean", "faults", "less is better"),
+            ("help", "helps", "more is better"),
+            ("coherent", "coherent", "more is better"),
+            ("words, mean", "words", ""),
         )
     ]
     table(
-        f"The oracle on {drafts.n:,} drafts ({measured['changed']:,} of them revised)",
-        ("", "drafts", "after revision"),
+        f"Revision removes faults: {drafts.n:,} drafts, {measured['changed']:,} of them revised",
+        ("share of answers that", "drafts", "revised", ""),
         rows,
     )
     table(
-        "Labels against the oracle, both orders together",
-        ("principle", "readings", "decided", "right", "ties", "seen as ties", "both orders agree"),
+        "Labels under each principle, both orders together, against the oracle",
+        ("principle", "labels", "decided", "right", "ties", "seen as ties", "same in both orders"),
         [
             (a.principle, a.readings, a.decided, a.right, a.ties, a.ties_seen, a.consistent)
             for a in measured["accuracy"]
         ],
-        note="decided: pairs in which the oracle finds the fault in only one answer; right: the share of them "
-        "whose label prefers the other answer; ties: pairs that are equal for the oracle",
+        note="decided: only one of the two answers has the fault; right: the label prefers the "
+        "other one.\nties: both answers are equal under this principle",
     )
-    told = measured["preferences"]
-    words = ", ".join(f"{name}: {n:,}" for name, n in sorted(told["outcomes"].items()))
-    if told["right"] is not None:
-        words += f"; right for {told['right']:.1%} of the {told['gold_decided']:,} with different gold scores"
-    say(f"Preferences over all principles: {words}")
-    if result.asked and result.seconds:
-        tokens = (result.prompt_tokens + result.completion_tokens) / result.seconds
-        say(
-            f"{result.asked:,} calls in {duration(result.seconds)}: {result.asked / result.seconds:,.0f} "
-            f"calls/s, {tokens:,.0f} tokens/s"
-        )
-    else:
-        say("no model calls: every answer was in the ledger")

@@ -8,21 +8,35 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prefab.factory.console import say
+
 STAGES = ("sft", "reward", "dpo")
 BASE = "prefab-tiny"
 PROMPTS, SAMPLES = 100, 4
 DPO_MARGIN = 0.03  # one deciding principle of eleven gives about 0.045
 PPO: dict[str, Any] = {
-    "steps": 24,
-    "eval_every": 6,
-    "eval_prompts": 256,
+    "steps": 12,
+    "eval_every": 4,
+    "eval_prompts": 96,
     "epochs": 2,
     "value": "shared",
-}  # two minutes on two cores
+}
+FULL_PPO = {**PPO, "steps": 24, "eval_every": 6, "eval_prompts": 256}  # 2 minutes on two cores
+ABOUT = (
+    "SFT learns the revisions; the reward model and DPO learn which answer was chosen; PPO learns\n"
+    "to please the reward model. Nothing is trained on what the oracle knows."
+)
+SHOWN = ("gold", "broken", "helps_harmless", "coherent", "words", "kl")
 
 
-def train(store: Path, run: int, quiet: bool) -> tuple[dict[str, Path], dict[str, Any]]:
+def train(store: Path, run: int, full: bool, quiet: bool) -> tuple[dict[str, Path], dict[str, Any]]:
     """Train each stage with its preset on a run of the store. A finished stage is not run again.
+
+    Args:
+        store: The store.
+        run: The number of the run in it.
+        full: Train PPO for longer.
+        quiet: Do not show progress.
 
     Returns:
         The folder of each model, and the result of PPO.
@@ -43,16 +57,17 @@ def train(store: Path, run: int, quiet: bool) -> tuple[dict[str, Path], dict[str
         sources = [{**source, "margin": DPO_MARGIN} if stage == "dpo" else source]
         train_stage(stage, stage, overrides(out=str(found[stage]), data__sources=sources), quiet)
     rewards = [{"name": "preference", "kind": "model", "paths": [str(found["reward"])]}]
+    ppo = FULL_PPO if full else PPO
     told = train_stage(
         "ppo",
         "ppo",
         overrides(
             model=BASE,
-            out=str(out / "ppo"),
+            out=str(out / ("ppo-full" if full else "ppo")),
             store=str(store),
             rewards=rewards,
-            data__sources=[source, {"files": str(watched(out))}],
-            **PPO,
+            data__sources=[source, {"files": str(watched(out, ppo["eval_prompts"]))}],
+            **ppo,
         ),
         quiet,
     )
@@ -64,8 +79,8 @@ def overrides(**values: Any) -> list[str]:
     return [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in values.items()]
 
 
-def watched(out: Path, n: int = PPO["eval_prompts"]) -> Path:
-    """Write a file of prompts of the validation split, on which PPO's gold score is measured."""
+def watched(out: Path, n: int = FULL_PPO["eval_prompts"]) -> Path:
+    """Write a file of n prompts of the validation split, on which PPO's gold score is measured."""
     from prefab.factory.microworld import grammar
 
     rows = [
@@ -98,3 +113,11 @@ def measure(store: Path, models: dict[str, Path], quiet: bool) -> Any:
         ),
         quiet,
     )
+
+
+def show_policies(report: Any) -> None:
+    """The oracle's figures of each policy, the most important ones alone."""
+    from prefab.pipelines.evaluation.report import show
+
+    show(report, SHOWN)
+    say("Look at: gold (the oracle's score) against the base, and kl, which says how far it moved.")

@@ -82,13 +82,16 @@ def _report_error(error: PrefabError) -> int:
 def demo(
     store: Store = Path("demo-store"),
     prompts: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=2,
             help="Number of prompts from the embedded world. Every fifth is of the validation "
-            "split, on which p_chosen is calibrated.",
+            "split, on which p_chosen is calibrated. Default: 96.",
         ),
-    ] = 320,
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="320 prompts, and longer PPO: 15 minutes on two cores.")
+    ] = False,
     sets: Sets = [],
     train: Annotated[
         bool, typer.Option(help="Also train policies on the data and evaluate them.")
@@ -113,7 +116,7 @@ def demo(
         else:
             from prefab.pipelines.cli.demo import demo as run_demo
 
-            code = run_demo(store, prompts, sets, train, as_json, print_json)
+            code = run_demo(store, prompts, full, sets, train, as_json, print_json)
     raise typer.Exit(code)
 
 

@@ -137,11 +137,11 @@ def cell(estimate: Any) -> str:
     )
 
 
-def show(report: Any) -> None:
-    """The tables on the console."""
+def show(report: Any, shown: Sequence[str] = SHOWN) -> None:
+    """Print the tables of an evaluation; of the figures, those in `shown`."""
     names = [
         k
-        for k in SHOWN
+        for k in shown
         if any(k in f for f in report.policies.values())
         and (
             k != "sampler_gap"

@@ -11,8 +11,9 @@ import pytest
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.microworld import oracle
 from prefab.factory.types import Completion, Message
-from prefab.pipelines.cli.demo import NO_PRINCIPLE, PRESET, measure
+from prefab.pipelines.cli.demo import FIRST_NAME, NO_PRINCIPLE, PRESET, demo, measure
 from prefab.pipelines.run.runner import run
+from prefab.pipelines.store.fill import query
 from prefab.pipelines.store.ground_truth import truth
 
 GOOD = "To paint the boat, sand the surface and add two thin coats."
@@ -104,3 +105,25 @@ def test_no_truth_is_made_up_of_principles_that_the_oracle_does_not_know():
     )
     assert truth(kind, rude, "privacy") == truth(kind, kind, "") == "tie"
     assert truth(kind, rude, "modesty") is None
+
+
+def test_the_demo_tells_its_steps_and_shows_one_prompt_first(prompts, tmp_path, capsys):
+    store, scripted = tmp_path / "my store", Scripted(ScriptedConfig(), knows)
+    sets = [f"prompts={{source: '{prompts}'}}"]
+    stopped: list[int] = []
+    scripted.stop = lambda: _count(stopped)  # type: ignore[method-assign]
+    code = demo(store, None, False, sets, False, False, print, engines={"local": scripted})
+    told, asides = capsys.readouterr()
+    assert code == 0 and len(stopped) == 1  # one server for both runs
+    runs = query(store, "SELECT name FROM runs ORDER BY run")["name"].to_list()
+    assert runs == [FIRST_NAME, "demo"]
+    first, second, third = (told.index(f"{number} of 3") for number in (1, 2, 3))
+    assert (
+        first < told.index("Fault: it insults.") < told.index(f"revision  {GOOD}") < second < third
+    )
+    assert "The preferences name the better answer in 100.0%" in told[third:]
+    assert f"next: prefab agreement --store '{store}'" in asides
+
+
+async def _count(stopped):
+    stopped.append(1)
