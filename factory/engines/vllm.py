@@ -1,5 +1,5 @@
-"""vLLM: starts, watches and stops its own server, or talks to running ones (`url`, or replicas in
-`urls`).
+"""vLLM: starts, watches and stops its own server, uses one that `prefab serve --keep` left running,
+or talks to others (`url`, or replicas in `urls`).
 
 Labels are read by token id (`logprob_token_ids`), so each label's probability is exact however
 unlikely it is.
@@ -22,7 +22,7 @@ import orjson
 from pydantic import Field, model_validator
 
 from prefab.factory.console import warn
-from prefab.factory.engines import canary
+from prefab.factory.engines import canary, kept_server
 from prefab.factory.engines.base import folder_specials, max_length, resolve_model
 from prefab.factory.engines.canary import Canary, Fingerprint, difference
 from prefab.factory.engines.chat import (
@@ -207,6 +207,7 @@ class VLLM(Engine):
         ]
         self.owns_server = not self._urls
         self.process: VllmProcess | None = None
+        self.kept: kept_server.KeptServer | None = None
         self._chats: list[Chat] = []
         self._said: set[str] = set()
         self._replicas: Replicas | None = None
@@ -219,7 +220,7 @@ class VLLM(Engine):
         Raises: EngineError when only a server knows and it does not answer.
         """
         place = self.path
-        if self._urls and not (place and Path(place).is_dir()):
+        if not self.owns_server and not (place and Path(place).is_dir()):
             place = self._served_place(_get(self._urls[0] + "/v1/models", self.config.api_key_env))
         return model_identity(place or "", self._dtype(), self.config.revision, self.config.adapter)
 
@@ -271,6 +272,15 @@ class VLLM(Engine):
             raise
 
     async def _start_server(self) -> None:
+        """Use the server that is kept for this model and these settings, else start one."""
+        if self.config.port is None and self.config.log_file is None:
+            self.kept = kept_server.find(self)
+        if self.kept is not None:
+            self._tell(f"uses the kept server at {self.kept.url}")
+            self._urls = [self.kept.url]
+            return
+        if other := kept_server.other_settings(self):
+            self._tell(other)
         port = self.config.port or free_port()
         self.process = VllmProcess(
             self.config, str(self.path), port, self.name, self.progress, self.log_folder
@@ -280,17 +290,16 @@ class VLLM(Engine):
 
     async def _greet(self, url: str) -> None:
         claim(url, "ids")
-        server = HttpClient(
-            url, self.config, self.config.api_key_env, self.process.key if self.process else ""
-        )
+        local = self.process or self.kept
+        server = HttpClient(url, self.config, self.config.api_key_env, local.key if local else "")
         server.health_path = "/health"
         try:
             listed = await server.get("/v1/models")
         except (Rejected, TransportError) as error:
             await server.close()
             raise EngineError(f"engines.{self.name}: no vLLM server at {url}: {error}") from error
-        if self.process is not None:
-            server.why_down = self.process.why_dead
+        if local is not None:
+            server.why_down = local.why_dead
         entry = self._entry(listed)
         model = "adapter" if self.config.adapter and self.owns_server else str(entry["id"])
         chat = Chat(
@@ -460,9 +469,10 @@ class VLLM(Engine):
         chats, self._chats = self._chats, []
         for chat in chats:
             await chat.stop()
-        process, self.process = self.process, None
-        if process is not None:
+        process, self.process, self.kept = self.process, None, None
+        if self.owns_server:
             self._urls = []
+        if process is not None:
             await process.stop()
 
 

@@ -414,14 +414,49 @@ def _short(value: Any) -> Any:
 def serve(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="A model folder, a name on the model hub, or prefab-tiny.")
-    ],
-    port: Annotated[int, typer.Option(help="Port of the server.")] = 8000,
+        str,
+        typer.Argument(
+            metavar="[MODEL|PIPELINE.yaml]",
+            help="A model folder, a name on the model hub, or prefab-tiny. With --keep also a "
+            "pipeline file: the models of its vLLM engines, with their settings.",
+        ),
+    ] = "",
+    port: Annotated[
+        int | None, typer.Option(help="Port of the server. Default: 8000; with --keep a free one.")
+    ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="Leave the server running. run, diff, watch, test and eval use it by themselves "
+            "for the same model and settings.",
+        ),
+    ] = False,
+    idle_minutes: Annotated[
+        float, typer.Option(min=0.01, help="With --keep: end it after so long without a question.")
+    ] = 60.0,
+    status: Annotated[bool, typer.Option("--status", help="List the servers that run.")] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End the kept servers: all, or those of MODEL.")
+    ] = False,
+    sets: Sets = [],
+    as_json: Json = False,
 ) -> None:
-    """Start vLLM in the foreground, as Prefab starts it. Arguments after `--` are given to vLLM."""
-    from prefab.pipelines.cli.serve import serve_model
+    """Start vLLM as Prefab starts it: in the foreground, or with --keep so that later commands
+    need not wait for it. Arguments after `--` are given to vLLM.
+    """
+    from prefab.pipelines.cli import serve as serving
 
-    raise typer.Exit(serve_model(model, port, context.args))
+    if sum((keep, status, stop)) > 1:
+        raise ConfigError("--keep, --status and --stop exclude one another")
+    if status or stop:
+        return serving.stop_kept(model, as_json) if stop else serving.show_kept(as_json)
+    if not model:
+        raise ConfigError("name a MODEL to serve; --status lists the servers that are kept")
+    if keep:
+        with resumable("no server is kept"):
+            return serving.keep_model(model, port, context.args, idle_minutes, sets, as_json)
+    raise typer.Exit(serving.serve_model(model, port or 8000, context.args))
 
 
 @app.command()

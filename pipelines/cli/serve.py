@@ -1,4 +1,6 @@
-"""`prefab serve`: start vLLM in the foreground, with the options that Prefab's engine uses."""
+"""`prefab serve`: start vLLM with the options that Prefab's engine uses, in the foreground, or as a
+server that stays up between commands.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,19 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefab.factory.console import say
+from prefab.factory.console import duration, hint, say, table
 from prefab.factory.errors import ConfigError, EngineError
 from prefab.factory.paths import cache_folder
 from prefab.factory.redaction import add_secret, secrets_in
+from prefab.pipelines.cli.options import print_json
 
 if TYPE_CHECKING:
+    from prefab.factory.engines.vllm import VllmConfig
     from prefab.factory.engines.vllm_process import VllmProcess
 
 KEY_VARIABLE = "PREFAB_SERVE_KEY"
@@ -79,6 +84,130 @@ def serve_model(model: str, port: int, extra: Sequence[str] = ()) -> int:
     finally:
         if key_file:
             key_file.unlink(missing_ok=True)
+
+
+def keep_model(
+    model: str,
+    port: int | None = None,
+    extra: Sequence[str] = (),
+    idle_minutes: float = 60.0,
+    sets: Sequence[str] = (),
+    as_json: bool = False,
+) -> None:
+    """Start servers that stay up, wait until they answer, and print where they are.
+
+    Args:
+        model: A folder, a name on the model hub, an embedded model such as `prefab-tiny`, or a
+            pipeline file, for the models of its vLLM engines with their settings.
+        port: The port that the server listens on; default: a free one.
+        extra: More command-line arguments for vLLM.
+        idle_minutes: Minutes without a question after which a server is ended.
+        sets: Overrides of the pipeline's fields.
+        as_json: Print JSON.
+
+    Raises:
+        ConfigError: The pipeline has no vLLM engine, or there is a key among the arguments.
+        EngineError: vLLM is not installed or does not start.
+    """
+    from prefab.factory.engines import kept_server
+    from prefab.factory.engines.vllm import VLLM, VllmConfig
+
+    for _, message in secrets_in({"args": list(extra)}):
+        raise ConfigError(message)
+    configs = [VllmConfig(model=model, port=port, args=list(extra))]
+    if model.endswith((".yaml", ".yml")):
+        configs = _engines_of(model, sets)
+    servers = []
+    for config in configs:
+        kept = kept_server.find(VLLM(config, "serve"))
+        if kept is None:
+            kept = kept_server.keep(
+                config, 60.0 * idle_minutes, lambda line: say(line, stderr=True)
+            )
+        servers.append(kept)
+    if as_json:
+        return print_json({"servers": [server.data() for server in servers]})
+    for server in servers:
+        say(
+            f"{server.model} is kept at {server.url} until nothing was asked for "
+            f"{duration(server.idle_s)}; commands with this model and these settings use it"
+        )
+    hint("prefab serve --stop")
+
+
+def _engines_of(pipeline: str, sets: Sequence[str]) -> list[VllmConfig]:
+    """The configurations of a pipeline's vLLM engines that start a server, each once."""
+    from prefab.factory.engines.vllm import VllmConfig
+    from prefab.pipelines.config.loader import resolve_pipeline
+
+    engines = resolve_pipeline(pipeline, sets).config.engines.values()
+    found: list[VllmConfig] = []
+    for engine in engines:
+        if engine.get("engine") == "vllm" and not (engine.get("url") or engine.get("urls")):
+            config = VllmConfig.model_validate(dict(engine))
+            if config not in found:
+                found.append(config)
+    if not found:
+        raise ConfigError(f"{pipeline} has no vLLM engine that starts a server")
+    return found
+
+
+def show_kept(as_json: bool = False) -> None:
+    """Print the servers that are kept."""
+    from prefab.factory.engines.kept_server import kept_servers
+
+    servers = kept_servers()
+    if as_json:
+        return print_json({"servers": [server.data() for server in servers]})
+    if not servers:
+        say("no server is kept")
+        return hint("prefab serve prefab-tiny --keep")
+    table(
+        "",
+        ("model", "url", "pid", "up for", "unused for", "ends after"),
+        [
+            (
+                server.model,
+                server.url,
+                str(server.pid),
+                duration(time.time() - server.started),
+                duration(server.unused_s),
+                duration(server.idle_s),
+            )
+            for server in servers
+        ],
+    )
+    for server in servers:
+        say(f"log of {server.model}: {server.log}")
+    hint("prefab serve --stop")
+
+
+def stop_kept(model: str = "", as_json: bool = False) -> None:
+    """End the servers that are kept.
+
+    Args:
+        model: Only those of this model, as it was named when they were started.
+        as_json: Print JSON.
+
+    Raises:
+        ConfigError: No server of this model is kept.
+        EngineError: A server does not end.
+    """
+    from prefab.factory.engines.kept_server import kept_servers, stop
+
+    running = kept_servers()
+    chosen = [server for server in running if model in ("", server.model)]
+    if model and not chosen:
+        names = ", ".join(server.model for server in running) or "none"
+        raise ConfigError(f"no server of {model} is kept; kept are: {names}")
+    for server in chosen:
+        stop(server)
+    if as_json:
+        return print_json({"stopped": [server.data() for server in chosen]})
+    for server in chosen:
+        say(f"the server of {server.model} at {server.url} has ended")
+    if not chosen:
+        say("no server is kept")
 
 
 def _key_file(process: VllmProcess, port: int) -> Path | None:
