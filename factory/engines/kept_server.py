@@ -11,7 +11,6 @@ dead keeper, and whoever finds it removes it.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import json
 import os
@@ -21,25 +20,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prefab.factory.engines.vllm_key import SERVER_USED
-from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
+from prefab.factory.engines.http import HttpConfig
+from prefab.factory.engines.vllm_process import default_dtype
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import digest
 from prefab.factory.paths import IMPORT_ROOT, cache_folder
 from prefab.factory.redaction import add_secret
 
-if TYPE_CHECKING:
-    from prefab.factory.engines.vllm import VLLM, VllmConfig
-
-IDLE_S = 3600.0
-LOOK_EVERY_S = 0.5
+KEEPER = "prefab.factory.engines.server_keeper"
 STOP_S = 40.0  # vLLM ends within 8 s, else it is killed
 # fields of `VllmConfig` on which an answer depends; another size of the cache gives the same ones
 SETTINGS = (
+    "dtype",
     "revision",
     "adapter",
     "quantization",
@@ -48,7 +44,7 @@ SETTINGS = (
     "args",
     "env",
 )
-_MARK = "kept-server "  # begins the line that tells the starting command how it ended
+MARK = "kept-server "  # begins the line that tells the starting command how it ended
 
 
 @dataclass(slots=True)
@@ -76,7 +72,7 @@ class KeptServer:
     @property
     def unused_s(self) -> float:
         """Seconds since it last answered; 0 while it answers."""
-        return max(0.0, time.time() - _last_use(self.file))
+        return max(0.0, time.time() - last_use(self.file))
 
     def why_dead(self) -> str | None:
         """Why it cannot answer any more; None while it is kept."""
@@ -96,10 +92,10 @@ def folder() -> Path:
     return cache_folder() / "servers"
 
 
-def settings_of(config: VllmConfig) -> dict[str, Any]:
-    """The settings of a server on which its answers depend."""
-    dtype = default_dtype() if config.dtype == "auto" else config.dtype
-    return {"dtype": dtype, **{name: getattr(config, name) for name in SETTINGS}}
+def settings_of(config: HttpConfig) -> dict[str, Any]:
+    """The settings of a server on which its answers depend, from a `VllmConfig`."""
+    settings = config.model_dump(include={*SETTINGS})
+    return settings | ({"dtype": default_dtype()} if settings["dtype"] == "auto" else {})
 
 
 def record_file(identity: str, settings: dict[str, Any]) -> Path:
@@ -107,13 +103,13 @@ def record_file(identity: str, settings: dict[str, Any]) -> Path:
     return folder() / f"{digest(identity, json.dumps(settings, sort_keys=True))[:16]}.json"
 
 
-def find(engine: VLLM) -> KeptServer | None:
-    """The kept server that has this engine's model and settings."""
+def find(identity: str, config: HttpConfig) -> KeptServer | None:
+    """The kept server of this model with these settings."""
     if not folder().is_dir():
         return None
-    settings = settings_of(engine.config)
-    found = _read(record_file(engine.identity, settings))
-    if found is None or (found.identity, found.settings) != (engine.identity, settings):
+    settings = settings_of(config)
+    found = _read(record_file(identity, settings))
+    if found is None or (found.identity, found.settings) != (identity, settings):
         return None
     return found
 
@@ -124,21 +120,21 @@ def kept_servers() -> list[KeptServer]:
     return sorted((one for one in found if one), key=lambda one: (one.model, one.started))
 
 
-def other_settings(engine: VLLM) -> str:
-    """How kept servers of this engine's model differ from what it needs; empty without any."""
-    wanted = settings_of(engine.config)
+def other_settings(model: str | None, config: HttpConfig) -> str:
+    """How a kept server of this model differs from what is needed; empty where none is kept."""
+    wanted = settings_of(config)
     for one in kept_servers():
         names = [name for name, value in wanted.items() if one.settings.get(name) != value]
-        if one.model == engine.config.model and names:
+        if one.model == model and names:
             return f"the kept server of {one.model} is not used: it has another {', '.join(names)}"
     return ""
 
 
-def keep(config: VllmConfig, idle_s: float, progress: Callable[[str], None]) -> KeptServer:
+def keep(config: HttpConfig, idle_s: float, progress: Callable[[str], None]) -> KeptServer:
     """Start a server that stays up, and wait until it answers.
 
     Args:
-        config: The engine's configuration.
+        config: The engine's configuration, a `VllmConfig`.
         idle_s: Seconds without a question after which it is ended.
         progress: Gets a line every few seconds while it loads.
 
@@ -148,7 +144,7 @@ def keep(config: VllmConfig, idle_s: float, progress: Callable[[str], None]) -> 
     order = json.dumps({"config": config.model_dump(mode="json"), "idle_s": idle_s})
     paths = filter(None, (str(IMPORT_ROOT), os.environ.get("PYTHONPATH")))
     child = subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-m", KEEPER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -162,8 +158,8 @@ def keep(config: VllmConfig, idle_s: float, progress: Callable[[str], None]) -> 
         with child.stdin:
             child.stdin.write(order)
         for line in child.stdout:
-            if line.startswith(_MARK):
-                outcome = json.loads(line.removeprefix(_MARK))
+            if line.startswith(MARK):
+                outcome = json.loads(line.removeprefix(MARK))
                 if "error" in outcome:
                     raise EngineError(outcome["error"])
                 kept = _read(Path(outcome["file"]))
@@ -232,23 +228,24 @@ def _is_kept(file: Path) -> bool:
 
 def _remove(file: Path) -> None:
     file.unlink(missing_ok=True)
-    _use_file(file).unlink(missing_ok=True)
+    use_file(file).unlink(missing_ok=True)
 
 
-def _use_file(file: Path) -> Path:
+def use_file(file: Path) -> Path:
     """The file whose time of change is the server's last use."""
     return file.with_suffix(".used")
 
 
-def _last_use(file: Path) -> float:
+def last_use(file: Path) -> float:
+    """When the server of a record last answered, in seconds since 1970; 0 where that is unknown."""
     try:
-        return _use_file(file).stat().st_mtime
+        return use_file(file).stat().st_mtime
     except OSError:
         return 0.0
 
 
 @contextmanager
-def _held(file: Path, model: str) -> Iterator[int]:
+def held(file: Path, model: str) -> Iterator[int]:
     """Hold the lock of a record, as a file to write; the record is removed at the end.
 
     Raises: EngineError when another keeper holds it.
@@ -274,85 +271,3 @@ def _held(file: Path, model: str) -> Iterator[int]:
     finally:
         _remove(file)
         os.close(handle)
-
-
-async def _keep(config: VllmConfig, idle_s: float) -> None:
-    """Start the server, write its record, and wait until it shall end."""
-    from prefab.factory.engines.vllm import VLLM
-
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, stopped.set)
-    engine, settings = VLLM(config, "serve"), settings_of(config)
-    file = record_file(engine.identity, settings)
-    used = _use_file(file)
-    log = file.with_suffix(".log")
-    with _held(file, str(config.model)) as handle:
-        used.touch(mode=0o600)
-        port = config.port or free_port()
-        started = config.model_copy(
-            update={"log_file": log, "env": {**config.env, SERVER_USED: str(used)}}
-        )
-        process = VllmProcess(started, str(engine.path), port, "serve", _print)
-        try:
-            starting = asyncio.create_task(process.start())
-            ending = asyncio.create_task(stopped.wait())
-            await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():
-                starting.cancel()
-                return
-            await starting
-            kept = KeptServer(
-                str(config.model),
-                engine.identity,
-                settings,
-                port,
-                process.key,
-                os.getpid(),
-                idle_s,
-                time.time(),
-                str(log),
-            )
-            record = asdict(kept)
-            del record["file"]
-            os.utime(used)
-            os.write(handle, json.dumps(record).encode())
-            _print(_MARK + json.dumps({"file": str(file)}))
-            _let_go()
-            while not stopped.is_set() and process.why_dead() is None:
-                if time.time() - _last_use(file) > idle_s:
-                    break
-                await asyncio.sleep(LOOK_EVERY_S)
-        finally:
-            await process.stop()
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
-
-
-def _let_go() -> None:
-    """Close the pipe to the command that started this process."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nothing, stream)
-    os.close(nothing)
-
-
-def main() -> int:
-    """The keeper: reads what to serve from stdin, and tells on stdout how the start ended."""
-    from prefab.factory.engines.vllm import VllmConfig
-    from prefab.factory.errors import PrefabError
-
-    order = json.loads(sys.stdin.read())
-    try:
-        asyncio.run(_keep(VllmConfig.model_validate(order["config"]), order["idle_s"]))
-    except PrefabError as error:
-        with suppress(OSError):
-            _print(_MARK + json.dumps({"error": str(error)}))
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -274,12 +274,12 @@ class VLLM(Engine):
     async def _start_server(self) -> None:
         """Use the server that is kept for this model and these settings, else start one."""
         if self.config.port is None and self.config.log_file is None:
-            self.kept = kept_server.find(self)
+            self.kept = kept_server.find(self.identity, self.config)
         if self.kept is not None:
             self._tell(f"uses the kept server at {self.kept.url}")
             self._urls = [self.kept.url]
             return
-        if other := kept_server.other_settings(self):
+        if other := kept_server.other_settings(self.config.model, self.config):
             self._tell(other)
         port = self.config.port or free_port()
         self.process = VllmProcess(

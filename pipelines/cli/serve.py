@@ -119,7 +119,7 @@ def keep_model(
         configs = _engines_of(model, sets)
     servers = []
     for config in configs:
-        kept = kept_server.find(VLLM(config, "serve"))
+        kept = kept_server.find(VLLM(config, "serve").identity, config)
         if kept is None:
             kept = kept_server.keep(
                 config, 60.0 * idle_minutes, lambda line: say(line, stderr=True)

@@ -65,6 +65,11 @@ def engine(**settings: object) -> VLLM:
     return VLLM(VllmConfig.model_validate({"model": "prefab-tiny", **settings}), "local")
 
 
+def find(**settings: object) -> kept_server.KeptServer | None:
+    wanted = engine(**settings)
+    return kept_server.find(wanted.identity, wanted.config)
+
+
 def keep(idle_s: float = 600.0, **settings: object) -> kept_server.KeptServer:
     return kept_server.keep(engine(**settings).config, idle_s, lambda line: None)
 
@@ -98,13 +103,13 @@ def test_an_engine_with_the_same_model_and_settings_uses_the_server(servers: Pat
         await same.stop()
 
     asyncio.run(start())
-    assert kept_server.find(engine()) is not None  # the engine's stop did not end it
+    assert find() is not None  # the engine's stop did not end it
     for other in ({"max_model_len": 64}, {"dtype": "bfloat16"}, {"args": ["--seed", "1"]}):
-        assert kept_server.find(engine(**other)) is None
+        assert find(**other) is None
         assert "the kept server of prefab-tiny is not used" in kept_server.other_settings(
-            engine(**other)
+            "prefab-tiny", engine(**other).config
         )
-    assert kept_server.find(engine(model="prefab-nano")) is None
+    assert find(model="prefab-nano") is None
     with pytest.raises(EngineError, match="kept already"):
         keep()
 
@@ -136,7 +141,7 @@ def test_the_record_of_a_killed_keeper_is_removed_and_its_server_ends() -> None:
     end = time.monotonic() + 20
     while kept.why_dead() is None and time.monotonic() < end:
         time.sleep(0.05)
-    assert kept_server.find(engine()) is None and kept_server.kept_servers() == []
+    assert find() is None and kept_server.kept_servers() == []
     assert not kept.file.exists()
     while port_in_use(kept.port) and time.monotonic() < end:
         time.sleep(0.1)
@@ -160,18 +165,18 @@ def test_a_record_that_cannot_be_trusted_is_not_used(servers: Path, how: str) ->
         assert len(kept_server.kept_servers()) == 1 and not other.exists()
     elif how == "readable by others":
         kept.file.chmod(0o644)
-        assert kept_server.find(engine()) is None
+        assert find() is None
         kept.file.chmod(0o600)
     elif how == "a link":
         moved = kept.file.rename(servers / "elsewhere")
         kept.file.symlink_to(moved)
-        assert kept_server.find(engine()) is None
+        assert find() is None
         moved.rename(kept.file)
     elif how == "half-written":
         kept.file.write_text(record[: len(record) // 2])
-        assert kept_server.find(engine()) is None
+        assert find() is None
         kept.file.write_text(record)
-    assert kept_server.find(engine()) is not None
+    assert find() is not None
 
 
 def test_questions_mark_the_server_as_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
