@@ -209,12 +209,22 @@ class Chat:
         self.tell: Callable[[str], None] = lambda line: None  # where a notice for people goes
         self._told: set[str] = set()
         self.canary: Canary | None = None
-        self._probing = False
+        self._probing = self._gives_logprobs = False
         self.max_model_len = self.in_flight = 0
         self._heads: dict[tuple[Any, ...], Group] = {}
         self._waiting: dict[Group, list[tuple[bytes, asyncio.Future[Completion]]]] = {}
         self._timer: Any = None
         self._posts: set[asyncio.Task[None]] = set()
+        server.small_question = self._small_question
+
+    def _small_question(self) -> tuple[str, bytes]:
+        """Path and body of a question of one token, which shows whether the server answers."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": "Say yes."}],
+            self.family.max_tokens_field: 1,
+        }
+        return self.path, orjson.dumps(body | self.extra)
 
     async def complete(self, key: bytes, request: Request) -> Completion:
         """The answer to one request. Raises: TransportError, RequestRefused, EngineError."""
@@ -526,6 +536,7 @@ class Chat:
                     text, finish, None, "exact", prompt_tokens, new_tokens, 0, self.server.url
                 )
             content = (choice.get("logprobs") or {}).get("content") or [{}]
+            self._log_probabilities(bool(content[0]), finish)
             if len(content) > group.tokens + MORE_TOKENS:
                 raise Malformed(f"{len(content)} tokens, where {group.tokens} were asked for")
             logps, exactness = self._label_read(text, content, group)
@@ -534,6 +545,12 @@ class Chat:
         return Completion(
             text, finish, logps, exactness, prompt_tokens, new_tokens, 0, self.server.url
         )
+
+    def _log_probabilities(self, given: bool, finish: Finish) -> None:
+        """Raises: Malformed where an answer has no log-probabilities and others had."""
+        if not given and self._gives_logprobs and finish != "refused":
+            raise Malformed("no log-probabilities, which other answers of this server had")
+        self._gives_logprobs = self._gives_logprobs or given
 
     def _label_read(self, text: str, content: list[Any], group: Group) -> LabelRead:
         """The labels at the first token; where the model thought before, or the label may stand in

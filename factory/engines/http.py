@@ -39,7 +39,8 @@ DOWN = frozenset({502, 503, 504})  # tell of the server's health, where 500 tell
 NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
 BACKOFF_S, BACKOFF_CAP_S = 0.25, 20.0
 FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 10.0  # between questions that try whether a server is back
-SEVERAL = 3  # questions that fail in a row tell of the server, not of the question
+SEVERAL = 3  # failures in a row, until it is checked whether the server is down
+CHECK_S = 20.0  # how long such a check waits for the answer to a small question
 PACE_EVERY = 64  # answers, until the time that they take is reckoned anew
 LEAST_LIMIT_S, LIMIT_P99 = 60.0, 10.0  # of the wait for an answer, once their usual time is known
 LEAST_PAUSE_S = 0.12  # after a 429; a shorter one (0 and a little jitter) is not believed
@@ -116,7 +117,6 @@ class Health:
         self.down, self.retry_at, self.pause_s = False, 0.0, FIRST_PAUSE_S
         self.answered = False  # a question, ever
         self.comebacks = 0
-        self.callers: set[int] = set()  # the questions that failed since the last answer
 
     def may_try(self) -> bool:
         """Whether a question may be asked now."""
@@ -143,14 +143,12 @@ class Health:
         if self.failures:
             self.comebacks += self.down
             self.failures, self.down, self.pause_s = 0, False, FIRST_PAUSE_S
-            self.callers.clear()
 
-    def failed(self, reason: str, caller: int = 0) -> None:
-        """No answer came to the question `caller`."""
+    def failed(self, reason: str) -> None:
+        """No answer came to a question."""
         now = self.clock()
         self.since = self.since if self.failures else now
         self.failures, self.reason = self.failures + 1, reason
-        self.callers.add(caller)
         long = self.failures >= 5 and now - self.since >= self.down_after_s
         if long and not (self.answered or self.down):
             self.fall()
@@ -311,6 +309,9 @@ class HttpClient:
         # of `Replicas`, which decides what a server that is down means
         self.grouped, self.alone = False, True
         self.health_path = "/models"
+        # path and body of a question that costs one token, where the engine knows one
+        self.small_question: Callable[[], tuple[str, bytes]] | None = None
+        self._check: asyncio.Task[bool] | None = None
         self._urls: dict[str, Any] = {}
         self._timeouts: dict[float, Any] = {}
         self._asking = 0
@@ -352,15 +353,25 @@ class HttpClient:
         return await self._retrying(_Call("GET", path, None, frozenset(), MAX_BYTES, None))
 
     async def reachable(self) -> bool:
-        """Whether anything that is no sign of an outage comes back right now; never raises, never
-        retries.
+        """Whether the server answers right now: its health address and, where one is known, a small
+        question. Any response that is no sign of an outage counts. Never raises, never retries.
         """
+        if not await self._responds("GET", self.health_path, None, 5.0):
+            return False
+        if self.small_question is None:
+            return True
+        path, body = self.small_question()
+        return await self._responds("POST", path, body, min(CHECK_S, self.config.timeout_s))
+
+    async def _responds(self, method: str, path: str, body: bytes | None, within_s: float) -> bool:
         import aiohttp
 
         try:
-            async with self.session().get(
-                self.url + self.health_path,
-                timeout=aiohttp.ClientTimeout(total=5),
+            async with self.session().request(
+                method,
+                self.url + path,
+                data=body,
+                timeout=aiohttp.ClientTimeout(total=within_s),
                 headers=self._headers(),
                 allow_redirects=False,
             ) as answer:
@@ -379,13 +390,13 @@ class HttpClient:
     async def _tries(self, call: _Call) -> dict[str, Any]:
         deadline = time.monotonic() + self.config.deadline_s
         retries = self.config.retries if self.alone else 0
-        failures, caller = 0, next(self._ids)
+        failures, spared = 0, False
         while True:
             if not await self.throttle.enter(deadline):
                 raise TransportError(self._too_late(call.path, "its rate limit leaves no time"))
             try:
                 self.health.admit(self.url)
-                answer, reason, wait_s = await self._once(call, deadline, caller, failures)
+                answer, reason, wait_s = await self._once(call, deadline, failures)
             finally:
                 self.throttle.leave()
             if answer is not None:
@@ -395,30 +406,42 @@ class HttpClient:
             if died := self.why_down():
                 raise TransportError(died)
             failures += 1
-            if self.grouped and await self._is_down(min(SEVERAL, 1 + retries)):
-                raise ServerDown(f"{self.url}{call.path}: {reason}", asked=True)
-            if failures > retries:
+            if wait_s is None:
+                wait_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2**failures))
+            late = time.monotonic() + wait_s >= deadline
+            last = late or failures > retries
+            if self.grouped and (last or self.health.failures >= min(SEVERAL, 1 + retries)):
+                up = await self._is_up()
+                if up is False:
+                    raise ServerDown(f"{self.url}{call.path}: {reason}", asked=True)
+                # a short outage may have ended between this failure and the check
+                if up and last and self.alone and not (late or spared):
+                    last, spared = False, True
+            if last and late:
+                raise TransportError(self._too_late(call.path, reason))
+            if last:
                 raise TransportError(
                     f"{self.url}{call.path}: {reason}; gave up after {failures} tries"
                 )
-            if wait_s is None:
-                wait_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2**failures))
-            if time.monotonic() + wait_s >= deadline:
-                raise TransportError(self._too_late(call.path, reason))
             await asyncio.sleep(wait_s)
 
-    async def _is_down(self, several: int) -> bool:
-        """Whether it is the server that fails, not this question: several questions failed and none
-        was answered, or nothing at all comes back.
+    async def _is_up(self) -> bool | None:
+        """Whether it is this question that fails, not the server, which is asked something else.
+        None where the failure says nothing about the server. One that is not up is down from now
+        on.
         """
         health = self.health
-        if health.down or not health.answered or health.failures < several:
-            return health.down
-        if len(health.callers) < SEVERAL and await self.reachable():
+        if health.down:
             return False
-        if health.failures >= several:  # no answer came meanwhile
+        if not (health.answered and health.failures):
+            return None
+        if self._check is None or self._check.done() or self._check.get_loop() is not self._loop:
+            self._check = asyncio.get_running_loop().create_task(self.reachable())
+        if await asyncio.shield(self._check):
+            return True
+        if health.failures and not health.down:  # no answer came meanwhile
             health.fall()
-        return health.down
+        return not health.down
 
     def _begin(self) -> None:
         """Note that a request waits from now on, and look after a while whether answers come."""
@@ -451,17 +474,17 @@ class HttpClient:
         return f"{self.url}{path}: {reason}; the deadline of {self.config.deadline_s:g} s passed"
 
     async def _once(
-        self, call: _Call, deadline: float, caller: int, failures: int
+        self, call: _Call, deadline: float, failures: int
     ) -> tuple[dict[str, Any] | None, str, float | None]:
         """One try: the answer, or why there is none and how long the server asked to wait."""
         began = self.throttle.clock()
         response = await self._send(call, deadline, failures)
         if isinstance(response, str):
-            self.health.failed(response, caller)
+            self.health.failed(response)
             return None, response, None
         status, headers, raw = response
         if status in DOWN:
-            self.health.failed(f"HTTP {status}", caller)
+            self.health.failed(f"HTTP {status}")
         else:
             self.health.succeeded()
         if status == 200:

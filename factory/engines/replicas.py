@@ -29,10 +29,12 @@ from prefab.factory.types import Message, ServerReport
 
 T = TypeVar("T")
 LOOK_EVERY_S = 0.5  # while waiting for a server, whether another question got an answer
+SAY_AFTER_S = 5.0  # an outage that ends before is not worth a notice
 OUT_S, MOST_OUT_S = 15.0, 300.0  # how long a server that refuses or fails is left out
 # so many questions refused in a row, and no answer: it is the server, not the questions
 DENIED_IN_A_ROW = 20
 FAILED_IN_A_ROW = 3  # of a server beside others, until it is left out
+LEAST_COMEBACKS = 3  # of a server under one question, until it is the question that ends it
 SLOW = 2.0  # times the others' time; less is chance, and a prefix cache
 HEDGE_FLOOR_S = 0.25  # a second request is not worth it before
 HEDGES = 0.05  # of a server's calls are asked of another one too, at most
@@ -231,6 +233,8 @@ class Replicas:
         attempt.tried.clear()
         if not others:
             self._give_up(attempt, now)
+            for replica in self.all:
+                self._say_down(replica)
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _give_up(self, attempt: _Attempt, now: float) -> None:
@@ -294,8 +298,10 @@ class Replicas:
             self.tell(f"{replica.server.url} is left out for now, the others go on: {reason[:300]}")
 
     def _say_down(self, replica: Replica) -> None:
+        """Print that a server is down, once it has been for a few seconds."""
         health = replica.server.health
-        if replica.told or not health.answered:
+        short = time.monotonic() - health.since < SAY_AFTER_S
+        if replica.told or short or not (health.down and health.answered):
             return
         replica.told = True
         since = time.time() - (time.monotonic() - health.since)
@@ -340,7 +346,7 @@ class _Attempt:
         """
         self.error = error
         self.comebacks.add(comebacks)
-        if len(self.comebacks) > 1 + self.retries:
+        if len(self.comebacks) > 1 + max(LEAST_COMEBACKS, self.retries):
             raise error
 
     async def next_round(self, servers: int) -> None:
