@@ -482,17 +482,21 @@ class Chat:
         pace: Pace | None,
     ) -> T:
         """What `parse` finds in the answer to `body`; asked up to three times while the answers are
-        malformed.
+        malformed. The last answer may hold half of a surrogate pair.
 
         Raises: Rejected, TransportError, EngineError.
         """
-        for _ in range(3):
+        for tries_left in (2, 1, 0):
             try:
-                return parse(
+                found = parse(
                     await self.server.post(self.path, body, max_bytes=max_bytes, pace=pace)
                 )
             except Malformed as error:
                 problem = error
+            else:
+                if tries_left and isinstance(found, Completion) and _cut_letter(found.text):
+                    continue
+                return found
         raise TransportError(f"{self.server.url}{self.path}: {problem}")
 
     async def _refused(self, refusal: Rejected) -> Completion:
@@ -714,6 +718,17 @@ async def wrong_model(server: HttpClient, path: str, model: str, message: str = 
         return Denied(404, f"{server.url}{path}: HTTP 404 {message}")
     has = ", ".join(names[:20]) or "none"
     return Denied(404, f"{server.url} has no model {model!r}; it has: {has}", general=True)
+
+
+def _cut_letter(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair: a server cut a letter in two."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _bounds(body: Mapping[str, Any]) -> tuple[int, int]:

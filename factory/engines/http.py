@@ -389,7 +389,6 @@ class HttpClient:
 
     async def _tries(self, call: _Call) -> dict[str, Any]:
         deadline = time.monotonic() + self.config.deadline_s
-        retries = self.config.retries if self.alone else 0
         failures, spared = 0, False
         while True:
             if not await self.throttle.enter(deadline):
@@ -409,21 +408,29 @@ class HttpClient:
             if wait_s is None:
                 wait_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2**failures))
             late = time.monotonic() + wait_s >= deadline
-            last = late or failures > retries
-            if self.grouped and (last or self.health.failures >= min(SEVERAL, 1 + retries)):
-                up = await self._is_up()
-                if up is False:
-                    raise ServerDown(f"{self.url}{call.path}: {reason}", asked=True)
-                # a short outage may have ended between this failure and the check
-                if up and last and self.alone and not (late or spared):
-                    last, spared = False, True
-            if last and late:
-                raise TransportError(self._too_late(call.path, reason))
-            if last:
-                raise TransportError(
-                    f"{self.url}{call.path}: {reason}; gave up after {failures} tries"
-                )
+            spared = await self._try_again(call, reason, failures, late, spared)
             await asyncio.sleep(wait_s)
+
+    async def _try_again(
+        self, call: _Call, reason: str, failures: int, late: bool, spared: bool
+    ) -> bool:
+        """Whether the next try is one more than `retries`: a short outage may have ended between
+        the last failure and the check of the server.
+
+        Raises: ServerDown when the server fails, not this question; TransportError when it is
+            given up.
+        """
+        retries = self.config.retries if self.alone else 0
+        last, up = late or failures > retries, None
+        if last or self.health.failures >= min(SEVERAL, 1 + retries):
+            up = await self._is_up()
+        if up is False:
+            raise ServerDown(f"{self.url}{call.path}: {reason}", asked=True)
+        if last and late:
+            raise TransportError(self._too_late(call.path, reason))
+        if last and (spared or not (up and self.alone)):
+            raise TransportError(f"{self.url}{call.path}: {reason}; gave up after {failures} tries")
+        return last
 
     async def _is_up(self) -> bool | None:
         """Whether it is this question that fails, not the server, which is asked something else.
@@ -431,9 +438,9 @@ class HttpClient:
         on.
         """
         health = self.health
-        if health.down:
+        if health.down and self.grouped:
             return False
-        if not (health.answered and health.failures):
+        if not (self.grouped and health.answered and health.failures):
             return None
         if self._check is None or self._check.done() or self._check.get_loop() is not self._loop:
             self._check = asyncio.get_running_loop().create_task(self.reachable())

@@ -136,6 +136,20 @@ def test_every_request_has_an_id_of_its_own():
     assert len(set(ids)) == 9 and all(i.startswith("prefab-") for i in ids)
 
 
+@pytest.mark.parametrize("times", [1, 2, 9])
+def test_a_letter_cut_in_two_is_asked_again_and_at_last_taken(times):
+    cut = chat("CUT")
+
+    def script(asked):
+        text = json.dumps(cut).replace("CUT", "\\ud83d")
+        return [http(text.encode() if len(server.asked) <= times else answer(asked))]
+
+    with wire_server(script) as server:
+        (found,) = run(openai(server.url), question("a"))
+        tries = len(server.asked)
+    assert (found.text, tries) == ("\ud83d" if times > 2 else "said a", min(3, times + 1))
+
+
 # --- more than a request can need, and what is no answer ---
 
 HUGE = b" " * 300_000_000
