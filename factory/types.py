@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Order = Literal["ab", "ba"]
 Winner = Literal["a", "b", "tie"]
 Exactness = Literal["exact", "bounds", "hard"]
+PrincipleSelection = Literal["sample_one", "all", "weighted", "lexicographic"]
 Finish = Literal["stop", "length", "context", "refused"]
 # `program`: a verifier's own program could not decide (broken tests, no reference), whatever the
 # answer was. `too_long`: more than LONGEST_TEXT characters.
@@ -89,18 +90,22 @@ class Principle:
 
 @dataclass(frozen=True, slots=True)
 class Constitution:
-    """A named list of principles, with few-shot examples and tests. `source` is the file's text,
-    kept with each run.
+    """A named list of principles, with few-shot examples and tests. `source` is a text that stands
+    alone, kept with each run: the file's own, or, where it extends others, all of them resolved.
+    `files` then has the files themselves, (name, text); `origin` says where imported texts come
+    from (source, commit).
     """
 
     id: str
     title: str
     licence: str
-    selection: Literal["sample_one", "all", "weighted", "lexicographic"]
+    selection: PrincipleSelection
     principles: tuple[Principle, ...]
     examples: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
     tests: tuple[Mapping[str, Any], ...] = ()
     source: str = ""
+    files: tuple[tuple[str, str], ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

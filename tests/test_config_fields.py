@@ -18,6 +18,7 @@ PACKAGES = ("factory", "judges", "pipelines", "trainers")
 # Looked up by key, since a run's record holds its configuration as plain data, or read of an
 # object whose class the reader does not know: (class, where, fields).
 BY_KEY = (
+    ("ConstitutionModel", "factory/spec/constitution.py", {"extends"}),
     ("ChooseConfig", "factory/store/datasets.py", {"method", "margin"}),
     ("EscalateConfig", "pipelines/store/derive.py", {"decides"}),
     ("PanelConfig", "pipelines/store/derive.py", {"combine"}),

@@ -10,21 +10,40 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from prefab.factory.paths import PACKAGE
+from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.spec import yamlio
+from prefab.factory.spec.composition import (
+    BUNDLED,
+    DEEPEST,
+    TEXTS,
+    Inherited,
+    changed,
+    constitution_yaml,
+    inherit,
+    meaning,
+    of_use,
+    read_parent,
+    together,
+)
 from prefab.factory.types import Constitution, Principle
 
-SCHEMA_PATH = PACKAGE / "constitutions" / "constitution.schema.json"
+SCHEMA_PATH = BUNDLED / "constitution.schema.json"
+ReadParent = Callable[[str, str], tuple[str, str]]
 
 Id = Annotated[str, StringConstraints(pattern=yamlio.ID_PATTERN, max_length=64)]
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
+Names = Annotated[
+    list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 
 # What a few-shot example of each shipped template must say; other templates take any of the fields.
 EXAMPLE_FIELDS = {
@@ -80,6 +99,20 @@ class PrincipleModel(_Strict):
     enabled: bool = Field(True, description="false keeps the principle in the file and out of use.")
 
 
+class Override(_Strict):
+    """Fields of an inherited principle that are other ones here; those left out stay."""
+
+    title: Text = ""
+    compare: Text = ""
+    critique: Text = ""
+    revise: Text = ""
+    criterion: Text = ""
+    weight: float = Field(1.0, gt=0, le=1e6, allow_inf_nan=False)
+    tags: list[Text] = []
+    applies_when: AppliesWhen | None = Field(None, description="null: always.")
+    enabled: bool = True
+
+
 class Example(_Strict):
     """A few-shot example; which fields it needs depends on the template it is for."""
 
@@ -118,36 +151,208 @@ class ConstitutionModel(_Strict):
     id: Id
     title: Text
     licence: Text = Field(description="An SPDX name such as CC0-1.0.")
+    source: Text | None = Field(None, description="Where imported texts come from.")
+    commit: Text | None = Field(None, description="The version of the source.")
+    extends: Names = Field(
+        [],
+        min_length=1,
+        description="Constitutions whose principles, examples and tests are taken over: paths as "
+        "seen from this file, or names of bundled ones.",
+    )
+    override: dict[Id, Override] = Field(
+        {}, description="By the id of an inherited principle, the fields that are other ones here."
+    )
+    disable: list[Id] = Field([], description="Inherited principles that are not used.")
     selection: Literal["sample_one", "all", "weighted", "lexicographic"] = Field(
         "sample_one",
         description="Which principles judge a comparison: one drawn at random, all, one drawn by weight, "
-        "or in the order of the file until one decides.",
+        "or in the order of the file until one decides. Left out with `extends`: as there.",
     )
-    principles: list[PrincipleModel] = Field(min_length=1)
+    principles: list[PrincipleModel] = Field([], min_length=1)
     examples: dict[Id, list[Example]] = Field(
-        {}, description="Few-shot examples by the template's name."
+        {},
+        description="Few-shot examples by the template's name. They stand in place of inherited "
+        "ones of the same template.",
     )
     tests: list[TestCase] = Field([], description="Comparisons whose outcome is known.")
 
 
 def load_constitution(path: str | Path) -> Constitution:
-    """Read and validate a constitution.
+    """Read and validate a constitution, with those that it extends.
 
     Args:
         path: A YAML file.
 
     Raises:
-        ConfigError: Every mistake in the file.
+        ConfigError: Every mistake in the file and in those that it extends.
     """
     return parse_constitution(yamlio.read_text(path), str(path))
 
 
+def load_constitutions(paths: Sequence[str | Path], selection: str | None = None) -> Constitution:
+    """Read the constitutions of one run; several are one with all their principles.
+
+    Args:
+        paths: YAML files.
+        selection: The selection of the panel, which stands above those of the constitutions.
+
+    Raises:
+        ConfigError: Every mistake in the files, or the constitutions do not fit together.
+    """
+    parts: list[tuple[str, Constitution]] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            parts.append((str(path), load_constitution(path)))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return parts[0][1] if len(parts) == 1 else together(parts, selection)
+
+
+def parse_constitution(text: str, file: str = "", read: ReadParent = read_parent) -> Constitution:
+    """As `load_constitution`, from text (as the ledger keeps it). `file` is named in errors; `read`
+    gives path and text of what a file extends.
+    """
+    return _parse(text, file) if "extends" not in text else _Reader(read).extending(text, file, ())
+
+
 @lru_cache(maxsize=32)
-def parse_constitution(text: str, file: str = "") -> Constitution:
-    """As `load_constitution`, from text (as the ledger keeps it). `file` is named in errors."""
-    model = yamlio.validate(
-        yamlio.parse(text, file), ConstitutionModel, [_names, _references, _examples, _tests]
+def _parse(text: str, file: str) -> Constitution:
+    """A text without `extends`."""
+    return _made(_validated(yamlio.parse(text, file), Inherited()), text)
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Reads a constitution with all that it extends, each file once."""
+
+    read: ReadParent
+    known: dict[str, Constitution] = field(default_factory=dict)
+
+    def extending(self, text: str, file: str, below: tuple[str, ...]) -> Constitution:
+        """A text that may have `extends`. `below` are the files that led here."""
+        document = yamlio.parse(text, file)
+        names = list(_parents(document.value))
+        if not names:
+            return _parse(text, file)
+        parents: list[tuple[str, Constitution]] = []
+        problems: list[Problem] = []
+        here = (*below, str(Path(file).resolve()))
+        for path, name in names:
+            try:
+                parents.append(self.parent(name, file, here))
+            except ConfigError as error:
+                problems += [_placed(problem, document, path) for problem in error.problems]
+        inherited = inherit(parents)
+        try:
+            model = _validated(document, None if problems else inherited)
+        except ConfigError as error:
+            raise ConfigError(list(dict.fromkeys([*error.problems, *problems]))) from None
+        if problems:
+            raise ConfigError(problems)
+        made = _with_inherited(_made(model, text), model, inherited)
+        made = replace(made, files=_files(text, file, parents))
+        return replace(made, source=constitution_yaml(made))
+
+    def parent(self, name: str, file: str, below: tuple[str, ...]) -> tuple[str, Constitution]:
+        """What a file names under `extends`: its path, and the constitution."""
+        found, text = self.read(name, file)
+        _check_chain(found, below)
+        path = str(Path(found).resolve())
+        if path not in self.known:
+            self.known[path] = self.extending(text, found, below)
+        return found, self.known[path]
+
+
+def _with_inherited(
+    own: Constitution, model: ConstitutionModel, inherited: Inherited
+) -> Constitution:
+    """The constitution with what it inherits before its own."""
+    gone = {*model.disable, *(p for p, o in model.override.items() if not o.enabled)}
+    override = {name: _overridden(fields) for name, fields in model.override.items()}
+    stated = "selection" in model.model_fields_set
+    return replace(
+        own,
+        selection=own.selection if stated else next(iter(inherited.selections)),
+        principles=(*changed(inherited, override, model.disable), *own.principles),
+        examples={**inherited.examples, **own.examples},
+        tests=(*of_use(inherited.tests, gone), *own.tests),
     )
+
+
+def _placed(problem: Problem, document: yamlio.Document, path: yamlio.Path_) -> Problem:
+    """A problem of a file that cannot be read is one of the line that names the file."""
+    if problem.line:
+        return problem
+    message = f"{problem.file}: {problem.message}" if problem.file else problem.message
+    return document.problem(path, message)
+
+
+def _check_chain(file: str, below: tuple[str, ...]) -> None:
+    """Raises: ConfigError when a file extends itself, or very many stand above it."""
+    path = str(Path(file).resolve())
+    if path in below:
+        names = [Path(name).name for name in (*below[below.index(path) :], path)]
+        raise ConfigError(f"a constitution cannot extend itself: {' -> '.join(names)}")
+    if len(below) >= DEEPEST:
+        raise ConfigError(f"more than {DEEPEST} constitutions extend one another")
+
+
+def _parents(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
+    """The names under `extends` of a raw value of any shape, with their paths."""
+    names = value.get("extends") if isinstance(value, dict) else None
+    if isinstance(names, str):
+        yield ("extends",), names
+    for index, name in enumerate(names if isinstance(names, list) else []):
+        if isinstance(name, str):
+            yield ("extends", index), name
+
+
+def _files(
+    text: str, file: str, parents: list[tuple[str, Constitution]]
+) -> tuple[tuple[str, str], ...]:
+    """The file and all that it extends, each once, as (name, text)."""
+    found = {Path(file).name: text}
+    for parent, constitution in parents:
+        for name, inner in constitution.files or ((Path(parent).name, constitution.source),):
+            if found.setdefault(name, inner) != inner:
+                found[f"{Path(parent).parent.name}/{name}"] = inner
+    return tuple(found.items())
+
+
+def constitution_files(path: str | Path) -> list[Path]:
+    """A constitution's file and those that it extends, as far as they can be read."""
+    found: dict[Path, Path] = {}
+    todo = [str(path)]
+    while todo:
+        here = todo.pop()
+        if Path(here).resolve() not in found:
+            found[Path(here).resolve()] = Path(here)
+            with suppress(ConfigError):
+                names = _parents(yamlio.load_document(here).value)
+                todo += [read_parent(name, here)[0] for _, name in names]
+    return list(found.values())
+
+
+def _validated(document: yamlio.Document, inherited: Inherited | None) -> ConstitutionModel:
+    """The document as a model. `inherited` is None where it could not be read; what depends on it
+    is not checked then.
+
+    Raises: ConfigError with every mistake.
+    """
+    checks: list[yamlio.Check] = [_examples, _tests]
+    if inherited is not None:
+        checks += [
+            partial(check, inherited=inherited)
+            for check in (_names, _in_use, _references, _inheritance, _extended)
+        ]
+    return yamlio.validate(document, ConstitutionModel, checks)
+
+
+def _made(model: ConstitutionModel, text: str) -> Constitution:
+    """The constitution of a file alone, without what it inherits."""
     examples = {
         name: tuple(example.model_dump(exclude_none=True) for example in rows)
         for name, rows in model.examples.items()
@@ -161,7 +366,28 @@ def parse_constitution(text: str, file: str = "") -> Constitution:
         examples=examples,
         tests=tuple(test.model_dump() for test in model.tests),
         source=text,
+        origin={
+            name: text
+            for name, text in (("source", model.source), ("commit", model.commit))
+            if text is not None
+        },
     )
+
+
+def _overridden(model: Override) -> dict[str, Any]:
+    """The fields that an override sets, as those of a `Principle`."""
+    fields: dict[str, Any] = {
+        "title": model.title,
+        "compare": model.compare.strip(),
+        "critique": model.critique.strip(),
+        "revise": model.revise.strip(),
+        "criterion": model.criterion.strip(),
+        "weight": model.weight,
+        "tags": tuple(model.tags),
+        "applies_when": tuple(model.applies_when.tags) if model.applies_when else (),
+        "enabled": model.enabled,
+    }
+    return {name: value for name, value in fields.items() if name in model.model_fields_set}
 
 
 def _freeze(model: PrincipleModel) -> Principle:
@@ -186,17 +412,7 @@ def principle_digest(principle: Principle) -> str:
 
     Title, tags, id, earlier ids, comments, key order and the folding of the YAML do not matter.
     """
-    return _digest(
-        {
-            "compare": principle.compare,
-            "critique": principle.critique,
-            "revise": principle.revise,
-            "criterion": principle.criterion,
-            "weight": principle.weight,
-            "enabled": principle.enabled,
-            "applies_when": sorted(set(principle.applies_when)),
-        }
-    )
+    return _digest(meaning(principle))
 
 
 def constitution_digest(constitution: Constitution) -> str:
@@ -237,7 +453,19 @@ def json_schema() -> dict[str, Any]:
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **ConstitutionModel.model_json_schema(),
+        "anyOf": [{"required": ["principles"]}, {"required": ["extends"]}],
     }
+    for one in schema["$defs"]["Override"]["properties"].values():
+        one.pop("default", None)
+    extends = schema["properties"]["extends"]
+    one = {"type": "string", "pattern": r"\S"}
+    extends |= {"anyOf": [one, {"type": "array", "items": extends.pop("items"), "minItems": 1}]}
+    del (
+        extends["type"],
+        extends["minItems"],
+        extends["default"],
+        schema["properties"]["principles"]["default"],
+    )
     schema["title"] = "Prefab constitution"
     return schema
 
@@ -255,34 +483,101 @@ def _rows(value: Any, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield index, row
 
 
-def _names(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
+def _names(value: Any, inherited: Inherited) -> Iterator[tuple[yamlio.Path_, str]]:
     """Every id, present or former, names one principle; at least one principle is in use."""
+    if isinstance(value, dict) and not {"principles", "extends"} & value.keys():
+        yield ("principles",), "missing field; it is required"
     taken: dict[str, int] = {}
-    rows = list(_rows(value, "principles"))
-    for index, row in rows:
-        name = row.get("id")
-        if isinstance(name, str) and name in taken:
+    rows = [(index, row, row.get("id")) for index, row in _rows(value, "principles")]
+    for index, _, name in rows:
+        if isinstance(name, str) and name in inherited.principles:
+            yield (
+                ("principles", index, "id"),
+                f'the id "{name}" is inherited from {inherited.source[name]}; write what is other '
+                "here under `override`, or choose another id",
+            )
+        elif isinstance(name, str) and taken.setdefault(name, index) != index:
             yield (
                 ("principles", index, "id"),
                 f'the id "{name}" is already taken by principles[{taken[name]}]',
             )
-        elif isinstance(name, str):
-            taken[name] = index
-    for index, row in rows:
+    others = {**dict.fromkeys(inherited.principles, -1), **taken}
+    for index, row, _ in rows:
         former = row.get("formerly")
         for at, name in enumerate(former if isinstance(former, list) else []):
-            if isinstance(name, str) and taken.setdefault(name, -1 - index) not in (-1 - index,):
+            if isinstance(name, str) and others.setdefault(name, -2 - index) != -2 - index:
                 yield (
                     ("principles", index, "formerly", at),
                     f'"{name}" already names another principle',
                 )
-    if rows and all(row.get("enabled") is False for _, row in rows):
-        yield ("principles",), "every principle is disabled; enable at least one"
 
 
-def _references(value: Any) -> Iterator[tuple[yamlio.Path_, str]]:
+def _in_use(value: Any, inherited: Inherited) -> Iterator[tuple[yamlio.Path_, str]]:
+    """At least one principle is in use."""
+    override, disable = _settings(value)
+    out = {name for _, name in disable}
+    state = {name: fields.get("enabled") for name, fields in override.items()}
+    used = [
+        state.get(name, p.enabled) is not False and name not in out
+        for name, p in inherited.principles.items()
+    ]
+    used += [row.get("enabled") is not False for _, row in _rows(value, "principles")]
+    if used and not any(used):
+        path = "extends" if inherited.principles else "principles"
+        yield (path,), "every principle is disabled; enable at least one"
+
+
+def _inheritance(value: Any, inherited: Inherited) -> Iterator[tuple[yamlio.Path_, str]]:
+    """What is overridden and disabled is inherited, and no principle is left with two meanings."""
+    override, disable = _settings(value)
+    own = [row.get("id") for _, row in _rows(value, "principles")]
+    named: list[tuple[yamlio.Path_, str]] = [(("override", name), name) for name in override]
+    named += [(("disable", index), name) for index, name in disable]
+    for path, name in named:
+        if name not in inherited.principles:
+            words = "it stands in this file: change it there" if name in own else ""
+            known = yamlio.did_you_mean(name, inherited.principles)
+            yield path, f'no principle "{name}" is inherited; {words or known}'
+    settled = {name for _, name in disable}
+    settled |= {name for name, fields in override.items() if set(TEXTS) <= fields.keys()}
+    for name, (number, first, second) in inherited.clashes.items():
+        if name not in settled:
+            yield (
+                ("extends", number),
+                f'the principle "{name}" means one thing in {first} and another in {second}; list '
+                f"it under `disable`, or give all of {', '.join(TEXTS)} under override.{name}",
+            )
+
+
+def _extended(value: Any, inherited: Inherited) -> Iterator[tuple[yamlio.Path_, str]]:
+    """The extended constitutions have ids of their own and one selection."""
+    if not isinstance(value, dict):
+        return
+    if isinstance(here := value.get("id"), str) and here in inherited.ids:
+        yield ("id",), f"is the id of {inherited.ids[here]}, which it extends; choose another"
+    for number, name, first, second in inherited.twice:
+        yield ("extends", number), f'{first} and {second} both have the id "{name}"; rename one'
+    if len(inherited.selections) > 1 and "selection" not in value:
+        each = ", ".join(f"{file}: {name}" for name, file in inherited.selections.items())
+        yield ("extends",), f"their selections differ ({each}); write `selection` here"
+
+
+def _settings(value: Any) -> tuple[dict[str, dict[str, Any]], list[tuple[int, str]]]:
+    """What a raw value of any shape overrides (by id), and what it disables (with indices)."""
+    fields = value if isinstance(value, dict) else {}
+    override, disable = fields.get("override"), fields.get("disable")
+    fields = {
+        name: inner if isinstance(inner, dict) else {}
+        for name, inner in (override.items() if isinstance(override, dict) else ())
+    }
+    names = enumerate(disable if isinstance(disable, list) else [])
+    return fields, [(index, name) for index, name in names if isinstance(name, str)]
+
+
+def _references(value: Any, inherited: Inherited) -> Iterator[tuple[yamlio.Path_, str]]:
     """Tests and examples speak of principles that exist."""
     known = [row["id"] for _, row in _rows(value, "principles") if isinstance(row.get("id"), str)]
+    known += inherited.principles
     places: list[tuple[yamlio.Path_, dict[str, Any]]] = [
         (("tests", index, "principle"), row) for index, row in _rows(value, "tests")
     ]

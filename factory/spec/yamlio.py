@@ -414,7 +414,11 @@ def unknown_field(loc: Path_, schema: dict[str, Any]) -> str:
         node = (
             node.get("items", {})
             if isinstance(part, int)
-            else (node.get("properties", {}).get(part) or node.get("additionalProperties") or {})
+            else (
+                node.get("properties", {}).get(part)
+                or node.get("additionalProperties")
+                or next(iter(node.get("patternProperties", {}).values()), {})
+            )
         )
     return (
         f"unknown field; {did_you_mean(str(loc[-1]), _resolve(node, schema).get('properties', {}))}"

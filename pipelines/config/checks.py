@@ -134,10 +134,13 @@ def fits(value: Any) -> Found:
 
 def files(value: Any, base: Path) -> Found:
     """Files that are named exist."""
+    constitution = value.get("constitution") if isinstance(value, dict) else None
     named: list[tuple[yamlio.Path_, Any]] = [
-        (("constitution",), value.get("constitution") if isinstance(value, dict) else None),
+        (("constitution",), constitution),
         (("prompts", "source"), mapping(value, "prompts").get("source")),
     ]
+    if isinstance(constitution, list):
+        named += [(("constitution", index), name) for index, name in enumerate(constitution)]
     named += [
         (("panel", "judges", index, field), judge.get(field))
         for index, judge in judges(value)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from prefab.factory.engines.base import make
 from prefab.factory.engines.lifecycle import lazily
 from prefab.factory.errors import ConfigError, Problem
-from prefab.factory.spec.constitution import load_constitution
+from prefab.factory.spec.constitution import load_constitutions
 from prefab.factory.spec.templates import Template, load_template
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Constitution, Engine, Prompt
@@ -66,6 +66,7 @@ class ResolvedPipeline:
         """What is stored beside a run's configuration: the words that decide what is asked."""
         return {
             "constitution": self.constitution.source,
+            **{f"constitution file {name}": text for name, text in self.constitution.files},
             **{f"template {role}": template.text for role, template in self.templates.items()},
         }
 
@@ -95,7 +96,9 @@ def resolve_pipeline(
     config, resolved = (
         make_pipeline(source, sets) if isinstance(source, dict) else load_pipeline(source, sets)
     )
-    constitution = load_constitution(config.locate(config.constitution))
+    constitution = load_constitutions(
+        [config.locate(name) for name in config.constitution], config.panel_settings().selection
+    )
     judges = [registry.judge_of(_located(config, judge)) for judge in config.judges()]
     if config.recipe == "rlaif" and not judges:
         raise ConfigError(

@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PrivateAttr,
     StringConstraints,
     WithJsonSchema,
@@ -49,6 +50,23 @@ CriticField = Annotated[
     dict[str, Any],
     BeforeValidator(checked_raw(CritiqueConfig)),
     WithJsonSchema(CritiqueConfig.model_json_schema()),
+]
+
+
+# One name stays a text in the resolved configuration, which is the identity of a run.
+ConstitutionNames = Annotated[
+    list[Text],
+    Field(min_length=1),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    PlainSerializer(lambda names: names[0] if len(names) == 1 else names),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"\S"},
+                {"type": "array", "items": {"type": "string", "pattern": r"\S"}, "minItems": 1},
+            ]
+        }
+    ),
 ]
 
 
@@ -203,7 +221,9 @@ class PipelineConfig(_Strict):
     )
     name: Id = Field(description="Of the run; a store holds many, and they share answers.")
     store: Text = Field("store", description="The folder of ledger.sqlite and prefab.duckdb.")
-    constitution: Text
+    constitution: ConstitutionNames = Field(
+        description="A constitution file; or a list of them, whose principles are used together."
+    )
     prompts: PromptsConfig
     engines: dict[Id, EngineField] = Field(
         min_length=1, description="By name; each has engine (its kind) and the fields of that kind."

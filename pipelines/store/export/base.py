@@ -194,6 +194,8 @@ def _card(record: dict[str, Any], report: ExportReport, folder: Path) -> str:
         [record["constitution"] or ""],
     )
     models = query(folder, "SELECT model, name FROM models")
+    named = config.get("constitution")
+    names = "`, `".join(named) if isinstance(named, list) else named
     learned = calibration_of(folder, record["run"])
     lines = ["---", "configs:"]
     for name, splits in report.counts.items():
@@ -205,7 +207,7 @@ def _card(record: dict[str, Any], report: ExportReport, folder: Path) -> str:
         ]
     made = (
         f"Made by Prefab's recipe `{record['recipe']}` under the constitution "
-        f"`{config.get('constitution')}`. The answers, critiques and judgments are a model's, "
+        f"`{names}`. The answers, critiques and judgments are a model's, "
         "not people's."
         if not config.get("origin")
         else "Made elsewhere, and imported by Prefab: a line below says from what file."

@@ -303,11 +303,7 @@ def test_no_text_breaks_the_reader(text):
 )
 def test_no_value_breaks_the_checks(value):
     with pytest.raises(ConfigError):
-        yamlio.validate(
-            yamlio.Document("f", "", value),
-            c.ConstitutionModel,
-            [c._names, c._references, c._examples],
-        )
+        c._validated(yamlio.Document("f", "", value), c.Inherited())
 
 
 def test_the_digest_is_of_what_is_asked():
@@ -350,7 +346,7 @@ def test_loading_is_light():
 
 
 def test_the_two_answers_of_a_test_differ():
-    text = (c.PACKAGE / "constitutions" / "front-desk.yaml").read_text()
+    text = (c.BUNDLED / "front-desk.yaml").read_text()
     row = "\ntests:\n  - {prompt: p, a: same, b: same, prefer: a, principle: privacy}\n"
     value = yamlio.parse(text).value
     name = value["principles"][0]["id"]

@@ -57,7 +57,7 @@ def test_defaults_and_inheritance(tmp_path):
     )
     assert (config.budget.unscored, config.budget.failed, config.budget.calls) == (0.05, 0.01, None)
     assert resolved["policy"]["samples"] == 4 and json.loads(json.dumps(resolved)) == resolved
-    assert config.locate(config.constitution).is_file()
+    assert config.locate(config.constitution[0]).is_file()
 
 
 def test_the_resolved_configuration_is_a_fixed_point(tmp_path):
@@ -203,7 +203,7 @@ def test_files_are_found_beside_the_pipeline(tmp_path):
     config, _ = c.load_pipeline(
         write(tmp_path, GOOD.replace("constitutions/harmless.yaml", "mine.yaml"))
     )
-    assert config.locate(config.constitution) == tmp_path / "mine.yaml"
+    assert config.locate(config.constitution[0]) == tmp_path / "mine.yaml"
 
 
 def test_the_committed_schema_is_current():
