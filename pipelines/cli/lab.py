@@ -17,7 +17,6 @@ from prefab.factory.console import (
     duration,
     fail,
     say,
-    table,
 )
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.options import (
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
     from prefab.pipelines.quality.constitution_tests import TestReport
     from prefab.pipelines.quality.why import Node
-    from prefab.pipelines.run.diff import Diff, Moved
+    from prefab.pipelines.run.diff import Diff
 
 app = typer.Typer()
 Run = Annotated[
@@ -79,12 +78,17 @@ def diff(
         str, typer.Option(metavar="flips", help="`flips`: show only the flipped preferences.")
     ] = "",
     examples: Annotated[int, typer.Option(min=0, help="Comparisons to show in full.")] = 10,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Also write a page that needs no other file."),
+    ] = None,
     sets: Sets = [],
     as_json: Json = False,
 ) -> None:
     """Compare two versions of a constitution: which preferences flip, and under which principles.
     Only questions that the edit changes are asked.
     """
+    from prefab.pipelines.cli.diff_report import show_diff, write_diff
     from prefab.pipelines.run.diff import diff as compare
 
     if only not in ("", "flips"):
@@ -93,8 +97,10 @@ def diff(
         found = compare(
             old, new, existing_store(store), run, pipeline, sets, sample, seed, quiet=as_json
         )
+    if html:
+        write_diff(found, html, only)
     if as_json:
-        return print_json(found.data())
+        return print_json(found.data(only))
     show_diff(found, only, examples)
     if found.moved:
         hint_command("why", found.moved[0].preference[:12], "--store", store)
@@ -114,6 +120,7 @@ def watch(
     """Judge the same comparisons again each time the constitution is saved, and show what moved
     since the last save and since the start. The model's server stays up. Ctrl-C ends it.
     """
+    from prefab.pipelines.cli.diff_report import sentences, show_diff
     from prefab.pipelines.run.watch import watch as follow
 
     def show(last: Diff | None, start: Diff | None, seconds: float) -> None:
@@ -204,94 +211,6 @@ def _show_tests(report: TestReport) -> None:
         f"{passed} of {len(report.results)} tests passed, asked of {report.judge} "
         f"({report.reused:,} answers reused, {report.asked:,} asked)"
     )
-
-
-def show_diff(found: Diff, only: str = "", examples: int = 10) -> None:
-    """Print the difference of two versions."""
-    title = f"{found.old.name} ({found.old.digest}) -> {found.new.name} ({found.new.digest})"
-    if not only:
-        for change in found.changes or ["no principle changed its meaning"]:
-            say(f"  {change}")
-        lines = [line for line in found.principles if line.why or line.mean_move or line.only_new]
-        table(
-            title,
-            ("principle", "compared", "moved", "flipped", "mean move"),
-            [(p.principle, p.compared, p.moved, p.flips, p.mean_move) for p in lines],
-            note="moved: P(a) by more than .05; mean move: of P(a)" if lines else "nothing moved",
-        )
-    for line in sentences(found):
-        say(line)
-    shown = (found.flips if only else found.moved)[:examples]
-    for number, one in enumerate(shown, 1):
-        _show_moved(number, one)
-    left = len(found.flips if only else found.moved) - len(shown)
-    if left:
-        say(f"{left:,} more; --examples N shows more, --json all")
-
-
-def sentences(found: Diff) -> list[str]:
-    """What a person should know first."""
-    n, flips = found.comparisons, len(found.flips)
-    other = sum(one.changed for one in found.moved) - flips
-    asked = sum(side.asked for side in (found.old, found.new))
-    reused = sum(side.reused for side in (found.old, found.new))
-    lines = [
-        f"{flips:,} of {n:,} preferences flip{_interval(found.flip_rate)}; {other:,} more change "
-        "between a winner, a tie and unscored",
-        f"agreement between the versions: alpha {_value(found.alpha)}, AC1 {_value(found.ac1)}",
-    ]
-    if asked or reused:
-        lines.append(f"{reused:,} answers reused, {asked:,} asked")
-    failed = found.old.failed + found.new.failed
-    if failed:
-        lines.append(
-            f"{failed:,} calls failed, so some comparisons are left out; the same command asks again"
-        )
-    return lines
-
-
-def _interval(share: Any) -> str:
-    if share.value is None:
-        return ""
-    if share.low is None:
-        return f" ({share.value:.1%})"
-    return f" ({share.value:.1%}, 95% interval {share.low:.1%} to {share.high:.1%})"
-
-
-def _value(estimate: Any) -> str:
-    if estimate.value is None:
-        return f"undefined ({estimate.undefined})"
-    if estimate.low is None:
-        return f"{estimate.value:.2f}"
-    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
-
-
-def _probability(p: float | None) -> str:
-    return "none" if p is None else f"{p:.2f}"
-
-
-def _show_moved(number: int, one: Moved) -> None:
-    """One comparison in full: the prompt, both answers side by side, and what moved."""
-    from rich import box
-    from rich.table import Table
-
-    outcome = {"a": "A wins", "b": "B wins", "tie": "tie", "unscored": "unscored"}
-    console().print("")
-    say(f"{one.text}", f"{number}. {one.prompt}", "bold")
-    view = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False)
-    for name, side in (("A", "a"), ("B", "b")):
-        mark = " (preferred before)" if one.old == side else ""
-        mark += " (preferred now)" if one.new == side else ""
-        style = "green" if one.new == side else "red" if one.old == side else ""
-        view.add_column(name + mark, ratio=1, header_style=style, overflow="fold")
-    view.add_row(one.answer_a, one.answer_b)
-    console().print(view)
-    say(
-        f"  {outcome[one.old]}, P(A) {_probability(one.p_old)} -> "
-        f"{outcome[one.new]}, P(A) {_probability(one.p_new)}"
-    )
-    for name, was, now in one.principles[:5]:
-        say(f"    {name}: P(A) {_probability(was)} -> {_probability(now)}")
 
 
 @app.command()

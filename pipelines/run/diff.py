@@ -137,8 +137,11 @@ class Diff:
         """The comparisons whose preferred answer is the other one now."""
         return [one for one in self.moved if one.flipped]
 
-    def data(self) -> dict[str, Any]:
-        """As plain data; a version is told by its name, digest and run."""
+    def data(self, only: str = "") -> dict[str, Any]:
+        """As plain data; a version is told by its name, digest and run. With `only` flips, `moved`
+        has nothing else.
+        """
+        moved = self.flips if only else self.moved
         return {
             "old": _version_data(self.old),
             "new": _version_data(self.new),
@@ -152,7 +155,7 @@ class Diff:
             "outcomes": self.table,
             "principles": [asdict(one) for one in self.principles],
             "changes": self.changes,
-            "moved": [asdict(one) | {"flipped": one.flipped} for one in self.moved],
+            "moved": [asdict(one) | {"flipped": one.flipped} for one in moved],
         }
 
 

@@ -1,0 +1,72 @@
+"""HTML pages that need no other file: no script, no font, no request to anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefab.factory.errors import ConfigError
+from prefab.factory.printable import printable
+
+# Threat: prompts and answers are written by others. All text is escaped, and the policy lets a
+# browser load and run nothing, should a mark slip through.
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; --line: #8885; --less: #c62828; --more: #2e7d32; --mark: #ffd54f66 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem }
+table { border-collapse: collapse; margin: .7rem 0 }
+th, td { border: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+.text, pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 }
+pre { background: #8881; padding: .5rem; font-size: .85rem }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
+.pair > div { border: 1px solid var(--line); border-top: 4px solid var(--line); padding: .5rem .8rem }
+.pair > div.now { border-top-color: var(--more) } .pair > div.before { border-top-color: var(--less) }
+mark { background: var(--mark); color: inherit } .quiet { opacity: .75 }
+details, .below { margin-left: 1.2rem } summary { cursor: pointer }
+@media (max-width: 45rem) { .pair { grid-template-columns: 1fr } }
+</style>
+</head>
+<body>
+{%- macro plain_table(columns, rows, numbers_from=1) %}
+<table>
+<tr>{% for c in columns %}<th{% if loop.index0 >= numbers_from %} class="n"{% endif %}>{{ c }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for c in row %}<td{% if loop.index0 >= numbers_from %} class="n"{% endif %}>{{ c }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{%- endmacro %}
+BODY
+</body>
+</html>
+"""
+
+
+def write_page(path: Path, title: str, body: str, **values: Any) -> None:
+    """Write a page.
+
+    Args:
+        path: The file; one that exists is replaced.
+        title: The page's title.
+        body: A jinja template of the page's content. All values are escaped, and made printable.
+        values: What the template shows.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    def shown(value: Any) -> Any:
+        return printable(value) if type(value) is str else value
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=shown)
+    template = environment.from_string(_PAGE.replace("BODY", body))
+    try:
+        path.write_text(template.render(title=title, **values), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
