@@ -198,14 +198,14 @@ def columns_of(use: Use) -> UseColumns:
     """The ledger's columns for a use."""
     role, judge = use.role, use.judge
     match use:
+        case PairUse():  # first: most uses are of this kind
+            return UseColumns(role, use.a, use.b, 0, use.principle, judge, use.order, use.repeat)
         case DraftUse():
             return UseColumns(role, use.sample)
         case CritiqueUse():
             return UseColumns(role, use.sample, -1, use.round, use.principle)
         case RevisionUse():
             return UseColumns(role, use.sample, use.parent, use.round, use.principle)
-        case PairUse():
-            return UseColumns(role, *use.pair, 0, use.principle, judge, use.order, use.repeat)
         case ScoreUse():
             about, rubric = (use.sample, -1, use.line, use.principle), use.rubric
             return UseColumns(role, *about, judge, rubric, use.repeat)

@@ -254,7 +254,10 @@ def candidate(messages: tuple[Message, ...], text: str, specials: tuple[str, ...
 
 def answer_words(messages: tuple[Message, ...], text: str) -> str:
     """An answer's text, and to a conversation with tools its calls as judges are shown them."""
-    return shown_answer(text) if any(m.more for m in messages) else text
+    for message in messages:
+        if message.more:
+            return shown_answer(text)
+    return text
 
 
 def generated(completion: Completion) -> tuple[str, UnscoredReason | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -88,24 +88,23 @@ class Template:
             ConfigError: It cannot be filled in: a variable that it uses was not given, an example
                 lacks a field, or it makes too much text. Names the file and the line.
         """
-        context = self._new_context(
-            {**variables, "loop turns": [template_check.MAX_TURNS]},
-        )
-        texts, left = [], template_check.MAX_TEXT
+        variables["loop turns"] = [template_check.MAX_TURNS]
+        context = self._new_context(variables)
+        join = "".join if self._ours else _joined
+        messages, total = [], 0
         try:
             for role, block in self._blocks:
-                parts = []
-                for part in block(context):
-                    parts.append(part)
-                    left -= len(part)
-                    if left < 0:
-                        raise ValueError(f"makes more than {template_check.MAX_TEXT:,} characters")
-                texts.append((role, "".join(parts).strip()))
+                text = join(block(context)).strip()
+                total += len(text)
+                if total > template_check.MAX_TEXT:
+                    raise ValueError(_TOO_MUCH)
+                if specials and not self._ours:
+                    text = break_tokens(text, specials)
+                if text:
+                    messages.append(Message(role, text))
         except Exception as error:  # whatever a template that is not ours does
             raise ConfigError([self._problem(error)]) from None
-        if specials and not self._ours:
-            texts = [(role, break_tokens(text, specials)) for role, text in texts]
-        return tuple(Message(role, text) for role, text in texts if text)
+        return tuple(messages)
 
     def _problem(self, error: Exception) -> Problem:
         """What went wrong while rendering, with its line."""
@@ -116,6 +115,20 @@ class Template:
             trace = trace.tb_next
         words = str(getattr(error, "message", None) or error) or type(error).__name__
         return Problem(self.file, line, 1 if line else 0, "", f"cannot be filled in: {words[:500]}")
+
+
+_TOO_MUCH = f"makes more than {template_check.MAX_TEXT:,} characters"
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """The parts as one text. Raises: ValueError before they take too much memory."""
+    kept, total = [], 0
+    for part in parts:
+        kept.append(part)
+        total += len(part)
+        if total > template_check.MAX_TEXT:
+            raise ValueError(_TOO_MUCH)
+    return "".join(kept)
 
 
 def load_template(name: str | Path, kind: str | None = None) -> Template:

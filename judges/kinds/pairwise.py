@@ -116,7 +116,8 @@ class PairwiseJudge(PairJudge[PairwiseConfig]):
         name = self.name + " reasoning" if role == "reason" else self.name
         shown = conversation(comparison.prompt.messages, specials)
         talk = comparison.prompt.messages
-        first, second = (answer_words(talk, one.text) for one in (comparison.a, comparison.b))
+        first = answer_words(talk, comparison.a.text)
+        second = answer_words(talk, comparison.b.text)
         if order == "ba":
             first, second = second, first
         variables = {
