@@ -213,6 +213,98 @@ def test_the_first_dpo_loss_is_log_two_and_equals_trls(world, tmp_path):
     )
 
 
+def moved_batch(module, config):
+    """A prepared trainer whose policy is not its reference, twelve of its rows, and their batch."""
+    trainer, *_ = module.prepare(config)
+    torch.manual_seed(5)
+    for p in trainer.model.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    rows = [trainer.train_dataset[i] for i in range(12)]
+    return trainer, rows, trainer.data_collator(rows)
+
+
+def plain_logps(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """The summed log-probability of an answer after its prompt, one row at a time."""
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(answer))
+
+
+def test_dpo_with_sft_weight_also_raises_the_chosen_answer(world, tmp_path):
+    """The loss is DPO's plus `sft_weight` times the chosen answer's mean negative log-probability,
+    as `rpo_alpha` of Pang et al. 2024, and it is what is trained on."""
+    from prefab.trainers.offline import dpo
+
+    trainer, rows, batch = moved_batch(dpo, world.config("dpo", tmp_path / "a", sft_weight=0.7))
+    with torch.no_grad():
+        loss, _ = trainer.losses(trainer.model.eval(), batch, None)
+        total = 0.0
+        for row in rows:
+            won, lost = (
+                plain_logps(trainer.model, row["prompt_ids"], row[f"{side}_ids"])
+                for side in ("chosen", "rejected")
+            )
+            apart = won - row["ref_chosen_logps"] - lost + row["ref_rejected_logps"]
+            p = row["target"]
+            dpo_loss = -p * (0.1 * apart).sigmoid().log() - (1 - p) * (-0.1 * apart).sigmoid().log()
+            total += row["weight"] * (dpo_loss - 0.7 * won / len(row["chosen_ids"]))
+    assert loss.item() == pytest.approx(float(total) / 12, abs=1e-4)
+
+
+def test_a_reward_models_margin_asks_more_of_surer_pairs(world, tmp_path):
+    """Cross-entropy of sigmoid(chosen - rejected - margin (2 p_chosen - 1))."""
+    from prefab.trainers.offline import reward
+
+    trainer, rows, batch = moved_batch(reward, world.config("reward", tmp_path / "a", margin=0.8))
+    with torch.no_grad():
+        loss, _ = trainer.losses(trainer.model.eval(), batch, None)
+        total = 0.0
+        for row in rows:
+            ids = [row[f"{side}_ids"] for side in ("chosen", "rejected")]
+            won, lost = (
+                trainer.model(input_ids=torch.tensor([x])).logits.reshape(-1)[-1] for x in ids
+            )
+            apart = won - lost - 0.8 * (2 * row["p"] - 1)
+            p = row["target"]
+            total += -p * apart.sigmoid().log() - (1 - p) * (-apart).sigmoid().log()
+            total += trainer.stage.centre * (won + lost) ** 2
+    assert len({row["p"] for row in rows}) > 1
+    assert loss.item() == pytest.approx(float(total) / 12, abs=1e-4)
+
+
+def test_kto_reads_its_reference_point_from_answers_to_other_prompts(world, tmp_path):
+    from prefab.trainers.offline import kto
+
+    config = world.config("kto", tmp_path / "a", desirable=1.5, undesirable=0.6)
+    trainer, rows, batch = moved_batch(kto, config)
+    assert all(row["kl_ids"] != row["completion_ids"] for row in rows)
+    with torch.no_grad():
+        loss, values = trainer.losses(trainer.model.eval(), batch, None)
+        ratios = [
+            plain_logps(trainer.model, row["prompt_ids"], row[name]) - row[reference]
+            for name, reference in (("completion_ids", "ref_logps"), ("kl_ids", "ref_kl_logps"))
+            for row in rows
+        ]
+        mine, other = torch.stack(ratios[:12]), torch.stack(ratios[12:])
+        assert abs(mine.mean() - other.mean()) > 1e-2
+        point = other.mean().clamp(min=0)
+        total = 0.0
+        for row, ratio in zip(rows, mine, strict=True):
+            gain = 0.1 * (ratio - point) * (1 if row["label"] else -1)
+            total += row["weight"] * (1.5 if row["label"] else 0.6) * (1 - gain.sigmoid())
+    assert float(values["kl_reference"][0]) == pytest.approx(float(point), abs=1e-4)
+    assert loss.item() == pytest.approx(float(total) / 12, abs=1e-4)
+
+
+def test_kto_weighs_the_rarer_label_up():
+    from prefab.trainers.offline.kto import KtoConfig, balance
+
+    config = KtoConfig(model="m", out="o", data={"sources": [{"store": "s"}]})
+    assert balance(config, [True] * 2 + [False] * 6) == (3.0, 1.0)
+    assert balance(config, [True] * 6 + [False] * 2) == (1.0, 3.0)
+    told = config.model_copy(update={"desirable": 0.5, "undesirable": 0.25})
+    assert balance(told, [True] * 6 + [False] * 2) == (0.5, 0.25)
+
+
 # --- exact optimum
 
 ANSWERS = {"word1": 0.0, "word2": 1.0, "word3": 1.6, "word4": -0.7}  # with their known rewards

@@ -16,7 +16,7 @@ import itertools
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
-from prefab.trainers.rl import checkpoint, ppo, rewards, rollout
+from prefab.trainers.rl import checkpoint, evaluation, ppo, rewards, rollout
 from prefab.trainers.rl import policy_gradient as pg
 from tests.support import answer_world as aw
 from tests.support import exact_optimum, kill_ppo_driver
@@ -257,6 +257,85 @@ def test_one_update_is_the_plain_gradient_step(make, tmp_path):
         sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5, rel=1e-4
     )
     assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["entropy"] > 0.5
+
+
+def drawn(t: ppo.PpoRun, n: int = 12):
+    """Answers of the run's policy to its first prompts, and random doubles for each token place."""
+    answers, texts = ppo.sample(t, t.prompt_ids[:n])
+    mask = torch.stack(
+        [torch.arange(max(len(a.ids) for a in answers)) < len(a.ids) for a in answers]
+    )
+    draw = torch.Generator().manual_seed(5)
+    return answers, texts, mask, lambda: torch.randn(mask.shape, generator=draw)
+
+
+def test_a_minibatch_follows_the_gradient_of_the_whole_loss(make):
+    """Old log-probabilities, old values, advantages and returns that differ by chance: the gradient
+    is that of clipped surrogate + value loss - entropy bonus, one token at a time."""
+    config = make(
+        value="shared",
+        value_coef=0.7,
+        value_clip=0.05,
+        entropy_coef=0.3,
+        clip=0.1,
+        max_grad_norm=1e9,
+        micro_batch=4,
+    )
+    t = ppo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
+    answers, _, mask, noise = drawn(t)
+    with torch.no_grad():
+        t.critic["head"].weight.normal_(0, 0.5)
+        _, logps, _, _, values = ppo.policy_kl(t, answers)
+    old, old_values = logps + 0.2 * noise(), values + 0.2 * noise()
+    advantages, returns = noise(), noise()
+    loss = torch.zeros(())
+    for b, answer in enumerate(answers):
+        packed = rollout.pack([answer], torch.device("cpu"))
+        new, entropy, states = rollout.forward(t.policy, packed, 1.0, True, True)
+        value = ppo.values_of(t, packed, states)
+        for i in range(len(answer.ids)):
+            ratio, gain = (new[0, i] - old[b, i]).exp(), advantages[b, i]
+            near = old_values[b, i] + (value[0, i] - old_values[b, i]).clamp(-0.05, 0.05)
+            loss = loss - torch.minimum(ratio * gain, ratio.clamp(0.9, 1.1) * gain)
+            errors = [(x - returns[b, i]) ** 2 / 2 for x in (value[0, i], near)]
+            loss = loss + 0.7 * torch.maximum(*errors) - 0.3 * entropy[0, i]
+    parameters = [p for m in (t.policy, t.critic) for p in m.parameters()]
+    expected = torch.autograd.grad(loss / int(mask.sum()), parameters, allow_unused=True)
+    batch = ppo.Batch(answers, mask, old, old_values, advantages, returns)
+    assert ppo._minibatch(t, batch, list(range(len(answers))))
+    for p, gradient in zip(parameters, expected, strict=True):
+        if gradient is not None:
+            assert torch.allclose(p.grad, gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 3.0])
+def test_the_penalty_is_that_of_the_controllers_beta(make, beta):
+    """The return of the first token is the score less beta times the answer's own log-ratio."""
+    config = make(reference=str(make().model.replace("policy", "reference")), gamma=1.0, lam=1.0)
+    t = ppo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
+    answers, _, mask, _ = drawn(t)
+    t.state.beta = beta
+    scores = [float(b) for b in range(len(answers))]
+    _, logps, reference, _, _ = ppo.policy_kl(t, answers)
+    ratio = ((logps - reference) * mask).sum(1)
+    batch, kl = ppo.estimate(t, answers, scores, {})
+    assert ratio.abs().max() > 0.1 and kl == pytest.approx(float(ratio.mean()), abs=1e-5)
+    assert torch.allclose(batch.returns[:, 0], torch.tensor(scores) - beta * ratio, atol=1e-4)
+
+
+def test_unfinished_answers_do_not_set_the_scale_of_rewards(make):
+    """Where they get a fixed score, only answers that ended are read for the mean and deviation."""
+    read: list[str] = []
+
+    def reward(prompts, completions):
+        read.extend(completions)
+        return [float(len(read) % 7) for _ in completions[:-1]] + [9.0]
+
+    for score, all_read in ((-5.0, False), (None, True)):
+        read.clear()
+        config = make(reference_samples=64, unfinished_score=score)
+        evaluation.calibrate(ppo.prepare_run(config, PROMPTS, rewards.single(reward)))
+        assert (len(read) == 64) == all_read and len(read) > 20
 
 
 def test_the_first_answers_score_about_zero_with_deviation_one(make):
