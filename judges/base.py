@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prefab.factory.decision import weakest
 from prefab.factory.label_text import find_label
 from prefab.factory.spec.control_tokens import neutralise, neutralised
 from prefab.factory.spec.templates import Template, conversation_text, fence
@@ -44,7 +45,7 @@ from prefab.factory.types import (
     Winner,
 )
 from prefab.factory.uses import PairUse, ScoreUse, Use
-from prefab.judges.panel import orders, weakest
+from prefab.judges.panel import orders
 
 Examples = Sequence[
     Mapping[str, Any]

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from prefab.factory import decision
 from prefab.factory.stats import Estimate, bootstrap, clustered_share, undefined
 from prefab.factory.types import Principle, Verdict
-from prefab.judges import panel
 
 Place = Literal["after", "before", "instead", "twice", "list", "swap"]
 _LENGTH = (
@@ -364,7 +364,7 @@ def _swapped(probe: Probe, tried: Sequence[Tried]) -> Finding:
 
 def _outcome(verdicts: Sequence[Verdict]) -> str:
     """a, b, tie or unscored: both orders together, by the rule that makes preferences."""
-    return panel.decide([panel.combine_orders(verdicts)]).outcome
+    return decision.decide([decision.combine_orders(verdicts)]).outcome
 
 
 def _loser(t: Tried) -> str:
@@ -373,7 +373,7 @@ def _loser(t: Tried) -> str:
 
 def _edited_side(verdicts: Iterable[Verdict], t: Tried) -> float | None:
     """P(the edited answer wins), the mean of both orders."""
-    p_a = panel.combine_orders(tuple(verdicts)).p_a
+    p_a = decision.combine_orders(tuple(verdicts)).p_a
     return None if p_a is None else p_a if t.gold == "b" else 1.0 - p_a
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from math import floor
 
+from prefab.factory.decision import Reading, by_principle, scored_readings
 from prefab.factory.types import Preference
-from prefab.judges.panel import Reading, by_principle, scored_readings
 
 _EPS = 1e-12
 Pair = tuple[int, int]

@@ -8,12 +8,15 @@ that were cut off by length are left out unless asked for; everything that is le
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from prefab.factory import decision
 from prefab.factory.errors import ConfigError
 from prefab.factory.tool_calls import (
     answer_turn,
@@ -22,6 +25,7 @@ from prefab.factory.tool_calls import (
     stored_messages,
     tools_of,
 )
+from prefab.factory.types import Preference, Verdict
 
 if TYPE_CHECKING:
     import polars
@@ -31,6 +35,8 @@ Read = Callable[[str, Sequence[Any]], "polars.DataFrame"]
 FITS = ("bradley_terry", "davidson")  # ways to choose pairs that need answers' strengths
 # a mean win probability within this of a half gives no label (as the panel's tie_margin)
 WIN_MARGIN = 0.02
+# of a row of the table `verdicts`
+_VERDICT = ("p_a", "winner", "reason", "mass", "tie_mass", "exactness")
 
 
 # recipes of runs that a user means only by name
@@ -284,67 +290,67 @@ def _decided_by(
     judges: Sequence[str],
     principles: Sequence[str],
 ) -> polars.DataFrame:
-    """The preferences as some judges or principles alone decide them: the weighted mean of their
-    scored readings.
+    """The preferences as some judges or principles alone decide them, by the run's own rule. What
+    was calibrated on the whole panel is no calibration of these: `p_chosen` is their share of the
+    vote.
 
     Raises: ConfigError for a judge or principle that read nothing in this run.
     """
     import polars as pl
 
-    config = json.loads(record["config"])
-    panel = config.get("panel") or {}
-    readings = read(f"SELECT * FROM readings WHERE run = {record['run']}", ())
+    verdicts = read(f"SELECT * FROM verdicts WHERE run = {record['run']}", ())
     for column, names in (("judge", judges), ("principle", principles)):
-        there = readings[column].unique().sort().to_list()
+        there = verdicts[column].unique().sort().to_list()
         if missing := [name for name in names if name not in there]:
             raise ConfigError(
                 f"no {column} {missing[0]!r} in {record['name']}@{record['version']}; there are: "
                 f"{', '.join(there)}"
             )
-        readings = readings.filter(pl.col(column).is_in(list(names))) if names else readings
-    of = {
-        row["principle"]: row["weight"]
-        for row in read(
-            "SELECT principle, weight FROM principles WHERE constitution = ?",
-            (record["constitution"] or "",),
-        ).iter_rows(named=True)
-    }
-    by = {j["name"]: j.get("weight", 1.0) for j in panel.get("judges", [])}
-    weight = pl.col("judge").replace_strict(by, default=1.0, return_dtype=pl.Float64) * pl.col(
-        "principle"
-    ).replace_strict(of, default=1.0, return_dtype=pl.Float64)
-    given = weight.filter(pl.col("p_a").is_not_null())
-    p = readings.group_by("prompt", "a", "b").agg(
-        (pl.col("p_a") * weight).sum().alias("sum"),
-        given.sum().alias("given"),
-        weight.sum().alias("all"),
+        verdicts = verdicts.filter(pl.col(column).is_in(list(names))) if names else verdicts
+    columns = ("outcome", "p_a", "p_chosen", "spread", "n_scored", "n_readings", "exactness")
+    decided = [
+        (p.prompt, p.a, p.b, *(getattr(p, name) for name in columns))
+        for p in _decisions(read, record, verdicts)
+    ]
+    pair = ("prompt", "a", "b")
+    types = {name: preferences.schema[name] for name in (*pair, *columns)}
+    rows = preferences.drop(columns).join(
+        pl.DataFrame(decided, types, orient="row"), on=pair, how="inner", maintain_order="left"
     )
-    enough = (pl.col("given") > 0) & (
-        pl.col("given") >= panel.get("min_scored", 0.5) * pl.col("all")
-    )
-    p = p.select(
-        "prompt", "a", "b", pl.when(enough).then(pl.col("sum") / pl.col("given")).alias("p_a")
-    )
-    rows = preferences.drop("p_a").join(
-        p, on=["prompt", "a", "b"], how="inner", maintain_order="left"
-    )
-    p_a, tie = pl.col("p_a"), panel.get("tie_margin", WIN_MARGIN)
-    outcome = (
-        pl.when(p_a.is_null())
-        .then(pl.lit("unscored"))
-        .when((p_a - 0.5).abs() <= tie)
-        .then(pl.lit("tie"))
-        .when(p_a > 0.5)
-        .then(pl.lit("a"))
-        .otherwise(pl.lit("b"))
-    )
-    rows = rows.with_columns(outcome.alias("outcome"))
     first = pl.col("outcome") == "a"
     return rows.with_columns(
         pl.when(first).then("a").otherwise("b").alias("chosen"),
         pl.when(first).then("b").otherwise("a").alias("rejected"),
-        pl.when(first).then(p_a).otherwise(1 - p_a).alias("p_chosen"),
+        pl.col("p_chosen").alias("vote_share"),
+        pl.lit(None, preferences.schema["calibrated"]).alias("calibrated"),
     )
+
+
+def _decisions(
+    read: Read, record: dict[str, Any], verdicts: polars.DataFrame
+) -> Iterator[Preference]:
+    """What these verdicts say of each comparison, by the run's rule and weights."""
+    import polars as pl
+
+    panel = json.loads(record["config"]).get("panel") or {}
+    name = (record["constitution"] or "",)
+    found = read("SELECT selection FROM constitutions WHERE constitution = ?", name)
+    rule = decision.rule_of(panel, found["selection"][0] if found.height else "all")
+    sql = "SELECT principle, position, weight FROM principles WHERE constitution = ?"
+    places = {principle: rest for principle, *rest in read(sql, name).iter_rows()}
+    by_judge = {judge["name"]: judge.get("weight", 1.0) for judge in panel.get("judges", [])}
+    # what needs no principle first, then the constitution's order: the first that decides counts
+    position = {principle: at for principle, (at, _) in places.items()}
+    order = pl.col("principle").replace_strict(position, default=-1, return_dtype=pl.Int64)
+    ordered = verdicts.sort("prompt", "a", "b", order, "principle", "judge", "repeat", "order")
+    by_pair = itemgetter("prompt", "a", "b")
+    for (prompt, a, b), rows in groupby(ordered.iter_rows(named=True), by_pair):
+        readings = []
+        for (principle, judge), some in groupby(rows, itemgetter("principle", "judge")):
+            weight = places.get(principle, (0, 1.0))[1] * by_judge.get(judge, 1.0)
+            said = [Verdict(**{of: row[of] for of in _VERDICT}) for row in some]
+            readings.append(decision.combine_orders(said, weight, principle, judge))
+        yield decision.decide(readings, rule, prompt, a, b)
 
 
 def _win_rates(preferences: polars.DataFrame) -> polars.DataFrame:

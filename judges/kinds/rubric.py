@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from prefab.factory.decision import weakest
 from prefab.factory.keys import rubric_id
 from prefab.factory.types import Completion, Principle, Prompt, Request, Sample, Verdict
 from prefab.judges.base import (
@@ -26,7 +27,6 @@ from prefab.judges.base import (
     spellings,
     winner_of,
 )
-from prefab.judges.panel import weakest
 
 LABELS = ("Yes", "No")
 _INDEX = spellings(LABELS)

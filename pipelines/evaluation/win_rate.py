@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefab.factory import decision
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Comparison, Engine, Prompt, Sample
@@ -97,10 +98,12 @@ async def _ask(
     ) as session:
         with Progress("judging", len(questions), quiet, "questions") as progress:
             verdicts = await judged([q for _, q in questions], session, progress)
-    readings: dict[int, list[panel.Reading]] = {}
+    readings: dict[int, list[decision.Reading]] = {}
     for (i, question), pair in zip(questions, verdicts, strict=True):
         readings.setdefault(i, []).append(
-            panel.combine_orders(pair, question.principle.weight, question.principle.id, judge.name)
+            decision.combine_orders(
+                pair, question.principle.weight, question.principle.id, judge.name
+            )
         )
     return [_pair_verdict(readings.get(i)) for i in range(len(pairs))]
 
@@ -110,10 +113,10 @@ def _comparison(prompt: Prompt, i: int, a: str, b: str) -> Comparison:
     return Comparison(prompt, Sample(prompt.id, 2 * i, a), Sample(prompt.id, 2 * i + 1, b))
 
 
-def _pair_verdict(readings: list[panel.Reading] | None) -> PairVerdict:
+def _pair_verdict(readings: list[decision.Reading] | None) -> PairVerdict:
     if readings is None:
         return PairVerdict(0.5, True)  # equal texts
-    found = panel.decide(readings)
+    found = decision.decide(readings)
     return (
         PairVerdict(found.p_a, found.outcome == "tie")
         if found.outcome != "unscored"

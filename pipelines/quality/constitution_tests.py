@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import yaml
 
+from prefab.factory import decision
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import digest
@@ -222,16 +223,16 @@ def _result(
     judge: str,
 ) -> TestResult:
     settings = loaded.config.panel_settings()
-    rule = panel.Rule(
+    rule = decision.Rule(
         settings.min_scored, settings.tie_margin, log_odds=settings.combine == "log_odds"
     )
 
     def decided(orders: Sequence[int]) -> Any:
         readings = [
-            panel.combine_orders([verdicts[o] for o in orders], p.weight, p.id, judge)
+            decision.combine_orders([verdicts[o] for o in orders], p.weight, p.id, judge)
             for p, verdicts in heard
         ]
-        return panel.decide(readings, rule)
+        return decision.decide(readings, rule)
 
     both, ab, ba = decided((0, 1)), decided((0,)), decided((1,))
     outcomes, prefer = (ab.outcome, ba.outcome), test["prefer"]

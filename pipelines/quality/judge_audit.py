@@ -17,12 +17,13 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+from prefab.factory import decision
 from prefab.factory.console import Progress, warn
 from prefab.factory.errors import ConfigError
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.stats import Estimate, clustered_share
 from prefab.factory.types import Comparison, Engine, Verdict
-from prefab.judges import bias_probes, panel
+from prefab.judges import bias_probes
 from prefab.judges.base import Judge
 from prefab.pipelines.config.loader import ResolvedPipeline, find_judge
 from prefab.pipelines.quality.probe_pairs import Case, Side, cases
@@ -209,7 +210,9 @@ def _turn(i: int, principles: int, phrasings: int) -> int:
 def _begin(
     every: Sequence[Case], before: Mapping[Case, Sequence[Verdict]], session: AskingSession
 ) -> Report:
-    known = [(c, panel.decide([panel.combine_orders(before[c])]).outcome) for c in every if c.gold]
+    known = [
+        (c, decision.decide([decision.combine_orders(before[c])]).outcome) for c in every if c.gold
+    ]
     scored = [(c, o == c.gold) for c, o in known if o != "unscored"]
     right = clustered_share([hit for _, hit in scored], [c.comparison.prompt.id for c, _ in scored])
     unscored = sum(v.p_a is None for pair in before.values() for v in pair)
@@ -225,7 +228,7 @@ def _begin(
 
 def _own(verdicts: Sequence[Verdict]) -> Side | None:
     """The judge's own verdict, where it is decided."""
-    outcome = panel.decide([panel.combine_orders(verdicts)]).outcome
+    outcome = decision.decide([decision.combine_orders(verdicts)]).outcome
     return outcome if outcome in ("a", "b") else None
 
 

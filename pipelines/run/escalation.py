@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prefab.factory import decision
 from prefab.factory.keys import rubric_id
 from prefab.factory.ledger.records import RunRecord
 from prefab.factory.types import Preference, Prompt
 from prefab.factory.uses import EscalationUse
-from prefab.judges import escalation, panel
+from prefab.judges import escalation
 from prefab.judges.base import Judge, Pair, Question
 from prefab.pipelines.config.schema import EscalateConfig
 from prefab.pipelines.run.context import PLACEHOLDER, Context
@@ -22,7 +23,7 @@ from prefab.pipelines.run.judging import Responses, judge_all, n_calls, note_pai
 from prefab.pipelines.store import derive, verdicts
 
 GUESS = "guess"  # in a plan: the reason of an escalation that hangs on answers still to come
-Said = tuple[Preference, list[panel.Reading]]
+Said = tuple[Preference, list[decision.Reading]]
 Answers = tuple[
     Responses, dict[Pair, str] | None
 ]  # what was answered, and why each comparison was escalated (or not)

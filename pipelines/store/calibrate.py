@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefab.factory import decision
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.spec.yamlio import did_you_mean
-from prefab.judges import panel
 from prefab.judges.stats.preference_calibration import (
     Calibration,
     Method,
@@ -186,7 +186,7 @@ def _learn(selection: Selection, source: str, method: str) -> Learned:
 def _learn_from(selection: Selection, kind: Source, method: str) -> Learned:
     compared = _comparisons(selection, kind)
     of = _weights(selection)
-    rule = panel.Rule(log_odds=selection.config["panel"].get("combine") == "log_odds")
+    rule = decision.Rule(log_odds=selection.config["panel"].get("combine") == "log_odds")
     columns = sorted({place for one in compared.values() for place in one.readings})
     retest = kind == "retest"
     read = [one.first if retest else one.readings for one in compared.values()]
@@ -264,13 +264,15 @@ def _second_answers(
     return [None if x is None else 0.5 if x == 0 else float(x > 0) for x in combined]
 
 
-def _share(readings: Readings, of: Callable[[str, str], float], rule: panel.Rule) -> float | None:
+def _share(
+    readings: Readings, of: Callable[[str, str], float], rule: decision.Rule
+) -> float | None:
     """P(a) as the panel's rule has it without a calibration."""
     said = [
-        panel.Reading(p, weight=of(judge, principle), principle=principle, judge=judge)
+        decision.Reading(p, weight=of(judge, principle), principle=principle, judge=judge)
         for (judge, principle), p in readings.items()
     ]
-    return panel.decide(said, rule).p_a
+    return decision.decide(said, rule).p_a
 
 
 def _weights(selection: Selection) -> Callable[[str, str], float]:

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefab.factory import decision
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import RunRecord
 from prefab.factory.thinking import policy_answer, split_thinking
 from prefab.factory.types import LONGEST_TEXT, Completion, Constitution, Preference
 from prefab.factory.uses import CritiqueUse, DraftUse, IdenticalUse, RankUse, RevisionUse, ScoreUse
-from prefab.judges import panel, registry
+from prefab.judges import registry
 from prefab.judges.base import Decoded, Pair, Ranking, RubricLines, Score
 from prefab.judges.kinds import critique
 from prefab.pipelines.store import verdicts
@@ -36,7 +37,7 @@ from prefab.pipelines.store.verdicts import (
 VERSIONS = {
     **{f"parse.{kind}": registry.JUDGES[kind].PARSER_VERSION for kind in registry.JUDGES},
     "parse.critique": critique.PARSER_VERSION,
-    "aggregate": panel.AGGREGATION_VERSION,
+    "aggregate": decision.AGGREGATION_VERSION,
 }
 FITS = ("bradley_terry", "davidson")
 
@@ -72,13 +73,7 @@ def rules(
         if (kind := judge.get("kind", "pairwise")) in registry.JUDGES
     }
     readers = {name: canonical(judge.reading()).decode() for name, judge in judges.items()}
-    selection = settings.get("selection") or (constitution.selection if constitution else "all")
-    rule = panel.Rule(
-        settings.get("min_scored", 0.5),
-        settings.get("tie_margin", 0.02),
-        selection == "lexicographic",
-        settings.get("combine", "mean") == "log_odds",
-    )
+    rule = decision.rule_of(settings, constitution.selection if constitution else "all")
     principles = constitution.principles if constitution else ()
     escalate = settings.get("escalate") or {}
     return Rules(
@@ -147,7 +142,7 @@ def _identical(
     pairs = [one.use.pair for one in decoded if isinstance(one.use, IdenticalUse)]
     same = [(a, b) for a, b in pairs if texts.get(a) == texts.get(b)]
     for pair in same:
-        equal = panel.identical(prompt, *pair)
+        equal = decision.identical(prompt, *pair)
         derived.preferences.append(_preference(equal, (), rules, identical=True))
     return set(same)
 
@@ -368,7 +363,7 @@ def _preference(
     p: Preference,
     verdicts: Sequence[str],
     rules: Rules,
-    readings: Sequence[panel.Reading] = (),
+    readings: Sequence[decision.Reading] = (),
     identical: bool = False,
     escalation: str | None = None,
 ) -> Row:
@@ -381,7 +376,7 @@ def _preference(
         str(p.b),
         *verdicts,
         repr(rule),
-        str(panel.AGGREGATION_VERSION),
+        str(decision.AGGREGATION_VERSION),
         *([learned.kind, learned.calibration.rule] if learned else ()),
     )
     chosen, rejected = {"a": (p.a, p.b), "b": (p.b, p.a)}.get(p.outcome, (None, None))

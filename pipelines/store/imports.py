@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from prefab.factory import decision
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
 from prefab.factory.spec import data_files, layouts
 from prefab.factory.store import store
 from prefab.factory.types import Prompt
-from prefab.judges import panel
 from prefab.pipelines.config import prompts
 from prefab.pipelines.config.schema import PromptsConfig
 
@@ -217,8 +217,8 @@ def _decide(prompt: str, a: int, b: int, votes: Sequence[float]) -> Any:
     """The mean of what was said, by the panel's own rule. 0, a half and 1 are hard labels; who gave
     others is not known.
     """
-    return panel.decide(
-        [panel.Reading(p, exactness="hard") for p in votes], panel.Rule(), prompt, a, b
+    return decision.decide(
+        [decision.Reading(p, exactness="hard") for p in votes], decision.Rule(), prompt, a, b
     )
 
 
@@ -250,7 +250,9 @@ def copy(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: Any
             ]
             for (a, b), votes in _together(value["pairs"]).items():
                 p = _decide(prompt, a, b, votes)
-                name = digest("imported pair", run, prompt, a, b, votes, panel.AGGREGATION_VERSION)
+                name = digest(
+                    "imported pair", run, prompt, a, b, votes, decision.AGGREGATION_VERSION
+                )
                 chosen, rejected = {"a": (a, b), "b": (b, a)}.get(p.outcome, (None, None))
                 preferences.append(
                     (

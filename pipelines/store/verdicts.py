@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from prefab.factory import decision
 from prefab.factory.keys import digest
 from prefab.factory.types import Preference, Verdict
 from prefab.factory.uses import (
@@ -59,7 +60,7 @@ class Rules:
     ]  # by judge: what of its configuration decides a verdict, for the verdict's id
     orders: Literal["both", "random", "first"]
     seed: int
-    rule: panel.Rule
+    rule: decision.Rule
     weights: dict[str, float]
     positions: dict[str, int]
     strong: tuple[str, ...] = ()
@@ -207,7 +208,7 @@ def verdicts(
     return found
 
 
-def readings(found: Mapping[Place, Found], rules: Rules) -> list[panel.Reading]:
+def readings(found: Mapping[Place, Found], rules: Rules) -> list[decision.Reading]:
     """One reading a judge and principle, the principles in their constitution's order (what needs
     none comes first).
     """
@@ -218,7 +219,7 @@ def readings(found: Mapping[Place, Found], rules: Rules) -> list[panel.Reading]:
         groups, key=lambda place: (rules.positions.get(place[0], 0) if place[0] else -1, place)
     )
     return [
-        panel.combine_orders(
+        decision.combine_orders(
             groups[principle, judge],
             rules.weights.get(principle, 1.0) * rules.judges[judge].weight,
             principle,
@@ -250,17 +251,17 @@ def name_of(prompt: str, pair: Pair, place: Place, found: Found, rules: Rules) -
 
 def preference(
     prompt: str, pair: Pair, found: Mapping[Place, Found], places: set[Place], rules: Rules
-) -> tuple[Preference, list[panel.Reading]] | None:
+) -> tuple[Preference, list[decision.Reading]] | None:
     """What the verdicts at these places say together, and their readings; None while one of them is
     awaited.
     """
     if not places or not places <= found.keys():
         return None
     said = readings({place: one for place, one in found.items() if place in places}, rules)
-    return panel.decide(said, rules.rule, prompt, *pair), said
+    return decision.decide(said, rules.rule, prompt, *pair), said
 
 
-def calibrated(decided: Preference, said: Sequence[panel.Reading], rules: Rules) -> Preference:
+def calibrated(decided: Preference, said: Sequence[decision.Reading], rules: Rules) -> Preference:
     """The preference with its calibrated probability. The more probable answer is chosen; a tie
     stays a tie. Unchanged where it is unscored, or the run has no calibration.
     """

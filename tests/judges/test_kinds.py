@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefab.factory import decision
 from prefab.factory.label_text import find_label
 from prefab.factory.spec.templates import load_template
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import Comparison, Completion, Message, Principle, Prompt, Sample
 from prefab.factory.uses import PairUse
-from prefab.judges import panel
 from prefab.judges.base import Ranking, Reasoning, RequestContext, Score
 from prefab.judges.kinds import critique, listwise, pairwise, pointwise, rubric
 
@@ -214,15 +214,15 @@ def test_a_planted_better_answer_wins_in_both_orders(pair):
         first = shown.index(GOOD.text) < shown.index("is best")
         verdicts.append(PAIRWISE.parse(read(**{"A" if first else "B": 0.9}), order))
     assert {v.winner for v in verdicts} == {"a" if pair.a is GOOD else "b"}
-    preference = panel.decide(
-        [panel.combine_orders(verdicts)], prompt="p1", a=pair.a.index, b=pair.b.index
+    preference = decision.decide(
+        [decision.combine_orders(verdicts)], prompt="p1", a=pair.a.index, b=pair.b.index
     )
     assert preference.outcome == ("a" if pair.a is GOOD else "b") and preference.p_chosen == 1.0
 
 
 def test_a_slot_picker_ends_at_a_tie():
     verdicts = [PAIRWISE.parse(read(A=0.9, B=0.1), order) for order in ("ab", "ba")]
-    assert panel.decide([panel.combine_orders(verdicts)]).outcome == "tie"
+    assert decision.decide([decision.combine_orders(verdicts)]).outcome == "tie"
 
 
 def test_request_is_a_greedy_label_read():

@@ -9,18 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefab.factory.decision import Reading, Rule, combine_orders, decide, identical
 from prefab.factory.types import Principle, Verdict
-from prefab.judges.panel import (
-    Reading,
-    Rule,
-    applicable,
-    combine_orders,
-    decide,
-    draw,
-    identical,
-    orders,
-    pairs,
-)
+from prefab.judges.panel import applicable, draw, orders, pairs
 
 
 def principle(name: str, **fields) -> Principle:

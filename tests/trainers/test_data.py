@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from hashlib import blake2b
+from math import log
 
 import polars as pl
 import pytest
 
+from prefab import run
+from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import ConfigError
 from prefab.factory.store import datasets as factory_rows
 from prefab.factory.store import store as factory_store
+from prefab.factory.types import Completion
 from prefab.pipelines.store.export.base import export
 from prefab.trainers import data
-from tests.support import tinymodel, trained
+from tests.support import project, tinymodel, trained
 from tests.support.tinymodel import TEMPLATES, THINKS
 
 
@@ -114,6 +119,49 @@ def test_all_judges_and_principles_decide_as_the_run_did(store):
     assert (one["p_chosen"] > other["p_chosen"] + 0.05).all()
     with pytest.raises(ConfigError, match="no judge 'nobody'.*judge"):
         factory_rows.datasets(ask, record, notes, judges=["nobody"])
+
+
+def moody(request):
+    """Judges of an opinion of their own about each question: winners on both sides, ties too."""
+    if not request.labels:
+        return project.answer(request)
+    mood = blake2b(request.messages[-1].content.encode(), digest_size=2).digest()
+    a, tie = 0.1 + 0.7 * mood[0] / 255, 0.05 if mood[1] < 200 else 1.4
+    total = a + (0.9 - a) + tie
+    shares = {"A": a / total, "B": (0.9 - a) / total, "T": tie / total}
+    logps = {label: log(0.99 * share) for label, share in shares.items()}
+    return Completion("A", "length", logps | dict.fromkeys((" A", " B", " T"), -9.0), "exact", 9, 1)
+
+
+@pytest.mark.parametrize("selection", ["all", "lexicographic"])
+@pytest.mark.parametrize("combine", ["mean", "log_odds"])
+def test_chosen_readings_decide_by_the_runs_own_rule(tmp_path, combine, selection):
+    judges = [{"name": "x", "kind": "pairwise"}, {"name": "y", "kind": "pairwise", "weight": 3.0}]
+    panel = {"judges": judges, "combine": combine, "selection": selection, "tie_margin": 0.01}
+    config = project.pipeline(tmp_path, 12, panel=panel)
+    assert run(config, engines={"local": Scripted(ScriptedConfig(), moody)}).state == "done"
+    ask = partial(factory_store.read_frame, tmp_path / "store")
+    record = factory_rows.find_run(tmp_path / "store", ask)
+    plain, again, one, brief = (
+        factory_rows.datasets(ask, record, [], judges=judges, principles=principles)["preference"]
+        for judges, principles in (((), ()), (["x", "y"], ()), (["x"], ["kind"]), ((), ["brief"]))
+    )
+    same = ["prompt_id", "chosen_sample", "rejected_sample", "vote_share", "spread", "n_scored"]
+    assert plain.select(same).rows() == again.select(same).rows()
+    assert 8 < plain.height <= 36 and plain["p_chosen"].is_between(0.5, 1.0, closed="right").all()
+    told = ask("SELECT * FROM preferences ORDER BY prompt, a, b", ())
+    assert set(told["outcome"]) >= {"a", "b"}
+    by = dict(
+        ((prompt, a, b), p)
+        for prompt, a, b, p in ask(
+            "SELECT prompt, a, b, avg(p_a) FROM verdicts WHERE judge = 'x' AND principle = 'kind' "
+            "GROUP BY ALL",
+            (),
+        ).iter_rows()
+    )
+    shares = sorted(max(p, 1 - p) for p in by.values())
+    assert set(one["p_chosen"].round(9)) <= {round(p, 9) for p in shares}
+    assert one.height > 8 and brief.height > 8 and one["calibrated"].null_count() == one.height
 
 
 def test_margin_exclusion_weights_and_limit(store, tmp_path):

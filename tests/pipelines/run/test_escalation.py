@@ -8,11 +8,11 @@ import random
 import pytest
 
 from prefab import run
+from prefab.factory.decision import Reading, decide
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Completion
 from prefab.judges.escalation import When, choose, doubt, quota
-from prefab.judges.panel import Reading, decide
 from prefab.pipelines.config.loader import resolve_pipeline
 from prefab.pipelines.run.plan import plan
 from prefab.pipelines.store.fill import query
