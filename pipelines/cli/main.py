@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 import typer
 
-from prefab.factory.console import duration, fail, hint, say, table, warn
+from prefab.factory.console import fail, hint, say, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
 from prefab.factory.printable import guard_standard_streams
 from prefab.factory.redaction import add_environment_secrets
-from prefab.pipelines.cli import lab, labels
+from prefab.pipelines.cli import lab, labels, planning
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli.options import (
@@ -46,6 +46,7 @@ app = typer.Typer(
     help="Make preference data with AI judges (RLAIF, Constitutional AI), and train on it.",
 )
 app.add_typer(cli_store.app, name="store")
+app.add_typer(planning.app)
 app.add_typer(lab.app)
 app.add_typer(labels.app)
 app.add_typer(cli_train.app)
@@ -175,90 +176,6 @@ def check(
         say(f"{path} ({what})", "ok", "green")
     pipelines = [path for path, what in checked if what == "pipeline"]
     hint_command(*(("plan", pipelines[0]) if pipelines else ("init", "my-project")))
-
-
-@app.command()
-def plan(pipeline: Pipeline, sets: Sets = [], as_json: Json = False) -> None:
-    """Show which model calls a run would make, which answers it would reuse, and why, with tokens
-    and time. No model is called.
-    """
-    from prefab.pipelines.run.plan import plan as make_plan
-
-    with resumable("a plan changes nothing"):
-        found = make_plan(pipeline, sets)
-    if as_json:
-        return print_json(found.data())
-    table(
-        f"{pipeline} · {found.prompts:,} prompts",
-        (
-            "call",
-            "principle",
-            "judge",
-            "reused",
-            "to make",
-            "estimated",
-            "prompt tokens",
-            "new tokens",
-        ),
-        _plan_rows(found.rows),
-    )
-    for reason, n in _plan_reasons(found.rows):
-        say(f"  {n:,} calls: {reason}")
-    say(_plan_summary(found))
-    hint_command("run", pipeline, *(word for text in sets for word in ("--set", text)))
-
-
-def _plan_rows(rows: list[Any]) -> list[tuple[Any, ...]]:
-    """One row for each kind of call; principles with the same plan share a row."""
-    groups: dict[tuple[Any, ...], list[Any]] = {}
-    for row in rows:
-        groups.setdefault((row.role, row.judge, tuple(row.why), bool(row.ask)), []).append(row)
-    shown = []
-    for (role, judge, _, _), same in groups.items():
-        sums = [
-            sum(getattr(row, name) for row in same)
-            for name in ("reused", "ask", "estimated", "prompt_tokens", "completion_tokens")
-        ]
-        shown.append(
-            (role, same[0].principle if len(same) == 1 else f"{len(same)} principles", judge, *sums)
-        )
-    return shown
-
-
-def _plan_reasons(rows: list[Any]) -> list[tuple[str, int]]:
-    """Each reason for new calls with the number of calls, the largest number first."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        for reason in row.why:
-            counts[reason] = counts.get(reason, 0) + row.ask
-    return sorted(counts.items(), key=lambda item: -item[1])
-
-
-def _plan_summary(found: Any) -> str:
-    """The plan's totals in one line, and what is estimated."""
-    against = (
-        f"continues {found.before}"
-        if found.resumes
-        else f"compared with {found.before}"
-        if found.before
-        else ""
-    )
-    about = "about " if found.estimated else ""
-    words = [
-        f"{found.reused:,} answers reused, {about}{found.ask:,} new calls",
-        f"about {found.prompt_tokens:,} prompt and at most {found.completion_tokens:,} new tokens",
-    ]
-    words += (
-        [f"about {duration(found.seconds)} at the speed of the last calls"] if found.seconds else []
-    )
-    words += [against] if against else []
-    lines = " · ".join(words)
-    if found.estimated:
-        lines += (
-            "\nestimated: calls that depend on answers which do not exist yet (identical drafts are not "
-            "compared; the number of faults is extrapolated from the answers so far)"
-        )
-    return lines
 
 
 @app.command()

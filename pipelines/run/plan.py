@@ -1,32 +1,31 @@
-"""What a run would ask, what it would find answered, and why: the recipe itself, run against a
-ledger that only looks.
+"""Plan a run: which calls it would make, which answers it would reuse, and why.
 
-Where a draft is not made yet, what follows from it is counted on a placeholder and called an
-estimate: nobody can know which answers will be equal, or in which a critic will name a fault. Needs
-neither a server nor torch.
+The recipe itself runs against a ledger that only looks answers up (`dry_run`). Of a source with
+many prompts a random sample is counted, and the rest is extrapolated. Needs neither a server nor
+torch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import log
+from hashlib import blake2b
+from heapq import heappush, heappushpop
+from itertools import pairwise
+from math import sqrt
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError
-from prefab.factory.keys import request_key
 from prefab.factory.ledger import db
 from prefab.factory.ledger import records as recorded
-from prefab.factory.ledger.ledger import LedgerStats
-from prefab.factory.spec.constitution import parse_constitution, renamed
-from prefab.factory.types import Completion, Constitution, Principle, Prompt, Request
-from prefab.factory.uses import EscalationUse, IdenticalUse, Use, columns_of
-from prefab.judges.kinds.critique import parse_critique
+from prefab.factory.spec.constitution import parse_constitution, principle_digest, renamed
+from prefab.factory.types import Constitution, Engine, Principle, Prompt
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
     make_engines,
@@ -35,147 +34,137 @@ from prefab.pipelines.config.loader import (
     resolve_pipeline,
 )
 from prefab.pipelines.config.registries import RECIPES
-from prefab.pipelines.run.context import PLACEHOLDER, Context
-from prefab.pipelines.run.escalation import GUESS
-from prefab.pipelines.store import verdicts
+from prefab.pipelines.run.context import Context, Counts
+from prefab.pipelines.run.dry_run import ChangeReasons, DryRunLedger, Row, asked_before
 
-CHARS_PER_TOKEN = 4.0  # English in the tokenizers in use; only for a rough figure
-FAULT_SHARE = 0.3  # of critiques that name a fault, until some are known
-DOUBT_SHARE = 0.33  # of comparisons that a stronger judge is asked about, until some are known
-RATE_FROM = 1000  # the last so many calls tell how fast a server answered
+ALL_CALLS = 80_000  # if all prompts make no more, all are counted, which takes about 4 s
+MOST_CALLS = 30_000  # else so many are counted, which takes 1.5 s
+KEPT = 10_000  # prompts kept in memory to choose from
+PILOT = 8  # prompts that tell how many calls a prompt needs
+LEAST = 30  # prompts counted of each stratum
+RATE_FROM = 20_000  # the last so many calls tell how fast a server answered
+LONGEST_PAUSE_S = 600.0  # between two answers of one process; more is idle time
 
 
 @dataclass(slots=True)
-class Row:
-    """The calls of one kind. `estimated` of those to ask hang on answers that are not there yet."""
+class Role:
+    """Who does what: the engine of a role, its model, and what is to be known of it."""
 
     role: str
+    engine: str
+    model: str
+    note: str = ""
+
+
+@dataclass(slots=True)
+class PrinciplePlan:
+    """A principle, with the number of comparisons that it is drawn for. `note` says why it is drawn
+    for none, or why a change of it asks nothing.
+    """
+
     principle: str
-    judge: str
-    reused: int = 0
-    ask: int = 0
-    estimated: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    why: list[str] = field(default_factory=list)
+    digest: str
+    comparisons: int
+    ask: int
+    reused: int
+    note: str = ""
 
 
 @dataclass(slots=True)
 class Plan:
-    """What a run would do. `rows` by role, principle and judge; `before` names the run it is
-    compared with.
+    """What a run would do.
+
+    Attributes:
+        rows: By role, principle and judge.
+        prompts: Prompts of the source; `counted` of them were counted, the others extrapolated.
+        ask: Calls to make, as expected; `ask_low` and `ask_high` are its 95% interval, which is
+            the number itself where all prompts were counted.
+        at_most: Calls to make at most: each missing critique names a fault, each comparison is
+            put to the stronger judge, all drafts differ.
+        tokens_at_most: New tokens of these calls, each as long as allowed.
+        completion_tokens: New tokens as expected.
+        seconds: Expected time at the speed of the store's last calls; None without any.
+        before: The run that this one is compared with; `resumes`: it is this very run.
     """
 
     rows: list[Row]
     prompts: int
+    counted: int
     reused: int
     ask: int
+    ask_low: int
+    ask_high: int
     estimated: int
+    at_most: int
+    refused: int
     prompt_tokens: int
     completion_tokens: int
+    tokens_at_most: int
     seconds: float | None
     before: str
     resumes: bool
     changes: list[str]
     models: dict[str, str]
+    roles: list[Role] = field(default_factory=list)
+    principles: list[PrinciplePlan] = field(default_factory=list)
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
 
 
-class DryRunLedger:
-    """Stands where the ledger would: answers what is answered, and gives a placeholder for what is
-    not.
+@dataclass(slots=True)
+class Stratum:
+    """The prompts that the run before has asked about, or those that it has not: their number, and
+    a random sample of them.
     """
 
-    def __init__(self, con: sqlite3.Connection | None) -> None:
-        self.con = con
-        self.stats = LedgerStats()
-        self.rows: dict[tuple[str, str, str], Row] = {}
-        self.lengths: dict[str, list[int]] = defaultdict(
-            lambda: [0, 0]
-        )  # by role: completion tokens, answers
-        self.critiques = self.faults = 0
-        self.identical = 0
-        self.decided = self.escalated = 0
-        self.guessed: set[str] = (
-            set()
-        )  # prompts whose escalations hang on answers that are not there yet
-        self.strong: Sequence[str] = ()
-        self.guesses: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    size: int = 0
+    heap: list[tuple[int, int, Prompt]] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)  # to make, of each prompt that was counted
 
-    async def ask_many(self, asks: Sequence[tuple[Request, Use]], engine: Any) -> list[Completion]:
-        """The committed answers, and placeholders."""
-        keys = [request_key(request) for request, _ in asks]
-        found = db.lookup(self.con, keys) if self.con else {}
-        return [
-            self._count(request, use, found.get(key))
-            for (request, use), key in zip(asks, keys, strict=True)
-        ]
+    def add(self, prompt: Prompt, keep: int) -> None:
+        """Keep the prompt if its digest is among the `keep` smallest ones."""
+        self.size += 1
+        place = -int.from_bytes(blake2b(prompt.id.encode(), digest_size=8).digest(), "big")
+        entry = (place, -self.size, prompt)
+        if len(self.heap) < keep:
+            heappush(self.heap, entry)
+        elif entry > self.heap[0]:
+            heappushpop(self.heap, entry)
 
-    def add_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """A plan records nothing."""
+    def sample(self, n: int) -> list[Prompt]:
+        """At most `n` prompts."""
+        return [prompt for _, _, prompt in sorted(self.heap, reverse=True)[:n]]
 
-    def note(self, use: Use, call: bytes = b"") -> None:
-        """Nothing would be asked."""
-        self.identical += isinstance(use, IdenticalUse)
-        if isinstance(use, EscalationUse) and use.reason == GUESS:
-            self.guessed.add(use.prompt)
-        elif isinstance(use, EscalationUse):
-            self.decided += 1
-            self.escalated += verdicts.escalated(use.reason)
+    def variance(self) -> float:
+        """Of the total number of calls, from the prompts that were counted.
 
-    def _count(self, request: Request, use: Use, answer: Completion | None) -> Completion:
-        place = (use.role, use.principle, use.judge)
-        row = self.rows.get(place) or self.rows.setdefault(place, Row(*place))
-        if answer is not None:
-            row.reused += 1
-            self._learn(use, answer)
-            return answer
-        guessed = use.judge in self.strong and use.prompt in self.guessed
-        prompt_tokens = int(sum(len(m.content) for m in request.messages) / CHARS_PER_TOKEN)
-        new_tokens = 1 if request.labels else request.sampling.max_tokens
-        row.ask += 1
-        row.estimated += guessed or any(PLACEHOLDER in m.content for m in request.messages)
-        row.prompt_tokens += prompt_tokens
-        row.completion_tokens += new_tokens
-        if guessed:
-            self.guesses[place] = [
-                a + b
-                for a, b in zip(self.guesses[place], (1, prompt_tokens, new_tokens), strict=True)
-            ]
-        return _placeholder(request, use)
-
-    def _learn(self, use: Use, answer: Completion) -> None:
-        length = self.lengths[use.role]
-        length[0] += answer.completion_tokens
-        length[1] += 1
-        if use.role == "critique":
-            read = parse_critique(answer)
-            self.critiques += read.fault is not None
-            self.faults += bool(read.fault)
+        Source: Cochran 1977, equation 5.6 (stratified random sampling, finite population).
+        """
+        n = len(self.calls)
+        if n < 2 or n >= self.size:
+            return 0.0
+        mean = sum(self.calls) / n
+        spread = sum((calls - mean) ** 2 for calls in self.calls) / (n - 1)
+        return self.size**2 * (1 - n / self.size) * spread / n
 
 
-def _placeholder(request: Request, use: Use) -> Completion:
-    """An answer that keeps the recipe going: a draft unlike any other, a critique without a fault,
-    an even read.
-    """
-    if request.labels:
-        even = log(0.9 / len(request.labels))
-        return Completion(PLACEHOLDER, "length", dict.fromkeys(request.labels, even))
-    if use.role == "critique":
-        return Completion("None.", "stop")
-    return Completion(f"{PLACEHOLDER}{use.prompt}/{columns_of(use)}", "stop")
-
-
-def plan(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> Plan:
+def plan(
+    source: str | Path | dict[str, Any],
+    sets: Iterable[str] = (),
+    sample: int | None = None,
+    quiet: bool = True,
+) -> Plan:
     """Which model calls a run would make, which answers it would reuse, and why. No model is
     called.
 
     Args:
         source: A pipeline file, the name of a preset, or a dictionary with the same content.
         sets: Overrides of fields, for example `["policy.samples=8"]`.
+        sample: Count so many prompts, chosen at random, and extrapolate; 0: count all. Default:
+            all, or a sample where all would make more than 80,000 calls.
+        quiet: Do not show progress.
 
     Raises:
         ConfigError: Every mistake in the pipeline and in the files that it names.
@@ -184,104 +173,222 @@ def plan(source: str | Path | dict[str, Any], sets: Iterable[str] = ()) -> Plan:
     file = Path(loaded.config.store) / db.FILE
     con = db.connect(file, readonly=True) if file.exists() else None
     try:
-        return asyncio.run(_plan(loaded, con))
+        return asyncio.run(_plan(loaded, con, sample, quiet))
     finally:
         if con:
             con.close()
 
 
-async def _plan(loaded: ResolvedPipeline, con: sqlite3.Connection | None) -> Plan:
+async def _plan(
+    loaded: ResolvedPipeline, con: sqlite3.Connection | None, sample: int | None, quiet: bool
+) -> Plan:
     engines = {**make_programs(loaded), **make_engines(loaded)}
-    dry_run = DryRunLedger(con)
-    escalate = loaded.config.panel_settings().escalate
-    dry_run.strong = escalate.to if escalate else ()
-    free = loaded.config.budget.model_copy(
-        update={"unscored": None, "failed": None, "calls": None, "tokens": None}
-    )
-    unlimited = replace(loaded, config=loaded.config.model_copy(update={"budget": free}))
-    ctx = Context.of(unlimited, 0, dry_run, engines)
-    pipeline = RECIPES[loaded.config.recipe]
-    prompts = 0
-    for prompt in loaded.prompts:
-        await pipeline(prompt, ctx)
-        prompts += 1
-    if loaded.revises:
-        _estimate_revisions(dry_run)
-    if escalate:
-        _estimate_escalations(dry_run, escalate.max_share)
-    _shorten(dry_run)
     texts = {**loaded.texts, **models(engines)}
     before, resumes = _before(loaded, texts, con)
     changes = _changes(loaded, texts, before) if before and not resumes else []
-    rows = sorted(
-        dry_run.rows.values(), key=lambda row: (ROLES.index(row.role), row.principle, row.judge)
-    )
-    for row in rows:
-        row.why = _why(row, changes, before, rows) if row.ask else []
-    counted = ("reused", "ask", "estimated", "prompt_tokens", "completion_tokens")
-    totals: dict[str, int] = {name: sum(map(attrgetter(name), rows)) for name in counted}
-    rate = _rate(con)
+    with Progress("planning", None, quiet, "prompts") as progress:
+        counted = _Counted(loaded, con, engines, before.id if before else None, changes)
+        await counted.count(sample, progress)
+    return _totalled(loaded, con, counted, before, resumes)
+
+
+def _totalled(
+    loaded: ResolvedPipeline,
+    con: sqlite3.Connection | None,
+    counted: _Counted,
+    before: recorded.RunRecord | None,
+    resumes: bool,
+) -> Plan:
+    """The plan with its totals."""
+    dry_run, strata, engines = counted.dry_run, counted.strata, counted.engines
+    escalate = loaded.config.panel_settings().escalate
+    longest = loaded.config.policy.max_tokens
+    rows = dry_run.rows(_width(loaded), escalate.max_share if escalate else 1.0, longest)
+    summed = [name for name in Row.__slots__ if name in Plan.__slots__]
+    totals: dict[str, int] = {name: sum(map(attrgetter(name), rows)) for name in summed}
+    ask = totals["ask"]
+    spread = 1.96 * sqrt(sum(stratum.variance() for stratum in strata))
+    spread *= ask / max(1, totals["at_most"])
+    rate = _rate(con, [engine.identity for engine in engines.values()])
     return Plan(
         rows,
-        prompts,
+        sum(stratum.size for stratum in strata),
+        sum(len(stratum.calls) for stratum in strata),
         **totals,
-        seconds=totals["ask"] / rate if rate else None,
+        ask_low=max(0, round(ask - spread)),
+        ask_high=round(ask + spread),
+        seconds=ask / rate if rate else None,
         before=f"{before.name}@{before.version}" if before else "",
         resumes=resumes,
-        changes=[text for _, _, text in changes],
+        changes=[text for _, _, text in counted.changes],
         models={name: engine.identity for name, engine in engines.items()},
+        roles=_roles(loaded, engines),
+        principles=_principles(loaded, dry_run, rows, counted.changes),
     )
 
 
-ROLES = ("sample", "critique", "revise", "reason", "judge", "score", "rank")
+class _Counted:
+    """The counts of a plan, from all prompts or a sample of them."""
+
+    def __init__(
+        self,
+        loaded: ResolvedPipeline,
+        con: sqlite3.Connection | None,
+        engines: Mapping[str, Engine],
+        before: int | None,
+        changes: Sequence[Change],
+    ) -> None:
+        self.loaded, self.con, self.engines, self.before = loaded, con, engines, before
+        self.changes, self.strata = changes, list[Stratum]()
+        self.dry_run = self._ledger()
+
+    def _ledger(self) -> DryRunLedger:
+        made = DryRunLedger(self.con, self.before, ChangeReasons(self.changes))
+        escalate = self.loaded.config.panel_settings().escalate
+        made.strong = escalate.to if escalate else ()
+        return made
+
+    async def count(self, sample: int | None, progress: Progress) -> None:
+        """Count `sample` prompts; 0: all, None: all or as many as make `MOST_CALLS` calls."""
+        if sample == 0:
+            self.strata = [Stratum()]
+            await self._each(self.loaded.prompts, self.strata[0], None, progress)
+            return
+        self.strata = [Stratum(), Stratum()]
+        for prompt in self.loaded.prompts:
+            known = asked_before(self.con, self.before, prompt.id)
+            self.strata[known].add(prompt, sample or KEPT)
+            progress.advance()
+        total = sum(stratum.size for stratum in self.strata)
+        wanted = sample or await self._affordable(total)
+        for stratum in self.strata:
+            n = min(stratum.size, max(LEAST, round(wanted * stratum.size / total)))
+            chosen = stratum.sample(n)
+            weight = stratum.size / len(chosen) if chosen else 1.0
+            await self._each(chosen, stratum, weight, progress)
+
+    async def _affordable(self, total: int) -> int:
+        """How many prompts are counted, by the calls of a few of them."""
+        if total <= LEAST:
+            return total
+        pilot, first = self._ledger(), [p for s in self.strata for p in s.sample(PILOT)]
+        calls, ctx = 0, self._context(pilot)
+        for prompt in first:
+            await self._ask_about(prompt, pilot, ctx)
+            calls += pilot.per_prompt
+        each = calls / len(first)
+        return total if each * total <= ALL_CALLS else max(LEAST, round(MOST_CALLS / each))
+
+    async def _each(
+        self, prompts: Iterable[Prompt], stratum: Stratum, weight: float | None, progress: Progress
+    ) -> None:
+        ctx = self._context(self.dry_run)
+        for prompt in prompts:
+            await self._ask_about(prompt, self.dry_run, ctx, weight or 1.0)
+            stratum.calls.append(self.dry_run.to_make)
+            if weight is None:
+                stratum.size += 1
+                progress.advance()
+
+    async def _ask_about(
+        self, prompt: Prompt, ledger: DryRunLedger, ctx: Context, weight: float = 1.0
+    ) -> None:
+        ledger.begin(prompt.id, weight)
+        await (self.loaded.recipe or RECIPES[self.loaded.config.recipe])(prompt, ctx)
+
+    def _context(self, ledger: DryRunLedger) -> Context:
+        free = self.loaded.config.budget.model_copy(
+            update={"unscored": None, "failed": None, "calls": None, "tokens": None}
+        )
+        config = self.loaded.config.model_copy(update={"budget": free})
+        ctx = Context.of(replace(self.loaded, config=config), 0, ledger, self.engines)
+        ctx.counts = Counts(answers=1)  # recorded refusals alone do not stop a plan
+        return ctx
 
 
-def _estimate_revisions(dry_run: DryRunLedger) -> None:
-    """A revision for each critique still to come that will name a fault, at the share seen so
-    far.
+def _width(loaded: ResolvedPipeline) -> int:
+    """Principles under which a draft is criticised in a round."""
+    if loaded.revise is None or loaded.revise.select == "draw":
+        return 1
+    return sum(principle.enabled for principle in loaded.constitution.principles)
+
+
+def _roles(loaded: ResolvedPipeline, engines: Mapping[str, Engine]) -> list[Role]:
+    """Each role with its engine. A role that names none has the policy's."""
+    policy = loaded.config.policy.engine
+    config = loaded.config
+
+    def role(name: str, engine: str, same: str) -> Role:
+        model = config.engines.get(engine, {}).get("model", "")
+        shared = engine != policy and engine in engines and policy in engines
+        shared = shared and engines[engine].identity == engines[policy].identity
+        return Role(name, engine, str(model or engine), same if shared or engine == policy else "")
+
+    found = [role("policy", policy, "")]
+    if loaded.revises:
+        found.append(
+            role("critic", str(loaded.critic.engine), "the policy criticises its own answers")
+        )
+    for judge in loaded.judges if loaded.compares else ():
+        found.append(role(f"judge {judge.name}", judge.engine, "the policy judges its own answers"))
+    return found
+
+
+def _principles(
+    loaded: ResolvedPipeline, dry_run: DryRunLedger, rows: Sequence[Row], changes: Sequence[Change]
+) -> list[PrinciplePlan]:
+    """Every principle of the constitution, also those that nothing is asked under."""
+    found = []
+    for principle in loaded.constitution.principles:
+        here = [row for row in rows if row.principle == principle.id]
+        drawn = round(dry_run.draws.get(principle.id, 0.0))
+        ask = sum(row.ask for row in here)
+        notes = [] if drawn or not loaded.compares else [_undrawn(principle, bool(here))]
+        if not ask and any(about == principle.id for _, about, _ in changes):
+            notes.append("changed, and nothing is asked under what changed")
+        found.append(
+            PrinciplePlan(
+                principle.id,
+                principle_digest(principle),
+                drawn,
+                ask,
+                sum(row.reused for row in here),
+                "; ".join(notes),
+            )
+        )
+    return found
+
+
+def _undrawn(principle: Principle, used: bool) -> str:
+    if not principle.enabled:
+        return "disabled"
+    if used:
+        return "drawn for no comparison"
+    if principle.applies_when:
+        return f"no prompt has a tag of {', '.join(principle.applies_when)}"
+    return "no comparison drew it"
+
+
+def _rate(con: sqlite3.Connection | None, identities: Sequence[str]) -> float | None:
+    """Calls a second over the last answers of these models in the ledger, without the time in which
+    no run was at work.
     """
-    share = dry_run.faults / dry_run.critiques if dry_run.critiques >= 50 else FAULT_SHARE
-    for (role, principle, _), row in list(dry_run.rows.items()):
-        if role == "critique" and row.ask:
-            more = round(row.ask * share)
-            place = ("revise", principle, "")
-            revise = dry_run.rows.get(place) or dry_run.rows.setdefault(place, Row(*place))
-            revise.ask += more
-            revise.estimated += more
-            revise.prompt_tokens += round(row.prompt_tokens * share)
-
-
-def _estimate_escalations(dry_run: DryRunLedger, max_share: float) -> None:
-    """Of the stronger judge's calls that hang on answers still to come, the share seen so far,
-    within its cap.
-    """
-    share = min(
-        max_share, dry_run.escalated / dry_run.decided if dry_run.decided >= 50 else DOUBT_SHARE
-    )
-    for place, counted in dry_run.guesses.items():
-        row = dry_run.rows[place]
-        calls, prompt_tokens, new_tokens = (round(n * (1 - share)) for n in counted)
-        row.ask -= calls
-        row.estimated -= calls
-        row.prompt_tokens -= prompt_tokens
-        row.completion_tokens -= new_tokens
-
-
-def _shorten(dry_run: DryRunLedger) -> None:
-    """Answers seen so far tell how long they are; until then the longest allowed is counted."""
-    for row in dry_run.rows.values():
-        tokens, answers = dry_run.lengths[row.role]
-        if answers >= 20 and row.role not in ("judge", "score"):
-            row.completion_tokens = round(row.ask * tokens / answers)
-
-
-def _rate(con: sqlite3.Connection | None) -> float | None:
-    """Calls a second over the last answers in the ledger."""
     if con is None:
         return None
-    sql = f"SELECT count(*), max(at) - min(at) FROM (SELECT at FROM calls ORDER BY id DESC LIMIT {RATE_FROM})"
-    n, seconds = con.execute(sql).fetchone()
-    return n / seconds if n >= 100 and seconds else None
+    starts = [at for (at,) in con.execute("SELECT at FROM starts ORDER BY at")]
+    marks = ", ".join("?" * len(identities))
+    sql = (
+        f"SELECT at FROM calls WHERE model IN (SELECT id FROM names WHERE name IN ({marks})) "
+        "ORDER BY id DESC LIMIT ?"
+    )
+    times = sorted(at for (at,) in con.execute(sql, (*identities, RATE_FROM)))
+    busy = 0.0
+    for earlier, later in pairwise(times):
+        begun = bisect_right(starts, later)
+        pause = begun != bisect_right(starts, earlier)
+        if not pause and later - earlier <= LONGEST_PAUSE_S:
+            busy += later - earlier
+    return len(times) / busy if len(times) >= 100 and busy else None
 
 
 def _before(
@@ -333,9 +440,6 @@ _FIELD_ROLES = {
     "weight": "",
     "applies_when": "",
 }
-# What a change to a role touches: `judge` stands for all of a panel's calls, `compare` for those
-# that show several answers.
-_TOUCHES = {"judge": ("judge", "reason", "score", "rank"), "compare": ("judge", "reason", "rank")}
 
 
 def constitution_changes(old: Constitution, new: Constitution) -> list[Change]:
@@ -426,34 +530,3 @@ def _flat(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flat(inner, f"{name}.{index}")
     else:
         yield name, value
-
-
-def _why(
-    row: Row, changes: Sequence[Change], before: recorded.RunRecord | None, rows: Sequence[Row]
-) -> list[str]:
-    """The changes that touch these calls, the answers they hang on, or simply that nobody asked
-    yet.
-    """
-    if before is None:
-        return ["not asked before"]
-    why = [
-        text
-        for role, principle, text in changes
-        if (not role or row.role in _TOUCHES.get(role, (role,)))
-        and principle in ("", row.principle)
-    ]
-    if row.estimated:
-        above = {
-            "critique": ("sample",),
-            "revise": ("critique", "sample"),
-            "reason": ("sample",),
-            "judge": ("sample", "reason"),
-            "score": ("sample",),
-            "rank": ("sample",),
-        }.get(row.role, ())
-        asked = [r.role for r in rows if r.role in above and r.ask]
-        if asked:
-            why.append(
-                f"follows from {' and '.join(sorted({f'{role}s' for role in asked}))} still to come"
-            )
-    return why or ["new prompts, or the run before did not get so far"]

@@ -232,7 +232,7 @@ def test_changing_a_criterion_asks_the_scores_alone(tmp_path):
     )
     (tmp_path / "small.yaml").write_text(text)
     told = plan(value)
-    assert [(r.role, r.principle, r.ask, r.why) for r in told.rows if r.ask] == [
+    assert [(r.role, r.principle, r.ask, list(r.why)) for r in told.rows if r.ask] == [
         ("score", "brief", 6, ["criterion of principle brief changed"])
     ]
     assert run(value, engines=planted.engine()).asked == 6

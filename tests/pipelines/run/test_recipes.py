@@ -63,7 +63,7 @@ def test_editing_one_principle_asks_exactly_its_calls_again(tmp_path):
     told = plan(value)
     assert [(r.principle, r.ask) for r in told.rows if r.ask] == [("brief", 36)]
     assert told.changes == ["compare of principle brief changed"]
-    assert [r.why for r in told.rows if r.ask] == [told.changes]
+    assert [list(r.why) for r in told.rows if r.ask] == [told.changes]
     result = run(value, engines=project.engine())
     assert (result.asked, result.version) == (36, 2)
 
