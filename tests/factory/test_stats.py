@@ -195,3 +195,12 @@ def test_students_interval_by_hand_and_none_for_one_value():
     alone = student([0.25])
     assert (alone.value, alone.low, alone.high) == (0.25, None, None)
     assert student([]).value is None and student([]).undefined
+
+
+def test_a_clustered_share_by_hand():
+    """Two clusters of three, 3 and 1 hits. The residuals' sums are 1 and -1; with the factor
+    m / (m - 1) the variance is 2 * 2 / 36 = 1/9, the design effect 3: as two items of six."""
+    found = clustered_share([1, 1, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1])
+    plain = wilson(4 / 6 * 2, 2)
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high))
+    assert found.value == pytest.approx(4 / 6) and found.n_items == 6

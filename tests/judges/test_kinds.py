@@ -16,7 +16,7 @@ from prefab.factory.spec.templates import load_template
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import Comparison, Completion, Message, Principle, Prompt, Sample
 from prefab.factory.uses import PairUse
-from prefab.judges.base import Ranking, Reasoning, RequestContext, Score
+from prefab.judges.base import Ranking, Reasoning, RequestContext, Score, label_score
 from prefab.judges.kinds import critique, listwise, pairwise, pointwise, rubric
 
 PROMPT = Prompt("p1", (Message("user", "Can I come on Monday? <|im_end|>"),))
@@ -638,3 +638,12 @@ def _check_verdict(verdict, completion):
 def test_free_text_never_becomes_a_verdict(said):
     for finish in ("stop", "length"):
         assert PAIRWISE.parse(Completion(said, finish), "ab").reason == "no_logprobs"
+
+
+def test_a_score_needs_the_least_mass_and_no_more():
+    """Labels that have just `min_mass` together are read; a little less is unscored."""
+    read = Completion("1", "length", {"1": log(0.25), "2": log(0.25)}, "exact")
+    index = {"1": 0, "2": 1}
+    score = label_score(read, index, (1.0, 2.0), 0.5)
+    assert (score.value, score.mass, score.reason) == (1.5, 0.5, None)
+    assert label_score(read, index, (1.0, 2.0), 0.5 + 1e-9).reason == "low_label_mass"

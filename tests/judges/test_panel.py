@@ -150,6 +150,14 @@ def test_identical_texts_are_a_tie_by_definition():
     assert (identical().outcome, identical().p_chosen, identical().n_readings) == ("tie", 0.5, 0)
 
 
+def test_exactness_is_that_of_the_readings_that_count():
+    exact, hard = Reading(0.9), Reading(0.9, exactness="hard")
+    unread = Reading(None, reason="parse", exactness="hard")
+    assert decide([exact, unread]).exactness == "exact"
+    assert decide([exact, hard]).exactness == "hard"
+    assert decide([exact, Reading(0.9, weight=0.0, exactness="hard")]).exactness == "exact"
+
+
 def test_lexicographic_stops_at_the_first_decision():
     rule = Rule(lexicographic=True)
     first, second = Reading(0.5, principle="x"), Reading(0.1, principle="y")

@@ -161,6 +161,28 @@ def test_chosen_readings_decide_by_the_runs_own_rule(tmp_path, combine, selectio
     assert one.height > 8 and brief.height > 8 and one["calibrated"].null_count() == one.height
 
 
+def test_demonstrations_are_without_a_fault_that_was_found_or_could_not_be_read():
+    """Draft 0 has no fault, 1 a critique that could not be read beside one that could, 2 a fault
+    whose revision could not be read, 3 a revision (4), 5 was not asked about."""
+    samples = pl.DataFrame(
+        [
+            {"prompt": "p", "index": i, "parent": parent, "text": f"t{i}", "answer": f"t{i}"}
+            for i, parent in ((0, -1), (1, -1), (2, -1), (3, -1), (4, 3), (5, -1))
+        ]
+    ).with_columns(
+        *(pl.lit("x").alias(c) for c in ("prompt_turns", "principle", "sample", "split", "run")),
+        pl.lit(0).alias("round"),
+    )
+    critiques = pl.DataFrame(
+        [(0, False), (0, False), (1, False), (1, None), (2, True), (3, True)],
+        {"index": pl.Int64, "fault": pl.Boolean},
+        orient="row",
+    ).with_columns(pl.lit("p").alias("prompt"))
+    swept = factory_rows._sft(samples, critiques, "sweep")
+    assert swept.select("completion", "revised").rows() == [("t0", False), ("t4", True)]
+    assert factory_rows._sft(samples, critiques, "draw")["completion"].to_list() == ["t4"]
+
+
 def test_margin_exclusion_weights_and_limit(store, tmp_path):
     everything = data.read_rows("preference", config({"store": str(store)}))
     ps = sorted({round(row["p_chosen"], 6) for row in everything.train})

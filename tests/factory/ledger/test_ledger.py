@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from contextlib import closing
 
 import orjson
 import pytest
@@ -12,7 +13,7 @@ from prefab.factory import types
 from prefab.factory.errors import ConfigError, RequestRefused, StoreError, TransportError
 from prefab.factory.keys import request_bytes, request_key
 from prefab.factory.ledger import records as recorded
-from prefab.factory.ledger.db import connect
+from prefab.factory.ledger.db import connect, create
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.types import Completion, Message, Prompt, Request, Sampling
 from prefab.factory.uses import DraftUse, IdenticalUse
@@ -124,6 +125,37 @@ def test_uses_are_there_before_the_answer_and_in_one_transaction(tmp_path):
 
     using(tmp_path, work)
     assert seen[0] in (0, 20) and seen[1:] == [20] * 19
+
+
+def test_a_commit_is_on_disk_when_it_returns(tmp_path):
+    """A power cut must not take what was committed: WAL with a sync at each commit."""
+    with closing(create(tmp_path / "ledger.sqlite")) as con:
+        assert con.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        assert con.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+
+
+def test_while_the_disk_is_slow_no_more_is_asked_than_a_crash_may_repeat(tmp_path):
+    """With `max_in_flight` 4, at most 4 answers wait to be committed, and 4 questions are asked."""
+    blocker = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+
+    def block_the_disk(text):
+        if len(engine.asked) == 1:
+            blocker.execute("BEGIN IMMEDIATE")
+        return answered(text)
+
+    engine = Engine(block_the_disk, max_in_flight=4)
+
+    async def work(ledger):
+        asks = [(request(f"q{i}"), use(i)) for i in range(100)]
+        task = asyncio.ensure_future(ledger.ask_many(asks, engine))
+        await asyncio.sleep(0.5)
+        meanwhile = len(engine.asked)
+        blocker.execute("ROLLBACK")
+        await task
+        return meanwhile
+
+    assert 4 <= using(tmp_path, work) <= 8
+    assert len(engine.asked) == 100
 
 
 def test_identical_questions_in_flight_are_asked_once_and_survive_a_cancelled_asker(tmp_path):

@@ -177,6 +177,41 @@ def test_errors_of_strengths_by_hand():
     assert fit.se == pytest.approx([((1 / 30 + 1 / 10) / 4) ** 0.5] * 2)
 
 
+def test_errors_of_strengths_with_ties_are_those_of_the_likelihood():
+    """Against the curvature of the log-likelihood in log worth and log nu, by differences."""
+    wins = np.array([[0.0, 12, 7], [5, 0, 9], [8, 3, 0]])
+    ties = np.array([[0.0, 6, 2], [6, 0, 5], [2, 5, 0]])
+    fit = davidson(wins, ties)
+
+    def likelihood(x):
+        worth, nu, total = np.exp(x[:3]), np.exp(x[3]), 0.0
+        for i in range(3):
+            for j in range(i + 1, 3):
+                tie = nu * np.sqrt(worth[i] * worth[j])
+                whole = np.log(worth[i] + worth[j] + tie)
+                total += wins[i, j] * (np.log(worth[i]) - whole)
+                total += wins[j, i] * (np.log(worth[j]) - whole)
+                total += ties[i, j] * (np.log(tie) - whole)
+        return total
+
+    at, h = np.array([*np.log(fit.worth), np.log(fit.nu)]), 1e-4
+    steps = np.eye(4) * h
+    curvature = np.array(
+        [
+            [
+                likelihood(at + a + b)
+                - likelihood(at + a - b)
+                - likelihood(at - a + b)
+                + likelihood(at - a - b)
+                for b in steps
+            ]
+            for a in steps
+        ]
+    ) / (4 * h * h)
+    expected = np.sqrt(np.diag(np.linalg.pinv(-curvature, rcond=1e-6))[:3])
+    assert fit.se == pytest.approx(expected, rel=1e-4)
+
+
 # --- calibration ---
 
 
@@ -194,6 +229,14 @@ def test_calibration_by_hand():
     for bad in ([NAN], [1.2]):
         with pytest.raises(ValueError, match="p must lie"):
             ece(bad, [1])
+
+
+def test_there_are_fifteen_bins_of_equal_mass():
+    """Thirty different probabilities: two to a bin, and the error is that of the fifteen pairs."""
+    p = np.linspace(0.02, 0.98, 30) ** 2
+    y = np.array([0, 1, 1] * 10)
+    pairs = [abs(p[i : i + 2].mean() - y[i : i + 2].mean()) for i in range(0, 30, 2)]
+    assert ece(p, y) == pytest.approx(np.mean(pairs))
 
 
 def test_bins_have_equal_mass_and_no_order():

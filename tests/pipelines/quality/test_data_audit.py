@@ -132,6 +132,25 @@ def jaccard(a, b):
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
+def test_a_near_duplicate_is_found_among_many_that_are_only_alike():
+    """Twelve texts of about 0.72 similarity to one another, all kept, and one of 0.85 to the sixth:
+    signatures are compared first, and their estimate must not lose it."""
+    base = [f"w{i}" for i in range(100)]
+
+    def changed(words, places, mark):
+        return [f"{mark}{i}" if i in places else word for i, word in enumerate(words)]
+
+    texts = [
+        changed(base, {2 + 8 * k, 35 + 2 * k, 60 + k, 97 - 3 * k}, f"x{k}_") for k in range(12)
+    ]
+    texts.append(changed(texts[5], {6, 20, 28, 90}, "y"))
+    words = near_duplicates.words(pl.Series([" ".join(text) for text in texts]))
+    shares = [words.similarity(12, k) for k in range(12)]
+    assert shares[5] > 0.8 and max(shares[:5] + shares[6:]) < 0.8
+    found = near_duplicates.near_duplicates(words, np.arange(13).reshape(-1, 1), 0.8)
+    assert found.of == {12: 5}
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.5, 0.7, 0.8, 0.9]))
 def test_what_is_left_holds_no_two_near_duplicates_and_nothing_was_marked_without_one(
