@@ -36,7 +36,6 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 MEMORY_MB = 144
 # the automatic checkpoint at 16 MiB halves the speed, one at 2 GB costs 340 MB a million rows
 SETTINGS = {
-    "threads": 1,
     "checkpoint_threshold": "64MB",
     "preserve_insertion_order": False,
 }
@@ -243,12 +242,22 @@ def _refuse_all_but_select(con: duckdb.DuckDBPyConnection, sql: str) -> None:
         )
 
 
-def _connect(folder: Path, read_only: bool, memory_mb: int) -> duckdb.DuckDBPyConnection:
+def read_only(folder: Path, memory_mb: int, threads: int) -> duckdb.DuckDBPyConnection:
+    """A connection that only reads the store, for a program that asks many questions.
+
+    Raises: HeldError, DamagedError, NewerError or MemoryLimitError.
+    """
+    return _connect(folder, True, memory_mb, threads)
+
+
+def _connect(
+    folder: Path, read_only: bool, memory_mb: int, threads: int = 1
+) -> duckdb.DuckDBPyConnection:
     import duckdb
 
     file = Path(folder) / FILE
     check_header(file)
-    settings: dict[str, Any] = {**SETTINGS, "memory_limit": f"{memory_mb}MB"}
+    settings: dict[str, Any] = {**SETTINGS, "memory_limit": f"{memory_mb}MB", "threads": threads}
     with translate_errors(file):
         more = GUARD if read_only else {"temp_directory": f"{file}.tmp"}
         con = duckdb.connect(str(file), read_only=read_only, config={**settings, **more})

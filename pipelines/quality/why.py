@@ -5,7 +5,7 @@ on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +20,9 @@ from prefab.pipelines.store.fill import query
 
 @dataclass(slots=True)
 class CallMade:
-    """A model call: its key, the messages that were sent, how it was sampled, and how it ended."""
+    """A model call: its key, the messages that were sent, how it was sampled, how it ended, and what
+    was answered: the text, and the log-probability of each label's spelling where labels were read.
+    """
 
     key: str
     model: str
@@ -28,6 +30,8 @@ class CallMade:
     sampling: dict[str, Any]
     labels: list[str]
     finish: str
+    text: str = ""
+    label_logps: dict[str, float] | None = None
 
 
 @dataclass(slots=True)
@@ -78,25 +82,31 @@ AND judge = $judge AND "index" IN ($a, $b) ORDER BY "index", repeat"""
 _PRINCIPLES = "SELECT principle, title, digest FROM principles WHERE constitution = $name"
 
 
-def why(store: str | Path, preference: str, run: str = "") -> Why:
+Read = Callable[[str, Mapping[str, Any]], list[dict[str, Any]]]
+
+
+def why(store: str | Path, preference: str, run: str = "", read: Read | None = None) -> Why:
     """How a preference came about.
 
     Args:
         store: The store.
         preference: The preference's id, or the beginning of it.
         run: NAME or NAME@VERSION, where runs share the preference; default: the latest of them.
+        read: A function that gives the rows of a query of the store, for a program that has it
+            open; default: `query`.
 
     Raises:
         ConfigError: There is no such preference, or several begin so.
     """
     folder = Path(store)
-    row = _find(folder, preference, run)
+    read = read or (lambda sql, values: query(folder, sql, values).to_dicts())
+    row = _find(folder, read, preference, run)
     with closing(db.connect(folder / db.FILE, readonly=True)) as ledger:
-        return _Descent(folder, ledger, row).why()
+        return _Descent(read, ledger, row).why()
 
 
-def _find(folder: Path, preference: str, run: str) -> dict[str, Any]:
-    rows = query(folder, _PREFERENCE, {"name": preference}).to_dicts() if preference else []
+def _find(folder: Path, read: Read, preference: str, run: str) -> dict[str, Any]:
+    rows = read(_PREFERENCE, {"name": preference}) if preference else []
     name, _, version = run.partition("@")
     found = [
         row for row in rows if name in ("", row["name"]) and version in ("", str(row["version"]))
@@ -114,8 +124,8 @@ def _find(folder: Path, preference: str, run: str) -> dict[str, Any]:
 class _Descent:
     """Reads what one preference stands on."""
 
-    def __init__(self, folder: Path, ledger: Any, row: dict[str, Any]) -> None:
-        self.folder, self.ledger, self.row = folder, ledger, row
+    def __init__(self, read: Read, ledger: Any, row: dict[str, Any]) -> None:
+        self.read, self.ledger, self.row = read, ledger, row
         self.config = json.loads(row["config"])
         self.at = {name: row[name] for name in ("run", "prompt", "a", "b")}
         self.samples = {s["index"]: s for s in self._rows(_SAMPLES)}
@@ -134,7 +144,7 @@ class _Descent:
         return Why(row["preference"], named, row["outcome"], root)
 
     def _rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
-        return query(self.folder, sql, self.at | values).to_dicts()
+        return self.read(sql, self.at | values)
 
     def _headline(self) -> str:
         row, shown = self.row, {"a": "A", "b": "B"}
@@ -239,6 +249,7 @@ class _Descent:
             for m in asked["messages"]
         ]
         sampling = {k: v for k, v in asked["sampling"].items() if v != PLAIN.get(k)}
+        answer = db.lookup(self.ledger, [bytes.fromhex(key)]).get(bytes.fromhex(key))
         return CallMade(
             key,
             rows[0]["name"] or "",
@@ -246,6 +257,8 @@ class _Descent:
             sampling,
             list(asked["labels"]),
             rows[0]["finish"],
+            answer.text if answer else "",
+            dict(answer.label_logps) if answer and answer.label_logps else None,
         )
 
 

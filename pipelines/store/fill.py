@@ -14,7 +14,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +110,16 @@ def fill(folder: str | Path) -> FillReport:
         ledger.close()
     report.seconds = time.monotonic() - began
     return report
+
+
+def is_current(folder: Path) -> bool:
+    """Whether the store holds everything that the ledger does, without opening the store.
+
+    Raises: StoreError when there is no ledger, or it is damaged or of a newer version.
+    """
+    with closing(db.connect(folder / db.FILE, readonly=True)) as ledger:
+        with db.translate_errors(folder / db.FILE):
+            return _is_current(folder, ledger)
 
 
 def _as_it_lies(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> FillReport:
