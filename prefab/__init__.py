@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.store.imports import import_files as import_preferences
     from prefab.pipelines.training.sweep import sweep
     from prefab.pipelines.training.train import train
+    from prefab.pipelines.view.serve import view
 
 # Where each name is defined, as module:attribute below `prefab`.
 _HOME = {
@@ -78,6 +79,7 @@ _HOME = {
     "train": "pipelines.training.train:train",
     "undo_forgetting": "pipelines.store.forget:undo_forgetting",
     "verify_ledger": "factory.ledger.verify:verify_ledger",
+    "view": "pipelines.view.serve:view",
     "watch": "pipelines.run.watch:watch",
     "why": "pipelines.quality.why:why",
     "write_label_queue": "pipelines.quality.labeling:write_queue",
@@ -117,6 +119,7 @@ __all__ = [
     "train",
     "undo_forgetting",
     "verify_ledger",
+    "view",
     "watch",
     "why",
     "write_label_queue",

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 MAY_SKIP = re.compile(
     r"limits only: .*"  # no user namespaces: the sandbox has limits of resources alone
     r"|no package index: .*"  # said loudly at the end
+    r"|no Chromium: .*"  # said loudly at the end
     r"|there is a GPU"
     r"|no C compiler"  # tests/torture records file operations with a small library
     r"|/proc and subreapers"  # not Linux

@@ -36,6 +36,7 @@ NOT_RUN = {
     *("design", "log", "microworld", "models", "panels", "ppo", "reference", "training"),
     "reliability",
     "verifiers",
+    "view",
 }
 
 

@@ -58,6 +58,14 @@ MAY_IMPORT = {
         "pipelines/store*",
         "pipelines/run",
     ],
+    "pipelines/view": [
+        "factory*",
+        "judges*",
+        "pipelines/config",
+        "pipelines/store*",
+        "pipelines/run",
+        "pipelines/quality",
+    ],
     "pipelines/cli": ["factory*", "judges*", "trainers*", "pipelines*"],
 }
 HEAVY = {"torch", "transformers", "vllm", "trl", "datasets", "accelerate", "peft"}

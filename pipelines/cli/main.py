@@ -23,6 +23,7 @@ from prefab.factory.redaction import add_environment_secrets
 from prefab.pipelines.cli import lab, labels, planning
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
+from prefab.pipelines.cli import view as cli_view
 from prefab.pipelines.cli.options import (
     Json,
     Map,
@@ -50,6 +51,7 @@ app.add_typer(planning.app)
 app.add_typer(lab.app)
 app.add_typer(labels.app)
 app.add_typer(cli_train.app)
+app.add_typer(cli_view.app)
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ from prefab.pipelines.store.fill import query
 
 @dataclass(slots=True)
 class CallMade:
-    """A model call: its key, the messages that were sent, how it was sampled, how it ended, and what
-    was answered: the text, and the log-probability of each label's spelling where labels were read.
+    """A model call: its key, the messages that were sent, how it was sampled, how it ended, and
+    what was answered: the text, and the log-probability of each label's spelling where labels were
+    read.
     """
 
     key: str

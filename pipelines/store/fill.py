@@ -112,14 +112,15 @@ def fill(folder: str | Path) -> FillReport:
     return report
 
 
-def is_current(folder: Path) -> bool:
-    """Whether the store holds everything that the ledger does, without opening the store.
+def state_of(folder: Path) -> tuple[bool, str]:
+    """Whether the store holds everything that the ledger does, without opening the store, and what
+    the ledger holds as a digest.
 
     Raises: StoreError when there is no ledger, or it is damaged or of a newer version.
     """
-    with closing(db.connect(folder / db.FILE, readonly=True)) as ledger:
-        with db.translate_errors(folder / db.FILE):
-            return _is_current(folder, ledger)
+    file = folder / db.FILE
+    with closing(db.connect(file, readonly=True)) as ledger, db.translate_errors(file):
+        return _is_current(folder, ledger), _ledger_state(ledger)
 
 
 def _as_it_lies(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> FillReport:

@@ -1,0 +1,63 @@
+"""A store with something on every page, and the pages of it without a browser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from prefab.pipelines.view.app import make_app
+from prefab.pipelines.view.jobs import Jobs
+from prefab.pipelines.view.pages import View
+from prefab.pipelines.view.reader import StoreReader
+from tests.support import viewstore
+
+TOKEN, PORT = "a-token-that-is-not-guessed", 7323
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """Made once; never written to."""
+    return viewstore.make(tmp_path_factory.mktemp("view"), prompts=12)
+
+
+@pytest.fixture(scope="session")
+def attacked(tmp_path_factory) -> Path:
+    """A store whose answers attack the page."""
+    return viewstore.make(tmp_path_factory.mktemp("attack"), prompts=3, attack=True)
+
+
+@pytest.fixture
+def store(made, tmp_path) -> Path:
+    """A copy that a test may write to."""
+    return Path(shutil.copytree(made, tmp_path / "store"))
+
+
+@contextmanager
+def client_of(folder: Path) -> Iterator[TestClient]:
+    reader, jobs = StoreReader(folder), Jobs()
+    app = make_app(View(reader, jobs), TOKEN, PORT)
+    client = TestClient(app, base_url=f"http://127.0.0.1:{PORT}")
+    client.get(f"/?token={TOKEN}")
+    yield client
+    jobs.end()
+    reader.end()
+
+
+@pytest.fixture
+def client(made):
+    """A client that has the token, of the store that nobody writes to."""
+    with client_of(made) as client:
+        yield client
+
+
+@pytest.fixture
+def stranger(made):
+    """A client without the token."""
+    with client_of(made) as client:
+        client.cookies.clear()
+        yield client

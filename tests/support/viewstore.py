@@ -1,0 +1,132 @@
+"""A store that has something on every page of `prefab view`: three judges of known faults on the
+embedded world's prompts, a second run under an edited constitution, people's labels, figures of
+trainings (those of benchmarks/results), and answers that attack the page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.types import Engine
+from prefab.judges.kinds import human
+from prefab.pipelines.quality import labeling
+from prefab.pipelines.run.rejudge import panel_of, pipeline_of, rejudge
+from prefab.pipelines.run.runner import run
+from prefab.pipelines.store.fill import fill
+from tests.support import noisyworld
+
+ROOT = Path(__file__).resolve().parents[2]
+JUDGES = {
+    "careful": {"right": 0.92, "sure": 0.9},
+    "hasty": {"right": 0.8, "sure": 0.95, "pull": 0.6},
+    "drawn": {"right": 0.85, "first": 0.15, "sure": 0.8},
+}
+ATTACK = (
+    "<script>window.attacked = 1</script><img src=x onerror='window.attacked = 2'>"
+    "[link](javascript:alert(1)) \x1b]0;title\x07\x1b[31mred \u202egnitirw desrever\u202c "
+    "{{ 7 * 7 }} &lt;b&gt; \u2028" + "w" * 3000
+)
+
+
+def make(folder: Path, prompts: int = 40, attack: bool = False) -> Path:
+    """The store."""
+    value, engines = noisyworld.pipeline(folder, JUDGES, prompts)
+    if attack:
+        engines = {name: _attacking(engine) for name, engine in engines.items()}
+    made: dict[str, Engine] = dict(engines)
+    run({**value, "budget": {"unscored": 1.0}}, engines=made)
+    store = folder / "store"
+    _label(store)
+    _edited(store, made)
+    _evals(store)
+    fill(store)
+    return store
+
+
+def _attacking(engine: Any) -> Any:
+    """The engine, whose answers to prompts end with a text that attacks the page."""
+    answer = engine.answer
+
+    def attack(request: Any) -> Any:
+        made = answer(request)
+        return made if request.labels else replace(made, text=f"{made.text} {ATTACK}")
+
+    engine.answer = attack
+    return engine
+
+
+def _label(store: Path) -> None:
+    """Two people: one who agrees with the careful judge in most, one who says what the first says
+    in three of four."""
+    for who, every in (("ann", 5), ("ben", 4)):
+        with labeling.open_session(store, "world", who, "random", 0) as session:
+            for i, task in enumerate(list(session.todo[:40])):
+                good = len(task.text_a) % 2 == 0
+                said: human.Said = (
+                    "tie" if i % 11 == 0 else "a" if good != (i % every == 0) else "b"
+                )
+                session.say(said, task, "ab")
+
+
+def _edited(store: Path, engines: dict[str, Engine]) -> None:
+    """The first comparisons judged again under a constitution with one principle less."""
+    panel = panel_of(store, "world", 30, 0)
+    old = panel.constitution
+    new = replace(old, principles=old.principles[:-1])
+    rejudge(panel, new, pipeline_of(panel, None, ()), engines=engines)
+
+
+def _evals(store: Path) -> None:
+    """Figures of trainings and of policies, as the trainers record them."""
+    ledger = Ledger.open(store)
+    curves = json.loads((ROOT / "benchmarks/results/demo_policies.json").read_text())
+    for name, figures in curves["policies"].items():
+        metrics = {
+            k: {"value": v["value"], "low": v["low"], "high": v["high"], "n": v["n_items"]}
+            for k, v in figures.items()
+        }
+        against = {
+            f"against base: {k}": v
+            if isinstance(v, float)
+            else {b: v[b] for b in ("value", "low", "high")}
+            for k, v in curves["against"].get(name, {}).items()
+            if isinstance(v, (float, dict)) and (isinstance(v, float) or "value" in v)
+        }
+        ledger.add_eval(
+            {
+                "name": "eval policy",
+                "subject": name,
+                "metrics": metrics | against,
+                "policy": name,
+                "prompts": curves["prompts"],
+                "samples": curves["samples"],
+            }
+        )
+    for step in range(0, 41, 4):
+        kl = step**1.3 / 12
+        proxy, gold = 0.2 + 0.12 * kl**0.5, 0.6 + 0.1 * kl**0.5 - 0.018 * kl
+        metrics = {
+            "step": step,
+            "kl": kl,
+            "proxy": proxy,
+            "reward": proxy,
+            "length": 18 + kl,
+            "gold": {"value": gold, "low": gold - 0.03, "high": gold + 0.03},
+            "entropy": 2 - kl / 9,
+        }
+        ledger.add_eval({"name": "ppo", "subject": f"ppo@{step}", "metrics": metrics})
+    history = [{"step": s, "eval_loss": 0.7 - 0.03 * s**0.5} for s in range(5, 41, 5)]
+    ledger.add_eval(
+        {
+            "name": "train dpo",
+            "subject": "trained/dpo",
+            "metrics": {"loss": 0.51, "rewards/accuracies": 0.74},
+            "steps": 40,
+            "history": history,
+        }
+    )
+    asyncio.run(ledger.close())
