@@ -29,7 +29,7 @@ GROUPS = {
         "resolve_pipeline",
     ],
     "Making data": ["plan", "run", "import_preferences"],
-    "The store": ["query", "rebuild", "export"],
+    "The store": ["query", "view", "rebuild", "export"],
     "Quality of labels and data": [
         "agreement",
         "audit_data",

@@ -10,7 +10,7 @@ from math import ceil, floor, log10
 
 from markupsafe import Markup, escape
 
-from prefab.factory.charts import Chart, Point
+from prefab.factory.charts import Chart, Point, Series
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46
@@ -129,15 +129,18 @@ def lines(
             f'<line class="diagonal" x1="{x(low)}" y1="{y(low)}" x2="{x(high)}" y2="{y(high)}"/>'
         )
     for i, series in enumerate(chart.series):
-        name = f"s{i % KINDS}"
-        if series.joined and len(series.points) > 1:
-            path = " ".join(f"{x(p.x)},{y(p.y)}" for p in series.points)
-            body.append(f'<polyline class="line {name}" points="{path}"/>')
-        if series.marked:
-            body += [
-                _mark(p, x, y, name, series.name, (links or {}).get(p.label)) for p in series.points
-            ]
+        body.append(_series(series, x, y, f"s{i % KINDS}", links or {}))
     return _figure(chart.title, "".join(body), [s.name for s in chart.series], HEIGHT)
+
+
+def _series(series: Series, x: Scale, y: Scale, name: str, links: dict[str, str]) -> str:
+    parts = []
+    if series.joined and len(series.points) > 1:
+        path = " ".join(f"{x(p.x)},{y(p.y)}" for p in series.points)
+        parts.append(f'<polyline class="line {name}" points="{path}"/>')
+    if series.marked:
+        parts += [_mark(p, x, y, name, series.name, links.get(p.label)) for p in series.points]
+    return "".join(parts)
 
 
 def _mark(p: Point, x: Scale, y: Scale, name: str, series: str, link: str | None) -> str:
