@@ -34,6 +34,8 @@ LIMITED = 429  # the only status that slows all requests down; it costs time, no
 HEALS = frozenset({408, 409, 425, 500, 502, 503, 504, 507, *range(520, 530), 598})
 REDIRECTS = frozenset({301, 302, 307, 308})
 MAX_REDIRECTS = 5
+# a proxy that gave up, and may pass the late answer on all the same
+GAVE_UP = frozenset({408, 500, 502, 503, 504, *range(520, 530), 598})
 DOWN = frozenset({502, 503, 504})  # tell of the server's health, where 500 tells of one request
 # no waiting mends these: OpenAI's and others' 429 or 402 for an account without money
 NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
@@ -710,13 +712,20 @@ def _origin(one: Any, other: Any) -> bool:
 
 def _connector(limit: int) -> Any:
     """A pool of connections that closes a connection on which something came while nothing was
-    asked: it would be taken for the answer to the next request.
+    asked, or may still come: it would be taken for the answer to the next request.
     """
     import aiohttp
     from aiohttp.client_proto import ResponseHandler
 
     class QuietWhenIdle(ResponseHandler):
         _waits: select.poll | None = None
+
+        async def read(self) -> Any:
+            """The head of a response and the stream of its body."""
+            response = await super().read()
+            if response[0].code in GAVE_UP:
+                self.force_close()
+            return response
 
         def is_connected(self) -> bool:
             """Asked by the pool alone, before an idle connection is used again: whether it is open,

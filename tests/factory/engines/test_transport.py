@@ -129,6 +129,32 @@ def test_a_cancelled_or_late_request_leaves_no_response_behind():
     assert [a.text for a in answers] == [f"said {i}" for i in range(6)]
 
 
+@pytest.mark.parametrize(
+    "early", [http(b"", 504), http({"error": "time"}, 408), http(b"<html>", 500)]
+)
+def test_what_comes_after_a_response_that_gave_up_is_never_taken(early):
+    """A proxy that stops waiting, and passes the late answer on all the same."""
+
+    def script(asked):
+        if len(server.asked) == 1:
+            return [early, 0.4, stray("chatcmpl-x")]
+        return [http(answer(asked))]
+
+    async def scenario(engine):
+        await engine.start()
+        first, second = (
+            asyncio.create_task(engine.complete(bytes([i]) * 32, question(str(i))))
+            for i in range(2)
+        )
+        answers = await asyncio.gather(first, second)
+        await engine.stop()
+        return answers
+
+    with wire_server(script) as server:
+        answers = asyncio.run(scenario(openai(server.url, retries=9)))
+    assert [a.text for a in answers] == ["said 0", "said 1"]
+
+
 def test_every_request_has_an_id_of_its_own():
     with wire_server(lambda asked: [http(echoing(asked))]) as server:
         run(openai(server.url), *(question(str(i)) for i in range(9)))
