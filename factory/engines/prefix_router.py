@@ -24,6 +24,10 @@ class PrefixRouter:
     def __init__(self, n: int) -> None:
         self.known: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(n)]
 
+    def add(self) -> None:
+        """One more replica, which has seen nothing."""
+        self.known.append(OrderedDict())
+
     def pick(
         self, messages: Sequence[Message], in_flight: Sequence[float], usable: Sequence[int]
     ) -> int:

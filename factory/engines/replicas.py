@@ -93,6 +93,13 @@ class Replicas:
         for server in servers:
             server.grouped, server.alone = True, len(servers) == 1
 
+    def add(self, server: HttpClient) -> None:
+        """Ask this server, too, from now on."""
+        self.all.append(Replica(server))
+        self._router.add()
+        for replica in self.all:
+            replica.server.grouped, replica.server.alone = True, len(self.all) == 1
+
     async def ask(
         self,
         messages: Sequence[Message],

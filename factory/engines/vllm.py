@@ -12,7 +12,8 @@ import json
 import os
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -47,6 +48,8 @@ from prefab.factory.types import Completion, Engine, Request, ServerReport
 
 T = TypeVar("T")
 MAX_LABEL_IDS = 128  # vLLM 0.32 answers 400 above
+MISSING_S = 15.0  # between two tries of a server that did not answer at the start
+MOST_RESTARTS = 3  # of our own server, when it dies
 
 
 class VllmConfig(HttpConfig):
@@ -179,6 +182,10 @@ class IdRead:
         return token.startswith("token_id:")
 
 
+class NoServer(EngineError):
+    """Nothing answers at a server's address."""
+
+
 class VLLM(Engine):
     """The engine. `progress` gets a line every few seconds while a server
     loads.
@@ -211,6 +218,9 @@ class VLLM(Engine):
         self._chats: list[Chat] = []
         self._said: set[str] = set()
         self._replicas: Replicas | None = None
+        self._missing: dict[str, str] = {}  # servers that are not asked, and why
+        self._restarts, self._not_started = 0, ""
+        self._tasks: set[asyncio.Task[None]] = set()  # that wait for a server
 
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # learned when first needed
@@ -221,7 +231,7 @@ class VLLM(Engine):
         """
         place = self.path
         if not self.owns_server and not (place and Path(place).is_dir()):
-            place = self._served_place(_get(self._urls[0] + "/v1/models", self.config.api_key_env))
+            place = self._served_place()
         return model_identity(place or "", self._dtype(), self.config.revision, self.config.adapter)
 
     def mute(self) -> None:
@@ -232,12 +242,22 @@ class VLLM(Engine):
         dtype = default_dtype() if self.config.dtype == "auto" else self.config.dtype
         return f"{dtype} {self.config.quantization}".strip()
 
-    def _served_place(self, listed: Mapping[str, Any]) -> str:
-        """The folder that a server on this machine says it serves, else the model's name."""
-        entry = self._entry(listed)
-        return _folder_here(self._urls[0], entry) or self.config.model or str(entry["id"])
+    def _served_place(self) -> str:
+        """The folder that a server on this machine says it serves, else the model's name; of the
+        first server that answers. Raises: EngineError when none does.
+        """
+        problem: EngineError | None = None
+        for url in self._urls:
+            try:
+                listed = _get(url + "/v1/models", self.config.api_key_env)
+            except EngineError as error:
+                problem = problem or error
+                continue
+            entry = self._entry(url, listed)
+            return _folder_here(url, entry) or self.config.model or str(entry["id"])
+        raise problem or EngineError(f"engines.{self.name} has no server")
 
-    def _entry(self, listed: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _entry(self, url: str, listed: Mapping[str, Any]) -> Mapping[str, Any]:
         entries: list[Mapping[str, Any]] = listed.get("data") or []
         wanted = (self.config.model, self.path)
         entry = next((e for e in entries if e.get("id") in wanted or e.get("root") in wanted), None)
@@ -246,7 +266,7 @@ class VLLM(Engine):
         if entry is None:
             has = ", ".join(str(e.get("id")) for e in entries) or "none"
             raise EngineError(
-                f"engines.{self.name}: {self._urls[0]} has no model {self.config.model!r}; it has: {has}"
+                f"engines.{self.name}: {url} has no model {self.config.model!r}; it has: {has}"
             )
         return entry
 
@@ -262,9 +282,10 @@ class VLLM(Engine):
         try:
             if self.owns_server:
                 await self._start_server()
-            for url in self._urls:
-                await self._greet(url)
+            missing = await self._greet_all()
             self._replicas = Replicas([c.server for c in self._chats], self.config, self._tell)
+            for url in missing:
+                self._in_background(self._await_missing(url))
             if not self.special_tokens:
                 self.special_tokens = await self._probe_specials()
         except BaseException:
@@ -288,19 +309,136 @@ class VLLM(Engine):
         await self.process.start()
         self._urls = [f"http://127.0.0.1:{port}"]
 
-    async def _greet(self, url: str) -> None:
+    async def _greet_all(self) -> list[str]:
+        """Greet all servers at once; the addresses of those that do not answer, where others do.
+
+        Raises: EngineError when none answers, or one has no such model.
+        """
+        for patient in (len(self._urls) == 1, True):
+            greeted = await asyncio.gather(
+                *(self._greet(url, patient) for url in self._urls), return_exceptions=True
+            )
+            if patient or not all(isinstance(outcome, NoServer) for outcome in greeted):
+                break
+        self._chats = [chat for chat in greeted if isinstance(chat, Chat)]
+        for outcome in greeted:
+            if isinstance(outcome, BaseException) and not (
+                self._chats and isinstance(outcome, NoServer)
+            ):
+                raise outcome
+        pairs = zip(self._urls, greeted, strict=True)
+        return [url for url, outcome in pairs if isinstance(outcome, NoServer)]
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _await_missing(self, url: str) -> None:
+        """Ask a server that did not answer at the start as well, once it does, if it serves the
+        same model as the others.
+        """
+        self._tell(f"{url} does not answer; the others go on, and it is tried again")
+        self._missing[url] = "did not answer"
+        while True:
+            await asyncio.sleep(MISSING_S)
+            chat = None
+            try:
+                chat = await self._greet(url, patient=False)
+                wrong = await self._unlike_others(chat)
+            except (NoServer, TransportError):
+                wrong = None
+            except EngineError as error:
+                wrong = str(error)
+            if chat is None or wrong is None or wrong:
+                if chat is not None:
+                    await chat.stop()
+                if wrong is None:
+                    continue
+                self._missing[url] = wrong
+                return self._tell(f"{url} is not asked: {wrong}")
+            del self._missing[url]
+            self._chats.append(chat)
+            if self._replicas is not None:
+                self._replicas.add(chat.server)
+            return self._tell(f"{url} answers now and gets questions as the others do")
+
+    async def _unlike_others(self, chat: Chat) -> str:
+        """In what a server's model differs from the others'; "" where it does not.
+
+        Raises: TransportError when that cannot be found out now; EngineError.
+        """
+        other = self._chats[0]
+        chat.family = other.family
+        if chat.canary is None or other.canary is None or not chat.canary.every:
+            return ""
+        await chat.canary.check()
+        known = other.canary.first or await self._fingerprint(other)
+        wrong = difference(known, chat.canary.first or known)
+        return f"it serves another model than the others: {wrong}" if wrong else ""
+
+    def _why_dead(self) -> str | None:
+        """Why our server died for good; None while it runs, or is started again. One that died
+        while it served is started again, `MOST_RESTARTS` times at most.
+        """
+        died = self._not_started or (self.process.why_dead() if self.process else None)
+        if died is None or self._tasks:
+            return None
+        if self._restarts >= MOST_RESTARTS:
+            return f"{died}\nit was started again {self._restarts} times, and ended each time"
+        self._restarts += 1
+        self._in_background(self._restart(died))
+        return None
+
+    async def _restart(self, died: str) -> None:
+        """Start our server again, at the same port with the same key; its questions wait."""
+        before, health = self.process, self._chats[0].server.health
+        if before is None:
+            return
+        number = f"{self._restarts} of {MOST_RESTARTS}"
+        self._tell(
+            f"{died.splitlines()[0]}; it is started again ({number}); its log: {before.log_file}"
+        )
+        health.answered = True  # it is waited for
+        if not health.down:
+            health.failed("it died")
+            health.fall()
+        await before.stop()
+        self.process = VllmProcess(
+            self.config, str(self.path), before.port, self.name, self.progress, self.log_folder
+        )
+        self.process.key = before.key
+        self.process.log_file = before.first_log.with_suffix(f".{self._restarts}.log")
+        self.process.first_log = before.first_log
+        try:
+            await self.process.start()
+        except EngineError as error:
+            await self.process.stop()
+            self._not_started = str(error)
+            return
+        self._not_started, health.retry_at = "", 0.0
+
+    async def _greet(self, url: str, patient: bool) -> Chat:
+        """The client of one server. `patient`: a server that does not answer is asked again.
+
+        Raises: NoServer when it does not answer; EngineError when it has no such model.
+        """
         claim(url, "ids")
         local = self.process or self.kept
         server = HttpClient(url, self.config, self.config.api_key_env, local.key if local else "")
-        server.health_path = "/health"
+        server.health_path, server.alone = "/health", patient
         try:
             listed = await server.get("/v1/models")
         except (Rejected, TransportError) as error:
             await server.close()
-            raise EngineError(f"engines.{self.name}: no vLLM server at {url}: {error}") from error
+            raise NoServer(f"engines.{self.name}: no vLLM server at {url}: {error}") from error
         if local is not None:
-            server.why_down = local.why_dead
-        entry = self._entry(listed)
+            server.why_down = self._why_dead if self.process else local.why_dead
+        try:
+            entry = self._entry(url, listed)
+        except EngineError:
+            await server.close()
+            raise
         model = "adapter" if self.config.adapter and self.owns_server else str(entry["id"])
         chat = Chat(
             server,
@@ -325,12 +463,12 @@ class VLLM(Engine):
             lambda: server.health.comebacks,
             lambda wrong, since: self._other_model(url, wrong, since),
         )
-        self._chats.append(chat)
+        return chat
 
     async def _fingerprint(self, chat: Chat) -> Fingerprint:
         """What a server shows of its model. Raises: TransportError, EngineError."""
         try:
-            entry = self._entry(await chat.server.get("/v1/models"))
+            entry = self._entry(chat.server.url, await chat.server.get("/v1/models"))
         except Rejected as error:
             raise TransportError(f"{chat.server.url}/v1/models: {error}") from error
         served = {name: entry.get(name) for name in ("id", "root", "max_model_len")}
@@ -355,7 +493,8 @@ class VLLM(Engine):
     @property
     def servers(self) -> Sequence[ServerReport]:
         """What each server did since the start."""
-        return [r.report() for r in self._replicas.all] if self._replicas else ()
+        asked = [r.report() for r in self._replicas.all] if self._replicas else []
+        return [*asked, *(ServerReport(url, 0, 0, 0, why) for url, why in self._missing.items())]
 
     async def probe(self) -> Mapping[str, Any]:
         """What the model does otherwise than most, asked of one replica and taken over by all.
@@ -376,18 +515,17 @@ class VLLM(Engine):
 
         Raises: EngineError.
         """
-        checks = [chat.canary for chat in self._chats if chat.canary is not None]
-        for outcome in await asyncio.gather(*(c.check() for c in checks), return_exceptions=True):
-            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
-                raise outcome
-        known = next((c.first for c in checks if c.first is not None), None)
-        for check, chat in zip(checks, self._chats, strict=True):
-            if known is not None and check.first is None:
+        checks = {chat.server.url: chat.canary for chat in self._chats if chat.canary is not None}
+        await asyncio.gather(*map(_checked, checks.values()))
+        known = next((check.first for check in checks.values() if check.first is not None), None)
+        if known is None:
+            return
+        for url, check in checks.items():
+            if check.first is None:
                 check.expect(known)
-            elif known is not None and check.first and (wrong := difference(known, check.first)):
+            elif wrong := difference(known, check.first):
                 raise EngineError(
-                    f"engines.{self.name}: {chat.server.url} serves another model than the "
-                    f"others: {wrong}"
+                    f"engines.{self.name}: {url} serves another model than the others: {wrong}"
                 )
 
     async def verify(self) -> None:
@@ -466,6 +604,9 @@ class VLLM(Engine):
 
     async def stop(self) -> None:
         """Close the pools and end the server if it is ours. Safe to call twice."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         chats, self._chats = self._chats, []
         for chat in chats:
             await chat.stop()
@@ -474,6 +615,12 @@ class VLLM(Engine):
             self._urls = []
         if process is not None:
             await process.stop()
+
+
+async def _checked(check: Canary) -> None:
+    """Check a server where it answers."""
+    with suppress(EngineError):
+        await check.check()
 
 
 def _folder_here(url: str, entry: Mapping[str, Any]) -> str:

@@ -67,6 +67,7 @@ class VllmProcess:
         self._folder = log_folder
         folder = log_folder or Path(tempfile.gettempdir()) / f"prefab-{os.getuid()}"
         self.log_file: Path = config.log_file or folder / f"prefab-vllm-{os.getpid()}-{name}.log"
+        self.first_log = self.log_file  # of a server that was started again
         self.key = secrets.token_urlsafe(32)  # without it no route answers
         add_secret(self.key)
         self.supervisor: subprocess.Popen[bytes] | None = None

@@ -7,9 +7,11 @@ import asyncio
 import contextlib
 import gzip
 import json
+import random
 import time
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from email.utils import formatdate
 from functools import cache
 
@@ -17,12 +19,14 @@ import pytest
 
 from prefab.factory.engines import http as http_module
 from prefab.factory.engines import replicas
+from prefab.factory.engines import vllm as vllm_module
 from prefab.factory.engines.base import make
 from prefab.factory.engines.http import HEALS, wait_hint
+from prefab.factory.engines.vllm_process import port_in_use
 from prefab.factory.errors import EngineError, RequestRefused, TransportError
 from prefab.factory.keys import request_key
 from prefab.factory.types import Completion, Message, Request, Sampling
-from tests.support.wire_server import CLOSE, Asked, answer, chat, http, wire_server
+from tests.support.wire_server import CLOSE, Asked, WireServer, answer, chat, http, wire_server
 
 QUICK = {"retries": 2, "deadline_s": 20, "timeout_s": 5, "down_after_s": 600}
 
@@ -596,6 +600,67 @@ def test_a_sick_server_is_left_out_the_others_go_on_and_it_gets_questions_again(
     assert sick.failures >= 1 and sick.url == two.url
     assert sick.state.startswith(("left out", "down")) and after >= 20
     assert {a.replica for a in answers} == {one.url, two.url}
+
+
+def missing_then(there: WireServer, late: Callable[[Asked], list], questions: int = 60):
+    """Ask with two servers, of which the second one answers only after some questions; the
+    answers, what was said, and how many questions the second one got."""
+    # below the ports that clients' connections get
+    port = next(p for p in random.sample(range(20000, 32000), 99) if not port_in_use(p))
+    engine = vllm(there.url, f"http://127.0.0.1:{port}", max_in_flight=8, batch=1)
+
+    async def scenario(servers):
+        await engine.start()
+        await engine.probe()
+        answers = []
+        for i in range(questions):
+            if i == 10:
+                servers.enter_context(wire_server(late, port))
+                while len([line for line in engine.said if "tool calls" not in line]) < 2:
+                    await asyncio.sleep(0.05)
+            first, second = (question(f"{i} {half} {'x' * 300}") for half in "ab")
+            answers += await asyncio.gather(
+                engine.complete(b"k" * 32, first), engine.complete(b"l" * 32, second)
+            )
+        await engine.verify()
+        await engine.stop()
+        return answers
+
+    with contextlib.ExitStack() as servers:
+        answers = asyncio.run(asyncio.wait_for(scenario(servers), 30))
+    return answers, [line for line in engine.said if "tool calls" not in line], engine.servers
+
+
+def test_a_server_that_is_missing_at_the_start_is_asked_once_it_answers(monkeypatch):
+    monkeypatch.setattr(vllm_module, "MISSING_S", 0.2)
+    with wire_server(slow) as there:
+        answers, said, servers = missing_then(there, slow)
+    assert len(answers) == 120 and all(isinstance(a, Completion) for a in answers)
+    assert len(said) == 2
+    assert "does not answer; the others go on" in said[0]
+    assert "answers now and gets questions" in said[1]
+    assert len({a.replica for a in answers}) == 2 == len(servers)
+
+
+def test_a_server_that_is_missing_at_the_start_and_serves_another_model_is_not_asked(monkeypatch):
+    monkeypatch.setattr(vllm_module, "MISSING_S", 0.2)
+
+    def other(asked):
+        if asked.path == "/tokenize":
+            return [http({"tokens": [1 + n for n in answer(asked)["tokens"]]})]
+        return slow(asked)
+
+    with wire_server(slow) as there:
+        answers, said, servers = missing_then(there, other)
+        assert {a.replica for a in answers} == {there.url}
+    assert len(said) == 2 and "serves another model than the others" in said[1]
+    assert (servers[1].calls, len(servers)) == (0, 2) and "another model" in servers[1].state
+
+
+def test_servers_that_are_all_missing_end_the_run():
+    engine = vllm("http://127.0.0.1:9", "http://127.0.0.1:13", retries=0)
+    with pytest.raises(EngineError, match="no vLLM server at http://127.0.0.1:9"):
+        asyncio.run(engine.start())
 
 
 def test_a_question_that_all_servers_refuse_is_its_own_failure():

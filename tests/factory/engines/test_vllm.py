@@ -24,7 +24,7 @@ import prefab.factory.engines.supervisor
 from prefab.factory.engines.base import make
 from prefab.factory.engines.http import Malformed
 from prefab.factory.engines.prefix_router import PrefixRouter
-from prefab.factory.engines.vllm import IdRead, VllmConfig
+from prefab.factory.engines.vllm import VLLM, IdRead, VllmConfig
 from prefab.factory.engines.vllm_process import (
     VllmProcess,
     command_line,
@@ -35,7 +35,7 @@ from prefab.factory.engines.vllm_process import (
 )
 from prefab.factory.errors import ConfigError, EngineError, TransportError
 from prefab.factory.keys import model_identity, request_key
-from prefab.factory.types import Message, Request, Sampling
+from prefab.factory.types import Completion, Message, Request, Sampling
 
 LABELS = ("A", "B", "T", " A", " B", " T")
 KEY = "PREFAB_TEST_SERVER_KEY"  # the variable with the key of the server
@@ -470,6 +470,79 @@ def test_a_servers_log_goes_when_it_ended_well_and_stays_when_not(fails, tmp_pat
     )
     assert "| line 19\n" in words and "| the end\n" in words and "line 1\n" not in words
     assert process.log_file.read_text().startswith("line 0\n")
+
+
+SERVER = """
+import http.server, json, os, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, found):
+        body = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer({"data": [{"id": "m", "root": "m", "max_model_len": 4096}]})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            return self.answer({"tokens": [ord(c) for c in asked["prompt"]]})
+        time.sleep(0.02)
+        message = {"role": "assistant", "content": "said " + asked["messages"][-1]["content"]}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self.answer({"id": "x", "choices": [choice], "usage": {}})
+open("PIDS", "a").write(f"{os.getpid()}\\n")
+if len(open("PIDS").readlines()) in FAILS:
+    sys.exit("RuntimeError: no memory left")
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="subreapers")
+@pytest.mark.parametrize("fails", [(), pytest.param((2,), marks=pytest.mark.slow), range(2, 99)])
+def test_our_own_server_is_started_again_when_it_dies(fails, tmp_path, monkeypatch):
+    """A real process, killed twice under its questions; or one that does not start again."""
+    module = tmp_path / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    module.parent.mkdir(parents=True)
+    for folder in (tmp_path / "vllm", tmp_path / "vllm" / "entrypoints", module.parent):
+        (folder / "__init__.py").touch()
+    pids = tmp_path / "pids"
+    module.write_text(SERVER.replace("PIDS", str(pids)).replace("FAILS", repr(tuple(fails))))
+    monkeypatch.syspath_prepend(tmp_path)
+    said: list[str] = []
+    config = VllmConfig(model="m", env={"PYTHONPATH": str(tmp_path)}, canary_every=0, retries=0)
+    engine = VLLM(config, "local", said.append)
+    engine.log_folder = tmp_path / "logs"
+
+    async def kill_under(numbers):
+        asked = [asyncio.create_task(engine.complete(b"k" * 32, request(str(i)))) for i in numbers]
+        await asyncio.sleep(0.01)
+        os.kill(int(pids.read_text().split()[-1]), signal.SIGKILL)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    async def scenario():
+        await engine.start()
+        try:
+            answers = [await engine.complete(b"k" * 32, request("first"))]
+            for numbers in (range(20), range(20, 40))[: 1 if len(fails) > 1 else 2]:
+                answers += await kill_under(numbers)
+            return answers
+        finally:
+            await engine.stop()
+
+    answers = asyncio.run(asyncio.wait_for(scenario(), 60))
+    texts = [a.text if isinstance(a, Completion) else str(a) for a in answers]
+    started = [line for line in said if "it is started again" in line]
+    left = [pid for pid in map(int, pids.read_text().split()) if alive(pid)]
+    assert not left
+    if len(fails) < 2:
+        assert texts == ["said first", *(f"said {i}" for i in range(40))]
+        assert len(started) == 2 + len(fails) and "(1 of 3)" in started[0]
+        assert "its log: " in started[0]
+    else:
+        assert sum("no memory left" in text for text in texts) >= 20 and len(started) == 3
+        assert any("was started again 3 times" in text for text in texts)
 
 
 def test_a_fraction_of_a_gib_is_asked_for_in_bytes(monkeypatch):
