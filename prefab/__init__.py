@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.quality.labeling import open_session as label
     from prefab.pipelines.quality.labeling import read_answers as read_label_queue
     from prefab.pipelines.quality.labeling import write_queue as write_label_queue
+    from prefab.pipelines.quality.principle_effects import principle_effects
     from prefab.pipelines.quality.why import why
     from prefab.pipelines.run.diff import diff
     from prefab.pipelines.run.plan import plan
@@ -65,6 +66,7 @@ _HOME = {
     "load_constitution": "factory.spec.constitution:load_constitution",
     "load_pipeline": "pipelines.config.schema:load_pipeline",
     "plan": "pipelines.run.plan:plan",
+    "principle_effects": "pipelines.quality.principle_effects:principle_effects",
     "query": "pipelines.store.fill:query",
     "read_benchmark": "pipelines.quality.judge_benchmark:read_benchmark",
     "read_label_queue": "pipelines.quality.labeling:read_answers",
@@ -105,6 +107,7 @@ __all__ = [
     "load_constitution",
     "load_pipeline",
     "plan",
+    "principle_effects",
     "query",
     "read_benchmark",
     "read_label_queue",
