@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write
-from prefab.trainers.registry import STAGES
+from prefab.trainers.offline import dpo, reward
+
+MODULES = {"dpo": dpo, "reward": reward}
 
 PARTS = {
     "ours": 1,
@@ -105,7 +107,7 @@ def contender(stage: str, name: str, folder: Path, model: str, steps: int, batch
     trainer, before_s = _ours(stage, folder, model, batch)[0], 0.0
     if stage == "dpo":
         before_s = _reference_s(trainer, rows, batch)
-    part = batch // PARTS[name]
+    part = max(1, batch // PARTS[name])
     side = Contender(
         trainer,
         [
@@ -126,9 +128,8 @@ def contender(stage: str, name: str, folder: Path, model: str, steps: int, batch
 
 
 def _ours(stage: str, folder: Path, model: str, batch: int) -> tuple[Any, Any]:
-
-    module = STAGES[stage]
-    config = STAGES[stage].config.model_validate(
+    module = MODULES[stage]
+    config = module.STAGE.config.model_validate(
         {
             "model": model,
             "out": str(folder / stage),

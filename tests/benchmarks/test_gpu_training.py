@@ -48,7 +48,6 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 2 and "needs a GPU" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_a_quick_look_takes_the_same_steps_on_all_sides():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_training", "--quick"],
@@ -60,4 +59,4 @@ def test_a_quick_look_takes_the_same_steps_on_all_sides():
     for found in json.loads((ROOT / "benchmarks/results/gpu_training.quick.json").read_text())[
         "results"
     ]:
-        assert found["losses_differ_by_at_most"] < 0.02 and len(found["contenders"]) == 3  # bf16
+        assert found["losses_differ_by_at_most"] < 0.02 and len(found["contenders"]) == 2  # bf16
