@@ -4,16 +4,13 @@ as it is.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prefab.factory.console import (
     EXIT_FAILED,
-    PrintableConsole,
-    console,
     duration,
     fail,
     say,
@@ -31,10 +28,7 @@ from prefab.pipelines.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from rich.tree import Tree
-
     from prefab.pipelines.quality.constitution_tests import TestReport
-    from prefab.pipelines.quality.why import Node
     from prefab.pipelines.run.diff import Diff
 
 app = typer.Typer()
@@ -233,53 +227,13 @@ def why(
     """Show how a preference came about: prompt, answers, each judge's verdicts under each
     principle, the rule that combined them, and the model calls.
     """
+    from prefab.pipelines.cli.why_report import show_why, write_why
     from prefab.pipelines.quality.why import why as find
 
     found = find(existing_store(store), preference, run)
     if html:
-        _write_page(_tree(found.root, calls=True), html)
+        write_why(found, html)
     if as_json:
         return print_json(found.data())
-    console().print(_tree(found.root, calls), soft_wrap=False, overflow="fold")
+    show_why(found, calls)
     hint_command("test", "CONSTITUTION.yaml", "--add", found.preference[:12], "--store", store)
-
-
-def _tree(node: Node, calls: bool) -> Tree:
-    """A node and all below it, for the terminal."""
-    from rich.text import Text
-    from rich.tree import Tree
-
-    def line(node: Node) -> Text:
-        facts = ", ".join(
-            f"{name} {_fact(value)}" for name, value in node.facts.items() if value is not None
-        )
-        text = Text.assemble((node.title, "bold"), f"  {facts}" if facts else "")
-        if node.text:
-            text.append("\n" + node.text, "dim" if node.facts.get("finish") is None else "")
-        if calls and node.call:
-            call = node.call
-            sampling = ", ".join(f"{name} {value}" for name, value in call.sampling.items())
-            text.append(f"\ncall {call.key[:12]} of {call.model}: {sampling}", "cyan")
-            for role, content in call.messages:
-                text.append(f"\n{role}:", "cyan")
-                text.append("\n" + content)
-        return text
-
-    def grow(tree: Tree, node: Node) -> None:
-        for below in node.below:
-            grow(tree.add(line(below)), below)
-
-    tree = Tree(line(node))
-    grow(tree, node)
-    return tree
-
-
-def _fact(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _write_page(shown: Any, path: Path) -> None:
-    """What the terminal shows, as a page of its own that needs no other file."""
-    page = PrintableConsole(record=True, width=110, file=io.StringIO())
-    page.print(shown)
-    page.save_html(str(path))

@@ -4,10 +4,12 @@ on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,7 @@ AND principle = $principle AND round = $round"""
 _SCORES = """
 SELECT * FROM scores WHERE run = $run AND prompt = $prompt AND principle = $principle
 AND judge = $judge AND "index" IN ($a, $b) ORDER BY "index", repeat"""
+_CONSTITUTION = "SELECT * FROM constitutions WHERE constitution = $name"
 _PRINCIPLES = "SELECT principle, title, digest FROM principles WHERE constitution = $name"
 
 
@@ -141,7 +144,7 @@ class _Descent:
         prompt = Node(f"prompt {row['prompt']}")
         prompt.text = _conversation(json.loads(row["messages"] or "[]"))
         root.below = [prompt, *(self._answer(side) for side in "ab"), self._aggregate()]
-        root.below += self._judged()
+        root.below += [*self._judged(), self._made_by()]
         return Why(row["preference"], named, row["outcome"], root)
 
     def _rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
@@ -165,8 +168,10 @@ class _Descent:
     def _sample(self, sample: Mapping[str, Any]) -> Node:
         parent = sample["parent"]
         title = f"draft {sample['index']}" if parent < 0 else f"revision {sample['index']}"
-        facts = {"finish": sample["finish"]}
-        node = Node(title, facts, sample["text"] or "", self._call(sample["call"]))
+        call = self._call(sample["call"])
+        facts = {"finish": sample["finish"], "model": call.model if call else None}
+        facts |= call.sampling if call else {}
+        node = Node(title, facts, sample["text"] or "", call)
         if parent >= 0:
             at = {name: sample[name] for name in ("principle", "round")}
             facts["principle"] = sample["principle"]
@@ -216,6 +221,32 @@ class _Descent:
             )
             node.below.append(self._verdict(v))
         return list(groups.values())
+
+    def _made_by(self) -> Node:
+        """The run, and the versions of the constitution, the templates and the models."""
+        run = next(one for one in records.runs(self.ledger) if one.id == self.row["run"])
+        version = self._rows(_CONSTITUTION, name=self.row["constitution"])
+        node = Node(
+            f"run {run.name}@{run.version}",
+            {
+                "recipe": run.config.get("recipe"),
+                "started": f"{datetime.fromtimestamp(run.at):%Y-%m-%d %H:%M}",
+                "seed": run.config.get("seed"),
+                **(run.config.get("source") or {}),
+            },
+        )
+        for row in version:
+            facts = {"title": row["title"], "selection": row["selection"]}
+            digest = (row["constitution"] or "")[:8]
+            node.below.append(Node(f"constitution {row['id']}", {"digest": digest, **facts}))
+        for name, text in sorted(run.texts.items()):
+            kind = name.partition(" ")[0]
+            if kind == "model":
+                node.below.append(Node(name, {"identity": text}))
+            elif kind == "template":
+                digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+                node.below.append(Node(name, {"digest": digest[:8]}))
+        return node
 
     def _verdict(self, v: Mapping[str, Any]) -> Node:
         order = {"ab": "A first", "ba": "B first"}.get(v["order"], "no order")

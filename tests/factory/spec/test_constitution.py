@@ -59,6 +59,13 @@ def test_shipped_constitutions_are_valid(path):
     )
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_constitutions_have_tests_of_both_outcomes(path):
+    tests = c.load_constitution(path).tests
+    assert len(tests) >= 4 and {"a", "b"} <= {test["prefer"] for test in tests}
+    assert all(test["principle"] for test in tests)
+
+
 def test_three_real_constitutions_are_shipped():
     assert {"harmless", "hhh", "front-desk"} <= {path.stem for path in SHIPPED}
 

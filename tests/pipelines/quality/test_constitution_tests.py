@@ -141,3 +141,14 @@ def test_the_command_exits_with_1_when_a_test_fails(
     done = CliRunner().invoke(app, ["test", str(file), "--junit", "out.xml"])
     assert done.exit_code == 1 and "0 of 1 tests passed" in done.output, done.output
     assert ElementTree.parse(tmp_path / "out.xml").getroot().attrib["tests"] == "1"
+
+
+def test_the_worlds_constitution_passes_on_the_embedded_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    sets = [f"store={tmp_path}", "engines.local={engine: hf, model: prefab-tiny}"]
+    report = run_tests("constitutions/microworld.yaml", sets=sets)
+    assert [(r.number, r.state) for r in report.failures] == [] and report.asked == 24
+    principles = {r.principle for r in report.results}
+    assert principles == {
+        p.id for p in load_constitution("constitutions/microworld.yaml").principles
+    }
