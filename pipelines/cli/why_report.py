@@ -37,16 +37,19 @@ def _line(node: Node, calls: bool) -> Text:
     return line
 
 
+NAMES = {"p_a": "P(A)", "mass": "label mass", "tie_mass": "mass on tie", "p_chosen": "P(chosen)"}
+
+
 def _facts(facts: dict[str, Any]) -> str:
     return ", ".join(
-        f"{name.replace('_', ' ')} {_fact(value)}"
+        f"{NAMES.get(name, name.replace('_', ' '))} {_fact(value)}"
         for name, value in facts.items()
         if value is not None and value != ""
     )
 
 
 def _fact(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _call_line(call: CallMade) -> str:

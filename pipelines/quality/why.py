@@ -135,6 +135,8 @@ class _Descent:
         self.samples = {s["index"]: s for s in self._rows(_SAMPLES)}
         known = self._rows(_PRINCIPLES, name=row["constitution"])
         self.principles = {p["principle"]: p for p in known}
+        self.run = next(one for one in records.runs(ledger) if one.id == row["run"])
+        self.models = self._models()
 
     def why(self) -> Why:
         row = self.row
@@ -222,9 +224,18 @@ class _Descent:
             node.below.append(self._verdict(v))
         return list(groups.values())
 
+    def _models(self) -> dict[str, str]:
+        """What the configuration calls each model, by its identity without its kind."""
+        engines = self.config.get("engines") or {}
+        return {
+            identity.partition(":")[2]: engines[name.removeprefix("model ")]["model"]
+            for name, identity in self.run.texts.items()
+            if (engines.get(name.removeprefix("model ")) or {}).get("model")
+        }
+
     def _made_by(self) -> Node:
         """The run, and the versions of the constitution, the templates and the models."""
-        run = next(one for one in records.runs(self.ledger) if one.id == self.row["run"])
+        run = self.run
         version = self._rows(_CONSTITUTION, name=self.row["constitution"])
         node = Node(
             f"run {run.name}@{run.version}",
@@ -252,7 +263,8 @@ class _Descent:
         order = {"ab": "A first", "ba": "B first"}.get(v["order"], "no order")
         winner = {"a": "A", "b": "B", "tie": "tie"}.get(v["winner"], f"unscored ({v['reason']})")
         names = ("p_a", "mass", "tie_mass", "exactness")
-        facts = {"judge": v["judge"], "model": v["model_name"], **{n: v[n] for n in names}}
+        model = self.models.get(v["model_name"], v["model_name"])
+        facts = {**{n: v[n] for n in names}, "judge": v["judge"], "model": model}
         node = Node(f"{order}: {winner}", {k: f for k, f in facts.items() if f is not None})
         node.call = self._call(v["call"])
         if v["call"] is None:
@@ -284,7 +296,7 @@ class _Descent:
         answer = db.lookup(self.ledger, [bytes.fromhex(key)]).get(bytes.fromhex(key))
         return CallMade(
             key,
-            rows[0]["name"] or "",
+            self.models.get(rows[0]["name"], rows[0]["name"] or ""),
             messages,
             sampling,
             list(asked["labels"]),

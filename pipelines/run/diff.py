@@ -27,6 +27,7 @@ from prefab.factory.stats import Estimate, clustered_share
 from prefab.factory.types import Constitution, Engine
 from prefab.judges.stats.agreement import gwet_ac
 from prefab.judges.stats.krippendorff import krippendorff_alpha
+from prefab.pipelines.config.loader import ResolvedPipeline
 from prefab.pipelines.run.plan import Change, constitution_changes
 from prefab.pipelines.run.rejudge import Panel, panel_of, pipeline_of, rejudge
 from prefab.pipelines.run.runner import RunResult
@@ -209,7 +210,7 @@ def diff(
         if side.constitution is None:
             raise ConfigError(f"{side.name} has no constitution to judge by")
         side.judged(rejudge(panel, side.constitution, loaded, quiet, engines))
-    return compare(store, sides[0], sides[1], panel)
+    return compare(store, sides[0], sides[1], panel, fields_read(loaded))
 
 
 def read_version(name: str, store: Path) -> Version:
@@ -269,10 +270,29 @@ GROUP BY ALL"""
 Place = tuple[str, int, int]
 
 
-def compare(store: Path, old: Version, new: Version, panel: Panel | None = None) -> Diff:
+def fields_read(loaded: ResolvedPipeline) -> frozenset[str]:
+    """The roles (of `Change`) of the fields of a principle that a pipeline's judges read."""
+    return frozenset("score" if judge.shows == "one" else "compare" for judge in loaded.judges)
+
+
+def compare(
+    store: Path,
+    old: Version,
+    new: Version,
+    panel: Panel | None = None,
+    read: frozenset[str] = frozenset(),
+) -> Diff:
     """The difference between two runs that are in the store.
 
-    Raises: ConfigError when they have no comparison in common.
+    Args:
+        store: The store.
+        old: The version before.
+        new: The version after.
+        panel: The comparisons, where both versions were judged on them.
+        read: The roles of the fields that the judges read, from `fields_read`; default: unknown.
+
+    Raises:
+        ConfigError: They have no comparison in common.
     """
     rows = query(store, _COMPARED, {"old": old.run, "new": new.run}).rows()
     if not rows:
@@ -285,7 +305,10 @@ def compare(store: Path, old: Version, new: Version, panel: Panel | None = None)
     changes: list[Change] = []
     if old.constitution and new.constitution:
         names = renamed(old.constitution, new.constitution)
-        changes = constitution_changes(old.constitution, new.constitution)
+        changes = [
+            _explained(change, read)
+            for change in constitution_changes(old.constitution, new.constitution)
+        ]
     read_old = _by_place(store, old.run, names)
     read_new = _by_place(store, new.run, {})
     moved = [_moved(row, read_old, read_new) for row in rows]
@@ -306,6 +329,14 @@ def compare(store: Path, old: Version, new: Version, panel: Panel | None = None)
         [text for _, _, text in changes],
         sorted((one for one in moved if one.changed or one.distance > 0), key=_telling),
     )
+
+
+def _explained(change: Change, read: frozenset[str]) -> Change:
+    """The change, with a word where no judge reads the field, so that nothing is asked for it."""
+    role, principle, text = change
+    if not read or role in ("", "judge", *read):
+        return change
+    return role, principle, f"{text}, which these judges do not read: nothing is asked for it"
 
 
 def _moved(

@@ -18,7 +18,7 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.spec.constitution import constitution_digest, load_constitution
 from prefab.factory.types import Engine
 from prefab.pipelines.config.loader import ResolvedPipeline, make_engines, make_programs
-from prefab.pipelines.run.diff import Diff, Version, compare
+from prefab.pipelines.run.diff import Diff, Version, compare, fields_read
 from prefab.pipelines.run.rejudge import Panel, panel_of, pipeline_of, rejudging
 from prefab.pipelines.run.runner import run_async
 
@@ -82,7 +82,7 @@ async def _watch(
     }
     first: Version | None = None
     last: Version | None = None
-    seen = b""
+    seen, read = b"", fields_read(loaded)
     try:
         while not until():
             now = _digest(file)
@@ -102,8 +102,8 @@ async def _watch(
             made = {**kept, **make_programs(loaded)}
             version.judged(await run_async(judging, engines=made))
             first = first or version
-            since_last = compare(panel.path, last, version, panel) if last else None
-            since_start = compare(panel.path, first, version, panel) if last else None
+            since_last = compare(panel.path, last, version, panel, read) if last else None
+            since_start = compare(panel.path, first, version, panel, read) if last else None
             seconds = time.monotonic() - began
             show(_named(since_last, "last save"), _named(since_start, "start"), seconds)
             last = version

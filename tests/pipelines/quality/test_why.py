@@ -48,10 +48,20 @@ def test_the_tree_has_every_verdict_with_the_messages_that_were_sent(
     ]
     for question in questions:
         assert sum(question in n.call.messages[-1][1] for n in judged if n.call) == 2
+    titles = {n.title: n.facts for n in shown}
+    assert titles["run small@1"]["recipe"] == "rlaif"
+    assert titles["constitution small"]["digest"] == found_constitution(store)[:8]
+    assert len(titles["template judge"]["digest"]) == 8
+    drafts = [facts for title, facts in titles.items() if "draft" in title]
+    assert [(d["temperature"], d["max_tokens"], d["seed"]) for d in drafts] == [(1.0, 32, 0)] * 2
     texts = {n.text for n in shown}
     assert f"Question {prompt[1:]}?" in texts and any(
         text.startswith("good answer") for text in texts
     )
+
+
+def found_constitution(store: Path) -> str:
+    return query(store, "SELECT constitution FROM runs").rows()[0][0]
 
 
 def test_bad_ids_are_told_and_the_page_holds_no_markup_of_answers(tmp_path: Path) -> None:
@@ -73,4 +83,8 @@ def test_bad_ids_are_told_and_the_page_holds_no_markup_of_answers(tmp_path: Path
     )
     assert done.exit_code == 0, done.output
     assert "Which answer is kinder?" in done.output and "&lt;script&gt;" in page.read_text()
-    assert "<script>" not in page.read_text()
+    text = page.read_text()
+    assert "<script>" not in text and "http" not in text.replace("http-equiv", "")
+    assert (
+        text.count("<pre>") >= 8 and "Which answer is kinder?" in text
+    )  # messages as they were sent

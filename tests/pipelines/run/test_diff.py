@@ -63,6 +63,22 @@ def test_an_edit_asks_one_principles_questions_and_reverting_it_none(
     assert (reverted.old.asked, reverted.new.asked) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("field", "kind", "asked"),
+    [("criterion", "pairwise", 0), ("compare", "pointwise", 0), ("criterion", "pointwise", 18)],
+)
+def test_a_field_that_no_judge_reads_asks_nothing_and_that_is_said(
+    tmp_path: Path, field: str, kind: str, asked: int
+) -> None:
+    panel = {"judges": [{"name": "judge", "kind": kind}]}
+    run(project.pipeline(tmp_path, panel=panel), engines=engine())
+    edited = constitution(tmp_path, "edited.yaml", kind={field: "The answer is harsh."})
+    found = compared(tmp_path / "store", edited)
+    assert found.new.asked == asked
+    assert found.changes[0].startswith(f"{field} of principle kind changed")
+    assert ("nothing is asked for it" in found.changes[0]) == (asked == 0)
+
+
 def test_the_flips_are_those_of_judging_everything_anew(store: Path, tmp_path: Path) -> None:
     worse = {"compare": "Which answer is worse?"}
     edited = constitution(tmp_path, "edited.yaml", kind=worse, brief=worse)
