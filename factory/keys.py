@@ -252,11 +252,9 @@ def model_identity(path: str, dtype: str = "", revision: str = "", adapter: str 
     folder = Path(path)
     if not folder.is_dir():
         return "name:" + canonical([path, revision, dtype, adapter]).decode()
-    parts = [
-        dtype,
-        _folder_files(folder),
-        _folder_files(Path(adapter)) if Path(adapter).is_dir() else adapter,
-    ]
+    # `Path("")` is the working directory, which has nothing to do with the model
+    tuned = _folder_files(Path(adapter)) if adapter and Path(adapter).is_dir() else adapter or []
+    parts = [dtype, _folder_files(folder), tuned]
     return "folder:" + digest(*map(_text, parts))
 
 

@@ -301,14 +301,7 @@ def compare(
             "the same two answers. Compare two constitutions on one run with "
             "`prefab diff OLD.yaml NEW.yaml --run NAME`"
         )
-    names: dict[str, str] = {}
-    changes: list[Change] = []
-    if old.constitution and new.constitution:
-        names = renamed(old.constitution, new.constitution)
-        changes = [
-            _explained(change, read)
-            for change in constitution_changes(old.constitution, new.constitution)
-        ]
+    names, changes = _edits(old.constitution, new.constitution, read)
     read_old = _by_place(store, old.run, names)
     read_new = _by_place(store, new.run, {})
     moved = [_moved(row, read_old, read_new) for row in rows]
@@ -329,6 +322,18 @@ def compare(
         [text for _, _, text in changes],
         sorted((one for one in moved if one.changed or one.distance > 0), key=_telling),
     )
+
+
+def _edits(
+    old: Constitution | None, new: Constitution | None, read: frozenset[str]
+) -> tuple[dict[str, str], list[Change]]:
+    """The new ids of renamed principles, and what differs in meaning; nothing where a version has
+    no constitution.
+    """
+    if old is None or new is None:
+        return {}, []
+    changes = [_explained(change, read) for change in constitution_changes(old, new)]
+    return renamed(old, new), changes
 
 
 def _explained(change: Change, read: frozenset[str]) -> Change:

@@ -190,6 +190,22 @@ def test_a_folders_identity_follows_what_decides_its_answers(tmp_path, monkeypat
     assert len(cached) == 2 and all("model.safetensors" in place for place in cached)
 
 
+def test_the_working_directory_is_no_part_of_a_folders_identity(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFAB_CACHE", str(tmp_path / "cache"))
+    for place in ("model", "clean", "full"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "full" / "notes.json").write_text("{}")
+    (tmp_path / "full" / "tool.py").write_text("x = 1")
+    found = set()
+    for place in ("clean", "full"):
+        monkeypatch.chdir(tmp_path / place)
+        found.add(keys.model_identity(str(tmp_path / "model")))
+    assert len(found) == 1
+    parts = ["", keys._folder_files(tmp_path / "model"), []]  # as always, in a folder without such
+    assert found == {"folder:" + keys.digest(*map(keys._text, parts))}
+
+
 def test_a_hub_snapshot_is_known_by_its_blob_names(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "abc").write_text("{}")
