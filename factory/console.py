@@ -14,21 +14,40 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
 from prefab.factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
+from prefab.factory.numbers import cell
 from prefab.factory.printable import printable
+from prefab.factory.tables import as_csv, as_markdown, fitted, wrap
 
 T = TypeVar("T")
-LONGEST_NAME = 20  # a first column up to this width is not wrapped
+MIN_WIDTH = 40  # narrower terminals get lines of this width
 PLAIN_EVERY_S = 5.0  # seconds between progress lines where stderr is not a terminal
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _EVERY_NOTE: ContextVar[str] = ContextVar("every_note", default="")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputStyle:
+    """How tables are printed.
+
+    Attributes:
+        format: Empty for people, `csv` or `md`.
+        intervals: Whether estimates show the bounds of their intervals.
+    """
+
+    format: Literal["", "csv", "md"] = ""
+    intervals: bool = False
+
+
+_STYLE: ContextVar[OutputStyle] = ContextVar("style", default=OutputStyle())  # noqa: B039
 
 
 class PrintableConsole(Console):
@@ -49,8 +68,11 @@ class PrintableConsole(Console):
         """Write to another stream from now on."""
         self._file = new
 
+    used = False  # whether anything was printed
+
     def print(self, *objects: Any, **options: Any) -> None:
         """Print, as rich does; strings are made printable."""
+        self.used = True
         options |= {"markup": False, "emoji": False}
         super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
 
@@ -60,11 +82,15 @@ class PrintableConsole(Console):
         )
 
 
-@lru_cache
 def console(stderr: bool = False) -> PrintableConsole:
     """The console for results (stdout), or for everything else (stderr). Colour only on a terminal,
     and never with NO_COLOR.
     """
+    return _console(stderr)
+
+
+@lru_cache
+def _console(stderr: bool) -> PrintableConsole:
     return PrintableConsole(
         stderr=stderr,
         no_color=bool(os.environ.get("NO_COLOR")) or None,
@@ -76,9 +102,13 @@ def console(stderr: bool = False) -> PrintableConsole:
 
 
 def say(text: str, state: str = "", style: str = "", stderr: bool = False) -> None:
-    """Print a line, after a word in a colour where `state` is given."""
+    """Print a line, after a word in a colour where `state` is given. On a terminal long lines are
+    broken between words. With `--format csv` it goes to stderr: stdout is for the table alone.
+    """
+    out = console(stderr or _STYLE.get().format == "csv")
     head = ((printable(state), style), " ") if state else ("", "")
-    console(stderr).print(Text.assemble(*head, printable(text)))
+    line = Text.assemble(*head, printable(text))
+    out.print(line, soft_wrap=not out.is_terminal)
 
 
 def heading(title: str, number: int = 0, of: int = 0) -> None:
@@ -146,55 +176,71 @@ def every_table_notes(note: str) -> Iterator[None]:
         _EVERY_NOTE.reset(token)
 
 
+@contextmanager
+def output_style(style: OutputStyle) -> Iterator[None]:
+    """Within it, tables are printed in this style."""
+    token, console().used = _STYLE.set(style), False
+    try:
+        yield
+    finally:
+        _STYLE.reset(token)
+
+
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = ""
 ) -> None:
     """Print a table to stdout, title and note on lines of their own. Columns of numbers are aligned
-    right.
+    right. On a terminal it is fitted to the width; elsewhere each row is one line.
+
+    Args:
+        title: What the table shows.
+        columns: The headers; all empty: a list of names and values.
+        rows: The rows; `prefab.factory.numbers.cell` writes the values.
+        note: What the reader must know besides.
     """
-    from rich.cells import cell_len
-    from rich.table import Table
-
-    rows = [list(row) for row in rows]
-    view, name = (
-        Table(),
-        max((cell_len(cell(row[0])) for row in (columns, *rows) if row), default=0),
-    )
-    whole = name <= LONGEST_NAME and console().width - name > 11 * len(
-        columns
-    )  # there is room for it
-    for index, column in enumerate(columns):
-        numeric = bool(rows) and all(
-            isinstance(row[index], (int, float)) or row[index] is None for row in rows
-        )
-        view.add_column(
-            printable(column),
-            justify="right" if numeric else "left",
-            overflow="fold",
-            no_wrap=whole and index == 0,
-        )
-    for row in rows:
-        view.add_row(*map(cell, row))
-    if title:  # as the table's own it would be broken to its width
-        console().print(title, style="italic")
-    # The console's soft wrap would let rich crop the table's frame.
-    console().print(view, soft_wrap=False)
-    for line in filter(None, (note, _EVERY_NOTE.get())):
-        # as a caption it would be broken to the width of the table
-        console().print(line, style="dim")
+    rows, style, out = [list(row) for row in rows], _STYLE.get(), console()
+    notes = [line for line in (note, _EVERY_NOTE.get()) if line]
+    if out.used and title:
+        out.print("")
+    if style.format == "csv":
+        for line in (title, *notes):
+            console(stderr=True).print(line)
+        return out.print(as_csv(columns, rows), end="")
+    if style.format == "md":
+        if title:
+            out.print(f"**{title}**\n")
+        out.print(as_markdown(columns, rows, style.intervals), end="")
+        for line in notes:
+            out.print(f"\n{line}")
+        return None
+    if title:
+        _print_prose(out, title, "italic")
+    parts = fitted(columns, rows, line_width(), out.is_terminal, style.intervals)
+    for number, part in enumerate(parts):
+        if number:
+            out.print("")
+        for line in part.header:
+            out.print(line, style="bold")
+        for line in part.body:
+            out.print(line)
+    for line in notes:
+        _print_prose(out, line, "dim")
+    return None
 
 
-def cell(value: Any) -> str:
-    """A value as printable text for a table: three decimals, thousands separated, nothing for
-    None.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))
+def line_width() -> int | None:
+    """Characters of a line of stdout; None where it is no terminal and COLUMNS says nothing."""
+    out = console()
+    if not out.is_terminal and not os.environ.get("COLUMNS"):
+        return None
+    return max(MIN_WIDTH, out.width)
+
+
+def _print_prose(out: PrintableConsole, text: str, style: str = "") -> None:
+    """Print sentences, broken between words on a terminal."""
+    for line in text.split("\n"):
+        for part in wrap(line, max(MIN_WIDTH, out.width)) if out.is_terminal else [line]:
+            out.print(part, style=style or None)
 
 
 def duration(seconds: float) -> str:

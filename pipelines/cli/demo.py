@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefab.factory.console import cell, duration, heading, hint, say, table, warn
+from prefab.factory.console import duration, heading, hint, say, table, warn
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import p_value
 from prefab.factory.paths import PACKAGE
 from prefab.factory.tool_calls import stored_messages
 from prefab.factory.types import Engine, Message, Winner
@@ -248,7 +249,6 @@ def _train(
 def _next_commands(store: Path) -> None:
     """What to look at next, on the data that was made."""
     say("\nLook further:", stderr=True)
-    hint_command("report", "demo", "--store", store, "--out", f"{store}.html")
     hint_command("agreement", "--store", store)
     select = "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"
     hint_command("sql", "--store", store, select)
@@ -401,7 +401,7 @@ def show_first(result: RunResult) -> None:
         p = row["p_a"]
         better = "A" if p > 0.5 else "B"
         say(
-            f"verdict   {row['principle']}: {better} is better, P(A) {cell(p)} (mean of both orders)"
+            f"verdict   {row['principle']}: {better} is better, P(A) {p_value(p)} (mean of both orders)"
         )
     say("Look at: what the critique names, what the revision changed, which principle decided.")
 
@@ -440,21 +440,22 @@ def show(measured: dict[str, Any]) -> None:
     rows = [
         (what, getattr(drafts, name), getattr(revised, name), mark)
         for what, name, mark in (
-            ("break at least one principle", "broken", "less is better"),
-            ("principles broken, mean", "faults", "less is better"),
-            ("help", "helps", "more is better"),
-            ("coherent", "coherent", "more is better"),
+            ("break at least one principle", "broken", "▼"),
+            ("principles broken, mean", "faults", "▼"),
+            ("help", "helps", "▲"),
+            ("coherent", "coherent", "▲"),
             ("words, mean", "words", ""),
         )
     ]
     table(
         f"Revision removes faults: {drafts.n:,} drafts, {measured['changed']:,} of them revised",
-        ("share of answers that", "drafts", "revised", ""),
+        ("share of answers that", "drafts", "revised", "better is"),
         rows,
+        note="better is: ▲ more, ▼ less",
     )
     table(
         "Labels under each principle, both orders together, against the oracle",
-        ("principle", "labels", "decided", "right", "ties", "seen as ties", "same in both orders"),
+        ("principle", "labels", "decided", "right", "ties", "seen as ties", "same both ways"),
         [
             (a.principle, a.readings, a.decided, a.right, a.ties, a.ties_seen, a.consistent)
             for a in measured["accuracy"]

@@ -9,10 +9,11 @@ Large packages are imported inside the commands, so that `--help` and `check` st
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +25,7 @@ from prefab.pipelines.cli import lab, labels, planning, principles
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli import view as cli_view
+from prefab.pipelines.cli.commands import OrderedGroup, dress
 from prefab.pipelines.cli.options import (
     Json,
     Map,
@@ -39,6 +41,7 @@ from prefab.pipelines.cli.run_report import next_command, report
 
 app = typer.Typer(
     name="prefab",
+    cls=OrderedGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,12 +56,40 @@ app.add_typer(labels.app)
 app.add_typer(principles.app)
 app.add_typer(cli_train.app)
 app.add_typer(cli_view.app)
+COMPLETE = "_PREFAB_COMPLETE"  # set by the shell that asks for completions
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and where Prefab lies, then exit."""
+    if wanted:
+        from importlib.metadata import version
+
+        from prefab.factory.paths import IMPORT_ROOT
+
+        say(f"prefab {version('prefab-rlaif')} ({IMPORT_ROOT})")
+        raise typer.Exit
+
+
+@app.callback()
+def version_option(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Make preference data with AI judges (RLAIF, Constitutional AI), and train on it."""
 
 
 def main() -> None:
     """Run the command line. A user's mistake is printed without a traceback; a bug keeps it."""
     add_environment_secrets()
     guard_standard_streams()
+    if COMPLETE in os.environ:
+        from typer.completion import completion_init
+
+        completion_init()
     try:
         app()
     except PrefabError as error:
@@ -72,7 +103,7 @@ def main() -> None:
 def _report_error(error: PrefabError) -> int:
     """Print the error, with `--json` also as JSON; return the exit code."""
     code = fail(error)
-    if "--json" in sys.argv:
+    if "--json" in sys.argv or " --format json" in " ".join(sys.argv).replace("=", " "):
         problems = (
             [str(problem) for problem in error.problems]
             if isinstance(error, ConfigError)
@@ -402,6 +433,19 @@ def doctor(
     hint("prefab demo" if not bad else "prefab doctor    # after you have fixed the problems above")
     raise typer.Exit(1 if bad else 0)
 
+
+@app.command()
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell.")],
+) -> None:
+    """Print the script that completes `prefab` commands and options in a shell."""
+    from typer.completion import get_completion_script
+
+    script = get_completion_script(prog_name="prefab", complete_var=COMPLETE, shell=shell)
+    sys.stdout.write(script.strip() + "\n")
+
+
+dress(app)
 
 if __name__ == "__main__":
     main()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from prefab.factory.console import hint, table, warn
+from prefab.factory.numbers import Measured
 from prefab.pipelines.cli.labels import eval_app
 from prefab.pipelines.cli.options import Json, Sets, hint_command, print_json, resumable
 
@@ -60,7 +61,7 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
         return print_json(done)
     table(
         f"{stage}: {done['steps']:,} steps on {done['train']:,} rows, validated on {done['val']:,}",
-        ("validation", ""),
+        ("on the validation split", ""),
         [(name, float(value)) for name, value in done["metrics"].items()],
         f"The model and its card are in {done['model']}",
     )
@@ -177,21 +178,21 @@ def _show_sweep(found: dict[str, Any]) -> None:
     ]
     table(
         "gain in gold = d (a - b log d), d = sqrt(KL)",
-        ("rewards", "a (95%)", "b (95%)", "peak at KL", "gain in gold at the peak"),
-        [(arm, _interval(a), _interval(b), kl, gained) for arm, a, b, kl, gained in fits],
+        ("rewards", "a", "b", "peak at KL", "gain in gold at the peak"),
+        [(arm, _estimate(a), _estimate(b), kl, gained) for arm, a, b, kl, gained in fits],
         "Without a peak, gold did not fall within the measured range. Charts: "
         + ", ".join(found["files"]),
     )
     if len(found["arms"]) > 1 and found["equal_kl"]:
         table(
             "gain in gold at equal KL",
-            ("KL", "rewards", "gain (95% over seeds)", "difference from the first, by seed"),
+            ("KL", "rewards", "gain, 95% over seeds", "difference from the first, by seed"),
             [
                 (
                     row["kl"],
                     row["arm"],
-                    _interval(row["gained"]),
-                    row["more"] and _interval(row["more"]),
+                    _estimate(row["gained"]),
+                    row["more"] and _estimate(row["more"]),
                 )
                 for row in found["equal_kl"]
             ],
@@ -200,12 +201,10 @@ def _show_sweep(found: dict[str, Any]) -> None:
     hint_command("train", "ppo", "ppo", "--set", f"beta={best['beta']:g}")
 
 
-def _interval(e: dict[str, Any]) -> str:
+def _estimate(e: dict[str, Any]) -> Measured | str:
     if e["value"] is None:
-        return e["undefined"] or ""
-    return f"{e['value']:.3f}" + (
-        "" if e["low"] is None else f" ({e['low']:.3f} to {e['high']:.3f})"
-    )
+        return str(e["undefined"] or "")
+    return Measured(e["value"], e["low"], e["high"])
 
 
 @eval_app.command("policy")

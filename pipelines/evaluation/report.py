@@ -5,12 +5,14 @@ and charts.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from prefab.factory import charts
 from prefab.factory.console import say, table
+from prefab.factory.numbers import better, cell, marked, p_value
 from prefab.factory.types import Prompt
 from prefab.pipelines.evaluation.policy_metrics import PolicyAnswer
 
@@ -37,6 +39,9 @@ SHOWN = (
     "distinct_2",
     "self_bleu",
 )
+MORE_IS_BETTER = {"gold", "helps_harmless", "coherent", "proxy", "ended", "right_plain"}
+LESS_IS_BETTER = {"broken", "refuses_harmless", "complies_harmful", "flatters", "sycophancy"}
+MARKS = "▲ better, ▼ worse than {base} (the intervals do not overlap)"
 TO_BE_TOLD = 5e-4  # of a sampler's gap, on the console: below it is rounding, and a row of zeros
 
 
@@ -70,7 +75,7 @@ def write_report(
     head = "".join(f"<th>{k}</th>" for k in SHOWN)
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<td>{cell(f.get(k))}</td>" for k in SHOWN)
+        + "".join(f"<td>{html.escape(cell(f.get(k), True))}</td>" for k in SHOWN)
         + "</tr>"
         for name, f in report.policies.items()
     )
@@ -128,49 +133,65 @@ def _points(
     return found
 
 
-def cell(estimate: Any) -> str:
-    """An estimate with its interval, as text; nothing where there is none."""
-    if estimate is None or estimate.value is None:
-        return ""
-    return f"{estimate.value:.3f}" + (
-        f" ({estimate.low:.3f} to {estimate.high:.3f})" if estimate.low is not None else ""
-    )
-
-
 def show(report: Any, shown: Sequence[str] = SHOWN) -> None:
     """Print the tables of an evaluation; of the figures, those in `shown`."""
-    names = [
-        k
-        for k in shown
-        if any(k in f for f in report.policies.values())
-        and (
-            k != "sampler_gap"
-            or any((f[k].value or 0.0) > TO_BE_TOLD for f in report.policies.values() if k in f)
-        )
-    ]
     table(
-        f"{report.prompts:,} held-out prompts, {report.samples} answers each, intervals over prompts",
+        f"What each policy does: {report.prompts:,} held-out prompts, {report.samples} answers each",
         ("", *report.policies),
-        [(k, *(cell(f.get(k)) for f in report.policies.values())) for k in names],
-        "kl and entropy in nats an answer; broken: at least one principle, by the oracle"
-        if report.value == "gold"
-        else "",
+        figures(report, shown),
+        f"{MARKS.format(base=report.baseline)}. kl and entropy: in nats an answer"
+        + ("; broken: at least one principle, by the oracle" if report.value == "gold" else ""),
     )
     if report.against:
         table(
-            f"Against {report.baseline}, by {report.value}",
-            ("", "decided", "win rate of decided", "length controlled", "difference", "p (paired)"),
-            [
-                (
-                    name,
-                    cell(a.decided),
-                    cell(a.win_rate),
-                    cell(a.length_controlled),
-                    cell(a.difference),
-                    a.p,
-                )
-                for name, a in report.against.items()
-            ],
+            f"Each policy against {report.baseline}, by {report.value}: how often its answer is better",
+            WIN_COLUMNS,
+            win_rates(report),
+            "win rate: of the pairs that differ; p: paired by prompt",
         )
     for note in report.notes:
         say(note)
+
+
+def figures(report: Any, shown: Sequence[str] = SHOWN) -> list[tuple[Any, ...]]:
+    """A row for each figure that there is, with the value of each policy, marked where it is better
+    or worse than the baseline's.
+    """
+    base = report.policies.get(report.baseline, {})
+    return [
+        (name, *(_marked(name, f.get(name), base.get(name)) for f in report.policies.values()))
+        for name in shown
+        if _is_told(name, report.policies.values())
+    ]
+
+
+def _is_told(name: str, policies: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a figure is there, and more than a row of zeros."""
+    found = [f[name] for f in policies if name in f]
+    least = TO_BE_TOLD if name == "sampler_gap" else -inf
+    return any((e.value or 0.0) > least for e in found)
+
+
+def _marked(name: str, e: Any, base: Any) -> Any:
+    if e is None or base is None or e is base or name not in MORE_IS_BETTER | LESS_IS_BETTER:
+        return e
+    return marked(e, base, name in MORE_IS_BETTER)
+
+
+WIN_COLUMNS = ("", "win rate", "", "win rate, length controlled", "difference", "decided", "p")
+
+
+def win_rates(report: Any) -> list[tuple[Any, ...]]:
+    """A row for each comparison with the baseline, by `WIN_COLUMNS`."""
+    return [
+        (
+            name,
+            a.win_rate,
+            better(a.win_rate, 0.5),
+            a.length_controlled,
+            a.difference,
+            a.decided,
+            p_value(a.p),
+        )
+        for name, a in report.against.items()
+    ]

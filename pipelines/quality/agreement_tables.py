@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefab.factory.console import cell, say, table, warn
+from prefab.factory.console import say, table, warn
+from prefab.factory.numbers import Measured, better, cell
 from prefab.factory.stats import Estimate
 
 _JUDGE = (
@@ -126,21 +127,14 @@ def _alpha(e: Estimate) -> str:
     )
 
 
-def estimate(e: Estimate | None, boot: bool = False) -> str | None:
-    """`0.953 [0.941, 0.964]`; a dash where it is undefined."""
-    if e is None or e.value is None:
-        return "-"
-    low, high = (e.boot_low, e.boot_high) if boot else (e.low, e.high)
-    return cell(float(e.value)) + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
+def over_prompts(e: Estimate) -> Measured:
+    """The estimate with the interval of the bootstrap over prompts."""
+    return Measured(e.value, e.boot_low, e.boot_high)
 
 
 def _judges(rows: Sequence[dict[str, Any]]) -> None:
-    def value(row: dict[str, Any], name: str) -> Any:
-        found = row[name]
-        return estimate(found) if isinstance(found, Estimate) else found
-
     lines = [
-        [words, *(value(row, name) for row in rows)]
+        [words, *(row[name] for row in rows)]
         for name, words in _JUDGE
         if any(not isinstance(row[name], Estimate) or row[name].value is not None for row in rows)
     ]
@@ -193,8 +187,8 @@ def _between(found: dict[str, Any]) -> None:
         (
             " · ".join(pair["judges"]),
             pair["percent"].n_items,
-            estimate(pair["percent"]),
-            estimate(pair["cohen_kappa"]),
+            pair["percent"],
+            pair["cohen_kappa"],
             pair["error_correlation"],
         )
         for pair in found["pairs"]
@@ -217,10 +211,8 @@ def _coefficients(found: dict[str, Estimate]) -> None:
     rows = [
         (
             _named(name),
-            e.value,
-            e.se,
-            f"{e.low:.3f} to {e.high:.3f}" if e.low is not None else "",
-            f"{e.boot_low:.3f} to {e.boot_high:.3f}" if e.boot_low is not None else "",
+            e,
+            over_prompts(e),
             e.n_items,
         )
         for name, e in found.items()
@@ -232,12 +224,12 @@ def _coefficients(found: dict[str, Estimate]) -> None:
             undefined.setdefault(e.undefined, []).append(_named(name))
     table(
         "The panel's agreement on a, b or tie",
-        ("", "value", "SE", "95%", "95%, over prompts", "n"),
+        ("", "value, 95%", "value, 95% over prompts", "comparisons"),
         rows,
         note="\n".join(
             [
                 "1: they always agree; 0 (but of the share): as often as by chance, of which each has its own idea.",
-                "n: comparisons with two readings or more. The second interval is a bootstrap of whole prompts, whose "
+                "comparisons: with two readings or more. The second interval is a bootstrap of whole prompts, whose "
                 "comparisons are not independent: believe it where the two differ.",
                 *(
                     f"undefined: {', '.join(names)}: {reason}"
@@ -259,19 +251,24 @@ def _accuracy(found: dict[str, Any]) -> None:
         (
             row["what"],
             row["kind"],
-            estimate(row["accuracy"]),
+            row["accuracy"],
             row["accuracy"].n_items,
-            estimate(found["over_best"].get(row["what"])) if row["kind"] == "panel" else "",
+            _gain(found["over_best"].get(row["what"])) if row["kind"] == "panel" else None,
+            better(found["over_best"][row["what"]]) if row["what"] in found["over_best"] else "",
         )
         for row in found["rows"]
     ]
     of = found["rows"][0]["of"]
     table(
         "Right, where gold decides",
-        ("", "", "right", "decided", f"more than {found['best']}"),
+        ("", "", "right", "decided", f"more than {found['best']}", ""),
         rows,
         note=f"gold decides {of:,}. The best judge was chosen on these same comparisons, which flatters it a little",
     )
+
+
+def _gain(e: Estimate | None) -> Estimate | None:
+    return e if e is not None and e.value is not None else None
 
 
 def _calibration(rows: Sequence[dict[str, Any]]) -> None:
@@ -352,12 +349,12 @@ def _groups(title: str, rows: Sequence[dict[str, Any]]) -> None:
         (
             row["name"] or "(none)",
             row["items"],
-            estimate(row["percent"]),
-            estimate(row["gwet_ac1"]),
-            estimate(row["position_consistency"]),
+            row["percent"],
+            row["gwet_ac1"],
+            row["position_consistency"],
             row["ties"],
             row["unscored"],
-            estimate(row["accuracy"]),
+            row["accuracy"],
         )
         for row in rows[:SHOWN]
     ]
@@ -371,7 +368,7 @@ def _groups(title: str, rows: Sequence[dict[str, Any]]) -> None:
         "unscored",
         "right",
     ]
-    kept = [i for i in range(len(columns)) if any(line[i] not in (None, "-") for line in lines)]
+    kept = [i for i in range(len(columns)) if any(cell(line[i]) not in ("", "-") for line in lines)]
     note = f"the first {SHOWN} of {len(rows)}; --json has all" if len(rows) > SHOWN else ""
     table(title, [columns[i] for i in kept], [[line[i] for i in kept] for line in lines], note=note)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.numbers import Measured
 from prefab.factory.spec import bounded, data_files
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Comparison, Engine, Principle, Prompt, Sample, Verdict
@@ -345,8 +346,6 @@ def write(judged: Judged, out: Path) -> None:
 COLUMNS = (
     "metric",
     "value",
-    "95% from",
-    "to",
     "of",
     "scored",
     "if the unscored are wrong",
@@ -359,9 +358,7 @@ def shown(lines: Sequence[adapters.BenchmarkLine]) -> list[tuple[Any, ...]]:
     return [
         (
             line.name,
-            line.undefined if line.value is None else line.value,
-            line.low,
-            line.high,
+            line.undefined if line.value is None else Measured(line.value, line.low, line.high),
             line.n,
             line.scored,
             *((line.worst, line.best) if line.scored < line.n else (None, None)),

@@ -21,8 +21,9 @@ import orjson
 from pydantic import Field
 
 from prefab.factory import charts
-from prefab.factory.console import cell, warn
+from prefab.factory.console import warn
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import cell
 from prefab.factory.spec import yamlio
 from prefab.factory.stats import student
 from prefab.pipelines.training import stages

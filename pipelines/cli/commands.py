@@ -1,0 +1,166 @@
+"""What all commands have in common: their groups and examples in `--help`, and the options that say
+how tables are printed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+import typer
+import typer.core
+
+from prefab.factory.console import OutputStyle, output_style
+from prefab.factory.errors import ConfigError
+
+START, DATA, RULES = "Start here", "Make and look at data", "Work on a constitution"
+LABELS, TRAIN, KEEP = "Check labels and judges", "Train and evaluate", "Stores and servers"
+# By command: its group in `prefab --help`, and examples.
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "demo": (START, ("prefab demo", "prefab demo --full --store demo-store", "prefab demo --real")),
+    "init": (START, ("prefab init my-project",)),
+    "check": (START, ("prefab check .", "prefab check pairs.jsonl --map prompt=question --show")),
+    "doctor": (START, ("prefab doctor", "prefab doctor pipeline.yaml --store store")),
+    "completion": (START, ("source <(prefab completion bash)",)),
+    "plan": (
+        DATA,
+        ("prefab plan pipeline.yaml", "prefab plan pipeline.yaml --set policy.samples=8"),
+    ),
+    "run": (DATA, ("prefab run pipeline.yaml", "prefab run pipeline.yaml --reask parse")),
+    "sql": (DATA, ('prefab sql "SELECT outcome, count(*) AS n FROM preferences GROUP BY 1"',)),
+    "why": (DATA, ("prefab why 3f2a --store store --calls",)),
+    "export": (DATA, ("prefab export out --store store", "prefab export pipeline.yaml out")),
+    "import-preferences": (DATA, ("prefab import-preferences pairs.jsonl --by people",)),
+    "diff": (RULES, ("prefab diff HEAD~1:constitution.yaml constitution.yaml",)),
+    "watch": (RULES, ("prefab watch constitution.yaml --store store",)),
+    "test": (RULES, ("prefab test constitution.yaml",)),
+    "agreement": (LABELS, ("prefab agreement --store store", "prefab agreement --format md")),
+    "calibrate": (LABELS, ("prefab calibrate --store store --source human",)),
+    "label": (LABELS, ("prefab label --store store --annotator anna",)),
+    "audit judge": (LABELS, ("prefab audit judge pipeline.yaml -n 100",)),
+    "audit data": (LABELS, ("prefab audit data --store store --eval benchmark.jsonl",)),
+    "eval judge": (
+        LABELS,
+        ("prefab eval judge pipeline.yaml --benchmark rewardbench --data rewardbench.jsonl",),
+    ),
+    "train": (TRAIN, ()),
+    "train sft": (TRAIN, ("prefab train sft sft --set data.sources.0.store=store --set out=sft",)),
+    "train reward": (TRAIN, ("prefab train reward reward --set data.sources.0.store=store",)),
+    "train dpo": (TRAIN, ("prefab train dpo dpo --set data.sources.0.store=store --set out=dpo",)),
+    "train kto": (TRAIN, ("prefab train kto kto --set data.sources.0.store=store",)),
+    "train ppo": (TRAIN, ("prefab train ppo ppo --set data.sources.0.store=store",)),
+    "train grpo": (TRAIN, ("prefab train grpo grpo --set method=rloo",)),
+    "train online": (TRAIN, ("prefab train online online --set rounds=3",)),
+    "sweep": (TRAIN, ("prefab sweep sweep --set 'betas=[0.03, 0.1, 0.3]'",)),
+    "eval": (TRAIN, ()),
+    "eval policy": (
+        TRAIN,
+        ("prefab eval policy --set 'policies={base: prefab-tiny, dpo: dpo}' --format md",),
+    ),
+    "audit": (LABELS, ()),
+    "store": (KEEP, ()),
+    "store info": (KEEP, ("prefab store info --store store",)),
+    "store rebuild": (KEEP, ("prefab store rebuild --store store",)),
+    "store verify": (KEEP, ("prefab store verify store --recover new-store",)),
+    "store backup": (KEEP, ("prefab store backup store backup",)),
+    "store forget": (KEEP, ("prefab store forget --store store --reason parse --dry-run",)),
+    "serve": (KEEP, ("prefab serve prefab-tiny --port 8000",)),
+}
+Format = Annotated[
+    Literal["csv", "md", "json"] | None,
+    typer.Option("--format", help="Print tables as CSV or Markdown, or the result as JSON."),
+]
+Intervals = Annotated[
+    bool, typer.Option("--intervals", help="Show both bounds of each interval, not ±.")
+]
+
+
+class OrderedGroup(typer.core.TyperGroup):
+    """A group that lists its commands in the order of `COMMANDS`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, in order; those that are not in `COMMANDS` last."""
+        order = list(COMMANDS)
+        place = {name: order.index(name) if name in order else len(order) for name in self.commands}
+        return sorted(self.commands, key=lambda name: place[name])
+
+
+def dress(app: typer.Typer) -> None:
+    """Give every command of an app its group and examples in `--help`; to those that print a
+    result (they have `--json`) also `--format` and `--intervals`.
+    """
+    for words, info in _all_commands(app):
+        panel, examples = COMMANDS.get(words, (None, ()))
+        info.rich_help_panel = panel if " " not in words else None
+        heading = "Examples:" if examples[1:] else "Example:"
+        info.epilog = "\n\n".join([heading, *examples]) if examples else None
+        assert info.callback is not None
+        info.short_help = _first_sentence(info.callback.__doc__ or "")
+        info.callback = _with_output_style(info.callback)
+    for group in _named_groups(app):
+        group.rich_help_panel = COMMANDS.get(str(group.name), (None, ()))[0]
+
+
+def _first_sentence(text: str) -> str:
+    words = " ".join(text.split())
+    return re.split(r"(?<=\w\w)[.:;] ", words + " ")[0].strip().rstrip(".")
+
+
+def _named_groups(app: typer.Typer) -> Iterator[Any]:
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        if isinstance(group.name, str):
+            yield group
+        yield from _named_groups(group.typer_instance)
+
+
+def _all_commands(app: typer.Typer, before: str = "") -> list[tuple[str, Any]]:
+    """Each command of an app and of its groups, with the words that call it."""
+    found = []
+    for info in app.registered_commands:
+        assert info.callback is not None
+        name = info.name or info.callback.__name__.replace("_", "-")
+        found.append((f"{before} {name}".strip(), info))
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        named = f"{before} {group.name or ''}".strip() if isinstance(group.name, str) else before
+        found += _all_commands(group.typer_instance, named)
+    return found
+
+
+def _with_output_style(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the options of `OutputStyle`, where it has `as_json` and no `--format`."""
+    signature = inspect.signature(command, eval_str=True)
+    if "as_json" not in signature.parameters:
+        return command
+    has_format = "format" in signature.parameters
+
+    @functools.wraps(command)
+    def styled(*args: Any, **given: Any) -> Any:
+        form = None if has_format else given.pop("output_format")
+        intervals = given.pop("intervals")
+        if form == "json" or given["as_json"]:
+            if form not in (None, "json"):
+                raise ConfigError(f"--json and --format {form}: give only one of them")
+            given["as_json"], form = True, None
+        with output_style(OutputStyle(form or "", intervals)):
+            return command(*args, **given)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    more = (
+        []
+        if has_format
+        else [inspect.Parameter("output_format", keyword, default=None, annotation=Format)]
+    )
+    more.append(inspect.Parameter("intervals", keyword, default=False, annotation=Intervals))
+    styled.__signature__ = signature.replace(  # type: ignore[attr-defined]  # as `inspect` reads it
+        parameters=[*signature.parameters.values(), *more]
+    )
+    styled.__annotations__ = {
+        name: one.annotation
+        for name, one in styled.__signature__.parameters.items()  # type: ignore[attr-defined]
+    }
+    return styled
