@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from prefab.factory.console import fail, hint, say, table, warn
+from prefab.factory.console import console, fail, hint, say, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
 from prefab.factory.printable import guard_standard_streams
 from prefab.factory.redaction import add_environment_secrets
@@ -87,7 +87,7 @@ def main() -> None:
     add_environment_secrets()
     guard_standard_streams()
     if COMPLETE in os.environ:
-        from typer.completion import completion_init
+        from typer._completion_classes import completion_init
 
         completion_init()
     try:
@@ -439,10 +439,10 @@ def completion(
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell.")],
 ) -> None:
     """Print the script that completes `prefab` commands and options in a shell."""
-    from typer.completion import get_completion_script
+    from typer._completion_shared import get_completion_script
 
     script = get_completion_script(prog_name="prefab", complete_var=COMPLETE, shell=shell)
-    sys.stdout.write(script.strip() + "\n")
+    console().print(script.strip())
 
 
 dress(app)

@@ -110,6 +110,7 @@ def test_nothing_prints_past_the_console() -> None:
         "pipelines/config/schema.py",  # writes its schema, `python -m`
         "factory/engines/scripted.py",  # a server for tests: prints its own address
         "pipelines/cli/options.py",  # JSON, made printable
+        "factory/engines/server_keeper.py",  # its stdout is a pipe to the command that started it
         "judges/sandbox/timeout_worker.py",  # its stdout is a pipe to its parent
         "judges/sandbox/candidate.py",
         "judges/sandbox/test_runner.py",

@@ -261,7 +261,7 @@ def test_a_bugs_traceback_is_printable_and_holds_no_key(
         "import sys; sys.argv = ['prefab', 'plan', 'x']\n"
         "from prefab.pipelines.cli import main as m\n"
         "import prefab.pipelines.run.plan as plan\n"
-        "def broken(*_): raise RuntimeError(sys.stdin.read())\n"
+        "def broken(*_, **__): raise RuntimeError(sys.stdin.read())\n"
         "plan.plan = broken\nm.main()\n"
     )
     done = subprocess.run(
