@@ -249,6 +249,7 @@ def _train(
 def _next_commands(store: Path) -> None:
     """What to look at next, on the data that was made."""
     say("\nLook further:", stderr=True)
+    hint_command("view", store)
     hint_command("agreement", "--store", store)
     select = "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"
     hint_command("sql", "--store", store, select)
