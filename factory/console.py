@@ -207,16 +207,12 @@ def table(
             console(stderr=True).print(line)
         return out.print(as_csv(columns, rows), end="")
     if style.format == "md":
-        if title:
-            out.print(f"**{title}**\n")
-        out.print(as_markdown(columns, rows, style.intervals), end="")
-        for line in notes:
-            out.print(f"\n{line}")
-        return None
+        return _print_markdown(title, as_markdown(columns, rows, style.intervals), notes)
     if title:
         _print_prose(out, title, "italic")
-    parts = fitted(columns, rows, line_width(), out.is_terminal, style.intervals)
-    for number, part in enumerate(parts):
+    for number, part in enumerate(
+        fitted(columns, rows, line_width(), out.is_terminal, style.intervals)
+    ):
         if number:
             out.print("")
         for line in part.header:
@@ -226,6 +222,15 @@ def table(
     for line in notes:
         _print_prose(out, line, "dim")
     return None
+
+
+def _print_markdown(title: str, made: str, notes: Sequence[str]) -> None:
+    out = console()
+    if title:
+        out.print(f"**{title}**\n")
+    out.print(made, end="")
+    for line in notes:
+        out.print(f"\n{line}")
 
 
 def line_width() -> int | None:

@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from prefab.factory.numbers import cell, is_estimate
 from prefab.factory.printable import printable
@@ -23,6 +23,7 @@ MOST_PARTS = 3  # a table that would be cut into more is written as lists
 _NUMERIC = re.compile(r"[▲▼] ?|[<+-]?[\d.,∞]+(e-?\d+)?%?( [±+-][\d.,]+){0,2}( [▲▼])?|-?")
 
 Cells = list[list[str]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,14 @@ def fitted(
         return [TextTable([], _records(heads, texts, width))]
     return [
         _lines(
-            [heads[i] for i in part],
-            [[row[i] for i in part] for row in texts],
-            [right[i] for i in part],
-            width,
-            rule,
+            _pick(heads, part), [_pick(row, part) for row in texts], _pick(right, part), width, rule
         )
         for part in parts
     ]
+
+
+def _pick(values: Sequence[T], places: Sequence[int]) -> list[T]:
+    return [values[i] for i in places]
 
 
 def _numeric(texts: Sequence[str]) -> bool:
