@@ -283,6 +283,9 @@ class Engine(ABC):
     log_folder: Path | None = None  # where the server's log goes; None: a temporary file
     starting_s: float = 0.0  # time that a start at the first question took
     findings: Mapping[str, Any] = {}  # of `probe`; empty before
+    # what shows which model answers (see `engines.canary`): taken by `probe`, and by an earlier run
+    fingerprint: Mapping[str, Any] = {}
+    known_fingerprint: Mapping[str, Any] = {}
     # Sets aside what a server answered since a time (seconds since 1970), and gives how much it was
     quarantine: Callable[[str, float], int] = staticmethod(lambda replica, since: 0)
 

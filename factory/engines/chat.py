@@ -12,6 +12,7 @@ import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -328,11 +329,18 @@ class Chat:
             self._now(replace(self.family, thinking=always, opens_thinking=opens))
         if found is None or found.thought:
             return
-        if not found.logprobs:
+        if not found.logprobs and not await self._gives_any():
             self._now(replace(self.family, logprobs=False))
         letter = split_thinking(found.answer.text).answer.strip()
         if not found.answer.label_logps and letter not in PROBE_LABELS:
             self._now(replace(self.family, begins=letter[:20]))
+
+    async def _gives_any(self) -> bool:
+        """Whether another label read gets log-probabilities, where the probe got none."""
+        with suppress(EngineError, Rejected):
+            read = await self._complete(bytes(32), canary.questions(self.model)[0])
+            return read.label_logps is not None
+        return False
 
     async def _probe_once(self, kwargs: tuple[tuple[str, Any], ...]) -> _Probe | None:
         """The answer to the probe; None when it was refused."""

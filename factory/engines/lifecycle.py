@@ -37,7 +37,7 @@ class LazyEngine(Engine):
     def _learn(self) -> None:
         self.special_tokens = self.engine.special_tokens
         self.max_model_len = self.engine.max_model_len
-        self.findings = self.engine.findings
+        self.findings, self.fingerprint = self.engine.findings, self.engine.fingerprint
 
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # learned when first needed
@@ -73,6 +73,7 @@ class LazyEngine(Engine):
         began = time.monotonic()
         try:
             self.engine.quarantine = self.quarantine
+            self.engine.known_fingerprint = self.known_fingerprint
             await self.engine.start()
             await _prepare(self.engine, self.labels)
             with suppress(TransportError):  # the first question will tell

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from prefab.factory.console import warn
+from prefab.factory.engines.canary import Canary, Fingerprint, first_checks, other_model
 from prefab.factory.engines.chat import Chat, TopRead, claim
 from prefab.factory.engines.family import Family, MaxTokensField
 from prefab.factory.engines.http import HttpClient, HttpConfig
@@ -26,7 +27,8 @@ class OpenAIConfig(HttpConfig):
     """`base_url` ends where `/chat/completions` begins (mostly in `/v1`). `revision` is yours:
     change it when the provider changed the model behind the name, and everything is asked again.
     `extended` sends vLLM's own sampling fields (top_k, min_p, repetition_penalty) also when they
-    say nothing.
+    say nothing. After `canary_every` answers (0: never) and after each outage, the server is
+    checked to be serving the same model still, where it gives log-probabilities.
     """
 
     engine: Literal["openai"] = "openai"
@@ -41,6 +43,7 @@ class OpenAIConfig(HttpConfig):
     extended: bool = False
     max_tokens_field: MaxTokensField = "max_tokens"
     max_model_len: int | None = None
+    canary_every: int = Field(2000, ge=0)
     extra_body: dict[str, Any] = {}
 
 
@@ -70,8 +73,24 @@ class OpenAI(Engine):
         server.tell = self._tell
         self._replicas = Replicas([server], config, self._tell)
         self._chat.tell = lambda line: self._tell(f"{config.model} {line}")
+        self._chat.canary = Canary(
+            self._fingerprint,
+            config.canary_every,
+            lambda: server.health.comebacks,
+            self._other_model,
+            twice=True,
+        )
         self._said: set[str] = set()
         self._muted = False
+
+    async def _fingerprint(self) -> Fingerprint:
+        """What the server shows of its model. Raises: TransportError, EngineError."""
+        return Fingerprint(logps=await self._chat.canary_logps())
+
+    def _other_model(self, wrong: str, since: float) -> str:
+        """Set aside what the server answered as another model, and give the words for it."""
+        url = self._chat.server.url
+        return other_model(self.name, url, wrong, since, self.quarantine(url, since))
 
     def mute(self) -> None:
         """Print no notices."""
@@ -90,8 +109,19 @@ class OpenAI(Engine):
     async def probe(self) -> Mapping[str, Any]:
         """What the model does otherwise than most. Raises: TransportError, EngineError."""
         if not self.findings:
-            self.findings = (await self._chat.probe()).data()
+            family = await self._chat.probe()
+            if self._chat.canary is not None:
+                if self.known_fingerprint:
+                    self._chat.canary.noise = float(self.known_fingerprint["noise"])
+                checks = {self._chat.server.url: self._chat.canary}
+                self.fingerprint = await first_checks(self.name, checks, self.known_fingerprint)
+            self.findings = family.data()
         return self.findings
+
+    async def verify(self) -> None:
+        """Check the server a last time. Raises: EngineError."""
+        if self._chat.canary is not None:
+            await self._chat.canary.finish()
 
     async def start(self) -> None:
         """Check what can be checked without a paid call.

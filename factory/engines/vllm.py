@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,7 +23,7 @@ from pydantic import Field, model_validator
 from prefab.factory.console import warn
 from prefab.factory.engines import canary, kept_server
 from prefab.factory.engines.base import folder_specials, max_length, resolve_model
-from prefab.factory.engines.canary import Canary, Fingerprint, difference
+from prefab.factory.engines.canary import Canary, Fingerprint, difference, first_checks, other_model
 from prefab.factory.engines.chat import (
     Chat,
     Drawn,
@@ -477,13 +475,7 @@ class VLLM(Engine):
 
     def _other_model(self, url: str, wrong: str, since: float) -> str:
         """Set aside what a server answered as another model, and give the words for it."""
-        count = self.quarantine(url, since)
-        at = time.strftime("%H:%M:%S", time.localtime(since))
-        return (
-            f"engines.{self.name}: {url} no longer serves the model that it did: {wrong}. "
-            f"{count:,} answers since {at} are set aside and will be asked again. Serve the right "
-            "model there and run the same command; for another model, change `revision`"
-        )
+        return other_model(self.name, url, wrong, since, self.quarantine(url, since))
 
     def _tell(self, line: str) -> None:
         if line not in self._said:
@@ -505,28 +497,10 @@ class VLLM(Engine):
             family = await self._chats[0].probe()
             for chat in self._chats[1:]:
                 chat.family = family
-            await self._check_alike()
+            checks = {c.server.url: c.canary for c in self._chats if c.canary is not None}
+            self.fingerprint = await first_checks(self.name, checks, self.known_fingerprint)
             self.findings = family.data()
         return self.findings
-
-    async def _check_alike(self) -> None:
-        """Take each server's fingerprint; all must serve one model. One that is down, or
-        refuses, is compared with the others when it comes back.
-
-        Raises: EngineError.
-        """
-        checks = {chat.server.url: chat.canary for chat in self._chats if chat.canary is not None}
-        await asyncio.gather(*map(_checked, checks.values()))
-        known = next((check.first for check in checks.values() if check.first is not None), None)
-        if known is None:
-            return
-        for url, check in checks.items():
-            if check.first is None:
-                check.expect(known)
-            elif wrong := difference(known, check.first):
-                raise EngineError(
-                    f"engines.{self.name}: {url} serves another model than the others: {wrong}"
-                )
 
     async def verify(self) -> None:
         """Check each server a last time. Raises: EngineError."""
@@ -615,12 +589,6 @@ class VLLM(Engine):
             self._urls = []
         if process is not None:
             await process.stop()
-
-
-async def _checked(check: Canary) -> None:
-    """Check a server where it answers."""
-    with suppress(EngineError):
-        await check.check()
 
 
 def _folder_here(url: str, entry: Mapping[str, Any]) -> str:

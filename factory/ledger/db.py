@@ -254,6 +254,17 @@ class FoundAnswers:
     forgotten: bool = False
 
 
+def first_metrics(con: sqlite3.Connection, name: str, subject: str) -> dict[str, Any]:
+    """The metrics of the first evaluation with this name and subject; empty where there is none."""
+    row = con.execute(
+        "SELECT value FROM evals WHERE json_extract(value, '$.name') = ? "
+        "AND json_extract(value, '$.subject') = ? ORDER BY id LIMIT 1",
+        [name, subject],
+    ).fetchone()
+    found: dict[str, Any] = orjson.loads(row[0])["metrics"] if row else {}
+    return found
+
+
 def lookup(con: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Completion]:
     """The answers that are recorded, undamaged and not forgotten. Where a prompt was too long for
     one server: an answer of another one, else the largest limit that was met.

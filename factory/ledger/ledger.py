@@ -36,6 +36,7 @@ from prefab.factory.types import Completion, Engine, Prompt, Request
 from prefab.factory.uses import Use
 
 STORE_FILE = "prefab.duckdb"
+CANARY = "model canary"  # the evaluation with a model's first fingerprint
 
 
 @dataclass(slots=True)
@@ -219,7 +220,8 @@ class Ledger:
 
     def probe_first(self, engines: Iterable[Engine]) -> None:
         """Probe these engines (see `Engine.probe`) before the first question that has no answer
-        yet. What they find is recorded as an evaluation `model probe`.
+        yet. What they find is recorded as an evaluation `model probe`, and a model's first
+        fingerprint as `model canary`.
         """
         self._engines = list(engines)
         for engine in self._engines:
@@ -459,6 +461,8 @@ class Ledger:
         await asyncio.shield(self._probing)
 
     async def _probe_all(self) -> None:
+        for engine in self._engines:
+            engine.known_fingerprint = db.first_metrics(self._reader, CANARY, engine.identity)
         await asyncio.gather(*(engine.probe() for engine in self._engines))
         self._unprobed = False
 
@@ -467,6 +471,9 @@ class Ledger:
             if engine.findings and self._writer.broken is None:
                 found = {"name": "model probe", "subject": engine.identity}
                 self.add_eval({**found, "metrics": dict(engine.findings)})
+            if engine.fingerprint and not engine.known_fingerprint and self._writer.broken is None:
+                found = {"name": CANARY, "subject": engine.identity}
+                self.add_eval({**found, "metrics": dict(engine.fingerprint)})
 
     def _post(self, item: Any) -> None:
         """Hand to the writer at the end of this turn of the event loop: waking the thread for each

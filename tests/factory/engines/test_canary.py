@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
+from prefab.factory.engines.base import make
 from prefab.factory.engines.canary import LABELS, Canary, Fingerprint, difference
 from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.engines.vllm import VLLM, VllmConfig
 from prefab.factory.errors import EngineError
 from prefab.factory.ledger.ledger import Ledger
-from prefab.factory.types import Message, Request, Sampling
+from prefab.factory.types import Engine, Message, Request, Sampling
 from prefab.factory.uses import DraftUse
 
 SAMPLING = Sampling(8, 1.0, seed=0)
@@ -25,6 +26,7 @@ class FakeVllm:
 
     def __init__(self) -> None:
         self.weights, self.shift, self.tokenizer, self.asked, self.root = "good", 0.0, 0, 0, "org/m"
+        self.noise, self.reads = 0.0, 0
 
     async def models(self, request: web.Request) -> web.Response:
         self.asked += 1
@@ -42,9 +44,14 @@ class FakeVllm:
         choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
         message = {"role": "assistant", "content": f"by {self.weights}"}
         if body.get("logprobs"):
+            # one fingerprint is four reads
+            self.reads += body["max_tokens"] == 1
+            shift = self.shift + self.noise * ((self.reads - 1) // 4 % 2)
             p = 0.6 if self.weights == "good" else 0.3
-            logps = {"A": math.log(p) + self.shift, "B": math.log(0.95 - p) - self.shift}
-            tops = [{"token": f"token_id:{ord(k)}", "logprob": v} for k, v in logps.items()]
+            logps = {"A": math.log(p) - shift, "B": math.log(0.95 - p) - shift}
+            by_id = "logprob_token_ids" in body
+            names = {k: f"token_id:{ord(k)}" if by_id else k for k in logps}
+            tops = [{"token": names[k], "logprob": v} for k, v in logps.items()]
             choice["logprobs"] = {"content": [{"token": "A", "logprob": -1, "top_logprobs": tops}]}
             message["content"] = "A"
         return web.json_response({"choices": [{**choice, "message": message}], "usage": {}})
@@ -76,11 +83,11 @@ async def serving(*servers: FakeVllm):
             await runner.cleanup()
 
 
-def engine_of(urls: list[str], every: int) -> VLLM:
+def engine_of(urls: list[str], every: int) -> Engine:
     return VLLM(VllmConfig(model="m", urls=urls, canary_every=every, batch=1, retries=0), "local")
 
 
-async def ask(ledger: Ledger, engine: VLLM, numbers: range, run: int) -> list[str]:
+async def ask(ledger: Ledger, engine: Engine, numbers: range, run: int) -> list[str]:
     """Ask questions one after another; the answers' texts."""
     texts = []
     for i in numbers:
@@ -89,9 +96,11 @@ async def ask(ledger: Ledger, engine: VLLM, numbers: range, run: int) -> list[st
     return texts
 
 
-async def session(folder, urls: list[str], numbers: range, every: int, then=lambda: None):
+async def session(
+    folder, urls: list[str], numbers: range, every: int, then=lambda: None, kind=engine_of
+):
     """A run over these questions; `then` happens between its two halves."""
-    ledger, engine = Ledger.open(folder), engine_of(urls, every)
+    ledger, engine = Ledger.open(folder), kind(urls, every)
     await asyncio.to_thread(getattr, engine, "identity")  # it asks the server without a loop
     try:
         async with started_engines({"local": engine}):
@@ -147,6 +156,70 @@ def test_replicas_with_different_weights_are_refused_at_the_start(tmp_path):
                 await session(tmp_path, urls, range(4), 10)
 
     asyncio.run(run())
+
+
+def hosted(urls: list[str], every: int) -> Engine:
+    settings = {"engine": "openai", "model": "m", "base_url": f"{urls[0]}/v1", "retries": 0}
+    return make({**settings, "canary_every": every}, "api")
+
+
+@pytest.mark.parametrize("kind", [engine_of, hosted])
+def test_another_model_than_in_an_earlier_run_is_refused_at_the_start(tmp_path, kind):
+    server = FakeVllm()
+
+    async def run():
+        async with serving(server) as urls:
+            await session(tmp_path, urls, range(4), 10, kind=kind)
+            server.weights = "other"
+            for _ in range(2):
+                with pytest.raises(EngineError, match="that answered in this store before.*moved"):
+                    await session(tmp_path, urls, range(8), 10, kind=kind)
+            others = await session(tmp_path, urls, range(4, 8), 0, kind=kind)
+            server.weights = "good"
+            again = await session(tmp_path, urls, range(12), 10, kind=kind)
+            return others, again
+
+    others, again = asyncio.run(run())
+    assert others == ["by other"] * 4
+    assert again == ["by good"] * 4 + others + ["by good"] * 4
+
+
+def test_a_hosted_model_that_changes_is_found(tmp_path):
+    server = FakeVllm()
+
+    async def run():
+        async with serving(server) as urls:
+
+            def swap():
+                server.weights = "other"
+
+            with pytest.raises(EngineError, match=r"no longer serves the model.* answers since"):
+                await session(tmp_path, urls, range(40), 10, swap, kind=hosted)
+            server.weights = "good"
+            return await session(tmp_path, urls, range(40), 10, kind=hosted)
+
+    assert asyncio.run(run()) == ["by good"] * 40
+
+
+@pytest.mark.parametrize(("noise", "found"), [(0.0, True), (0.5, False)])
+def test_how_much_a_hosted_model_varies_is_measured_at_the_start(tmp_path, noise, found):
+    """Log-probabilities that differ from one reading to the next by 0.5 may differ by 2.0."""
+    server = FakeVllm()
+
+    async def run():
+        async with serving(server) as urls:
+
+            def moves():
+                server.shift += 0.4
+
+            server.noise = noise
+            await session(tmp_path, urls, range(40), 10, moves, kind=hosted)
+
+    if found:
+        with pytest.raises(EngineError, match="moved by 0.40"):
+            asyncio.run(run())
+    else:
+        asyncio.run(run())
 
 
 def test_checks_cost_six_requests_and_nothing_where_they_are_off(tmp_path):

@@ -21,7 +21,8 @@ OFF = (("enable_thinking", False),)
 
 
 def engine(url: str, **config):
-    found = make({"engine": "openai", "model": "mock", "base_url": f"{url}/v1", **config}, "api")
+    settings = {"engine": "openai", "model": "mock", "base_url": f"{url}/v1", "canary_every": 0}
+    found = make({**settings, **config}, "api")
     found.mute()
     return found
 
