@@ -187,7 +187,7 @@ def _from_store(kind: Kind, source: Source, found: Rows) -> tuple[list[Row], set
     import polars as pl
 
     folder = Path(source.store or "")
-    ask: datasets.Read = partial(store.read_frame, folder)
+    ask: store.Read = partial(store.read_frame, folder)
     record = datasets.find_run(folder, ask, source.run)
     select = {"all": "draw", "last": "sweep", "": ""}[source.revisions]
     marks = {"without": source.without} if source.without else {}

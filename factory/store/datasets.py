@@ -8,7 +8,8 @@ that were cut off by length are left out unless asked for; everything that is le
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -18,6 +19,7 @@ import orjson
 
 from prefab.factory import decision
 from prefab.factory.errors import ConfigError
+from prefab.factory.store.store import Read
 from prefab.factory.tool_calls import (
     answer_turn,
     as_text,
@@ -30,8 +32,6 @@ from prefab.factory.types import Preference, Verdict
 if TYPE_CHECKING:
     import polars
 
-# runs a query over the store with its parameters
-Read = Callable[[str, Sequence[Any]], "polars.DataFrame"]
 FITS = ("bradley_terry", "davidson")  # ways to choose pairs that need answers' strengths
 # a mean win probability within this of a half gives no label (as the panel's tie_margin)
 WIN_MARGIN = 0.02
@@ -66,6 +66,70 @@ def find_run(folder: Path, read: Read, run: str = "") -> dict[str, Any]:
     return found[-1]
 
 
+@dataclass(slots=True)
+class _LeftOut:
+    """What gives no row of training data, counted over all parts of a run."""
+
+    cut_off: int = 0
+    marked: dict[str, int] = field(default_factory=dict)
+    audited: int = 0  # comparisons before any was left out by a mark
+    comparisons: int = 0
+    scored: int = 0
+    hard: int = 0
+    ties: int = 0
+    unscored: int = 0
+    unconfirmed: int = 0
+    within_margin: int = 0
+
+    def notes(self, label: str, config: dict[str, Any]) -> list[str]:
+        """One line for each kind that occurs, and what else a reader of the data must know."""
+        lines = []
+        if self.cut_off:
+            lines.append(
+                f"{self.cut_off:,} answers were cut off by length and are left out (--truncated "
+                "keeps them)"
+            )
+        for rule, n in self.marked.items():
+            lines.append(f"{n:,} of {self.audited:,} comparisons are left out as {rule}")
+        if origin := config.get("origin"):
+            lines.append(
+                f"{label} is imported from {origin['file']} ({origin['format']}, {origin['by']}, "
+                f"SHA-256 {origin['sha256'][:16]}); its labels are the file's, no judge's of this "
+                "store"
+            )
+        return lines + self._of_comparisons(config) if self.comparisons else lines
+
+    def _of_comparisons(self, config: dict[str, Any]) -> list[str]:
+        (method, margin), lines = choice(config), []
+        orders = (config.get("panel") or {}).get("orders", "both")
+        if orders != "both":
+            lines.append(
+                f"pairs were judged in one order only ({orders}): position bias is in them"
+            )
+        if self.hard and not config.get("origin"):
+            lines.append(
+                f"{self.hard:,} of {self.scored:,} comparisons stand on hard labels: a judge's "
+                "server gave no log-probabilities (or the judge answers in words), so `p_chosen` "
+                "is a share of votes"
+            )
+        for n, words in ((self.ties, "are ties"), (self.unscored, "are unscored")):
+            if n:
+                lines.append(f"{n:,} of {self.comparisons:,} comparisons {words} and give no pair")
+        if self.unconfirmed:
+            lines.append(
+                f"{self.unconfirmed:,} decided comparisons are not confirmed by the {method} fit of "
+                "their prompt, or it has none: they give no pair"
+            )
+        if self.within_margin:
+            lines.append(
+                f"{self.within_margin:,} decided comparisons are within {margin} of a half and give "
+                "no pair"
+            )
+        if method != "compared":
+            lines.append(f"pairs were chosen by {method}")
+        return lines
+
+
 def datasets(
     read: Read,
     record: dict[str, Any],
@@ -85,90 +149,194 @@ def datasets(
     audit data` marked by them are left out, and where the mark concerns the prompt, all that the
     prompt has.
     """
-    import polars as pl
-
-    run, label = record["run"], f"{record['name']}@{record['version']}"
-    config = json.loads(record["config"])
-    samples = read(
-        f"SELECT s.*, q.messages, q.split FROM samples s JOIN prompts q USING (prompt) "
-        f"WHERE s.run = {run} AND s.text IS NOT NULL",
-        (),
-    ).sort("prompt", "index")  # sorted by DuckDB, the texts would have to fit its memory
-    samples = samples.with_columns(
-        pl.lit(label).alias("run"),
-    )
-    samples = _with_turns(samples)
-    if not truncated:
-        samples = _without_cut_off(samples, notes)
-    preferences = read(f"SELECT * FROM preferences WHERE run = {run} ORDER BY prompt, a, b", ())
+    part = _Part(read, record, truncated, select, without, _has_tools(read, record["run"]))
     if without:
-        samples, preferences = _unmarked(read, record, samples, preferences, without, notes)
-    if (judges or principles) and preferences.height:
-        preferences = _decided_by(read, record, preferences, judges, principles)
-    _note_origin(label, config, notes)
-    frames = {}
-    if preferences.height:
-        _note_one_order(config, notes)
-        if not config.get("origin"):
-            _note_hard_labels(preferences, notes)
-        _tell_left_out(preferences, notes)
-        wins = _win_rates(preferences)
-        method, margin = choice(config)
-        strengths = (
-            read(f"SELECT * FROM strengths WHERE run = {run}", ()) if method in FITS else None
-        )
-        chosen = _chosen(preferences, wins, strengths, method, margin, notes)
-        frames["preference"] = _preference(chosen, samples)
-        frames["unpaired"] = _unpaired(samples, wins)
-    frames["prompts"] = samples.unique("prompt", keep="first", maintain_order=True).select(
-        pl.col("prompt_turns").alias("prompt"),
-        *_tools(samples),
-        pl.col("prompt").alias("prompt_id"),
-        "split",
-        "run",
-    )
-    select = select or (config.get("revise") or {}).get("select", "sweep")
-    if config.get("revise") or record["recipe"] == "cai":
-        frames["sft"] = _sft(
-            samples, read(f"SELECT * FROM critiques WHERE run = {run}", ()), select
-        )
+        _check_audit(read, record, without)
+    frames = part.frames(judges=judges, principles=principles)
+    notes += part.left_out.notes(part.label, part.config)
     return frames
 
 
-def _without_cut_off(samples: polars.DataFrame, notes: list[str]) -> polars.DataFrame:
-    """The answers that were not cut off by length."""
+PART_BYTES = 8 << 20  # of the texts of answers in one part
+PART_PROMPTS = 4_096
+
+
+def dataset_parts(
+    read: Read,
+    record: dict[str, Any],
+    notes: list[str],
+    truncated: bool = False,
+    without: Sequence[str] = (),
+) -> Iterator[dict[str, polars.DataFrame]]:
+    """As `datasets`, in parts that fit into memory whatever the size of the run. A prompt is whole
+    in one part; prompts come in the order in which the store holds them, and sorted within a part.
+    `notes` is complete after the last part.
+
+    `read` is of one open connection, so that all parts come from the same state of the store.
+    """
+    part = _Part(read, record, truncated, "", without, _has_tools(read, record["run"]))
+    if without:
+        _check_audit(read, record, without)
+    for prompts, rows in _prompts_in_parts(read, record["run"]):
+        yield part.frames(prompts, rows)
+    notes += part.left_out.notes(part.label, part.config)
+
+
+Range = tuple[int, int]
+
+
+def _prompts_in_parts(read: Read, run: int) -> Iterator[tuple[list[str], dict[str, Range]]]:
+    """The prompts of a run in parts of PART_BYTES, and by table the first and the last row that
+    belong to a part. All rows of a prompt are inserted together, so these ranges are short.
+    """
     import polars as pl
 
-    whole = samples.filter(pl.col("finish") != "length")
-    if cut := samples.height - whole.height:
-        notes.append(
-            f"{cut:,} answers were cut off by length and are left out (--truncated keeps them)"
+    places = read(
+        "SELECT prompt, min(rowid) AS first, max(rowid) AS last, sum(strlen(text))::BIGINT AS size "
+        f"FROM samples WHERE run = {run} AND text IS NOT NULL GROUP BY prompt",
+        (),
+    ).sort("first")
+    number = pl.col("size").cum_sum() // PART_BYTES + pl.int_range(pl.len()) // PART_PROMPTS
+    places = places.with_columns(number.alias("part"))
+    ranges: dict[str, dict[int, Range]] = {}
+    for table in ("prompts", "preferences", "critiques", "strengths"):
+        where = "" if table == "prompts" else f"WHERE run = {run}"
+        rows = read(
+            f"SELECT prompt, min(rowid) AS first, max(rowid) AS last FROM {table} {where} "
+            "GROUP BY prompt",
+            (),
+        ).join(places.select("prompt", "part"), on="prompt")
+        spans = rows.group_by("part").agg(pl.col("first").min(), pl.col("last").max())
+        ranges[table] = {part: (first, last) for part, first, last in spans.iter_rows()}
+    spans = places.group_by("part", maintain_order=True).agg(
+        pl.col("first").min(), pl.col("last").max(), pl.len()
+    )
+    start = 0
+    for part, first, last, count in spans.iter_rows():
+        of_tables = {table: found.get(part, (0, -1)) for table, found in ranges.items()}
+        prompts = places["prompt"][start : start + count].to_list()
+        yield prompts, {"samples": (first, last), **of_tables}
+        start += count
+
+
+def _has_tools(read: Read, run: int) -> bool:
+    """Whether any prompt of a run has tools or calls: then all its data have the columns for it."""
+    found = read(
+        "SELECT count(*) AS n FROM prompts WHERE len(json_extract(messages, '$[*][2]')) > 0 "
+        f"AND prompt IN (SELECT prompt FROM samples WHERE run = {run})",
+        (),
+    )
+    return bool(found["n"][0])
+
+
+class _Part:
+    """The datasets of a run, or of some of its prompts at a time. What was left out is counted over
+    all of them.
+    """
+
+    def __init__(
+        self,
+        read: Read,
+        record: dict[str, Any],
+        truncated: bool,
+        select: str,
+        without: Sequence[str],
+        tools: bool,
+    ) -> None:
+        self.label = f"{record['name']}@{record['version']}"
+        self.config = json.loads(record["config"])
+        self.left_out = _LeftOut()
+        self._read, self._record, self._truncated, self._tools = read, record, truncated, tools
+        self._without = list(without)
+        self._select = select or (self.config.get("revise") or {}).get("select", "sweep")
+        self._revised = bool(self.config.get("revise")) or record["recipe"] == "cai"
+
+    def frames(
+        self,
+        prompts: list[str] | None = None,
+        rows: dict[str, Range] | None = None,
+        judges: Sequence[str] = (),
+        principles: Sequence[str] = (),
+    ) -> dict[str, polars.DataFrame]:
+        """The datasets of these prompts, which have `rows` of each table; left out: of all."""
+        import polars as pl
+
+        of_run = f"run = {self._record['run']}"
+
+        def table(name: str, where: str = of_run, columns: str = "*") -> polars.DataFrame:
+            sql = f"SELECT {columns} FROM {name} WHERE {where}"
+            if prompts is None or rows is None:
+                return self._read(sql, ())
+            first, last = rows[name]
+            sql += f" AND rowid BETWEEN {first} AND {last} AND prompt IN (SELECT unnest(?))"
+            return self._read(sql, [prompts])
+
+        # joined and sorted by DuckDB, the texts would have to fit its memory
+        talks = table("prompts", "true", "prompt, messages, split")
+        samples = table("samples", f"{of_run} AND text IS NOT NULL").join(talks, on="prompt")
+        samples = samples.sort("prompt", "index").with_columns(pl.lit(self.label).alias("run"))
+        samples = _with_turns(samples, self._tools)
+        if not self._truncated:
+            whole = samples.filter(pl.col("finish") != "length")
+            self.left_out.cut_off += samples.height - whole.height
+            samples = whole
+        preferences = table("preferences").sort("prompt", "a", "b")
+        if self._without:
+            samples, preferences = self._unmarked(samples, preferences)
+        if (judges or principles) and preferences.height:
+            preferences = _decided_by(self._read, self._record, preferences, judges, principles)
+        frames = {}
+        if preferences.height:
+            self._count(preferences)
+            wins = _win_rates(preferences)
+            method, margin = choice(self.config)
+            strengths = table("strengths") if method in FITS else None
+            chosen = _chosen(preferences, wins, strengths, method, margin, self.left_out)
+            frames["preference"] = _preference(chosen, samples)
+            frames["unpaired"] = _unpaired(samples, wins)
+        frames["prompts"] = samples.unique("prompt", keep="first", maintain_order=True).select(
+            pl.col("prompt_turns").alias("prompt"),
+            *_tools(samples),
+            pl.col("prompt").alias("prompt_id"),
+            "split",
+            "run",
         )
-    return whole
+        if self._revised:
+            frames["sft"] = _sft(samples, table("critiques"), self._select)
+        return frames
 
+    def _count(self, preferences: polars.DataFrame) -> None:
+        import polars as pl
 
-def _note_origin(label: str, config: dict[str, Any], notes: list[str]) -> None:
-    if origin := config.get("origin"):
-        notes.append(
-            f"{label} is imported from {origin['file']} ({origin['format']}, {origin['by']}, SHA-256 "
-            f"{origin['sha256'][:16]}); its labels are the file's, no judge's of this store"
-        )
+        counts, scored = self.left_out, preferences.filter(pl.col("p_a").is_not_null())
+        outcomes = dict(preferences["outcome"].value_counts().iter_rows())
+        counts.comparisons += preferences.height
+        counts.scored += scored.height
+        counts.hard += scored.filter(pl.col("exactness") == "hard").height
+        counts.ties += outcomes.get("tie", 0)
+        counts.unscored += outcomes.get("unscored", 0)
 
+    def _unmarked(
+        self, samples: polars.DataFrame, preferences: polars.DataFrame
+    ) -> tuple[polars.DataFrame, polars.DataFrame]:
+        """Samples and preferences without those that the latest audit marked by the rules."""
+        import polars as pl
 
-def _note_one_order(config: dict[str, Any], notes: list[str]) -> None:
-    orders = (config.get("panel") or {}).get("orders", "both")
-    if orders != "both":
-        notes.append(f"pairs were judged in one order only ({orders}): position bias is in them")
-
-
-def _note_hard_labels(preferences: polars.DataFrame, notes: list[str]) -> None:
-    import polars as pl
-
-    scored = preferences.filter(pl.col("p_a").is_not_null())
-    if hard := scored.filter(pl.col("exactness") == "hard").height:
-        notes.append(
-            f"{hard:,} of {scored.height:,} comparisons stand on hard labels: a judge's server gave no "
-            "log-probabilities (or the judge answers in words), so `p_chosen` is a share of votes"
+        run = self._record["run"]
+        marks = self._read(
+            f"SELECT * FROM marks WHERE run = {run} AND list_contains(?, rule) "
+            "AND preference IN (SELECT unnest(?))",
+            (self._without, preferences["preference"].to_list()),
+        ).join(preferences.select("preference", "prompt"), on="preference")
+        self.left_out.audited += preferences.height
+        for rule in self._without:
+            n = marks.filter(pl.col("rule") == rule)["preference"].n_unique()
+            self.left_out.marked[rule] = self.left_out.marked.get(rule, 0) + n
+        prompts = marks.filter("of_prompt").select("prompt")
+        preferences = preferences.join(marks, on="preference", how="anti", maintain_order="left")
+        return (
+            samples.join(prompts, on="prompt", how="anti", maintain_order="left"),
+            preferences.join(prompts, on="prompt", how="anti", maintain_order="left"),
         )
 
 
@@ -182,21 +350,10 @@ def audited(preferences: polars.DataFrame) -> str:
     return f"{preferences.height} {together:016x}"
 
 
-def _unmarked(
-    read: Read,
-    record: dict[str, Any],
-    samples: polars.DataFrame,
-    preferences: polars.DataFrame,
-    rules: Sequence[str],
-    notes: list[str],
-) -> tuple[polars.DataFrame, polars.DataFrame]:
-    """Samples and preferences without those that the latest audit marked by these rules.
-
-    Raises: ConfigError where no audit has seen just these preferences, or it did not look by one of
-    the rules.
+def _check_audit(read: Read, record: dict[str, Any], rules: Sequence[str]) -> None:
+    """Raises: ConfigError where no audit has seen just these preferences, or it did not look by one
+    of the rules.
     """
-    import polars as pl
-
     run, label = record["run"], f"{record['name']}@{record['version']}"
     found = read(
         "SELECT value FROM evals WHERE name = 'audit data' AND (value->>'$.run')::INTEGER = ? "
@@ -204,7 +361,12 @@ def _unmarked(
         (run,),
     )
     audit = json.loads(found["value"][0]) if found.height else {}
-    if audit.get("audited") != audited(preferences):
+    now = read(
+        "SELECT count(*) AS n, coalesce(bit_xor(('0x' || preference[:16])::UBIGINT), 0) AS ids "
+        f"FROM preferences WHERE run = {run}",
+        (),
+    )
+    if audit.get("audited") != f"{now['n'][0]} {now['ids'][0]:016x}":
         raise ConfigError(
             f"{label} has {'changed since it was audited' if audit else 'not been audited'}: "
             f"`prefab audit data --run {label}` first, then leave out what it marks"
@@ -215,32 +377,18 @@ def _unmarked(
         raise ConfigError(
             f"the audit of {label} did not look for {', '.join(missing)}; it looked for: {there}"
         )
-    marks = read(
-        f"SELECT m.*, p.prompt FROM marks m JOIN preferences p USING (run, preference) WHERE m.run = {run} "
-        "AND list_contains(?, m.rule)",
-        (list(rules),),
-    )
-    for rule in rules:
-        n = marks.filter(pl.col("rule") == rule)["preference"].n_unique()
-        notes.append(f"{n:,} of {preferences.height:,} comparisons are left out as {rule}")
-    prompts = marks.filter("of_prompt").select("prompt")
-    preferences = preferences.join(marks, on="preference", how="anti", maintain_order="left")
-    return (
-        samples.join(prompts, on="prompt", how="anti", maintain_order="left"),
-        preferences.join(prompts, on="prompt", how="anti", maintain_order="left"),
-    )
 
 
-def _with_turns(samples: polars.DataFrame) -> polars.DataFrame:
+def _with_turns(samples: polars.DataFrame, with_tools: bool) -> polars.DataFrame:
     """The samples with `prompt_turns` and `answer` (the assistant's turn in a list) as TRL's
-    conversational formats have them. Where a prompt has tools: with `tool_calls`, whose arguments
-    are JSON text, and a column `tools`, which is JSON text too.
+    conversational formats have them. `with_tools`: with `tool_calls`, whose arguments are JSON
+    text, and a column `tools`, which is JSON text too.
     """
     import polars as pl
 
     talks = {text: stored_messages(text) for text in samples["messages"].unique()}
     turn: dict[str, Any] = {"role": pl.String, "content": pl.String}
-    if not any(m.more for talk in talks.values() for m in talk):
+    if not with_tools:
         turns = [[message_turn(m) for m in talks[text]] for text in samples["messages"]]
         answers = pl.concat_list(
             pl.struct(pl.lit("assistant").alias("role"), pl.col("text").alias("content"))
@@ -272,15 +420,6 @@ def _row_of(turn: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
 
 def _tools(rows: polars.DataFrame) -> list[str]:
     return ["tools"] if "tools" in rows.columns else []
-
-
-def _tell_left_out(preferences: polars.DataFrame, notes: list[str]) -> None:
-    counts = dict(preferences["outcome"].value_counts().iter_rows())
-    for outcome, words in (("tie", "are ties"), ("unscored", "are unscored")):
-        if counts.get(outcome):
-            notes.append(
-                f"{counts[outcome]:,} of {preferences.height:,} comparisons {words} and give no pair"
-            )
 
 
 def _decided_by(
@@ -382,7 +521,7 @@ def _chosen(
     strengths: polars.DataFrame | None,
     method: str,
     margin: float,
-    notes: list[str],
+    left_out: _LeftOut,
 ) -> polars.DataFrame:
     """The decided comparisons that become pairs, with the `method` that chose them. `best_worst`
     keeps of each prompt the pair of its best and its worst sample, if it is decided; a fit keeps
@@ -412,18 +551,9 @@ def _chosen(
         )
         p = 1 / (1 + (pl.col("of_rejected") - pl.col("of_chosen")).exp())
         decided = decided.with_columns(p.alias("p_chosen")).filter(pl.col("p_chosen") > 0.5)
-        if decided.height < n:
-            notes.append(
-                f"{n - decided.height:,} decided comparisons are not confirmed by the {method} fit of their "
-                "prompt, or it has none: they give no pair"
-            )
+        left_out.unconfirmed += n - decided.height
     above = decided.filter(pl.col("p_chosen") >= 0.5 + margin)
-    if above.height < decided.height:
-        notes.append(
-            f"{decided.height - above.height:,} decided comparisons are within {margin} of a half and give no pair"
-        )
-    if method != "compared":
-        notes.append(f"pairs were chosen by {method}")
+    left_out.within_margin += decided.height - above.height
     return above
 
 

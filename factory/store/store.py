@@ -11,8 +11,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import orjson
 
@@ -154,26 +155,53 @@ def read_frame(
     Raises: StoreError when there is no store or it is held, ConfigError when the query is wrong or
     no single SELECT.
     """
-    folder = Path(folder)
+    return read_store(Path(folder), lambda read: read(sql, parameters))
+
+
+class Read(Protocol):
+    """Runs a query over an open store, as `read_frame`."""
+
+    def __call__(
+        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = (), /
+    ) -> polars.DataFrame:
+        """The rows of a query."""
+
+
+def read_store(folder: Path, work: Callable[[Read], T]) -> T:
+    """The result of `work(read)`, whose queries all see the same state of the store as it lies. It
+    is called again with more memory while DuckDB needs more.
+
+    Raises: StoreError when there is no store or it is held.
+    """
     if not (folder / FILE).exists():
         raise StoreError(
             f"{folder / FILE}: no store here yet. `prefab store rebuild` makes it from the ledger"
         )
-    return with_memory(folder, lambda memory: _read_frame(folder, sql, parameters, memory))
+
+    def within(memory_mb: int) -> T:
+        con = _connect(folder, True, memory_mb)
+        try:
+            return work(partial(_frame, con, folder / FILE))
+        finally:
+            con.close()
+
+    return with_memory(folder, within)
 
 
-def _read_frame(
-    folder: Path, sql: str, parameters: Sequence[Any] | Mapping[str, Any], memory_mb: int
+def _frame(
+    con: duckdb.DuckDBPyConnection,
+    file: Path,
+    sql: str,
+    parameters: Sequence[Any] | Mapping[str, Any] = (),
 ) -> polars.DataFrame:
     import duckdb
 
-    con = _connect(folder, True, memory_mb)
     try:
         _refuse_all_but_select(con, sql)
         if isinstance(parameters, Mapping):
             named = {name for one in con.extract_statements(sql) for name in one.named_parameters}
             parameters = {name: parameters[name] for name in named}
-        with translate_errors(folder / FILE):
+        with translate_errors(file):
             result = con.sql(sql, params=parameters) if parameters else con.sql(sql)
             frame: polars.DataFrame = result.pl()
         return frame
@@ -183,8 +211,6 @@ def _read_frame(
         ) from error
     except duckdb.Error as error:
         raise ConfigError(f"{error}") from error
-    finally:
-        con.close()
 
 
 # What a SELECT may not hold: since DuckDB 2.0 a WITH clause takes COPY, INSERT, UPDATE and DELETE,

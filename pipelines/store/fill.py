@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import duckdb
     import polars
 
+T = TypeVar("T")
 SOURCES = (  # the ledger's tables that are shown in the store
     "runs",
     "starts",
@@ -211,6 +212,15 @@ def query(
         HeldError: Another program has the store open, so that it cannot be brought up to date.
         ConfigError: The statement is wrong.
     """
+    return read_filled(Path(folder), lambda read: read(sql, parameters))
+
+
+def read_filled(folder: Path, work: Callable[[store.Read], T]) -> T:
+    """The result of `work(read)`, whose queries all see the same state of the store, brought up to
+    the ledger first. `work` is called again where DuckDB needs more memory.
+
+    Raises: HeldError as `query`.
+    """
     deadline, repaired = time.monotonic() + PATIENCE_S, False
     while True:
         try:
@@ -220,7 +230,7 @@ def query(
                     f". The store is {report.behind:,} ledger rows behind" if report.behind else ""
                 )
                 raise store.HeldError(f"{report.held}{behind}")
-            return store.read_frame(Path(folder), sql, parameters)
+            return store.read_store(folder, work)
         except store.HeldError:
             if time.monotonic() > deadline:
                 raise
@@ -229,7 +239,7 @@ def query(
             if repaired:
                 raise
             repaired = True
-            _set_aside(Path(folder), error)
+            _set_aside(folder, error)
 
 
 def versions(ledger: sqlite3.Connection) -> dict[str, Any]:

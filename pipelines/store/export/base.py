@@ -7,7 +7,7 @@ A format is one file in this folder that keeps the protocol `ExportFormat`; it i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefab.factory.errors import ConfigError
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.store import datasets
+from prefab.factory.store.store import Read
 from prefab.pipelines.config.registries import FORMATS
 from prefab.pipelines.store.calibrations import NOT_LEARNED, calibration_of
-from prefab.pipelines.store.export.files import replacing
+from prefab.pipelines.store.export.files import ShardedFile, replacing
+from prefab.pipelines.store.fill import read_filled
 
 if TYPE_CHECKING:
     import polars
@@ -38,7 +40,8 @@ class ExportSource:
 
     `record` is the run's row of the table `runs`; `without` are rules of `prefab audit data`, whose
     marked rows are left out; with `truncated`, answers that were cut off by length are kept. Every
-    row that a format leaves out is counted in a line of `notes`.
+    row that a format leaves out is counted in a line of `notes`. `query` gives rows of the store,
+    of the same state in each call: `query(sql, parameters)`.
     """
 
     store: Path
@@ -46,12 +49,7 @@ class ExportSource:
     truncated: bool
     without: Sequence[str]
     notes: list[str]
-
-    def query(self, sql: str, parameters: Any = None) -> polars.DataFrame:
-        """Rows of the store, caught up with its ledger."""
-        from prefab.pipelines.store.fill import query
-
-        return query(self.store, sql, parameters)
+    query: Read
 
 
 class ExportFormat(Protocol):
@@ -61,8 +59,11 @@ class ExportFormat(Protocol):
     def by_split(self) -> bool:
         """Whether datasets with a column `split` (train, val, test) become one file a split."""
 
-    def datasets(self, source: ExportSource) -> dict[str, polars.DataFrame]:
-        """The datasets by name (small letters and _).
+    def datasets(
+        self, source: ExportSource
+    ) -> dict[str, polars.DataFrame] | Iterable[dict[str, polars.DataFrame]]:
+        """The datasets by name (small letters and _): all at once, or part by part, so that no more
+        than one part is in memory. The parts of a dataset have the same columns.
 
         Raises: ConfigError for options that the format does not have.
         """
@@ -77,6 +78,7 @@ class ExportReport:
     out: Path
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)  # by dataset/split: a file, or a pattern
 
     def rows(self) -> list[tuple[str, str, int]]:
         """One row a file."""
@@ -128,24 +130,24 @@ def export(
             f"{out} is in the store {folder}, which holds Prefab's own files only. "
             "Choose a folder outside it"
         )
-    record = find_run(folder, run)
-    report = ExportReport(f"{record['name']}@{record['version']}", format, out)
     writer: ExportFormat = FORMATS[format]
-    frames = writer.datasets(ExportSource(folder, record, truncated, without, report.notes))
-    files = {
-        file: part
-        for name, frame in frames.items()
-        for file, part in _parts(name, frame, writer.by_split, report)
-    }
-    if not files:
-        raise ConfigError(
-            f"{report.run} has nothing to export yet: {'; '.join(report.notes) or 'no rows'}"
-        )
-    with replacing(out, [*files, CARD]) as stage:
-        for file, part in files.items():
-            part.write_parquet(stage / file)
-        (stage / CARD).write_text(_card(record, report, folder), encoding="utf-8")
-    return report
+    record = find_run(folder, run)
+    learned = calibration_of(folder, record["run"])
+
+    def write(read: Read) -> ExportReport:
+        report = ExportReport(f"{record['name']}@{record['version']}", format, out)
+        source = ExportSource(folder, record, truncated, without, report.notes, read)
+        with replacing(out, [CARD]) as stage:
+            _write_datasets(writer, source, stage, report)
+            if not report.counts:
+                told = "; ".join(report.notes) or "no rows"
+                raise ConfigError(f"{report.run} has nothing to export yet: {told}")
+            sentence = learned.sentence() if learned else NOT_LEARNED
+            text = _card(record, report, read, sentence)
+            (stage / CARD).write_text(text, encoding="utf-8")
+        return report
+
+    return read_filled(folder, write)
 
 
 def find_run(folder: Path, run: str = "") -> dict[str, Any]:
@@ -159,19 +161,39 @@ def find_run(folder: Path, run: str = "") -> dict[str, Any]:
     return datasets.find_run(folder, partial(query, folder), run)
 
 
-def _parts(
-    name: str, frame: polars.DataFrame, by_split: bool, report: ExportReport
-) -> Iterator[tuple[str, polars.DataFrame]]:
-    """A file's path and its rows: one file a split, or all rows as `train`."""
+def _write_datasets(
+    writer: ExportFormat, source: ExportSource, stage: Path, report: ExportReport
+) -> None:
+    """The files of all datasets, with the rows of each counted in the report."""
+    made = writer.datasets(source)
+    files: dict[tuple[str, str], ShardedFile] = {}
+    try:
+        for part in [made] if isinstance(made, dict) else made:
+            for name, frame in part.items():
+                for split, rows in _splits(frame, writer.by_split):
+                    if rows.height:
+                        file = files.setdefault((name, split), ShardedFile(stage / name / split))
+                        file.write(rows)
+    finally:
+        for file in files.values():
+            file.close()
+    places = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in files))}
+    order = list(HUB_SPLIT.values())
+    for name, split in sorted(files, key=lambda key: (places[key[0]], order.index(key[1]))):
+        file = files[name, split]
+        report.counts.setdefault(name, {})[split] = file.rows
+        report.files[f"{name}/{split}"] = file.finish()
+
+
+def _splits(frame: polars.DataFrame, by_split: bool) -> Iterator[tuple[str, polars.DataFrame]]:
+    """A frame's rows by split, or all of them as `train`."""
     import polars as pl
 
-    parts = {"train": frame}
-    if by_split and "split" in frame.columns:
-        parts = {split: frame.filter(pl.col("split") == split) for split in SPLITS}
-    for split, part in parts.items():
-        if not part.is_empty():
-            report.counts.setdefault(name, {})[HUB_SPLIT[split]] = part.height
-            yield f"{name}/{HUB_SPLIT[split]}.parquet", part
+    if not by_split or "split" not in frame.columns:
+        yield HUB_SPLIT["train"], frame
+        return
+    for split in SPLITS:
+        yield HUB_SPLIT[split], frame.filter(pl.col("split") == split)
 
 
 _WHAT = {
@@ -182,28 +204,24 @@ _WHAT = {
 }
 
 
-def _card(record: dict[str, Any], report: ExportReport, folder: Path) -> str:
+def _card(record: dict[str, Any], report: ExportReport, read: Read, calibration: str) -> str:
     """A dataset card: the configurations that `datasets` reads, then what a person should know."""
-    from prefab.pipelines.store.fill import query
-
     config = json.loads(record["config"])
-    principles = query(
-        folder,
+    principles = read(
         "SELECT principle, title, digest FROM principles WHERE constitution = ? AND enabled "
         "ORDER BY position",
         [record["constitution"] or ""],
     )
-    models = query(folder, "SELECT model, name FROM models")
+    models = read("SELECT model, name FROM models")
     named = config.get("constitution")
     names = "`, `".join(named) if isinstance(named, list) else named
-    learned = calibration_of(folder, record["run"])
     lines = ["---", "configs:"]
     for name, splits in report.counts.items():
         lines += [f"- config_name: {name}", "  data_files:"]
         lines += [
             line
             for split in splits
-            for line in (f"  - split: {split}", f"    path: {name}/{split}.parquet")
+            for line in (f"  - split: {split}", f"    path: {report.files[f'{name}/{split}']}")
         ]
     made = (
         f"Made by Prefab's recipe `{record['recipe']}` under the constitution "
@@ -235,7 +253,7 @@ def _card(record: dict[str, Any], report: ExportReport, folder: Path) -> str:
         f'data = load_dataset("{report.out.name}", "{report.first()}", split="train")',
         "```",
         "",
-        learned.sentence() if learned else NOT_LEARNED,
+        calibration,
         "",
         "`prompt_id`, `preference`, `chosen_sample`, `rejected_sample`, `sample` and `run` lead "
         "back to the store. Rows that share a group never stand in two splits.",

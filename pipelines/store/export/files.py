@@ -16,36 +16,93 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefab.factory.errors import ConfigError
+
+if TYPE_CHECKING:
+    import polars
+    from pyarrow import parquet
 
 MANIFEST = "prefab-export.json"
 # All that an export writes. The threat: a list that names files of somebody else, with an absolute
 # path or with `..`.
-OURS = re.compile(r"README\.md|[a-z_]+/(train|validation|test)\.parquet")
+OURS = re.compile(r"README\.md|[a-z_]+/(train|validation|test)(-\d{5,}-of-\d{5,})?\.parquet")
 STAGE = re.compile(r"\.prefab-export-(\d+)-\w+")  # the folder of a running export: its process
+SHARD_BYTES = 512 << 20
 MEND = "Nothing was written. Choose another folder, or move it away"
 
 
+class ShardedFile:
+    """A Parquet file that is written part by part. What is longer than SHARD_BYTES becomes several
+    files, which `datasets` reads as one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """`path` is that of the file, without its suffix; its folder is made."""
+        self.rows = 0
+        self._path = path
+        self._shards: list[Path] = []
+        self._writer: parquet.ParquetWriter | None = None
+        path.parent.mkdir(exist_ok=True)
+
+    def write(self, rows: polars.DataFrame) -> None:
+        """Append rows, all with the same columns. Raises: OSError, as of a full disk."""
+        import polars as pl
+        from pyarrow import parquet
+
+        table = rows.to_arrow(compat_level=pl.CompatLevel.oldest())
+        if self._writer is None:
+            self._shards.append(self._path.with_name(f"{self._path.name}.{len(self._shards)}"))
+            self._writer = parquet.ParquetWriter(self._shards[-1], table.schema, compression="zstd")
+        self._writer.write_table(table)
+        self.rows += rows.height
+        if self._shards[-1].stat().st_size > SHARD_BYTES:
+            self.close()
+
+    def close(self) -> None:
+        """Write the end of the file that is open."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
+
+    def finish(self) -> str:
+        """Give the files their names. Returns: the file, or the pattern of several, relative to the
+        export.
+        """
+        name, count = self._path.name, len(self._shards)
+        if count == 1:
+            self._shards[0].rename(self._path.with_name(f"{name}.parquet"))
+            return f"{self._path.parent.name}/{name}.parquet"
+        for i, shard in enumerate(self._shards):
+            shard.rename(self._path.with_name(f"{name}-{i:05}-of-{count:05}.parquet"))
+        return f"{self._path.parent.name}/{name}-*.parquet"
+
+
 @contextmanager
-def replacing(out: Path, files: Sequence[str]) -> Iterator[Path]:
-    """An empty folder to write `files` (paths relative to it) into. At the end they take the place
-    of the former export in `out`, of which the files that are no longer written are removed. After
-    an error the former export is as it was.
+def replacing(out: Path, files: Sequence[str] = ()) -> Iterator[Path]:
+    """An empty folder to write files into. At the end they take the place of the former export in
+    `out`, of which the files that are no longer written are removed. After an error the former
+    export is as it was.
+
+    Args:
+        out: The folder of the export.
+        files: Files that will be written, as far as they are known, relative to it.
 
     Raises: ConfigError when a file stands in the way that no export wrote, or the list of the
     former export is damaged.
     """
-    former = check(out, files)
+    check(out, files)
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     _remove_stages_of_the_dead(out)
     stage = Path(tempfile.mkdtemp(prefix=f".prefab-export-{os.getpid()}-", dir=out))
     try:
-        for name in files:
-            (stage / name).parent.mkdir(exist_ok=True)
         yield stage
-        _swap(stage, out, former, files)
+        written = sorted(
+            str(path.relative_to(stage)) for path in stage.rglob("*") if not path.is_dir()
+        )
+        _swap(stage, out, check(out, written), written)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if new:

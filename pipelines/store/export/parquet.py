@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prefab.factory.errors import ConfigError
+from prefab.factory.store.store import Read
 from prefab.pipelines.store.export.base import ExportSource
 
 if TYPE_CHECKING:
     import polars
 
 TABLES = ("samples", "critiques", "scores", "rankings", "verdicts", "preferences", "marks")
+PAGE_BYTES = 16 << 20
+FIRST_ROWS, MOST_ROWS = 256, 1 << 17
 
 
 class ParquetFormat:
@@ -18,8 +22,8 @@ class ParquetFormat:
 
     by_split = False
 
-    def datasets(self, source: ExportSource) -> dict[str, polars.DataFrame]:
-        """The tables as they are.
+    def datasets(self, source: ExportSource) -> Iterator[dict[str, polars.DataFrame]]:
+        """The tables as they are, some rows at a time.
 
         Raises: ConfigError when rows are to be left out.
         """
@@ -29,11 +33,27 @@ class ParquetFormat:
                 "by joining that"
             )
         run = source.record["run"]
-        frames = {name: source.query(f"SELECT * FROM {name} WHERE run = {run}") for name in TABLES}
-        frames["prompts"] = source.query(
-            f"SELECT * FROM prompts WHERE prompt IN (SELECT prompt FROM samples WHERE run = {run})"
+        for name in TABLES:
+            for page in _pages(source.query, name, f"run = {run}"):
+                yield {name: page}
+        prompts = source.query(f"SELECT DISTINCT prompt FROM samples WHERE run = {run}")
+        for page in _pages(source.query, "prompts", "true"):
+            yield {"prompts": page.join(prompts, on="prompt", how="semi")}
+
+
+def _pages(read: Read, table: str, where: str) -> Iterator[polars.DataFrame]:
+    """The rows of a table in their order, as many at a time as have about PAGE_BYTES."""
+    last = read(f"SELECT coalesce(max(rowid), -1) AS last FROM {table} WHERE {where}")["last"][0]
+    start, rows = 0, FIRST_ROWS
+    while start <= last:
+        page = read(
+            f"SELECT * FROM {table} WHERE {where} AND rowid BETWEEN {start} AND {start + rows - 1}"
         )
-        return frames
+        yield page
+        start += rows
+        rows = max(
+            1, min(MOST_ROWS, 8 * rows, rows * PAGE_BYTES // max(1, int(page.estimated_size())))
+        )
 
 
 PARQUET = ParquetFormat()

@@ -7,6 +7,7 @@ counted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prefab.factory.store import datasets
@@ -21,10 +22,10 @@ class TrlFormat:
 
     by_split = True
 
-    def datasets(self, source: ExportSource) -> dict[str, polars.DataFrame]:
+    def datasets(self, source: ExportSource) -> Iterator[dict[str, polars.DataFrame]]:
         """The datasets that this run has rows for."""
-        return datasets.datasets(
-            source.query, source.record, source.notes, source.truncated, without=source.without
+        return datasets.dataset_parts(
+            source.query, source.record, source.notes, source.truncated, source.without
         )
 
 

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from datasets import load_dataset
 
 from prefab import run
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import ConfigError
+from prefab.factory.store import datasets
 from prefab.factory.types import Completion
+from prefab.pipelines.store.export import files as export_files
+from prefab.pipelines.store.export import parquet
 from prefab.pipelines.store.export.base import export
+from prefab.pipelines.store.export.files import ShardedFile
 from tests.support import project
 
 
@@ -113,6 +118,30 @@ def test_parquet_gives_the_tables(store, tmp_path):
     assert report.counts["preferences"] == {"train": 120} and report.counts["verdicts"] == {
         "train": 480
     }
+
+
+@pytest.mark.parametrize("format", ["trl", "parquet"])
+def test_a_large_run_is_exported_in_parts_and_in_several_files(
+    store, tmp_path, monkeypatch, format
+):
+    whole = export(store, tmp_path / "whole", format)
+    monkeypatch.setattr(datasets, "PART_PROMPTS", 7)
+    monkeypatch.setattr(parquet, "MOST_ROWS", 11)
+    monkeypatch.setattr(export_files, "SHARD_BYTES", 6_000)
+    parts = export(store, tmp_path / "parts", format)
+    assert parts.counts == whole.counts and parts.notes == whole.notes
+    assert any("*" in place for place in parts.files.values())
+    for dataset, splits in whole.counts.items():
+        for split in splits:
+            one = pl.read_parquet(tmp_path / "whole" / dataset / f"{split}.parquet")
+            some = pl.read_parquet(tmp_path / "parts" / parts.files[f"{dataset}/{split}"])
+            assert one.schema == some.schema
+            assert sorted(map(repr, one.rows())) == sorted(map(repr, some.rows()))
+    cache = str(tmp_path / "cache")
+    loaded = load_dataset(str(tmp_path / "parts"), whole.first(), cache_dir=cache)
+    assert {name: len(rows) for name, rows in loaded.items()} == whole.counts[whole.first()]
+    again = export(store, tmp_path / "parts", format)  # its own files are replaced
+    assert again.counts == whole.counts
 
 
 def test_refusals_say_what_there_is(store, tmp_path):
@@ -265,15 +294,15 @@ def test_a_folder_in_the_store_is_refused(store, tmp_path):
 
 def test_an_export_that_fails_leaves_the_earlier_one(store, tmp_path, monkeypatch):
     out, before = tmp_path / "out", tree_of_export(store, tmp_path / "out")
-    write, written = pl.DataFrame.write_parquet, []
+    write, written = ShardedFile.write, []
 
-    def full(frame: pl.DataFrame, file: Path) -> None:
+    def full(file: ShardedFile, rows: pl.DataFrame) -> None:
         if len(written) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+            raise OSError(errno.ENOSPC, "No space left on device", "a file")
         written.append(file)
-        write(frame, file)
+        write(file, rows)
 
-    monkeypatch.setattr(pl.DataFrame, "write_parquet", full)
+    monkeypatch.setattr(ShardedFile, "write", full)
     for again, kept in ((out, before), (tmp_path / "new", None)):
         written.clear()
         with pytest.raises(OSError, match="No space"):
