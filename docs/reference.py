@@ -25,6 +25,8 @@ GROUPS = {
         "check",
         "check_data",
         "load_constitution",
+        "lint_constitution",
+        "explain_lint",
         "load_pipeline",
         "resolve_pipeline",
     ],

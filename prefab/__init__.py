@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from prefab.pipelines.config.schema import load_pipeline
     from prefab.pipelines.evaluation.policy import run as eval_policy
     from prefab.pipelines.quality.agreement import measure as agreement
+    from prefab.pipelines.quality.constitution_lints import explain as explain_lint
+    from prefab.pipelines.quality.constitution_lints import lint_constitution
     from prefab.pipelines.quality.constitution_tests import add_test, run_tests
     from prefab.pipelines.quality.data_audit import audit as audit_data
     from prefab.pipelines.quality.judge_audit import audit as audit_judge
@@ -58,11 +60,13 @@ _HOME = {
     "doctor": "pipelines.cli.doctor:examine",
     "eval_judge": "pipelines.quality.judge_benchmark:evaluate",
     "eval_policy": "pipelines.evaluation.policy:run",
+    "explain_lint": "pipelines.quality.constitution_lints:explain",
     "export": "pipelines.store.export.base:export",
     "import_preferences": "pipelines.store.imports:import_files",
     "forget": "pipelines.store.forget:forget",
     "init": "pipelines.cli.project:init_project",
     "label": "pipelines.quality.labeling:open_session",
+    "lint_constitution": "pipelines.quality.constitution_lints:lint_constitution",
     "load_constitution": "factory.spec.constitution:load_constitution",
     "load_pipeline": "pipelines.config.schema:load_pipeline",
     "plan": "pipelines.run.plan:plan",
@@ -99,11 +103,13 @@ __all__ = [
     "doctor",
     "eval_judge",
     "eval_policy",
+    "explain_lint",
     "export",
     "forget",
     "import_preferences",
     "init",
     "label",
+    "lint_constitution",
     "load_constitution",
     "load_pipeline",
     "plan",

@@ -41,6 +41,7 @@ ReadParent = Callable[[str, str], tuple[str, str]]
 
 Id = Annotated[str, StringConstraints(pattern=yamlio.ID_PATTERN, max_length=64)]
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
+LintCode = Annotated[str, StringConstraints(pattern=r"^[A-Z][0-9]{3}$")]
 Names = Annotated[
     list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
@@ -66,6 +67,14 @@ class AppliesWhen(_Strict):
 
     tags: list[Text] = Field(
         min_length=1, description="Tags of the prompt, any of which makes the principle apply."
+    )
+
+
+class LintSettings(_Strict):
+    """What `prefab check` is not to warn of."""
+
+    ignore: list[LintCode] = Field(
+        min_length=1, description="Codes of lints; `prefab explain CODE` says what each means."
     )
 
 
@@ -97,6 +106,7 @@ class PrincipleModel(_Strict):
         [], description="Earlier ids, oldest first: a rename then moves no draw."
     )
     enabled: bool = Field(True, description="false keeps the principle in the file and out of use.")
+    lint: LintSettings | None = None
 
 
 class Override(_Strict):
@@ -175,6 +185,7 @@ class ConstitutionModel(_Strict):
         "ones of the same template.",
     )
     tests: list[TestCase] = Field([], description="Comparisons whose outcome is known.")
+    lint: LintSettings | None = None
 
 
 def load_constitution(path: str | Path) -> Constitution:

@@ -21,7 +21,7 @@ from prefab.factory.console import console, fail, hint, say, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
 from prefab.factory.printable import guard_standard_streams
 from prefab.factory.redaction import add_environment_secrets
-from prefab.pipelines.cli import lab, labels, planning, principles
+from prefab.pipelines.cli import constitutions, lab, labels, planning, principles
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli import view as cli_view
@@ -33,7 +33,6 @@ from prefab.pipelines.cli.options import (
     Sets,
     Store,
     existing_store,
-    hint_command,
     print_json,
     resumable,
 )
@@ -50,6 +49,7 @@ app = typer.Typer(
     help="Make preference data with AI judges (RLAIF, Constitutional AI), and train on it.",
 )
 app.add_typer(cli_store.app, name="store")
+app.add_typer(constitutions.app)
 app.add_typer(planning.app)
 app.add_typer(lab.app)
 app.add_typer(labels.app)
@@ -185,31 +185,23 @@ def check(
     model: Annotated[
         str, typer.Option(help="Whose tokenizer and chat template --show uses.")
     ] = "prefab-tiny",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with code 1 when there are warnings.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check constitutions, templates, pipelines and data files (prompts, pairs, demonstrations);
-    print every problem that is found, and what each column of a data file is taken for.
+    print every problem that is found, and what each column of a data file is taken for. Warnings
+    about principles have a code, which `prefab explain CODE` explains.
     """
+    from prefab.pipelines.cli.constitutions import report_check
     from prefab.pipelines.cli.data_check import check_data, is_data
     from prefab.pipelines.cli.project import check_paths
 
     if columns or show or all(is_data(path) for path in paths):
         return check_data(paths, columns, model if show else "", as_json)
     checked, problems = check_paths(paths)
-    if as_json:
-        print_json(
-            {
-                "checked": [str(path) for path, _ in checked],
-                "problems": [str(problem) for problem in problems],
-            }
-        )
-        raise typer.Exit(2 if problems else 0)
-    if problems:
-        raise ConfigError(problems)
-    for path, what in checked:
-        say(f"{path} ({what})", "ok", "green")
-    pipelines = [path for path, what in checked if what == "pipeline"]
-    hint_command(*(("plan", pipelines[0]) if pipelines else ("init", "my-project")))
+    report_check(checked, problems, strict, as_json)
 
 
 @app.command()

@@ -151,7 +151,7 @@ def test_unknown_field_without_a_near_name_lists_the_known(tmp_path):
     [problem] = problems(tmp_path, GOOD + "    zzz: 1\n")
     assert problem == (
         "11:5 principles[0].zzz: unknown field; known: applies_when, compare, criterion, critique, "
-        "enabled, formerly, id, revise, tags, title, weight"
+        "enabled, formerly, id, lint, revise, tags, title, weight"
     )
 
 

@@ -1,0 +1,139 @@
+"""Commands about constitution files: their warnings and versions, and files of other projects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefab.factory.console import EXIT_FAILED, console, say, warn
+from prefab.factory.errors import ConfigError, Problem
+from prefab.pipelines.cli.options import Json, hint_command, print_json
+
+if TYPE_CHECKING:
+    from prefab.factory.types import Constitution
+    from prefab.pipelines.quality.constitution_lints import Lint
+
+app = typer.Typer()
+
+
+@app.command()
+def explain(
+    code: Annotated[
+        str, typer.Argument(metavar="[CODE]", help="Such as C101. Left out: all codes.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Explain a warning of `prefab check`: what it means, why it matters, an example, and how to
+    mend it or silence it.
+    """
+    from prefab.pipelines.quality.constitution_lints import explain as find
+
+    rules = find(code)
+    if as_json:
+        return print_json({"codes": [rule.data() for rule in rules]})
+    if len(rules) > 1:
+        for rule in rules:
+            say(rule.title, rule.code, "bold")
+        return hint_command("explain", rules[0].code)
+    [rule] = rules
+    say(rule.title, rule.code, "bold")
+    say(f"why      {rule.why}")
+    say(f"example  {rule.example}")
+    say(f"mend     {rule.mend}")
+    say(
+        f"silence  `lint: {{ignore: [{rule.code}]}}` in the principle or at the top of the file, or "
+        f"`# prefab: ignore {rule.code}` on the line or the line above"
+    )
+
+
+def report_check(
+    checked: Sequence[tuple[Path, str]], problems: Sequence[Problem], strict: bool, as_json: bool
+) -> None:
+    """Print what `prefab check` found.
+
+    Args:
+        checked: The files, each with its kind.
+        problems: What makes files invalid.
+        strict: Exit with code 1 when there are warnings.
+        as_json: Print one JSON object.
+
+    Raises:
+        ConfigError: There are problems, and they are not printed as JSON.
+        typer.Exit: 1 for warnings with `strict`, 2 for problems with `as_json`.
+    """
+    bad = {problem.file for problem in problems}
+    files = [path for path, what in checked if what == "constitution" and str(path) not in bad]
+    constitutions = _loaded(files)
+    lints = _lints(list(constitutions))
+    if as_json:
+        print_json(
+            {
+                "checked": [str(path) for path, _ in checked],
+                "problems": [str(problem) for problem in problems],
+                "lints": [lint.data() for lint in lints],
+                "constitutions": [
+                    {"file": str(path), **versions(constitution)}
+                    for path, constitution in constitutions.items()
+                ],
+            }
+        )
+        raise typer.Exit(2 if problems else EXIT_FAILED if lints and strict else 0)
+    for lint in lints:
+        warn(str(lint))
+    if problems:
+        raise ConfigError(list(problems))
+    for path, what in checked:
+        _show_checked(path, what, constitutions.get(path), alone=len(checked) == 1)
+    if lints:
+        say(f"{len(lints)} warnings; `prefab explain {lints[0].code}` says what one means")
+    if lints and strict:
+        raise typer.Exit(EXIT_FAILED)
+    pipelines = [path for path, what in checked if what == "pipeline"]
+    hint_command(*(("plan", pipelines[0]) if pipelines else ("init", "my-project")))
+
+
+def _loaded(files: Sequence[Path]) -> dict[Path, Constitution]:
+    """The constitutions that can be read, by file (a parent may be what is wrong)."""
+    from prefab.factory.spec.constitution import load_constitution
+
+    found = {}
+    for file in files:
+        try:
+            found[file] = load_constitution(file)
+        except ConfigError:
+            continue
+    return found
+
+
+def _lints(files: list[Path]) -> list[Lint]:
+    if not files:
+        return []
+    from prefab.pipelines.quality.constitution_lints import equal_ids, lint_constitution
+
+    return [*(lint for file in files for lint in lint_constitution(file)), *equal_ids(files)]
+
+
+def versions(constitution: Constitution) -> dict[str, Any]:
+    """A constitution's id and digest, and those of its principles, as plain data."""
+    from prefab.factory.spec.constitution import constitution_digest, principle_digest
+
+    return {
+        "id": constitution.id,
+        "digest": constitution_digest(constitution),
+        "principles": {p.id: principle_digest(p) for p in constitution.principles},
+    }
+
+
+def _show_checked(path: Path, what: str, constitution: Constitution | None, alone: bool) -> None:
+    """One line for a file; of a constitution its digest, and alone also those of its principles."""
+    if constitution is None:
+        return say(f"{path} ({what})", "ok", "green")
+    version = versions(constitution)
+    used = sum(principle.enabled for principle in constitution.principles)
+    say(f"{path} ({what} {version['digest'][:8]}, {used} principles in use)", "ok", "green")
+    for principle in constitution.principles if alone else ():
+        state = "" if principle.enabled else "  (disabled)"
+        console().print(f"    {version['principles'][principle.id][:8]}  {principle.id}{state}")
