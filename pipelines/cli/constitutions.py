@@ -64,22 +64,18 @@ def report_check(
         ConfigError: There are problems, and they are not printed as JSON.
         typer.Exit: 1 for warnings with `strict`, 2 for problems with `as_json`.
     """
-    bad = {problem.file for problem in problems}
-    files = [path for path, what in checked if what == "constitution" and str(path) not in bad]
-    constitutions = _loaded(files)
+    constitutions = _loaded([path for path, what in checked if what == "constitution"])
     lints = _lints(list(constitutions))
     if as_json:
-        print_json(
-            {
-                "checked": [str(path) for path, _ in checked],
-                "problems": [str(problem) for problem in problems],
-                "lints": [lint.data() for lint in lints],
-                "constitutions": [
-                    {"file": str(path), **versions(constitution)}
-                    for path, constitution in constitutions.items()
-                ],
-            }
-        )
+        found = {
+            "checked": [str(path) for path, _ in checked],
+            "problems": [str(problem) for problem in problems],
+            "lints": [lint.data() for lint in lints],
+            "constitutions": [
+                {"file": str(path), **versions(made)} for path, made in constitutions.items()
+            ],
+        }
+        print_json(found)
         raise typer.Exit(2 if problems else EXIT_FAILED if lints and strict else 0)
     for lint in lints:
         warn(str(lint))
@@ -96,7 +92,7 @@ def report_check(
 
 
 def _loaded(files: Sequence[Path]) -> dict[Path, Constitution]:
-    """The constitutions that can be read, by file (a parent may be what is wrong)."""
+    """The constitutions that are valid, by file."""
     from prefab.factory.spec.constitution import load_constitution
 
     found = {}
