@@ -67,15 +67,7 @@ def report_check(
     constitutions = _loaded([path for path, what in checked if what == "constitution"])
     lints = _lints(list(constitutions))
     if as_json:
-        found = {
-            "checked": [str(path) for path, _ in checked],
-            "problems": [str(problem) for problem in problems],
-            "lints": [lint.data() for lint in lints],
-            "constitutions": [
-                {"file": str(path), **versions(made)} for path, made in constitutions.items()
-            ],
-        }
-        print_json(found)
+        print_json(_check_data(checked, problems, lints, constitutions))
         raise typer.Exit(2 if problems else EXIT_FAILED if lints and strict else 0)
     for lint in lints:
         warn(str(lint))
@@ -87,6 +79,28 @@ def report_check(
         say(f"{len(lints)} warnings; `prefab explain {lints[0].code}` says what one means")
     if lints and strict:
         raise typer.Exit(EXIT_FAILED)
+    _hint_next(checked)
+
+
+def _check_data(
+    checked: Sequence[tuple[Path, str]],
+    problems: Sequence[Problem],
+    lints: Sequence[Lint],
+    constitutions: dict[Path, Constitution],
+) -> dict[str, Any]:
+    """What a check found, as plain data."""
+    return {
+        "checked": [str(path) for path, _ in checked],
+        "problems": [str(problem) for problem in problems],
+        "lints": [lint.data() for lint in lints],
+        "constitutions": [
+            {"file": str(path), **versions(made)} for path, made in constitutions.items()
+        ],
+    }
+
+
+def _hint_next(checked: Sequence[tuple[Path, str]]) -> None:
+    """The command that follows a check."""
     pipelines = [path for path, what in checked if what == "pipeline"]
     hint_command(*(("plan", pipelines[0]) if pipelines else ("init", "my-project")))
 
