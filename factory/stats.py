@@ -106,7 +106,41 @@ def clustered_share(
     if m < 2:
         return Estimate(p, n_items=n)
     residuals = np.bincount(groups, weights=hits - p)
-    variance = m / (m - 1) * float(residuals @ residuals) / n**2
+    return _clustered(p, n, m, float(residuals @ residuals), level)
+
+
+def clustered_share_of_sums(
+    n: float,
+    hits: float,
+    clusters: float,
+    hits_hits: float,
+    hits_n: float,
+    n_n: float,
+    level: float = 0.95,
+) -> Estimate:
+    """`clustered_share` from sums that a database makes.
+
+    Args:
+        n: Items.
+        hits: Items that hit.
+        clusters: Clusters that have items.
+        hits_hits: The sum over clusters of hits squared.
+        hits_n: That of hits times items.
+        n_n: That of items squared.
+        level: Of the interval.
+    """
+    if n <= 0:
+        return undefined("no trials")
+    p = hits / n
+    if clusters < 2:
+        return Estimate(p, n_items=int(n))
+    squares = max(0.0, hits_hits - 2 * p * hits_n + p * p * n_n)
+    return _clustered(p, int(n), int(clusters), squares, level)
+
+
+def _clustered(p: float, n: int, m: int, squares: float, level: float) -> Estimate:
+    """A share of `n` items in `m` clusters, by the sum of the clusters' squared residuals."""
+    variance = m / (m - 1) * squares / n**2
     effective = float(m) if p in (0.0, 1.0) else n / max(1.0, variance * n / (p * (1 - p)))
     found = wilson(p * effective, effective, level)
     low, high = (0.0 if p == 0.0 else found.low), (1.0 if p == 1.0 else found.high)

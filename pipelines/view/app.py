@@ -29,7 +29,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefab.factory.errors import ConfigError, PrefabError
 from prefab.pipelines.view import charts, texts
+from prefab.pipelines.view.analysis import agreement, judges, training
+from prefab.pipelines.view.constitution import constitution, download, edited
 from prefab.pipelines.view.filters import OUTCOMES, SORTS
+from prefab.pipelines.view.label import label, say
 from prefab.pipelines.view.pages import (
     Page,
     PageOf,
@@ -44,7 +47,12 @@ from prefab.pipelines.view.preference import preference, raw_text
 from prefab.pipelines.view.reader import FillingError
 
 HERE = Path(__file__).parent
-STATIC = {"view.css": "text/css", "view.js": "text/javascript", "htmx.min.js": "text/javascript"}
+STATIC = {
+    "icon.svg": "image/svg+xml",
+    "view.css": "text/css",
+    "view.js": "text/javascript",
+    "htmx.min.js": "text/javascript",
+}
 MOST_BYTES = 2_000_000  # of a form
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -62,6 +70,11 @@ HEADERS = {
 NAV = (
     ("runs", "Runs"),
     ("preferences", "Preferences"),
+    ("agreement", "Agreement"),
+    ("judges", "Judges"),
+    ("constitution", "Constitution"),
+    ("label", "Label"),
+    ("training", "Training"),
 )
 PAGES: dict[str, PageOf] = {
     "runs": runs,
@@ -69,6 +82,11 @@ PAGES: dict[str, PageOf] = {
     "compare": compare,
     "preferences": preferences,
     "preference": preference,
+    "agreement": agreement,
+    "judges": judges,
+    "constitution": constitution,
+    "label": label,
+    "training": training,
 }
 
 
@@ -151,6 +169,7 @@ def environment() -> Environment:
         "pbar": charts.probability_bar,
         "shares": charts.share_bar,
         "lines": charts.lines,
+        "intervals": charts.intervals,
         "OUTCOMES": OUTCOMES,
         "SORTS": list(SORTS),
         "WORDS": {"a": "A preferred", "b": "B preferred", "tie": "tie", "unscored": "unscored"},
@@ -162,7 +181,7 @@ def rendered(env: Environment, view: View, page: Page, name: str, parameters: Pa
     """A page as HTML."""
     kept = [(k, v) for k, v in parameters if k not in ("format", "part")]
     try:
-        named = [row["named"] for row in view.runs()] if page.status == 200 else []
+        named = [row["named"] for row in view.runs()] if page.status in (200, 202) else []
     except PrefabError:
         named = []
     return env.get_template(page.template).render(
@@ -191,7 +210,7 @@ def failed(error: PrefabError) -> Page:
             "filling.jinja",
             "The store is being filled",
             {"message": str(error)},
-            status=503,
+            status=202,
             live=True,
         )
     status = 404 if isinstance(error, ConfigError) else 500
@@ -232,6 +251,31 @@ class Site:
             return Response(as_json(page), page.status, media_type="application/json")
         html = rendered(self.env, self.view, page, name, parameters)
         return Response(html, page.status, page.headers, "text/html")
+
+    async def labelled(self, request: Request) -> Response:
+        """A label, or its undoing; then the next comparison."""
+        try:
+            fields = await form(request)
+            await run_in_threadpool(say, self.view, fields)
+        except PrefabError as error:
+            if "already" not in str(error):
+                return self._answer(failed(error), "label", [])
+        kept = [(k, v) for k, v in fields if k in ("run", "annotator", "first", "principle") and v]
+        return RedirectResponse(f"/label?{urlencode(kept)}", 303)
+
+    async def edit(self, request: Request) -> Response:
+        """What the editor of a constitution asks."""
+        try:
+            fields = await form(request)
+        except PrefabError as error:
+            return self._answer(failed(error), "constitution", [])
+        if ("do", "save") in fields:
+            name, text = download(fields)
+            headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+            return PlainTextResponse(text.encode("utf-8", "replace"), headers=headers)
+        return await run_in_threadpool(
+            self._made, lambda: edited(self.view, fields), "constitution", []
+        )
 
     async def text(self, request: Request) -> Response:
         """The whole text of an answer, as plain text."""
@@ -283,6 +327,8 @@ def make_app(view: View, token: str, port: int) -> ASGIApp:
         Route("/", first),
         Route("/static/{name}", static),
         Route("/text", site.text),
+        Route("/label", site.labelled, methods=["POST"]),
+        Route("/constitution", site.edit, methods=["POST"]),
         Route("/{name}", site.page),
     ]
     return Gate(Starlette(routes=routes), token, port)

@@ -15,6 +15,7 @@ from prefab.factory.charts import Chart, Point, Series
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46
 BARS = 90  # height of a histogram
+MANY = 20  # points of a series, above which they are drawn small
 KINDS = 6  # series of a chart that have a class of their own
 
 
@@ -139,21 +140,71 @@ def _series(series: Series, x: Scale, y: Scale, name: str, links: dict[str, str]
         path = " ".join(f"{x(p.x)},{y(p.y)}" for p in series.points)
         parts.append(f'<polyline class="line {name}" points="{path}"/>')
     if series.marked:
-        parts += [_mark(p, x, y, name, series.name, links.get(p.label)) for p in series.points]
+        radius = 4.5 if len(series.points) <= MANY else 2.2
+        parts += [
+            _mark(p, x, y, name, series.name, links.get(p.label), radius) for p in series.points
+        ]
     return "".join(parts)
 
 
-def _mark(p: Point, x: Scale, y: Scale, name: str, series: str, link: str | None) -> str:
+def _mark(
+    p: Point, x: Scale, y: Scale, name: str, series: str, link: str | None, radius: float
+) -> str:
     told = f"{series}: {number(p.y)}"
     bar = ""
     if p.low is not None and p.high is not None:
         told += f" (95% interval {number(p.low)} to {number(p.high)})"
         bar = f'<line class="interval {name}" x1="{x(p.x)}" x2="{x(p.x)}" y1="{y(p.low)}" y2="{y(p.high)}"/>'
     told = f"{told}{f', {p.label}' if p.label else ''}"
-    mark = f'<circle class="{name}" cx="{x(p.x)}" cy="{y(p.y)}" r="4.5"><title>{escape(told)}</title></circle>'
+    mark = f'<circle class="{name}" cx="{x(p.x)}" cy="{y(p.y)}" r="{radius}"><title>{escape(told)}</title></circle>'
     if link:
         mark = f'<a href="{escape(link)}" aria-label="{escape(told)}">{mark}</a>'
     return bar + mark
+
+
+def intervals(
+    title: str,
+    x_name: str,
+    rows: Sequence[tuple[str, float, float | None, float | None]],
+    middle: float | None = None,
+) -> Markup:
+    """Values from 0 to 1 with their intervals under each other: (name, value, low, high) each.
+    `middle` is drawn as a dashed line.
+    """
+    step, left = 30, 130
+    bottom = TOP + step * len(rows)
+    x = Scale(0.0, 1.0, left, WIDTH - RIGHT)
+    body = []
+    for t in ticks(0.0, 1.0):
+        body.append(
+            f'<line class="grid" x1="{x(t)}" x2="{x(t)}" y1="{TOP}" y2="{bottom}"/>'
+            f'<text class="tick" x="{x(t)}" y="{bottom + 16}" text-anchor="middle">{number(t)}</text>'
+        )
+    if middle is not None:
+        body.append(
+            f'<line class="diagonal" x1="{x(middle)}" x2="{x(middle)}" y1="{TOP}" y2="{bottom}"/>'
+        )
+    level = Scale(0.0, float(len(rows)) or 1.0, TOP, bottom)
+    for i, (name, value, low, high) in enumerate(rows):
+        y = level(i + 0.5)
+        shown = name if len(name) <= 18 else name[:17] + "…"
+        told = f"{name}: {number(value)}"
+        body.append(
+            f'<text class="axis" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(shown)}</text>'
+        )
+        if low is not None and high is not None:
+            told += f" (95% interval {number(low)} to {number(high)})"
+            body.append(
+                f'<line class="interval s0" x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}"/>'
+            )
+        body.append(
+            f'<circle class="s0" cx="{x(value)}" cy="{y}" r="5"><title>{escape(told)}</title></circle>'
+        )
+    body.append(
+        f'<text class="axis" x="{(left + WIDTH - RIGHT) / 2}" y="{bottom + 36}" '
+        f'text-anchor="middle">{escape(x_name)}</text>'
+    )
+    return _figure(title, "".join(body), (), bottom + BOTTOM)
 
 
 def histogram(

@@ -12,7 +12,7 @@ from prefab.factory.errors import ConfigError
 
 OUTCOMES = ("a", "b", "tie", "unscored")
 SORTS = {
-    "unsure": "abs(p.p_a - 0.5) NULLS LAST",
+    "unsure": "p.identical, abs(p.p_a - 0.5) NULLS LAST",
     "sure": "-abs(p.p_a - 0.5) NULLS LAST",
     "spread": "-p.spread NULLS LAST",
     "length": "-abs(length) NULLS LAST",

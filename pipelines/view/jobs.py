@@ -72,10 +72,18 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
 
-    def get(self, name: str, words: list[str] | None = None) -> Job | None:
+    def get(self, name: str, words: list[str] | None = None, wait: bool = False) -> Job | None:
         """The job of this name, begun with these words where there is none; None where too many
-        are running, or there is none and no words.
+        are running, or there is none and no words. `wait`: until it has ended.
         """
+        job = self._get(name, words)
+        if wait and job and job.process is not None:
+            job.process.wait()
+            with self._lock:
+                job.look()
+        return job
+
+    def _get(self, name: str, words: list[str] | None) -> Job | None:
         with self._lock:
             for job in self._jobs.values():
                 job.look()

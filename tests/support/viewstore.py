@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from prefab.factory.ledger.ledger import Ledger
-from prefab.factory.types import Engine
+from prefab.factory.microworld import oracle
+from prefab.factory.types import Engine, Message
 from prefab.judges.kinds import human
 from prefab.pipelines.quality import labeling
 from prefab.pipelines.run.rejudge import panel_of, pipeline_of, rejudge
@@ -60,16 +61,22 @@ def _attacking(engine: Any) -> Any:
 
 
 def _label(store: Path) -> None:
-    """Two people: one who agrees with the careful judge in most, one who says what the first says
-    in three of four."""
-    for who, every in (("ann", 5), ("ben", 4)):
+    """Two people, who are right about most of what has a right answer: one errs in one of twenty,
+    the other in one of six.
+    """
+    for who, every in (("ann", 20), ("ben", 6)):
         with labeling.open_session(store, "world", who, "random", 0) as session:
-            for i, task in enumerate(list(session.todo[:40])):
-                good = len(task.text_a) % 2 == 0
-                said: human.Said = (
-                    "tie" if i % 11 == 0 else "a" if good != (i % every == 0) else "b"
-                )
-                session.say(said, task, "ab")
+            said = 0
+            for task in list(session.todo):
+                talk = tuple(Message(role, text) for role, text in task.conversation)
+                truth = oracle.compare(talk, task.text_a, task.text_b, task.principle)
+                if truth == "tie" and said % 9:
+                    continue
+                said += 1
+                word: human.Said = truth if said % every else human.swapped(truth)
+                session.say(word if task.order == "ab" else human.swapped(word), task)
+                if said == 90:
+                    break
 
 
 def _edited(store: Path, engines: dict[str, Engine]) -> None:
@@ -106,18 +113,21 @@ def _evals(store: Path) -> None:
                 "samples": curves["samples"],
             }
         )
-    for step in range(0, 41, 4):
+    for step in range(41):
         kl = step**1.3 / 12
-        proxy, gold = 0.2 + 0.12 * kl**0.5, 0.6 + 0.1 * kl**0.5 - 0.018 * kl
         metrics = {
             "step": step,
             "kl": kl,
-            "proxy": proxy,
-            "reward": proxy,
+            "reward": 0.2 + 0.12 * kl**0.5,
             "length": 18 + kl,
-            "gold": {"value": gold, "low": gold - 0.03, "high": gold + 0.03},
             "entropy": 2 - kl / 9,
         }
+        if step % 4 == 0:
+            metrics |= {
+                "eval/kl": kl,
+                "eval/proxy": 0.2 + 0.12 * kl**0.5,
+                "eval/gold": 0.6 + 0.1 * kl**0.5 - 0.018 * kl,
+            }
         ledger.add_eval({"name": "ppo", "subject": f"ppo@{step}", "metrics": metrics})
     history = [{"step": s, "eval_loss": 0.7 - 0.03 * s**0.5} for s in range(5, 41, 5)]
     ledger.add_eval(

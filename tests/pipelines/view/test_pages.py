@@ -17,6 +17,7 @@ import pytest
 from prefab.factory.errors import StoreError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.store.store import read_frame
+from prefab.judges.kinds import human
 from prefab.pipelines.cli.main import app as cli
 from prefab.pipelines.run.diff import diff
 from prefab.pipelines.store.fill import query
@@ -96,12 +97,30 @@ def test_a_filter_shows_what_its_sql_says(client, made, address, where):
     assert ids(client, f"run=world&{address}") == same(made, READ + where)
 
 
-def test_people_against_judges(client, made):
+def test_people_against_judges(store):
     """Comparisons that people labelled: most of them as the panel decides, or against it."""
-    labelled, agree, against = (
-        ids(client, f"people={how}") for how in ("labelled", "agree", "disagree")
+    rows = query(store, READ + "outcome = 'a' ORDER BY abs(p_a - 0.5) DESC LIMIT 2")["preference"]
+    sql = (
+        "SELECT p.prompt, x.sample AS a, y.sample AS b FROM preferences p JOIN samples x ON x.run = 1 "
+        'AND x.prompt = p.prompt AND x."index" = p.a JOIN samples y ON y.run = 1 AND y.prompt = p.prompt '
+        'AND y."index" = p.b WHERE p.run = 1 AND p.preference = ?'
     )
-    assert labelled and agree and against and not agree & against and agree | against <= labelled
+    ledger = Ledger.open(store)
+    for preference, said in zip(rows, ("a", "b"), strict=True):
+        at = query(store, sql, [preference]).row(0)
+        for i in range(20):  # more than have labelled it before
+            ledger.add_human_label(human.row(*at, "harm", said, "ab", f"person {i}", float(i)))
+            # the other way round is the same label
+            place = (at[0], at[2], at[1])
+            ledger.add_human_label(human.row(*place, "harm", said, "ba", f"other {i}", float(i)))
+    asyncio.run(ledger.close())
+    query(store, "SELECT 1")
+    with client_of(store) as client:
+        labelled, agree, against = (
+            ids(client, f"people={how}") for how in ("labelled", "agree", "disagree")
+        )
+    assert rows[0] in agree and rows[1] in against
+    assert not agree & against and agree | against <= labelled
 
 
 def test_two_judges_that_differ(client, made):
@@ -175,7 +194,14 @@ def test_two_runs_are_compared_as_prefab_diff_compares_them(client, made):
 
 @pytest.mark.parametrize(
     "page",
-    ["/runs", "/run", "/preferences?outcome=a&q=it's", "/compare?old=world&new=world-rejudge"],
+    [
+        "/constitution",
+        "/training",
+        "/runs",
+        "/run",
+        "/preferences?outcome=a&q=it's",
+        "/compare?old=world&new=world-rejudge",
+    ],
 )
 def test_what_is_copied_gives_the_same(client, made, page, capsys, monkeypatch):
     """The SQL runs, and so does the command."""
@@ -220,7 +246,7 @@ def test_a_run_that_fills_the_store_is_not_disturbed_and_its_answers_appear(stor
         con = duckdb.connect(str(store / "prefab.duckdb"))  # fails while another has it open
         con.execute("BEGIN")
         answer = client.get("/preferences")
-        assert answer.status_code == 503 and "are being added" in answer.text
+        assert answer.status_code == 202 and "are being added" in answer.text
         con.execute("ROLLBACK")
         con.close()
         ledger = Ledger.open(store)
