@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from prefab.pipelines.quality.constitution_lints import lint_constitution
     from prefab.pipelines.quality.constitution_tests import add_test, run_tests
     from prefab.pipelines.quality.data_audit import audit as audit_data
+    from prefab.pipelines.quality.induction import (
+        constitution_text,
+        induce,
+        pairs_of_file,
+        pairs_of_people,
+        pairs_of_runs,
+    )
     from prefab.pipelines.quality.judge_audit import audit as audit_judge
     from prefab.pipelines.quality.judge_benchmark import evaluate as eval_judge
     from prefab.pipelines.quality.judge_benchmark import read_benchmark
@@ -89,6 +96,11 @@ _HOME = {
     "watch": "pipelines.run.watch:watch",
     "why": "pipelines.quality.why:why",
     "write_label_queue": "pipelines.quality.labeling:write_queue",
+    "constitution_text": "pipelines.quality.induction:constitution_text",
+    "induce": "pipelines.quality.induction:induce",
+    "pairs_of_file": "pipelines.quality.induction:pairs_of_file",
+    "pairs_of_people": "pipelines.quality.induction:pairs_of_people",
+    "pairs_of_runs": "pipelines.quality.induction:pairs_of_runs",
 }
 __all__ = [
     "add_test",
@@ -99,6 +111,7 @@ __all__ = [
     "calibrate",
     "check",
     "check_data",
+    "constitution_text",
     "diff",
     "doctor",
     "eval_judge",
@@ -107,11 +120,15 @@ __all__ = [
     "export",
     "forget",
     "import_preferences",
+    "induce",
     "init",
     "label",
     "lint_constitution",
     "load_constitution",
     "load_pipeline",
+    "pairs_of_file",
+    "pairs_of_people",
+    "pairs_of_runs",
     "plan",
     "principle_effects",
     "query",

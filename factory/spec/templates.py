@@ -39,6 +39,7 @@ VARIABLES: dict[str, set[str]] = {
     "listwise": {"conversation", "answers", "question", "examples"},
     "critique": _ONE,
     "revise": _ONE | {"critique"},
+    "propose": {"conversation", "answer_a", "answer_b"},
 }
 
 
@@ -264,10 +265,14 @@ def conversation_text(messages: Sequence[Message]) -> str:
 
 
 def embedded_templates() -> list[Path]:
-    """The shipped templates that the embedded models are trained with: those with an example are
-    for other models.
+    """The shipped templates that the embedded models are trained with: those with an example, and
+    the one that asks for rules, are for other models.
     """
-    return sorted(p for p in TEMPLATES.glob("*.jinja") if not p.stem.endswith("_one_shot"))
+    return sorted(
+        p
+        for p in TEMPLATES.glob("*.jinja")
+        if not p.stem.endswith("_one_shot") and p.stem != "propose"
+    )
 
 
 def templates_digest() -> str:

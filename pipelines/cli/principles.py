@@ -9,10 +9,21 @@ import typer
 
 from prefab.factory.console import say, table
 from prefab.factory.errors import ConfigError
-from prefab.pipelines.cli.options import Json, Store, existing_store, hint_command, print_json
+from prefab.pipelines.cli.options import (
+    Json,
+    Map,
+    Pipeline,
+    Sets,
+    Store,
+    existing_store,
+    hint_command,
+    print_json,
+    resumable,
+)
 
 if TYPE_CHECKING:
     from prefab.factory.stats import Estimate
+    from prefab.pipelines.quality.induction import Induction, LabelledPair
     from prefab.pipelines.quality.principle_effects import PrincipleReport
 
 app = typer.Typer()
@@ -48,6 +59,130 @@ def principles(
         return print_json(found.data())
     _show_effects(found)
     hint_command("diff", "CONSTITUTION.yaml", "--store", store, "--run", found.run)
+
+
+@app.command()
+def induce(
+    pipeline: Pipeline,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Labelled pairs, in any layout of `import-preferences`."),
+    ] = None,
+    run: Annotated[
+        str,
+        typer.Option(
+            help="A run of the store. Its pairs as people labelled them; with --against, as it "
+            "labelled them itself. Default: the latest."
+        ),
+    ] = "",
+    against: Annotated[
+        str, typer.Option(metavar="RUN", help="Only pairs on which --run and this run disagree.")
+    ] = "",
+    candidates: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="CONSTITUTION.yaml",
+            help="Principles to test; may be repeated. Default: the judge's model proposes some.",
+        ),
+    ] = [],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="CONSTITUTION.yaml", help="Write the principles as a constitution."),
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(metavar="NAME", help="One of panel.judges. Default: the first.")
+    ] = "",
+    most: Annotated[int, typer.Option(min=1, help="Principles to keep at most.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pairs that are held out.")] = 0,
+    store: Annotated[
+        Path | None, typer.Option(help="The store. Default: the pipeline's, or `store`.")
+    ] = None,
+    columns: Map = [],
+    sets: Sets = [],
+    as_json: Json = False,
+) -> None:
+    """Find the smallest set of principles that explains labelled pairs, and write it as a
+    constitution to edit.
+    """
+    try:
+        from prefab.pipelines.quality import induction
+    except ImportError as error:
+        raise ConfigError(
+            f"`prefab induce` needs {error.name}: pip install -e '.[stats]'"
+        ) from error
+
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists already; name a new file with --out")
+    labelled = _labelled(pairs, store, run, against, columns)
+    with resumable("all answers so far are kept"):
+        found = induction.induce(
+            labelled, pipeline, candidates, sets, judge, store, most, seed, quiet=as_json
+        )
+    text = induction.constitution_text(found, out.stem if out else "induced") if out else ""
+    if out:
+        out.write_text(text, encoding="utf-8")
+    if as_json:
+        return print_json(found.data())
+    _show_induction(found)
+    if out:
+        say(f"{out}: {len(found.principles)} principles")
+        hint_command("check", out)
+    else:
+        hint_command("induce", "--help")
+
+
+def _labelled(
+    pairs: Path | None, store: Path | None, run: str, against: str, columns: list[str]
+) -> list[LabelledPair]:
+    """The labelled pairs that the options name."""
+    from prefab.factory.spec.layouts import mapping
+    from prefab.pipelines.quality import induction
+
+    if pairs is not None:
+        if run or against:
+            raise ConfigError("--pairs is a file; leave --run and --against out, or --pairs")
+        return induction.pairs_of_file(pairs, mapping(columns))
+    folder = existing_store(store or Path("store"))
+    if against:
+        return induction.pairs_of_runs(folder, run, against)
+    return induction.pairs_of_people(folder, run)
+
+
+def _show_induction(found: Induction) -> None:
+    table(
+        f"{found.pairs:,} labelled pairs, {found.fitted:,} to choose by and {found.held_out:,} "
+        f"held out, judged by {found.judge}",
+        ("principle", "weight", "decides", "right", "adds"),
+        [
+            (
+                one.principle.id,
+                one.weight,
+                estimate(one.decides),
+                estimate(one.accuracy),
+                one.gain,
+            )
+            for one in found.principles
+        ],
+        note="on the held-out pairs: decides: names a winner; right: of these, the preferred "
+        "answer; adds: to the accuracy of all together",
+    )
+    for one in found.principles:
+        say(f"{one.principle.compare}", f"{one.principle.id}:", "bold")
+        for pair in one.examples[:1]:
+            say(f"  preferred: {_line(pair.chosen)}")
+            say(f"  other:     {_line(pair.rejected)}")
+    if found.principles:
+        say(f"all together are right in {estimate(found.accuracy)} of the held-out pairs")
+    else:
+        say("no principle explains the labels", "none", "yellow")
+    say(f"{len(found.candidates)} candidates were tested; {found.stop}")
+    if found.unscored:
+        say(f"{found.unscored:,} of the judge's answers could not be read; each counts as even")
+    say(f"{found.reused:,} answers reused, {found.asked:,} asked")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:160]
 
 
 def _show_effects(found: PrincipleReport) -> None:

@@ -128,7 +128,7 @@ def import_files(
 
     from prefab.factory.ledger.ledger import Ledger
 
-    read = [_read(path, skip_bad, names or {}) for path in paths]
+    read = [read_pairs(path, skip_bad, names or {}) for path in paths]
     ledger = Ledger.open(folder)
     try:
         for (report, found, sha256), path in zip(read, paths, strict=True):
@@ -155,7 +155,9 @@ def import_files(
     return [report for report, *_ in read]
 
 
-def _read(path: Path, skip_bad: bool, names: Mapping[str, str]) -> tuple[Imported, Found, str]:
+def read_pairs(
+    path: Path, skip_bad: bool = False, names: Mapping[str, str] = {}
+) -> tuple[Imported, Found, str]:
     """All rows of a file, checked. Raises: ConfigError with each malformed row: where, what and how
     to mend.
     """
