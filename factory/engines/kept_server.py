@@ -120,13 +120,16 @@ def kept_servers() -> list[KeptServer]:
     return sorted((one for one in found if one), key=lambda one: (one.model, one.started))
 
 
-def other_settings(model: str | None, config: HttpConfig) -> str:
-    """How a kept server of this model differs from what is needed; empty where none is kept."""
+def why_not_used(model: str | None, identity: str, config: HttpConfig) -> str:
+    """How a kept server of this name differs from what is needed; empty where none is kept."""
     wanted = settings_of(config)
     for one in kept_servers():
+        if one.model != model:
+            continue
         names = [name for name, value in wanted.items() if one.settings.get(name) != value]
-        if one.model == model and names:
-            return f"the kept server of {one.model} is not used: it has another {', '.join(names)}"
+        what = f"has another {', '.join(names)}" if names else "was started with other files"
+        if names or one.identity != identity:
+            return f"the kept server of {one.model} is not used: it {what}"
     return ""
 
 

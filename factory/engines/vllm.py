@@ -298,7 +298,7 @@ class VLLM(Engine):
             self._tell(f"uses the kept server at {self.kept.url}")
             self._urls = [self.kept.url]
             return
-        if other := kept_server.other_settings(self.config.model, self.config):
+        if other := kept_server.why_not_used(self.config.model, self.identity, self.config):
             self._tell(other)
         port = self.config.port or free_port()
         self.process = VllmProcess(

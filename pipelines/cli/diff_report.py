@@ -56,7 +56,10 @@ def show_diff(found: Diff, only: str = "", examples: int = 10) -> None:
         for change in found.changes or ["no principle changed its meaning"]:
             say(f"  {change}")
         rows = [_row(line) for line in _lines(found)]
-        table(title(found), COLUMNS, rows, note=NOTE if rows else "no verdict moved")
+        if rows:
+            table(title(found), COLUMNS, rows, note=NOTE)
+        else:
+            say(f"{title(found)}: no verdict moved")
     for line in sentences(found):
         say(line)
     listed = found.flips if only else found.moved
@@ -154,7 +157,7 @@ def _show_moved(number: int, one: Moved) -> None:
     """
     coloured = console().color_system is not None and not console().no_color
     console().print("")
-    say(one.text, f"{number}. {one.prompt}", "bold")
+    say(one.text, f"{number}. {one.preference[:12]}", "bold")
     view = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False, pad_edge=False)
     for side in "ab":
         style = "green" if one.new == side else "red" if one.old == side else ""
@@ -204,7 +207,7 @@ _DIFF = """
 {% endif %}
 <h2>{{ "Flipped preferences" if only else "Comparisons that moved, the most telling first" }}</h2>
 {% for one, summary, moves, sides in shown %}
-<h3>{{ loop.index }}. {{ one.prompt }}</h3>
+<h3>{{ loop.index }}. {{ one.preference[:12] }}</h3>
 <p class="text">{{ one.text }}</p>
 <div class="pair">{% for side in sides %}<div class="{{ side.style }}"><b>{{ side.heading }}</b>
 <div class="text">

@@ -203,10 +203,13 @@ def diff(
     if len(sides) == 2 and all(side.run for side in sides):
         return compare(store, sides[0], sides[1])
     panel = panel_of(store, run, sample, seed)
+    own = panel.run["run"] if not (pipeline or sets) else 0  # the run as it stands
     if len(sides) == 1:
-        sides = [Version(panel.source, panel.constitution), *sides]
+        sides = [Version(panel.source, panel.constitution, own, record=panel.source), *sides]
     loaded = pipeline_of(panel, pipeline, sets)
     for side in sides:
+        if side.run and side.run == own:
+            continue
         if side.constitution is None:
             raise ConfigError(f"{side.name} has no constitution to judge by")
         side.judged(rejudge(panel, side.constitution, loaded, quiet, engines))

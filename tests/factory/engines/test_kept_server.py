@@ -70,6 +70,10 @@ def find(**settings: object) -> kept_server.KeptServer | None:
     return kept_server.find(wanted.identity, wanted.config)
 
 
+def why_not_used(wanted: VLLM) -> str:
+    return kept_server.why_not_used(wanted.config.model, wanted.identity, wanted.config)
+
+
 def keep(idle_s: float = 600.0, **settings: object) -> kept_server.KeptServer:
     return kept_server.keep(engine(**settings).config, idle_s, lambda line: None)
 
@@ -106,9 +110,12 @@ def test_an_engine_with_the_same_model_and_settings_uses_the_server(servers: Pat
     assert find() is not None  # the engine's stop did not end it
     for other in ({"max_model_len": 64}, {"dtype": "bfloat16"}, {"args": ["--seed", "1"]}):
         assert find(**other) is None
-        assert "the kept server of prefab-tiny is not used" in kept_server.other_settings(
-            "prefab-tiny", engine(**other).config
-        )
+        why = why_not_used(engine(**other))
+        assert f"has another {next(iter(other))}" in why
+    assert why_not_used(engine()) == why_not_used(engine(model="prefab-nano")) == ""
+    retrained = engine()
+    retrained.identity = "folder:other"  # type: ignore[misc]  # a cached property
+    assert "other files" in why_not_used(retrained)
     assert find(model="prefab-nano") is None
     with pytest.raises(EngineError, match="kept already"):
         keep()
