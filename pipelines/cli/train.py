@@ -21,6 +21,7 @@ StageFile = Annotated[
     typer.Argument(metavar="CONFIG.yaml", help="A configuration file, or the name of a preset."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
+CHECKPOINTS = "the last checkpoint is kept"
 
 
 @train_app.command()
@@ -53,7 +54,7 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
     from prefab.pipelines.training.train import train
     from prefab.trainers.distributed import is_main
 
-    with resumable():
+    with resumable(CHECKPOINTS):
         done = train(stage, path, sets, quiet or as_json)
     if not is_main():
         return
@@ -89,7 +90,7 @@ def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> 
     from prefab.pipelines.training.stages import show_gold
     from prefab.pipelines.training.train import train
 
-    with resumable():
+    with resumable(CHECKPOINTS):
         done = train(stage, path, sets, as_json)
     if as_json:
         print_json(done)
@@ -121,7 +122,7 @@ def online(config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Qui
     """
     from prefab.pipelines.training.train import train
 
-    with resumable():
+    with resumable(CHECKPOINTS):
         done = train("online", config, sets, quiet or as_json)
     if as_json:
         print_json(done)

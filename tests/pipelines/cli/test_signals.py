@@ -25,10 +25,9 @@ def start(phase, *words):
     )
 
 
-def finish(*words):
-    made = subprocess.run(
-        [sys.executable, DRIVER, "-", *map(str, words)], capture_output=True, text=True, timeout=60
-    )
+def finish(*words, timeout_s=60):
+    command = [sys.executable, DRIVER, "-", *map(str, words)]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     assert made.returncode == 0, made.stderr
     return made
 
