@@ -27,6 +27,7 @@ GROUPS = {
         "load_constitution",
         "lint_constitution",
         "explain_lint",
+        "import_constitution",
         "load_pipeline",
         "resolve_pipeline",
     ],

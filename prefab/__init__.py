@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prefab.factory.ledger.verify import back_up_ledger, recover_ledger, verify_ledger
     from prefab.factory.spec.constitution import load_constitution
+    from prefab.factory.spec.constitution_imports import import_constitution
     from prefab.pipelines.cli.data_check import read_report as check_data
     from prefab.pipelines.cli.doctor import examine as doctor
     from prefab.pipelines.cli.project import check_paths as check
@@ -69,6 +70,7 @@ _HOME = {
     "eval_policy": "pipelines.evaluation.policy:run",
     "explain_lint": "pipelines.quality.constitution_lints:explain",
     "export": "pipelines.store.export.base:export",
+    "import_constitution": "factory.spec.constitution_imports:import_constitution",
     "import_preferences": "pipelines.store.imports:import_files",
     "forget": "pipelines.store.forget:forget",
     "init": "pipelines.cli.project:init_project",
@@ -119,6 +121,7 @@ __all__ = [
     "explain_lint",
     "export",
     "forget",
+    "import_constitution",
     "import_preferences",
     "induce",
     "init",

@@ -147,3 +147,48 @@ def _show_checked(path: Path, what: str, constitution: Constitution | None, alon
     for principle in constitution.principles if alone else ():
         state = "" if principle.enabled else "  (disabled)"
         console().print(f"    {version['principles'][principle.id][:8]}  {principle.id}{state}")
+
+
+@app.command("import-constitution")
+def import_constitution(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="JSON, JSON lines, YAML, or a text with a list. Comparison strings and few-shot "
+            "examples may be files of their own.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="The new file. Left out: print it."),
+    ] = None,
+    id: Annotated[str, typer.Option(help="Its id. Default: from the first file's name.")] = "",
+    title: Annotated[str, typer.Option(help="Its title. Default: the first file's name.")] = "",
+    licence: Annotated[
+        str, typer.Option(help="The licence of the texts, an SPDX name such as MIT.")
+    ] = "",
+    source: Annotated[str, typer.Option(help="Where the files come from.")] = "",
+    commit: Annotated[str, typer.Option(help="The version of the source.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Make a constitution from files of other projects: the prompts of the Constitutional AI
+    paper, llm-swarm's and LangChain's principles, rubrics, or a plain list of rules.
+    """
+    from prefab.factory.spec.constitution_imports import import_constitution as read
+
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists; give a new file")
+    found = read(files, id, title, licence, source, commit)
+    if out is not None:
+        out.write_text(found.text, encoding="utf-8")
+    if as_json:
+        return print_json(found.data() | {"out": str(out) if out else None})
+    for note in found.notes:
+        warn(note)
+    if out is None:
+        return console().print(found.text, markup=False, highlight=False, soft_wrap=True)
+    layouts = ", ".join(dict.fromkeys(found.layouts.values()))
+    n = len(found.constitution.principles)
+    say(f"{out}: {n} principles ({layouts})")
+    hint_command("check", out)

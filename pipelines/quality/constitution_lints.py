@@ -398,13 +398,16 @@ def _forms(word: str) -> set[str]:
     return {word, word.removesuffix("s"), *(word + end for end in ("s", "ed", "ing", "ly", "ness"))}
 
 
-def _says(text: str, word: str) -> bool | None:
+_NOT = re.compile(r"\b(?:not|never|isn't|isn’t|fails|failing|hardly)\b|n't\b", re.IGNORECASE)
+
+
+def _says(text: str, word: str, negated: re.Pattern[str]) -> bool | None:
     """Whether a text states a word (true), negates it (false), or does not have it (None)."""
     forms, word = _forms(word.lower()), word.lower()
     for found in re.finditer(r"[A-Za-z'’]+", text):
         said = found[0].lower()
         if said in forms:
-            return not _NEGATED.search(text[max(0, found.start() - 40) : found.start()])
+            return not negated.search(text[max(0, found.start() - 40) : found.start()])
         if said in {prefix + word for prefix in ("un", "im", "in", "dis", "ir", "il", "non")}:
             return False
     return None
@@ -420,8 +423,9 @@ def _wrong_winner(principle: Principle) -> OfPrinciple:
                 continue
             if _TURNED.search(text[: found.start()]):
                 continue
-            fault = _says(principle.criterion, word)
-            if fault is faulty and _says(principle.critique, word) is not (not faulty):
+            negated = _NEGATED if faulty else _NOT
+            fault = _says(principle.criterion, word, negated)
+            if fault is faulty and _says(principle.critique, word, negated) is not (not faulty):
                 more = "more" if faulty else "less"
                 yield (
                     "C105",

@@ -93,3 +93,18 @@ def test_explain(tmp_path: Path) -> None:
     assert "C110" in prefab("explain")
     assert len(json.loads(prefab("explain", "--json"))["codes"]) == 10
     assert "no lint has the code 'C9'" in prefab("explain", "C9", code=2)
+
+
+def test_import_constitution(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.md"
+    rules.write_text("- Be kind.\n- Be brief.\n")
+    said = prefab("import-constitution", rules)
+    assert "# Imported by" in said and "id: principle-2" in said
+    out = tmp_path / "rules.yaml"
+    said = prefab("import-constitution", rules, "--out", out, "--licence", "MIT")
+    assert "2 principles (bullets)" in said and "licence is not known" not in said
+    prefab("check", "--strict", out)
+    assert "exists; give a new file" in prefab("import-constitution", rules, "--out", out, code=2)
+    found = json.loads(prefab("import-constitution", rules, "--json"))
+    assert (found["principles"], found["out"]) == (["principle-1", "principle-2"], None)
+    assert "the licence is not known" in found["notes"][0]
