@@ -1,8 +1,8 @@
 r"""The label in an answer that puts it into a form: `Answer: **A**`, `[[A]]`, `\boxed{A}`, or `A`
-alone on a line.
+alone on a line; and the word that a text begins with, such as a critique's `Fault: ...`.
 
-Only forms count. A label in a sentence ("A is kinder than B") is none, and an answer whose forms
-name two labels has none: a verdict is never guessed.
+For a verdict only forms count. A label in a sentence ("A is kinder than B") is none, and an answer
+whose forms name two labels has none: a verdict is never guessed.
 """
 
 from __future__ import annotations
@@ -48,6 +48,40 @@ def find_label(answer: str, labels: Iterable[str]) -> FoundLabel | None:
     if len({f.label for f in found}) != 1:
         return None
     return min(found, key=lambda f: f.offset)
+
+
+def opening_label(answer: str, labels: Iterable[str]) -> FoundLabel | None:
+    """The label that an answer begins with, before it goes on: `Fault: it is rude.`, `**None.**`.
+    Only words are found (a letter may be a word of its sentence), with a colon, a full stop, a
+    line's end or the text's end after them.
+
+    Args:
+        answer: A model's answer without its thinking.
+        labels: The labels, with or without a space before them.
+    """
+    names = tuple(sorted({name for label in labels if len(name := label.strip()) > 1}))
+    match = _opening(names).match(answer) if names else None
+    return match and FoundLabel(_label_of(match["label"], names), match.start("label"))
+
+
+def label_of_answer(answer: str, labels: Iterable[str]) -> tuple[FoundLabel | None, bool]:
+    """The label that an answer names, and whether it begins with it. None where there is none, or
+    it begins with one and names another in a form.
+    """
+    labels = tuple(labels)
+    named, opens = find_label(answer, labels), opening_label(answer, labels)
+    if opens is None:
+        return named, False
+    return (None if named is not None and named.label != opens.label else opens), True
+
+
+@lru_cache(maxsize=64)
+def _opening(names: tuple[str, ...]) -> re.Pattern[str]:
+    spelled = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    mark = r"(?:(?:[-*•>#]{1,6}|\(?\d{1,2}[.)])\s+)?"
+    return re.compile(
+        rf"\s*{mark}{_OPEN}(?P<label>{spelled})(?=[*_`\"'”’)\]]*\s*(?:[.:：。]|\n|$))", re.I
+    )
 
 
 def _label_of(text: str, names: Sequence[str]) -> str:

@@ -133,9 +133,10 @@ class Request:
     """What is asked of a model: everything that decides the answer, and nothing else. See
     `keys.request_key`.
 
-    `labels` are the spellings whose log-probabilities are read at the first generated token (empty:
-    free text). `repeat` is (sample, round, ...) wherever the temperature is above 0, or an explicit
-    repeat of a judge.
+    `labels` are the spellings whose log-probabilities are read: at the first generated token, or
+    where more tokens are asked for, at that of the label which the answer names or begins with
+    (empty: none). `repeat` is (sample, round, ...) wherever the temperature is above 0, or an
+    explicit repeat of a judge.
     """
 
     model: str
@@ -148,8 +149,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What came back. `label_logps` maps each readable spelling to its log-probability at the first
-    token.
+    """What came back. `label_logps` maps each readable spelling to its log-probability at the
+    label's token.
 
     `finish` is stop, length, context (the prompt was longer than `limit` tokens) or refused (by the
     server's policy). `replica` names the server that gave the answer; it is recorded, and not
@@ -184,7 +185,8 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class Critique:
     """What a critic said of one sample under one principle. `fault` is None when the critique could
-    not be read.
+    not be read. `p_fault` is the probability of a fault at the critique's first word, None where
+    the engine gave none (`hard`); `mass` is that of both labels together.
     """
 
     prompt: str
@@ -193,6 +195,9 @@ class Critique:
     text: str
     fault: bool | None
     reason: UnscoredReason | None = None
+    p_fault: float | None = None
+    mass: float | None = None
+    exactness: Exactness = "hard"
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,9 @@ from prefab.factory.engines.http import (
 )
 from prefab.factory.errors import EngineError, RequestRefused, TransportError
 from prefab.factory.keys import derived_seed
-from prefab.factory.label_text import FoundLabel, find_label
+from prefab.factory.label_text import FoundLabel, label_of_answer
 from prefab.factory.thinking import (
+    ThinkingSplit,
     closing_tag_alone,
     join_thinking,
     message_text,
@@ -54,6 +55,9 @@ from prefab.factory.types import Completion, Exactness, Finish, Message, Request
 # a label read waits this long for others to share its POST while some are under way, else not at
 # all
 FLUSH_AFTER_S = 0.002
+# An answer with a label that may be longer than this is a text: its label is one of few words, and
+# the likeliest tokens of all its tokens would be megabytes
+LONGEST_FORM, TOPS_OF_TEXT = 16, 5
 LOG_SLACK = 0.01  # above 0: servers round log-probabilities (bf16 logits)
 MORE_TOKENS = 16  # that an answer may have beside those asked for: end tokens, a server's own count
 MAX_LESSONS = 12  # refusals of one request that the engine learns from
@@ -85,8 +89,12 @@ class Read(Protocol):
     `claim`).
     """
 
-    async def prepare(self, labels: tuple[str, ...]) -> None:
-        """Find out what `fields` and `parse` need about these labels."""
+    async def prepare(self, labels: tuple[str, ...], opening: bool = False) -> None:
+        """Find out what `fields` and `parse` need about these labels. `opening`: a label of several
+        tokens is read by its first one.
+
+        Raises: EngineError for a label that cannot be read.
+        """
 
     def fields(self, labels: tuple[str, ...]) -> dict[str, Any]:
         """The fields of the body that ask for them."""
@@ -98,8 +106,10 @@ class Read(Protocol):
         Raises: Malformed where a label's number is no log-probability.
         """
 
-    def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
-        """Whether the server's name of a token is that of one of these labels."""
+    def label_of(self, token: Any, labels: tuple[str, ...]) -> str | None:
+        """The spelling of the label that the server's name of a token stands for; None where it is
+        no label.
+        """
 
     def knows(self, token: str) -> bool:
         """Whether this is how the server was asked to name a token."""
@@ -113,7 +123,7 @@ class TopRead:
     def __init__(self, top: int = 20) -> None:
         self.top = top
 
-    async def prepare(self, labels: tuple[str, ...]) -> None:
+    async def prepare(self, labels: tuple[str, ...], opening: bool = False) -> None:
         """Nothing to find out: tokens come back as texts."""
 
     def fields(self, labels: tuple[str, ...]) -> dict[str, Any]:
@@ -137,9 +147,9 @@ class TopRead:
         check_masses(found)
         return found, "exact" if len(found) == len(labels) else "bounds"
 
-    def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
-        """As `Read.is_label`."""
-        return token in labels
+    def label_of(self, token: Any, labels: tuple[str, ...]) -> str | None:
+        """As `Read.label_of`."""
+        return token if token in labels else None
 
     def knows(self, token: str) -> bool:
         """As `Read.knows`: by its text."""
@@ -288,9 +298,12 @@ class Chat:
 
     def _tell_notes(self) -> None:
         for line in self.family.notes():
-            if line not in self._told:
-                self._told.add(line)
-                self.tell(line)
+            self._tell_once(line)
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            self.tell(line)
 
     async def probe(self) -> Family:
         """Find out with one or two short calls what the model does otherwise than most.
@@ -423,13 +436,16 @@ class Chat:
         kind = (request.sampling, request.labels, kwargs)
         group = self._heads.get(kind)
         if group is None:
-            if request.labels:
-                await self.read.prepare(request.labels)
+            labels = await self._readable(request)
             body = {"model": self.model, **self._sampling(request), "n": 1, "stream": False}
-            if request.labels and self.family.logprobs:
-                body |= self.read.fields(request.labels)
-                if "top_logprobs" in body and self.family.top_logprobs:
-                    body["top_logprobs"] = self.family.top_logprobs
+            forms = bool(request.labels) and request.sampling.max_tokens > 1
+            if labels and self.family.logprobs:
+                body |= self.read.fields(labels)
+                if "top_logprobs" in body:
+                    most = self.family.top_logprobs or body["top_logprobs"]
+                    if request.sampling.max_tokens > LONGEST_FORM and not self._probing:
+                        most = min(most, TOPS_OF_TEXT)
+                    body["top_logprobs"] = most
             if kwargs:
                 body["chat_template_kwargs"] = dict(request.template_kwargs)
             for name in self.family.left_out:
@@ -438,12 +454,30 @@ class Chat:
             body |= self.extra
             head = orjson.dumps(body)[:-1] + b',"messages":'
             # another request of this kind may have come first while the labels were prepared
-            forms = bool(request.labels) and request.sampling.max_tokens > 1
             thinks = self.family.thinks(dict(request.template_kwargs))
             opened = thinks and self.family.opens_thinking
-            made = Group(head, request.labels, body, forms, opened, *_bounds(body))
+            made = Group(head, labels, body, forms, opened, *_bounds(body))
             group = self._heads.setdefault(kind, made)
         return group
+
+    async def _readable(self, request: Request) -> tuple[str, ...]:
+        """The request's labels. In a text whose label no token of this model begins, they are not
+        read: `hard`.
+
+        Raises: EngineError for an unreadable label of a request that asks for a label alone.
+        """
+        of_text = request.sampling.max_tokens > 1
+        try:
+            if request.labels:
+                await self.read.prepare(request.labels, opening=of_text)
+        except TransportError:
+            raise
+        except EngineError as error:
+            if not of_text:
+                raise
+            self._tell_once(f"labels of texts are hard, without a probability: {error}")
+            return ()
+        return request.labels
 
     def _sampling(self, request: Request) -> dict[str, Any]:
         """Every field: a server fills what is left out from the model's own generation_config.json.
@@ -544,8 +578,9 @@ class Chat:
             if group.opened and finish == "length" and split_thinking(text) == ("", text, True):
                 text = join_thinking(text, "")  # it was cut off before the closing tag
             if not group.labels:
+                unread: Exactness = "hard" if group.forms else "exact"
                 return Completion(
-                    text, finish, None, "exact", prompt_tokens, new_tokens, 0, self.server.url
+                    text, finish, None, unread, prompt_tokens, new_tokens, 0, self.server.url
                 )
             content = (choice.get("logprobs") or {}).get("content") or [{}]
             self._log_probabilities(bool(content[0]), finish)
@@ -575,13 +610,42 @@ class Chat:
         first = not split.thinking and split.finished and not group.forms
         if first and self._begins(split.answer, content[0].get("token"), group.labels):
             return self.read.parse(content[0].get("top_logprobs"), group.labels)
-        found = find_label(split.answer, group.labels)
+        found, opens = label_of_answer(split.answer, group.labels)
+        if found is not None and opens:
+            return self._opening_read(found, split, content, group.labels)
         at = None if found is None else self._token_of(found, split.answer, content, group.labels)
         if found is None or at is None:
             return None, "hard"
         logps, exactness = self.read.parse(content[at].get("top_logprobs"), group.labels)
         best = max(logps or {}, key=lambda label: (logps or {})[label], default="")
         return (logps, exactness) if best.strip() == found.label else (None, "hard")
+
+    def _opening_read(
+        self,
+        found: FoundLabel,
+        split: ThinkingSplit,
+        content: list[Any],
+        labels: tuple[str, ...],
+    ) -> LabelRead:
+        """The labels at the first word of an answer that goes on after it. After thinking the token
+        is known only where each label that the thinking names is one token.
+        """
+        places = [
+            (i, spelling.strip())
+            for i in range(len(content))
+            if (spelling := self.read.label_of(content[i].get("token"), labels))
+        ]
+        before = 0
+        if split.thinking:
+            words = _named(split.thinking, labels)
+            if len(places) != words + _named(split.answer, labels):
+                return None, "hard"
+            before = words
+        elif places and places[0][0] > found.offset:
+            return None, "hard"  # more tokens before it than letters
+        if before >= len(places) or places[before][1] != found.label:
+            return None, "hard"
+        return self.read.parse(content[places[before][0]].get("top_logprobs"), labels)
 
     def _begins(self, answer: str, token: Any, labels: tuple[str, ...]) -> bool:
         """Whether the first token that the server lists is the answer's, where the answer is a
@@ -590,7 +654,7 @@ class Chat:
         if not isinstance(token, str) or not self.read.knows(token):
             return True  # the reading tells
         answer = answer.strip()
-        own = token.strip() == answer or self.read.is_label(token, labels)
+        own = token.strip() == answer or self.read.label_of(token, labels) is not None
         return own or all(answer != label.strip() for label in labels)
 
     def _token_of(
@@ -601,12 +665,11 @@ class Chat:
         more tokens after it than letters.
         """
         rest = answer[found.offset + len(found.label) :]
-        names = "|".join(re.escape(name) for name in {label.strip() for label in labels})
-        later = len(re.findall(rf"(?<!\w)(?:{names})(?!\w)", rest))
+        later = _named(rest, labels)
         places = [
             i
             for i in range(len(content) - 1, -1, -1)
-            if self.read.is_label(content[i].get("token"), labels)
+            if self.read.label_of(content[i].get("token"), labels) is not None
         ]
         if later >= len(places) or len(content) - 1 - places[later] > len(rest) + 3:
             return None
@@ -737,6 +800,12 @@ def _cut_letter(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def _named(text: str, labels: tuple[str, ...]) -> int:
+    """How many words of a text are labels."""
+    names = "|".join(re.escape(name) for name in {label.strip() for label in labels})
+    return len(re.findall(rf"(?<!\w)(?:{names})(?!\w)", text))
 
 
 def _bounds(body: Mapping[str, Any]) -> tuple[int, int]:

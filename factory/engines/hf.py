@@ -30,7 +30,7 @@ from prefab.factory.engines.model_files import (
 from prefab.factory.engines.vllm import IdRead
 from prefab.factory.errors import ConfigError, EngineError
 from prefab.factory.keys import derived_seed, model_identity
-from prefab.factory.label_text import find_label
+from prefab.factory.label_text import label_of_answer
 from prefab.factory.spec.control_tokens import SpecialTokens, is_control
 from prefab.factory.thinking import split_thinking
 from prefab.factory.tool_calls import message_turn, tools_of
@@ -150,11 +150,19 @@ class HF(Engine):
         await self._read.prepare(labels)
 
     async def complete(self, key: bytes, request: Request) -> Completion:
-        """Answer one request. Raises: EngineError for a label that is more than one token."""
+        """Answer one request. Raises: EngineError where a label is asked for that is more than one
+        token.
+        """
         if self.model is None:
             raise EngineError(f"engines.{self.name} was not started")
-        if request.labels:
-            await self._read.prepare(request.labels)
+        hard = False
+        try:
+            if request.labels:
+                await self._read.prepare(request.labels, opening=request.sampling.max_tokens > 1)
+        except EngineError:
+            if request.sampling.max_tokens == 1:
+                raise
+            hard, request = True, replace(request, labels=())
         ids = self._chat_ids(request.messages, dict(request.template_kwargs))
         if self.max_model_len and len(ids) >= self.max_model_len:
             return Completion("", "context", limit=self.max_model_len)
@@ -163,7 +171,8 @@ class HF(Engine):
         self._waiting.append(job)
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
-        return await job.future
+        answer = await job.future
+        return replace(answer, exactness="hard") if hard else answer
 
     async def _work(self) -> None:
         """Answer what waits, in batches of one kind (label reads or texts), until nothing waits."""
@@ -203,28 +212,32 @@ class HF(Engine):
         entries = [{"token": f"token_id:{i}", "logprob": float(logps_V[i])} for i in ids]
         return self._read.parse(entries, labels)
 
-    def _with_labels(self, job: Job, answer: Completion, new: Sequence[int]) -> Completion:
+    def _with_labels(
+        self, job: Job, answer: Completion, new: Sequence[int], read: Sequence[LabelRead]
+    ) -> Completion:
         """A generated answer with the labels' log-probabilities at the token of the label that it
-        names; `hard`, without them, where it names none or that token is another one.
+        names, or that it begins with; `hard`, without them, where there is none or that token is
+        another one. `read` has those of each of the tokens `new`.
         """
         labels = job.request.labels
         if not labels:
             return answer
         split = split_thinking(answer.text)
-        found = find_label(split.answer, labels) if split.finished else None
+        found, opens = label_of_answer(split.answer, labels) if split.finished else (None, False)
         if found is None:
             return replace(answer, exactness="hard")
         at = answer.text.rindex(split.answer) + found.offset
-        before = next(
+        token = next(
             k
             for k in range(len(new))
             if len(self.tokenizer.decode(new[: k + 1], skip_special_tokens=True)) > at
         )
-        whole = job._replace(ids=[*job.ids, *new[:before]])
-        logits_BV, _ = self._forward(*self._padded([whole]))
-        logps, exactness = self._labels_of(logits_BV[0].float().log_softmax(-1), labels)
-        best = max(logps or {}, key=lambda label: (logps or {})[label], default="")
-        if best.strip() != found.label:
+        logps, exactness = read[token]
+        if opens:
+            named = self._read.label_of(f"token_id:{new[token]}", labels) or ""
+        else:
+            named = max(logps or {}, key=lambda label: (logps or {})[label], default="")
+        if named.strip() != found.label:
             return replace(answer, exactness="hard")
         return replace(answer, label_logps=logps, exactness=exactness)
 
@@ -244,6 +257,7 @@ class HF(Engine):
         draws = [torch.Generator().manual_seed(job.seed) for job in jobs]
         room = [self._room(job) for job in jobs]
         new: list[list[int]] = [[] for _ in jobs]
+        read: list[list[LabelRead]] = [[] for _ in jobs]
         done: list[Completion | None] = [None] * len(jobs)
         tokens_BT, mask_BT = self._padded(jobs)
         past = None
@@ -254,10 +268,17 @@ class HF(Engine):
                     logits_BV[i].float().cpu(), job.request.sampling, job.ids, new[i], draws[i]
                 )
                 new[i].append(token)
+                if job.request.labels and not done[i]:
+                    logps_V = logits_BV[i].float().log_softmax(-1)
+                    read[i].append(self._labels_of(logps_V, job.request.labels))
                 done[i] = done[i] or self._finished(job, new[i], room[i])
             if all(done):
-                answers = zip(jobs, done, new, strict=True)
-                return [self._with_labels(job, a, ids) for job, a, ids in answers if a is not None]
+                answers = zip(jobs, done, new, read, strict=True)
+                return [
+                    self._with_labels(job, answer, ids, labels)
+                    for job, answer, ids, labels in answers
+                    if answer is not None
+                ]
             tokens_BT = torch.tensor([[row[-1]] for row in new], device=self.device)
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(jobs), 1)], dim=1)
 

@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prefab.factory.engines.chat import LONGEST_FORM
 from prefab.factory.engines.family import PROBE
 from prefab.factory.errors import TransportError
+from prefab.factory.label_text import opening_label
 from prefab.factory.spec.control_tokens import KNOWN_SPECIALS
 from prefab.factory.types import Completion, Engine, Message, Request
 
@@ -110,15 +112,16 @@ class Scripted(Engine):
                 if isinstance(found, Completion)
                 else Completion(found, "stop", None, "exact", tokens, 1)
             )
+        alone = request.sampling.max_tokens == 1
         text, probabilities = script(
-            self.config.rules, request.messages, request.labels, seed_of(request)
+            self.config.rules, request.messages, request.labels, seed_of(request), alone
         )
         logps = (
             {label: math.log(p) for label, p in probabilities.items()} if request.labels else None
         )
         return Completion(
             text,
-            "length" if request.labels else "stop",
+            "length" if request.labels and alone else "stop",
             logps,
             "exact",
             tokens,
@@ -132,23 +135,50 @@ def seed_of(request: Request) -> str:
 
 
 def script(
-    rules: Sequence[Rule], messages: Sequence[Message], labels: Sequence[str], seed: str
+    rules: Sequence[Rule],
+    messages: Sequence[Message],
+    labels: Sequence[str],
+    seed: str,
+    alone: bool = True,
 ) -> tuple[str, dict[str, float]]:
     """Text and label probabilities for a conversation: by the first rule that matches, else by its
-    digest.
+    digest. A label that does not stand `alone` begins a text; it is the likeliest.
     """
     last = messages[-1].content
     rule = next((r for r in rules if re.search(r.match, last)), None)
     h = hashlib.sha256("\0".join([seed, *(m.role + m.content for m in messages)]).encode()).digest()
-    probabilities = _by_digest(labels, h)
-    if rule is not None and rule.labels is not None and labels:
-        probabilities = {k: p for k, p in rule.labels.items() if k in labels and p > 0}
-    elif rule is not None and rule.text is not None:
-        return rule.text, probabilities
     if labels:
-        return max(probabilities, key=probabilities.__getitem__, default=""), probabilities
+        return _with_labels(rule, labels, h, alone)
+    if rule is not None and rule.text is not None:
+        return rule.text, {}
     first = "Fault. " if h[0] % 2 else "None. "
     return first + " ".join(f"word{b}" for b in h[1 : 4 + h[1] % 8]), {}
+
+
+def _with_labels(
+    rule: Rule | None, labels: Sequence[str], h: bytes, alone: bool
+) -> tuple[str, dict[str, float]]:
+    """As `script`, where labels are read."""
+    probabilities = _by_digest(labels, h)
+    if rule is not None and rule.labels is not None:
+        probabilities = {k: p for k, p in rule.labels.items() if k in labels and p > 0}
+    elif rule is not None and rule.text is not None:
+        return rule.text, probabilities if alone else _opened(rule.text, labels)
+    return _best(probabilities, "" if alone else f". {h.hex()[:8]}"), probabilities
+
+
+def _best(probabilities: dict[str, float], more: str) -> str:
+    """The likeliest label, and the text that goes on after it."""
+    best = max(probabilities, key=probabilities.__getitem__, default="")
+    return best.strip() + more if more else best
+
+
+def _opened(text: str, labels: Sequence[str]) -> dict[str, float]:
+    """Probabilities of labels where a text begins with one of them; none where it does not."""
+    found = opening_label(text, labels)
+    if found is None:
+        return {}
+    return {label: 0.9 if label == found.label else 0.09 / len(labels) for label in labels}
 
 
 def _by_digest(labels: Sequence[str], h: bytes) -> dict[str, float]:
@@ -249,9 +279,7 @@ class Service:
     def _choice(
         self, index: int, talk: list[dict[str, str]], body: dict[str, Any]
     ) -> dict[str, Any]:
-        ids = body.get("logprob_token_ids") or []
-        labels = [i.to_bytes(6, "big").lstrip(b"\0").decode() for i in ids]
-        labels = labels or (["A", "B", "T"] if body.get("logprobs") else [])
+        ids, labels = _asked_labels(talk, body)
         text, p = script(
             self.rules,
             [_message(m) for m in talk],
@@ -361,6 +389,17 @@ def _arguments() -> argparse.Namespace:
     for what in ("fail", "drop", "limit", "malform"):
         parser.add_argument(f"--{what}-every", type=int, default=0, help=f"{what} each n-th POST")
     return parser.parse_args()
+
+
+def _asked_labels(talk: list[dict[str, str]], body: dict[str, Any]) -> tuple[list[int], list[str]]:
+    """The token ids that a request wants read, and their labels. None of a text: the tokens of its
+    label are not imitated.
+    """
+    if body.get("max_tokens", 1) > LONGEST_FORM and talk[-1]["content"] != PROBE[-1].content:
+        return [], []
+    ids = body.get("logprob_token_ids") or []
+    labels = [i.to_bytes(6, "big").lstrip(b"\0").decode() for i in ids]
+    return ids, labels or (["A", "B", "T"] if body.get("logprobs") else [])
 
 
 def _message(turn: dict[str, Any]) -> Message:

@@ -103,8 +103,9 @@ class IdRead:
         self._owner: dict[tuple[str, ...], dict[str, str]] = {}
         self._lock = asyncio.Lock()
 
-    async def prepare(self, labels: tuple[str, ...]) -> None:
-        """Find the ids of `labels`, once.
+    async def prepare(self, labels: tuple[str, ...], opening: bool = False) -> None:
+        """Find the ids of `labels`, once. With `opening`, a spelling of several tokens is read by
+        its first one, where no other label begins with it.
 
         Raises: EngineError when a label is a single token in none of its spellings, or there are
         too many.
@@ -113,7 +114,11 @@ class IdRead:
             if labels in self._owner:
                 return
             owner: dict[str, str] = {}
-            ids_of = dict(zip(labels, await asyncio.gather(*map(self._ids, labels)), strict=True))
+            found = await asyncio.gather(*map(self._ids, labels))
+            ids_of = {spelling: ids for spelling, (ids, _) in zip(labels, found, strict=True)}
+            if opening:
+                starts = dict(zip(labels, (starts for _, starts in found), strict=True))
+                ids_of = {name: ids or _own(name, starts, ids_of) for name, ids in ids_of.items()}
             for spelling, ids in ids_of.items():
                 for token_id in ids:
                     owner.setdefault(f"token_id:{token_id}", spelling)
@@ -130,21 +135,18 @@ class IdRead:
                 )
             self._owner[labels] = owner
 
-    async def _ids(self, spelling: str) -> list[int]:
-        """Its token by itself and after a line break: sentencepiece models put a space before a
-        text's first word.
+    async def _ids(self, spelling: str) -> tuple[list[int], list[int]]:
+        """Its token by itself and after a line break, where it is one token: sentencepiece models
+        put a space before a text's first word. And the tokens that it begins with.
         """
         alone, line_break, after = await asyncio.gather(
             *map(self._tokenize, (spelling, "\n", "\n" + spelling))
         )
         found = alone if len(alone) == 1 else []
-        if (
-            len(after) == len(line_break) + 1
-            and after[:-1] == line_break
-            and after[-1] not in found
-        ):
-            found = [*found, after[-1]]
-        return found
+        rest = after[len(line_break) :] if after[: len(line_break)] == line_break else []
+        if len(rest) == 1 and rest[0] not in found:
+            found = [*found, rest[0]]
+        return found, [*dict.fromkeys([*alone[:1], *rest[:1]])]
 
     def fields(self, labels: tuple[str, ...]) -> dict[str, Any]:
         """The label read, with tokens answered as ids: two tokens can have one text."""
@@ -171,9 +173,9 @@ class IdRead:
             spelling: logp for spelling, logp in found.items() if spelling.strip() not in lost
         }, "exact"
 
-    def is_label(self, token: Any, labels: tuple[str, ...]) -> bool:
-        """As `Read.is_label`."""
-        return token in self._owner[labels]
+    def label_of(self, token: Any, labels: tuple[str, ...]) -> str | None:
+        """As `Read.label_of`."""
+        return self._owner[labels].get(token)
 
     def knows(self, token: str) -> bool:
         """As `Read.knows`: by its id."""
@@ -182,6 +184,15 @@ class IdRead:
 
 class NoServer(EngineError):
     """Nothing answers at a server's address."""
+
+
+def _own(
+    spelling: str, starts: Mapping[str, Sequence[int]], whole: Mapping[str, Sequence[int]]
+) -> list[int]:
+    """The tokens that this spelling begins with, and no spelling of another label."""
+    others = [name for name in starts if name.strip() != spelling.strip()]
+    taken = {token for name in others for token in (*starts[name], *whole[name])}
+    return [token for token in starts[spelling] if token not in taken]
 
 
 class VLLM(Engine):

@@ -3,7 +3,8 @@ text as data.
 
 A template has the blocks `system`, `user`, `assistant`, `user_2`, `assistant_2`, `user_3` and so on
 (any of them up to the last, in the order of a conversation). The variables that a template may use
-are fixed by its kind and checked when it is loaded.
+are fixed by its kind and checked when it is loaded. Front matter, YAML between two lines `---`, may
+name the labels that a critique begins with.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ VARIABLES: dict[str, set[str]] = {
 
 
 class Template:
-    """One loaded template. `digest` names its text; `render` gives its messages.
+    """One loaded template. `digest` names its text; `render` gives its messages. `labels`, of a
+    critique: the first words that say "no fault" and "a fault", whose probabilities are read.
 
     Raises: ConfigError: when loaded with bad syntax, something that `template_check` does not
         allow, an unknown variable, or no known block; names file and line.
@@ -58,6 +60,7 @@ class Template:
         "digest",
         "file",
         "kind",
+        "labels",
         "name",
         "text",
     )
@@ -66,7 +69,9 @@ class Template:
         self.name, self.kind, self.text, self.file = name, kind, text, file or name
         self.digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         self._ours = Path(self.file).parent == TEMPLATES
-        self._compiled = compiled = _compile(kind, text, self.file)
+        front, body = split_front_matter(text)
+        self.labels = _labels(front, kind, self.file)
+        self._compiled = compiled = _compile(kind, body, self.file)
         self._blocks = [
             (block.partition("_")[0], compiled.blocks[block])
             for block in sorted(compiled.blocks, key=_place)
@@ -160,6 +165,48 @@ def _loaded(name: str, kind: str, text: str, file: str) -> Template:
 
         template_check.try_out(render, file)
     return template
+
+
+_FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
+
+
+def split_front_matter(text: str) -> tuple[str, str]:
+    """The front matter of a template, and the rest. Both have the other's lines empty, so that
+    problems are found at their line.
+    """
+    found = _FRONT_MATTER.match(text)
+    if found is None:
+        return "", text
+    return "\n" + (found[1] or ""), "\n" * found[0].count("\n") + text[found.end() :]
+
+
+def critique_labels(text: str) -> tuple[str, ...]:
+    """The labels that a critique template's text names; none without, or where they are faulty."""
+    try:
+        return _labels(split_front_matter(text)[0], "critique", "")
+    except ConfigError:
+        return ()
+
+
+def _labels(front: str, kind: str, file: str) -> tuple[str, ...]:
+    """The labels of the front matter. Raises: ConfigError for anything else in it."""
+    if not front.strip():
+        return ()
+    document = yamlio.parse(front, file)
+    if document.problems:
+        raise ConfigError(list(document.problems))
+    value = document.value
+    found = value.get("labels") if isinstance(value, dict) else None
+    words = found if isinstance(found, list) else []
+    right = [word for word in words if isinstance(word, str) and re.fullmatch(r"\w{2,32}", word)]
+    distinct = len({word.lower() for word in right}) == len(words) == 2
+    if kind != "critique" or not distinct or list(value) != ["labels"]:
+        message = (
+            "front matter has `labels: [None, Fault]` alone: of a critique, the first word that "
+            "says there is no fault, and the one that says there is"
+        )
+        raise ConfigError([Problem(file, 2, 1, "labels", message)])
+    return tuple(right)
 
 
 def _compile(kind: str, text: str, file: str) -> jinja2.Template:
@@ -265,14 +312,12 @@ def conversation_text(messages: Sequence[Message]) -> str:
 
 
 def embedded_templates() -> list[Path]:
-    """The shipped templates that the embedded models are trained with: those with an example, and
-    the one that asks for rules, are for other models.
+    """The shipped templates that the embedded models are trained with. Those with an example, and
+    the one that asks for rules, are for other models; those with labels have the same words as
+    those without.
     """
-    return sorted(
-        p
-        for p in TEMPLATES.glob("*.jinja")
-        if not p.stem.endswith("_one_shot") and p.stem != "propose"
-    )
+    others = ("_one_shot", "_labels", "propose")
+    return sorted(p for p in TEMPLATES.glob("*.jinja") if not p.stem.endswith(others))
 
 
 def templates_digest() -> str:

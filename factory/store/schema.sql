@@ -23,9 +23,12 @@ CREATE TABLE prompts (prompt VARCHAR, text VARCHAR, messages VARCHAR, tags VARCH
 -- `reason`, when the model gave none that can be read. `thinking` is what a reasoning model wrote before its answer.
 CREATE TABLE samples (sample VARCHAR, run INTEGER, prompt VARCHAR, "index" INTEGER, parent INTEGER, round INTEGER,
     principle VARCHAR, text VARCHAR, finish VARCHAR, reason VARCHAR, call VARCHAR, thinking VARCHAR);
--- `fault` is NULL, with a `reason`, when the critique could not be read.
+-- `fault` is NULL, with a `reason`, when the critique could not be read. `p_fault` is the probability of a fault at its
+-- first word, of `mass` that "no fault" and "a fault" have together; both NULL where `exactness` is hard: no probability
+-- was given, or asked for.
 CREATE TABLE critiques (critique VARCHAR, run INTEGER, prompt VARCHAR, "index" INTEGER, principle VARCHAR,
-    round INTEGER, fault BOOLEAN, reason VARCHAR, text VARCHAR, call VARCHAR, thinking VARCHAR);
+    round INTEGER, fault BOOLEAN, reason VARCHAR, text VARCHAR, call VARCHAR, thinking VARCHAR, p_fault DOUBLE,
+    mass DOUBLE, exactness VARCHAR);
 CREATE TABLE calls (call VARCHAR, model VARCHAR, finish VARCHAR, exactness VARCHAR, prompt_tokens INTEGER,
     completion_tokens INTEGER, limit_tokens INTEGER, answered_at DOUBLE);
 -- What one answer got from a judge that reads one at a time, on that judge's own scale: an expected grade, P(yes) for a

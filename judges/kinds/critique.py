@@ -2,15 +2,16 @@
 answer.
 
 A critique's first word decides: "None" names no fault, "Fault" names one; anything else, and what
-says both, is unscored. List marks, fences and preambles around a critique or a revision are
-removed.
+says both, is unscored. Where the template names these words as labels, the probability of a fault
+is read at that word. List marks, fences and preambles around a critique or a revision are removed.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -32,11 +33,14 @@ from prefab.judges.base import (
     candidate,
     conversation,
     generated,
+    label_score,
+    spellings,
     text_request,
     unwrap,
 )
 
 PARSER_VERSION = 1
+DEFAULT_LABELS = ("None", "Fault")  # the words of a template that names none
 
 
 class CritiqueConfig(JudgeConfig):
@@ -44,7 +48,11 @@ class CritiqueConfig(JudgeConfig):
 
     kind: Literal["critique"] = "critique"
     name: str = "critic"
-    template: str = "critique.jinja"
+    template: str = Field(
+        "critique_labels.jinja",
+        description="Left out: critique_labels.jinja, which reads the probability of a fault; in a "
+        "store whose critiques were asked without labels, critique.jinja, which reuses them.",
+    )
     revise_template: str = "revise.jinja"
     max_tokens: int = Field(256, ge=1)
     temperature: float = Field(0.0, ge=0.0, allow_inf_nan=False)
@@ -59,19 +67,48 @@ class Revision:
 
 
 def parse_critique(
-    completion: Completion, prompt: str = "", sample: int = 0, principle: str = ""
+    completion: Completion,
+    prompt: str = "",
+    sample: int = 0,
+    principle: str = "",
+    labels: tuple[str, ...] = (),
+    min_label_mass: float = 0.5,
 ) -> Critique:
-    """The critique of sample number `sample` of the prompt with id `prompt`. Cut off is
-    `truncated`, never a fault. One that says both ("Fault: None.") is unscored.
+    """What a critique says. Cut off is `truncated`, never a fault; one that says both ("Fault:
+    None.") is unscored.
+
+    Args:
+        completion: The critic's answer.
+        prompt: Id of the prompt, for the result.
+        sample: Index of the answer, for the result.
+        principle: Id of the principle, for the result.
+        labels: The words for "no fault" and "a fault", as the template names them; without any,
+            None and Fault, and no probability.
+        min_label_mass: A first word whose labels have less probability together is unscored.
     """
+    words = labels or DEFAULT_LABELS
     text, reason = generated(completion)
-    fault: bool | None = None
-    if reason is None:
-        cleaned = _cleaned_critique(text)
-        fault = None if cleaned is None else cleaned.startswith(("F", "f"))
-        text = text if cleaned is None else cleaned
-        reason = "parse" if cleaned is None else None
-    return Critique(prompt, sample, principle, text, fault, reason)
+    if reason is not None:
+        return Critique(prompt, sample, principle, text, None, reason)
+    cleaned = _cleaned_critique(text, words)
+    if cleaned is None:
+        return Critique(prompt, sample, principle, text, None, "parse")
+    fault = cleaned.lower().startswith(words[1].lower())
+    if not (labels and completion.label_logps):
+        return Critique(prompt, sample, principle, cleaned, fault)
+    read = label_score(completion, spellings(labels), (0.0, 1.0), min_label_mass)
+    said = fault if read.reason is None else None
+    return Critique(
+        prompt,
+        sample,
+        principle,
+        cleaned,
+        said,
+        read.reason,
+        read.value,
+        read.mass,
+        read.exactness,
+    )
 
 
 def parse_revision(completion: Completion) -> Revision:
@@ -118,12 +155,31 @@ _REMARK = re.compile(
     re.I,
 )
 _CRITIQUE = re.compile(r"(?:critique|fault)\s*[:：]", re.I)
-_LABEL = re.compile(rf"{_LEAD}(?P<label>faults?|none)\b(?P<after>[*_`\"'”’)\]]*)", re.I)
-_LISTED = re.compile(rf"^\s*{_MARK}(?={_DECORATION}(?:faults?|none)\b)", re.I | re.M)
-_CONTRADICTION = re.compile(
-    r"\W*(?:but|however|although|though|except|yet|still)\b|.*[.!?;]\s+\W*fault\s*[:：]",
-    re.I | re.S,
-)
+
+
+class _Patterns(NamedTuple):
+    """What finds the labels in a critique."""
+
+    label: re.Pattern[str]
+    listed: re.Pattern[str]
+    contradiction: re.Pattern[str]
+
+
+@lru_cache(maxsize=16)
+def _patterns(labels: tuple[str, ...]) -> _Patterns:
+    none, fault = map(re.escape, labels)
+    words = rf"{fault}s?|{none}"
+    return _Patterns(
+        re.compile(rf"{_LEAD}(?P<label>{words})\b(?P<after>[*_`\"'”’)\]]*)", re.I),
+        re.compile(rf"^\s*{_MARK}(?={_DECORATION}(?:{words})\b)", re.I | re.M),
+        re.compile(
+            r"\W*(?:but|however|although|though|except|yet|still)\b"
+            rf"|.*[.!?;]\s+\W*{fault}\s*[:：]",
+            re.I | re.S,
+        ),
+    )
+
+
 _END_OF_NONE = re.compile(
     r"\s*(?:$|[.,:：;!?。，\n–—-]|(?:was |were )?(?:found|noted|observed|identified|present)\b)"
 )
@@ -137,34 +193,35 @@ _NO_FAULT = re.compile(
 )
 
 
-def _cleaned_critique(text: str) -> str | None:
+def _cleaned_critique(text: str, labels: tuple[str, ...]) -> str | None:
     """The critique from its label on, without marks and preambles; None where it has no label, or
     contradicts itself.
     """
+    patterns, no_fault = _patterns(labels), labels[0].lower()
     text = _stripped(text, _CRITIQUE_HEAD)
-    label = _LABEL.match(text)
+    label = patterns.label.match(text)
     if label is None:
         return None
     rest = text[label.end() :]
-    none = label["label"].lower() == "none"
+    none = label["label"].lower() == no_fault
     others = {
-        found["label"].lower() == "none"
+        found["label"].lower() == no_fault
         for line in rest.splitlines()[1:]
-        if (found := _LABEL.match(line.lstrip()))
+        if (found := patterns.label.match(line.lstrip()))
     }
     clause = re.split(r"[.!?;。\n]", rest.lstrip(" \t.:：。,*_`-–—\"'"), maxsplit=1)[0].strip(
         " *_`\"'"
     )
     if others - {none}:
         return None
-    if none and (_CONTRADICTION.match(rest) or not _END_OF_NONE.match(rest)):
+    if none and (patterns.contradiction.match(rest) or not _END_OF_NONE.match(rest)):
         return None
     if not none and len(clause) < 100 and _NO_FAULT.fullmatch(clause):
         return None
     if label["after"] or rest.startswith("：") or re.match(r"\s*[:：]\s*[*_`]+", rest):
         colon = re.match(r"\s*[:：][\s*_`]*", rest)
         rest = ": " + rest[colon.end() :] if colon else rest
-    return label["label"] + _LISTED.sub("", rest)
+    return label["label"] + patterns.listed.sub("", rest)
 
 
 def _stripped(text: str, head: re.Pattern[str]) -> str:
@@ -203,7 +260,8 @@ class Critic:
     ) -> Request:
         """Ask what is wrong with one answer under one principle."""
         messages = self._render("critique", prompt, sample, principle.critique, principle, context)
-        return self._request(messages, sample, context, round, repeat)
+        labels = tuple(spellings(context.templates["critique"].labels))
+        return replace(self._request(messages, sample, context, round, repeat), labels=labels)
 
     def revise_request(
         self,

@@ -69,8 +69,12 @@ def init_project(folder: str | Path) -> list[Path]:
         )
     (folder / "templates").mkdir(parents=True)
     (folder / ".schemas").mkdir()
-    for name in ("pairwise", "critique", "revise"):
-        shutil.copyfile(TEMPLATES / f"{name}.jinja", folder / "templates" / f"{name}.jinja")
+    for name, source in (
+        ("pairwise", "pairwise"),
+        ("critique", "critique_labels"),
+        ("revise", "revise"),
+    ):
+        shutil.copyfile(TEMPLATES / f"{source}.jinja", folder / "templates" / f"{name}.jinja")
     name = "constitution.schema.json"
     shutil.copyfile(PACKAGE / "constitutions" / name, folder / ".schemas" / name)
     constitution = (PACKAGE / "constitutions" / "front-desk.yaml").read_text(encoding="utf-8")

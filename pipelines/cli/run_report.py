@@ -25,6 +25,7 @@ def report(result: Any) -> None:
         *_agreement(result),
         ("verdicts on hard labels, without a probability", sum(result.hard.values())),
         ("faults found", sum(result.faults.values())),
+        ("critiques with P(fault) between 0.2 and 0.8", result.unsure_critiques),
         ("unscored answers", sum(result.unscored.values())),
         ("failed calls", result.failed),
         ("drafts cut off at the length limit", result.truncated),
@@ -86,7 +87,7 @@ REMEDIES = {
     "sample truncated": "drafts end before their answer begins: raise policy.max_tokens, or "
     "engines.NAME.thinking_tokens for a model that thinks",
     "critique parse": 'critiques begin with neither Fault nor None: see `prefab sql "SELECT text FROM '
-    'critiques WHERE fault IS NULL"`, and ask for that form in critique.jinja',
+    'critiques WHERE fault IS NULL"`, and ask for that form in the critique template',
 }
 
 

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 from prefab.factory.engines.base import make
 from prefab.factory.engines.lifecycle import lazily
-from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.errors import ConfigError, Problem, StoreError
+from prefab.factory.ledger import db
+from prefab.factory.ledger import records as recorded
 from prefab.factory.spec.constitution import load_constitutions
-from prefab.factory.spec.templates import Template, load_template
+from prefab.factory.spec.templates import Template, critique_labels, load_template
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.types import Constitution, Engine, Prompt
 from prefab.judges import registry
@@ -27,6 +29,9 @@ from prefab.pipelines.config.schema import (
     load_pipeline,
     make_pipeline,
 )
+
+WITHOUT_LABELS = "critique.jinja"  # the critique template of versions that read no labels
+CRITIQUE_TEXT = "template critique"  # the name under which a run's texts hold it
 
 
 class PromptSource(Protocol):
@@ -126,10 +131,34 @@ def _critics(config: PipelineConfig, revise: ReviseConfig) -> tuple[CritiqueConf
     critic = config.critic_config()
     if "temperature" not in (config.critic or {}):
         critic = critic.model_copy(update={"temperature": revise.temperature})
+    if "template" not in (config.critic or {}) and _asks_without_labels(Path(config.store)):
+        critic = critic.model_copy(update={"template": WITHOUT_LABELS})
     longest = revise.max_tokens or config.policy.max_tokens
     return critic, critic.model_copy(
         update={"temperature": revise.temperature, "max_tokens": longest}
     )
+
+
+def _asks_without_labels(store: Path) -> bool:
+    """Whether the last run of this store that named no critique template asked for critiques
+    without labels, as older versions did: its answers are used again.
+    """
+    if not (store / db.FILE).is_file():
+        return False
+    try:
+        con = db.connect(store / db.FILE, readonly=True)
+        try:
+            runs = [
+                run
+                for run in recorded.runs(con)
+                if CRITIQUE_TEXT in run.texts and "template" not in (run.config.get("critic") or {})
+            ]
+        finally:
+            con.close()
+    except StoreError:  # what opens the store says so
+        return False
+    last = max(runs, key=lambda run: run.last_start, default=None)
+    return last is not None and not critique_labels(last.texts[CRITIQUE_TEXT])
 
 
 def _located(config: PipelineConfig, judge: JudgeConfig) -> JudgeConfig:

@@ -122,6 +122,12 @@ class ReviseConfig(_Strict):
     select: Literal["sweep", "draw"] = "sweep"
     temperature: Temperature = 0.0
     max_tokens: int | None = Field(None, ge=1, description="Of a revision; left out: the policy's.")
+    min_p_fault: Share = Field(
+        0.0,
+        exclude_if=lambda value: value == 0.0,
+        description="A fault that is less probable at the critique's first word is not revised; one "
+        "without a probability always is.",
+    )
 
 
 class WhenConfig(_Strict):

@@ -103,6 +103,7 @@ def measure(
         "p_chosen": learned.sentence() if learned else NOT_LEARNED,
         "principles": group_rows(data, unscored, "principle"),
         "tags": group_rows(data, unscored, "tag"),
+        "critiques": selection.critiques().to_dicts(),
     }
     found["divided"] = divided(
         selection, data, [row["name"] for row in found["principles"]], examples

@@ -67,6 +67,8 @@ def show(found: dict[str, Any], groups: int = 3) -> None:
     _groups("Principles, the least agreed on first", found["principles"])
     if found["tags"]:
         _groups("Tags, likewise", found["tags"])
+    if found["critiques"]:
+        _critiques(found["critiques"])
     _divided(found["divided"], [row["name"] for row in found["principles"]][:groups])
     for words in found["limitations"]:
         warn(words)
@@ -371,6 +373,24 @@ def _groups(title: str, rows: Sequence[dict[str, Any]]) -> None:
     kept = [i for i in range(len(columns)) if any(cell(line[i]) not in ("", "-") for line in lines)]
     note = f"the first {SHOWN} of {len(rows)}; --json has all" if len(rows) > SHOWN else ""
     table(title, [columns[i] for i in kept], [[line[i] for i in kept] for line in lines], note=note)
+
+
+def _critiques(rows: Sequence[dict[str, Any]]) -> None:
+    """What the critic said under each principle, and how sure it was."""
+    names = ("critiques", "faults", "p_fault", "unsure", "hard", "unscored")
+    columns = {
+        "critiques": "critiques",
+        "faults": "faults",
+        "p_fault": "mean P(fault)",
+        "unsure": "unsure",
+        "hard": "hard labels",
+        "unscored": "unscored",
+    }
+    kept = [name for name in names if any(row[name] for row in rows)]
+    lines = [[row["principle"] or "(none)", *(row[name] for name in kept)] for row in rows[:SHOWN]]
+    note = "P(fault) is read at a critique's first word; unsure: between 0.2 and 0.8"
+    shown = note if "p_fault" in kept else "no probability of a fault was read"
+    table("Critiques", ["", *(columns[name] for name in kept)], lines, note=shown)
 
 
 def _divided(rows: Sequence[dict[str, Any]], principles: Sequence[str]) -> None:

@@ -178,7 +178,7 @@ class _Descent:
             at = {name: sample[name] for name in ("principle", "round")}
             facts["principle"] = sample["principle"]
             for critique in self._rows(_CRITIQUES, index=parent, **at):
-                said = {"principle": critique["principle"], "fault": critique["fault"]}
+                said = {name: critique[name] for name in ("principle", "fault", "p_fault")}
                 call = self._call(critique["call"])
                 node.below.append(Node("critique", said, critique["text"] or "", call))
             if parent in self.samples:

@@ -78,7 +78,7 @@ async def revise(
             k: principles if config.select == "sweep" else _draw(prompt, k, round, ctx)
             for k in current
         }
-        faults = await _critiques(prompt, current, drawn, round, ctx)
+        faults = await _critiques(prompt, current, drawn, round, config.min_p_fault, ctx)
         if not any(faults.values()) and ctx.critic.temperature == 0:
             break  # the same questions again would get the same answers
         for step in range(max(map(len, faults.values()), default=0)):
@@ -128,10 +128,11 @@ async def _critiques(
     current: dict[int, Sample],
     drawn: dict[int, list[Principle]],
     round: int,
+    least: float,
     ctx: Context,
 ) -> dict[int, list[Fault]]:
     """For each draft the faults that the critic names in its current text, in the principles'
-    order.
+    order. A fault whose probability is less than `least` is left out.
     """
     critic, context, engine = (
         critique.Critic(ctx.critic),
@@ -148,9 +149,16 @@ async def _critiques(
     faults: dict[int, list[Fault]] = {k: [] for k in current}
     for (k, principle), answer in zip(places, await ctx.ask(asks, engine), strict=True):
         if isinstance(answer, Completion):
-            read = critique.parse_critique(answer, prompt.id, current[k].index, principle.id)
+            read = critique.parse_critique(
+                answer,
+                prompt.id,
+                current[k].index,
+                principle.id,
+                ctx.templates["critique"].labels,
+                ctx.critic.min_label_mass,
+            )
             ctx.unscored("critique", read.reason)
-            if read.fault:
+            if read.fault and (read.p_fault is None or read.p_fault >= least):
                 faults[k].append((principle, read.text))
     return faults
 

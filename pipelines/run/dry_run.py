@@ -193,7 +193,7 @@ class DryRunLedger:
         tally = self.tallies[place, condition]
         if answer is not None:
             tally.reused += self.weight
-            self._learn(use, answer)
+            self._learn(request, use, answer)
             return answer
         if refused is not None:
             tally.refused += self.weight
@@ -249,11 +249,11 @@ class DryRunLedger:
     def _is_asked(self, role: str) -> bool:
         return any(place[0] == role and tally.calls for (place, _), tally in self.tallies.items())
 
-    def _learn(self, use: Use, answer: Completion) -> None:
+    def _learn(self, request: Request, use: Use, answer: Completion) -> None:
         self.lengths[use.role].hits += answer.completion_tokens * self.weight
         self.lengths[use.role].total += self.weight
         if use.role == "critique":
-            read = parse_critique(answer)
+            read = parse_critique(answer, labels=request.labels[:2])
             if read.fault is not None:
                 self.faults.add(read.fault, self.weight)
 
@@ -358,6 +358,7 @@ def _placeholder(request: Request, use: Use) -> Completion:
         even = log(0.9 / len(request.labels))
         return Completion(PLACEHOLDER, "length", dict.fromkeys(request.labels, even))
     if use.role == "critique":
-        return Completion(FAULT, "stop")
+        word = request.labels[1] if request.labels else "Fault"
+        return Completion(FAULT.replace("Fault", word), "stop")
     unlike = blake2b(f"{use.prompt}\0{columns_of(use)}".encode(), digest_size=8).hexdigest()
     return Completion(f"{PLACEHOLDER}{unlike}", "stop")

@@ -79,6 +79,7 @@ class RunResult:
     faults: dict[str, int] = field(
         default_factory=dict
     )  # critiques that name a fault, by principle
+    unsure_critiques: int = 0  # whose probability of a fault is between 0.2 and 0.8
     same_in_both_orders: int = 0  # verdict pairs that name the same winner in both orders
     in_both_orders: int = 0  # verdict pairs that were read in both orders
     hard: dict[str, int] = field(default_factory=dict)  # verdicts without a probability, by judge
@@ -413,6 +414,9 @@ SELECT 'outcome' AS what, outcome AS name, count(*) AS n FROM preferences WHERE 
 UNION ALL
 SELECT 'fault', principle, count(*) FROM critiques WHERE run = $run AND fault GROUP BY ALL
 UNION ALL
+SELECT 'unsure', principle, count(*) FROM critiques
+WHERE run = $run AND p_fault BETWEEN 0.2 AND 0.8 GROUP BY ALL
+UNION ALL
 SELECT 'hard', judge, count(*) FROM verdicts
 WHERE run = $run AND exactness = 'hard' AND p_a IS NOT NULL GROUP BY ALL
 UNION ALL
@@ -424,7 +428,8 @@ WHERE run = $run AND x."order" = 'ab' AND y."order" = 'ba' AND x.winner IS NOT N
 
 def _in_store(folder: Path, run: int) -> dict[str, dict[str, int]]:
     """What the store says of a run, by kind; nothing where another program holds the store."""
-    found: dict[str, dict[str, int]] = {"outcome": {}, "fault": {}, "orders": {}, "hard": {}}
+    kinds = ("outcome", "fault", "unsure", "orders", "hard")
+    found: dict[str, dict[str, int]] = {what: {} for what in kinds}
     with suppress(HeldError):
         for what, name, n in read_frame(folder, _SUMMARY, {"run": run}).rows():
             found[what][name] = n
@@ -466,6 +471,7 @@ def _result(
         failures=counts.failures,
         outcomes=told["outcome"],
         faults=dict(sorted(told["fault"].items(), key=lambda item: -item[1])),
+        unsure_critiques=sum(told["unsure"].values()),
         same_in_both_orders=told["orders"].get("same", 0),
         in_both_orders=sum(told["orders"].values()),
         hard=told["hard"],

@@ -16,6 +16,7 @@ from typing import Any
 from prefab.factory import decision
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import RunRecord
+from prefab.factory.spec.templates import critique_labels
 from prefab.factory.thinking import policy_answer, split_thinking
 from prefab.factory.types import LONGEST_TEXT, Completion, Constitution, Preference
 from prefab.factory.uses import CritiqueUse, DraftUse, IdenticalUse, RankUse, RevisionUse, ScoreUse
@@ -89,6 +90,8 @@ def rules(
         escalate.get("decides") == "all",
         method if (method := (config.get("choose") or {}).get("method")) in FITS else "",
         learned if learned is not None and learned.fitted else None,
+        critique_labels(record.texts.get("template critique", "")),
+        (config.get("critic") or {}).get("min_label_mass", 0.5),
     )
 
 
@@ -181,7 +184,14 @@ def _thinking(answer: Completion) -> str | None:
 
 
 def _critique(use: CritiqueUse, call: str, answer: Completion, rules: Rules) -> Row:
-    read = critique.parse_critique(answer, use.prompt, use.sample, use.principle)
+    read = critique.parse_critique(
+        answer,
+        use.prompt,
+        use.sample,
+        use.principle,
+        rules.critique_labels,
+        rules.critique_mass,
+    )
     name = digest(
         "critique",
         use.prompt,
@@ -203,6 +213,9 @@ def _critique(use: CritiqueUse, call: str, answer: Completion, rules: Rules) -> 
         read.text,
         call,
         _thinking(answer),
+        read.p_fault,
+        read.mass,
+        read.exactness,
     )
 
 

@@ -32,6 +32,14 @@ SELECT judge, count(*) AS verdicts, count(mass) AS n, avg(mass) AS mean, quantil
   count(DISTINCT repeat) AS repeats
 FROM verdicts WHERE {WHERE} GROUP BY ALL ORDER BY judge"""
 
+_CRITIQUES = """
+SELECT principle, count(*) AS critiques, count(*) FILTER (WHERE fault) AS faults, avg(p_fault) AS p_fault,
+  count(*) FILTER (WHERE p_fault BETWEEN 0.2 AND 0.8) AS unsure,
+  count(*) FILTER (WHERE fault IS NOT NULL AND p_fault IS NULL) AS hard, count(reason) AS unscored
+FROM critiques WHERE run = $run
+  AND (len($principles::VARCHAR[]) = 0 OR list_contains($principles::VARCHAR[], principle))
+GROUP BY ALL ORDER BY faults DESC, principle"""
+
 _AGAIN = f"""
 WITH v AS (SELECT * FROM verdicts WHERE {WHERE})
 SELECT x.judge, x.prompt, x.winner AS first, y.winner AS again FROM v x
@@ -81,6 +89,12 @@ class Selection:
     def masses(self) -> polars.DataFrame:
         """By judge: verdicts, label mass, how many were read inexactly, repeats."""
         return self.query(_MASS)
+
+    def critiques(self) -> polars.DataFrame:
+        """By principle: critiques, faults named, the mean probability of a fault, how many are
+        unsure (between 0.2 and 0.8), hard labels, and unscored.
+        """
+        return self.query(_CRITIQUES)
 
     def again(self) -> polars.DataFrame:
         """Pairs of verdicts of one judge on one question in one order, asked more than once."""

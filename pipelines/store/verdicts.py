@@ -67,6 +67,8 @@ class Rules:
     joined: bool = False
     fit: str = ""
     learned: Learned | None = None
+    critique_labels: tuple[str, ...] = ()
+    critique_mass: float = 0.5
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefab.factory.label_text import find_label
+from prefab.factory.label_text import find_label, opening_label
 
 ABT = ("A", "B", "T", " A", " B", " T")
 GRADES = tuple(str(i) for i in range(1, 10))
@@ -111,3 +111,24 @@ def test_words_are_found_in_any_case():
 def test_what_is_found_stands_in_the_answer(answer):
     found = find_label(answer, ABT)
     assert found is None or answer[found.offset] == found.label in "ABT"
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("Fault: it is rude.", ("Fault", 0)),
+        ("None.", ("None", 0)),
+        ("- **Fault:** it is rude.", ("Fault", 4)),
+        ("FAULT\nrude", ("Fault", 0)),
+        ("Fault：rude", ("Fault", 0)),
+        ("None of it is kind.", None),
+        ("No fault: none.", None),
+        ("It has a Fault: rude.", None),
+    ],
+)
+def test_the_label_that_a_text_begins_with(answer, found):
+    assert opening_label(answer, ("None", "Fault", " None", " Fault")) == found
+
+
+def test_a_letter_that_a_text_begins_with_is_no_label():
+    assert opening_label("A: it is rude.", ABT) is None

@@ -4,6 +4,7 @@ invent a winner."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from math import inf, log, nan
 
 import pytest
@@ -390,6 +391,43 @@ def test_the_first_word_of_a_critique_decides(said, fault, reason):
     found = critique.parse_critique(text(said), "p1", 3, "kind")
     assert (found.fault, found.reason) == (fault, reason)
     assert (found.prompt, found.sample, found.principle) == ("p1", 3, "kind")
+
+
+LABELS = ("None", "Fault")
+
+
+def first_word(said, none, fault, exactness="exact"):
+    logps = {"None": log(none), "Fault": log(fault), " None": log(1e-9), " Fault": log(1e-9)}
+    return replace(text(said), label_logps=logps, exactness=exactness)
+
+
+@pytest.mark.parametrize(
+    ("said", "none", "fault", "expected"),
+    [
+        ("Fault: it is rude.", 0.2, 0.6, (True, 0.75, 0.8, None)),
+        ("None.", 0.6, 0.2, (False, 0.25, 0.8, None)),
+        ("Fault: it is rude.", 0.1, 0.3, (None, None, 0.4, "low_label_mass")),
+        ("Fault: None.", 0.2, 0.6, (None, None, None, "parse")),
+    ],
+)
+def test_the_first_word_of_a_critique_has_a_probability(said, none, fault, expected):
+    found = critique.parse_critique(first_word(said, none, fault), labels=LABELS)
+    p, mass = (x if x is None else round(x, 6) for x in (found.p_fault, found.mass))
+    assert (found.fault, p, mass, found.reason) == expected
+
+
+def test_a_critique_without_log_probabilities_has_a_hard_label():
+    for labels in ((), LABELS):
+        found = critique.parse_critique(text("Fault: it is rude."), labels=labels)
+        assert (found.fault, found.p_fault, found.exactness) == (True, None, "hard")
+
+
+def test_the_words_of_a_critique_are_those_that_its_template_names():
+    german = ("Keiner", "Fehler")
+    found = critique.parse_critique(text("- **Fehler:** unfreundlich."), labels=german)
+    assert (found.fault, found.text) == (True, "Fehler: unfreundlich.")
+    assert critique.parse_critique(text("Keiner."), labels=german).fault is False
+    assert critique.parse_critique(text("Fault: rude."), labels=german).reason == "parse"
 
 
 def test_marks_without_end_cost_no_time():

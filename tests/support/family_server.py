@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Any
 from aiohttp import web
 
 THOUGHTS = "Okay, the user wants something. Answer A could be better, or is it?"
+CRITIQUES = ("None", "Fault")
 CHOOSE = "A or B"  # a message with this is answered with a label
 
 
@@ -39,6 +41,7 @@ class Family:
         bad: A message with this text is HTTP 400 for good.
         vary: Give each free text another number.
         form: What stands around a label; a space is the end of a token.
+        critique: What a critic says; its words and marks are tokens.
         tools: With tools: `called` (`tool_calls`, null as content), `written` (in the text, as the
             model writes calls) or `refused` (HTTP 400 without `tool_choice: none`).
     """
@@ -57,6 +60,7 @@ class Family:
     label: str = "A"
     vary: bool = False
     form: str = "{}"
+    critique: str = "None."
     tools: str = "called"
     bodies: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -114,7 +118,8 @@ class Family:
         asked = body["messages"][-1]["content"]
         said = "Yes, you can come."
         said += f" It is answer {len(self.bodies)}." if self.vary else ""
-        said = "None." if "Reply with None" in asked else said
+        critique = "Reply with None" in asked
+        said = self.critique if critique else said
         said = self.form.format(self.label) if CHOOSE in asked else said
         wanted = (body.get("chat_template_kwargs") or {}).get("enable_thinking", True)
         thinks = self.think if self.deaf or wanted else None
@@ -134,7 +139,8 @@ class Family:
             message["reasoning_content"] = apart
         logprobs = None
         if body.get("logprobs") and self.logprobs == "given" and not (apart and not words):
-            logprobs = {"content": [_token(word, self.label) for word in words]}
+            tokens = re.findall(r" ?\w+|\W", " ".join(words)) if critique else words
+            logprobs = {"content": [_token(word, self.label) for word in tokens]}
         if body.get("logprobs") and self.logprobs == "of_thoughts":
             logprobs = {"content": [_token("Okay", "")]}
         if body.get("tools"):
@@ -155,6 +161,9 @@ class Family:
 
 def _token(word: str, label: str) -> dict[str, Any]:
     masses = {word: 0.97}
+    if word.strip() in CRITIQUES:
+        other = "None" if word.strip() == "Fault" else "Fault"
+        masses = {word: 0.6, other: 0.2}
     if word == label:
         masses = {label: 0.7, "B" if label == "A" else "A": 0.25}
     tops = [{"token": token, "logprob": math.log(p)} for token, p in masses.items()]

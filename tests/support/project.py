@@ -65,6 +65,8 @@ def write(folder: Path, value: dict[str, Any], name: str = "pipeline.yaml") -> P
 
 def asked(request: Request) -> str:
     """What kind of question this is: sample, judge, critique, revise or reason."""
+    if "Fault" in request.labels:
+        return "critique"
     if request.labels or request.messages[0].role != "system":
         return "judge" if request.labels else "sample"
     text = request.messages[-1].content
@@ -85,7 +87,10 @@ def answer(request: Request) -> Completion:
         return Completion(f"draft {request.repeat[0]} of {text}", "stop", None, "exact", 5, 4)
     if kind == "critique":
         fault = "unkind" in text and "draft" in text
-        return Completion("Fault: it is unkind." if fault else "None.", "stop", None, "exact", 9, 3)
+        said = "Fault: it is unkind." if fault else "None."
+        p = {"None": 0.2, "Fault": 0.6} if fault else {"None": 0.72, "Fault": 0.08}
+        logps = {label: log(p.get(label, 1e-9)) for label in request.labels} or None
+        return Completion(said, "stop", logps, "exact", 9, 3)
     if kind == "revise":
         return Completion("mended " + text.split("draft ")[1][0], "stop", None, "exact", 9, 2)
     first, second = (int(part[0]) for part in text.split("draft ")[1:3])

@@ -14,6 +14,7 @@ from prefab.factory.errors import EngineError, RequestRefused
 from prefab.factory.keys import request_key
 from prefab.factory.thinking import split_thinking
 from prefab.factory.types import Completion, Message, Request, Sampling
+from prefab.judges.kinds.critique import parse_critique
 from tests.support.family_server import THOUGHTS, family_server
 
 LABELS = ("A", "B", " A", " B")
@@ -142,6 +143,43 @@ def test_a_label_in_a_form_is_read_at_its_own_token(form, exactness, think):
             assert found.label_logps["B"] > found.label_logps["A"] > -2
         else:
             assert (found.label_logps, found.exactness) == (None, "hard")
+
+
+CRITIQUE_LABELS = ("None", "Fault", " None", " Fault")
+
+
+@pytest.mark.parametrize(
+    ("said", "p_fault"),
+    [
+        ("Fault: None of it is kind. A Fault.", 0.75),
+        ("None.", 0.25),
+        ("- **Fault**: it is rude.", 0.75),
+        ("It is rude.", None),
+        ("None of it is kind.", None),
+        ("Fault: it is rude.\nVerdict: None", None),  # it names both
+    ],
+)
+@pytest.mark.parametrize("think", [None, "open", "close", "apart"])
+def test_the_first_word_of_a_critique_is_read_at_its_own_token(said, p_fault, think):
+    with family_server(think=think, deaf=True, critique=said) as server:
+        asked = Request(
+            "m", (Message("user", "Reply with None."),), Sampling(64), CRITIQUE_LABELS, OFF
+        )
+        (found,) = answers(engine(server.url), asked)
+        body = server.bodies[-1]
+    read = parse_critique(found, labels=("None", "Fault"))
+    assert read.p_fault == (p_fault and pytest.approx(p_fault))
+    assert (found.exactness == "hard") == (p_fault is None) and body["top_logprobs"] == 5
+
+
+def test_the_thoughts_labels_are_not_the_critiques(monkeypatch):
+    monkeypatch.setattr("tests.support.family_server.THOUGHTS", "Is it None or a Fault? I think")
+    with family_server(think="open", deaf=True, critique="Fault: it is rude.") as server:
+        asked = Request(
+            "m", (Message("user", "Reply with None."),), Sampling(64), CRITIQUE_LABELS, OFF
+        )
+        (found,) = answers(engine(server.url), asked)
+    assert parse_critique(found, labels=("None", "Fault")).p_fault == pytest.approx(0.75)
 
 
 def test_a_thought_that_the_template_opened_and_the_length_cut_off_is_known_as_one():

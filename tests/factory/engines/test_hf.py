@@ -75,6 +75,14 @@ def test_label_reads_equal_the_models_own_logits(engine, runner):
         assert sum(map(exp, answer.label_logps.values())) < 1
 
 
+def reads(engine, job, drawn):
+    """The labels' log-probabilities at each of the drawn tokens."""
+    with torch.inference_mode():
+        logits_TV = engine.model(torch.tensor([job.ids + drawn])).logits[0]
+    logps_TV = logits_TV[len(job.ids) - 1 : -1].float().log_softmax(-1)
+    return [engine._labels_of(logps_V, job.request.labels) for logps_V in logps_TV]
+
+
 def test_a_label_in_a_form_is_read_at_its_own_token(engine, runner):
     said, asked = "<think>A or B?</think>Answer:", request("Which answer?", LABELS, max_tokens=64)
     new = engine.tokenizer(said, add_special_tokens=False)["input_ids"]
@@ -87,8 +95,7 @@ def test_a_label_in_a_form_is_read_at_its_own_token(engine, runner):
         drawn = [*new, token_of[" " + label], *engine.tokenizer("\n\nIt is.")["input_ids"]]
         text = engine.tokenizer.decode(drawn)
         job = Job(ids, 0, asked, None)
-        with torch.inference_mode():
-            found = engine._with_labels(job, Completion(text, "stop"), drawn)
+        found = engine._with_labels(job, Completion(text, "stop"), drawn, reads(engine, job, drawn))
         if label == best:
             assert found.exactness == "exact"
             for name, token in token_of.items():
@@ -97,6 +104,20 @@ def test_a_label_in_a_form_is_read_at_its_own_token(engine, runner):
             assert (found.label_logps, found.exactness) == (None, "hard")
     (free,) = runner.run(ask(engine, asked))
     assert free.completion_tokens > 1 and (free.label_logps is None) == (free.exactness == "hard")
+
+
+def test_the_first_word_of_a_text_is_read_at_its_first_token(engine, runner):
+    asked = request("Which fault?", ("None", "Fault", " None", " Fault"), max_tokens=64)
+    runner.run(ask(engine, asked))
+    ids = engine._chat_ids(asked.messages, {})
+    job, said = Job(ids, 0, asked, None), "- Fault: none is named. Fault"
+    drawn = engine.tokenizer(said, add_special_tokens=False)["input_ids"]
+    at_each = reads(engine, job, drawn)
+    found = engine._with_labels(job, Completion(said, "stop"), drawn, at_each)
+    before = len(engine.tokenizer("-", add_special_tokens=False)["input_ids"])
+    assert found.label_logps == at_each[before][0] and found.exactness == "exact"
+    other = engine._with_labels(job, Completion("It is rude.", "stop"), drawn, at_each)
+    assert (other.label_logps, other.exactness) == (None, "hard")
 
 
 def test_greedy_text_equals_generate(engine, runner):

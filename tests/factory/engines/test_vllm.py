@@ -667,6 +667,43 @@ def test_ids_count_once_and_spellings_have_several():
     assert read.parse(entries[:1], ("A", " A")) == ({}, "exact")
 
 
+CRITIQUE = ("None", "Fault", " None", " Fault")
+
+
+@pytest.mark.parametrize(
+    ("words", "ids"),
+    [
+        # a byte-level tokenizer that has " Fault" whole, and Fault as two tokens
+        ({"None": [4], " None": [5], "Fault": [6, 7], " Fault": [8]}, [4, 6, 5, 8]),
+        # both words with a space begin with the space, which says nothing about either
+        ({"None": [4], " None": [3, 4], "Fault": [6, 7], " Fault": [3, 6, 7]}, [4, 6]),
+        # Fault begins as None does: only its spelling with a space is read
+        ({"None": [4], " None": [5], "Fault": [4, 7], " Fault": [8]}, [4, 5, 8]),
+    ],
+)
+def test_a_word_of_several_tokens_is_read_by_its_first_one_where_it_is_its_own(words, ids):
+    async def tokenize(text):
+        return [1, *words[text[1:]]] if len(text) > 1 and text[0] == "\n" else words.get(text, [1])
+
+    read = IdRead(tokenize)
+    asyncio.run(read.prepare(CRITIQUE, opening=True))
+    assert read.fields(CRITIQUE)["logprob_token_ids"] == ids
+    if 6 in ids:
+        assert read.label_of("token_id:6", CRITIQUE) == "Fault"
+
+
+def test_a_word_whose_first_token_is_not_its_own_is_refused():
+    words = {"None": [4, 5], " None": [3, 4, 5], "Fault": [4, 7], " Fault": [3, 4, 7]}
+
+    async def tokenize(text):
+        return [1, *words[text[1:]]] if len(text) > 1 and text[0] == "\n" else words.get(text, [1])
+
+    with pytest.raises(EngineError, match="more than one token"):
+        asyncio.run(IdRead(tokenize).prepare(CRITIQUE, opening=True))
+    with pytest.raises(EngineError, match="more than one token"):
+        asyncio.run(IdRead(tokenize).prepare(CRITIQUE))
+
+
 def test_a_prompts_calls_meet_one_replica_and_all_replicas_work():
     router, instructions = PrefixRouter(3), "Judge these answers. " * 60
     homes: dict[int, set[int]] = {}

@@ -330,7 +330,7 @@ def test_conversations_as_text():
 
 
 def test_every_template_has_a_kind():
-    stems = {p.stem.removesuffix("_one_shot") for p in TEMPLATES.glob("*.jinja")}
+    stems = {re.sub("(_one_shot)?(_labels)?$", "", p.stem) for p in TEMPLATES.glob("*.jinja")}
     assert stems == set(VARIABLES)
 
 
@@ -347,3 +347,41 @@ def test_any_number_of_turns_in_the_order_of_the_conversation():
     messages = Template("critique", "critique", "".join(blocks)).render()
     assert [m.content for m in messages] == ["system", *names]
     assert [m.role for m in messages][1:] == ["user", "assistant"] * 11
+
+
+FRONT = "---\nlabels: [None, Fault]\n---\n"
+BODY = "{% block user %}{{ answer }}{% endblock %}"
+
+
+def test_front_matter_names_the_labels_of_a_critique_and_is_no_part_of_its_messages():
+    plain, labelled = Template("c", "critique", BODY), Template("c", "critique", FRONT + BODY)
+    assert (plain.labels, labelled.labels) == ((), ("None", "Fault"))
+    assert plain.render(answer="x") == labelled.render(answer="x")
+    assert plain.digest != labelled.digest
+
+
+@pytest.mark.parametrize("name", ["critique", "critique_one_shot"])
+def test_shipped_critiques_with_labels_have_the_words_of_those_without(name):
+    text = (TEMPLATES / f"{name}.jinja").read_text()
+    assert (TEMPLATES / f"{name}_labels.jinja").read_text() == FRONT + text
+
+
+@pytest.mark.parametrize(
+    ("kind", "front"),
+    [
+        ("critique", "labels: [None]\n"),
+        ("critique", "labels: [Fault, fault]\n"),
+        ("critique", "labels: [No fault, Fault]\n"),
+        ("critique", "label: [None, Fault]\n"),
+        ("critique", "- None\n"),
+        ("pointwise", "labels: [None, Fault]\n"),
+    ],
+)
+def test_other_front_matter_is_an_error_with_its_place(kind, front):
+    with pytest.raises(ConfigError, match=r"c\.jinja:2:1 labels: front matter has"):
+        Template("c", kind, f"---\n{front}---\n{BODY}", "c.jinja")
+
+
+def test_problems_after_front_matter_are_told_at_their_line():
+    with pytest.raises(ConfigError, match=r"c\.jinja:4:1 wrong: unknown variable"):
+        Template("c", "critique", FRONT + BODY.replace("answer", "wrong"), "c.jinja")

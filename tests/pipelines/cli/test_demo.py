@@ -25,7 +25,7 @@ def knows(request):
     """The policy is rude every second time; the critic sees it, the reviser mends it, the judge
     prefers the other."""
     text = request.messages[-1].content
-    if request.labels:
+    if "A" in request.labels:
         first, second = (part.split("</")[0] for part in text.split("Answer ")[1:3])
         a, b = (0.9, 0.05) if RUDE not in first and RUDE in second else (0.05, 0.9)
         a, b, t = (a, b, 0.04) if "insult" in text else (0.02, 0.02, 0.95)

@@ -12,7 +12,10 @@ import yaml
 from prefab import run
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import ConfigError, EngineError, TransportError
+from prefab.factory.ledger.checksums import row_crc
 from prefab.factory.types import Completion, Request
+from prefab.pipelines.cli.run_report import report
+from prefab.pipelines.quality import agreement
 from prefab.pipelines.run.context import policy_sampling
 from prefab.pipelines.run.plan import plan
 from prefab.pipelines.run.runner import RunResult, at_work, resolve_pipeline, run_async
@@ -386,3 +389,48 @@ def test_transport_errors_are_data_unless_nothing_is_answered(tmp_path):
             project.pipeline(tmp_path, prompts=2, store=str(tmp_path / "b")),
             engines={"local": engine},
         )
+
+
+def test_the_probability_of_a_fault_is_kept_and_told(tmp_path, capsys):
+    value = project.pipeline(tmp_path, prompts=2, revise={"rounds": 1})
+    result = run(value, engines=project.engine())
+    columns = ["fault", "p_fault", "mass", "exactness"]
+    found = {tuple(row) for row in result.critiques.select(columns).rows()}
+    near = {(fault, round(p, 6), round(mass, 6), exactness) for fault, p, mass, exactness in found}
+    assert near == {(True, 0.75, 0.8, "exact"), (False, 0.1, 0.8, "exact")}
+    assert result.unsure_critiques == sum(result.faults.values()) > 0
+    report(result)
+    assert "P(fault) between 0.2 and 0.8" in capsys.readouterr().out
+    told = {row["principle"]: row for row in agreement.measure(tmp_path / "store")["critiques"]}
+    assert told["kind"]["p_fault"] == pytest.approx(0.75) and told["kind"]["hard"] == 0
+    assert told["kind"]["unsure"] == told["kind"]["faults"] == told["kind"]["critiques"]
+
+
+def test_a_fault_that_is_not_probable_enough_is_not_revised(tmp_path):
+    value = project.pipeline(tmp_path, prompts=2, revise={"rounds": 1, "min_p_fault": 0.8})
+    result = run(value, engines=project.engine())
+    assert sum(result.faults.values()) > 0
+    assert (result.samples["parent"] >= 0).sum() == 0
+
+
+def test_a_store_whose_critiques_have_no_labels_goes_on_without(tmp_path):
+    old = project.pipeline(tmp_path, prompts=2, revise={"rounds": 1})
+    first = run({**old, "critic": {"template": "critique.jinja"}}, engines=project.engine())
+    assert first.critiques["p_fault"].null_count() == first.critiques.height
+    # as a version of Prefab recorded it that knew one template, and its name for the default
+    with sqlite3.connect(tmp_path / "store" / "ledger.sqlite") as con:
+        ((text,),) = con.execute("SELECT config FROM runs").fetchall()
+        config = json.dumps({**json.loads(text), "critic": None}, sort_keys=True)
+        columns = [row[1] for row in con.execute("PRAGMA table_info(runs)")]
+        row = dict(zip(columns, con.execute("SELECT * FROM runs").fetchone(), strict=True))
+        row["config"] = config.replace('": ', '":').replace(', "', ',"')
+        row["crc"] = row_crc(tuple(row[name] for name in columns[:-1]))
+        con.execute(
+            "UPDATE runs SET config = ?, crc = ? WHERE id = ?",
+            (row["config"], row["crc"], row["id"]),
+        )
+    again = run(old, engines=project.engine())
+    assert again.asked == 0
+    named = run({**old, "critic": {"template": "critique_labels.jinja"}}, engines=project.engine())
+    assert named.asked > 0 and named.critiques["p_fault"].null_count() == 0
+    assert run(old, engines=project.engine()).asked == 0
