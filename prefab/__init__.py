@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from prefab.pipelines.quality.why import why
     from prefab.pipelines.run.diff import diff
     from prefab.pipelines.run.plan import plan
+    from prefab.pipelines.run.preview import preview
+    from prefab.pipelines.run.rendering import render_calls
     from prefab.pipelines.run.runner import run
     from prefab.pipelines.run.watch import watch
     from prefab.pipelines.store.calibrate import calibrate
@@ -103,6 +105,8 @@ _HOME = {
     "pairs_of_file": "pipelines.quality.induction:pairs_of_file",
     "pairs_of_people": "pipelines.quality.induction:pairs_of_people",
     "pairs_of_runs": "pipelines.quality.induction:pairs_of_runs",
+    "preview": "pipelines.run.preview:preview",
+    "render_calls": "pipelines.run.rendering:render_calls",
 }
 __all__ = [
     "add_test",
@@ -133,12 +137,14 @@ __all__ = [
     "pairs_of_people",
     "pairs_of_runs",
     "plan",
+    "preview",
     "principle_effects",
     "query",
     "read_benchmark",
     "read_label_queue",
     "rebuild",
     "recover_ledger",
+    "render_calls",
     "resolve_pipeline",
     "run",
     "run_tests",

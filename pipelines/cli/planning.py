@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefab.factory.console import duration, say, table
+from prefab.factory.console import console, duration, say, table
+from prefab.factory.printable import printable
 from prefab.pipelines.cli.options import (
     Json,
     Pipeline,
@@ -20,6 +22,8 @@ from prefab.pipelines.cli.options import (
 if TYPE_CHECKING:
     from prefab.pipelines.run.dry_run import Row
     from prefab.pipelines.run.plan import Plan
+    from prefab.pipelines.run.preview import Preview
+    from prefab.pipelines.run.rendering import RenderedCall
 
 app = typer.Typer()
 
@@ -141,3 +145,124 @@ def _summary(found: Plan) -> list[str]:
             "so far"
         )
     return lines
+
+
+@app.command()
+def render(
+    template: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEMPLATE",
+            help="A template's file name (pairwise.jinja), a stage (policy, critique, revise), or a "
+            "judge's name.",
+        ),
+    ],
+    pipeline: Pipeline = Path("pipeline.yaml"),
+    sample: Annotated[int, typer.Option(min=1, help="Requests to show, of as many prompts.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of their choice.")] = 0,
+    sets: Sets = [],
+    as_json: Json = False,
+) -> None:
+    """Show what a model is really asked: the messages of a template as the model's chat template
+    writes them, control tokens marked, with their length in tokens. No model is called.
+    """
+    from prefab.pipelines.run.rendering import render_calls
+
+    found = render_calls(template, pipeline, sample, sets, seed)
+    if as_json:
+        return print_json([call.data() for call in found])
+    for call in found:
+        _show_call(call)
+    again = (word for text in sets for word in ("--set", text))
+    hint_command("preview", pipeline, *again)
+
+
+def _show_call(call: RenderedCall) -> None:
+    """One request: what it is for, the text with control tokens marked, what is read."""
+    about = ", ".join(
+        part
+        for part in (
+            f"judge {call.judge}" if call.judge else "",
+            f"principle {call.principle}" if call.principle else "",
+            f"prompt {call.prompt[:12]}",
+        )
+        if part
+    )
+    say(about, f"{call.template or call.stage}:", "bold")
+    if call.text is None:
+        for role, content in call.messages:
+            say("", f"[{role}]", "cyan")
+            console().print(printable(content), markup=False, highlight=False, soft_wrap=True)
+        say("the model's tokenizer is not on this machine, so its chat template is not shown")
+    else:
+        _show_marked(call.text, call.control_tokens)
+    length = f"{call.tokens:,} tokens" if call.text is not None else f"about {call.tokens:,} tokens"
+    read = f"reads {' '.join(map(repr, call.labels))}" if call.labels else "free text"
+    state = "answered" if call.answered else "not asked yet"
+    say(
+        f"{length}; at most {call.max_tokens:,} new tokens at temperature {call.temperature:g}; "
+        f"{read}; call {call.call[:12]}, {state}"
+    )
+    if call.waits:
+        say("it shows answers that do not exist yet: (not written yet) stands for each")
+    console().print("")
+
+
+def _show_marked(text: str, control_tokens: list[str]) -> None:
+    """A text whose control tokens are in reverse video; without colours, between brackets."""
+    from rich.text import Text
+
+    from prefab.pipelines.run.rendering import split_control
+
+    plain = not console().is_terminal or console().no_color
+    shown = Text()
+    for part, control in split_control(text, control_tokens):
+        words = printable(part)
+        shown.append(f"[{words}]" if control and plain else words, "reverse" if control else "")
+    console().print(shown, soft_wrap=True)
+
+
+@app.command()
+def preview(
+    pipeline: Pipeline,
+    prompts: Annotated[int, typer.Option("-n", "--prompts", min=1, help="How many prompts.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of their choice.")] = 0,
+    sets: Sets = [],
+    as_json: Json = False,
+) -> None:
+    """Run a few prompts into a store of their own (STORE/preview), and show every step: drafts,
+    critiques, revisions, verdicts and preferences.
+    """
+    from prefab.pipelines.run.preview import preview as make_preview
+
+    with resumable("the answers so far are kept"):
+        found = make_preview(pipeline, prompts, sets, seed, quiet=as_json)
+    if as_json:
+        return print_json(found.data())
+    _show_preview(found)
+    hint_command("plan", pipeline, *(word for text in sets for word in ("--set", text)))
+
+
+def _show_preview(found: Preview) -> None:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    for prompt in found.prompts:
+        tree = Tree(Text.assemble((f"prompt {prompt.prompt[:12]}", "bold"), "\n", prompt.text))
+        for step in prompt.steps:
+            facts = ", ".join(
+                f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in step.facts.items()
+                if value is not None
+            )
+            line = Text.assemble((step.title, "bold"), f"  {facts}" if facts else "")
+            tree.add(line.append(f"\n{step.text}" if step.text else ""))
+        console().print(tree, soft_wrap=False, overflow="fold")
+    say(
+        f"{len(found.prompts)} prompts in {found.store}: {found.reused:,} answers reused, "
+        f"{found.asked:,} asked"
+    )
+    for reason, n in found.unscored.items():
+        say(f"  {n:,} answers could not be read: {reason}", "unscored", "yellow")
+    if found.failed:
+        say(f"{found.failed:,} calls failed; the same command asks again", "failed", "red")
