@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -260,29 +261,37 @@ def _result(
     )
 
 
+# characters that XML 1.0 cannot hold
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
 def junit(report: TestReport) -> str:
     """The results as JUnit XML, which continuous integration shows."""
     failed = [r for r in report.failures if r.state != "unscored"]
+    file = _xml(report.file)
     suite = ElementTree.Element(
         "testsuite",
-        name=report.file,
+        name=file,
         tests=str(len(report.results)),
         failures=str(len(failed)),
         errors=str(len(report.failures) - len(failed)),
+        skipped="0",
     )
     for result in report.results:
         name = f"{result.number}. {result.principle or 'all principles'}: {result.prompt}"
-        case = ElementTree.SubElement(suite, "testcase", classname=report.file, name=_xml(name))
+        case = ElementTree.SubElement(suite, "testcase", classname=file, name=_xml(name))
         if result.state != "passed":
             tag = "error" if result.state == "unscored" else "failure"
-            failure = ElementTree.SubElement(case, tag, message=_xml(sentence(result)))
+            failure = ElementTree.SubElement(
+                case, tag, message=_xml(sentence(result)), type=result.state
+            )
             failure.text = _xml(f"A: {result.a}\nB: {result.b}")
     return ElementTree.tostring(suite, "unicode", xml_declaration=True)
 
 
 def _xml(text: str) -> str:
     """The text without the characters that XML 1.0 cannot hold."""
-    return "".join(c for c in text if c in "\t\n\r" or 0x20 <= ord(c) < 0xD800 or ord(c) > 0xDFFF)
+    return _NOT_XML.sub("", text)
 
 
 def sentence(result: TestResult) -> str:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from prefab import run
@@ -146,3 +148,33 @@ def test_only_flips_and_json_on_the_command_line(
     assert done.exit_code != 0 and "did you mean flips" in str(done.exception)
     done = CliRunner().invoke(app, [*words, "--html", str(tmp_path / "no" / "x.html")])
     assert done.exit_code != 0 and "cannot be written" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("edit", "asked"),
+    [
+        (lambda text: text.replace("title: Kind", "title: Kindness"), 0),
+        (lambda text: text.replace("title: Kind", "title: Kind\n  tags: [tone]"), 0),
+        (lambda text: "# why\n" + text.replace("id: kind", "id: kind   # the first"), 0),
+        (lambda text: text.replace("id: kind", "id: kinder"), 0),
+        (lambda text: text.replace("id: kind", "id: kinder\n  formerly: [kind]"), 0),
+        (lambda text: yaml.safe_dump(yaml.safe_load(text), default_flow_style=True), 0),
+        (lambda text: yaml.safe_dump(yaml.safe_load(text), sort_keys=True), 0),
+        (lambda text: text.replace("Which answer is kinder?", "Which answer is nicer?"), 12),
+    ],
+    ids=["title", "tags", "comment", "id", "formerly", "flow", "order", "compare"],
+)
+def test_edits_without_another_meaning_ask_nothing_on_the_command_line(
+    tmp_path: Path, edit: Callable[[str], str], asked: int
+) -> None:
+    settings = project.pipeline(tmp_path, prompts=2)
+    command = ["--store", str(tmp_path / "store")]
+    run(settings)
+    file = tmp_path / "small.yaml"
+    before = file.read_text()
+    file.write_text(edit(before))
+    assert file.read_text() != before
+    done = CliRunner().invoke(app, ["diff", str(file), *command, "--json"])
+    shown = json.loads(done.stdout)
+    assert (shown["new"]["asked"], bool(shown["changes"])) == (asked, asked > 0), shown["changes"]
+    assert shown["flips"] == 0 or asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +17,9 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.spec.constitution import load_constitution
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.quality.constitution_tests import add_test, junit, run_tests
+from prefab.pipelines.run.diff import diff
 from prefab.pipelines.store.fill import query
+from tests.pipelines.run import test_diff
 from tests.support import planted, project
 
 GOOD, BAD = "good answer to Q?", "bad 0 answer to Q?"
@@ -103,6 +106,25 @@ def test_a_preference_becomes_a_test_and_the_rest_of_the_file_stays(
         with pytest.raises(ConfigError, match="already"):
             add_test(file, tmp_path / "store", name)
         assert {r.state for r in asked(tmp_path, file).results} == {"passed"}
+
+
+def test_a_flip_of_a_diff_becomes_a_test(tmp_path: Path) -> None:
+    run(project.pipeline(tmp_path), engines=test_diff.engine())
+    edit = {"compare": "Which answer is worse?"}
+    edited = test_diff.constitution(tmp_path, "edited.yaml", kind=edit, brief=edit)
+    flip = diff(edited, store=tmp_path / "store", engines=test_diff.engine()).flips[0]
+    added = add_test(edited, tmp_path / "store", flip.preference[:12])
+    expected = {"a": flip.answer_a, "b": flip.answer_b, "prefer": flip.new, "prompt": flip.text}
+    assert added.test == expected
+
+
+def test_no_character_of_a_test_makes_the_xml_invalid(tmp_path: Path) -> None:
+    hard = "".join(map(chr, [*range(1, 32), 0x7F, 0x85, 0xFFFD, 0x1F600])) + "]]> & <x a='1'>"
+    report = asked(tmp_path, written(tmp_path, a_test(f"bad 0 answer {hard}", GOOD, "a")))
+    report.file, bad = f"{report.file}\x01\ufffe\uffff\ud800", "\x01\ufffe\uffff\ud800"
+    report.results[0] = replace(report.results[0], prompt=f"Q{bad}?", a=bad)
+    suite = ElementTree.fromstring(junit(report).encode("utf-8"))
+    assert suite.find("testcase/failure") is not None and "Q?" in suite[0].attrib["name"]
 
 
 @pytest.mark.parametrize(
