@@ -3,8 +3,9 @@
 Each open ledger is a row of `owners`. While it is alone it claims nothing. A newcomer waits until
 the others have seen it (`acknowledged`) and have claimed what they are asking; from then on each
 claims a question before it asks, in the transaction that looks for an answer once more, and gives
-the claim back with the answer. Claims of a process that has died are free at once, those of one
-that has not been heard of for `LEASE_S` as well.
+the claim back with the answer. Claims of a process that has died are free at once. Those of one
+that lives are a lease, which its heartbeat renews: when it has been stopped (Ctrl-Z) or hangs for
+`LEASE_S`, others ask its questions. Should it answer after all, the first answer stands.
 
 Each function takes a connection to `ledger.sqlite`; those that write run in a transaction.
 """
@@ -50,10 +51,12 @@ def others(con: sqlite3.Connection, me: int) -> list[tuple[int, int]]:
 
 
 def claim(con: sqlite3.Connection, me: int, keys: Sequence[bytes]) -> set[bytes]:
-    """Claim those of the questions that no other living owner has claimed. Returns: all of them
-    that are ours now.
+    """Claim those of the questions on which no other owner has a lease. Returns: all of them that
+    are ours now.
     """
-    living = {owner for owner, _ in others(con, me)}
+    living = {
+        owner[0] for owner in _owners(con) if owner[0] != me and _alive(owner) and _heard_of(owner)
+    }
     mine = set()
     for key in keys:
         row = con.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
@@ -74,13 +77,16 @@ def _owners(con: sqlite3.Connection) -> list[tuple[int, str, int, str, float, in
 
 def _alive(owner: tuple[int, str, int, str, float, int]) -> bool:
     """Whether an owner's process lives, told by its id and the time it started, where it is on this
-    machine and in this container; elsewhere by when it was last heard of. One that works alone is
-    not heard of.
+    machine and in this container; elsewhere by its heartbeat, which it has only while it is not
+    alone.
     """
-    _, host, pid, started, beaten, _ = owner
-    if host != _host():
-        return time.time() - beaten < LEASE_S
-    return _started(pid) == started
+    _, host, pid, started, _, _ = owner
+    return _started(pid) == started if host == _host() else _heard_of(owner)
+
+
+def _heard_of(owner: tuple[int, str, int, str, float, int]) -> bool:
+    """Whether an owner's last heartbeat is younger than a lease."""
+    return abs(time.time() - owner[4]) < LEASE_S
 
 
 @cache

@@ -183,11 +183,17 @@ class Ledger:
             )
         return cls(folder, retry_refused)
 
-    def begin_run(self, name: str, config: dict[str, Any], texts: dict[str, str]) -> Run:
+    def begin_run(
+        self,
+        name: str,
+        config: dict[str, Any],
+        texts: dict[str, str],
+        deciding: records.Deciding | None = None,
+    ) -> Run:
         """The run of this configuration: resumed where name, configuration and texts are known,
-        else a new version.
+        else a new version. `deciding`: see `records.begin_run`.
         """
-        return self._writer.run(lambda con: records.begin_run(con, name, config, texts))
+        return self._writer.run(lambda con: records.begin_run(con, name, config, texts, deciding))
 
     def add_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Record prompts and their splits, a thousand a transaction.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,16 +50,26 @@ class RunRecord:
     at: float
 
 
+Deciding = Callable[[dict[str, Any]], dict[str, Any]]
+
+
 def begin_run(
-    con: sqlite3.Connection, name: str, config: dict[str, Any], texts: dict[str, str]
+    con: sqlite3.Connection,
+    name: str,
+    config: dict[str, Any],
+    texts: dict[str, str],
+    deciding: Deciding | None = None,
 ) -> Run:
     """The run with this name, configuration and texts: found, or recorded as the name's next
-    version.
+    version. With `deciding`, which gives the part of a configuration that decides what is asked and
+    answered, runs that differ in the rest only are the same run.
     """
     identity = digest(name, config, texts)
     row = con.execute(
         "SELECT id, version FROM runs WHERE name=? AND digest=?", (name, identity)
     ).fetchone()
+    if row is None and deciding is not None:
+        row = _same_run(con, name, deciding(config), texts, deciding)
     resumed = row is not None
     if row is None:
         version = con.execute(
@@ -76,6 +86,24 @@ def begin_run(
         row = (add_row(con, "runs", *values), version)
     add_row(con, "starts", row[0], time.time())
     return Run(row[0], name, row[1], resumed)
+
+
+def _same_run(
+    con: sqlite3.Connection,
+    name: str,
+    wanted: dict[str, Any],
+    texts: dict[str, str],
+    deciding: Deciding,
+) -> tuple[int, int] | None:
+    """The id and version of the latest run of a name that has these texts and this configuration,
+    as far as it decides.
+    """
+    rows = con.execute("SELECT * FROM runs WHERE name = ? ORDER BY id DESC", (name,)).fetchall()
+    words = canonical(texts).decode()
+    for place, _, version, _, config, of_run, _ in intact(con, "runs", rows):
+        if of_run == words and canonical(deciding(orjson.loads(config))) == canonical(wanted):
+            return place, version
+    return None
 
 
 def runs(con: sqlite3.Connection) -> list[RunRecord]:

@@ -223,6 +223,30 @@ def models(engines: dict[str, Engine]) -> dict[str, str]:
     return {f"model {name}": engine.identity for name, engine in engines.items()}
 
 
+# Of a configuration, what decides neither what is asked nor what is answered: where the store is,
+# when a run stops, how an export is written; and of an engine, where its server is and how fast it
+# is asked. The model that answers is among a run's texts (`models`).
+INCIDENTAL = ("store", "budget", "export")
+INCIDENTAL_OF_ENGINE = (
+    *("base_url", "url", "urls", "port", "api_key_env", "log_file", "start_timeout_s"),
+    *("max_in_flight", "batch", "timeout_s", "deadline_s", "retries", "down_after_s", "outage_s"),
+    *("canary_every", "kv_cache_gib", "gpu_memory_utilization", "tensor_parallel", "threads"),
+    *("device", "delay_s", "fail_every"),
+)
+
+
+def deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved configuration that decides what is asked and what is answered. A run
+    whose configuration differs in the rest only is the same run.
+    """
+    kept = {name: value for name, value in config.items() if name not in INCIDENTAL}
+    kept["engines"] = {
+        name: {field: value for field, value in engine.items() if field not in INCIDENTAL_OF_ENGINE}
+        for name, engine in config.get("engines", {}).items()
+    }
+    return kept
+
+
 def find_judge(loaded: ResolvedPipeline, name: str, kinds: tuple[str, ...]) -> Judge[Any]:
     """The judge of this name (without one, the panel's first), which must be of one of `kinds`.
     Raises: ConfigError.

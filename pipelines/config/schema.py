@@ -220,7 +220,7 @@ class BudgetConfig(_Strict):
 
 
 class PipelineConfig(_Strict):
-    """A pipeline, resolved. Two runs are the same run exactly when this is equal."""
+    """A pipeline, resolved. What of it decides whether two runs are the same: `loader.deciding`."""
 
     recipe: Annotated[Id, KindName(RECIPES, "recipe")] = Field(
         description="What is done with each prompt."

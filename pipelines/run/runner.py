@@ -27,6 +27,7 @@ from prefab.factory.store.store import HeldError, read_frame
 from prefab.factory.types import Engine, Prompt, ServerReport
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
+    deciding,
     labels,
     make_engines,
     make_programs,
@@ -217,9 +218,8 @@ async def run_async(
     try:
         made = {**make_programs(loaded), **(engines or make_engines(loaded))}
         async with started_engines(made, quiet, labels(loaded)):
-            record = ledger.begin_run(
-                config.name, loaded.resolved, {**loaded.texts, **models(made)}
-            )
+            texts = {**loaded.texts, **models(made)}
+            record = ledger.begin_run(config.name, loaded.resolved, texts, deciding)
             ledger.probe_first(made.values())
             ctx = Context.of(loaded, record.id, ledger, made)
             began = time.monotonic()

@@ -1,7 +1,9 @@
-"""Two or three processes on one store at once ask each question once, also when one is killed."""
+"""Two or three processes on one store at once ask each question once, also when one is killed or
+stopped."""
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +16,10 @@ import pytest
 RUN = """
 import asyncio, sys
 from pathlib import Path
+from prefab.factory.ledger import claims, db
 from tests.support.miniworld import MiniEngine, run
+
+claims.LEASE_S, db.BEAT_S = 3.0, 0.5
 
 class Logged(MiniEngine):
     async def complete(self, key, request):
@@ -61,3 +66,23 @@ def test_the_claims_of_a_killed_process_are_taken_over(tmp_path):
     assert second.wait(timeout=60) == 0
     twice = asked(tmp_path / "one") & asked(tmp_path / "two")
     assert len(twice) <= 16  # in flight, or answered and not yet on disk: 8 places each
+
+
+def test_the_claims_of_a_stopped_process_expire(tmp_path):
+    first = start(tmp_path / "store", tmp_path / "one")
+    while not asked(tmp_path / "one"):
+        time.sleep(0.02)
+    second = start(tmp_path / "store", tmp_path / "two")
+    while not asked(tmp_path / "two") and first.poll() is None:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)  # as Ctrl-Z does
+    try:
+        assert second.wait(timeout=90) == 0
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=90) == 0
+    con = sqlite3.connect(tmp_path / "store" / "ledger.sqlite")
+    answers = con.execute("SELECT count(*), count(DISTINCT key) FROM calls").fetchone()
+    assert answers[0] == answers[1] == len({*asked(tmp_path / "one"), *asked(tmp_path / "two")})
+    assert con.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+    con.close()
