@@ -35,7 +35,7 @@ from prefab.factory.ledger.records import Run
 from prefab.factory.types import Completion, Engine, Prompt, Request
 from prefab.factory.uses import Use
 
-STORE_FILE = "prefab.duckdb"
+STORE_FILE, MARKS_FILE = "prefab.duckdb", "prefab.marks"
 CANARY = "model canary"  # the evaluation with a model's first fingerprint
 
 
@@ -180,6 +180,11 @@ class Ledger:
             raise StoreError(
                 f"{folder / db.FILE} is missing beside {STORE_FILE}. It holds every answer: "
                 f"restore it from a copy, or delete {folder / STORE_FILE} to begin anew"
+            )
+        if not (folder / db.FILE).exists() and (folder / MARKS_FILE).exists():
+            warn(
+                f"{folder}: there was a store here ({MARKS_FILE} is left of it), and {db.FILE} is "
+                "gone: everything is asked anew. Stop now if you can restore it from a copy"
             )
         return cls(folder, retry_refused)
 

@@ -128,8 +128,7 @@ def with_memory(folder: Path, work: Callable[[int], T]) -> T:
                     f"{folder / FILE}: its texts need more memory than this machine has "
                     f"({most:,} MB). Everything is in the ledger: use a machine with more memory"
                 ) from error
-            with suppress(OSError):  # read-only: the next command finds it out again
-                write_marks(folder, {**read_marks(folder), "memory_mb": memory})
+            write_marks(folder, {**read_marks(folder), "memory_mb": memory})
 
 
 def read_marks(folder: Path) -> dict[str, Any]:
@@ -142,8 +141,11 @@ def read_marks(folder: Path) -> dict[str, Any]:
 
 
 def write_marks(folder: Path, marks: Mapping[str, Any]) -> None:
-    """Write what the next command reads before it opens the store."""
-    (folder / MARKS).write_bytes(orjson.dumps(marks))
+    """Write what the next command reads before it opens the store. Where that fails (a full disk),
+    the next command opens the store.
+    """
+    with suppress(OSError):
+        (folder / MARKS).write_bytes(orjson.dumps(marks))
 
 
 def read_frame(

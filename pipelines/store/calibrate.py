@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from prefab.factory import decision
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.spec.yamlio import did_you_mean
+from prefab.factory.store.store import Read
 from prefab.judges.stats.preference_calibration import (
     Calibration,
     Method,
@@ -34,10 +36,9 @@ from prefab.pipelines.store.calibrations import (
     RETEST,
     Learned,
     Source,
-    calibration_of,
     record_of,
 )
-from prefab.pipelines.store.fill import fill
+from prefab.pipelines.store.fill import fill, read_filled
 from prefab.pipelines.store.ground_truth import find_gold
 from prefab.pipelines.store.selection import Selection, select
 from prefab.pipelines.store.verdicts import escalated
@@ -128,8 +129,21 @@ async def calibrate_ended(folder: Path, run: str) -> Learned:
     last time, by the source that was chosen last. Nothing is asked, and what was learned is
     recorded where it differs from what the ledger has.
     """
-    selection = select(folder, run)
-    last = record_of(folder, selection.run["run"])
+    found = read_filled(folder, partial(_look, folder, run))
+    if isinstance(found, Learned):
+        return found
+    selection, learned, source, method = found
+    await _record(selection, learned, source, method)
+    fill(folder)
+    return learned
+
+
+def _look(folder: Path, run: str, read: Read) -> Learned | tuple[Selection, Learned, str, str]:
+    """What a run's `p_chosen` is; with the selection, the source and the method where that is to be
+    recorded.
+    """
+    selection = select(folder, run, read=read)
+    last = record_of(folder, selection.run["run"], read)
     if last is not None and last["seen"] == _seen(selection):
         return Learned.from_data(last)
     source, method = (last["chosen"] if last else None) or ("auto", "auto")
@@ -137,10 +151,8 @@ async def calibrate_ended(folder: Path, run: str) -> Learned:
         return _nothing(selection, why)
     learned = _learn(selection, source, method)
     if not learned.fitted:
-        return calibration_of(folder, selection.run["run"]) or learned
-    await _record(selection, learned, source, method)
-    fill(folder)
-    return learned
+        return Learned.from_data(last) if last else learned
+    return replace(selection, read=None), learned, source, method
 
 
 def _why_not(selection: Selection, source: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 
-from prefab.factory.store.store import read_frame
+from prefab.factory.store.store import Read, read_frame
 from prefab.judges.stats.preference_calibration import Calibration, Fit
 
 CALIBRATION = "calibration"  # the name of the evaluations that hold one
@@ -81,15 +82,15 @@ def _right(fit: Fit | None) -> str:
     return f"{sum(share * n for _, share, n in fit.reliability) / n:.1%}"
 
 
-def record_of(folder: Path, run: int) -> dict[str, Any] | None:
+def record_of(folder: Path, run: int, read: Read | None = None) -> dict[str, Any] | None:
     """The evaluation that records what was learned last for a run, as the store lies; None where
-    nothing was.
+    nothing was. `read`: of the open store.
     """
     sql = (
         "SELECT value FROM evals WHERE name = ? AND (value->>'$.run')::INTEGER = ? "
         "ORDER BY rowid DESC LIMIT 1"
     )
-    rows = read_frame(folder, sql, [CALIBRATION, run]).rows()
+    rows = (read or partial(read_frame, folder))(sql, [CALIBRATION, run]).rows()
     return orjson.loads(rows[0][0]) if rows else None
 
 

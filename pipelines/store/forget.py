@@ -20,7 +20,6 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.ledger import db, records
 from prefab.pipelines.store.fill import query
 
-QUARANTINE = "quarantine"  # the reason of answers given while a model did not pass its canaries
 ANY_REASON = "unscored"
 EMPTY = "empty"
 _REASONS = ("samples", "critiques", "scores", "rankings", "verdicts")
@@ -154,13 +153,6 @@ def forget(folder: Path, wanted: AnswerFilter, why: str = "") -> Forgetting | No
         folder / db.FILE, lambda con: db.forget_calls(con, reason, wanted.given(), calls)
     )
     return next(one for one in forgettings(folder) if one.id == made)
-
-
-def quarantine(folder: Path, model: str, since: float, replica: str = "") -> Forgetting | None:
-    """Forget the answers that a model gave since a time, that of its last good canary. Undone by
-    `undo_forgetting` where the model turns out to be the same.
-    """
-    return forget(folder, AnswerFilter(model=model, since=since, replica=replica), QUARANTINE)
 
 
 def undo_forgetting(folder: Path, forgetting: int) -> Forgetting:

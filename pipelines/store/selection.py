@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.spec.yamlio import did_you_mean
+from prefab.factory.store.store import Read
 
 if TYPE_CHECKING:
     import polars
@@ -49,13 +50,16 @@ WHERE x.repeat = 0 AND y.repeat > 0 AND x.winner IS NOT NULL AND y.winner IS NOT
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A run's verdicts, limited to these principles, judges and tags (an empty tuple: all)."""
+    """A run's verdicts, limited to these principles, judges and tags (an empty tuple: all). `read`:
+    of an open store (see `fill.read_filled`); left out, each query opens the store.
+    """
 
     folder: Path
     run: dict[str, Any]
     principles: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    read: Read | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -80,7 +84,7 @@ class Selection:
             "judges": list(self.judges),
             "tags": list(self.tags),
         }
-        return query(self.folder, sql, values)
+        return self.read(sql, values) if self.read else query(self.folder, sql, values)
 
     def unscored(self) -> polars.DataFrame:
         """Verdicts by principle, judge and reason (None: scored)."""
@@ -107,8 +111,9 @@ def select(
     principles: Sequence[str] = (),
     judges: Sequence[str] = (),
     tags: Sequence[str] = (),
+    read: Read | None = None,
 ) -> Selection:
-    """The selection, checked.
+    """The selection, checked. `read`: as in `Selection`.
 
     Raises: ConfigError when there is no such run, or a name matches none of the run's verdicts; for
     a run that has none.
@@ -118,7 +123,7 @@ def select(
     from prefab.factory.store.datasets import find_run
     from prefab.pipelines.store.fill import query
 
-    whole = Selection(folder, find_run(folder, partial(query, folder), run))
+    whole = Selection(folder, find_run(folder, read or partial(query, folder), run), read=read)
     rows = whole.unscored()
     if rows.is_empty():
         raise ConfigError(

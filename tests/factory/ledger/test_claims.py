@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ class Logged(MiniEngine):
     async def complete(self, key, request):
         with open(sys.argv[2], "a") as file:
             file.write(key.hex() + chr(10))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(float(sys.argv[3]))
         return await super().complete(key, request)
 
 asyncio.run(run(Path(sys.argv[1]), 25, Logged()))
@@ -33,8 +34,9 @@ asyncio.run(run(Path(sys.argv[1]), 25, Logged()))
 ROOT = Path(__file__).parents[3]
 
 
-def start(folder: Path, log: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", RUN, str(folder), str(log)], cwd=ROOT)
+def start(folder: Path, log: Path, pause_s: float = 0.01) -> subprocess.Popen:
+    command = [sys.executable, "-c", RUN, str(folder), str(log), str(pause_s)]
+    return subprocess.Popen(command, cwd=ROOT)
 
 
 def asked(log: Path) -> Counter:
@@ -69,7 +71,7 @@ def test_the_claims_of_a_killed_process_are_taken_over(tmp_path):
 
 
 def test_the_claims_of_a_stopped_process_expire(tmp_path):
-    first = start(tmp_path / "store", tmp_path / "one")
+    first = start(tmp_path / "store", tmp_path / "one", pause_s=1.0)
     while not asked(tmp_path / "one"):
         time.sleep(0.02)
     second = start(tmp_path / "store", tmp_path / "two")
@@ -77,6 +79,9 @@ def test_the_claims_of_a_stopped_process_expire(tmp_path):
         time.sleep(0.02)
     first.send_signal(signal.SIGSTOP)  # as Ctrl-Z does
     try:
+        with closing(sqlite3.connect(tmp_path / "store" / "ledger.sqlite")) as con:
+            held = con.execute("SELECT owner, count(*) FROM claims GROUP BY owner").fetchall()
+        assert dict(held).get(1), "the stopped process asks nothing"
         assert second.wait(timeout=90) == 0
     finally:
         first.send_signal(signal.SIGCONT)

@@ -581,3 +581,15 @@ def test_closing_leaves_one_file(tmp_path):
         lambda ledger: ledger.ask_many([(request(f"q{i}"), use(i)) for i in range(50)], Engine()),
     )
     assert [file.name for file in tmp_path.iterdir() if file.stat().st_size] == ["ledger.sqlite"]
+
+
+def test_a_store_that_was_deleted_is_told(tmp_path, capsys):
+    async def nothing(ledger):
+        return None
+
+    using(tmp_path, nothing)
+    assert "there was a store here" not in capsys.readouterr().err
+    (tmp_path / "prefab.marks").write_text("{}")
+    (tmp_path / "ledger.sqlite").unlink()
+    using(tmp_path, nothing)
+    assert "there was a store here" in capsys.readouterr().err

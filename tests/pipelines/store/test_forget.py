@@ -11,13 +11,13 @@ import pytest
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.db import connect
+from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.types import Completion
 from prefab.pipelines.store.fill import query, rebuild
 from prefab.pipelines.store.forget import (
     AnswerFilter,
     forget,
     forgettings,
-    quarantine,
     select_answers,
     undo_forgetting,
 )
@@ -104,9 +104,19 @@ def test_answers_are_selected_by_every_condition(tmp_path):
 
 def test_a_quarantine_takes_what_came_since_the_last_good_canary(tmp_path):
     total = asked(tmp_path, Named())
-    assert quarantine(tmp_path, MODEL, time.time() + 1) is None
-    made = quarantine(tmp_path, MODEL, time.time() - 600, "well")
-    assert made is not None and (made.answers, made.reason) == (total, "quarantine")
+
+    async def set_aside() -> tuple[int, int]:
+        ledger = Ledger.open(tmp_path)
+        found = (
+            ledger.quarantine("well", time.time() + 1),
+            ledger.quarantine("well", time.time() - 600),
+        )
+        await ledger.close()
+        return found
+
+    assert asyncio.run(set_aside()) == (0, total)
+    (made,) = forgettings(tmp_path)
+    assert (made.answers, made.reason) == (total, "quarantine")
     assert query(tmp_path, "SELECT count(*) FROM calls").item() == 0
     undo_forgetting(tmp_path, made.id)
     assert query(tmp_path, "SELECT count(*) FROM calls").item() == total
