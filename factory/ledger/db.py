@@ -143,7 +143,7 @@ def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
         if readonly and not file.exists():
             raise StoreError(f"{file}: there is no ledger here. `prefab run` makes one")
         con = sqlite3.connect(
-            _address(file) if readonly else file,
+            read_address(file) if readonly else file,
             isolation_level=None,
             check_same_thread=False,
             cached_statements=64,
@@ -172,7 +172,7 @@ def connect(file: Path, readonly: bool = False) -> sqlite3.Connection:
     return con
 
 
-def _address(file: Path) -> str:
+def read_address(file: Path) -> str:
     """Where SQLite opens a ledger for reading. In a folder that cannot be written it cannot make
     its files beside it, and it needs none where nobody writes: all is in the one file.
     """

@@ -94,7 +94,9 @@ def verify_ledger(file: Path, keep: Callable[[str, Row], None] | None = None) ->
 def _open(file: Path) -> sqlite3.Connection:
     if not file.is_file():
         raise StoreError(f"{file}: there is no ledger here. `prefab run` makes one")
-    con = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    address = db.read_address(file)
+    address += "" if "?" in address else "?mode=ro"
+    con = sqlite3.connect(address, uri=True, isolation_level=None)
     con.text_factory = lambda text: text.decode("utf-8", "replace")  # the checksum tells
     con.execute(f"PRAGMA busy_timeout={db.BUSY_TIMEOUT_MS}")
     with suppress(sqlite3.DatabaseError):

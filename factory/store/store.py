@@ -289,9 +289,11 @@ def _connect(
     with translate_errors(file):
         more = GUARD if read_only else {"temp_directory": f"{file}.tmp"}
         con = duckdb.connect(str(file), read_only=read_only, config={**settings, **more})
-        con.execute("SET enable_progress_bar=false")
-        if read_only:
-            con.execute("SET lock_configuration=true")
+        # this process may read the store already: its connections share one configuration
+        if con.execute("SELECT current_setting('lock_configuration')").fetchall() == [(False,)]:
+            con.execute("SET enable_progress_bar=false")
+            if read_only:
+                con.execute("SET lock_configuration=true")
         return con
 
 
