@@ -28,6 +28,8 @@ GROUPS = {
         "lint_constitution",
         "explain_lint",
         "import_constitution",
+        "constitution_log",
+        "constitution_version",
         "load_pipeline",
         "resolve_pipeline",
     ],

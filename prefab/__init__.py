@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.quality.agreement import measure as agreement
     from prefab.pipelines.quality.constitution_lints import explain as explain_lint
     from prefab.pipelines.quality.constitution_lints import lint_constitution
+    from prefab.pipelines.quality.constitution_log import constitution_log, constitution_version
     from prefab.pipelines.quality.constitution_tests import add_test, run_tests
     from prefab.pipelines.quality.data_audit import audit as audit_data
     from prefab.pipelines.quality.induction import (
@@ -66,6 +67,8 @@ _HOME = {
     "calibrate": "pipelines.store.calibrate:calibrate",
     "check": "pipelines.cli.project:check_paths",
     "check_data": "pipelines.cli.data_check:read_report",
+    "constitution_log": "pipelines.quality.constitution_log:constitution_log",
+    "constitution_version": "pipelines.quality.constitution_log:constitution_version",
     "diff": "pipelines.run.diff:diff",
     "doctor": "pipelines.cli.doctor:examine",
     "eval_judge": "pipelines.quality.judge_benchmark:evaluate",
@@ -117,7 +120,9 @@ __all__ = [
     "calibrate",
     "check",
     "check_data",
+    "constitution_log",
     "constitution_text",
+    "constitution_version",
     "diff",
     "doctor",
     "eval_judge",

@@ -10,7 +10,7 @@ import typer
 
 from prefab.factory.console import EXIT_FAILED, console, say, warn
 from prefab.factory.errors import ConfigError, Problem
-from prefab.pipelines.cli.options import Json, hint_command, print_json
+from prefab.pipelines.cli.options import Json, Store, existing_store, hint_command, print_json
 
 if TYPE_CHECKING:
     from prefab.factory.types import Constitution
@@ -192,3 +192,58 @@ def import_constitution(
     n = len(found.constitution.principles)
     say(f"{out}: {n} principles ({layouts})")
     hint_command("check", out)
+
+
+versions_app = typer.Typer(
+    no_args_is_help=True, help="The versions of constitutions that a store's runs were made under."
+)
+app.add_typer(versions_app, name="constitution")
+
+
+@versions_app.command()
+def log(
+    store: Store = Path("store"),
+    id: Annotated[str, typer.Option(help="Only the constitution with this id.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List the versions of constitutions in a store, the oldest first, each with what changed in
+    meaning since the version before it.
+    """
+    from prefab.pipelines.quality.constitution_log import constitution_log
+
+    found = constitution_log(existing_store(store), id)
+    if as_json:
+        return print_json({"versions": [version.data() for version in found]})
+    for version in found:
+        say(
+            f"{version.id}  {version.date}  {len(version.principles)} principles  "
+            f"runs {', '.join(version.runs)}",
+            version.digest[:8],
+            "bold",
+        )
+        for change in version.changes:
+            say(f"          {change}")
+    hint_command("constitution", "show", found[-1].digest[:8], "--store", store)
+
+
+@versions_app.command()
+def show(
+    digest: Annotated[
+        str, typer.Argument(metavar="DIGEST", help="A version's digest, or its beginning.")
+    ],
+    store: Store = Path("store"),
+    files: Annotated[
+        bool, typer.Option("--files", help="The files that it was made of, as they were.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the full text of a version, with everything that it extends resolved."""
+    from prefab.pipelines.quality.constitution_log import constitution_version
+
+    found = constitution_version(existing_store(store), digest)
+    if as_json:
+        return print_json(found.data())
+    texts = list(found.files.items()) if files and found.files else [("", found.text)]
+    for name, text in texts:
+        shown = f"# {name}\n{text}" if name else text
+        console().print(shown, markup=False, highlight=False, soft_wrap=True)

@@ -74,9 +74,12 @@ def _show_plan(name: str, found: Plan) -> None:
         say(f"  {stage}: {n:,} calls: {reason}")
     if any(p.comparisons or p.ask or p.reused for p in found.principles):
         table(
-            "principles",
-            ("principle", "comparisons", "reused", "ask", "note"),
-            [(p.principle, p.comparisons, p.reused, p.ask, p.note) for p in found.principles],
+            f"principles of {found.constitution} ({found.constitution_digest[:8]})",
+            ("principle", "version", "comparisons", "reused", "ask", "note"),
+            [
+                (p.principle, p.digest[:8], p.comparisons, p.reused, p.ask, p.note)
+                for p in found.principles
+            ],
         )
     for role in found.roles:
         say(f"  {role.role}: {role.model or role.engine}{f' ({role.note})' if role.note else ''}")

@@ -102,6 +102,7 @@ def measure(
         "learned": asdict(learned) if learned else None,
         "p_chosen": learned.sentence() if learned else NOT_LEARNED,
         "principles": group_rows(data, unscored, "principle"),
+        "constitution": _constitution(selection),
         "tags": group_rows(data, unscored, "tag"),
         "critiques": selection.critiques().to_dicts(),
     }
@@ -110,6 +111,21 @@ def measure(
     )
     found["limitations"] = limitations(data, source, found["orders"])
     return found
+
+
+def _constitution(selection: Selection) -> dict[str, Any]:
+    """The version of the constitution that the run was made under: its id and digest, and the
+    digests of its principles.
+    """
+    rows = selection.query(
+        "SELECT c.id, p.principle, p.digest FROM principles p JOIN constitutions c "
+        "USING (constitution) WHERE constitution = $constitution ORDER BY p.position"
+    ).rows()
+    return {
+        "id": rows[0][0] if rows else "",
+        "digest": selection.run["constitution"] or "",
+        "principles": {principle: digest for _, principle, digest in rows},
+    }
 
 
 def judge_rows(

@@ -50,6 +50,9 @@ def show(found: dict[str, Any], groups: int = 3) -> None:
         f"{found['items']:,} with their principles"
         + (f" · gold: {found['gold']}" if found["gold"] else "")
     )
+    if found["constitution"]["digest"]:
+        version = found["constitution"]
+        say(f"  constitution {version['id']}, version {version['digest'][:8]}")
     for line in in_brief(found):
         say(f"  {line}")
     _judges(found["judges"])

@@ -24,7 +24,12 @@ from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger import db
 from prefab.factory.ledger import records as recorded
-from prefab.factory.spec.constitution import parse_constitution, principle_digest, renamed
+from prefab.factory.spec.constitution import (
+    constitution_digest,
+    parse_constitution,
+    principle_digest,
+    renamed,
+)
 from prefab.factory.types import Constitution, Engine, Principle, Prompt
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
@@ -84,6 +89,7 @@ class Plan:
         tokens_at_most: New tokens of these calls, each as long as allowed.
         completion_tokens: New tokens as expected.
         seconds: Expected time at the speed of the store's last calls; None without any.
+        constitution: Its id; `constitution_digest` changes with its meaning.
         before: The run that this one is compared with; `resumes`: it is this very run.
     """
 
@@ -107,6 +113,8 @@ class Plan:
     models: dict[str, str]
     roles: list[Role] = field(default_factory=list)
     principles: list[PrinciplePlan] = field(default_factory=list)
+    constitution: str = ""
+    constitution_digest: str = ""
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
@@ -224,6 +232,8 @@ def _totalled(
         models={name: engine.identity for name, engine in engines.items()},
         roles=_roles(loaded, engines),
         principles=_principles(loaded, dry_run, rows, counted.changes),
+        constitution=loaded.constitution.id,
+        constitution_digest=constitution_digest(loaded.constitution),
     )
 
 

@@ -225,7 +225,7 @@ def _card(record: dict[str, Any], report: ExportReport, read: Read, calibration:
         ]
     made = (
         f"Made by Prefab's recipe `{record['recipe']}` under the constitution "
-        f"`{names}`. The answers, critiques and judgments are a model's, "
+        f"`{names}` (version {(record['constitution'] or '')[:12]}). The answers, critiques and judgments are a model's, "
         "not people's."
         if not config.get("origin")
         else "Made elsewhere, and imported by Prefab: a line below says from what file."

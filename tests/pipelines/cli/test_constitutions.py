@@ -10,9 +10,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from prefab import run
 from prefab.factory.errors import PrefabError
 from prefab.pipelines.cli.main import app
-from tests.support import project
+from tests.support import planted, project
 
 
 def prefab(*words: object, code: int = 0) -> str:
@@ -108,3 +109,49 @@ def test_import_constitution(tmp_path: Path) -> None:
     found = json.loads(prefab("import-constitution", rules, "--json"))
     assert (found["principles"], found["out"]) == (["principle-1", "principle-2"], None)
     assert "the licence is not known" in found["notes"][0]
+
+
+def test_constitution_log_and_show(tmp_path: Path) -> None:
+    child = {"id": "child", "title": "C", "licence": "MIT", "extends": "small.yaml"}
+    pipeline = project.pipeline(tmp_path, prompts=2)
+    run(pipeline, engines=planted.engine())
+    settings = pipeline | {"constitution": str(tmp_path / "child.yaml")}
+    for fields in ({}, {"title": "Other"}, {"override": {"kind": {"compare": "Kinder to all?"}}}):
+        (tmp_path / "child.yaml").write_text(yaml.safe_dump(child | fields))
+        run(settings, engines=planted.engine())
+    store = ("--store", tmp_path / "store")
+    found = json.loads(prefab("constitution", "log", *store, "--json"))["versions"]
+    assert [(one["id"], one["runs"]) for one in found] == [
+        ("small", ["small@1"]),
+        ("child", ["small@2", "small@3"]),
+        ("child", ["small@4"]),
+    ]
+    assert [one["changes"] for one in found] == [[], [], ["compare of principle kind changed"]]
+    was, now = (one["principles"] for one in found[1:])
+    assert was["brief"] == now["brief"] and was["kind"] != now["kind"]
+    assert set(found[2]["files"]) == {"child.yaml", "small.yaml"}
+    said = prefab("constitution", "log", *store, "--id", "child")
+    assert "compare of principle kind changed" in said and "small@1" not in said
+    shown = prefab("constitution", "show", found[2]["digest"][:8], *store)
+    assert "Kinder to all?" in shown and "extends" not in shown
+    parts = prefab("constitution", "show", found[2]["digest"], "--files", *store)
+    assert "# small.yaml" in parts and "extends: small.yaml" in parts
+    assert "no version" in prefab("constitution", "show", "0000", *store, code=2)
+    assert "there are child, small" in prefab(
+        "constitution", "log", *store, "--id", "none", code=2
+    ).replace("\n", " ")
+
+
+def test_digests_are_shown_by_plan_agreement_and_card(tmp_path: Path) -> None:
+    value = project.pipeline(tmp_path, prompts=2)
+    run(value, engines=project.engine())
+    pipeline, store = project.write(tmp_path, value), ("--store", tmp_path / "store")
+    [version] = json.loads(prefab("check", tmp_path / "small.yaml", "--json"))["constitutions"]
+    planned = json.loads(prefab("plan", pipeline, "--json"))
+    assert planned["constitution_digest"] == version["digest"]
+    assert version["digest"][:8] in prefab("plan", pipeline)
+    measured = json.loads(prefab("agreement", *store, "--json"))["constitution"]
+    assert measured == {name: version[name] for name in ("id", "digest", "principles")}
+    assert f"constitution small, version {version['digest'][:8]}" in prefab("agreement", *store)
+    prefab("export", tmp_path / "out", *store)
+    assert f"version {version['digest'][:12]}" in (tmp_path / "out" / "README.md").read_text()
