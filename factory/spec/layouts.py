@@ -574,8 +574,22 @@ def _arena(row: Row) -> Record:
         }
         sides = {n: turns[: ends.get(n)] for n, turns in sides.items()}
     prompt = _common_prefix(sides)
+    _check_one_context(sides, len(prompt))
     answers = [_last(turns, name, len(prompt)) for name, turns in sides.items()]
     return Record("", check_prompt(prompt), answers, [(0, 1, WINNERS[row["winner"]])])
+
+
+def _check_one_context(sides: Mapping[str, Turns], n: int) -> None:
+    """Raises: ValueError where each answer follows its own model's earlier answers: such answers
+    are to no common prompt, so they are no pair to train on.
+    """
+    if all(turns[-1]["role"] == "assistant" and len(turns) > n + 1 for turns in sides.values()):
+        raise ValueError(
+            f"the two conversations part before their last turn (at turn {n + 1}): each answer "
+            "follows its own model's earlier answer, so there is no common prompt to train on. "
+            "`prefab eval judge --benchmark mt-bench-human` judges such rows (turn 2 of MT-Bench) "
+            "as whole conversations"
+        )
 
 
 def _arena_columns(row: Row) -> Record:
@@ -595,6 +609,7 @@ def _arena_columns(row: Row) -> Record:
         for name, texts in (("response_a", a), ("response_b", b))
     }
     prompt = _common_prefix(sides)
+    _check_one_context(sides, len(prompt))
     answers = [_last(turns, name, len(prompt)) for name, turns in sides.items()]
     return Record("", check_prompt(prompt), answers, [(0, 1, (1.0, 0.0, 0.5)[votes.index(True)])])
 

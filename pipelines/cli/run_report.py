@@ -29,6 +29,7 @@ def report(result: Any) -> None:
         ("unscored answers", sum(result.unscored.values())),
         ("failed calls", result.failed),
         ("drafts cut off at the length limit", result.truncated),
+        ("drafts without any text", result.empty),
         ("identical answers, not compared", result.identical),
         ("malformed prompt rows", result.malformed),
         *_escalated(result),

@@ -80,6 +80,7 @@ class RunResult:
     faults: dict[str, int] = field(
         default_factory=dict
     )  # critiques that name a fault, by principle
+    empty: int = 0  # drafts without any text
     unsure_critiques: int = 0  # whose probability of a fault is between 0.2 and 0.8
     same_in_both_orders: int = 0  # verdict pairs that name the same winner in both orders
     in_both_orders: int = 0  # verdict pairs that were read in both orders
@@ -409,10 +410,13 @@ def fill_store(folder: Path, quiet: bool = True) -> int:
 
 
 # What the store says of a run as a whole: kind, name, count.
-_SUMMARY = """
+_SUMMARY = r"""
 SELECT 'outcome' AS what, outcome AS name, count(*) AS n FROM preferences WHERE run = $run GROUP BY ALL
 UNION ALL
 SELECT 'fault', principle, count(*) FROM critiques WHERE run = $run AND fault GROUP BY ALL
+UNION ALL
+SELECT 'empty', '', count(*) FROM samples
+WHERE run = $run AND parent < 0 AND reason IS NULL AND NOT regexp_matches(text, '\S') GROUP BY ALL
 UNION ALL
 SELECT 'unsure', principle, count(*) FROM critiques
 WHERE run = $run AND p_fault BETWEEN 0.2 AND 0.8 GROUP BY ALL
@@ -428,7 +432,7 @@ WHERE run = $run AND x."order" = 'ab' AND y."order" = 'ba' AND x.winner IS NOT N
 
 def _in_store(folder: Path, run: int) -> dict[str, dict[str, int]]:
     """What the store says of a run, by kind; nothing where another program holds the store."""
-    kinds = ("outcome", "fault", "unsure", "orders", "hard")
+    kinds = ("outcome", "fault", "empty", "unsure", "orders", "hard")
     found: dict[str, dict[str, int]] = {what: {} for what in kinds}
     with suppress(HeldError):
         for what, name, n in read_frame(folder, _SUMMARY, {"run": run}).rows():
@@ -471,6 +475,7 @@ def _result(
         failures=counts.failures,
         outcomes=told["outcome"],
         faults=dict(sorted(told["fault"].items(), key=lambda item: -item[1])),
+        empty=sum(told["empty"].values()),
         unsure_critiques=sum(told["unsure"].values()),
         same_in_both_orders=told["orders"].get("same", 0),
         in_both_orders=sum(told["orders"].values()),

@@ -163,3 +163,15 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, capsys
         app(words, standalone_mode=True)
     assert caught.value.code == 1
     assert f"'{path}'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_drafts_without_any_text_are_told(tmp_path, capsys):
+    def answer(request):
+        found = project.answer(request)
+        return Completion(" \n", "stop") if project.asked(request) == "sample" else found
+
+    engines = {"local": Scripted(ScriptedConfig(), answer)}
+    result = run(project.pipeline(tmp_path, prompts=2), engines=engines)
+    assert (result.empty, result.samples.height) == (6, 6)
+    report(result)
+    assert "drafts without any text" in capsys.readouterr().out
