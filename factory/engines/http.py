@@ -42,6 +42,7 @@ NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insuf
 BACKOFF_S, BACKOFF_CAP_S = 0.25, 20.0
 FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 10.0  # between questions that try whether a server is back
 SEVERAL = 3  # failures in a row, until it is checked whether the server is down
+SPARED = 3  # tries beyond `retries` of a question whose server passes the check after its failure
 CHECK_S = 20.0  # how long such a check waits for the answer to a small question
 PACE_EVERY = 64  # answers, until the time that they take is reckoned anew
 LEAST_LIMIT_S, LIMIT_P99 = 60.0, 10.0  # of the wait for an answer, once their usual time is known
@@ -391,7 +392,7 @@ class HttpClient:
 
     async def _tries(self, call: _Call) -> dict[str, Any]:
         deadline = time.monotonic() + self.config.deadline_s
-        failures, spared = 0, False
+        failures = spared = 0
         while True:
             if not await self.throttle.enter(deadline):
                 raise TransportError(self._too_late(call.path, "its rate limit leaves no time"))
@@ -414,9 +415,9 @@ class HttpClient:
             await asyncio.sleep(wait_s)
 
     async def _try_again(
-        self, call: _Call, reason: str, failures: int, late: bool, spared: bool
-    ) -> bool:
-        """Whether the next try is one more than `retries`: a short outage may have ended between
+        self, call: _Call, reason: str, failures: int, late: bool, spared: int
+    ) -> int:
+        """How many tries beyond `retries` the next one makes: a short outage may have ended between
         the last failure and the check of the server.
 
         Raises: ServerDown when the server fails, not this question; TransportError when it is
@@ -430,9 +431,9 @@ class HttpClient:
             raise ServerDown(f"{self.url}{call.path}: {reason}", asked=True)
         if last and late:
             raise TransportError(self._too_late(call.path, reason))
-        if last and (spared or not (up and self.alone)):
+        if last and (spared == SPARED or not (up and self.alone)):
             raise TransportError(f"{self.url}{call.path}: {reason}; gave up after {failures} tries")
-        return last
+        return spared + last
 
     async def _is_up(self) -> bool | None:
         """Whether it is this question that fails, not the server, which is asked something else.
