@@ -51,6 +51,9 @@ lint: setup      ## ruff: rules and format
 types: setup     ## mypy over all product code
 	$(BIN)/mypy -p prefab
 
+screenshots: setup ## docs/images, in a real Chromium
+	PYTHONPATH=. $(PY) docs/screenshots.py
+
 reference: setup ## docs/reference.md, from docstrings
 	PYTHONPATH=. $(PY) docs/reference.py
 
@@ -88,4 +91,4 @@ clean:           ## caches and build leavings; never a store
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo real test test-all coverage kill-test torture fuzz lint types reference world world-eval bench peers-venvs requirements clean distclean
+.PHONY: help setup demo real test test-all coverage kill-test torture fuzz lint types reference screenshots world world-eval bench peers-venvs requirements clean distclean

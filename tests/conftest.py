@@ -68,8 +68,11 @@ def fail_unexpected_skip(report: pytest.CollectReport | pytest.TestReport) -> No
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say in a line of its own that the real model was not tested."""
+    """Say in a line of its own that the real model, or a browser, was not tested."""
     skipped = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
+    if any("no Chromium" in reason for reason in skipped):
+        line = "NOT TESTED in a browser: pip install playwright, and apt-get install chromium"
+        terminalreporter.write_sep("!", line, red=True, bold=True)
     without = sum("no package index" in reason for reason in skipped)
     if without:
         line = f"NOT TESTED with a real model: {without} tests; the package index is out of reach"

@@ -397,10 +397,15 @@ def _show(progress: Progress, ctx: Context, asked: int, rate: float) -> None:
 
 
 def fill_store(folder: Path, quiet: bool = True) -> int:
-    """Bring the DuckDB file up to date; how far it is behind when another program holds it."""
-    from prefab.pipelines.store.fill import fill
+    """Bring the DuckDB file up to date; how far it is behind when another program holds it for more
+    than a moment (a page that looks at the run holds it while it asks).
+    """
+    from prefab.pipelines.store.fill import PATIENCE_S, fill
 
-    behind = fill(folder).behind
+    deadline = time.monotonic() + PATIENCE_S
+    while (report := fill(folder)).held and time.monotonic() < deadline:
+        time.sleep(0.1)
+    behind = report.behind
     if behind and not quiet:
         warn(
             f"another program has {folder / 'prefab.duckdb'} open: the store is behind by {behind:,} rows, the ledger "

@@ -187,10 +187,10 @@ def rendered(env: Environment, view: View, page: Page, name: str, parameters: Pa
     return env.get_template(page.template).render(
         page=page,
         name=name,
-        nav=NAV,
+        nav=[(at, words) for at, words in NAV if not (view.bundle and at == "label")],
         here=urlencode(kept),
         runs_named=named,
-        store=str(view.folder),
+        store=view.shown,
         bundle=view.bundle,
         problem=view.reader.problem,
         **{key: value for key, value in page.data.items() if key != "runs_named"},

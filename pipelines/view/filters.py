@@ -233,7 +233,7 @@ def _of_verdicts(query: Query, filters: Filters) -> None:
             conditions.append(f"{name} = ${name}")
             query.values[name] = text
     if filters.orders:
-        two = "count(DISTINCT winner) FILTER (winner IN ('a', 'b')) > 1"
+        two = "bool_or(winner = 'a') AND bool_or(winner = 'b')"
         by = ", principle, judge, repeat"
         query.verdicts(conditions, two, by, negated=filters.orders == "agree")
     if filters.judges:

@@ -61,6 +61,7 @@ class View:
     jobs: Jobs
     annotator: str = ""
     bundle: bool = False
+    rows: int = ROWS
 
     @property
     def folder(self) -> Path:
@@ -97,7 +98,12 @@ class View:
 
     def command(self, *words: object) -> str:
         """A `prefab` command about this store, quoted for a shell."""
-        return shlex.join(["prefab", *map(str, words), "--store", str(self.folder)])
+        return shlex.join(["prefab", *map(str, words), "--store", self.shown])
+
+    @property
+    def shown(self) -> str:
+        """The store as pages name it: in those that others get, without the folders above it."""
+        return self.folder.name if self.bundle else str(self.folder)
 
 
 PageOf = Callable[[View, Parameters], Page]
@@ -230,7 +236,7 @@ def run(view: View, parameters: Parameters) -> Page:
             "SELECT rule, count(*) AS n FROM marks WHERE run = $run GROUP BY ALL ORDER BY n DESC",
             at,
         ),
-        "config": json.dumps(json.loads(about["config"]), indent=2, ensure_ascii=False),
+        "config": _config(view, about["config"]),
         "others": [row["named"] for row in view.runs() if row["run"] != about["run"]],
     }
     command = view.command("sql", f"SELECT * FROM summary WHERE run = {about['run']}")
@@ -242,6 +248,16 @@ def run(view: View, parameters: Parameters) -> Page:
         as_sql(_TOKENS, at),
         _pace(view)["calls_per_s"] is not None,
     )
+
+
+def _config(view: View, text: str) -> str:
+    """A run's configuration as people read it; in pages that others get, without the folders above
+    the store.
+    """
+    config = json.loads(text)
+    if view.bundle and "store" in config:
+        config["store"] = view.shown
+    return json.dumps(config, indent=2, ensure_ascii=False)
 
 
 _CROSSED = """
@@ -350,23 +366,39 @@ def preferences(view: View, parameters: Parameters) -> Page:
     """The grid: filters, histograms, and a page of rows."""
     filters, about, query = filtered(view, parameters)
     start = _start(parameters)
-    rows = with_texts(view, about["run"], rows_of(view, filters, query, start, ROWS + 1))
+    rows = with_texts(view, about["run"], rows_of(view, filters, query, start, view.rows + 1))
     data: dict[str, Any] = {
         "run": about["named"],
         "filters": filters,
         "start": start,
-        "rows": rows[:ROWS],
-        "more": len(rows) > ROWS and start + ROWS < MOST_SHOWN,
-        "of": ROWS,
+        "rows": rows[: view.rows],
+        "more": len(rows) > view.rows and start + view.rows < MOST_SHOWN,
+        "of": view.rows,
     }
-    if start == 0 or not one(parameters, "part"):
-        data |= _whole(view, filters, about, query)
-    sql = as_sql(ordered(filters, query, start, ROWS), query.values)
+    if view.bundle:
+        _add_verdicts(view, about["run"], data["rows"])
+    data |= _whole(view, filters, about, query)
+    sql = as_sql(ordered(filters, query, start, view.rows), query.values)
     shown = {
         **data,
         "filters": {k: v for k, v in asdict(filters).items() if v not in (None, "", ())},
     }
     return Page("preferences.jinja", "Preferences", data, view.command("sql", sql), sql, json=shown)
+
+
+_JUDGED = """
+SELECT prompt, a, b, list(DISTINCT principle) AS principles, list(DISTINCT judge) AS judges FROM verdicts
+WHERE run = $run GROUP BY ALL"""
+
+
+def _add_verdicts(view: View, run: int, rows: list[Row]) -> None:
+    """The principles and judges of each row, for a filter that runs in the page."""
+    known = {
+        (row["prompt"], row["a"], row["b"]): row for row in view.reader.rows(_JUDGED, {"run": run})
+    }
+    for row in rows:
+        found = known.get((row["prompt"], row["a"], row["b"]), {})
+        row["principles"], row["judges"] = found.get("principles") or [], found.get("judges") or []
 
 
 def _start(parameters: Parameters) -> int:

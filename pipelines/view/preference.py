@@ -133,7 +133,13 @@ def by_principle(verdicts: list[Row], principles: dict[str, Row]) -> list[dict[s
                 "judges": read,
             }
         )
-    return found
+    return sorted(found, key=_undecided)
+
+
+def _undecided(group: dict[str, Any]) -> float:
+    """How near to a half the judges' mean under a principle is: the decisive ones come first."""
+    means = [judge["mean"] for judge in group["judges"] if judge["mean"] is not None]
+    return -abs(sum(means) / len(means) - 0.5) if means else 1.0
 
 
 def chain(sample: Row, samples: dict[int, Row], critiques: list[Row]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A store that has something on every page of `prefab view`: three judges of known faults on the
-embedded world's prompts, a second run under an edited constitution, people's labels, figures of
-trainings (those of benchmarks/results), and answers that attack the page."""
+embedded world's prompts, a second run under an edited constitution, people's labels, measured
+figures of policies (benchmarks/results), a made-up curve of reinforcement learning, and answers
+that attack the page."""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def _edited(store: Path, engines: dict[str, Engine]) -> None:
 
 
 def _evals(store: Path) -> None:
-    """Figures of trainings and of policies, as the trainers record them."""
+    """Measured figures of policies and made-up curves, as the trainers record them."""
     ledger = Ledger.open(store)
     curves = json.loads((ROOT / "benchmarks/results/demo_policies.json").read_text())
     for name, figures in curves["policies"].items():

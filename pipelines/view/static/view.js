@@ -67,6 +67,39 @@
     if (form) form.requestSubmit();
   });
 
+  // In pages that are files the rows are filtered here. The filters stand after # in the address.
+  const fixed = find("form[data-static]");
+  const filter = () => {
+    const data = new FormData(fixed), words = (data.get("q") || "").toLowerCase(), outcomes = data.getAll("outcome");
+    let n = 0;
+    all(".rows > li[data-outcome]").forEach((row) => {
+      const inside = ["p", "spread", "length"].every((name) => {
+        const low = data.get(`${name}_min`), high = data.get(`${name}_max`), value = row.dataset[name];
+        return (!low && !high) || (value !== "" && (!low || value - low >= 0) && (!high || value - high <= 0));
+      });
+      const named = ["principle", "judge", "tag"].every((name) => !data.get(name) || JSON.parse(row.dataset[name]).includes(data.get(name)));
+      const shown = inside && named && (!outcomes.length || outcomes.includes(row.dataset.outcome)) && (!words || row.textContent.toLowerCase().includes(words));
+      row.hidden = !shown;
+      n += shown;
+    });
+    find("#found").textContent = `${n.toLocaleString("en")} preferences`;
+    history.replaceState(null, "", `#${new URLSearchParams([...data].filter(([, value]) => value))}`);
+  };
+  const fill = () => {
+    const given = new URLSearchParams(location.hash.slice(1));
+    all("input, select", fixed).forEach((one) => {
+      if (one.type === "checkbox") one.checked = given.getAll(one.name).includes(one.value);
+      else one.value = given.get(one.name) || "";
+    });
+    filter();
+  };
+  if (fixed) {
+    fixed.addEventListener("submit", (event) => { event.preventDefault(); event.stopPropagation(); filter(); });
+    find("[data-clear]").addEventListener("click", (event) => { event.preventDefault(); fixed.reset(); location.hash = ""; fill(); });
+    addEventListener("hashchange", fill);
+    if (location.hash.length > 1) fill();
+  }
+
   // Only what is set stands in the address of a filter.
   document.addEventListener("submit", (event) => {
     if (!event.target.matches("form[method=get]")) return;

@@ -20,6 +20,7 @@ from prefab.factory.store.store import read_frame
 from prefab.judges.kinds import human
 from prefab.pipelines.cli.main import app as cli
 from prefab.pipelines.run.diff import diff
+from prefab.pipelines.run.runner import fill_store
 from prefab.pipelines.store.fill import query
 from prefab.pipelines.view.filters import OUTCOMES
 from prefab.pipelines.view.reader import IDLE_S
@@ -254,6 +255,18 @@ def test_a_run_that_fills_the_store_is_not_disturbed_and_its_answers_appear(stor
         asyncio.run(ledger.close())
         sql = "SELECT count(*) AS n FROM evals WHERE name = 'new'"
         wait_for(lambda: client.get("/runs").status_code == 200 and shown_later(store, sql) == 1)
+
+
+def test_a_run_that_ends_while_somebody_looks_fills_the_store(store):
+    with client_of(store) as client:
+        wait_for(lambda: client.get("/runs").status_code == 200)
+        ledger = Ledger.open(store)
+        ledger.add_eval({"name": "late", "subject": "x", "metrics": {}})
+        asyncio.run(ledger.close())
+        client.get("/preferences")
+        assert fill_store(store) == 0
+        sql = "SELECT count(*) AS n FROM evals WHERE name = 'late'"
+        assert read_frame(store, sql)["n"][0] == 1
 
 
 def shown_later(store, sql) -> int:
