@@ -7,12 +7,13 @@
 Every comparison of the embedded world is judged under twelve principles: its eleven, and one of
 them in other words, since its judge knows eleven faults and no others. Then
 
-- one principle's `compare` is put in other words: only its questions may be asked, reverting the
-  edit may ask nothing, and the outcomes must be those of judging everything anew under the edited
-  constitution (a copy of the store that has forgotten every verdict);
+- one principle's `compare` is put in other words: only its questions may be asked, and reverting
+  the edit may ask nothing;
 - single principles are reversed ("Which answer is more guilty of ...?"), and the share of flips is
   compared with what the oracle says. The embedded judge was never taught such a question and reads
   it as the usual one, so an engine in between asks it the usual one and exchanges the two labels;
+- the flips of the first reversal must be those of judging `--anew` comparisons from nothing under
+  the edited constitution (in a copy of the store that has forgotten every verdict);
 - `prefab watch` follows a file of sixteen principles, one of which changes at each save."""
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ import yaml
 from benchmarks.common import asked, write
 from prefab.factory.engines.base import make
 from prefab.factory.microworld import grammar, oracle
-from prefab.factory.spec.constitution import load_constitution
 from prefab.factory.types import Completion, Engine, Request
 from prefab.pipelines.run.diff import Diff, diff
 from prefab.pipelines.run.rejudge import panel_of, pipeline_of, rejudge
@@ -159,31 +159,33 @@ def one_principle(
 
 
 def judged_anew(
-    folder: Path, made: int, found: Diff, engines: dict[str, Engine] | None = None
+    folder: Path,
+    found: Diff,
+    engines: dict[str, Engine] | None = None,
+    sample: int | None = None,
 ) -> dict[str, Any]:
-    """The edited constitution, with every verdict asked again in a copy of the store. `made` is the
-    run of the comparisons.
-    """
+    """The edited constitution of a diff, with every verdict asked again in a copy of the store."""
     store, copied = folder / "store", folder / "anew"
     if not copied.exists():
         copied.mkdir()
         shutil.copy(store / "ledger.sqlite", copied / "ledger.sqlite")
         forget(copied, AnswerFilter(role="judge"))
-    panel = panel_of(store, "editing")
+    panel = panel_of(store, "editing", sample)
     loaded = pipeline_of(panel, None, [])
     panel.path = copied
-    edit = load_constitution(folder / "edited.yaml")
-    done = rejudge(panel, edit, loaded, engines is not None, engines)
-    before, with_diff = outcomes(store, made), outcomes(store, found.new.run)
+    assert found.new.constitution is not None
+    done = rejudge(panel, found.new.constitution, loaded, engines is not None, engines)
+    before, with_diff = outcomes(store, found.old.run), outcomes(store, found.new.run)
     from_nothing = outcomes(copied, done.run)
-    flips = {place for place in before if {before[place], from_nothing[place]} == {"a", "b"}}
-    shown = {(one.prompt, one.a, one.b) for one in found.flips}
+    flips = {place for place, now in from_nothing.items() if {before[place], now} == {"a", "b"}}
+    shown = {(one.prompt, one.a, one.b) for one in found.flips} & from_nothing.keys()
     return {
+        "comparisons": len(from_nothing),
         "asked": done.asked,
         "flips": len(flips),
         "flips_that_diff_found": len(flips & shown),
         "flips_that_only_diff_found": len(shown - flips),
-        "same_outcomes": sum(with_diff[place] == from_nothing[place] for place in before),
+        "same_outcomes": sum(with_diff[place] == now for place, now in from_nothing.items()),
     }
 
 
@@ -195,7 +197,7 @@ def outcomes(store: Path, number: int) -> dict[tuple[str, int, int], str]:
 
 def reversal(
     folder: Path, value: Constitution, principle: str, engines: dict[str, Engine]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Diff]:
     """Reverse one principle; the flips against those that the oracle says."""
     fault = grammar.FAULTS[principle][0][1]
     new = edited(value, principle, REVERSED.format(g=fault))
@@ -212,7 +214,7 @@ def reversal(
         "flip_rate": len(flipped) / found.comparisons,
         "by_the_oracle": sum(told.values()) / len(told),
         "agree": sum(said == (place in flipped) for place, said in told.items()) / len(told),
-    }
+    }, found
 
 
 def _broken(store: Path) -> dict[tuple[str, int, int], tuple[frozenset[str], frozenset[str]]]:
@@ -284,8 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--store", type=Path, default=Path("editing-store"), metavar="FOLDER")
     parser.add_argument("--prompts", type=int, default=350)
     parser.add_argument("--reverse", nargs="*", default=["flattery", "padding", "harm"])
+    parser.add_argument("--anew", type=int, default=600, help="comparisons to judge from nothing")
     parser.add_argument("--saves", type=int, default=10)
-    parser.add_argument("--only", nargs="*", default=["edit", "anew", "reverse", "watch"])
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(argv)
     if args.quick:
@@ -300,21 +302,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "asked": made.asked,
         "reused": made.reused,
     }
-    if {"edit", "anew"} & {*args.only}:
-        results["edit"], found = one_principle(args.store, value)
-        print(results["edit"], flush=True)
-    if "anew" in args.only:
-        results["anew"] = judged_anew(args.store, made.run, found)
-        print(results["anew"], flush=True)
-    if "reverse" in args.only:
-        results["reverse"] = [
-            reversal(args.store, value, name, {"local": Contrary(make(ENGINE, "local"))})
-            for name in args.reverse
-        ]
-        print(results["reverse"], flush=True)
-    if "watch" in args.only:
-        results["watch"] = watched(args.store, args.saves)
-        print(results["watch"], flush=True)
+    results["edit"] = one_principle(args.store, value)[0]
+    print(results["edit"], flush=True)
+
+    def contrary() -> dict[str, Engine]:
+        return {"local": Contrary(make(ENGINE, "local"))}
+
+    rows = [reversal(args.store, value, name, contrary()) for name in args.reverse]
+    results["reverse"] = [row for row, _ in rows]
+    print(results["reverse"], flush=True)
+    results["watch"] = watched(args.store, args.saves)
+    print(results["watch"], flush=True)
+    results["anew"] = judged_anew(args.store, rows[0][1], contrary(), args.anew)
+    print(results["anew"], flush=True)
     print(write("editing", args.quick, settings=asked(args), **results))
 
 

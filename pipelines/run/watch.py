@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from prefab.factory.engines.lifecycle import KeptEngine
-from prefab.factory.errors import ConfigError
+from prefab.factory.errors import ConfigError, PrefabError
 from prefab.factory.spec.constitution import constitution_digest, load_constitution
+from prefab.factory.store.store import HeldError
 from prefab.factory.types import Engine
 from prefab.pipelines.config.loader import ResolvedPipeline, make_engines, make_programs
 from prefab.pipelines.run.diff import Diff, Version, compare, fields_read
@@ -23,8 +24,9 @@ from prefab.pipelines.run.rejudge import Panel, panel_of, pipeline_of, rejudging
 from prefab.pipelines.run.runner import run_async
 
 EVERY_S = 0.1  # how often the file is looked at
+HELD_S = 0.5  # between two tries while another command has the store open
 Show = Callable[[Diff | None, Diff | None, float], None]
-Tell = Callable[[ConfigError], object]
+Tell = Callable[[PrefabError], object]
 
 
 def watch(
@@ -47,7 +49,8 @@ def watch(
         store: The store whose comparisons are judged.
         show: Called after each judging with what moved since the last save, what moved since the
             start (both None the first time), and the seconds since the save was seen.
-        tell: Called with the mistakes of a file that is not valid.
+        tell: Called with the mistakes of a file that is not valid, and while another command has
+            the store open.
         run: The run with the comparisons, NAME or NAME@VERSION; default: the latest.
         pipeline: A pipeline file whose judges are asked; default: as the run was configured.
         sets: Overrides of the pipeline's fields.
@@ -82,7 +85,7 @@ async def _watch(
     }
     first: Version | None = None
     last: Version | None = None
-    seen, read = b"", fields_read(loaded)
+    seen, held, read = b"", "", fields_read(loaded)
     try:
         while not until():
             now = _digest(file)
@@ -98,13 +101,20 @@ async def _watch(
             if last and constitution_digest(constitution) == last.name:
                 continue  # comments and titles
             version = Version(constitution_digest(constitution), constitution)
-            judging = rejudging(panel, constitution, loaded)
-            made = {**kept, **make_programs(loaded)}
-            version.judged(await run_async(judging, engines=made))
-            first = first or version
-            since_last = compare(panel.path, last, version, panel, read) if last else None
-            since_start = compare(panel.path, first, version, panel, read) if last else None
-            seconds = time.monotonic() - began
+            try:
+                judging = rejudging(panel, constitution, loaded)
+                made = {**kept, **make_programs(loaded)}
+                version.judged(await run_async(judging, engines=made))
+                first = first or version
+                since_last = compare(panel.path, last, version, panel, read) if last else None
+                since_start = compare(panel.path, first, version, panel, read) if last else None
+            except HeldError as error:  # another command reads the store: try again
+                if str(error) != held:
+                    tell(error)
+                seen, held = b"", str(error)
+                await asyncio.sleep(HELD_S)
+                continue
+            seconds, held = time.monotonic() - began, ""
             show(_named(since_last, "last save"), _named(since_start, "start"), seconds)
             last = version
     finally:

@@ -37,38 +37,27 @@ def engines() -> dict[str, Engine]:
     return {"local": Scripted(ScriptedConfig(), answer)}
 
 
-def test_one_principles_calls_the_flips_of_judging_anew_and_those_of_the_oracle(
+def test_one_principles_calls_and_the_flips_of_the_oracle(
     tmp_path: Path,
 ) -> None:
     made, value = editing.judged_world(tmp_path, 12, engines())
     compared = sum(made.outcomes.values()) - made.identical
     assert len(value["principles"]) == 12 and compared > 50
-    edit, found = editing.one_principle(tmp_path, value, engines())
+    edit, _ = editing.one_principle(tmp_path, value, engines())
     assert edit["asked"] == 2 * edit["comparisons"] == 2 * compared
     assert edit["asked_by_reverting"] == 0
     assert edit["changes"] == ["compare of principle padding changed"]
-    anew = editing.judged_anew(tmp_path, made.run, found, engines())
-    assert anew["asked"] == 24 * compared == 12 * edit["asked"]
-    assert anew["same_outcomes"] == compared and anew["flips"] == edit["flips"] == 0
     for principle in ("flattery", "helpful"):
-        row = editing.reversal(tmp_path, value, principle, engines())
+        row, _ = editing.reversal(tmp_path, value, principle, engines())
         assert row["asked"] == 2 * compared and row["flip_rate"] > 0
         assert row["flip_rate"] == row["by_the_oracle"] and row["agree"] == 1.0
 
 
-def test_the_flips_are_those_of_judging_anew_when_there_are_some(tmp_path: Path) -> None:
-    made, value = editing.judged_world(tmp_path, 6, engines())
-    row = editing.reversal(tmp_path, value, "flattery", engines())
-    editing.save(
-        tmp_path, "edited.yaml", editing.yaml.safe_load((tmp_path / "no-flattery.yaml").read_text())
-    )
-    found = editing.diff(
-        str(tmp_path / "world.yaml"),
-        str(tmp_path / "edited.yaml"),
-        tmp_path / "store",
-        "editing",
-        engines=engines(),
-    )
-    anew = editing.judged_anew(tmp_path, made.run, found, engines())
-    assert found.new.asked == 0 and row["flip_rate"] == anew["flips"] / found.comparisons > 0
+def test_the_flips_are_those_of_judging_everything_anew(tmp_path: Path) -> None:
+    _, value = editing.judged_world(tmp_path, 6, engines())
+    row, found = editing.reversal(tmp_path, value, "flattery", engines())
+    anew = editing.judged_anew(tmp_path, found, engines())
+    assert anew["asked"] == 12 * row["asked"] and anew["comparisons"] == found.comparisons
+    assert row["flip_rate"] == anew["flips"] / found.comparisons > 0
     assert anew["flips_that_diff_found"] == anew["flips"] and not anew["flips_that_only_diff_found"]
+    assert anew["same_outcomes"] == found.comparisons

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,3 +71,35 @@ def test_a_file_that_is_invalid_at_the_start_is_an_error(tmp_path: Path) -> None
     (tmp_path / "bad.yaml").write_text("id: [")
     with pytest.raises(ConfigError, match="bad.yaml"):
         watch(tmp_path / "bad.yaml", tmp_path / "store", print, print, engines=engine())
+
+
+def test_a_store_that_another_command_has_open_is_waited_for(tmp_path: Path) -> None:
+    run(project.pipeline(tmp_path), engines=engine())
+    file, store = Path(constitution(tmp_path, "mine.yaml")), tmp_path / "store"
+    code = "import duckdb, sys; held = duckdb.connect(sys.argv[1]); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(store / "prefab.duckdb")]
+    shown, told, holders = [], [], []
+
+    def show(last, start, seconds):
+        shown.append(last)
+        if len(shown) == 1:
+            file.write_text(file.read_text().replace("kinder?", "worse?"))
+            holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            holder.stdout.readline()
+            holders.append(holder)
+
+    def tell(error):
+        told.append(error)
+        holders[0].communicate(b"\n")
+
+    end = time.monotonic() + 60
+    watch(
+        file,
+        store,
+        show,
+        tell,
+        engines=engine(),
+        until=lambda: len(shown) > 1 or time.monotonic() > end,
+    )
+    assert len(shown) == 2 and shown[1].new.reused == 72  # the first try asked
+    assert [type(error).__name__ for error in told] == ["HeldError"]
