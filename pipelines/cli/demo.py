@@ -250,6 +250,7 @@ def _next_commands(store: Path) -> None:
     """What to look at next, on the data that was made."""
     say("\nLook further:", stderr=True)
     hint_command("view", store)
+    hint_command("report", "demo", "--store", store, "--out", f"{store}-report.html")
     hint_command("agreement", "--store", store)
     select = "SELECT principle, avg(fault::INT) AS faults FROM critiques GROUP BY 1"
     hint_command("sql", "--store", store, select)

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from prefab.factory.console import console, say, table
+from prefab.factory.pages import write_page
 from prefab.factory.printable import printable
 from prefab.factory.stats import Estimate
-from prefab.pipelines.cli.pages import write_page
 from prefab.pipelines.run.diff import Diff, Moved, PrincipleMoved
 
 OUTCOMES = {"a": "A wins", "b": "B wins", "tie": "tie", "unscored": "unscored"}

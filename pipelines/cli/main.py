@@ -22,6 +22,7 @@ from prefab.factory.errors import ConfigError, PrefabError, StoreError
 from prefab.factory.printable import guard_standard_streams
 from prefab.factory.redaction import add_environment_secrets
 from prefab.pipelines.cli import constitutions, lab, labels, planning, principles
+from prefab.pipelines.cli import report as cli_report
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli import view as cli_view
@@ -54,6 +55,7 @@ app.add_typer(planning.app)
 app.add_typer(lab.app)
 app.add_typer(labels.app)
 app.add_typer(principles.app)
+app.add_typer(cli_report.app)
 app.add_typer(cli_train.app)
 app.add_typer(cli_view.app)
 COMPLETE = "_PREFAB_COMPLETE"  # set by the shell that asks for completions

@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from prefab.factory.console import console
-from prefab.pipelines.cli.pages import write_page
+from prefab.factory.pages import write_page
 from prefab.pipelines.quality.why import CallMade, Node, Why
 
 

@@ -27,8 +27,9 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from prefab.factory import svg as charts
 from prefab.factory.errors import ConfigError, PrefabError
-from prefab.pipelines.view import charts, texts
+from prefab.pipelines.view import texts
 from prefab.pipelines.view.analysis import agreement, judges, training
 from prefab.pipelines.view.constitution import constitution, download, edited
 from prefab.pipelines.view.filters import OUTCOMES, SORTS

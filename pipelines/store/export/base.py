@@ -6,9 +6,8 @@ A format is one file in this folder that keeps the protocol `ExportFormat`; it i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,9 +17,10 @@ from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.store import datasets
 from prefab.factory.store.store import Read
 from prefab.pipelines.config.registries import FORMATS
-from prefab.pipelines.store.calibrations import NOT_LEARNED, calibration_of
+from prefab.pipelines.store.export.card import BESIDE, PAGE_EXAMPLES, ExportReport, write_beside
 from prefab.pipelines.store.export.files import ShardedFile, replacing
 from prefab.pipelines.store.fill import read_filled
+from prefab.pipelines.store.run_page import run_page
 
 if TYPE_CHECKING:
     import polars
@@ -31,7 +31,6 @@ HUB_SPLIT = {
     "val": "validation",
     "test": "test",
 }  # as `datasets` users expect them
-CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,32 +66,6 @@ class ExportFormat(Protocol):
 
         Raises: ConfigError for options that the format does not have.
         """
-
-
-@dataclass(slots=True)
-class ExportReport:
-    """What was written: rows by dataset and split, and what was left out and why."""
-
-    run: str
-    format: str
-    out: Path
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)  # by dataset/split: a file, or a pattern
-
-    def rows(self) -> list[tuple[str, str, int]]:
-        """One row a file."""
-        return [
-            (name, split, n) for name, splits in self.counts.items() for split, n in splits.items()
-        ]
-
-    def first(self) -> str:
-        """A dataset that there is."""
-        return next(iter(self.counts), "")
-
-    def data(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "out": str(self.out)}
 
 
 def export(
@@ -132,19 +105,17 @@ def export(
         )
     writer: ExportFormat = FORMATS[format]
     record = find_run(folder, run)
-    learned = calibration_of(folder, record["run"])
+    page = run_page(folder, record, PAGE_EXAMPLES)
 
     def write(read: Read) -> ExportReport:
         report = ExportReport(f"{record['name']}@{record['version']}", format, out)
         source = ExportSource(folder, record, truncated, without, report.notes, read)
-        with replacing(out, [CARD]) as stage:
+        with replacing(out, BESIDE) as stage:
             _write_datasets(writer, source, stage, report)
             if not report.counts:
                 told = "; ".join(report.notes) or "no rows"
                 raise ConfigError(f"{report.run} has nothing to export yet: {told}")
-            sentence = learned.sentence() if learned else NOT_LEARNED
-            text = _card(record, report, read, sentence)
-            (stage / CARD).write_text(text, encoding="utf-8")
+            write_beside(stage, page, record, report)
         return report
 
     return read_filled(folder, write)
@@ -194,80 +165,3 @@ def _splits(frame: polars.DataFrame, by_split: bool) -> Iterator[tuple[str, pola
         return
     for split in SPLITS:
         yield HUB_SPLIT[split], frame.filter(pl.col("split") == split)
-
-
-_WHAT = {
-    "preference": "decided pairs (DPO, reward models): `prompt`, `chosen`, `rejected`, `p_chosen`; `method` chose the pair",
-    "unpaired": "single answers with a thumb up or down (KTO): `prompt`, `completion`, `label`, `p_win`",
-    "prompts": "prompts alone (GRPO, PPO): `prompt`",
-    "sft": "demonstrations (SFT): `prompt`, `completion`; `revised` says whether the text was rewritten",
-}
-
-
-def _card(record: dict[str, Any], report: ExportReport, read: Read, calibration: str) -> str:
-    """A dataset card: the configurations that `datasets` reads, then what a person should know."""
-    config = json.loads(record["config"])
-    principles = read(
-        "SELECT principle, title, digest FROM principles WHERE constitution = ? AND enabled "
-        "ORDER BY position",
-        [record["constitution"] or ""],
-    )
-    models = read("SELECT model, name FROM models")
-    named = config.get("constitution")
-    names = "`, `".join(named) if isinstance(named, list) else named
-    lines = ["---", "configs:"]
-    for name, splits in report.counts.items():
-        lines += [f"- config_name: {name}", "  data_files:"]
-        lines += [
-            line
-            for split in splits
-            for line in (f"  - split: {split}", f"    path: {report.files[f'{name}/{split}']}")
-        ]
-    made = (
-        f"Made by Prefab's recipe `{record['recipe']}` under the constitution "
-        f"`{names}` (version {(record['constitution'] or '')[:12]}). The answers, critiques and judgments are a model's, "
-        "not people's."
-        if not config.get("origin")
-        else "Made elsewhere, and imported by Prefab: a line below says from what file."
-    )
-    lines += [
-        "tags: [prefab, rlaif, preference]",
-        "---",
-        "",
-        f"# {report.run}",
-        "",
-        made,
-        "",
-        "| dataset | split | rows |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {name} | {split} | {n:,} |" for name, split, n in report.rows()]
-    lines += [
-        "",
-        *(f"- `{name}`: {_WHAT.get(name, 'a table of the store')}" for name in report.counts),
-        "",
-    ]
-    lines += [
-        "```python",
-        "from datasets import load_dataset",
-        f'data = load_dataset("{report.out.name}", "{report.first()}", split="train")',
-        "```",
-        "",
-        calibration,
-        "",
-        "`prompt_id`, `preference`, `chosen_sample`, `rejected_sample`, `sample` and `run` lead "
-        "back to the store. Rows that share a group never stand in two splits.",
-        "",
-    ]
-    lines += [f"- {note}" for note in report.notes]
-    lines += [
-        "",
-        "Models in the store: " + ", ".join(f"`{name}`" for _, name in models.iter_rows()),
-        "",
-        "| principle | title | digest |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {title} | {digest[:12]} |" for name, title, digest in principles.iter_rows()
-    ]
-    return "\n".join(lines) + "\n"

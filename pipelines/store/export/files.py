@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 MANIFEST = "prefab-export.json"
 # All that an export writes. The threat: a list that names files of somebody else, with an absolute
 # path or with `..`.
-OURS = re.compile(r"README\.md|[a-z_]+/(train|validation|test)(-\d{5,}-of-\d{5,})?\.parquet")
+OURS = re.compile(
+    r"README\.md|report\.html|source/(constitution|pipeline)\.yaml"
+    r"|[a-z_]+/(train|validation|test)(-\d{5,}-of-\d{5,})?\.parquet"
+)
 STAGE = re.compile(r"\.prefab-export-(\d+)-\w+")  # the folder of a running export: its process
 SHARD_BYTES = 512 << 20
 MEND = "Nothing was written. Choose another folder, or move it away"

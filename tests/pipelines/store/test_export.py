@@ -196,7 +196,9 @@ def test_an_earlier_export_is_replaced_and_other_files_stay(store, tmp_path):
             "prefab-export.json",
             "preference",
             "prompts",
+            "report.html",
             "sft",
+            "source",
             "unpaired",
             "verdicts",
         ]

@@ -10,12 +10,12 @@ import time
 import pytest
 
 from prefab import agreement
+from prefab.factory import svg as charts
 from prefab.factory.stats import clustered_share, clustered_share_of_sums
 from prefab.judges.kinds import human
 from prefab.pipelines.quality.labeling import tasks
 from prefab.pipelines.store.fill import query
 from prefab.pipelines.store.labels import recorded
-from prefab.pipelines.view import charts
 from prefab.pipelines.view.analysis import curves
 from prefab.pipelines.view.label import _SESSIONS
 from tests.pipelines.view.conftest import PORT, client_of

@@ -31,6 +31,18 @@ pre { background: #8881; padding: .5rem; font-size: .85rem }
 .pair > div.now { border-top-color: var(--more) } .pair > div.before { border-top-color: var(--less) }
 mark { background: var(--mark); color: inherit } .quiet { opacity: .75 }
 details, .below { margin-left: 1.2rem } summary { cursor: pointer }
+.headline { font-size: 1.2rem; font-weight: 600 }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem }
+figure { margin: .5rem 0; max-width: 36rem; min-width: min(24rem, 100%); flex: 1 }
+figcaption { font-weight: 600 } svg { width: 100%; height: auto } svg text { fill: currentColor; font: 11px system-ui, sans-serif }
+svg .grid, svg .base { stroke: var(--line) } svg .diagonal { stroke: currentColor; stroke-dasharray: 4 4 }
+.line { fill: none; stroke-width: 2 } .interval { stroke-width: 2; opacity: .7 } .bar { fill: #0b5fc0 } .brush { display: none }
+.s0 { fill: #0b5fc0; stroke: #0b5fc0 } .s1 { fill: #d55e00; stroke: #d55e00 } .s2 { fill: #009e73; stroke: #009e73 }
+.s3 { fill: #cc79a7; stroke: #cc79a7 } .s4 { fill: #e69f00; stroke: #e69f00 } .s5 { fill: #56b4e9; stroke: #56b4e9 }
+polyline.line { fill: none } .key { width: 14px; height: 10px }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: 0; font-size: .9rem }
+.example { border-top: 1px solid var(--line); padding: .5rem 0 }
+@media print { body { max-width: none; margin: 0 } .pair, table, figure { break-inside: avoid } details { display: block } }
 @media (max-width: 45rem) { .pair { grid-template-columns: 1fr } }
 </style>
 </head>

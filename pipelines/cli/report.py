@@ -1,0 +1,146 @@
+"""`prefab report`: a run as one HTML file to read, print, attach or send."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefab.factory.console import say, warn
+from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import Measured, cell
+from prefab.pipelines.cli.options import Json, Store, existing_store, hint_command, print_json
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from prefab.pipelines.store.run_page import PageSection, RunPage
+
+app = typer.Typer()
+FIGURES = ("gold", "broken", "proxy", "kl", "words")  # of policies, where they were measured
+
+
+@app.command()
+def report(
+    run: Annotated[
+        str, typer.Argument(metavar="[RUN]", help="NAME or NAME@VERSION. Default: the latest run.")
+    ] = "",
+    store: Store = Path("store"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Default: RUN-report.html.")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, max=100, help="Examples of each kind that are shown.")
+    ] = 6,
+    as_json: Json = False,
+) -> None:
+    """Write a run as one HTML file: how far to trust it, the constitution, charts, examples, and
+    what was trained. It needs no other file and no network.
+    """
+    from prefab.pipelines.store.export.base import find_run
+    from prefab.pipelines.store.run_page import run_page, write_run_page
+
+    folder = existing_store(store)
+    record = find_run(folder, run)
+    page = run_page(folder, record, examples)
+    page.sections = [*_agreement(folder, page), *_training(folder)]
+    out = out or Path(f"{page.name.replace('@', '-')}-report.html")
+    write_run_page(out, page, record["started_at"])
+    size = out.stat().st_size
+    if as_json:
+        return print_json(
+            {"file": str(out), "bytes": size, "run": page.name, "headline": page.headline}
+        )
+    say(page.headline)
+    say(f"{out}: {size / 1000:,.0f} kB; it needs no other file")
+    hint_command("view", store)
+
+
+def _agreement(folder: Path, page: RunPage) -> list[PageSection]:
+    """How reliable the judges are; nothing where that cannot be measured."""
+    try:
+        from prefab.pipelines.quality import agreement
+        from prefab.pipelines.quality.agreement_tables import in_brief
+
+        found = agreement.measure(folder, page.name, examples=0, resamples=200)
+    except ImportError as error:
+        warn(
+            f"the judges' agreement is left out: {error.name} is missing (pip install -e '.[stats]')"
+        )
+        return []
+    except ConfigError as error:
+        warn(f"the judges' agreement is left out: {error}")
+        return []
+    from prefab.pipelines.store.run_page import PageSection
+
+    page.trust += [line[:1].upper() + line[1:] + "." for line in in_brief(found)]
+    columns = ("judge", "verdicts", "right", "both orders agree", "first slot picked", "ties")
+    names = ("judge", "verdicts", "accuracy", "position_consistency", "first_slot_share", "ties")
+    judges = [tuple(cell(row[name]) for name in names) for row in found["judges"]]
+    columns_of = ("principle", "comparisons", "both orders agree", "ties", "right")
+    names_of = ("name", "items", "position_consistency", "ties", "accuracy")
+    principles = [tuple(cell(row[name]) for name in names_of) for row in found["principles"]]
+    tables = [("Judges", columns, judges), ("Principles", columns_of, principles)]
+    return [PageSection("How reliable the judges are", found["limitations"], tables)]
+
+
+def _training(folder: Path) -> list[PageSection]:
+    """What policies that were trained and evaluated with this store do, and PPO's curves."""
+    from prefab.pipelines.store.fill import query
+    from prefab.pipelines.store.run_page import PageSection
+
+    rows = query(
+        folder,
+        "SELECT name, value FROM evals WHERE name IN ('eval policy', 'ppo', 'grpo') ORDER BY rowid",
+    )
+    policies: dict[str, dict[str, Any]] = {}
+    steps: dict[str, list[dict[str, float]]] = {}
+    for name, text in rows.iter_rows():
+        value = json.loads(text)
+        metrics = value["metrics"]
+        if name == "eval policy":
+            policies[str(value.get("policy") or value["subject"])] = metrics
+        elif metrics.get("eval/gold") is not None:
+            steps.setdefault(name, []).append(metrics)
+    if not policies and not steps:
+        return []
+    shown = [name for name in FIGURES if any(name in metrics for metrics in policies.values())]
+    table = [
+        (policy, *(cell(_measured(metrics.get(name)), intervals=True) for name in shown))
+        for policy, metrics in policies.items()
+    ]
+    charts: list[Markup] = [_curve(name, points) for name, points in steps.items()]
+    tables = [("Policies on held-out prompts, with 95% intervals", ("policy", *shown), table)]
+    sentences = [
+        "gold: the score of the ground truth; broken: share of answers that break a principle; "
+        "proxy: the reward model's score; kl: distance from the base policy in nats an answer; "
+        "words: mean length. All models that were evaluated with this store are listed."
+    ]
+    return [PageSection("What was trained", sentences, tables if table else (), charts)]
+
+
+def _measured(value: Any) -> Measured | None:
+    if not isinstance(value, dict) or value.get("value") is None:
+        return None
+    return Measured(value["value"], value.get("low"), value.get("high"))
+
+
+def _curve(stage: str, steps: list[dict[str, float]]) -> Markup:
+    """The reward model's score and the ground truth over the KL from the reference."""
+    from prefab.factory import svg
+    from prefab.factory.charts import Chart, Point, Series
+
+    series = [
+        Series(
+            words,
+            [
+                Point(max(0.0, m["eval/kl"]), m[f"eval/{name}"], label=f"step {m['step']:.0f}")
+                for m in steps
+            ],
+        )
+        for words, name in (("Reward model's score", "proxy"), ("Ground truth", "gold"))
+    ]
+    title = f"{stage.upper()}: reward model's score and ground truth during training"
+    return svg.lines(Chart(title, "KL from the reference, nats an answer", "score", series))
