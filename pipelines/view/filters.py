@@ -83,6 +83,15 @@ class Filters:
             pairs += [(one.name, f"{v:g}" if isinstance(v, float) else str(v)) for v in values]
         return urlencode(pairs)
 
+    def without(self, *names: str) -> Filters:
+        """The filters, those of these names not set."""
+        empty = Filters()
+        kept: dict[str, Any] = {
+            one.name: getattr(empty if one.name in names else self, one.name)
+            for one in fields(self)
+        }
+        return Filters(**kept)
+
     def named(self) -> list[tuple[str, str]]:
         """The filters that are set, each with the query of an address without it."""
         found = []

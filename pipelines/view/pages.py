@@ -8,7 +8,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -366,7 +366,13 @@ def preferences(view: View, parameters: Parameters) -> Page:
     """The grid: filters, histograms, and a page of rows."""
     filters, about, query = filtered(view, parameters)
     start = _start(parameters)
-    rows = with_texts(view, about["run"], rows_of(view, filters, query, start, view.rows + 1))
+    with view.reader.together():
+        left, narrow = narrowed(view, filters, about)
+        found = build(left, about["run"])
+        found.conditions += narrow
+        rows = rows_of(view, left, found, start, view.rows + 1)
+        whole = _whole(view, filters, left, narrow, about, found)
+    rows = with_texts(view, about["run"], rows)
     data: dict[str, Any] = {
         "run": about["named"],
         "filters": filters,
@@ -377,7 +383,7 @@ def preferences(view: View, parameters: Parameters) -> Page:
     }
     if view.bundle:
         _add_verdicts(view, about["run"], data["rows"])
-    data |= _whole(view, filters, about, query)
+    data |= whole
     sql = as_sql(ordered(filters, query, start, view.rows), query.values)
     shown = {
         **data,
@@ -406,7 +412,41 @@ def _start(parameters: Parameters) -> int:
     return min(int(text), MOST_SHOWN) if text.isdecimal() and len(text) < 9 else 0
 
 
-def _whole(view: View, filters: Filters, about: Row, query: Query) -> dict[str, Any]:
+# The filters that read more than the table of preferences. What they leave is found once, and then
+# counted, ordered and drawn.
+_WIDE = (
+    "principle",
+    "judge",
+    "judges",
+    "tag",
+    "reason",
+    "mark",
+    "orders",
+    "people",
+    "against",
+    "q",
+)
+
+
+def narrowed(view: View, filters: Filters, about: Row) -> tuple[Filters, list[str]]:
+    """The filters that are left, and a condition in place of those that read other tables, whose
+    preferences are put into a temporary table.
+    """
+    if not any(getattr(filters, name) for name in _WIDE):
+        return filters, []
+    against = view.run(filters.against)["run"] if filters.against else None
+    wide = Filters(**{name: getattr(filters, name) for name in (*_WIDE, "was")}, sort="stored")
+    base = build(wide, about["run"], against)
+    view.reader.rows(
+        f"CREATE OR REPLACE TEMP TABLE matching AS SELECT p.rowid AS place {base.source()}",
+        base.values,
+    )
+    return filters.without(*_WIDE, "was"), ["p.rowid IN (SELECT place FROM matching)"]
+
+
+def _whole(
+    view: View, filters: Filters, left: Filters, narrow: list[str], about: Row, query: Query
+) -> dict[str, Any]:
     """What is shown of all rows that match: counts, histograms, and the choices of each filter."""
     name = digest("grid", about["run"], filters.query())
 
@@ -418,7 +458,7 @@ def _whole(view: View, filters: Filters, about: Row, query: Query) -> dict[str, 
         return {
             "counts": by,
             "total": sum(by.values()),
-            "histograms": histograms(view, filters, about),
+            "histograms": histograms(view, left, narrow, about),
         }
 
     choices = view.reader.cached(f"choices {about['run']}", lambda: _choices(view, about["run"]))
@@ -426,7 +466,7 @@ def _whole(view: View, filters: Filters, about: Row, query: Query) -> dict[str, 
     return {**whole, "choices": choices}
 
 
-def histograms(view: View, filters: Filters, about: Row) -> list[dict[str, Any]]:
+def histograms(view: View, filters: Filters, narrow: list[str], about: Row) -> list[dict[str, Any]]:
     """How p_chosen, spread and the difference in length are distributed. Each under all filters but
     its own, so that its own can be changed.
     """
@@ -448,10 +488,11 @@ def histograms(view: View, filters: Filters, about: Row) -> list[dict[str, Any]]
         "spread": "spread of the readings",
         "length": "preferred answer longer by, characters",
     }
-    against = view.run(filters.against)["run"] if filters.against else None
     for name, (low, high, column) in ends.items():
-        values = {f"{name}_min": None, f"{name}_max": None}
-        query = build(read_filters_without(filters, values), about["run"], against)
+        query = build(
+            replace(filters.without(f"{name}_min", f"{name}_max"), sort="stored"), about["run"]
+        )
+        query.conditions += narrow
         if name == "length":
             query.lengths = True
             if share > 1:
@@ -473,13 +514,6 @@ def histograms(view: View, filters: Filters, about: Row) -> list[dict[str, Any]]
             }
         )
     return found
-
-
-def read_filters_without(filters: Filters, values: Mapping[str, Any]) -> Filters:
-    """The filters with other values, in the order of the store."""
-    from dataclasses import replace
-
-    return replace(filters, sort="stored", **values)
 
 
 def _counts(view: View, query: Query, column: str, low: float, high: float) -> list[int]:

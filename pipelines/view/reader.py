@@ -56,6 +56,7 @@ class StoreReader:
         self._cached: dict[str, Any] = {}
         self._state: tuple[int, ...] = ()
         self._next_fill = 0.0
+        self._kept = 0  # callers of `together`
         self._filling = self._filled = ""  # what the ledger held, as digests
 
     def rows(self, sql: str, values: Mapping[str, Any] | None = None) -> list[Row]:
@@ -81,6 +82,16 @@ class StoreReader:
                 ) from error
             finally:
                 stop.cancel()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Questions of one caller on one connection, so that they can share a temporary table."""
+        with self._lock, self._opened():
+            self._kept += 1
+            try:
+                yield
+            finally:
+                self._kept -= 1
 
     def value(self, sql: str, values: Mapping[str, Any] | None = None) -> Any:
         """The first value of the first row; None without rows."""
@@ -146,7 +157,7 @@ class StoreReader:
         if self._timer:
             self._timer.cancel()
         deadline = time.monotonic() + PATIENCE_S
-        while self.catch_up() or self._con is None:
+        while (not self._kept and self.catch_up()) or self._con is None:
             if self.filling is None:
                 try:
                     self._con = self._connect()
