@@ -199,7 +199,10 @@ def _show_sweep(found: dict[str, Any]) -> None:
             ],
         )
     best = max(found["arms"].values(), key=lambda told: told["best"]["gained"])["best"]
-    hint_command("train", "ppo", "ppo", "--set", f"beta={best['beta']:g}")
+    if best["gained"] > 0:
+        hint_command("train", "ppo", "ppo", "--set", f"beta={best['beta']:g}")
+    else:
+        warn("the ground truth fell with every beta, so none is recommended: mend the reward first")
 
 
 def _estimate(e: dict[str, Any]) -> Measured | str:

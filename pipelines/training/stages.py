@@ -120,7 +120,7 @@ def drawn(out: Path, stage: str, evaluations: Sequence[dict[str, float]]) -> lis
         points = [charts.Point(e["kl"], e[what], label=f"{e['step']:.0f}") for e in evaluations]
         return charts.Chart(
             f"{title} (numbers: steps)",
-            "KL to the reference, nats an answer",
+            "KL from the reference, nats an answer",
             what,
             [charts.Series(what, points)],
             kl=True,
@@ -130,7 +130,10 @@ def drawn(out: Path, stage: str, evaluations: Sequence[dict[str, float]]) -> lis
         out,
         "gold",
         f"{stage}: {out}",
-        [chart("proxy", "What is trained on"), chart("gold", "What nothing is trained on")],
+        [
+            chart("proxy", "Reward model's score, which PPO raises"),
+            chart("gold", "Ground truth, on which nothing is trained"),
+        ],
     )
 
 
