@@ -16,7 +16,7 @@ PHASES = {
     "filling": ("prefab.pipelines.store.fill", "_replace"),
     "exporting": ("prefab.pipelines.store.export.base", "_card"),
     "planning": ("prefab.pipelines.run.plan", "plan"),
-    "asking the store": ("prefab.factory.store.store", "read_frame"),
+    "asking the store": ("prefab.factory.store.store", "read_store"),
 }
 
 
