@@ -1,11 +1,13 @@
 """Whether `prefab induce` names the principles behind labels, on the embedded world.
 
-    python -m benchmarks.induce --out benchmarks/results/induce.json
+    prefab run demo --set prompts.limit=400 --set store=world-store
+    python -m benchmarks.induce --store world-store --out benchmarks/results/induce.json
 
-In each draw three principles of the embedded world are hidden; the better answer of a pair is the
-one that breaks fewer of them, by the oracle. The candidates are all of the world's principles and
-those of other constitutions as decoys; the embedded model judges. All draws use the same pairs, so
-each question is asked once. A draw counts as found where exactly the hidden three are named."""
+The pairs are comparisons of the store's latest run whose answers differ in at least two of the
+principles that they break. In each draw three of the world's principles are hidden; the better
+answer is the one that breaks fewer of them, by the oracle. The candidates are all of the world's
+principles and those of other constitutions as decoys. The embedded model judges; what the run asked
+already is not asked again. A draw counts as found where exactly the hidden three are named."""
 
 from __future__ import annotations
 
@@ -13,26 +15,42 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.microworld import grammar, oracle, tasks
-from prefab.factory.types import Prompt
-from prefab.pipelines.quality.induction import Induction, LabelledPair, induce
+import yaml
 
-DECOYS = ("front-desk", "hhh")
+from prefab.factory.microworld import grammar, oracle
+from prefab.factory.types import Engine, Prompt
+from prefab.pipelines.quality.induction import Induction, LabelledPair, induce
+from prefab.pipelines.run.rejudge import panel_of
+
+ROOT = Path(__file__).resolve().parent.parent
+DECOYS = ("everyday", "hhh")
 Texts = tuple[Prompt, str, str]
 
 
-def pairs(n: int, seed: int = 0) -> list[Texts]:
-    """Prompts with two different answers each, of mixed manners."""
-    rng, found = random.Random(f"induce {seed}"), list[Texts]()
-    while len(found) < n:
-        situation = grammar.situation(rng)
-        a, b = tasks.pair(rng, situation)
-        if a.text != b.text:
-            found.append((situation.prompt, a.text, b.text))
-    return found
+def pairs(store: Path, n: int, seed: int = 0) -> list[Texts]:
+    """Comparisons of the latest run, with answers that differ in two principles or more."""
+    found = []
+    for prompt in panel_of(store).prompts:
+        texts = {sample.index: sample.text for sample in prompt.samples}
+        broken = {i: oracle.assess(prompt.messages, text).broken for i, text in texts.items()}
+        found += [
+            (prompt, texts[a], texts[b]) for a, b in prompt.pairs if len(broken[a] ^ broken[b]) >= 2
+        ]
+    random.Random(seed).shuffle(found)
+    return found[:n]
+
+
+def candidates(store: Path, decoys: list[str], folder: Path) -> list[Path]:
+    """The world's principles as the store's run has them, and the decoys, as files."""
+    value = yaml.safe_load(panel_of(store).constitution.source)
+    rows = [p for p in value["principles"] if p["id"] in grammar.PRINCIPLES]
+    file = folder / "candidates.yaml"
+    file.write_text(yaml.safe_dump({**value, "principles": rows, "tests": []}, sort_keys=False))
+    return [file, *(ROOT / "constitutions" / f"{name}.yaml" for name in decoys)]
 
 
 def labelled(found: list[Texts], hidden: set[str]) -> list[LabelledPair]:
@@ -78,37 +96,56 @@ def row(hidden: list[str], found: Induction) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the draws and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=400)
-    parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--engine", default="vllm")
-    parser.add_argument("--model", default="prefab-tiny")
-    parser.add_argument("--store", type=Path, default=Path("induce-store"))
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    root = Path(__file__).resolve().parent.parent / "constitutions"
-    files = [root / f"{name}.yaml" for name in ("microworld", *DECOYS)]
-    rng, texts = random.Random(0), pairs(args.pairs)
-    started, rows = time.monotonic(), []
-    value = pipeline(args.store, args.engine, args.model)
-    for _ in range(args.draws):
-        hidden = rng.sample(sorted(grammar.PRINCIPLES), 3)
-        found = induce(labelled(texts, set(hidden)), value, files, quiet=False)
-        rows.append(row(hidden, found))
-        print(json.dumps(rows[-1]), flush=True)
-    result = {
+def summary(
+    rows: list[dict[str, Any]], found: Induction, args: argparse.Namespace, seconds: float
+) -> dict[str, Any]:
+    """The figures of the draws so far."""
+    return {
         "model": args.model,
         "texts": args.pairs,
+        "decoys": list(args.decoys),
         "candidates": len(found.candidates),
         "exactly": sum(r["exactly"] for r in rows),
         "all_three": sum(r["all_three"] for r in rows),
         "draws": len(rows),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
         "rows": rows,
     }
-    print(f"exactly the hidden three in {result['exactly']} of {len(rows)} draws")
+
+
+def draws(args: argparse.Namespace, engines: Mapping[str, Engine] | None = None) -> dict[str, Any]:
+    """All draws, and their figures."""
+    texts, rng = pairs(args.store, args.pairs), random.Random(0)
+    files = candidates(args.store, args.decoys, args.store)
+    value = pipeline(args.store, args.engine, args.model)
+    started, rows = time.monotonic(), list[dict[str, Any]]()
+    for _ in range(args.draws):
+        hidden = rng.sample(sorted(grammar.PRINCIPLES), 3)
+        labels = labelled(texts, set(hidden))
+        found = induce(labels, value, files, engines=engines, quiet=False)
+        rows.append(row(hidden, found))
+        print(json.dumps(rows[-1]), flush=True)
+    return summary(rows, found, args, time.monotonic() - started)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--decoys", nargs="*", default=DECOYS)
+    parser.add_argument("--engine", default="vllm")
+    parser.add_argument("--model", default="prefab-tiny")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the draws and write the figures."""
+    args = arguments()
+    result = draws(args)
+    print(f"exactly the hidden three in {result['exactly']} of {result['draws']} draws")
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

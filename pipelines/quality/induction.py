@@ -63,7 +63,7 @@ from prefab.pipelines.store.selection import select
 if TYPE_CHECKING:
     from prefab.judges.stats.rating_table import FloatArray
 
-LEVEL = 0.01  # of the likelihood-ratio test by which a principle is added, over all candidates
+LEVEL = 0.05  # of the likelihood-ratio test by which a principle is added, over all candidates
 KEEP_LEVEL = 0.05  # of the test by which one that was added is dropped again
 SUREST = 0.99  # no probability of a judge counts for more
 RIDGE = 1e-3  # on the weights: labels that are explained without error have no largest likelihood
@@ -304,7 +304,7 @@ def choose(odds: FloatArray, most: int) -> tuple[list[int], FloatArray, str]:
 
     Columns are added one at a time, each the one that raises the likelihood of a logistic model
     without intercept and with weights of at least 0 most; until no column raises it significantly
-    (likelihood-ratio test at 1%, divided by the number of columns), or there are `most`. One that
+    (likelihood-ratio test at 5%, divided by the number of columns), or there are `most`. One that
     the later ones have made needless (not significant at 5%) is dropped.
 
     Shapes: odds N pairs x K candidates, log-odds that the chosen answer is better.
