@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -224,7 +225,7 @@ async def _induce(
     quiet: bool,
 ) -> Induction:
     prompts = {pair.prompt.id: pair.prompt for pair in pairs}.values()
-    held_out = np.array([_held_out(pair, seed) for pair in pairs])
+    held_out = _held_out(pairs, seed)
     described = {"recipe": "induce"}
     async with asking_session(
         loaded, judge, engine, folder / "induce", "induce", described, prompts, folder, quiet
@@ -265,10 +266,20 @@ async def _induce(
     )
 
 
-def _held_out(pair: LabelledPair, seed: int) -> bool:
-    """Which half a pair is in: that of its prompt's group."""
-    text = f"{seed}\0{pair.prompt.group or pair.prompt.id}"
-    return blake2b(text.encode(), digest_size=1).digest()[0] % 2 == 1
+def _held_out(pairs: Sequence[LabelledPair], seed: int) -> np.ndarray:
+    """Which pairs are held out: about half of them, whole groups of prompts drawn by `seed`."""
+    groups = [pair.prompt.group or pair.prompt.id for pair in pairs]
+    sizes = Counter(groups)
+
+    def place(group: str) -> bytes:
+        return blake2b(f"{seed}\0{group}".encode()).digest()
+
+    chosen, n = set[str](), 0
+    for group in sorted(sizes, key=place):
+        if n + sizes[group] / 2 <= len(pairs) / 2:
+            chosen.add(group)
+            n += sizes[group]
+    return np.array([group in chosen for group in groups])
 
 
 async def _judged(
