@@ -27,7 +27,7 @@ from prefab.pipelines.quality.induction import Induction, LabelledPair, induce
 from prefab.pipelines.run.rejudge import panel_of
 
 ROOT = Path(__file__).resolve().parent.parent
-DECOYS = ("everyday", "hhh")
+DECOYS = ("everyday",)
 Texts = tuple[Prompt, str, str]
 
 
@@ -83,6 +83,7 @@ def row(hidden: list[str], found: Induction) -> dict[str, Any]:
     return {
         "hidden": sorted(hidden),
         "named": named,
+        "alike": {one.principle.id: one.same_as for one in found.principles if one.same_as},
         "exactly": sorted(named) == sorted(hidden),
         "all_three": set(hidden) <= set(named),
         "pairs": found.pairs,
@@ -103,6 +104,7 @@ def summary(
     return {
         "model": args.model,
         "texts": args.pairs,
+        "seed": args.seed,
         "decoys": list(args.decoys),
         "candidates": len(found.candidates),
         "exactly": sum(r["exactly"] for r in rows),
@@ -115,7 +117,7 @@ def summary(
 
 def draws(args: argparse.Namespace, engines: Mapping[str, Engine] | None = None) -> dict[str, Any]:
     """All draws, and their figures."""
-    texts, rng = pairs(args.store, args.pairs), random.Random(0)
+    texts, rng = pairs(args.store, args.pairs), random.Random(args.seed)
     files = candidates(args.store, args.decoys, args.store)
     value = pipeline(args.store, args.engine, args.model)
     started, rows = time.monotonic(), list[dict[str, Any]]()
@@ -134,6 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decoys", nargs="*", default=DECOYS)
     parser.add_argument("--engine", default="vllm")
     parser.add_argument("--model", default="prefab-tiny")

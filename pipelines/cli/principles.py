@@ -168,6 +168,8 @@ def _show_induction(found: Induction) -> None:
     )
     for one in found.principles:
         say(f"{one.principle.compare}", f"{one.principle.id}:", "bold")
+        if one.same_as:
+            say(f"  the judge answers alike to: {', '.join(one.same_as)}")
         for pair in one.examples[:1]:
             say(f"  preferred: {_line(pair.chosen)}")
             say(f"  other:     {_line(pair.rejected)}")

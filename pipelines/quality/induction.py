@@ -68,6 +68,7 @@ LEVEL = 0.05  # of the likelihood-ratio test by which a principle is added, over
 KEEP_LEVEL = 0.05  # of the test by which one that was added is dropped again
 SUREST = 0.99  # no probability of a judge counts for more
 RIDGE = 1e-3  # on the weights: labels that are explained without error have no largest likelihood
+ALIKE = 0.9  # of the winners of two candidates that are the same, to call them alike
 LEAST_PAIRS = 20
 PROPOSED_FROM = 60  # pairs that the model is asked to explain
 MOST_PROPOSED = 40  # different proposals that are tested
@@ -100,6 +101,8 @@ class FoundPrinciple:
             answer.
         decides: Share of the held-out pairs in which it names a winner.
         gain: What it adds to the held-out accuracy of the set.
+        same_as: Candidates to which the judge answers alike, so that the labels cannot tell them
+            from this one.
         examples: Held-out pairs that it decides as labelled, the clearest first.
     """
 
@@ -108,6 +111,7 @@ class FoundPrinciple:
     accuracy: Estimate
     decides: Estimate
     gain: float
+    same_as: list[str] = field(default_factory=list)
     examples: list[LabelledPair] = field(default_factory=list)
 
 
@@ -249,6 +253,7 @@ async def _induce(
                 rows[k].accuracy,
                 rows[k].decides,
                 _right(whole) - _right(rest),
+                [tested[other].id for other in alike(odds, k)],
                 _clearest(pairs, p[:, k], held_out),
             )
         )
@@ -314,7 +319,9 @@ def choose(odds: FloatArray, most: int) -> tuple[list[int], FloatArray, str]:
     """The columns whose weighted sum explains that every row is positive.
 
     Columns are added one at a time, each the one that raises the likelihood of a logistic model
-    without intercept and with weights of at least 0 most; until no column raises it significantly
+    without intercept and with weights of at least 0 most, or the first of those that are `alike`
+    and explain the rows about as well (their likelihoods differ by less than a test at 5% tells);
+    until no column raises it significantly
     (likelihood-ratio test at 5%, divided by the number of columns), or there are `most`. One that
     the later ones have made needless (not significant at 5%) is dropped.
 
@@ -339,10 +346,30 @@ def choose(odds: FloatArray, most: int) -> tuple[list[int], FloatArray, str]:
                 f"{LEVEL:.0%}, divided by {n_candidates} candidates)"
             )
             break
+        best = min([best, *_equals(odds, best, tried)])
         kept.append(best)
         weights, likelihood = tried[best]
         kept, weights, likelihood = _without_needless(odds, kept, weights, likelihood)
     return kept, weights, stop
+
+
+def alike(odds: FloatArray, column: int) -> list[int]:
+    """The other columns with the same sign in 90% of the rows in which either names a winner."""
+    winners = np.where(np.abs(odds) > _EVEN_ODDS, np.sign(odds), 0.0)
+    this = winners[:, [column]]
+    either = (winners != 0) | (this != 0)
+    same = ((winners == this) & either).sum(axis=0) / np.maximum(1, either.sum(axis=0))
+    return [int(k) for k in np.flatnonzero(same >= ALIKE) if k != column]
+
+
+def _equals(
+    odds: FloatArray, best: int, tried: Mapping[int, tuple[FloatArray, float]]
+) -> list[int]:
+    """The columns that are like the best one and explain the rows about as well."""
+    from scipy.stats import chi2
+
+    margin = float(chi2.isf(KEEP_LEVEL, 1)) / 2
+    return [k for k in alike(odds, best) if k in tried and tried[best][1] - tried[k][1] < margin]
 
 
 def _without_needless(
@@ -375,6 +402,7 @@ def _fit(odds: FloatArray) -> tuple[FloatArray, float]:
 
 
 _EVEN = 0.02  # P(chosen) so close to a half names no winner
+_EVEN_ODDS = log((0.5 + _EVEN) / (0.5 - _EVEN))
 
 
 def _candidate(

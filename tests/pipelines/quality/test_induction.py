@@ -17,6 +17,7 @@ from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.spec.constitution import load_constitution
 from prefab.factory.types import Completion, Message
 from prefab.pipelines.quality.induction import (
+    alike,
     as_pairs,
     choose,
     constitution_text,
@@ -176,6 +177,16 @@ def test_a_needless_principle_is_dropped():
     kept, weights, _ = choose(odds, 10)
     assert sorted(kept) == [0, 1] and (weights > 0).all()
     assert choose(odds, 1)[2].startswith("1 principles are the most")
+
+
+def test_of_candidates_that_the_judge_answers_alike_the_first_is_named():
+    rng = np.random.default_rng(1)
+    clear = np.where(rng.random(200) < 0.9, 2.0, -2.0)
+    blurred = clear + 0.05 * rng.standard_normal(200)
+    other = 2.0 * rng.choice([-1.0, 1.0], 200)
+    odds = np.column_stack([other, blurred, clear])
+    assert choose(odds[:, [0, 2]], 1)[0] == [1] and alike(odds, 2) == [1]
+    assert choose(odds, 10)[0] == [1]
 
 
 def test_rules_are_read_and_near_repetitions_merged():
