@@ -150,7 +150,7 @@ def main() -> None:
     result = draws(args)
     print(f"exactly the hidden three in {result['exactly']} of {result['draws']} draws")
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps([result], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
