@@ -8,15 +8,18 @@ before are asked; two runs are compared as they stand.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prefab.factory.errors import ConfigError
+from prefab.factory.spec.composition import bundled_names, read_parent
 from prefab.factory.spec.constitution import (
     constitution_digest,
     load_constitution,
@@ -226,7 +229,8 @@ def read_version(name: str, store: Path) -> Version:
         return Version(name, load_constitution(path))
     revision, colon, file = name.partition(":")
     if colon and file:
-        return Version(name, parse_constitution(_at_revision(revision, file), name))
+        read = partial(_parent_at, revision)
+        return Version(name, parse_constitution(_at_revision(revision, file), name, read))
     if path.suffix in (".yaml", ".yml") or not (store / "ledger.sqlite").exists():
         raise ConfigError(
             f"{name}: no such file. Give a constitution file, one in a git revision "
@@ -239,6 +243,17 @@ def read_version(name: str, store: Path) -> Version:
     shown = f"{record['name']}@{record['version']}"
     constitution = parse_constitution(text, shown) if text else None
     return Version(shown, constitution, record["run"], record=shown)
+
+
+def _parent_at(revision: str, name: str, file: str) -> tuple[str, str]:
+    """What a file of a git revision extends, in the same revision: its name, and its text."""
+    beside = os.path.normpath(Path(file.removeprefix(f"{revision}:")).parent / name)
+    try:
+        return f"{revision}:{beside}", _at_revision(revision, beside)
+    except ConfigError:
+        if name in bundled_names():
+            return read_parent(name, "")
+        raise
 
 
 def _at_revision(revision: str, file: str) -> str:

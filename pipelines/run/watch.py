@@ -15,7 +15,11 @@ from pathlib import Path
 
 from prefab.factory.engines.lifecycle import KeptEngine
 from prefab.factory.errors import ConfigError, PrefabError
-from prefab.factory.spec.constitution import constitution_digest, load_constitution
+from prefab.factory.spec.constitution import (
+    constitution_digest,
+    constitution_files,
+    load_constitution,
+)
 from prefab.factory.store.store import HeldError
 from prefab.factory.types import Engine
 from prefab.pipelines.config.loader import ResolvedPipeline, make_engines, make_programs
@@ -86,13 +90,16 @@ async def _watch(
     first: Version | None = None
     last: Version | None = None
     seen, held, read = b"", "", fields_read(loaded)
+    files = [file]
     try:
         while not until():
-            now = _digest(file)
+            now = _digest(files)
             if now is None or now == seen:
                 await asyncio.sleep(EVERY_S)
                 continue
-            seen, began = now, time.monotonic()
+            began = time.monotonic()
+            files = constitution_files(file)
+            seen = _digest(files) or b""
             try:
                 constitution = load_constitution(file)
             except ConfigError as error:
@@ -129,9 +136,11 @@ def _named(found: Diff | None, name: str) -> Diff | None:
     return replace(found, old=replace(found.old, name=name), new=replace(found.new, name="now"))
 
 
-def _digest(file: Path) -> bytes | None:
-    """What the file holds, digested; None while it is not there."""
+def _digest(files: Sequence[Path]) -> bytes | None:
+    """What the constitution and those that it extends hold, digested; None while one is not
+    there.
+    """
     try:
-        return hashlib.sha256(file.read_bytes()).digest()
+        return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
     except OSError:
         return None

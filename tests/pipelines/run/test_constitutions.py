@@ -3,6 +3,7 @@ keeps every file's text."""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import yaml
 from prefab import resolve_pipeline, run
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger import db, records
-from prefab.pipelines.run.diff import diff
+from prefab.pipelines.run.diff import diff, read_version
+from prefab.pipelines.run.watch import watch
 from prefab.pipelines.store.fill import query
 from tests.support import planted, project
 
@@ -78,3 +80,46 @@ def test_a_constitution_of_several_that_does_not_exist(tmp_path):
     settings["constitution"] = [settings["constitution"], "none.yaml"]
     with pytest.raises(ConfigError, match=r"constitution\[1\]: no such file: none.yaml"):
         resolve_pipeline(settings)
+
+
+def git(folder: Path, *words: str) -> None:
+    """A git command in a folder."""
+    who = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_git_revision_is_read_with_the_files_that_it_extended(tmp_path, monkeypatch):
+    run(project.pipeline(tmp_path), engines=planted.engine())
+    edited = child(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "small.yaml", "child.yaml")
+    git(tmp_path, "commit", "-qm", "first")
+    small = tmp_path / "small.yaml"
+    small.write_text(small.read_text().replace("kinder?", "kinder to all?"))
+    found = diff("HEAD:child.yaml", edited, tmp_path / "store", engines=planted.engine())
+    assert found.changes and "kind" in found.changes[0] and found.new.asked == 36
+    (tmp_path / "own.yaml").write_text("id: own\ntitle: O\nlicence: MIT\nextends: [everyday]\n")
+    git(tmp_path, "add", "own.yaml")
+    git(tmp_path, "commit", "-qm", "second")
+    made = read_version("HEAD:own.yaml", tmp_path / "store").constitution
+    assert made is not None and len(made.principles) == 3
+
+
+def test_a_save_of_an_extended_file_is_seen_by_watch(tmp_path):
+    run(project.pipeline(tmp_path), engines=planted.engine())
+    file, small = child(tmp_path), tmp_path / "small.yaml"
+    text, shown, looks = small.read_text(), [], 0
+
+    def until() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            small.write_text(text.replace("kinder?", "kinder to all?"))
+        return looks > 6
+
+    def show(last, start, seconds):
+        shown.append(last)
+
+    watch(file, tmp_path / "store", show, shown.append, engines=planted.engine(), until=until)
+    assert len(shown) == 2 and shown[1].new.asked == 36
