@@ -94,12 +94,12 @@ async def _watch(
     try:
         while not until():
             now = _digest(files)
-            if now is None or now == seen:
+            if now in (b"", seen):
                 await asyncio.sleep(EVERY_S)
                 continue
             began = time.monotonic()
             files = constitution_files(file)
-            seen = _digest(files) or b""
+            seen = _digest(files)
             try:
                 constitution = load_constitution(file)
             except ConfigError as error:
@@ -136,11 +136,11 @@ def _named(found: Diff | None, name: str) -> Diff | None:
     return replace(found, old=replace(found.old, name=name), new=replace(found.new, name="now"))
 
 
-def _digest(files: Sequence[Path]) -> bytes | None:
-    """What the constitution and those that it extends hold, digested; None while one is not
+def _digest(files: Sequence[Path]) -> bytes:
+    """What the constitution and those that it extends hold, digested; empty while one is not
     there.
     """
     try:
         return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
     except OSError:
-        return None
+        return b""
