@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 PHASES = {
     "opening": ("prefab.pipelines.run.runner", "count_prompts"),
     "filling": ("prefab.pipelines.store.fill", "_replace"),
-    "exporting": ("prefab.pipelines.store.export.base", "_card"),
+    "exporting": ("prefab.pipelines.store.export.card", "_card"),
     "planning": ("prefab.pipelines.run.plan", "plan"),
     "asking the store": ("prefab.factory.store.store", "read_store"),
 }

@@ -122,7 +122,7 @@ def _read(file: Path) -> dict[str, float]:
     if not file.exists():
         return {}
     try:
-        frame = pl.read_parquet(file)
+        frame = pl.read_parquet(file, glob=False)
     except (pl.exceptions.PolarsError, OSError):
         return {}  # cut off while written by an older version: computed again
     return dict(zip(frame["key"], frame["logp"], strict=True))

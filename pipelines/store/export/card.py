@@ -94,7 +94,7 @@ def _first_row(stage: Path, report: ExportReport) -> dict[str, Any]:
     import polars as pl
 
     file = next(iter(report.files.values()))
-    return pl.scan_parquet(stage / file).head(1).collect().row(0, named=True)
+    return pl.scan_parquet(stage / file, glob=False).head(1).collect().row(0, named=True)
 
 
 def _portable(value: Any) -> Any:
