@@ -141,3 +141,12 @@ def world() -> str:
 
 def test_the_embedded_models():
     assert world() in README
+
+
+def test_the_demo():
+    """Each line of the README's example, and its duration, stand in the output of that run."""
+    output = (ROOT / "benchmarks/results/demo.txt").read_text()
+    example = README.split("## The demo")[1].split("```")[3].strip().splitlines()
+    assert len(example) > 10 and not [line for line in example if line not in output]
+    minutes, seconds = output.split("real\t")[1].split("s")[0].split("m")
+    assert f"This run took {minutes} minutes {float(seconds):.0f} seconds" in README
