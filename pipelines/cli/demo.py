@@ -371,17 +371,22 @@ def _preferences(
 
     outcomes: dict[str, int] = defaultdict(int)
     right: list[bool] = []
+    gold_decided = 0
     for row in rows:
         outcomes[row["outcome"]] += 1
-        if row["outcome"] not in ("a", "b"):
-            continue
         a, b = (
             oracle.assess(prompts[row["prompt"]], samples[row["prompt"], row[side]]["text"]).score
             for side in ("a", "b")
         )
-        if a != b:
+        gold_decided += a != b
+        if a != b and row["outcome"] in ("a", "b"):
             right.append((row["outcome"] == "a") == (a > b))
-    return {"outcomes": dict(outcomes), "gold_decided": len(right), "right": _share(right)}
+    return {
+        "outcomes": dict(outcomes),
+        "gold_decided": gold_decided,
+        "both_decided": len(right),
+        "right": _share(right),
+    }
 
 
 def show_first(result: RunResult) -> None:
@@ -435,8 +440,8 @@ def show(measured: dict[str, Any]) -> None:
     told = measured["preferences"]
     if told["right"] is not None:
         say(
-            f"The preferences name the better answer in {told['right']:.1%} of the "
-            f"{told['gold_decided']:,} comparisons that differ for the oracle."
+            f"{told['gold_decided']:,} comparisons differ for the oracle. The preferences decide "
+            f"{told['both_decided']:,} of them, and name the better answer in {told['right']:.1%} of these."
         )
     drafts, revised = measured["drafts"], measured["revised"]
     rows = [

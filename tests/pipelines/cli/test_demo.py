@@ -59,7 +59,12 @@ def test_the_truth_beside_the_labels(prompts):
     by = {row.principle: row for row in truth["accuracy"]}
     assert (by["respect"].decided, by["respect"].right, by["respect"].consistent) == (6, 1.0, 1.0)
     assert (by["privacy"].ties, by["privacy"].ties_seen) == (6, 1.0)
-    assert truth["preferences"] == {"outcomes": {"a": 4, "b": 2}, "gold_decided": 6, "right": 1.0}
+    assert truth["preferences"] == {
+        "outcomes": {"a": 4, "b": 2},
+        "gold_decided": 6,
+        "both_decided": 6,
+        "right": 1.0,
+    }
 
 
 @pytest.mark.parametrize(
