@@ -126,7 +126,7 @@ def test_the_demo_tells_its_steps_and_shows_one_prompt_first(prompts, tmp_path, 
     assert (
         first < told.index("Fault: it insults.") < told.index(f"revision  {GOOD}") < second < third
     )
-    assert "The preferences name the better answer in 100.0%" in told[third:]
+    assert "name the better answer in 100.0% of these" in told[third:]
     assert f"next: prefab agreement --store '{store}'" in asides
 
 
