@@ -149,3 +149,12 @@ def cell(value: Any, intervals: bool = False) -> str:
     if is_estimate(value):
         return f"{estimate(value, intervals)} {getattr(value, 'mark', '')}".rstrip()
     return printable(str(value))
+
+
+def percent(e: HasInterval) -> str:
+    """`98.9% (97.1 to 99.6)`; a dash without a value."""
+    if e.value is None:
+        return "-"
+    if e.low is None or e.high is None:
+        return f"{e.value:.1%}"
+    return f"{e.value:.1%} ({100 * e.low:.1f} to {100 * e.high:.1f})"

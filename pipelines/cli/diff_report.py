@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 
 from rich import box
@@ -16,32 +14,13 @@ from prefab.factory.console import console, say, table
 from prefab.factory.pages import write_page
 from prefab.factory.printable import printable
 from prefab.factory.stats import Estimate
+from prefab.factory.word_diff import Piece, word_differences
 from prefab.pipelines.run.diff import Diff, Moved, PrincipleMoved
 
 OUTCOMES = {"a": "A wins", "b": "B wins", "tie": "tie", "unscored": "unscored"}
 COLUMNS = ("principle", "compared", "moved", "flipped", "mean move")
 NOTE = "moved: P(A) by more than .05; flipped: the verdict names the other answer"
-ALIKE = 0.3  # answers that share less of their words have no differences worth a mark
-MOST_WORDS = 2000  # of both answers together; longer ones are not marked
 ON_A_PAGE = 500  # comparisons in full
-Piece = tuple[str, bool]  # a part of an answer, and whether the other answer lacks it
-
-
-def word_differences(a: str, b: str) -> tuple[list[Piece], list[Piece]]:
-    """Both answers in pieces, each with whether the other answer lacks it."""
-    words = [re.findall(r"\S+\s*|\s+", text) for text in (a, b)]
-    if sum(map(len, words)) > MOST_WORDS:
-        return [(a, False)], [(b, False)]
-    bare = [[word.strip() for word in side] for side in words]
-    found = SequenceMatcher(None, bare[0], bare[1], autojunk=False)
-    if found.ratio() < ALIKE:
-        return [(a, False)], [(b, False)]
-    pieces: tuple[list[Piece], list[Piece]] = ([], [])
-    for kind, a1, a2, b1, b2 in found.get_opcodes():
-        for side, (start, end) in enumerate(((a1, a2), (b1, b2))):
-            if start < end:
-                pieces[side].append(("".join(words[side][start:end]), kind != "equal"))
-    return pieces
 
 
 def show_diff(found: Diff, only: str = "", examples: int = 10) -> None:

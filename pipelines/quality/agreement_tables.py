@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefab.factory.console import say, table, warn
-from prefab.factory.numbers import Measured, better, cell
+from prefab.factory.numbers import Measured, better, cell, percent
 from prefab.factory.stats import Estimate
 
 _JUDGE = (
@@ -86,8 +86,8 @@ def in_brief(found: dict[str, Any]) -> list[str]:
     for row in found["judges"]:
         right, same = row["accuracy"], row["position_consistency"]
         told = [
-            f"is right in {_share(right)} of what it decides" if right.value is not None else "",
-            f"says the same in both orders in {_share(same)}" if same.value is not None else "",
+            f"is right in {percent(right)} of what it decides" if right.value is not None else "",
+            f"says the same in both orders in {percent(same)}" if same.value is not None else "",
             f"could not be read in {row['unscored']:.1%} of {row['verdicts']:,} verdicts"
             if row["unscored"]
             else "",
@@ -110,14 +110,6 @@ def in_brief(found: dict[str, Any]) -> list[str]:
             f"the panel (mean probability) is {over} its best judge, {found['accuracy']['best']}"
         )
     return lines
-
-
-def _share(e: Estimate) -> str:
-    return f"{e.value:.1%}" + (
-        f" ({100 * e.low:.1f}-{100 * e.high:.1f})"
-        if e.low is not None and e.high is not None
-        else ""
-    )
 
 
 def _alpha(e: Estimate) -> str:

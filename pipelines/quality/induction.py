@@ -29,6 +29,7 @@ import yaml
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import prompt_id
+from prefab.factory.numbers import percent
 from prefab.factory.spec.constitution import load_constitution, parse_constitution
 from prefab.factory.spec.templates import Template, load_template
 from prefab.factory.stats import Estimate, clustered_share, undefined
@@ -657,7 +658,7 @@ def constitution_text(found: Induction, name: str = "induced") -> str:
     head = [
         "# yaml-language-server: $schema=constitution.schema.json",
         f"# Found from {found.fitted:,} labelled pairs with the judge {found.judge}; explains "
-        f"{_share(found.accuracy)} of {found.held_out:,} held-out pairs.",
+        f"{percent(found.accuracy)} of {found.held_out:,} held-out pairs.",
         "# Read and edit each principle: it is what the labels have in common, not what anyone meant.",
         *_dumped({"id": name, "title": "Found from labelled pairs", "licence": "CC0-1.0"}),
         "selection: all",
@@ -667,8 +668,8 @@ def constitution_text(found: Induction, name: str = "induced") -> str:
     for one in found.principles:
         p = one.principle
         lines.append(
-            f"  # right in {_share(one.accuracy)} of the held-out pairs that it decides, "
-            f"{_share(one.decides)} of them"
+            f"  # right in {percent(one.accuracy)} of the held-out pairs that it decides, "
+            f"{percent(one.decides)} of them"
         )
         value = {name: getattr(p, name) for name in _TEXTS} | {
             "weight": round(max(one.weight, 0.01), 2)
@@ -703,14 +704,6 @@ def _tests(one: FoundPrinciple) -> list[dict[str, str]]:
 def _dumped(value: Any) -> list[str]:
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000)
     return text.rstrip("\n").split("\n")
-
-
-def _share(found: Estimate) -> str:
-    if found.value is None:
-        return f"an unknown share ({found.undefined})"
-    if found.low is None or found.high is None:
-        return f"{found.value:.0%}"
-    return f"{found.value:.0%} (95% interval {found.low:.0%} to {found.high:.0%})"
 
 
 def as_pairs(rows: Iterable[tuple[Sequence[Message], str, str]]) -> list[LabelledPair]:

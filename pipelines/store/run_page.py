@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from prefab.factory import svg
 from prefab.factory.charts import Chart, Point, Series
-from prefab.factory.numbers import cell
+from prefab.factory.numbers import cell, percent
 from prefab.factory.pages import write_page
 from prefab.factory.stats import Estimate, clustered_share, undefined
 from prefab.pipelines.store.calibrations import NOT_LEARNED, Learned, calibration_of
@@ -198,15 +198,6 @@ def _trust(same: Estimate, learned: Learned | None, selection: Selection) -> lis
     if (selection.config.get("prompts") or {}).get("source") == "microworld":
         trust.append("The data are of a small artificial world, and say nothing of real models.")
     return trust
-
-
-def percent(e: Estimate) -> str:
-    """`98.9% (97.1 to 99.6)`; a dash without a value."""
-    if e.value is None:
-        return "-"
-    if e.low is None or e.high is None:
-        return f"{e.value:.1%}"
-    return f"{e.value:.1%} ({100 * e.low:.1f} to {100 * e.high:.1f})"
 
 
 def _constitution(selection: Selection) -> dict[str, Any]:

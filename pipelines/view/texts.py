@@ -4,18 +4,14 @@ they are very long, and two texts word by word.
 
 from __future__ import annotations
 
-import difflib
-import re
 from typing import Any
 
 from markupsafe import Markup, escape
 
 from prefab.factory.printable import printable
+from prefab.factory.word_diff import word_differences
 
 LONGEST = 20_000  # characters of one text in a page
-MOST_WORDS = 1_500  # of each side of a word diff, whose time grows with the square
-
-_WORD = re.compile(r"\s+|\w+|[^\w\s]")
 
 
 def safe(text: Any) -> Markup:
@@ -44,21 +40,19 @@ def short(text: str | None, longest: int = 160) -> Markup:
 
 def words_apart(old: str | None, new: str | None) -> tuple[Markup, Markup]:
     """Both texts, the words marked that the other does not have; unmarked where either is missing
-    or has more words than are compared.
+    or very long, or they have little in common.
     """
     if old is None or new is None or max(len(old), len(new)) > LONGEST:
         return shown(old), shown(new)
-    one, two = _WORD.findall(old), _WORD.findall(new)
-    if max(len(one), len(two)) > MOST_WORDS:
-        return shown(old), shown(new)
-    left, right = [], []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, one, two, False).get_opcodes():
-        left.append(_part("del", "".join(one[i:j]), kind))
-        right.append(_part("ins", "".join(two[k:m]), kind))
-    return Markup("").join(left), Markup("").join(right)
+    left, right = word_differences(old, new)
+    return (
+        Markup("").join(_part("del", *piece) for piece in left),
+        Markup("").join(_part("ins", *piece) for piece in right),
+    )
 
 
-def _part(tag: str, text: str, kind: str) -> Markup:
-    if kind == "equal" or not text:
+def _part(tag: str, text: str, own: bool) -> Markup:
+    bare = text.rstrip()
+    if not own or not bare:
         return safe(text)
-    return Markup("<{0}>{1}</{0}>").format(Markup(tag), safe(text))
+    return Markup("<{0}>{1}</{0}>{2}").format(Markup(tag), safe(bare), safe(text[len(bare) :]))

@@ -87,6 +87,11 @@ def engine_of(urls: list[str], every: int) -> Engine:
     return VLLM(VllmConfig(model="m", urls=urls, canary_every=every, batch=1, retries=0), "local")
 
 
+def hosted(urls: list[str], every: int) -> Engine:
+    settings = {"engine": "openai", "model": "m", "base_url": f"{urls[0]}/v1", "retries": 0}
+    return make({**settings, "canary_every": every}, "api")
+
+
 async def ask(ledger: Ledger, engine: Engine, numbers: range, run: int) -> list[str]:
     """Ask questions one after another; the answers' texts."""
     texts = []
@@ -114,7 +119,8 @@ async def session(
         await ledger.close()
 
 
-def test_answers_since_the_last_good_check_are_set_aside_and_asked_again(tmp_path):
+@pytest.mark.parametrize("kind", [engine_of, hosted])
+def test_answers_since_the_last_good_check_are_set_aside_and_asked_again(tmp_path, kind):
     server = FakeVllm()
 
     async def run():
@@ -124,9 +130,9 @@ def test_answers_since_the_last_good_check_are_set_aside_and_asked_again(tmp_pat
                 server.weights = "other"
 
             with pytest.raises(EngineError, match=r"no longer serves the model.* answers since"):
-                await session(tmp_path, urls, range(40), 10, swap)
+                await session(tmp_path, urls, range(40), 10, swap, kind=kind)
             server.weights = "good"
-            return await session(tmp_path, urls, range(40), 10)
+            return await session(tmp_path, urls, range(40), 10, kind=kind)
 
     assert asyncio.run(run()) == ["by good"] * 40
 
@@ -158,11 +164,6 @@ def test_replicas_with_different_weights_are_refused_at_the_start(tmp_path):
     asyncio.run(run())
 
 
-def hosted(urls: list[str], every: int) -> Engine:
-    settings = {"engine": "openai", "model": "m", "base_url": f"{urls[0]}/v1", "retries": 0}
-    return make({**settings, "canary_every": every}, "api")
-
-
 @pytest.mark.parametrize("kind", [engine_of, hosted])
 def test_another_model_than_in_an_earlier_run_is_refused_at_the_start(tmp_path, kind):
     server = FakeVllm()
@@ -182,23 +183,6 @@ def test_another_model_than_in_an_earlier_run_is_refused_at_the_start(tmp_path, 
     others, again = asyncio.run(run())
     assert others == ["by other"] * 4
     assert again == ["by good"] * 4 + others + ["by good"] * 4
-
-
-def test_a_hosted_model_that_changes_is_found(tmp_path):
-    server = FakeVllm()
-
-    async def run():
-        async with serving(server) as urls:
-
-            def swap():
-                server.weights = "other"
-
-            with pytest.raises(EngineError, match=r"no longer serves the model.* answers since"):
-                await session(tmp_path, urls, range(40), 10, swap, kind=hosted)
-            server.weights = "good"
-            return await session(tmp_path, urls, range(40), 10, kind=hosted)
-
-    assert asyncio.run(run()) == ["by good"] * 40
 
 
 @pytest.mark.parametrize(("noise", "found"), [(0.0, True), (0.5, False)])

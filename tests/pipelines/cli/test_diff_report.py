@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from prefab import run
 from prefab.factory import console as consoles
 from prefab.factory.types import Completion
+from prefab.factory.word_diff import word_differences
 from prefab.pipelines.cli import diff_report
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.run.diff import Diff, diff
@@ -38,7 +39,7 @@ HOSTILE = "<script>alert(1)</script><img src='http://x.example/a'> & \x1b[2J \u2
     ],
 )
 def test_word_differences(a: str, b: str, own_a: list[str], own_b: list[str]) -> None:
-    pieces = diff_report.word_differences(a, b)
+    pieces = word_differences(a, b)
     assert tuple("".join(text for text, _ in side) for side in pieces) == (a, b)
     assert [text for text, own in pieces[0] if own] == own_a
     assert [text for text, own in pieces[1] if own] == own_b

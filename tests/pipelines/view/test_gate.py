@@ -109,7 +109,7 @@ def test_a_text_of_a_million_characters_is_cut_and_that_is_said():
 
 def test_words_that_differ_are_marked_and_escaped():
     left, right = texts.words_apart("the <b>old</b> word", "the <b>new</b> word")
-    assert left == "the &lt;b&gt;<del>old</del>&lt;/b&gt; word"
-    assert right == "the &lt;b&gt;<ins>new</ins>&lt;/b&gt; word"
+    assert left == "the <del>&lt;b&gt;old&lt;/b&gt;</del> word"
+    assert right == "the <ins>&lt;b&gt;new&lt;/b&gt;</ins> word"
     long = "word " * 2_000
     assert texts.words_apart(long, long + "more") == (escape(long), escape(long + "more"))
