@@ -1,7 +1,7 @@
 """Whether `prefab induce` names the principles behind labels, on the embedded world.
 
     prefab run demo --set prompts.limit=400 --set store=world-store
-    python -m benchmarks.induce --store world-store --out benchmarks/results/induce.json
+    python -m benchmarks.induce --store world-store
 
 The pairs are comparisons of the store's latest run whose answers differ in at least two of the
 principles that they break. In each draw three of the world's principles are hidden; the better
@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.common import write
 from prefab.factory.microworld import grammar, oracle
 from prefab.factory.types import Engine, Prompt
 from prefab.pipelines.quality.induction import Induction, LabelledPair, induce
@@ -140,17 +141,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decoys", nargs="*", default=DECOYS)
     parser.add_argument("--engine", default="vllm")
     parser.add_argument("--model", default="prefab-tiny")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="Two draws on 40 pairs.")
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the draws and write the figures."""
     args = arguments()
+    if args.quick:
+        args.draws, args.pairs = 2, 40
     result = draws(args)
     print(f"exactly the hidden three in {result['exactly']} of {result['draws']} draws")
-    if args.out:
-        args.out.write_text(json.dumps([result], indent=1) + "\n", encoding="utf-8")
+    write("induce", args.quick, results=[result])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """`prefab view` over a made-up store of 1,000,000 preferences: time until the first page, time of
 each kind of query, and memory of the server.
 
-    PYTHONPATH=. python benchmarks/view.py --out benchmarks/results/view.json
+    python -m benchmarks.view
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 
 import orjson
 
+from benchmarks.common import write
 from prefab.factory.ledger import db
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.store import store
@@ -161,22 +163,17 @@ def main() -> None:
     parser.add_argument("--preferences", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--store", type=Path, help="Keep the store here, or use the one there.")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="10,000 preferences, once.")
     args = parser.parse_args()
+    if args.quick:
+        args.preferences, args.repeats = 10_000, 1
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.store or Path(temporary) / "store"
         if not (folder / db.FILE).exists():
             make(folder, args.preferences)
         found = measure(folder, args.repeats)
-    found |= {
-        "preferences": args.preferences,
-        "load_average": os.getloadavg()[0],
-        "cores": os.cpu_count(),
-    }
-    text = orjson.dumps(found, option=orjson.OPT_INDENT_2).decode()
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    print(json.dumps(found, indent=1))
+    write("view", args.quick, preferences=args.preferences, **found)
 
 
 if __name__ == "__main__":
