@@ -93,8 +93,9 @@ def _first_row(stage: Path, report: ExportReport) -> dict[str, Any]:
     """A row of the first dataset."""
     import polars as pl
 
-    file = next(iter(report.files.values()))
-    return pl.scan_parquet(stage / file, glob=False).head(1).collect().row(0, named=True)
+    pattern = next(iter(report.files.values()))
+    file = min(stage.glob(pattern))  # not by polars: `stage` may have a name with brackets
+    return pl.scan_parquet(file, glob=False).head(1).collect().row(0, named=True)
 
 
 def _portable(value: Any) -> Any:

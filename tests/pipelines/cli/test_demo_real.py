@@ -27,8 +27,8 @@ RULES = [
 
 
 def test_every_table_says_what_the_model_is_worth(smollm, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # tables as in a terminal
-    console._console.cache_clear()
+    in_terminal = console.PrintableConsole(force_terminal=True, color_system=None, soft_wrap=True)
+    monkeypatch.setattr(console, "console", lambda stderr=False: in_terminal)
     engine = f"engines.local={json.dumps({'engine': 'scripted', 'rules': RULES})}"
     sets = [engine, "prompts.limit=5"]
     assert demo_real(tmp_path / "store", sets, False, False, print) == 0
