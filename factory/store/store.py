@@ -35,6 +35,7 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 # and writes 2,048 values of a column at once, so answers of 100 kB each need 600 MB: see
 # `with_memory`.
 MEMORY_MB = 144
+FEW_ROWS = 32  # up to here rows are inserted as lists: 0.1 ms more than one Arrow batch
 # the automatic checkpoint at 16 MiB halves the speed, one at 2 GB costs 340 MB a million rows
 SETTINGS = {
     "checkpoint_threshold": "64MB",
@@ -426,8 +427,16 @@ def delete(folder: Path) -> None:
 
 
 def insert(con: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Append rows, given in the order of the table's columns, as one Arrow batch."""
+    """Append rows, given in the order of the table's columns: as one Arrow batch, or, where they
+    are few, as lists. The first Arrow batch of a process imports pandas, which takes longer than
+    all else that a run without new answers does.
+    """
     if not rows:
+        return
+    if len(rows) <= FEW_ROWS:
+        types = con.sql(f"SELECT * FROM {table} LIMIT 0").types
+        values = ", ".join(f"unnest(?::{kind}[])" for kind in types)
+        con.execute(f"INSERT INTO {table} SELECT {values}", [*map(list, zip(*rows, strict=True))])
         return
     import pyarrow as pa
 
