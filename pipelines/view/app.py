@@ -33,6 +33,7 @@ from prefab.pipelines.view import texts
 from prefab.pipelines.view.analysis import agreement, judges, training
 from prefab.pipelines.view.constitution import constitution, download, edited
 from prefab.pipelines.view.filters import OUTCOMES, SORTS
+from prefab.pipelines.view.grid import preferences
 from prefab.pipelines.view.label import label, say
 from prefab.pipelines.view.pages import (
     Page,
@@ -40,7 +41,6 @@ from prefab.pipelines.view.pages import (
     Parameters,
     View,
     compare,
-    preferences,
     run,
     runs,
 )

@@ -57,6 +57,7 @@ def write_bundle(
     try:
         return _written(view, filled(view, run), out, tell)
     finally:
+        view.indexes.end()
         jobs.end()
 
 

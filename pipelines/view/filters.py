@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
@@ -20,6 +21,7 @@ SORTS = {
 }
 RANGES = ("p", "spread", "length")
 TEXT = 200  # characters of a filter's value
+WORD = r"[\pL\pM\pN_]+"  # letters, marks on them, and digits, as DuckDB's expressions name them
 _CHOICES: dict[str, Sequence[str]] = {
     "people": ("", "labelled", "agree", "disagree"),
     "orders": ("", "differ", "agree"),
@@ -44,6 +46,14 @@ PEOPLE = """
   WHERE h.winner IN ('a', 'b', 'tie')
     AND h.label NOT IN (SELECT value->>'$.undo' FROM human_labels WHERE value->>'$.undo' IS NOT NULL))
 GROUP BY ALL)"""
+
+# The preference of another run about the same prompt and the same two answers.
+SAME_ANSWERS = """
+JOIN preferences o ON o.run = $against AND o.prompt = p.prompt AND o.a = p.a AND o.b = p.b
+JOIN samples sa ON sa.run = p.run AND sa.prompt = p.prompt AND sa."index" = p.a
+JOIN samples sb ON sb.run = p.run AND sb.prompt = p.prompt AND sb."index" = p.b
+JOIN samples oa ON oa.run = o.run AND oa.prompt = p.prompt AND oa."index" = p.a AND oa.text = sa.text
+JOIN samples ob ON ob.run = o.run AND ob.prompt = p.prompt AND ob."index" = p.b AND ob.text = sb.text"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +156,14 @@ def _number(name: str, text: str) -> float:
     return value
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a search, in lower case; each is looked for within the words of the texts."""
+    kept = "".join(
+        c if unicodedata.category(c)[0] in "LMN" or c == "_" else " " for c in text.lower()
+    )
+    return list(dict.fromkeys(kept.split()))
+
+
 @dataclass(slots=True)
 class Query:
     """The FROM and WHERE of a query of preferences (`p`), and its values."""
@@ -217,17 +235,17 @@ def build(filters: Filters, run: int, against: int | None = None) -> Query:
             ]
         )
     if filters.against and against is not None:
-        query.joins.append(
-            "JOIN preferences o ON o.run = $against AND o.prompt = p.prompt AND o.a = p.a AND o.b = p.b"
-        )
+        query.joins.append(SAME_ANSWERS)
         query.add("o.outcome <> p.outcome", against=against)
         if filters.was:
             query.add("o.outcome = $was", was=filters.was)
-    if filters.q:
+    for i, word in enumerate(words_of(filters.q) or ([filters.q] if filters.q else [])):
+        has = f"FROM samples WHERE run = $run AND contains(lower(text), $q{i})"
         query.add(
-            "(p.prompt IN (SELECT prompt FROM samples WHERE run = $run AND contains(lower(text), $q)) "
-            "OR p.prompt IN (SELECT prompt FROM prompts WHERE contains(lower(text), $q)))",
-            q=filters.q.lower(),
+            f'((p.prompt, p.a) IN (SELECT prompt, "index" {has}) '
+            f'OR (p.prompt, p.b) IN (SELECT prompt, "index" {has}) '
+            f"OR p.prompt IN (SELECT prompt FROM prompts WHERE contains(lower(text), $q{i})))",
+            **{f"q{i}": word},
         )
     return query
 

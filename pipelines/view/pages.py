@@ -1,5 +1,5 @@
-"""The pages about runs and preferences. Each is a function of the view and the parameters of its
-address; what it gives is also the page's JSON.
+"""What all pages share, and the pages about runs. Each page is a function of the view and the
+parameters of its address; what it gives is also the page's JSON.
 """
 
 from __future__ import annotations
@@ -8,30 +8,18 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefab.factory.errors import ConfigError
-from prefab.factory.keys import digest
 from prefab.factory.stats import wilson
-from prefab.pipelines.view.filters import (
-    LENGTH,
-    OUTCOMES,
-    SORTS,
-    Filters,
-    Query,
-    build,
-    read_filters,
-)
+from prefab.pipelines.view.filters import OUTCOMES
+from prefab.pipelines.view.index import Indexes, PageIndex
 from prefab.pipelines.view.jobs import Jobs
 from prefab.pipelines.view.reader import Row, StoreReader
 
 ROWS = 50  # of the grid, at a time
-MOST_SHOWN = 20_000  # how deep the grid scrolls
-STEPS = 20  # bars of a histogram
-# The histogram of lengths reads every text: above so many preferences, of a share of the prompts.
-LENGTHS_OF = 100_000
 LIVE_S = 15.0  # a store that got an answer so recently is being written
 Parameters = Sequence[tuple[str, str]]
 
@@ -62,6 +50,26 @@ class View:
     annotator: str = ""
     bundle: bool = False
     rows: int = ROWS
+    indexes: Indexes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.indexes = Indexes(self.reader.folder)
+
+    def size(self, run: int) -> int:
+        """How many preferences a run has."""
+        sql = "SELECT count(*) FROM preferences WHERE run = $run"
+        n: int = self.reader.cached(f"size {run}", lambda: self.reader.value(sql, {"run": run}))
+        return n
+
+    def index(self, run: int) -> PageIndex | None:
+        """The index of a run's preferences; None while there is none, or where none is needed."""
+        return self.indexes.get(run, self.size(run))
+
+    def end(self) -> None:
+        """Stop what runs in the background, and close the store."""
+        self.indexes.end()
+        self.jobs.end()
+        self.reader.end()
 
     @property
     def folder(self) -> Path:
@@ -293,255 +301,3 @@ def compare(view: View, parameters: Parameters) -> Page:
     return Page(
         "compare.jinja", f"{old['named']} and {new['named']}", data, command, as_sql(_CROSSED, at)
     )
-
-
-# --- preferences ---
-
-_COLUMNS = (
-    "p.preference, p.prompt, p.a, p.b, p.outcome, p.p_chosen, p.p_a, p.spread, p.n_scored, p.n_readings, "
-    "p.identical, p.escalation"
-)
-# The rows are found by their numbers, and only then are texts read: a quarter of the time.
-_TEXTS = """
-SELECT prompt, "index", substr(text, 1, 400) AS text FROM samples WHERE rowid IN (
-  SELECT rowid FROM samples WHERE run = $run AND prompt IN (SELECT unnest($prompts)))"""
-_QUESTIONS = """
-SELECT prompt, substr(text, 1, 400) AS text, tags FROM prompts WHERE rowid IN (
-  SELECT rowid FROM prompts WHERE prompt IN (SELECT unnest($prompts)))"""
-
-
-def filtered(view: View, parameters: Parameters) -> tuple[Filters, Row, Query]:
-    """The filters in an address, the run that they are of, and their SQL."""
-    filters = read_filters(parameters)
-    about = view.run(filters.run)
-    against = view.run(filters.against)["run"] if filters.against else None
-    return filters, about, build(filters, about["run"], against)
-
-
-def ordered(filters: Filters, query: Query, start: int, n: int) -> str:
-    """The SQL of `n` rows of the grid from `start` on."""
-    order = SORTS[filters.sort].replace("abs(length)", f"abs({LENGTH})")
-    by = f"ORDER BY {order + ', ' if order else ''}p.rowid"
-    return (
-        f"SELECT {_COLUMNS} FROM preferences p WHERE p.rowid IN (SELECT p.rowid {query.source()} {by} "
-        f"LIMIT {n} OFFSET {start})"
-    )
-
-
-def rows_of(view: View, filters: Filters, query: Query, start: int, n: int) -> list[Row]:
-    """`n` rows of the grid from `start` on, in their order, without texts."""
-    order = SORTS[filters.sort].replace("abs(length)", f"abs({LENGTH})")
-    by = f"ORDER BY {order + ', ' if order else ''}p.rowid"
-    found = view.reader.rows(
-        f"SELECT p.rowid AS place {query.source()} {by} LIMIT {n} OFFSET {start}", query.values
-    )
-    places = [row["place"] for row in found]
-    known = {
-        row.pop("place"): row
-        for row in view.reader.rows(
-            f"SELECT p.rowid AS place, {_COLUMNS} FROM preferences p WHERE p.rowid IN (SELECT unnest($places))",
-            {"places": places},
-        )
-    }
-    return [known[place] for place in places]
-
-
-def with_texts(view: View, run: int, rows: list[Row]) -> list[Row]:
-    """The rows with the beginnings of prompt and answers."""
-    prompts = sorted({row["prompt"] for row in rows})
-    texts = {
-        (row["prompt"], row["index"]): row["text"]
-        for row in view.reader.rows(_TEXTS, {"run": run, "prompts": prompts})
-    }
-    questions = {row["prompt"]: row for row in view.reader.rows(_QUESTIONS, {"prompts": prompts})}
-    for row in rows:
-        about = questions.get(row["prompt"], {})
-        row["question"], row["tags"] = about.get("text"), about.get("tags") or []
-        row["text_a"] = texts.get((row["prompt"], row["a"]))
-        row["text_b"] = texts.get((row["prompt"], row["b"]))
-    return rows
-
-
-def preferences(view: View, parameters: Parameters) -> Page:
-    """The grid: filters, histograms, and a page of rows."""
-    filters, about, query = filtered(view, parameters)
-    start = _start(parameters)
-    with view.reader.together():
-        left, narrow = narrowed(view, filters, about)
-        found = build(left, about["run"])
-        found.conditions += narrow
-        rows = rows_of(view, left, found, start, view.rows + 1)
-        whole = _whole(view, filters, left, narrow, about, found)
-    rows = with_texts(view, about["run"], rows)
-    data: dict[str, Any] = {
-        "run": about["named"],
-        "filters": filters,
-        "start": start,
-        "rows": rows[: view.rows],
-        "more": len(rows) > view.rows and start + view.rows < MOST_SHOWN,
-        "of": view.rows,
-    }
-    if view.bundle:
-        _add_verdicts(view, about["run"], data["rows"])
-    data |= whole
-    sql = as_sql(ordered(filters, query, start, view.rows), query.values)
-    shown = {
-        **data,
-        "filters": {k: v for k, v in asdict(filters).items() if v not in (None, "", ())},
-    }
-    return Page("preferences.jinja", "Preferences", data, view.command("sql", sql), sql, json=shown)
-
-
-_JUDGED = """
-SELECT prompt, a, b, list(DISTINCT principle) AS principles, list(DISTINCT judge) AS judges FROM verdicts
-WHERE run = $run GROUP BY ALL"""
-
-
-def _add_verdicts(view: View, run: int, rows: list[Row]) -> None:
-    """The principles and judges of each row, for a filter that runs in the page."""
-    known = {
-        (row["prompt"], row["a"], row["b"]): row for row in view.reader.rows(_JUDGED, {"run": run})
-    }
-    for row in rows:
-        found = known.get((row["prompt"], row["a"], row["b"]), {})
-        row["principles"], row["judges"] = found.get("principles") or [], found.get("judges") or []
-
-
-def _start(parameters: Parameters) -> int:
-    text = one(parameters, "start")
-    return min(int(text), MOST_SHOWN) if text.isdecimal() and len(text) < 9 else 0
-
-
-# The filters that read more than the table of preferences. What they leave is found once, and then
-# counted, ordered and drawn.
-_WIDE = (
-    "principle",
-    "judge",
-    "judges",
-    "tag",
-    "reason",
-    "mark",
-    "orders",
-    "people",
-    "against",
-    "q",
-)
-
-
-def narrowed(view: View, filters: Filters, about: Row) -> tuple[Filters, list[str]]:
-    """The filters that are left, and a condition in place of those that read other tables, whose
-    preferences are put into a temporary table.
-    """
-    if not any(getattr(filters, name) for name in _WIDE):
-        return filters, []
-    against = view.run(filters.against)["run"] if filters.against else None
-    wide = Filters(**{name: getattr(filters, name) for name in (*_WIDE, "was")}, sort="stored")
-    base = build(wide, about["run"], against)
-    view.reader.rows(
-        f"CREATE OR REPLACE TEMP TABLE matching AS SELECT p.rowid AS place {base.source()}",
-        base.values,
-    )
-    return filters.without(*_WIDE, "was"), ["p.rowid IN (SELECT place FROM matching)"]
-
-
-def _whole(
-    view: View, filters: Filters, left: Filters, narrow: list[str], about: Row, query: Query
-) -> dict[str, Any]:
-    """What is shown of all rows that match: counts, histograms, and the choices of each filter."""
-    name = digest("grid", about["run"], filters.query())
-
-    def make() -> dict[str, Any]:
-        counts = view.reader.rows(
-            f"SELECT p.outcome, count(*) AS n {query.source()} GROUP BY ALL", query.values
-        )
-        by = dict.fromkeys(OUTCOMES, 0) | {row["outcome"]: row["n"] for row in counts}
-        return {
-            "counts": by,
-            "total": sum(by.values()),
-            "histograms": histograms(view, left, narrow, about),
-        }
-
-    choices = view.reader.cached(f"choices {about['run']}", lambda: _choices(view, about["run"]))
-    whole: dict[str, Any] = view.reader.cached(name, make)
-    return {**whole, "choices": choices}
-
-
-def histograms(view: View, filters: Filters, narrow: list[str], about: Row) -> list[dict[str, Any]]:
-    """How p_chosen, spread and the difference in length are distributed. Each under all filters but
-    its own, so that its own can be changed.
-    """
-    found = []
-    size = view.reader.cached(
-        f"size {about['run']}",
-        lambda: view.reader.value(
-            "SELECT count(*) FROM preferences WHERE run = $run", {"run": about["run"]}
-        ),
-    )
-    share = max(1, -(-size // LENGTHS_OF))
-    ends = {
-        "p": (0.5, 1.0, "p.p_chosen"),
-        "spread": (0.0, 0.5, "p.spread"),
-        "length": (None, None, LENGTH),
-    }
-    titles = {
-        "p": "p_chosen",
-        "spread": "spread of the readings",
-        "length": "preferred answer longer by, characters",
-    }
-    for name, (low, high, column) in ends.items():
-        query = build(
-            replace(filters.without(f"{name}_min", f"{name}_max"), sort="stored"), about["run"]
-        )
-        query.conditions += narrow
-        if name == "length":
-            query.lengths = True
-            if share > 1:
-                query.add(f"hash(p.prompt) % {share} = 0")
-            low, high = -400.0, 400.0
-        counts = _counts(view, query, column, float(low or 0.0), float(high or 0.0))
-        title = titles[name]
-        if name == "length" and share > 1:
-            title += f" (1 of {share} prompts)"
-        chosen = (getattr(filters, f"{name}_min"), getattr(filters, f"{name}_max"))
-        found.append(
-            {
-                "name": name,
-                "title": title,
-                "low": low,
-                "high": high,
-                "counts": counts,
-                "chosen": chosen,
-            }
-        )
-    return found
-
-
-def _counts(view: View, query: Query, column: str, low: float, high: float) -> list[int]:
-    step = (high - low) / STEPS
-    rows = view.reader.rows(
-        f"SELECT greatest(0, least({STEPS - 1}, floor(({column} - ({low})) / {step})))::INTEGER AS i, "
-        f"count(*) AS n {query.source()} AND {column} IS NOT NULL GROUP BY ALL",
-        query.values,
-    )
-    counts = [0] * STEPS
-    for row in rows:
-        counts[row["i"]] = row["n"]
-    return counts
-
-
-def _choices(view: View, run: int) -> dict[str, list[str]]:
-    """The values that each filter can have in this run."""
-    at = {"run": run}
-    names = {
-        "principle": "SELECT DISTINCT principle AS v FROM verdicts WHERE run = $run AND principle <> '' ORDER BY 1",
-        "judge": "SELECT DISTINCT judge AS v FROM verdicts WHERE run = $run ORDER BY 1",
-        "reason": "SELECT DISTINCT reason AS v FROM verdicts WHERE run = $run AND reason IS NOT NULL ORDER BY 1",
-        "mark": "SELECT DISTINCT rule AS v FROM marks WHERE run = $run ORDER BY 1",
-        "tag": "SELECT DISTINCT unnest(tags) AS v FROM prompts ORDER BY 1 LIMIT 200",
-    }
-    found = {
-        name: [row["v"] for row in view.reader.rows(sql, at if "$run" in sql else None)]
-        for name, sql in names.items()
-    }
-    found["against"] = [row["named"] for row in view.runs() if row["run"] != run]
-    return found

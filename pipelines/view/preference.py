@@ -9,16 +9,8 @@ from typing import Any
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.quality.why import why
 from prefab.pipelines.view.filters import Filters
-from prefab.pipelines.view.pages import (
-    MOST_SHOWN,
-    Page,
-    Parameters,
-    View,
-    as_sql,
-    filtered,
-    one,
-    rows_of,
-)
+from prefab.pipelines.view.grid import filtered, rows_of
+from prefab.pipelines.view.pages import Page, Parameters, View, as_sql, one
 from prefab.pipelines.view.reader import Row
 
 _VERDICTS = """
@@ -172,12 +164,12 @@ def chain(sample: Row, samples: dict[int, Row], critiques: list[Row]) -> list[di
 def around(view: View, parameters: Parameters, filters: Filters) -> dict[str, str]:
     """Addresses of the preferences before and after this one, where it was opened from the grid."""
     place, found = one(parameters, "at"), {"previous": "", "next": "", "back": ""}
-    if not (place.isdecimal() and len(place) < 9 and int(place) < MOST_SHOWN):
+    if not (place.isdecimal() and len(place) < 9):
         return found
     at = int(place)
-    filters, _, query = filtered(view, parameters)
+    filters, about, _ = filtered(view, parameters)
     first = max(0, at - 1)
-    rows = rows_of(view, filters, query, first, at - first + 2)
+    rows = rows_of(view, filters, about, first, at - first + 2)
     kept = filters.query()
     found["back"] = f"preferences?{kept}"
     for i, row in enumerate(rows):

@@ -64,6 +64,22 @@ class StoreReader:
 
         Raises: FillingError while the store is filled, ConfigError when the query takes too long.
         """
+        with self._answer(sql, values) as result:
+            names = [column[0] for column in result.description]
+            return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+
+    def numbers(self, sql: str, values: Mapping[str, Any] | None = None) -> Any:
+        """The only column of a query, as an array.
+
+        Raises: As `rows`.
+        """
+        with self._answer(sql, values) as result:
+            return next(iter(result.fetchnumpy().values()))
+
+    @contextmanager
+    def _answer(
+        self, sql: str, values: Mapping[str, Any] | None
+    ) -> Iterator[duckdb.DuckDBPyConnection]:
         import duckdb
 
         with self._lock, self._opened() as con:
@@ -73,9 +89,7 @@ class StoreReader:
                 with store.translate_errors(self.folder / store.FILE):
                     used = set(_NAMED.findall(sql))
                     named = {name: value for name, value in (values or {}).items() if name in used}
-                    result = con.execute(sql, named)
-                    names = [column[0] for column in result.description]
-                    return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+                    yield con.execute(sql, named)
             except duckdb.InterruptException as error:
                 raise ConfigError(
                     f"the query was stopped after {LONGEST_S:.0f} s. Choose fewer rows with the filters"

@@ -49,11 +49,12 @@ def view(
 
     reader = opened(Path(store))
     jobs = Jobs()
+    pages = View(reader, jobs, annotator)
     try:
         with listening(port) as listener:
             bound, token = listener.getsockname()[1], new_token()
             address = f"http://127.0.0.1:{bound}/?token={token}"
-            app = make_app(View(reader, jobs, annotator), token, bound)
+            app = make_app(pages, token, bound)
             server = uvicorn.Server(
                 uvicorn.Config(
                     app, log_level="warning", access_log=False, server_header=False, lifespan="off"
@@ -64,8 +65,7 @@ def view(
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
             server.run([listener])
     finally:
-        jobs.end()
-        reader.end()
+        pages.end()
 
 
 def opened(folder: Path) -> StoreReader:

@@ -12,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from prefab.pipelines.view.app import make_app
+from prefab.pipelines.view.index import Indexes
 from prefab.pipelines.view.jobs import Jobs
 from prefab.pipelines.view.pages import View
 from prefab.pipelines.view.reader import StoreReader
@@ -45,14 +46,13 @@ def store(made, tmp_path) -> Path:
 
 
 @contextmanager
-def client_of(folder: Path) -> Iterator[TestClient]:
-    reader, jobs = StoreReader(folder), Jobs()
-    app = make_app(View(reader, jobs), TOKEN, PORT)
-    client = TestClient(app, base_url=f"http://127.0.0.1:{PORT}")
+def client_of(folder: Path, indexes: Indexes | None = None) -> Iterator[TestClient]:
+    view = View(StoreReader(folder), Jobs())
+    view.indexes = indexes or view.indexes
+    client = TestClient(make_app(view, TOKEN, PORT), base_url=f"http://127.0.0.1:{PORT}")
     client.get(f"/?token={TOKEN}")
     yield client
-    jobs.end()
-    reader.end()
+    view.end()
 
 
 @pytest.fixture
