@@ -142,14 +142,14 @@ def read_rows(kind: Kind, config: DataConfig) -> Rows:
     Raises: ConfigError where there are none, a split ends empty, or a row belongs to a test split.
     """
     found, tests = Rows(), set()
-    for source in config.sources:
+    for number, source in enumerate(config.sources):
         if source.store:
             rows, held_out = _from_store(kind, source, found)
         else:
             rows, held_out = _from_files(kind, source, config.bad_rows, found.notes)
         tests |= held_out
         _refuse_test(rows, source.store or source.files or "")
-        _take(found, _filtered(rows, source, found.notes), source)
+        _take(found, _filtered(rows, source, number, found.notes), source)
     _refuse_leaks(found, tests)
     _split_off(found, config)
     if not found.train:
@@ -411,35 +411,40 @@ def _refuse_test(rows: Sequence[Row], where: str) -> None:
         )
 
 
-def _filtered(rows: list[Row], source: Source, notes: list[str]) -> list[Row]:
-    """Without pairs inside the margin and without ids that are excluded; both counted."""
-
-    def near(row: Row) -> bool:
-        return any(
-            abs(row[name] - 0.5) < source.margin for name in ("p_chosen", "p_win") if name in row
-        )
-
+def _filtered(rows: list[Row], source: Source, number: int, notes: list[str]) -> list[Row]:
+    """Without rows inside the margin and without ids that are excluded; both counted, with the
+    setting that leaves them out. `number` is the source's place in `data.sources`.
+    """
     if source.margin:
-        kept = [row for row in rows if not near(row)]
-        notes.append(
-            f"{len(rows) - len(kept):,} of {len(rows):,} rows lie within {source.margin} of a half"
-        )
+        kept = [row for row in rows if not _is_near(row, source.margin)]
+        _note_dropped(rows, kept, f"below the margin {source.margin:g}", number, "margin", notes)
         rows = kept
     if source.exclude:
         from prefab.factory.spec.bounded import MAX_LIST
         from prefab.factory.spec.yamlio import read_text
 
-        ids = {
-            line.strip()
-            for line in read_text(source.exclude, MAX_LIST).splitlines()
-            if line.strip()
-        }
+        lines = read_text(source.exclude, MAX_LIST).splitlines()
+        ids = {line.strip() for line in lines if line.strip()}
         kept = [row for row in rows if not any(row.get(name) in ids for name in IDS)]
-        notes.append(
-            f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out as {source.exclude} says"
-        )
+        _note_dropped(rows, kept, f"listed in {source.exclude}", number, "exclude", notes)
         rows = kept
     return rows
+
+
+def _is_near(row: Row, margin: float) -> bool:
+    """Whether a row's probability is within the margin of a half."""
+    return any(abs(row[name] - 0.5) < margin for name in ("p_chosen", "p_win") if name in row)
+
+
+def _note_dropped(
+    rows: list[Row], kept: list[Row], why: str, number: int, setting: str, notes: list[str]
+) -> None:
+    """Note how many rows are left out, and the setting that leaves them out."""
+    if len(kept) < len(rows):
+        notes.append(
+            f"{len(rows) - len(kept):,} of {len(rows):,} rows are {why} and are left out, "
+            f"{len(kept):,} stay; the setting is data.sources.{number}.{setting}"
+        )
 
 
 IDS = ("preference", "sample", "chosen_sample", "rejected_sample", "prompt_id")

@@ -86,7 +86,7 @@ class _LeftOut:
         lines = []
         if self.cut_off:
             lines.append(
-                f"{self.cut_off:,} answers were cut off by length and are left out (--truncated "
+                f"{self.cut_off:,} answers were cut off by length and are left out (`truncated` "
                 "keeps them)"
             )
         for rule, n in self.marked.items():

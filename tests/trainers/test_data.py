@@ -190,7 +190,11 @@ def test_margin_exclusion_weights_and_limit(store, tmp_path):
         "preference", config({"store": str(store), "margin": ps[-1] - 0.5 - 1e-4})
     )
     assert {round(row["p_chosen"], 6) for row in narrow.train} == {ps[-1]}
-    assert any("lie within" in note for note in narrow.notes)
+    assert any(
+        f"of {len(everything.train + everything.val)} rows are below the margin" in note
+        and "data.sources.0.margin" in note
+        for note in narrow.notes
+    )
     (tmp_path / "bad.txt").write_text(everything.train[0]["preference"] + "\n")
     fewer = data.read_rows(
         "preference", config({"store": str(store), "exclude": str(tmp_path / "bad.txt")})
@@ -198,7 +202,7 @@ def test_margin_exclusion_weights_and_limit(store, tmp_path):
     assert len(fewer.train) == 71 and everything.train[0]["preference"] not in {
         r["preference"] for r in fewer.train
     }
-    with pytest.raises(ConfigError, match="nothing to train on.*lie within"):
+    with pytest.raises(ConfigError, match="nothing to train on.*below the margin 0.499"):
         data.read_rows("preference", config({"store": str(store), "margin": 0.499}))
     people = [{"prompt": f"Ask {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(24)]
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in people))

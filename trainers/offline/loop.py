@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from prefab.factory.console import Progress
+from prefab.factory.console import Progress, warn
 from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, distributed
 from prefab.trainers.common import (
@@ -468,12 +468,15 @@ def fit(
     """
     out, main = Path(config.out), trainer.is_world_process_zero()
     record = _begin(trainer, config, stage, found)
+    for note in found.notes if main and not quiet else ():
+        warn(note)
     _callbacks(trainer, config, stage, quiet or not main)
     trainer.kept = config.keep_checkpoints
     began = time.monotonic()
     with translate_errors(out):
         trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(out)) else None)
         result = _result(trainer, stage, out, trainer.evaluate(), time.monotonic() - began)
+        result["notes"] = found.notes
         sharded = _is_sharded(trainer)
         if sharded:
             write_ends(trainer.accelerator.unwrap_model(trainer.model), tokenizer)

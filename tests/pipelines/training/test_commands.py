@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_file_becomes_a_model(folder):
     done = CliRunner().invoke(
         app, ["train", "dpo", str(folder / "dpo.yaml"), "--json"], catch_exceptions=False
     )
-    assert done.exit_code == 0
+    assert done.exit_code == 0 and "note" not in done.stderr
     result = json.loads(done.stdout)
     assert (
         result["steps"] == 2
@@ -50,6 +51,15 @@ def test_a_file_becomes_a_model(folder):
         app, ["train", "dpo", str(folder / "dpo.yaml")], catch_exceptions=False
     )
     assert again.exit_code == 0 and "2 steps on" in again.output
+    fewer = ["--set", "data.sources.0.margin=0.2", "--set", f"out={folder / 'fewer'}"]
+    told = CliRunner().invoke(
+        app, ["train", "dpo", str(folder / "dpo.yaml"), *fewer], catch_exceptions=False
+    )
+    assert re.search(  # before the first step, not only on the card
+        r"\d+ of \d+ rows are below the margin 0.2 and are left out, \d+ stay; the setting is "
+        r"data.sources.0.margin\n(?s:.)*training dpo",
+        told.stderr,
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
