@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from prefab.pipelines.quality.judge_benchmark import evaluate as eval_judge
     from prefab.pipelines.quality.judge_benchmark import read_benchmark
     from prefab.pipelines.quality.judge_benchmark import score_saved as score_verdicts
+    from prefab.pipelines.quality.label_files import read_answers as read_label_queue
+    from prefab.pipelines.quality.label_files import write_queue as write_label_queue
     from prefab.pipelines.quality.labeling import open_session as label
-    from prefab.pipelines.quality.labeling import read_answers as read_label_queue
-    from prefab.pipelines.quality.labeling import write_queue as write_label_queue
     from prefab.pipelines.quality.principle_effects import principle_effects
     from prefab.pipelines.quality.why import why
     from prefab.pipelines.run.diff import diff
@@ -87,7 +87,7 @@ _HOME = {
     "principle_effects": "pipelines.quality.principle_effects:principle_effects",
     "query": "pipelines.store.fill:query",
     "read_benchmark": "pipelines.quality.judge_benchmark:read_benchmark",
-    "read_label_queue": "pipelines.quality.labeling:read_answers",
+    "read_label_queue": "pipelines.quality.label_files:read_answers",
     "rebuild": "pipelines.store.fill:rebuild",
     "recover_ledger": "factory.ledger.verify:recover_ledger",
     "resolve_pipeline": "pipelines.config.loader:resolve_pipeline",
@@ -102,7 +102,7 @@ _HOME = {
     "view": "pipelines.view.serve:view",
     "watch": "pipelines.run.watch:watch",
     "why": "pipelines.quality.why:why",
-    "write_label_queue": "pipelines.quality.labeling:write_queue",
+    "write_label_queue": "pipelines.quality.label_files:write_queue",
     "constitution_text": "pipelines.quality.induction:constitution_text",
     "induce": "pipelines.quality.induction:induce",
     "pairs_of_file": "pipelines.quality.induction:pairs_of_file",

@@ -220,14 +220,14 @@ def answers(rows: Iterable[Mapping[str, Any]], annotators: Sequence[str] = ()) -
     known = [row for row in rows if not annotators or row.get("annotator") in annotators]
     ever: dict[Place, set[str]] = {}
     for row in known:
-        label = _label(_by_text(row), name_of(row))
+        label = _label(by_text(row), name_of(row))
         if label is not None:
             ever.setdefault(label.place, set()).add(label.digest)
-    said = gold(latest(known, _by_text))
+    said = gold(latest(known, by_text))
     return {place: (said.get(place), tuple(sorted(names))) for place, names in ever.items()}
 
 
-def _by_text(value: Mapping[str, Any]) -> Mapping[str, Any]:
+def by_text(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """A label that names its answers by their texts' digests (`prefab label` writes those), or by
     the texts themselves.
     """

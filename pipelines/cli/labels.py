@@ -144,18 +144,35 @@ def label(
         Path | None,
         typer.Option(metavar="FILE.jsonl", help="Write the comparisons without a label to a file."),
     ] = None,
+    export: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(
+            metavar="FORMAT FILE.json",
+            help="Write them for another program instead: argilla or label-studio.",
+        ),
+    ] = None,
     answers: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Read the labels from such a file.")
+        Path | None,
+        typer.Option(
+            "--answers",
+            "--import",
+            metavar="FILE",
+            help="Read the labels from such a file, or from what Argilla or Label Studio exported.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Label comparisons yourself. Judges' verdicts are not shown; one key for each label, with
     undo. You can stop and continue at any time. These labels count as gold labels.
     """
+    from prefab.pipelines.quality import label_files
     from prefab.pipelines.quality import labeling as labelling
 
-    if queue and answers:
-        raise ConfigError("--queue writes a file and --answers reads one: give only one of them")
+    if sum(1 for given in (queue, export, answers) if given) > 1:
+        raise ConfigError(
+            "--queue and --export write a file and --answers reads one: give only one of them"
+        )
+    form, written = export or ("prefab", queue)
     if first not in labelling.FIRST:
         raise ConfigError(f"--first {first}: did you mean {', '.join(labelling.FIRST)}?")
     wanted = cast("labelling.First", first)
@@ -163,17 +180,17 @@ def label(
     with labelling.open_session(
         existing_store(store), run, annotator, wanted, seed, principle
     ) as session:
-        if queue:
-            report = labelling.write_queue(session, queue, limit)
+        if written:
+            report = label_files.write_queue(session, written, limit, form)
         elif answers:
-            report = labelling.read_answers(session, answers)
+            report = label_files.read_answers(session, answers)
         else:
             report = labelling.terminal(session, limit)
     if as_json:
         return print_json(report.data())
-    table(f"{report.run}, labelled by {report.annotator}", ("", ""), report.rows(bool(queue)))
-    if queue:
-        hint_command(*again, "--answers", queue)
+    table(f"{report.run}, labelled by {report.annotator}", ("", ""), report.rows(bool(written)))
+    if written:
+        hint_command(*again, "--answers", written)
     else:
         done = ("agreement", "--store", store, "--gold", "human")
         hint_command(*(again if report.left else done))

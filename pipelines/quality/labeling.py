@@ -1,5 +1,4 @@
-"""People label comparisons of a run: which ones first, the terminal's loop, queue files out and
-answers back.
+"""People label comparisons of a run: which ones first, and the terminal's loop.
 
 Blind: a person sees the conversation, the principle's question and two answers in an order of
 chance, and nothing of what judges said. Each answer is on disk before the next comparison is shown,
@@ -13,7 +12,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -22,11 +21,10 @@ from typing import Any, Literal, TextIO
 import orjson
 
 from prefab.factory.console import say
-from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.errors import ConfigError
 from prefab.factory.keys import digest
-from prefab.factory.spec import data_files
 from prefab.factory.tool_calls import shown_conversation, stored_messages
-from prefab.factory.types import Order
+from prefab.factory.types import Order, Winner
 from prefab.judges import registry
 from prefab.judges.kinds import human
 from prefab.pipelines.store.labels import recorded
@@ -71,12 +69,20 @@ class Task:
     conversation: tuple[tuple[str, str], ...]
     text_a: str
     text_b: str
+    names: tuple[str, str]  # of the two texts (`human.text_name`)
     order: Order
 
     @property
     def place(self) -> human.Place:
-        """Which comparison this is, for what is known of it already."""
+        """The comparison by the ids of its answers."""
         return human.place_of(self.prompt, self.a, self.b, self.principle)
+
+    @property
+    def key(self) -> human.Place:
+        """The comparison by the texts of its answers. People are asked once for each key: answers
+        with equal texts are one answer to them, whatever draft or run they come from.
+        """
+        return human.place_of(self.prompt, *self.names, self.principle)
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -138,9 +144,9 @@ def tasks(
     seed: int = 0,
     principles: Sequence[str] = (),
 ) -> list[Task]:
-    """Every comparison of a run that judges were asked about, in the order in which people should
-    be: what the run waits for, where people are in its panel, unless the order is random; then as
-    `first` says.
+    """Every comparison of a run that judges were asked about, each pair of texts once under a
+    principle, in the order in which people should be asked: what the run waits for and nobody has
+    labelled, where people are in its panel, unless the order is random; then as `first` says.
 
     Raises: ConfigError for a run or a principle that is not there, or a run without comparisons.
     """
@@ -163,16 +169,32 @@ def tasks(
             f"{name} has no comparisons to label: its recipe has no panel, or nothing was judged yet"
         )
     rows = [row for row in rows if not principles or row["principle"] in principles]
-    waits = first != "random" and _asks_people(record["config"])
-    rows.sort(key=lambda row: (waits and row["settled"], row["rank"], _luck(seed, row)))
-    return [_task(name, row, seed, annotator) for row in rows]
+    rows.sort(key=lambda row: (row["prompt"], row["principle"], row["a"], row["b"]))
+    by_key: dict[human.Place, tuple[Task, dict[str, Any]]] = {}
+    for row in rows:  # of pairs with equal texts the first: in queue files it stands for all
+        task = _task(name, row, seed, annotator)
+        by_key.setdefault(task.key, (task, row))
+    waiting: set[human.Place] = set()
+    if first != "random" and (words := _words_of_people(store, record["config"])):
+        unsettled = {key for key, (_, row) in by_key.items() if not row["settled"]}
+        waiting = {key for key in unsettled if any(word.get(key) is None for word in words)}
+
+    def turn(item: tuple[Task, dict[str, Any]]) -> tuple[Any, ...]:
+        return item[0].key not in waiting, item[1]["rank"], _luck(seed, item[1])
+
+    return [task for task, _ in sorted(by_key.values(), key=turn)]
 
 
-def _asks_people(config: str) -> bool:
-    """Whether a run's resolved configuration (JSON) has a judge that people answer."""
+def _words_of_people(store: Path, config: str) -> list[dict[human.Place, Winner | None]]:
+    """What the people of each judge that they answer, of a run's resolved configuration (JSON),
+    say by now. None: they are split.
+    """
     by_people = {kind for kind in registry.JUDGES if registry.JUDGES[kind].shows == "people"}
-    judges = (orjson.loads(config).get("panel") or {}).get("judges", ())
-    return any(judge.get("kind") in by_people for judge in judges)
+    panel = orjson.loads(config).get("panel") or {}
+    asked = [judge for judge in panel.get("judges", ()) if judge.get("kind") in by_people]
+    rows = recorded(store) if asked else []
+    found = [human.answers(rows, judge.get("annotators") or ()) for judge in asked]
+    return [{key: word for key, (word, _) in answers.items()} for answers in found]
 
 
 def _luck(seed: int, row: dict[str, Any]) -> bytes:
@@ -196,35 +218,79 @@ def _task(run: str, row: dict[str, Any], seed: int, annotator: str) -> Task:
         talk,
         row["text_a"],
         row["text_b"],
+        (human.text_name(row["text_a"]), human.text_name(row["text_b"])),
         human.shown_order(seed, annotator, place),
     )
 
 
 class LabelingSession:
-    """One person's labels of a list of tasks: what is to do, what was done, each step recorded
-    before the next.
+    """One person's labels of a list of tasks: what is to do and what was done. Each step is
+    recorded before the next.
+
+    Args:
+        tasks: What people are asked, in this order.
+        read: Gives every label and undo that is recorded, oldest first.
+        annotator: The person.
+        seed: Seed of the order in which two answers are shown.
+        record: Records a label or an undo.
+        clock: Gives the time of a label, in seconds since 1970.
     """
 
     def __init__(
         self,
-        todo: Sequence[Task],
-        rows: Sequence[dict[str, Any]],
+        tasks: Sequence[Task],
+        read: Callable[[], Sequence[dict[str, Any]]],
         annotator: str,
         seed: int,
         record: Callable[[dict[str, Any]], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.annotator, self.seed, self.record, self.clock = annotator, seed, record, clock
-        mine = [label for label in human.latest(rows) if label.annotator == annotator]
-        by_place = {task.place: task for task in todo}
-        self.done: list[tuple[Task, str, str]] = [
-            (by_place[label.place], label.digest, label.winner)
-            for label in mine
-            if label.place in by_place
+        self.tasks, self.read, self.record, self.clock = list(tasks), read, record, clock
+        self.annotator, self.seed = annotator, seed
+        self.todo, self.done = self.tasks, list[tuple[Task, str, str]]()
+        self.report = Report(tasks[0].run if tasks else "", annotator)
+        self._seen = -1  # labels and undos that `todo` and `done` take into account
+        self._text_names = {
+            (task.prompt, answer): name
+            for task in self.tasks
+            for answer, name in zip((task.a, task.b), task.names, strict=True)
+        }
+        self.refresh()
+
+    def of(self, annotator: str) -> LabelingSession:
+        """A session of another person on the same tasks."""
+        return LabelingSession(self.tasks, self.read, annotator, self.seed, self.record, self.clock)
+
+    def refresh(self) -> None:
+        """Take in what this person has labelled or taken back elsewhere: on another page, in
+        another terminal, under another run.
+        """
+        rows = self.read()
+        if len(rows) == self._seen:
+            return
+        self._seen = len(rows)
+        by_key = {task.key: task for task in self.tasks}
+        mine = [
+            (by_key[label.place], label)
+            for label in human.latest(rows, self._by_text)
+            if label.annotator == self.annotator and label.place in by_key
         ]
-        labelled = {task.place for task, _, _ in self.done}
-        self.todo = [task for task in todo if task.place not in labelled]
-        self.report = Report(todo[0].run if todo else "", annotator)
+        self.done = [
+            (task, label.digest, _winner(label.winner_in_place, task)) for task, label in mine
+        ]
+        labelled = {task.key for task, _ in mine}
+        waiting = {task.key for task in self.todo}
+        taken_back = [task for task in self.tasks if task.key not in labelled | waiting]
+        self.todo = taken_back + [task for task in self.todo if task.key not in labelled]
+
+    def _by_text(self, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A label whose answers are named by their texts, also where it names them by their ids."""
+        named = human.by_text(value)
+        ids = {
+            side: self._text_names.get((str(value.get("prompt")), str(value.get(side))))
+            for side in "ab"
+        }
+        return {**named, **{side: name for side, name in ids.items() if name}}
 
     def say(self, said: human.Said, task: Task | None = None, order: Order | None = None) -> None:
         """Record what was said of a task (the next one) as shown."""
@@ -240,13 +306,14 @@ class LabelingSession:
             self.clock(),
             run=task.run,
             seed=self.seed,
-            texts={"a": human.text_name(task.text_a), "b": human.text_name(task.text_b)},
+            texts=dict(zip("ab", task.names, strict=True)),
         )
         self.record(value)
+        self._seen += 1
         self.report.count(said)
-        self.done = [known for known in self.done if known[0].place != task.place]
+        self.done = [known for known in self.done if known[0].key != task.key]
         self.done.append((task, human.name_of(value), value["winner"]))
-        self.todo = [other for other in self.todo if other.place != task.place]
+        self.todo = [other for other in self.todo if other.key != task.key]
 
     def undo(self) -> Task | None:
         """Take the last label back (an earlier session's too) and show its comparison again; None:
@@ -256,9 +323,15 @@ class LabelingSession:
             return None
         task, name, _ = self.done.pop()
         self.record(human.undo(name, self.annotator, self.clock()))
+        self._seen += 1
         self.report.undone += 1
         self.todo.insert(0, task)
         return task
+
+
+def _winner(in_place: human.Said, task: Task) -> human.Said:
+    """A winner in the order of a task's key, as a winner of its `a` and `b`."""
+    return in_place if task.key[1] == task.names[0] else human.swapped(in_place)
 
 
 def talk(
@@ -277,6 +350,7 @@ def talk(
         show(page(task, len(session.done) + 1, len(session.done) + len(session.todo)))
         if not _one_key(session, keys, show):
             break
+        session.refresh()
     session.report.left = len(session.todo)
     return session.report
 
@@ -381,7 +455,9 @@ def open_session(
     todo = tasks(store, run, annotator, first, seed, principles)
     ledger = Ledger.open(store)
     try:
-        yield LabelingSession(todo, recorded(store), annotator, seed, ledger.add_human_label)
+        yield LabelingSession(
+            todo, lambda: recorded(store), annotator, seed, ledger.add_human_label
+        )
     finally:
         asyncio.run(ledger.close())
 
@@ -400,108 +476,3 @@ def terminal(
         except KeyboardInterrupt:
             session.report.left = len(session.todo)
             return session.report
-
-
-def write_queue(session: LabelingSession, file: str | Path, limit: int | None = None) -> Report:
-    """Write the comparisons without a label to a file, one JSON object in each line, with an empty
-    `label` to fill in.
-
-    Args:
-        session: An open session.
-        file: A new file.
-        limit: At most this number of comparisons.
-
-    Raises:
-        ConfigError: The file exists.
-    """
-    file = Path(file)
-    if file.exists():
-        raise ConfigError(
-            [
-                Problem(
-                    str(file),
-                    0,
-                    0,
-                    "",
-                    "exists already; give a new file, so that no labels are lost",
-                )
-            ]
-        )
-    some = session.todo[:limit]
-    lines = [
-        orjson.dumps(
-            {
-                "id": task.name(),
-                "conversation": [{"role": r, "content": t} for r, t in task.conversation],
-                "question": task.question,
-                "answer_a": task.shown[0],
-                "answer_b": task.shown[1],
-                "label": "",
-            }
-        )
-        for task in some
-    ]
-    file.write_bytes(b"".join(line + b"\n" for line in lines))
-    session.report.left = len(session.todo)
-    session.report.unanswered = len(some)
-    return session.report
-
-
-def read_answers(session: LabelingSession, file: str | Path) -> Report:
-    """Record the labels of a queue file. A label that is recorded already is not recorded again.
-
-    Args:
-        session: An open session.
-        file: Lines with `id` and `label`: `a`, `b`, `tie`, `skip`, or empty for no label.
-
-    Raises:
-        ConfigError: Every mistake with its line; nothing is recorded then.
-    """
-    file = Path(file)
-    tasks = [*session.todo, *(task for task, _, _ in session.done)]
-    known: dict[str, tuple[Task, Order]] = {
-        task.name(order): (task, order) for task in tasks for order in ("ab", "ba")
-    }
-    problems: list[Problem] = []
-    answers: dict[human.Place, tuple[int, Task, Order, human.Said]] = {}
-    for _, number, row in data_files.jsonl_rows(file):
-        message = _answer(row, number, known, answers, session.report)
-        problems += [Problem(str(file), number, 1, "", message)] if message else []
-    if problems:
-        raise ConfigError(problems)
-    stands = {task.place: winner for task, _, winner in session.done}
-    for place, (_, task, order, said) in answers.items():
-        if stands.get(place) == (said if order == "ab" else human.swapped(said)):
-            session.report.known += 1
-        else:
-            session.say(said, task, order)
-    session.report.left = len(session.todo)
-    return session.report
-
-
-def _answer(
-    row: Any,
-    number: int,
-    known: dict[str, tuple[Task, Order]],
-    answers: dict[human.Place, tuple[int, Task, Order, human.Said]],
-    report: Report,
-) -> str:
-    """Note one line's answer; gives what is wrong with it, if anything."""
-    try:
-        name, said = row["id"], row["label"]
-    except (ValueError, KeyError, TypeError):
-        return 'each line is an object with "id" and "label", as in the queue file'
-    if not isinstance(name, str) or name not in known:
-        return f"{name!r} is not a comparison of this run (is this the queue file of another run?)"
-    if said in ("", None):
-        report.unanswered += 1
-        return ""
-    words = human.KEYS | {choice: choice for choice in human.KEYS.values()}
-    choice = words.get(said.strip().lower()) if isinstance(said, str) else None
-    if choice is None:
-        return f"the label {said!r} is not one of a, b, tie, skip"
-    task, order = known[name]
-    if task.place in answers:
-        return f"this comparison already has a label in line {answers[task.place][0]}"
-    answers[task.place] = (number, task, order, choice)
-    return ""

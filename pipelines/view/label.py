@@ -59,7 +59,8 @@ def session(view: View, parameters: Parameters) -> tuple[LabelingSession, str, s
                 view.folder, run, who, cast("First", first), 0, [principle] if principle else ()
             )
             record = _recorder(view.folder)
-            _SESSIONS[key] = LabelingSession(todo, recorded(view.folder), who, 0, record)
+            _SESSIONS[key] = LabelingSession(todo, lambda: recorded(view.folder), who, 0, record)
+        _SESSIONS[key].refresh()
         return _SESSIONS[key], who, first
 
 

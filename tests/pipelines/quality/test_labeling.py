@@ -23,7 +23,7 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.judges.kinds import human
 from prefab.pipelines.cli.main import main
-from prefab.pipelines.quality import labeling
+from prefab.pipelines.quality import label_files, labeling
 from prefab.pipelines.store.fill import query
 from tests.support import project
 
@@ -206,6 +206,166 @@ def test_which_comparisons_come_first(tmp_path):
         labeling.tasks(store, "", "ann", principles=["kinder"])
 
 
+@pytest.fixture
+def twins(tmp_path):
+    """One prompt whose drafts 0 and 2 have the same text, one principle: of its two comparisons
+    between different texts each is the other."""
+    from dataclasses import replace
+
+    from prefab.factory.engines.scripted import Scripted, ScriptedConfig
+
+    def answer(request):
+        made = project.answer(request)
+        if project.asked(request) == "sample" and request.repeat[0] == 2:
+            return replace(made, text=made.text.replace("draft 2", "draft 0"))
+        return made
+
+    value = project.pipeline(tmp_path, prompts=1)
+    run(value, engines={"local": Scripted(ScriptedConfig(), answer)})
+    return tmp_path / "store"
+
+
+def test_the_same_pair_is_asked_once_whatever_draft_it_comes_from(twins):
+    places = query(twins, "SELECT count(*) FROM readings WHERE principle = 'kind'").item()
+    assert places == 2  # draft 0 and 1, draft 1 and 2
+    for first in labeling.FIRST:  # the first of them stands for both, whatever the order
+        found = labeling.tasks(twins, "", "ann", first, principles=["kind"])
+        assert [(task.text_a[:7], task.text_b[:7]) for task in found] == [("draft 0", "draft 1")]
+    with labeling.open_session(twins, "", "ann") as session:
+        task = session.todo[0]
+        turned = human.row(  # as another run's session records it, which met the other draft
+            task.prompt,
+            "another draft",
+            "one more",
+            task.principle,
+            "a",
+            "ab",
+            "ann",
+            1.0,
+            texts={"a": task.names[1], "b": task.names[0]},
+        )
+        session.record(turned)
+        assert task in session.todo
+        session.refresh()
+        assert task not in session.todo and [w for _, _, w in session.done] == ["b"]
+        assert task in session.of("bob").todo
+
+
+def test_a_label_of_another_window_is_not_asked_for_again(store):
+    with (
+        labeling.open_session(store, "", "ann") as one,
+        labeling.open_session(store, "", "ann", "random") as other,
+    ):
+        shown: list[str] = []
+        first = one.todo[0]
+        keys = iter("aq")
+
+        def typed():
+            for key in keys:
+                if key == "a":
+                    other.say("tie", one.todo[1])  # meanwhile, in another window
+                yield key
+
+        labeling.talk(one, typed(), shown.append)
+        assert len(one.todo) == 16 and one.done[0][2] == "tie"
+        other.refresh()
+        assert other.undo().key == first.key  # the last label, whoever's window it was
+        one.refresh()
+        assert one.todo[0].key == first.key
+
+
+def argilla_of(rows: list[dict], labels: dict[str, list]) -> None:
+    """Fill in responses, as Argilla writes them: by person, the label of each record."""
+    for person, said in labels.items():
+        for row, value in zip(rows, said, strict=False):
+            if value:
+                found = row["responses"].setdefault("label", [])
+                found.append({"value": value, "user_id": person})
+
+
+def label_studio_of(rows: list[dict], labels: dict[str, list]) -> None:
+    """Fill in annotations, as Label Studio exports them."""
+    for number, row in enumerate(rows):
+        row["id"], row["annotations"] = number + 1, []
+        for person, said in labels.items():
+            if number < len(said) and said[number]:
+                result = {
+                    "from_name": "label",
+                    "to_name": "answer_a",
+                    "type": "choices",
+                    "value": {"choices": [said[number]]},
+                }
+                skipped = said[number] == "skip"
+                row["annotations"].append(
+                    {
+                        "completed_by": {"email": person},
+                        "was_cancelled": skipped,
+                        "result": [] if skipped else [result],
+                    }
+                )
+
+
+@pytest.mark.parametrize("form, fill", [("argilla", argilla_of), ("label-studio", label_studio_of)])
+def test_labels_go_to_other_programs_and_come_back_once(store, tmp_path, form, fill):
+    file = tmp_path / "tasks.json"
+    with labeling.open_session(store, "", "ann") as session:
+        report = label_files.write_queue(session, file, 4, form)
+        shown = {task.name(): task.shown for task in session.todo[:4]}
+    assert (report.unanswered, report.left) == (4, 18)
+    rows = json.loads(file.read_text())
+    for row in rows:  # what people see: nothing of judges, principles' names, or drafts' numbers
+        fields = row["fields"] if form == "argilla" else row["data"]
+        name = row["id"] if form == "argilla" else row["data"]["comparison"]
+        assert (fields["answer_a"], fields["answer_b"]) == shown[name]
+    words = file.read_text()
+    assert not [w for w in ("judge", "small@1", "p_a", '"principle', "verdict") if w in words]
+    fill(rows, {"ben@x.org": ["a", "b", "skip", None], "cleo@x.org": ["b", "b", "tie", "a"]})
+    file.write_text(json.dumps(rows))
+    with labeling.open_session(store, "", "ann") as session:
+        report = label_files.read_answers(session, file)
+        assert len(session.todo) == 18  # none is ann's
+    assert (report.said, report.known) == ({"a": 2, "b": 3, "skip": 1, "tie": 1}, 0)
+    assert report.unanswered == 0
+    texts = dict(query(store, "SELECT sample, text FROM samples").iter_rows())
+    chosen = {  # what each said of what they saw, whatever the order
+        (label.annotator, texts[label.a if label.winner == "a" else label.b])
+        for label in standing(store)
+        if label.winner in "ab"
+    }
+    names = [row["id"] if form == "argilla" else row["data"]["comparison"] for row in rows]
+    a, b = ([shown[name][side] for name in names] for side in (0, 1))
+    expected = {("ben@x.org", a[0]), ("ben@x.org", b[1])}
+    assert chosen == expected | {("cleo@x.org", b[0]), ("cleo@x.org", b[1]), ("cleo@x.org", a[3])}
+    n = len(labeling.recorded(store))
+    with labeling.open_session(store, "", "ann") as session:
+        again = label_files.read_answers(session, file)  # the same file once more
+    assert (again.known, again.said, len(labeling.recorded(store))) == (7, {}, n)
+    rows[0].pop("responses", None)
+    rows[0].get("data", {}).pop("comparison", None)
+    file.write_text(json.dumps(rows))
+    with (
+        labeling.open_session(store, "", "ann") as session,
+        pytest.raises(ConfigError, match=r"tasks\.json row 1: each (record|task) has"),
+    ):
+        label_files.read_answers(session, file)
+
+
+def test_the_labels_of_one_person_are_the_annotators(store, tmp_path):
+    file = tmp_path / "tasks.json"
+    with labeling.open_session(store, "", "ann") as session:
+        with pytest.raises(ConfigError, match="no format of label files: argilla, label-studio"):
+            label_files.write_queue(session, file, 2, "argila")
+        with pytest.raises(ConfigError, match=r"ends with \.json"):
+            label_files.write_queue(session, tmp_path / "tasks.jsonl", 2, "argilla")
+        label_files.write_queue(session, file, 2, "label-studio")
+    rows = json.loads(file.read_text())
+    label_studio_of(rows, {"7": ["a", "tie"]})
+    file.write_text(json.dumps(rows))
+    with labeling.open_session(store, "", "ann") as session:
+        label_files.read_answers(session, file)
+    assert {label.annotator for label in standing(store)} == {"ann"}
+
+
 def fill_in(file: Path, answers: list) -> list[dict]:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row | {"label": said} for row, said in zip(rows, answers, strict=False)]
@@ -217,13 +377,13 @@ def test_a_queue_file_there_and_back(store, tmp_path):
     file = tmp_path / "queue.jsonl"
     label_with_keys(store, "aaq")
     with labeling.open_session(store, "", "ann") as session:
-        assert labeling.write_queue(session, file, 4).unanswered == 4
+        assert label_files.write_queue(session, file, 4).unanswered == 4
         with pytest.raises(ConfigError, match="exists already"):
-            labeling.write_queue(session, file)
+            label_files.write_queue(session, file)
     rows = fill_in(file, ["a", "T", "", "b"])
     assert sorted(rows[0]) == ["answer_a", "answer_b", "conversation", "id", "label", "question"]
     with labeling.open_session(store, "", "ann") as session:
-        report = labeling.read_answers(session, file)
+        report = label_files.read_answers(session, file)
     assert (report.said, report.unanswered, report.left) == ({"a": 1, "tie": 1, "b": 1}, 1, 13)
     texts = dict(query(store, "SELECT sample, text FROM samples").iter_rows())
     first = standing(store)[2]
@@ -232,11 +392,11 @@ def test_a_queue_file_there_and_back(store, tmp_path):
     with labeling.open_session(
         store, "", "ann", seed=5
     ) as session:  # another seed shows other orders: the file's own counts
-        assert labeling.read_answers(session, file).known == 3
+        assert label_files.read_answers(session, file).known == 3
     assert len(labeling.recorded(store)) == n
     fill_in(file, ["b", "T", "", "b"])
     with labeling.open_session(store, "", "ann") as session:
-        assert (labeling.read_answers(session, file).said, len(session.todo)) == (
+        assert (label_files.read_answers(session, file).said, len(session.todo)) == (
             {"b": 1},
             13,
         )  # a change of mind
@@ -247,7 +407,7 @@ def test_mistakes_in_an_answers_file_are_told_with_their_lines_and_nothing_is_re
 ):
     file = tmp_path / "queue.jsonl"
     with labeling.open_session(store, "", "ann") as session:
-        labeling.write_queue(session, file, 2)
+        label_files.write_queue(session, file, 2)
     rows = fill_in(file, ["a", "b"])
     bad = [
         rows[0],
@@ -260,7 +420,7 @@ def test_mistakes_in_an_answers_file_are_told_with_their_lines_and_nothing_is_re
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in bad) + "\n{half")
     with labeling.open_session(store, "", "ann") as session, pytest.raises(ConfigError) as caught:
-        labeling.read_answers(session, file)
+        label_files.read_answers(session, file)
     told = {problem.line: problem.message for problem in caught.value.problems}
     assert set(told) == {2, 3, 4, 5, 6, 7, 9}
     assert (
@@ -273,7 +433,7 @@ def test_mistakes_in_an_answers_file_are_told_with_their_lines_and_nothing_is_re
         labeling.open_session(store, "", "ann") as session,
         pytest.raises(ConfigError, match="cannot be read"),
     ):
-        labeling.read_answers(session, tmp_path / "none.jsonl")
+        label_files.read_answers(session, tmp_path / "none.jsonl")
 
 
 @given(st.text())
@@ -304,6 +464,7 @@ def test_the_command(store, tmp_path, monkeypatch, capsys):
         ([str(store), "--first", "best"], "did you mean"),
         ([str(store), "--run", "nobody"], "has no run"),
         ([str(store), "--queue", "a", "--answers", "b"], "give only one of them"),
+        ([str(store), "--queue", "a", "--export", "argilla", "b"], "give only one of them"),
     ):
         monkeypatch.setattr(sys, "argv", ["prefab", "label", "--store", *words])
         with pytest.raises(SystemExit) as caught:

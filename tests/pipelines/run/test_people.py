@@ -32,13 +32,14 @@ def made(folder, **settings):
     return run(pipeline(folder, **settings), engines={"local": engines()["local"]})
 
 
-def say(store, wanted, n, annotator="ann"):
-    """The next `n` comparisons labelled by somebody who sees which answer is the good one, and says
-    it is or is not."""
+def say(store, wanted, n, annotator="ann", about=None):
+    """The next `n` comparisons (of those `about` which there is something to say) labelled by
+    somebody who sees which answer is the good one, and says it is or is not."""
     with labeling.open_session(store, "", annotator) as session:
-        for task in session.todo[:n]:
+        todo = [task for task in session.todo if about is None or task.key in about]
+        for task in todo[:n]:
             good = "a" if "good" in task.shown[0] else "b"
-            session.say(good if wanted else human.swapped(good))
+            session.say(good if wanted else human.swapped(good), task)
         return [(task.prompt, task.text_a, task.text_b) for task, _, _ in session.done[-n:]]
 
 
@@ -119,8 +120,14 @@ def test_what_is_over_the_share_stays_with_the_cheap_judge(tmp_path):
 
 def test_people_who_are_split_are_waited_for_and_some_may_not_count(tmp_path):
     made(tmp_path)
+    with labeling.open_session(tmp_path / "store", "", "bob") as session:
+        waiting = {task.key for task in session.todo[:8]}
     say(tmp_path / "store", True, 8)
-    say(tmp_path / "store", False, 8, "bob")
+    with labeling.open_session(tmp_path / "store", "", "bob") as session:
+        assert not waiting & {task.key for task in session.todo[:4]}  # nobody waits for them
+    say(tmp_path / "store", False, 8, "bob", waiting)
+    with labeling.open_session(tmp_path / "store", "", "cleo") as session:
+        assert waiting == {task.key for task in session.todo[:8]}  # split: they wait again
     assert made(tmp_path).awaited == 8
     rows = labeling.recorded(tmp_path / "store")
     assert {winner for winner, _ in human.answers(rows).values()} == {None}
