@@ -24,7 +24,7 @@ from prefab.factory.console import say
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import digest
 from prefab.factory.tool_calls import shown_conversation, stored_messages
-from prefab.factory.types import Order, Winner
+from prefab.factory.types import Order
 from prefab.judges import registry
 from prefab.judges.kinds import human
 from prefab.pipelines.store.labels import recorded
@@ -174,10 +174,8 @@ def tasks(
     for row in rows:  # of pairs with equal texts the first: in queue files it stands for all
         task = _task(name, row, seed, annotator)
         by_key.setdefault(task.key, (task, row))
-    waiting: set[human.Place] = set()
-    if first != "random" and (words := _words_of_people(store, record["config"])):
-        unsettled = {key for key, (_, row) in by_key.items() if not row["settled"]}
-        waiting = {key for key in unsettled if any(word.get(key) is None for word in words)}
+    unsettled = {key for key, (_, row) in by_key.items() if not row["settled"]}
+    waiting = set() if first == "random" else _waiting(store, record["config"], unsettled)
 
     def turn(item: tuple[Task, dict[str, Any]]) -> tuple[Any, ...]:
         return item[0].key not in waiting, item[1]["rank"], _luck(seed, item[1])
@@ -185,16 +183,18 @@ def tasks(
     return [task for task, _ in sorted(by_key.values(), key=turn)]
 
 
-def _words_of_people(store: Path, config: str) -> list[dict[human.Place, Winner | None]]:
-    """What the people of each judge that they answer, of a run's resolved configuration (JSON),
-    say by now. None: they are split.
+def _waiting(store: Path, config: str, unsettled: set[human.Place]) -> set[human.Place]:
+    """Those of the comparisons without a preference on which people's label is missing by now: of a
+    run's resolved configuration (JSON), for any judge that people answer. Where they are split, it
+    is missing too.
     """
     by_people = {kind for kind in registry.JUDGES if registry.JUDGES[kind].shows == "people"}
     panel = orjson.loads(config).get("panel") or {}
     asked = [judge for judge in panel.get("judges", ()) if judge.get("kind") in by_people]
     rows = recorded(store) if asked else []
-    found = [human.answers(rows, judge.get("annotators") or ()) for judge in asked]
-    return [{key: word for key, (word, _) in answers.items()} for answers in found]
+    answers = [human.answers(rows, judge.get("annotators") or ()) for judge in asked]
+    missing = (None, ())
+    return {key for key in unsettled if any(not said.get(key, missing)[0] for said in answers)}
 
 
 def _luck(seed: int, row: dict[str, Any]) -> bytes:
