@@ -82,6 +82,7 @@ def reason_of(error: Exception | str) -> str:
     return kept[:REASON_LENGTH].strip() or type(error).__name__
 
 
+_DIED = "the server dies of this question"
 _KINDS = {
     "rate_limit": r"HTTP 429|rate limit leaves no time",
     "server_error": r"HTTP 5\d\d",
@@ -93,11 +94,12 @@ _KINDS = {
 
 
 def failure_kind(error: str, refused: bool) -> str:
-    """The kind of a call's failure, by its message: `refused` (by the server, for good),
+    """The kind of a call's failure, by its message: `engine_died` (the server that Prefab started
+    dies of this question; not asked again either), `refused` (by the server, for good),
     `rate_limit`, `server_error` (HTTP 5xx), `timeout`, `no_connection`, `malformed` (an answer
     that cannot be read), or `transport` for any other.
     """
     if refused:
-        return "refused"
+        return "engine_died" if error.startswith(_DIED) else "refused"
     found = (kind for kind, pattern in _KINDS.items() if re.search(pattern, error))
     return next(found, "transport")

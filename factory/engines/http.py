@@ -305,7 +305,8 @@ class HttpClient:
         self.health = Health(config.down_after_s)
         self.throttle = Throttle(config.max_in_flight)
         self.tell: Callable[[str], None] = lambda line: None  # where a notice for people goes
-        # an engine that owns the server knows when it died
+        # an engine that owns the server knows when it died, and counts how often it was started
+        self.starts = 0
         self.why_down: Callable[[], str | None] = lambda: None
         self._session: Any = None
         self._loop: Any = None
@@ -392,7 +393,7 @@ class HttpClient:
 
     async def _tries(self, call: _Call) -> dict[str, Any]:
         deadline = time.monotonic() + self.config.deadline_s
-        failures = spared = 0
+        failures, spared, starts = 0, 0, self.starts
         while True:
             if not await self.throttle.enter(deadline):
                 raise TransportError(self._too_late(call.path, "its rate limit leaves no time"))
@@ -413,6 +414,8 @@ class HttpClient:
             late = time.monotonic() + wait_s >= deadline
             spared = await self._try_again(call, reason, failures, late, spared)
             await asyncio.sleep(wait_s)
+            if self.starts != starts and call.pace is not None:  # its engine asks again, in turn
+                raise ServerDown(f"{self.url}{call.path}: {reason}", asked=True)
 
     async def _try_again(
         self, call: _Call, reason: str, failures: int, late: bool, spared: int

@@ -34,8 +34,9 @@ from prefab.factory.engines.chat import (
     log_probability,
     wrong_model,
 )
+from prefab.factory.engines.deadly_questions import DeadlyQuestions
 from prefab.factory.engines.family import Family
-from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected
+from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected, ServerDown
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.errors import EngineError, TransportError
@@ -47,7 +48,9 @@ from prefab.factory.types import Completion, Engine, Request, ServerReport
 T = TypeVar("T")
 MAX_LABEL_IDS = 128  # vLLM 0.32 answers 400 above
 MISSING_S = 15.0  # between two tries of a server that did not answer at the start
-MOST_RESTARTS = 3  # of our own server, when it dies
+# of our own server, when it dies: so many, as many again for each question of which it died, and
+# one more for so many answers
+MOST_RESTARTS, ANSWERS_PER_RESTART = 3, 10_000
 
 
 class VllmConfig(HttpConfig):
@@ -229,6 +232,7 @@ class VLLM(Engine):
         self._replicas: Replicas | None = None
         self._missing: dict[str, str] = {}  # servers that are not asked, and why
         self._restarts, self._not_started = 0, ""
+        self._deadly: DeadlyQuestions | None = None  # of our own server
         self._tasks: set[asyncio.Task[None]] = set()  # that wait for a server
 
     @cached_property
@@ -317,6 +321,7 @@ class VLLM(Engine):
         )
         await self.process.start()
         self._urls = [f"http://127.0.0.1:{port}"]
+        self._deadly = DeadlyQuestions(self._confirm, self._tell)
 
     async def _greet_all(self) -> list[str]:
         """Greet all servers at once; the addresses of those that do not answer, where others do.
@@ -388,27 +393,45 @@ class VLLM(Engine):
 
     def _why_dead(self) -> str | None:
         """Why our server died for good; None while it runs, or is started again. One that died
-        while it served is started again, `MOST_RESTARTS` times at most.
+        while it served is started again, `_most_restarts` times at most.
         """
         died = self._not_started or (self.process.why_dead() if self.process else None)
         if died is None or self._tasks:
             return None
-        if self._restarts >= MOST_RESTARTS:
+        if self._restarts >= self._most_restarts():
             return f"{died}\nit was started again {self._restarts} times, and ended each time"
         self._restarts += 1
+        if self._deadly is not None and not self._not_started:
+            self._deadly.died(died)
         self._in_background(self._restart(died))
         return None
+
+    def _most_restarts(self) -> int:
+        answers = self._replicas.all[0].calls if self._replicas else 0
+        found = self._deadly.found if self._deadly else 0
+        return MOST_RESTARTS * (1 + found) + answers // ANSWERS_PER_RESTART
+
+    async def _confirm(self) -> None:
+        """Ask our server a small question. Raises: ServerDown where it does not answer."""
+        server = self._chats[0].server
+        server.health.admit(server.url)
+        if await server.reachable():
+            return server.health.succeeded()
+        server.health.failed("it does not answer a small question")
+        server.health.fall()
+        raise ServerDown(server.health.words(server.url))
 
     async def _restart(self, died: str) -> None:
         """Start our server again, at the same port with the same key; its questions wait."""
         before, health = self.process, self._chats[0].server.health
         if before is None:
             return
-        number = f"{self._restarts} of {MOST_RESTARTS}"
+        number = f"{self._restarts} of {self._most_restarts()}"
         self._tell(
             f"{died.splitlines()[0]}; it is started again ({number}); its log: {before.log_file}"
         )
         health.answered = True  # it is waited for
+        self._chats[0].server.starts += 1
         if not health.down:
             health.failed("it died")
             health.fall()
@@ -531,13 +554,16 @@ class VLLM(Engine):
         return await self._from_any(request, lambda chat: chat.draw(key, request, stops))
 
     async def _from_any(self, request: Request, ask: Callable[[Chat], Awaitable[T]]) -> T:
-        if self._replicas is None:
+        replicas, deadly = self._replicas, self._deadly
+        if replicas is None:
             raise EngineError(f"engines.{self.name} was not started")
-        return await self._replicas.ask(
-            request.messages,
-            lambda at: ask(self._chats[at]),
-            (bool(request.labels), request.sampling.max_tokens),
-        )
+        kind = (bool(request.labels), request.sampling.max_tokens)
+        if deadly is None:
+            return await replicas.ask(request.messages, lambda at: ask(self._chats[at]), kind)
+        with deadly.question() as one:
+            return await replicas.ask(
+                request.messages, lambda at: deadly.ask(one, lambda: ask(self._chats[at])), kind
+            )
 
     async def _tokens(self, chat: Chat, text: str) -> list[int]:
         """The token ids of a text, no special tokens added."""
@@ -595,7 +621,7 @@ class VLLM(Engine):
         chats, self._chats = self._chats, []
         for chat in chats:
             await chat.stop()
-        process, self.process, self.kept = self.process, None, None
+        process, self.process, self.kept, self._deadly = self.process, None, None, None
         if self.owns_server:
             self._urls = []
         if process is not None:

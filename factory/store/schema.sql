@@ -58,9 +58,10 @@ CREATE TABLE preferences (preference VARCHAR, run INTEGER, prompt VARCHAR, a INT
 -- prompt, from all of the prompt's comparisons once they are settled. NULL, with a `reason`: there is no fit.
 CREATE TABLE strengths (run INTEGER, prompt VARCHAR, "index" INTEGER, method VARCHAR, strength DOUBLE, se DOUBLE,
     reason VARCHAR);
--- Calls without an answer, once for each time that one failed. `kind` is refused (by the server, for good), rate_limit,
--- server_error, timeout, no_connection, malformed (an answer that cannot be read), transport (any other), or left_out (not
--- a call, but a row of the ledger that the store cannot hold). `reason` is the message without addresses and numbers.
+-- Calls without an answer, once for each time that one failed. `kind` is refused (by the server, for good), engine_died
+-- (the server that Prefab started dies of it; not asked again either), rate_limit, server_error, timeout, no_connection,
+-- malformed (an answer that cannot be read), transport (any other), or left_out (not a call, but a row of the ledger that
+-- the store cannot hold). `reason` is the message without addresses and numbers.
 CREATE TABLE failures (run INTEGER, call VARCHAR, kind VARCHAR, reason VARCHAR, error VARCHAR, failed_at DOUBLE);
 CREATE TABLE human_labels (label VARCHAR, prompt VARCHAR, winner VARCHAR, annotator VARCHAR, value VARCHAR,
     labelled_at DOUBLE);

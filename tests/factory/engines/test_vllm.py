@@ -33,7 +33,13 @@ from prefab.factory.engines.vllm_process import (
     has_gpu,
     reason,
 )
-from prefab.factory.errors import ConfigError, EngineError, TransportError
+from prefab.factory.errors import (
+    ConfigError,
+    EngineError,
+    RequestRefused,
+    TransportError,
+    failure_kind,
+)
 from prefab.factory.keys import model_identity, request_key
 from prefab.factory.types import Completion, Message, Request, Sampling
 
@@ -487,8 +493,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize":
             return self.answer({"tokens": [ord(c) for c in asked["prompt"]]})
+        text = asked["messages"][-1]["content"]
+        if DEADLY in text:
+            time.sleep(0.1)
+            os.kill(os.getpid(), 9)
         time.sleep(0.02)
-        message = {"role": "assistant", "content": "said " + asked["messages"][-1]["content"]}
+        message = {"role": "assistant", "content": "said " + text}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         self.answer({"id": "x", "choices": [choice], "usage": {}})
 open("PIDS", "a").write(f"{os.getpid()}\\n")
@@ -499,21 +509,31 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
+def stand_in(folder: Path, monkeypatch, fails=(), deadly="deadly") -> tuple[VLLM, Path, list[str]]:
+    """An engine whose server is `SERVER`, the file that lists its processes, and what it says."""
+    module = folder / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    module.parent.mkdir(parents=True)
+    for package in (folder / "vllm", folder / "vllm" / "entrypoints", module.parent):
+        (package / "__init__.py").touch()
+    pids = folder / "pids"
+    values = {"PIDS": str(pids), "FAILS": repr(tuple(fails)), "DEADLY": repr(deadly)}
+    text = SERVER
+    for name, value in values.items():
+        text = text.replace(name, value)
+    module.write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    said: list[str] = []
+    config = VllmConfig(model="m", env={"PYTHONPATH": str(folder)}, canary_every=0, retries=0)
+    engine = VLLM(config, "local", said.append)
+    engine.log_folder = folder / "logs"
+    return engine, pids, said
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="subreapers")
 @pytest.mark.parametrize("fails", [(), pytest.param((2,), marks=pytest.mark.slow), range(2, 99)])
 def test_our_own_server_is_started_again_when_it_dies(fails, tmp_path, monkeypatch):
     """A real process, killed twice under its questions; or one that does not start again."""
-    module = tmp_path / "vllm" / "entrypoints" / "openai" / "api_server.py"
-    module.parent.mkdir(parents=True)
-    for folder in (tmp_path / "vllm", tmp_path / "vllm" / "entrypoints", module.parent):
-        (folder / "__init__.py").touch()
-    pids = tmp_path / "pids"
-    module.write_text(SERVER.replace("PIDS", str(pids)).replace("FAILS", repr(tuple(fails))))
-    monkeypatch.syspath_prepend(tmp_path)
-    said: list[str] = []
-    config = VllmConfig(model="m", env={"PYTHONPATH": str(tmp_path)}, canary_every=0, retries=0)
-    engine = VLLM(config, "local", said.append)
-    engine.log_folder = tmp_path / "logs"
+    engine, pids, said = stand_in(tmp_path, monkeypatch, fails)
 
     async def kill_under(numbers):
         asked = [asyncio.create_task(engine.complete(b"k" * 32, request(str(i)))) for i in numbers]
@@ -543,6 +563,41 @@ def test_our_own_server_is_started_again_when_it_dies(fails, tmp_path, monkeypat
     else:
         assert sum("no memory left" in text for text in texts) >= 20 and len(started) == 3
         assert any("was started again 3 times" in text for text in texts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="subreapers")
+@pytest.mark.parametrize("deadly", ["deadly", ""])
+def test_a_question_of_which_our_server_dies_does_not_end_the_run(deadly, tmp_path, monkeypatch):
+    """Two of 20 questions kill the process each time: these fail for good, the others are answered,
+    and the next ones, too. Where every question kills it, it is the server."""
+    engine, pids, said = stand_in(tmp_path, monkeypatch, deadly=deadly)
+    texts = [f"deadly {i}" if i in (5, 13) else str(i) for i in range(20)]
+
+    async def scenario():
+        await engine.start()
+        try:
+            asked = [engine.complete(b"k" * 32, request(text)) for text in texts]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            last = [engine.complete(b"k" * 32, request("last"))]
+            return [*answers, *await asyncio.gather(*last, return_exceptions=True)]
+        finally:
+            await engine.stop()
+
+    answers = asyncio.run(asyncio.wait_for(scenario(), 60))
+    starts = len(pids.read_text().split())
+    if not deadly:
+        assert {type(answer) for answer in answers} == {TransportError} and starts == 4
+        return
+    for text, answer in zip([*texts, "last"], answers, strict=True):
+        if deadly in text:
+            assert isinstance(answer, RequestRefused)
+            assert failure_kind(str(answer), refused=True) == "engine_died"
+            assert "vLLM ended (status 137)" in str(answer)
+        else:
+            assert isinstance(answer, Completion) and answer.text == f"said {text}"
+    assert starts in (5, 6)  # it died twice under all, once of each; once more if one came first
+    assert sum("asked one at a time" in line for line in said) == 1
+    assert sum("it dies of one question" in line for line in said) == 1  # said once
 
 
 def test_a_fraction_of_a_gib_is_asked_for_in_bytes(monkeypatch):
