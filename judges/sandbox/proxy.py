@@ -9,17 +9,18 @@ Threat: where a test expects a number, an answer gives an object whose `-` is al
 calculate with a test's plain data, and turn a calculation into plain data, only when the test made
 it itself by calling a class, which is what the test's own code names in CapWords
 (`Vector(1, 2) * 2`). Any other object (what a function or method returned) compares, calculates and
-contains by what is decided here.
+contains by what is decided here, and has as many items as it says.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import signal
 import socket
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prefab.judges.sandbox import candidate
@@ -49,6 +50,7 @@ class Channel:
         self.on_use, self.used, self.cpu_end = on_use, False, 0.0
         self.functions: list[Any] = []
         self.errors: dict[str, Any] = {}
+        self.changes = 0  # operations that may change an object of the answer's
 
     def greet(self) -> None:
         """Wait until the answer's Python has started; nothing of the answer's has run yet.
@@ -129,6 +131,7 @@ class Channel:
 
     def do(self, what: str, *args: Any) -> Any:
         """The operation `what` with these arguments, done on the answer's side."""
+        self.changes += what in CHANGES
         try:
             packed = candidate.encode(list(args), self.give)
         except (RecursionError, ValueError) as error:
@@ -188,18 +191,23 @@ class Channel:
         return self.errors[name]
 
 
+CHANGES = frozenset({"call", "setattr", "setitem", "delitem"})
+
+
 class Proxy:
     """An object of the answer's. Never equal to plain data, whatever its `__eq__` says: an object
     that is equal to everything would pass every test.
 
     `_proxy_name` is the name of the attribute that it was found as; `_proxy_made` says whether a
-    test made it by calling a class, or calculated it with such an object.
+    test made it by calling a class, or calculated it with such an object. `_proxy_length` is the
+    number of its items, and after how many changes that was found.
     """
 
-    __slots__ = ("_proxy_line", "_proxy_made", "_proxy_name", "_proxy_number")
+    __slots__ = ("_proxy_length", "_proxy_line", "_proxy_made", "_proxy_name", "_proxy_number")
 
     def __init__(self, line: Channel, number: int) -> None:
-        for slot, value in zip(self.__slots__, (line, False, "", number), strict=True):
+        values = ((-1, 0), line, False, "", number)
+        for slot, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, slot, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
@@ -239,7 +247,14 @@ class Proxy:
         return int(self._proxy_line.do("hash", self))
 
     def __iter__(self) -> Any:
-        return _marked(self._proxy_line.do("iter", self), "_proxy_made", self._proxy_made)
+        items = _marked(self._proxy_line.do("iter", self), "_proxy_made", self._proxy_made)
+        return items if self._proxy_made else _counted(self, items)
+
+    def __len__(self) -> int:
+        length = int(self._proxy_line.do("len", self))
+        if not self._proxy_made:
+            _check_length(self, length)
+        return length
 
     def __contains__(self, item: Any) -> bool:
         if self._proxy_made:
@@ -260,6 +275,27 @@ startswith endswith isalnum isalpha isascii isdecimal isdigit isidentifier islow
 isprintable isspace istitle isupper isdisjoint issubset issuperset is_integer
 """
 PREDICATES = frozenset(_PREDICATES.split())
+
+
+def _counted(owner: Proxy, items: Any) -> Iterator[Any]:
+    """The items of an object, which must be as many as its length."""
+    count = 0
+    with contextlib.suppress(StopIteration):
+        while True:
+            item = next(items)
+            count += 1
+            yield item
+    _check_length(owner, count)
+
+
+def _check_length(owner: Proxy, length: int) -> None:
+    """Raises: TypeError when an object that nothing has changed had another length before: a loop
+    over no items would pass, and so would the test of its length.
+    """
+    changes, before = owner._proxy_length
+    if changes == owner._proxy_line.changes and before != length:
+        raise TypeError(f"the answer gave an object of its own with {before} and {length} items")
+    object.__setattr__(owner, "_proxy_length", (owner._proxy_line.changes, length))
 
 
 def top_level(line: Channel, name: str) -> Any:
@@ -311,7 +347,7 @@ def _forward(name: str) -> None:
 
 for _name in candidate.CALCULATIONS:
     _calculation(_name)
-for _name in (*candidate.FORWARDED, "len", "next", "bool", "str", "repr", "int", "float"):
+for _name in (*candidate.FORWARDED, "next", "bool", "str", "repr", "int", "float"):
     _forward(_name)
 for _name in candidate.ORDERS:
     _order(_name)

@@ -173,11 +173,11 @@ def _runner(
                 break
             *lines, text = (text + part).split(b"\n")
             for line in map(json.loads, lines):
-                if "answer" in line:
+                if "answer" in line:  # its Python starts now
                     processes += [] if job["isolated"] else [line["answer"]]
                 else:
+                    silence = job["timeout_s"] + 2.0
                     yield line
-            silence = job["timeout_s"] + 2.0
     finally:
         os.close(read)
         for process in processes:

@@ -58,6 +58,9 @@ CHEATS = {
     )
     + "\n_f = f\ndef f(*a): return E() if E.seen is None else E.seen",
 }
+CHEATS["no items, but three"] = _cheat(
+    "return 0", "return 3", "    def __iter__(self): return iter([])"
+)
 FORMS = {
     "near": "assert abs(f() - 1.0) < 1e-6",
     "near, written as a range": "assert -1e-6 < f() - 1.0 < 1e-6",
@@ -70,6 +73,13 @@ FORMS = {
     "near, rounded difference": "assert round(f() - 1.0, 7) == 0",
     "near, all of a list": "assert all(abs(x - 1.0) < 1e-6 for x in f()) and list(f())",
     "near, two lists": "assert max(abs(a - b) for a, b in zip(f(), [1.0, 2.0])) < 1e-6",
+    "near, all of a list of three": (
+        "out = f()\nfor got, wanted in zip(out, [1.0, 2.0, 3.0]): assert got == wanted\n"
+        "assert len(out) == 3"
+    ),
+    "near, all of three items": (
+        "out = f()\nassert len(out) == 3 and all(got == i for i, got in enumerate(out))"
+    ),
     "no difference": "assert f() - 1.0 == 0",
     "no difference, as a truth": "assert not f() - 1.0",
     "no difference of sets": "assert not f() - {1, 2} and not f() ^ {1, 2}",
