@@ -6,7 +6,7 @@ What cannot be estimated is `undefined`, with the reason in words; it is never 0
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, isfinite, log, sqrt
 from statistics import NormalDist
 from typing import Any
@@ -20,7 +20,8 @@ class Estimate:
     one was asked for.
 
     Either `value` is set or `undefined` says why not. `se` and the interval may be missing where
-    the value is not (one item; no analytic formula).
+    the value is not (one item; no analytic formula). `n_groups` counts the independent groups that
+    the interval stands on; 0 where every item counts as independent.
     """
 
     value: float | None
@@ -32,6 +33,7 @@ class Estimate:
     undefined: str | None = None
     boot_low: float | None = None
     boot_high: float | None = None
+    n_groups: int = 0
 
 
 def undefined(reason: str, n_items: int = 0, n_raters: int = 0) -> Estimate:
@@ -92,21 +94,28 @@ def clustered_share(
     """A share with Wilson's interval at the effective number of items: the number of independent
     items that would give the same precision.
 
-    With `clusters` (a prompt each) that is the number of items over their design effect, never
-    above it; where all or none hit, which says nothing of the effect, the number of clusters.
-    `n_items` counts items.
-    Source: Korn and Graubard 1998, with Wilson's interval for theirs; design effect: Kish 1965.
+    With `clusters` (a group of prompts, or a prompt, each) that is the number of items over their
+    design effect and over the square of Student's quantile to the normal one, never above the
+    number of items; where all or none hit, which says nothing of the effect, the effective number
+    of clusters. `n_items` counts items, `n_groups` clusters.
+    Source: Korn and Graubard 1998, with Wilson's interval for theirs; design effect: Kish 1965;
+    degrees of freedom: `effective_clusters` less one.
     """
     hits = np.asarray(hits, dtype=float)
-    n, p = len(hits), float(hits.mean()) if len(hits) else 0.0
-    if clusters is None or n == 0:
-        return wilson(float(hits.sum()), n, level)
+    if clusters is None or len(hits) == 0:
+        return wilson(float(hits.sum()), len(hits), level)
     groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    m = int(groups.max()) + 1
-    if m < 2:
-        return Estimate(p, n_items=n)
-    residuals = np.bincount(groups, weights=hits - p)
-    return _clustered(p, n, m, float(residuals @ residuals), level)
+    n_C = np.bincount(groups).astype(float)
+    hits_C = np.bincount(groups, weights=hits)
+    return clustered_share_of_sums(
+        len(hits),
+        float(hits.sum()),
+        len(n_C),
+        float(hits_C @ hits_C),
+        float(hits_C @ n_C),
+        float(n_C @ n_C),
+        level,
+    )
 
 
 def clustered_share_of_sums(
@@ -131,20 +140,30 @@ def clustered_share_of_sums(
     """
     if n <= 0:
         return undefined("no trials")
-    p = hits / n
-    if clusters < 2:
-        return Estimate(p, n_items=int(n))
-    squares = max(0.0, hits_hits - 2 * p * hits_n + p * p * n_n)
-    return _clustered(p, int(n), int(clusters), squares, level)
-
-
-def _clustered(p: float, n: int, m: int, squares: float, level: float) -> Estimate:
-    """A share of `n` items in `m` clusters, by the sum of the clusters' squared residuals."""
-    variance = m / (m - 1) * squares / n**2
-    effective = float(m) if p in (0.0, 1.0) else n / max(1.0, variance * n / (p * (1 - p)))
-    found = wilson(p * effective, effective, level)
+    p, m = float(hits / n), int(clusters)
+    if m < 2:
+        return Estimate(p, n_items=int(n), n_groups=m)
+    independent = n * n / n_n
+    if p in (0.0, 1.0):
+        effective = independent
+    else:
+        squares = max(0.0, hits_hits - 2 * p * hits_n + p * p * n_n)
+        variance = independent / (independent - 1) * squares / n**2
+        quantiles = [t_quantile(0.5 + level / 2, df - 1) for df in (n, independent)]
+        effective = min(n, p * (1 - p) / max(variance, 1e-300) * (quantiles[0] / quantiles[1]) ** 2)
+    found = wilson(p * effective, effective, level) if effective > 1e-9 else Estimate(p)
     low, high = (0.0 if p == 0.0 else found.low), (1.0 if p == 1.0 else found.high)
-    return Estimate(p, found.se, low, high, n)
+    return Estimate(p, found.se, low, high, int(n), n_groups=m)
+
+
+def effective_clusters(sizes_C: np.ndarray) -> float:
+    """The number of equal clusters that tell as much as these of unequal sizes: (sum n)^2 / sum
+    n^2. Less one it is the degrees of freedom of a variance between clusters.
+
+    Source: Carter, Schnepel and Steigerwald 2017, for clusters that are alike within.
+    """
+    sizes_C = np.asarray(sizes_C, dtype=float)
+    return float(sizes_C.sum() ** 2 / (sizes_C @ sizes_C))
 
 
 def bootstrap(
@@ -155,59 +174,142 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """A mean (or another statistic of the rows) with a percentile interval over resampled items,
-    seeded.
+    """A mean (or another statistic of the rows) with an interval that stands on resampled clusters.
 
-    With `clusters` (a prompt each) whole clusters are drawn, since answers to one prompt are not
-    independent; `n_items` counts them then.
+    Of a mean of zeros and ones the interval is that of `clustered_share`; of any other mean it is
+    studentised (`clustered_mean`). Another statistic has the percentile interval, widened by
+    Student's quantile to the normal one. With `clusters` (a group of prompts, or a prompt, each)
+    whole clusters are drawn, since answers to one prompt are not independent; `n_items` and
+    `n_groups` count them then. Seeded.
     Shapes: values N, or N x anything for a statistic of rows.
-    Source: Efron 1979; for a mean over clusters, the ratio of resampled sums to resampled counts.
+    Source: Efron 1979; widened: Hesterberg 2015, section 5.3.
+    """
+    values = np.asarray(values, dtype=float)
+    if statistic is None:
+        if clusters is not None and len(values) and np.isin(values, (0.0, 1.0)).all():
+            share = clustered_share(values, clusters, level)
+            return replace(share, n_items=share.n_groups)
+        return clustered_mean(values, clusters, resamples, seed, level)
+    if len(values) == 0:
+        return undefined("no items")
+    groups, sizes_C = _clusters(len(values), clusters)
+    m, value = len(sizes_C), float(statistic(values))
+    if not isfinite(value):
+        return undefined("the statistic is not finite", m)
+    n_groups = 0 if clusters is None else m
+    if m < 2:
+        return Estimate(value, n_items=m, n_groups=n_groups)
+    draws = _resampled_statistics(
+        values, groups, m, statistic, resamples, np.random.default_rng(seed)
+    )
+    low, high = np.quantile(draws, percentiles(effective_clusters(sizes_C), level))
+    return Estimate(value, float(draws.std(ddof=1)), float(low), float(high), m, n_groups=n_groups)
+
+
+def percentiles(independent: float, level: float = 0.95) -> tuple[float, float]:
+    """The two quantiles of resampled values that make an interval, widened for few `independent`
+    items or clusters.
+
+    A resampled deviation is too small by sqrt((m - 1) / m), and is read by the normal quantile
+    where Student's is due. Source: Hesterberg 2015, section 5.3.
+    """
+    from scipy.special import ndtr
+
+    m = max(independent, 1.0 + 1e-6)
+    low = float(ndtr(-sqrt(m / (m - 1)) * t_quantile(0.5 + level / 2, m - 1)))
+    return low, 1.0 - low
+
+
+MANY_CLUSTERS = 5000  # from here on a resampled quantile is Student's to two digits
+
+
+def clustered_mean(
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence[Any] | np.ndarray | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Estimate:
+    """A mean with a studentised bootstrap interval over whole clusters.
+
+    Each side reaches as many standard errors (robust to clusters) as the resampled t values say,
+    but no fewer than Student's quantile and no more than twice that: for a skewed distribution the
+    resampled quantile is needed, for few clusters it is too noisy to be believed below the exact
+    one. Coverage is simulated in `benchmarks/coverage.py`.
+    Source: Hall 1992, section 3.3; a mean over clusters is the ratio of sums to counts.
     """
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         return undefined("no items")
+    groups, sizes_C = _clusters(len(values), clusters)
+    m, value = len(sizes_C), float(values.mean())
+    if not isfinite(value):
+        return undefined("the statistic is not finite", m)
+    n_groups = 0 if clusters is None else m
+    if m < 2:
+        return Estimate(value, n_items=m, n_groups=n_groups)
+    sums_C = np.bincount(groups, weights=values - value, minlength=m)
+    se = float(
+        _errors(
+            np.array(
+                [
+                    [
+                        sums_C.sum(),
+                        sizes_C.sum(),
+                        sums_C @ sums_C,
+                        sums_C @ sizes_C,
+                        sizes_C @ sizes_C,
+                    ]
+                ]
+            )
+        )[0]
+    )
+    quantile = t_quantile(0.5 + level / 2, effective_clusters(sizes_C) - 1)
+    below, above = quantile, quantile
+    if m <= MANY_CLUSTERS and resamples and se > 1e-12 * abs(value):
+        t_B = _resampled_t(sums_C, sizes_C, resamples, np.random.default_rng(seed))
+        low, high = np.quantile(t_B, [0.5 - level / 2, 0.5 + level / 2])
+        below, above = (float(min(max(q, quantile), 2 * quantile)) for q in (high, -low))
+    return Estimate(value, se, value - below * se, value + above * se, m, n_groups=n_groups)
+
+
+def _clusters(n: int, clusters: Sequence[Any] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Each item's cluster as a number, and the clusters' sizes."""
     groups = (
-        np.arange(len(values))
+        np.arange(n)
         if clusters is None
         else np.unique(np.asarray(clusters), return_inverse=True)[1]
     )
-    n = int(groups.max()) + 1
-    rng = np.random.default_rng(seed)
-    if statistic is None:
-        draws = _resampled_means(values, groups, n, resamples, rng)
-        value = float(values.mean())
-    else:
-        draws = _resampled_statistics(values, groups, n, statistic, resamples, rng)
-        value = float(statistic(values))
-    if not isfinite(value):
-        return undefined("the statistic is not finite", n)
-    if n < 2:
-        return Estimate(value, n_items=n)
-    low, high = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2])
-    return Estimate(
-        value,
-        float(draws.std(ddof=1)),
-        float(low),
-        float(high),
-        n,
-        0,
-        None,
-        float(low),
-        float(high),
-    )
+    return groups, np.bincount(groups).astype(float)
 
 
-def _resampled_means(
-    values: np.ndarray, groups: np.ndarray, n: int, resamples: int, rng: np.random.Generator
+def _errors(sums_B5: np.ndarray) -> np.ndarray:
+    """The robust standard error of the mean of each resample, from its sums over clusters of s, n,
+    s^2, s n and n^2 (s the sum of a cluster's values, n its size).
+    """
+    s, n, s_s, s_n, n_n = sums_B5.T
+    mean, independent = s / n, n * n / n_n
+    squares = np.maximum(s_s - 2 * mean * s_n + mean * mean * n_n, 0.0)
+    result: np.ndarray = np.sqrt(independent / np.maximum(independent - 1, 1e-9) * squares) / n
+    return result
+
+
+def _resampled_t(
+    sums_C: np.ndarray, sizes_C: np.ndarray, resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    sums = np.bincount(groups, weights=values, minlength=n)
-    sizes = np.bincount(groups, minlength=n).astype(float)
-    draws = np.empty(resamples)
-    step = max(1, 4_000_000 // n)  # 32 MB of indices at a time, at any size
+    """The mean over its standard error in each resample of the clusters, of values centred at their
+    mean; a resample without variance counts as far out on its side.
+    """
+    m = len(sums_C)
+    terms_C5 = np.column_stack([sums_C, sizes_C, sums_C**2, sums_C * sizes_C, sizes_C**2])
+    pieces, step = [], max(1, 4_000_000 // m)  # 32 MB of counts at a time
     for start in range(0, resamples, step):
-        chosen = rng.integers(0, n, size=(min(step, resamples - start), n))
-        draws[start : start + len(chosen)] = sums[chosen].sum(1) / sizes[chosen].sum(1)
-    return draws
+        counts_BC = rng.multinomial(m, np.full(m, 1 / m), size=min(step, resamples - start))
+        sums_B5 = counts_BC @ terms_C5
+        mean, se = sums_B5[:, 0] / sums_B5[:, 1], _errors(sums_B5)
+        flat = se <= 1e-12
+        pieces.append(np.where(flat, np.sign(mean) * 1e300, mean / np.where(flat, 1.0, se)))
+    return np.concatenate(pieces)
 
 
 def _resampled_statistics(
@@ -234,11 +336,11 @@ def paired_difference(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of a - b over the same items, with a bootstrap interval: two checkpoints on the same
-    prompts.
+    """The mean of a - b over the same items, with the interval of `clustered_mean`: two checkpoints
+    on the same prompts.
     """
-    return bootstrap(
-        np.asarray(a, dtype=float) - np.asarray(b, dtype=float), clusters, None, resamples, seed
+    return clustered_mean(
+        np.asarray(a, dtype=float) - np.asarray(b, dtype=float), clusters, resamples, seed
     )
 
 
@@ -248,6 +350,7 @@ def length_controlled_win_rate(
     length_b: Sequence[float] | np.ndarray,
     level: float = 0.95,
     difficulty: Sequence[float] | None = None,
+    clusters: Sequence[Any] | np.ndarray | None = None,
 ) -> Estimate:
     """The win rate of a over b if both wrote equally long: a logistic model in tanh(length
     difference / its deviation), read at zero difference. `p_a` may be soft; a tie is 0.5.
@@ -261,7 +364,8 @@ def length_controlled_win_rate(
     and the instruction, by maximum likelihood. AlpacaEval's code adds an L1 penalty chosen by
     cross-validation and 0.2 of weight on two baselines that were told to be short or long:
     shrinkage to their data, which another benchmark has not. Errors are robust to soft targets
-    (sandwich), the interval is made in logits.
+    and to `clusters` of comparisons (a group of prompts, or a prompt, each; sandwich of their
+    jackknife), the interval is made in logits, with Student's quantile.
     """
     y = np.asarray(p_a, dtype=float)
     difference = np.asarray(length_a, dtype=float) - np.asarray(length_b, dtype=float)
@@ -269,7 +373,7 @@ def length_controlled_win_rate(
     if n == 0:
         return undefined("no comparisons")
     if not difference.any():
-        return _plain_win_rate(y, level)
+        return bounded(clustered_mean(y, clusters, level=level))
     deviation = float(difference.std())
     if deviation <= 1e-12 * float(np.abs(difference).max()):
         return undefined("every comparison has the same length difference", n)
@@ -284,16 +388,14 @@ def length_controlled_win_rate(
         return undefined(
             "wins and losses are separated by length or difficulty, or one side always wins", n
         )
-    return _read_at_zero(x, y, beta, level)
+    return _read_at_zero(x, y, beta, level, clusters)
 
 
-def _plain_win_rate(y: np.ndarray, level: float) -> Estimate:
-    n, p = len(y), float(y.mean())
-    if n < 2:
-        return Estimate(p, n_items=n)
-    se = float(y.std(ddof=1)) / sqrt(n)
-    half = t_quantile(0.5 + level / 2, n - 1) * se
-    return Estimate(p, se, max(0.0, p - half), min(1.0, p + half), n)
+def bounded(share: Estimate) -> Estimate:
+    """The estimate with its interval cut at 0 and 1."""
+    if share.low is None or share.high is None:
+        return share
+    return replace(share, low=max(0.0, share.low), high=min(1.0, share.high))
 
 
 def _logistic_fit(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
@@ -316,18 +418,40 @@ def _logistic_fit(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
     return beta if float(np.abs(step).max()) < 1e-8 else None
 
 
-def _read_at_zero(x: np.ndarray, y: np.ndarray, beta: np.ndarray, level: float) -> Estimate:
-    """The mean prediction without a length difference (column 1), its error by the delta method."""
+def _read_at_zero(
+    x: np.ndarray,
+    y: np.ndarray,
+    beta: np.ndarray,
+    level: float,
+    clusters: Sequence[Any] | np.ndarray | None,
+) -> Estimate:
+    """The mean prediction without a length difference (column 1), its error by the delta method
+    over clusters.
+    """
     p = 1.0 / (1.0 + np.exp(-(x @ beta)))
     bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x)
-    meat = (x * ((y - p) ** 2)[:, None]).T @ x
     equal = x.copy()
     equal[:, 1] = 0.0
     q = 1.0 / (1.0 + np.exp(-(equal @ beta)))
     value, slope = float(q.mean()), (equal * (q * (1 - q))[:, None]).mean(0)
-    se = sqrt(max(float(slope @ bread @ meat @ bread @ slope), 0.0))
-    logit, half = log(value / (1 - value)), z_quantile(0.5 + level / 2) * se / (value * (1 - value))
-    return Estimate(value, se, _sigmoid(logit - half), _sigmoid(logit + half), len(y))
+    leverage = np.minimum(p * (1 - p) * np.einsum("nk,kl,nl->n", x, bread, x), 0.99)
+    influence = (x @ bread @ slope) * (y - p) / (1 - leverage) + (q - value) / len(y)
+    groups, sizes_C = _clusters(len(y), clusters)
+    moved_C = np.bincount(groups, weights=influence)
+    m, df = len(sizes_C), effective_clusters(sizes_C) - 1
+    if m < 2:
+        return Estimate(value, n_items=len(y), n_groups=0 if clusters is None else m)
+    se = sqrt(float(moved_C @ moved_C) * (df + 1) / df)
+    logit = log(value / (1 - value))
+    half = t_quantile(0.5 + level / 2, df) * se / (value * (1 - value))
+    return Estimate(
+        value,
+        se,
+        _sigmoid(logit - half),
+        _sigmoid(logit + half),
+        len(y),
+        n_groups=0 if clusters is None else m,
+    )
 
 
 def _sigmoid(x: float) -> float:

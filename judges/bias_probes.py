@@ -272,8 +272,8 @@ def edited(probe: Probe, text: str, k: int) -> str:
 class Tried:
     """One pair under one probe: verdicts in both orders before the edit, asked again without it,
     and after it. All speak of the same a and b; `gold` is the better side, whose opponent was
-    edited. Pairs of one `prompt` (empty: its own) are not independent: they are one cluster of the
-    intervals.
+    edited. Pairs of one `group` of prompts (empty: its own) are not independent: they are one
+    cluster of the intervals.
     """
 
     gold: Literal["a", "b"]
@@ -281,7 +281,7 @@ class Tried:
     again: tuple[Verdict, Verdict]
     after: tuple[Verdict, Verdict]
     phrasing: str = ""
-    prompt: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,7 +396,7 @@ def _one_order(tried: Sequence[Tried]) -> Estimate:
 
 
 def _share(flipped: Sequence[tuple[Tried, bool]], tried: Sequence[Tried]) -> Estimate:
-    """The share of flips; a pair's orders are one cluster, and so are the pairs of a prompt."""
+    """The share of flips; a pair's orders are one cluster, and so are the pairs of a group."""
     if flipped:
         return clustered_share([flip for _, flip in flipped], _clusters(flipped))
     return undefined(
@@ -413,5 +413,5 @@ def _mean(values: Sequence[tuple[Tried, float]]) -> Estimate:
 
 
 def _clusters(some: Sequence[tuple[Tried, float]]) -> list[str]:
-    """The cluster of each pair: its prompt, where it is known."""
-    return [t.prompt or str(id(t)) for t, _ in some]
+    """The cluster of each pair: its group of prompts, where it is known."""
+    return [t.group or str(id(t)) for t, _ in some]

@@ -16,20 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
+from math import exp, sqrt
 from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from prefab.factory.stats import Estimate, t_quantile, undefined
+from prefab.factory.stats import Estimate, effective_clusters, t_quantile, undefined
 from prefab.judges.stats.krippendorff import krippendorff_alpha, krippendorff_values, with_interval
 from prefab.judges.stats.rating_table import (
     RESAMPLES,
     BoolArray,
+    CodeArray,
     FloatArray,
     Table,
     category_weights,
+    cluster_counts,
     draws,
     group,
     group_counts,
@@ -175,8 +177,8 @@ def all_coefficients(
     """Every coefficient that allows missing ratings, over the same resamples; patterns are grouped
     and drawn once.
 
-    `clusters` names each item's cluster (its prompt): whole clusters are drawn then. Shapes:
-    clusters N.
+    `clusters` names each item's cluster (its prompt, or its prompt's group): errors and intervals
+    are over whole clusters then. Shapes: clusters N.
     """
     table = group(ratings, categories)
     names: dict[str, Chance] = {
@@ -242,11 +244,55 @@ def _together(
         for name, estimate in found.items()
         if estimate.value is not None
     }
+    if not resampled:
+        return found
+    independent = None
+    if clusters is not None:
+        counts_CP = cluster_counts(table, clusters, np.random.default_rng(seed))
+        independent = effective_clusters(counts_CP.sum(axis=1))
+        n_groups = len(np.unique(np.asarray(clusters)[cast("CodeArray", table.pattern_of) >= 0]))
+        found |= {
+            name: _over_clusters(found[name], of, table.times, counts_CP, n_groups)
+            for name, of in resampled.items()
+        }
     pieces: dict[str, list[FloatArray]] = {name: [] for name in resampled}
-    for times_BP in draws(table, resamples, seed, clusters) if resampled else ():
+    for times_BP in draws(table, resamples, seed, clusters):
         for name, of in resampled.items():
             pieces[name].append(of(times_BP))
-    return {**found, **{name: with_interval(found[name], drawn) for name, drawn in pieces.items()}}
+    return found | {
+        name: with_interval(found[name], drawn, independent) for name, drawn in pieces.items()
+    }
+
+
+def _over_clusters(
+    estimate: Estimate,
+    of: Callable[[FloatArray], FloatArray],
+    times_P: FloatArray,
+    counts_CP: FloatArray,
+    n_groups: int,
+) -> Estimate:
+    """The estimate with the error of the jackknife over whole clusters, and the interval that
+    Student's t with it gives in log(1 - value), where a coefficient near 1 is less skewed.
+
+    None where the coefficient is undefined without some cluster, or no cluster moves it.
+    Source: Efron and Stein 1981; degrees of freedom: `effective_clusters` less one.
+    """
+    bare = replace(estimate, se=None, low=None, high=None, n_groups=n_groups)
+    m, value = len(counts_CP), cast("float", estimate.value)
+    if m < 2:
+        return bare
+    without_C = of(times_P - counts_CP)
+    squares = float(((without_C - without_C.mean()) ** 2).sum())
+    if not np.isfinite(squares) or squares == 0 or value >= 1:
+        return bare
+    se = sqrt((m - 1) / m * squares)
+    half = t_quantile(0.975, effective_clusters(counts_CP.sum(axis=1)) - 1) * se / (1 - value)
+    return replace(
+        bare,
+        se=se,
+        low=1 - (1 - value) * exp(min(half, 700.0)),
+        high=1 - (1 - value) * exp(-half),
+    )
 
 
 def _plain(table: Table, kind: Kind, weights: Weights) -> Estimate:

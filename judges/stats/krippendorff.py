@@ -12,7 +12,7 @@ from math import sqrt
 
 import numpy as np
 
-from prefab.factory.stats import Estimate, t_quantile, undefined
+from prefab.factory.stats import Estimate, percentiles, t_quantile, undefined
 from prefab.judges.stats.rating_table import RESAMPLES, FloatArray, Table, draws, group
 
 _MATRIX_LIMIT = 2000  # categories: 32 MB of squared distances
@@ -63,15 +63,17 @@ def krippendorff_alpha(
     )
 
 
-def with_interval(estimate: Estimate, pieces: Sequence[FloatArray]) -> Estimate:
-    """The estimate with the percentile interval of its resampled values; none when over 5% of them
-    are undefined.
+def with_interval(
+    estimate: Estimate, pieces: Sequence[FloatArray], independent: float | None = None
+) -> Estimate:
+    """The estimate with the percentile interval of its resampled values, widened for few
+    `independent` items or clusters (`stats.percentiles`); none when over 5% of them are undefined.
     """
     values = np.concatenate([np.empty(0), *pieces])
     found = values[np.isfinite(values)]
     if len(found) < 2 or len(found) < 0.95 * len(values):
         return estimate
-    low, high = np.quantile(found, [0.025, 0.975])
+    low, high = np.quantile(found, percentiles(independent or estimate.n_items))
     return replace(estimate, boot_low=float(low), boot_high=float(high))
 
 

@@ -149,7 +149,7 @@ def draws(
         for start in range(0, n, step):
             yield rng.multinomial(total, shares, size=min(step, n - start)).astype(float)
         return
-    counts_CP = _by_cluster(table, clusters, rng)
+    counts_CP = cluster_counts(table, clusters, rng)
     c = len(counts_CP)
     for start in range(0, n, step):
         yield (
@@ -158,9 +158,11 @@ def draws(
         )
 
 
-def _by_cluster(table: Table, clusters: npt.NDArray[Any], rng: np.random.Generator) -> FloatArray:
-    """How often each pattern occurs in each cluster, or in each random group of clusters. Shapes: C
-    x P.
+def cluster_counts(
+    table: Table, clusters: npt.NDArray[Any], rng: np.random.Generator
+) -> FloatArray:
+    """How often each pattern occurs in each cluster, or in each random group of clusters where they
+    are many. Shapes: C x P.
     """
     if table.pattern_of is None or len(clusters) != len(table.pattern_of):
         raise ValueError(

@@ -2,9 +2,10 @@
 divides them.
 
 Everything is plain data, so that the tables and `--json` say the same. Shares have Wilson's
-interval at the effective number of readings, coefficients the analytic interval over comparisons
-and a bootstrap over prompts, since the answers to one prompt are not independent. What cannot be
-said is undefined, with its reason.
+interval at the effective number of readings, coefficients that of a jackknife and of a bootstrap.
+All are over whole groups of prompts (a prompt without a group is its own), since the answers to one
+prompt, and the prompts of one group, are not independent. What cannot be said is undefined, with
+its reason.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 FEWEST = 50  # decided comparisons in each half, below which a temperature is noise
 BINS = 10
 SHORT = 240  # characters of a text in a table
+TWO_JUDGES = {name: agreement.PANEL[name] for name in ("percent", "cohen_kappa")}
+ONE_PRINCIPLE = {
+    name: agreement.PANEL[name] for name in ("percent", "gwet_ac1", "krippendorff_alpha nominal")
+}
 METHODS = ("mean probability", "majority", "Dawid-Skene")
 
 
@@ -92,6 +97,7 @@ def measure(
         "comparisons": len({*data.items.select("prompt", "a", "b").iter_rows()}),
         "items": data.items.height,
         "prompts": int(data.prompts.max()) + 1,
+        "groups": len(np.unique(data.groups)),
         "resamples": resamples,
         "seed": seed,
         "judges": judge_rows(selection, data, unscored),
@@ -167,8 +173,8 @@ def _judge_row(
         "label_mass_low": mass["low"],
         "inexact": mass["inexact"],
         "hard": mass["hard"],
-        "accuracy": judge_metrics.accuracy(p, data.gold, data.prompts),
-        "exact": judge_metrics.exact(ratings, data.gold, data.prompts),
+        "accuracy": judge_metrics.accuracy(p, data.gold, data.groups),
+        "exact": judge_metrics.exact(ratings, data.gold, data.groups),
         **_position(data, j, mass["unordered"]),
         "stability": _stability(again.filter(pl.col("judge") == name))
         if mass["repeats"] > 1
@@ -197,7 +203,7 @@ def _position(data: RatingMatrix, j: int, unordered: bool) -> dict[str, Estimate
             "asked without an order" if unordered else "no comparison was scored in both orders"
         )
         return dict.fromkeys(measures, undefined(reason))
-    return {name: of(ab, ba, data.prompts) for name, of in measures.items()}
+    return {name: of(ab, ba, data.groups) for name, of in measures.items()}
 
 
 def _stability(again: polars.DataFrame) -> Estimate:
@@ -206,7 +212,7 @@ def _stability(again: polars.DataFrame) -> Estimate:
         again[name].replace_strict(side).to_numpy() if again.height else np.empty(0)
         for name in ("first", "again")
     )
-    return judge_metrics.stability(first, second, again["prompt"].to_numpy())
+    return judge_metrics.stability(first, second, again["group"].to_numpy())
 
 
 def between(data: RatingMatrix) -> dict[str, Any]:
@@ -218,12 +224,17 @@ def between(data: RatingMatrix) -> dict[str, Any]:
     pairs = []
     for j in range(len(data.judges)):
         for k in range(j + 1, len(data.judges)):
-            two = group(ratings[:, [j, k]], RATINGS)
+            two = agreement.panel_coefficients(
+                ratings[:, [j, k]],
+                categories=RATINGS,
+                resamples=0,
+                clusters=data.groups,
+                kinds=TWO_JUDGES,
+            )
             pairs.append(
                 {
                     "judges": [data.judges[j], data.judges[k]],
-                    "percent": agreement.percent(two, resamples=0),
-                    "cohen_kappa": agreement.cohen_kappa(two, resamples=0),
+                    **two,
                     "error_correlation": _number(together.correlation[j, k]),
                     "n_errors": int(together.n_shared[j, k]),
                 }
@@ -240,13 +251,13 @@ def coefficients(data: RatingMatrix, resamples: int, seed: int) -> dict[str, Est
     hundredths).
     """
     found = agreement.panel_coefficients(
-        data.ratings(), categories=RATINGS, resamples=resamples, seed=seed, clusters=data.prompts
+        data.ratings(), categories=RATINGS, resamples=resamples, seed=seed, clusters=data.groups
     )
     soft = agreement.panel_coefficients(
         np.round(data.p, 2),
         resamples=resamples,
         seed=seed,
-        clusters=data.prompts,
+        clusters=data.groups,
         kinds={"krippendorff_alpha of probabilities": ("alpha", "interval")},
     )
     return {**found, **soft}
@@ -284,7 +295,7 @@ def accuracies(data: RatingMatrix, resamples: int, seed: int) -> dict[str, Any]:
         {
             "what": name,
             "kind": "judge" if name in judged else "panel",
-            "accuracy": judge_metrics.accuracy(p, data.gold, data.prompts),
+            "accuracy": judge_metrics.accuracy(p, data.gold, data.groups),
             "of": int(np.isin(data.gold, (0, 1)).sum()),
         }
         for name, p in {**judged, **panel}.items()
@@ -306,7 +317,7 @@ def gain(
     p: np.ndarray, other: np.ndarray, data: RatingMatrix, resamples: int = 2000, seed: int = 0
 ) -> Estimate:
     """How much more often `p` is right than `other`, where both decide and gold does; bootstrap
-    over prompts.
+    over groups of prompts.
     """
     truth, sides = np.sign(data.gold - 0.5), [np.sign(x - 0.5) for x in (p, other)]
     both = np.abs(truth * sides[0] * sides[1]) == 1
@@ -315,7 +326,7 @@ def gain(
     mine, others = ((side[both] == truth[both]).astype(float) for side in sides)
     if not resamples:
         return Estimate(float((mine - others).mean()), n_items=int(both.sum()))
-    return paired_difference(mine, others, data.prompts[both], resamples, seed)
+    return paired_difference(mine, others, data.groups[both], resamples, seed)
 
 
 def calibrations(data: RatingMatrix) -> list[dict[str, Any]]:
@@ -398,11 +409,13 @@ def _group_row(data: RatingMatrix, counts: polars.DataFrame | None) -> dict[str,
     import polars as pl
 
     ratings, j = data.ratings(), len(data.judges)
-    table = group(ratings, RATINGS)
-    consistency = judge_metrics.position_consistency(
-        data.won_ab.ravel(), data.won_ba.ravel(), np.repeat(data.prompts, j)
+    coefficients = agreement.panel_coefficients(
+        ratings, categories=RATINGS, resamples=0, clusters=data.groups, kinds=ONE_PRINCIPLE
     )
-    percent = agreement.percent(table, resamples=0)
+    consistency = judge_metrics.position_consistency(
+        data.won_ab.ravel(), data.won_ba.ravel(), np.repeat(data.groups, j)
+    )
+    percent = coefficients["percent"]
     scored = ~np.isnan(ratings)
     panel = mean_probability(data.p, data.weights, 0.5 if j > 1 else 0.0).p
     values = [e.value for e in (percent, consistency) if e.value is not None]
@@ -414,12 +427,12 @@ def _group_row(data: RatingMatrix, counts: polars.DataFrame | None) -> dict[str,
         "items": data.items.height,
         "worst": min(values, default=None),
         "percent": percent,
-        "gwet_ac1": agreement.gwet_ac(table, resamples=0),
-        "krippendorff_alpha": agreement.krippendorff_alpha(table, resamples=0),
+        "gwet_ac1": coefficients["gwet_ac1"],
+        "krippendorff_alpha": coefficients["krippendorff_alpha nominal"],
         "position_consistency": consistency,
         "ties": float((ratings[scored] == 0.5).mean()) if scored.any() else None,
         "unscored": unread,
-        "accuracy": judge_metrics.accuracy(panel, data.gold, data.prompts),
+        "accuracy": judge_metrics.accuracy(panel, data.gold, data.groups),
     }
 
 

@@ -192,7 +192,7 @@ async def _battery(
                 again[c],
                 verdicts,
                 probe.phrasings[k % len(probe.phrasings)],
-                c.comparison.prompt.id,
+                c.comparison.prompt.group or c.comparison.prompt.id,
             )
             for (c, gold, k), verdicts in zip(turns, after, strict=True)
         ]
@@ -214,7 +214,10 @@ def _begin(
         (c, decision.decide([decision.combine_orders(before[c])]).outcome) for c in every if c.gold
     ]
     scored = [(c, o == c.gold) for c, o in known if o != "unscored"]
-    right = clustered_share([hit for _, hit in scored], [c.comparison.prompt.id for c, _ in scored])
+    right = clustered_share(
+        [hit for _, hit in scored],
+        [c.comparison.prompt.group or c.comparison.prompt.id for c, _ in scored],
+    )
     unscored = sum(v.p_a is None for pair in before.values() for v in pair)
     return Report(
         session.judge.name,

@@ -28,8 +28,7 @@ from prefab.factory.spec.constitution import (
 )
 from prefab.factory.stats import Estimate, clustered_share
 from prefab.factory.types import Constitution, Engine
-from prefab.judges.stats.agreement import gwet_ac
-from prefab.judges.stats.krippendorff import krippendorff_alpha
+from prefab.judges.stats.agreement import PANEL, panel_coefficients
 from prefab.pipelines.config.loader import ResolvedPipeline
 from prefab.pipelines.run.plan import Change, constitution_changes
 from prefab.pipelines.run.rejudge import Panel, panel_of, pipeline_of, rejudge
@@ -272,6 +271,7 @@ def _at_revision(revision: str, file: str) -> str:
     return done.stdout
 
 
+_BETWEEN_VERSIONS = {name: PANEL[name] for name in ("krippendorff_alpha nominal", "gwet_ac1")}
 _COMPARED = """
 SELECT n.preference, o.prompt, o.a, o.b, o.outcome, n.outcome, o.p_a, n.p_a, q.messages, x.text, y.text, q."group"
 FROM preferences o
@@ -333,8 +333,9 @@ def compare(
         len(moved),
         clustered_share([one.flipped for one in moved], groups),
         clustered_share([one.changed for one in moved], groups),
-        krippendorff_alpha(scored),
-        gwet_ac(scored, categories=[0.0, 1.0, 2.0]),
+        *panel_coefficients(
+            scored, categories=[0.0, 1.0, 2.0], clusters=np.array(groups), kinds=_BETWEEN_VERSIONS
+        ).values(),
         _outcomes(moved),
         _by_principle(moved, read_old, read_new, changes),
         [text for _, _, text in changes],

@@ -124,11 +124,13 @@ def run_page(folder: Path, run: dict[str, Any], examples: int = 4) -> RunPage:
 
 _DECIDED = {
     "preferences": """
-SELECT prompt, a, b, '' AS principle, outcome AS winner FROM preferences
+SELECT prompt, a, b, '' AS principle, outcome AS winner, coalesce(nullif("group", ''), prompt) AS "group"
+FROM preferences JOIN prompts USING (prompt)
 WHERE run = $run AND outcome IN ('a', 'b') ORDER BY preference LIMIT 20000""",
     "verdicts under a principle": """
-SELECT prompt, a, b, principle, CASE WHEN p_a > 0.5 THEN 'a' ELSE 'b' END AS winner FROM readings
-WHERE run = $run AND p_a IS NOT NULL AND p_a <> 0.5 AND principle <> ''
+SELECT prompt, a, b, principle, CASE WHEN p_a > 0.5 THEN 'a' ELSE 'b' END AS winner,
+  coalesce(nullif("group", ''), prompt) AS "group"
+FROM readings JOIN prompts USING (prompt) WHERE run = $run AND p_a IS NOT NULL AND p_a <> 0.5 AND principle <> ''
   AND prompt IN (SELECT prompt FROM human_labels) ORDER BY ALL LIMIT 20000""",
 }
 
@@ -150,7 +152,7 @@ def accuracy(selection: Selection) -> tuple[Estimate, str, str]:
         known = np.isin(gold, (0.0, 1.0))
         if known.any():
             hits = (rows["winner"].to_numpy() == "a") == (gold == 1.0)
-            return clustered_share(hits[known], rows["prompt"].to_numpy()[known]), source, what
+            return clustered_share(hits[known], rows["group"].to_numpy()[known]), source, what
     return undefined("no better answer is known"), "", ""
 
 
@@ -162,10 +164,11 @@ def _sampled(selection: Selection) -> str:
 
 def _same_in_both_orders(selection: Selection) -> Estimate:
     rows = selection.query(
-        "SELECT prompt, winner_ab = winner_ba AS same FROM readings WHERE run = $run "
+        'SELECT coalesce(nullif("group", \'\'), prompt) AS "group", winner_ab = winner_ba AS same '
+        "FROM readings JOIN prompts USING (prompt) WHERE run = $run "
         f"AND winner_ab IS NOT NULL AND winner_ba IS NOT NULL AND {_sampled(selection)}"
     )
-    return clustered_share(rows["same"].to_numpy(), rows["prompt"].to_numpy())
+    return clustered_share(rows["same"].to_numpy(), rows["group"].to_numpy())
 
 
 def _headline(right: Estimate, source: str, what: str) -> str:
@@ -269,12 +272,13 @@ def _charts(selection: Selection, learned: Learned | None, counts: list[int]) ->
 def _principle_chart(selection: Selection) -> list[Markup]:
     """How often each principle's readings decide, with intervals."""
     rows = selection.query(
-        "SELECT principle, prompt, abs(p_a - 0.5) > 0.25 AS decides FROM readings "
+        'SELECT principle, coalesce(nullif("group", \'\'), prompt) AS "group", '
+        "abs(p_a - 0.5) > 0.25 AS decides FROM readings JOIN prompts USING (prompt) "
         f"WHERE run = $run AND p_a IS NOT NULL AND {_sampled(selection)}"
     )
     points: list[Point] = []
     for (name,), part in sorted(rows.group_by("principle"), key=lambda item: str(item[0][0])):
-        e = clustered_share(part["decides"].to_numpy(), part["prompt"].to_numpy())
+        e = clustered_share(part["decides"].to_numpy(), part["group"].to_numpy())
         if e.value is not None:
             points.append(Point(len(points) + 1.0, e.value, e.low, e.high, str(name)))
     if len(points) < 2:

@@ -43,8 +43,9 @@ GROUP BY ALL ORDER BY faults DESC, principle"""
 
 _AGAIN = f"""
 WITH v AS (SELECT * FROM verdicts WHERE {WHERE})
-SELECT x.judge, x.prompt, x.winner AS first, y.winner AS again FROM v x
-JOIN v y USING (prompt, a, b, principle, judge, "order")
+SELECT x.judge, x.prompt, coalesce(nullif(q."group", ''), x.prompt) AS "group", x.winner AS first,
+  y.winner AS again FROM v x
+JOIN v y USING (prompt, a, b, principle, judge, "order") LEFT JOIN prompts q ON q.prompt = x.prompt
 WHERE x.repeat = 0 AND y.repeat > 0 AND x.winner IS NOT NULL AND y.winner IS NOT NULL"""
 
 

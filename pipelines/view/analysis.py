@@ -73,25 +73,26 @@ WITH read AS (
   SELECT prompt, a, b, principle, sign(avg(p_a) - 0.5) AS side FROM verdicts
   WHERE run = $run AND p_a IS NOT NULL AND principle <> '' GROUP BY ALL
   HAVING abs(avg(p_a) - 0.5) > 0.02),
-each_prompt AS (
-  SELECT x.principle AS one, y.principle AS other, x.prompt, count(*) AS n,
-    count(*) FILTER (x.side = y.side) AS hits
+each_group AS (
+  SELECT x.principle AS one, y.principle AS other, coalesce(nullif(q."group", ''), x.prompt) AS "group",
+    count(*) AS n, count(*) FILTER (x.side = y.side) AS hits
   FROM read x JOIN read y ON x.prompt = y.prompt AND x.a = y.a AND x.b = y.b AND x.principle < y.principle
+  LEFT JOIN prompts q ON q.prompt = x.prompt
   GROUP BY ALL)
-SELECT one, other, sum(n) AS n, sum(hits) AS hits, count(*) AS prompts, sum(hits * hits) AS hits_hits,
+SELECT one, other, sum(n) AS n, sum(hits) AS hits, count(*) AS groups, sum(hits * hits) AS hits_hits,
   sum(hits * n) AS hits_n, sum(n * n) AS n_n
-FROM each_prompt GROUP BY ALL ORDER BY one, other"""
+FROM each_group GROUP BY ALL ORDER BY one, other"""
 MOST_PRINCIPLES = 24
 
 
 def principles_apart(view: View, run: int) -> list[Row]:
-    """How often each two principles prefer the same answer, with intervals over prompts."""
+    """How often each two principles prefer the same answer, with intervals over prompts' groups."""
     rows: list[Row] = view.reader.cached(
         f"apart {run}", lambda: view.reader.rows(_APART, {"run": run})
     )
     found = []
     for row in rows[: MOST_PRINCIPLES**2]:
-        sums = [float(row[k]) for k in ("n", "hits", "prompts", "hits_hits", "hits_n", "n_n")]
+        sums = [float(row[k]) for k in ("n", "hits", "groups", "hits_hits", "hits_n", "n_n")]
         share = asdict(clustered_share_of_sums(*sums))
         found.append({"one": row["one"], "other": row["other"], "n": int(row["n"]), "share": share})
     return found

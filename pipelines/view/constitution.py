@@ -32,18 +32,19 @@ WITH read AS (
   SELECT principle, prompt, a, b, judge, avg(p_a) AS p, count(*) = count(p_a) AS scored,
     count(DISTINCT "order") AS orders, count(DISTINCT winner) AS winners
   FROM verdicts WHERE run = $run AND repeat = 0 GROUP BY ALL),
-each_prompt AS (
-  SELECT principle, prompt, count(DISTINCT (a, b)) AS comparisons,
+each_group AS (
+  SELECT principle, coalesce(nullif("group", ''), prompt) AS "group",
+    count(DISTINCT (prompt, a, b)) AS comparisons,
     count(*) FILTER (scored) AS n, count(*) FILTER (scored AND abs(p - 0.5) > 0.02) AS decided,
     count(*) FILTER (scored AND orders = 2) AS two, count(*) FILTER (scored AND orders = 2 AND winners = 1) AS same,
     count(*) FILTER (NOT scored) AS unscored
-  FROM read GROUP BY ALL)
+  FROM read JOIN prompts USING (prompt) GROUP BY ALL)
 SELECT principle, sum(comparisons) AS comparisons, sum(unscored) AS unscored,
   sum(n) AS n, sum(decided) AS decided, count(*) FILTER (n > 0) AS m, sum(decided * decided) AS dd,
   sum(decided * n) AS dn, sum(n * n) AS nn,
   sum(two) AS two, sum(same) AS same, count(*) FILTER (two > 0) AS m_two, sum(same * same) AS ss,
   sum(same * two) AS st, sum(two * two) AS tt
-FROM each_prompt GROUP BY ALL"""
+FROM each_group GROUP BY ALL"""
 
 
 def constitution(view: View, parameters: Parameters) -> Page:
