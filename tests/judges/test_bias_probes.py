@@ -228,8 +228,8 @@ def test_pairs_of_one_prompt_are_not_independent():
     width = found.flips.high - found.flips.low
     assert width > 1.7 * (alone.flips.high - alone.flips.low)
     assert found.one_order.high - found.one_order.low == pytest.approx(
-        width
-    )  # an order more tells nothing new
+        width, rel=0.02
+    )  # an order more tells next to nothing new
     assert found.shift.n_items == 10 and alone.shift.n_items == 40
 
 
