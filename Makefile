@@ -20,7 +20,7 @@ demo: setup      ## the whole loop on the embedded world, with the truth beside 
 real: setup      ## the whole loop on real questions, with a small real model from the package index
 	@$(BIN)/prefab demo --real --store real-store
 
-# One process a core that this process may use; a file's tests stay in one process (they share servers and models), and
+# One process more than this one may use cores; a file's tests stay in one process (they share servers and models), and
 # files are handed out in the order of tests/conftest.py, the longest first. Another number: make test JOBS=4
 JOBS ?= auto
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -28,11 +28,15 @@ PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: setup      ## every test but the slow ones
 	$(PYTEST) -m "not slow"
 
-test-all: setup  ## the slow ones too
+test-slow: setup ## the slow tests alone (under an hour); before each release
+	$(PYTEST) -m slow
+
+test-all: setup  ## all tests
 	$(PYTEST)
 
 coverage: setup  ## every test but the slow ones, with coverage and its floor
 	$(PYTEST) -m "not slow" --cov --cov-report=
+	@$(BIN)/coverage report --format=total | sed 's/^/coverage in %: /'
 
 kill-test: setup ## 100 SIGKILLs and more, at random moments and at each named point
 	$(PY) -m pytest tests/pipelines/store/test_kill.py -m "slow or not slow"
@@ -91,4 +95,4 @@ clean:           ## caches and build leavings; never a store
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo real test test-all coverage kill-test torture fuzz lint types reference screenshots world world-eval bench peers-venvs requirements clean distclean
+.PHONY: help setup demo real test test-slow test-all coverage kill-test torture fuzz lint types reference screenshots world world-eval bench peers-venvs requirements clean distclean

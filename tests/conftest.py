@@ -14,6 +14,9 @@ settings.register_profile(
     "prefab", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )  # machines are noisy
 settings.load_profile("prefab")
+# One thread a process: there are as many processes as cores.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):
+    os.environ.setdefault(name, "1")
 
 HERE = Path(__file__).parent
 # What a machine may lack, or have: a test skipped for any other reason is a failure.
@@ -49,8 +52,11 @@ LONGEST = {
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """The processes of `-n auto`: one a core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processes of `-n auto`: one a core that this process may use, and one more, because tests
+    of servers and signals wait more than they work.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    return 1 + (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -102,6 +108,15 @@ def models(tmp_path_factory):
     answer_world.build(folder / "policy", 1)
     answer_world.build(folder / "reference", 2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs `prefab` and other programs without the time that their imports take."""
+    from tests.support.fork_server import fork_server
+
+    with fork_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,7 @@ import inspect
 import os
 import re
 import runpy
-import shlex
 import subprocess
-import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -50,21 +48,19 @@ def script(page: str) -> str:
     for language, blocks in groupby(BLOCK.findall(page), key=lambda block: block[0]):
         code = "\n".join(block for _, block in blocks)
         if language == "python":
-            code = f"{shlex.quote(sys.executable)} - <<'END_OF_PYTHON'\n{code}\nEND_OF_PYTHON"
+            code = f"python - <<'END_OF_PYTHON'\n{code}\nEND_OF_PYTHON"
         parts.append(code)
     return "\n".join(parts)
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
-def test_examples_run(page, tmp_path):
-    prefab = f'prefab() {{ {shlex.quote(sys.executable)} -m prefab.pipelines.cli.main "$@"; }}\n'
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def test_examples_run(page, tmp_path, forks):
     done = subprocess.run(
-        ["bash", "-c", "set -ex\n" + prefab + script(page.read_text())],
+        ["bash", "-c", "set -ex\n" + forks.shell() + script(page.read_text())],
         cwd=ROOT if page.name == "CONTRIBUTING.md" else tmp_path,
         text=True,
         capture_output=True,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -120,15 +116,16 @@ def test_the_table_of_layouts_names_each_in_the_order_in_which_they_are_tried():
     )
 
 
-def test_the_readmes_command_for_a_hosted_api_runs_with_a_model_that_takes_other_fields(tmp_path):
+def test_the_readmes_command_for_a_hosted_api_runs_with_a_model_that_takes_other_fields(
+    tmp_path, forks
+):
     command = re.search(r"^\$ (prefab run .*model: gpt-.*)$", PAGES[0].read_text(), re.M)[1]
     with family_server(gpt5=True, refuses=("top_p",), vary=True) as server:
         done = subprocess.run(
             [
                 "bash",
                 "-ec",
-                f'prefab() {{ {shlex.quote(sys.executable)} -m prefab.pipelines.cli.main "$@"; }}\n'
-                f"prefab init shop\ncd shop\n{command} --set engines.local.base_url={server.url}/v1 "
+                f"{forks.shell()}prefab init shop\ncd shop\n{command} --set engines.local.base_url={server.url}/v1 "
                 "--set policy.samples=2\nprefab sql 'SELECT DISTINCT exactness FROM verdicts'",
             ],
             cwd=tmp_path,

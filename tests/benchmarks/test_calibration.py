@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from benchmarks import calibration
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
@@ -13,6 +14,7 @@ from prefab.pipelines.run.runner import run
 from tests.support import noisyworld
 
 
+@pytest.mark.slow
 def test_the_oracles_calibration_comes_closer_to_the_truth_than_the_share(tmp_path: Path, capsys):
     args = Namespace(folder=tmp_path, engine="hf", prompts=320, samples=3, judges=["tiny"])
     source = calibration.pipeline(args, "tiny")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
+
 from benchmarks import editing
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.microworld import grammar, oracle, tasks
@@ -37,6 +39,7 @@ def engines() -> dict[str, Engine]:
     return {"local": Scripted(ScriptedConfig(), answer)}
 
 
+@pytest.mark.slow
 def test_one_principles_calls_and_the_flips_of_the_oracle(
     tmp_path: Path,
 ) -> None:

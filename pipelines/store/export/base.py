@@ -18,7 +18,7 @@ from prefab.factory.store import datasets
 from prefab.factory.store.store import Read
 from prefab.pipelines.config.registries import FORMATS
 from prefab.pipelines.store.export.card import BESIDE, PAGE_EXAMPLES, ExportReport, write_beside
-from prefab.pipelines.store.export.files import ShardedFile, replacing
+from prefab.pipelines.store.export.files import ShardedFile, check, replacing
 from prefab.pipelines.store.fill import read_filled
 from prefab.pipelines.store.run_page import run_page
 
@@ -103,6 +103,7 @@ def export(
             f"{out} is in the store {folder}, which holds Prefab's own files only. "
             "Choose a folder outside it"
         )
+    check(out, BESIDE)  # before the work of the page and of the rows
     writer: ExportFormat = FORMATS[format]
     record = find_run(folder, run)
     page = run_page(folder, record, PAGE_EXAMPLES)

@@ -342,11 +342,15 @@ PIECES = (
 )
 
 
-def test_a_hundred_thousand_strings():
+COUNTS = [10_000, pytest.param(100_000, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_many_strings(count):
     """Seeded: pieces of what models write, and any characters at all, surrogates too; never raises,
     never invents."""
     rng, scored = random.Random(0), 0
-    for i in range(100_000):
+    for i in range(count):
         if i % 2:
             said = "".join(rng.choices(PIECES, k=rng.randrange(1, 6)))
         else:
@@ -355,10 +359,11 @@ def test_a_hundred_thousand_strings():
             )
         check_all(Completion(said, "stop", None, "hard"))
         scored += said.strip() in ("A", "B", "T")
-    assert scored > 1000  # the winners that there are, so that the check above is not empty
+    assert scored > count / 100  # the winners that there are, so that the check above is not empty
 
 
-def test_a_hundred_thousand_label_reads():
+@pytest.mark.parametrize("count", COUNTS)
+def test_many_label_reads(count):
     """Masses against a slow reading of the rule: a winner only where every number is a probability
     and enough is read."""
     rng = random.Random(1)
@@ -383,7 +388,7 @@ def test_a_hundred_thousand_label_reads():
         10**400,
     )
     winners = 0
-    for _ in range(100_000):
+    for _ in range(count):
         names = rng.choices(("A", "B", "T", " A", " B", " T", "a", "", None), k=rng.randrange(7))
         logps = {
             name: rng.choice(numbers if rng.random() < 0.2 else numbers[5:13]) for name in names
@@ -393,7 +398,7 @@ def test_a_hundred_thousand_label_reads():
         assert (verdict.winner is None) == (verdict.reason in REASONS)
         assert verdict.winner == reference(done), logps
         winners += verdict.winner is not None
-    assert winners > 1000
+    assert winners > count / 100
 
 
 def reference(done: Completion) -> str | None:

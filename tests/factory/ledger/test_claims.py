@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import closing
@@ -33,12 +31,6 @@ class Logged(MiniEngine):
 
 asyncio.run(run(Path(sys.argv[1]), 25, Logged()))
 """
-ROOT = Path(__file__).parents[3]
-
-
-def start(folder: Path, log: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", RUN, str(folder), str(log)]
-    return subprocess.Popen(command, cwd=ROOT)
 
 
 def asked(log: Path) -> Counter:
@@ -46,8 +38,9 @@ def asked(log: Path) -> Counter:
 
 
 @pytest.mark.parametrize("runs", [2, 3])
-def test_each_question_is_asked_once(tmp_path, runs):
-    processes = [start(tmp_path / "store", tmp_path / "log") for _ in range(runs)]
+def test_each_question_is_asked_once(tmp_path, runs, forks):
+    command = ["-c", RUN, tmp_path / "store", tmp_path / "log"]
+    processes = [forks.start(command) for _ in range(runs)]
     assert [process.wait(timeout=120) for process in processes] == [0] * runs
     found = asked(tmp_path / "log")
     con = sqlite3.connect(tmp_path / "store" / "ledger.sqlite")
@@ -57,12 +50,12 @@ def test_each_question_is_asked_once(tmp_path, runs):
     assert set(found) == answered and max(found.values()) == 1
 
 
-def test_the_claims_of_a_killed_process_are_taken_over(tmp_path):
-    first = start(tmp_path / "store", tmp_path / "one")
+def test_the_claims_of_a_killed_process_are_taken_over(tmp_path, forks):
+    first = forks.start(["-c", RUN, tmp_path / "store", tmp_path / "one"])
     while len(asked(tmp_path / "one")) < 40:
         time.sleep(0.02)
         assert first.poll() is None
-    second = start(tmp_path / "store", tmp_path / "two")
+    second = forks.start(["-c", RUN, tmp_path / "store", tmp_path / "two"])
     while not asked(tmp_path / "two") and first.poll() is None and second.poll() is None:
         time.sleep(0.02)
     first.kill()
@@ -72,14 +65,14 @@ def test_the_claims_of_a_killed_process_are_taken_over(tmp_path):
     assert len(twice) <= 16  # in flight, or answered and not yet on disk: 8 places each
 
 
-def test_the_claims_of_a_stopped_process_expire(tmp_path):
+def test_the_claims_of_a_stopped_process_expire(tmp_path, forks):
     # its first questions are not answered before it has been stopped
     hold = tmp_path / "one.hold"
     hold.touch()
-    first = start(tmp_path / "store", tmp_path / "one")
+    first = forks.start(["-c", RUN, tmp_path / "store", tmp_path / "one"])
     while not asked(tmp_path / "one"):
         time.sleep(0.02)
-    second = start(tmp_path / "store", tmp_path / "two")
+    second = forks.start(["-c", RUN, tmp_path / "store", tmp_path / "two"])
     time.sleep(1)  # with or without the second process at work: each order must end well
     first.send_signal(signal.SIGSTOP)  # as Ctrl-Z does
     try:

@@ -149,7 +149,15 @@ def _as_tests(forms: dict[str, str], methods: dict[str, str]) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("cheat", CHEATS)
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        cheat
+        if cheat in ("true", "what it has seen")
+        else pytest.param(cheat, marks=pytest.mark.slow)
+        for cheat in CHEATS
+    ],
+)
 def test_no_object_passes_a_test_that_wants_plain_data(cheat):
     code = CHEATS[cheat] + "\nclass math:\n    isclose = staticmethod(lambda a, b: True)\n"
     tests = _as_tests(FORMS, METHODS)

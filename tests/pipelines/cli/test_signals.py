@@ -4,8 +4,6 @@ goes on are said, the exit code tells the signal, and that command goes on."""
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,18 +14,8 @@ DRIVER = str(Path(__file__).parents[2] / "support" / "signal_driver.py")
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
-def start(phase, *words):
-    return subprocess.Popen(
-        [sys.executable, DRIVER, phase, *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(*words, timeout_s=60):
-    command = [sys.executable, DRIVER, "-", *map(str, words)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+def finish(forks, *words):
+    made = forks.run([DRIVER, "-", *words], timeout=60)
     assert made.returncode == 0, made.stderr
     return made
 
@@ -61,14 +49,14 @@ def project(tmp_path):
         ("filling", signal.SIGHUP, "answers of this run are in the ledger"),
     ],
 )
-def test_a_run_that_is_told_to_stop(project, phase, number, kept):
-    told = stopped(start(phase, "run", project, "-q"), number)
+def test_a_run_that_is_told_to_stop(project, phase, number, kept, forks):
+    told = stopped(forks.start([DRIVER, phase, "run", project, "-q"]), number)
     assert kept in told and " 0 answers" not in told
-    assert "reused" in finish("run", project).stdout
+    assert "reused" in finish(forks, "run", project).stdout
 
 
-def test_the_other_commands(project, tmp_path):
-    finish("run", project, "-q")
+def test_the_other_commands(project, tmp_path, forks):
+    finish(forks, "run", project, "-q")
     store = ["--store", tmp_path / "store"]
     for phase, words, kept in (
         ("planning", ["plan", project], "a plan changes nothing"),
@@ -76,17 +64,17 @@ def test_the_other_commands(project, tmp_path):
         ("filling", ["store", "rebuild", *store], "the ledger has everything"),
         ("asking the store", ["sql", "SELECT 1", *store], "the ledger has everything"),
     ):
-        assert kept in stopped(start(phase, *words), signal.SIGTERM)
+        assert kept in stopped(forks.start([DRIVER, phase, *words]), signal.SIGTERM)
     assert not list((tmp_path / "out").glob("*"))
-    finish("store", "info", *store)
+    finish(forks, "store", "info", *store)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_process_at_once(project, number):
-    process = start("stuck", "run", project, "-q")
+def test_a_second_signal_ends_the_process_at_once(project, number, forks):
+    process = forks.start([DRIVER, "stuck", "run", project, "-q"])
     for _ in range(2):
         assert process.stdout.readline() == "reached\n"
         process.send_signal(number)
-    process.communicate(timeout=5)
+    process.wait(timeout=5)
     assert process.returncode == 128 + number
-    finish("run", project, "-q")
+    finish(forks, "run", project, "-q")

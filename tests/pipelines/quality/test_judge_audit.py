@@ -6,8 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from prefab.pipelines.quality import judge_audit, probe_pairs
 from prefab.pipelines.run.runner import resolve_pipeline, run
 from prefab.pipelines.store.fill import query
 from tests.support import oraclejudge, project
+from tests.support.fork_server import COMMAND
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -318,29 +317,12 @@ def test_people_are_read_as_the_statistics_read_them(tmp_path):
     assert found == {(0, 1): (None, "judge"), (0, 2): ("b", "human"), (1, 2): (None, "judge")}
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, forks):
     path = project.write(tmp_path, world(tmp_path).resolved)
-    command = [
-        sys.executable,
-        "-m",
-        "prefab.pipelines.cli.main",
-        "audit",
-        "judge",
-        str(path),
-        "--judge",
-        "two",
-        "-n",
-        "11",
-    ]
 
     def call(*options):
-        return subprocess.run(
-            [*command, *options],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={"PATH": "", "NO_COLOR": "1", "COLUMNS": "200"},
-        )
+        command = ["-m", COMMAND, "audit", "judge", path, "--judge", "two", "-n", "11", *options]
+        return forks.run(command, env={"PATH": "", "NO_COLOR": "1", "COLUMNS": "200"})
 
     shown = call("--max-flips", "1")
     assert (

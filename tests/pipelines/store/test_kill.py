@@ -24,6 +24,7 @@ import pytest
 from prefab.factory.ledger import db
 from prefab.factory.store import store
 from prefab.pipelines.store.fill import fill, rebuild
+from tests.support.fork_server import ForkServer
 from tests.support.kill_driver import IN_FLIGHT, PROMPTS
 from tests.support.miniworld import MiniEngine, run
 
@@ -67,17 +68,13 @@ def committed(folder: Path) -> set[str]:
     return keys
 
 
-def launch(folder: Path, port: int, kill_at: str = "", after_s: float | None = None) -> bool:
+def launch(
+    forks: ForkServer, folder: Path, port: int, kill_at: str = "", after_s: float | None = None
+) -> bool:
     """The same command each time; says whether it was killed. Anything but a kill or success fails
     the test."""
     environment = {**os.environ, "PREFAB_KILL_AT": kill_at}
-    process = subprocess.Popen(
-        [sys.executable, DRIVER, "run", str(folder), str(port)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = forks.start([DRIVER, "run", folder, port], env=environment)
     if after_s is not None:
         time.sleep(after_s)
         process.kill()
@@ -118,10 +115,10 @@ def rows(folder: Path) -> dict[str, list]:
         }
 
 
-def one_life(folder: Path, port: int, way: dict) -> bool:
+def one_life(forks: ForkServer, folder: Path, port: int, way: dict) -> bool:
     """Launch, die or finish, and hold the promise of the ledger; says whether it was killed."""
     before, asked = committed(folder), counts(port)
-    killed = launch(folder, port, **way)
+    killed = launch(forks, folder, port, **way)
     now = counts(port)
     assert all(now[key] == asked[key] for key in before), "a committed answer was asked again"
     assert len(now.keys() - committed(folder)) <= 2 * IN_FLIGHT
@@ -132,7 +129,7 @@ def one_life(folder: Path, port: int, way: dict) -> bool:
 
 
 @pytest.mark.parametrize("kills", [KILLS, pytest.param(100, marks=pytest.mark.slow)])
-def test_kills_ask_nothing_committed_again_and_leave_the_same_store(tmp_path, kills):
+def test_kills_ask_nothing_committed_again_and_leave_the_same_store(tmp_path, kills, forks):
     asyncio.run(run(tmp_path / "whole", PROMPTS, MiniEngine()))
     fill(tmp_path / "whole")
     whole, rng, died, usual_s = rows(tmp_path / "whole"), random.Random(0), Counter(), 1.0
@@ -140,10 +137,10 @@ def test_kills_ask_nothing_committed_again_and_leave_the_same_store(tmp_path, ki
         folder = tmp_path / f"killed {died.total()}"
         with server() as port:
             for way in deaths(rng, usual_s):
-                if one_life(folder, port, way):
+                if one_life(forks, folder, port, way):
                     died[way.get("kill_at", "at random").partition(":")[0]] += 1
             began = time.monotonic()
-            assert not one_life(folder, port, {})
+            assert not one_life(forks, folder, port, {})
             usual_s = time.monotonic() - began
         assert rows(folder) == whole
         rebuild(folder)
@@ -153,7 +150,7 @@ def test_kills_ask_nothing_committed_again_and_leave_the_same_store(tmp_path, ki
 
 
 @pytest.mark.parametrize("point", ["before_commit", "after_commit"])
-def test_a_commit_is_where_the_named_point_says(tmp_path, point):
+def test_a_commit_is_where_the_named_point_says(tmp_path, point, forks):
     with server() as port:
-        assert launch(tmp_path, port, kill_at=f"{point}:1")
+        assert launch(forks, tmp_path, port, kill_at=f"{point}:1")
         assert bool(committed(tmp_path)) == (point == "after_commit")

@@ -321,8 +321,9 @@ def test_server_and_weights_go_with_the_run(make):
     assert script.stopped == 1 and not found.folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.parametrize("lora", [None, pytest.param(Lora(rank=8), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lora", [None, Lora(rank=8)])
 def test_the_served_policy_is_the_trained_one(tmp_path, lora):
     """Two updates so large that nobody could take one policy for the next, on a model whose head is
     tied to its embedding."""
@@ -348,7 +349,7 @@ def test_the_served_policy_is_the_trained_one(tmp_path, lora):
         lora=lora,
         normalise="none",
         threads=1,
-        vllm={"kv_cache_gib": 0.1},
+        vllm={"kv_cache_gib": 0.1, "args": ["--enforce-eager"]},
     )
     t = ppo.prepare_run(
         config, prompts, rewards.single(lambda prompts, texts: [float(len(text)) for text in texts])
