@@ -15,7 +15,7 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIG
 
 
 def finish(forks, *words):
-    made = forks.run([DRIVER, "-", *words], timeout=60)
+    made = forks.run([DRIVER, "-", *words], timeout=300)
     assert made.returncode == 0, made.stderr
     return made
 

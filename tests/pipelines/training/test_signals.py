@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from tests.pipelines.cli.test_signals import finish, start, stopped
+from tests.pipelines.cli.test_signals import DRIVER, finish, stopped
 from tests.support import trained
 
 
@@ -31,13 +31,13 @@ def config(tmp_path_factory):
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_training_that_is_told_to_stop(config, number):
+def test_a_training_that_is_told_to_stop(config, number, forks):
     undisturbed, whole = config(f"whole-{number}")
-    finish("train", "sft", undisturbed, "-q", timeout_s=300)
+    finish(forks, "train", "sft", undisturbed, "-q")
     file, out = config(f"stopped-{number}")
-    told = stopped(start("training", "train", "sft", file, "-q"), number)
+    told = stopped(forks.start([DRIVER, "training", "train", "sft", file, "-q"]), number)
     assert "the last checkpoint is kept" in told
     assert (out / "checkpoint-4").is_dir() and not (out / "model.safetensors").exists()
-    done = json.loads(finish("train", "sft", file, "--json", timeout_s=300).stdout)
+    done = json.loads(finish(forks, "train", "sft", file, "--json").stdout)
     assert done["steps"] == 12
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
