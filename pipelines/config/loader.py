@@ -4,7 +4,7 @@ started.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +52,8 @@ class PromptSource(Protocol):
 class ResolvedPipeline:
     """A pipeline file with everything that it names read and checked; nothing is started.
 
-    `recipe` stands in for the one that the configuration names.
+    `recipe` stands in for the one that the configuration names. `calibration` is the record of
+    another run's that this run takes over (empty: none); None: the run learns it at its end.
     """
 
     config: PipelineConfig
@@ -65,6 +66,7 @@ class ResolvedPipeline:
     reviser: CritiqueConfig
     prompts: PromptSource
     recipe: Recipe | None = None
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def texts(self) -> dict[str, str]:

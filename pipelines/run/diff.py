@@ -27,6 +27,7 @@ from prefab.factory.spec.constitution import (
     renamed,
 )
 from prefab.factory.stats import Estimate, clustered_share
+from prefab.factory.store.store import Read
 from prefab.factory.types import Constitution, Engine
 from prefab.judges.stats.agreement import PANEL, panel_coefficients
 from prefab.pipelines.config.loader import ResolvedPipeline
@@ -34,7 +35,7 @@ from prefab.pipelines.run.plan import Change, constitution_changes
 from prefab.pipelines.run.rejudge import Panel, panel_of, pipeline_of, rejudge
 from prefab.pipelines.run.runner import RunResult
 from prefab.pipelines.store.export.base import find_run
-from prefab.pipelines.store.fill import query
+from prefab.pipelines.store.fill import query, read_filled
 
 OUTCOMES = ("a", "b", "tie", "unscored")
 MOVED = 0.05  # a probability that moved by more counts as moved
@@ -312,16 +313,25 @@ def compare(
     Raises:
         ConfigError: They have no comparison in common.
     """
-    rows = query(store, _COMPARED, {"old": old.run, "new": new.run}).rows()
+    return read_filled(store, partial(differing, old, new, panel, read))
+
+
+def differing(
+    old: Version, new: Version, panel: Panel | None, roles: frozenset[str], read: Read
+) -> Diff:
+    """As `compare`, by the queries of an open store (`read`); `roles` are those that the judges
+    read.
+    """
+    rows = read(_COMPARED, {"old": old.run, "new": new.run}).rows()
     if not rows:
         raise ConfigError(
             f"{old.name} and {new.name} have no comparison in common: none has the same prompt and "
             "the same two answers. Compare two constitutions on one run with "
             "`prefab diff OLD.yaml NEW.yaml --run NAME`"
         )
-    names, changes = _edits(old.constitution, new.constitution, read)
-    read_old = _by_place(store, old.run, names)
-    read_new = _by_place(store, new.run, {})
+    names, changes = _edits(old.constitution, new.constitution, roles)
+    read_old = _by_place(read, old.run, names)
+    read_new = _by_place(read, new.run, {})
     moved = [_moved(row, read_old, read_new) for row in rows]
     groups = [row[-1] or row[1] for row in rows]
     codes = np.array([[OUTCOMES.index(one.old), OUTCOMES.index(one.new)] for one in moved], float)
@@ -389,10 +399,10 @@ def _telling(one: Moved) -> tuple[bool, bool, float]:
     return not one.flipped, not one.changed, -one.distance
 
 
-def _by_place(store: Path, run: int, names: dict[str, str]) -> dict[Place, dict[str, float]]:
+def _by_place(read: Read, run: int, names: dict[str, str]) -> dict[Place, dict[str, float]]:
     """P(a) of each comparison by principle: the mean over judges, orders and repeats."""
     found: dict[Place, dict[str, float]] = {}
-    for prompt, a, b, principle, p in query(store, _READ, {"run": run}).rows():
+    for prompt, a, b, principle, p in read(_READ, {"run": run}).rows():
         found.setdefault((prompt, a, b), {})[names.get(principle, principle)] = p
     return found
 

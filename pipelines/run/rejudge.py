@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
 from prefab.factory.spec.constitution import parse_constitution
+from prefab.factory.store.store import Read
 from prefab.factory.types import Constitution, Engine, Message, Prompt, Sample
 from prefab.factory.uses import DraftUse, RevisionUse
 from prefab.judges.base import Pair
@@ -25,8 +27,9 @@ from prefab.pipelines.run.context import Context
 from prefab.pipelines.run.escalation import judged
 from prefab.pipelines.run.rlaif import ask_about
 from prefab.pipelines.run.runner import RunResult, run_loaded
+from prefab.pipelines.store.calibrations import record_of
 from prefab.pipelines.store.export.base import find_run
-from prefab.pipelines.store.fill import query
+from prefab.pipelines.store.fill import query, read_filled
 
 RECIPE = "rejudge"
 
@@ -43,10 +46,18 @@ class RecordedPrompt(Prompt):
 
 
 class Panel:
-    """The comparisons of a run: its prompts, as a pipeline's `prompts`."""
+    """The comparisons of a run: its prompts, as a pipeline's `prompts`, and what its readings were
+    calibrated by (an evaluation's record; empty: they are not calibrated).
+    """
 
-    def __init__(self, store: Path, run: Mapping[str, Any], prompts: list[RecordedPrompt]) -> None:
-        self.path, self.run, self.prompts = store, run, prompts
+    def __init__(
+        self,
+        store: Path,
+        run: Mapping[str, Any],
+        prompts: list[RecordedPrompt],
+        calibration: Mapping[str, Any],
+    ) -> None:
+        self.path, self.run, self.prompts, self.calibration = store, run, prompts, calibration
         self.n_malformed, self.problems = 0, list[Problem]()
 
     def __iter__(self) -> Iterator[RecordedPrompt]:
@@ -101,27 +112,33 @@ def panel_of(store: Path, run: str = "", sample: int | None = None, seed: int = 
     Raises:
         ConfigError: There is no such run, it has no comparison, or its answers were imported.
     """
-    record = find_run(store, run)
+    return read_filled(store, partial(_panel, store, find_run(store, run), sample, seed))
+
+
+def _panel(
+    store: Path, record: Mapping[str, Any], sample: int | None, seed: int, read: Read
+) -> Panel:
+    """The comparisons of a run, from the open store."""
     named, values = f"{record['name']}@{record['version']}", {"run": record["run"]}
     if record["recipe"] == "import":
         raise ConfigError(
             f"{named} was imported: its answers are no model's calls, and a run that judged them "
             "does not exist yet. Name a run that `prefab run` made with --run"
         )
-    chosen = _choose(query(store, _PAIRS, values).rows(), sample, seed)
+    chosen = _choose(read(_PAIRS, values).rows(), sample, seed)
     if not chosen:
         raise ConfigError(
             f"{named} in {store} has no comparison to judge again. Finish it with `prefab run`, "
             "or name another run with --run"
         )
     samples: dict[str, dict[int, tuple[Sample, bytes]]] = {}
-    for prompt, index, parent, round, principle, text, finish, call in query(
-        store, _SAMPLES, values
+    for prompt, index, parent, round, principle, text, finish, call in read(
+        _SAMPLES, values
     ).rows():
         made = Sample(prompt, index, text, finish, parent, round, principle)
         samples.setdefault(prompt, {})[index] = made, bytes.fromhex(call)
     found = []
-    for name, messages, tags, group, split, rubric in query(store, _PROMPTS, values).rows():
+    for name, messages, tags, group, split, rubric in read(_PROMPTS, values).rows():
         if pairs := chosen.get(name):
             shown = [samples[name][i] for i in sorted({i for pair in pairs for i in pair})]
             found.append(
@@ -137,7 +154,7 @@ def panel_of(store: Path, run: str = "", sample: int | None = None, seed: int = 
                     tuple(pairs),
                 )
             )
-    return Panel(store, record, found)
+    return Panel(store, record, found, record_of(store, record["run"], read) or {})
 
 
 def _choose(
@@ -200,7 +217,8 @@ def rejudging(
     panel: Panel, constitution: Constitution, loaded: ResolvedPipeline
 ) -> ResolvedPipeline:
     """The pipeline that judges the panel under this constitution. Its run is told apart by the
-    source run, the comparisons and the constitution.
+    source run, the comparisons and the constitution. By the source run's own judges, its readings
+    become a probability as theirs do, so that the two can be compared.
     """
     name = f"{panel.run['name'][:54]}-{RECIPE}"
     unlimited = loaded.config.budget.model_copy(
@@ -221,7 +239,15 @@ def rejudging(
         revise=None,
         prompts=panel,
         recipe=compare_again,
+        calibration=panel.calibration if _same_reading(panel, loaded, constitution) else {},
     )
+
+
+def _same_reading(panel: Panel, loaded: ResolvedPipeline, constitution: Constitution) -> bool:
+    """Whether the pipeline's panel is that of the run, and combines the readings of principles."""
+    own = json.loads(panel.run["config"]).get("panel")
+    lexicographic = (loaded.config.panel.selection or constitution.selection) == "lexicographic"
+    return bool(own == loaded.resolved["panel"]) and not lexicographic
 
 
 async def compare_again(prompt: Prompt, ctx: Context) -> None:

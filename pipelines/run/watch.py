@@ -20,12 +20,13 @@ from prefab.factory.spec.constitution import (
     constitution_files,
     load_constitution,
 )
-from prefab.factory.store.store import HeldError
+from prefab.factory.store.store import HeldError, Read
 from prefab.factory.types import Engine
 from prefab.pipelines.config.loader import ResolvedPipeline, make_engines, make_programs
-from prefab.pipelines.run.diff import Diff, Version, compare, fields_read
+from prefab.pipelines.run.diff import Diff, Version, differing, fields_read
 from prefab.pipelines.run.rejudge import Panel, panel_of, pipeline_of, rejudging
 from prefab.pipelines.run.runner import run_async
+from prefab.pipelines.store.fill import read_filled
 
 EVERY_S = 0.1  # how often the file is looked at
 HELD_S = 0.5  # between two tries while another command has the store open
@@ -87,6 +88,8 @@ async def _watch(
         name: KeptEngine(getattr(engine, "engine", engine))
         for name, engine in (engines or make_engines(loaded)).items()
     }
+    import scipy.special  # noqa: F401  # loaded now, so that the first save does not wait for it
+
     first: Version | None = None
     last: Version | None = None
     seen, held, read = b"", "", fields_read(loaded)
@@ -113,8 +116,7 @@ async def _watch(
                 made = {**kept, **make_programs(loaded)}
                 version.judged(await run_async(judging, engines=made))
                 first = first or version
-                since_last = compare(panel.path, last, version, panel, read) if last else None
-                since_start = compare(panel.path, first, version, panel, read) if last else None
+                since_last, since_start = _since(panel, first, last, version, read)
             except HeldError as error:  # another command reads the store: try again
                 if str(error) != held:
                     tell(error)
@@ -127,6 +129,23 @@ async def _watch(
     finally:
         for engine in kept.values():
             await engine.end()  # type: ignore[attr-defined]  # all are KeptEngine
+
+
+def _since(
+    panel: Panel, first: Version, last: Version | None, now: Version, roles: frozenset[str]
+) -> tuple[Diff | None, Diff | None]:
+    """What moved since the last save, and since the start; one comparison where they are the same.
+    Nothing without a last save.
+    """
+    if last is None:
+        return None, None
+
+    def work(read: Read) -> tuple[Diff, Diff]:
+        since_last = differing(last, now, panel, roles, read)
+        same = first is last
+        return since_last, since_last if same else differing(first, now, panel, roles, read)
+
+    return read_filled(panel.path, work)
 
 
 def _named(found: Diff | None, name: str) -> Diff | None:

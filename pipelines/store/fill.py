@@ -309,14 +309,20 @@ def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport, memo
         records = recorded.runs(
             ledger
         )  # after the uses: each of those belongs to a run that is among these
-        constitutions = {record.id: _constitution(record, report) for record in records}
-        _runs(con, records, constitutions)
+        # each run adds a constitution, so only those that are not in the store yet are read
+        shown = dict(con.execute("SELECT run, constitution FROM runs").fetchall())
+        read = {r.id: _constitution(r, report) for r in records if not shown.get(r.id)}
+        _runs(con, records, read, shown)
         _copy_prompts(con, ledger, report)
         _copy_calls(con, ledger, names, report)
         imports.copy(con, ledger, report)
         _copy_rest(con, ledger, report)
         learned = _calibrations(con)
-        rules = {r.id: derive.rules(r, constitutions[r.id], learned.get(r.id)) for r in records}
+        todo = con.execute("SELECT DISTINCT run FROM work WHERE state = 'todo'").fetchall()
+        rules = {}
+        for r in (r for r in records if (r.id,) in todo):
+            constitution = read[r.id] if r.id in read else _constitution(r, report)
+            rules[r.id] = derive.rules(r, constitution, learned.get(r.id))
         _derive_work(con, ledger, names, rules, report)
         db.kill_point("end")
         con.execute("CHECKPOINT")
@@ -363,18 +369,21 @@ def _constitution(record: recorded.RunRecord, report: FillReport) -> Constitutio
 def _runs(
     con: duckdb.DuckDBPyConnection,
     records: Sequence[recorded.RunRecord],
-    constitutions: dict[int, Constitution | None],
+    read: Mapping[int, Constitution | None],
+    shown: Mapping[int, str | None],
 ) -> None:
-    """The few tables that are written whole: runs, constitutions, principles."""
+    """Write the table of runs whole, and the constitutions that were `read` with their principles.
+    `shown`: by run, the constitution of those that the store has already.
+    """
     latest = {
         record.name: record.id for record in sorted(records, key=lambda record: record.last_start)
     }
     known = {
-        constitution_digest(c): (c, record) for record in records if (c := constitutions[record.id])
+        constitution_digest(c): (c, record) for record in records if (c := read.get(record.id))
     }
     rows = []
     for r in records:
-        c = constitutions[r.id]
+        c = read.get(r.id)
         rows.append(
             (
                 r.id,
@@ -382,14 +391,15 @@ def _runs(
                 r.version,
                 latest[r.name] == r.id,
                 r.config.get("recipe"),
-                constitution_digest(c) if c else None,
+                constitution_digest(c) if c else shown.get(r.id),
                 orjson.dumps(r.config).decode(),
                 r.last_start,
                 r.at,
             )
         )
     with store.transaction(con):
-        con.execute("DELETE FROM runs; DELETE FROM constitutions; DELETE FROM principles")
+        con.execute("DELETE FROM runs")
+        _delete(con, ("constitutions", "principles"), "constitution", list(known))
         store.insert(con, "runs", rows)
         store.insert(
             con,
