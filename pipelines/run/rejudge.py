@@ -245,9 +245,9 @@ def rejudging(
 
 def _same_reading(panel: Panel, loaded: ResolvedPipeline, constitution: Constitution) -> bool:
     """Whether the pipeline's panel is that of the run, and combines the readings of principles."""
-    own = json.loads(panel.run["config"]).get("panel")
-    lexicographic = (loaded.config.panel.selection or constitution.selection) == "lexicographic"
-    return bool(own == loaded.resolved["panel"]) and not lexicographic
+    own: dict[str, Any] = json.loads(panel.run["config"]).get("panel") or {}
+    selection = own.get("selection") or constitution.selection
+    return own == loaded.resolved["panel"] and selection != "lexicographic"
 
 
 async def compare_again(prompt: Prompt, ctx: Context) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ import yaml
 
 from prefab import run
 from prefab.factory.errors import ConfigError
+from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.spec.constitution import parse_constitution
+from prefab.judges.stats.preference_calibration import Calibration
 from prefab.pipelines.run.diff import diff, read_version
+from prefab.pipelines.store import fill
+from prefab.pipelines.store.calibrations import CALIBRATION, Learned
 from prefab.pipelines.store.export.base import find_run
 from prefab.pipelines.store.fill import query
 from tests.support import planted, project
@@ -30,6 +37,12 @@ def judge_of_worse(request: Any) -> Any:
 
 def engine() -> Any:
     return planted.engine(say=judge_of_worse)
+
+
+def record_evaluation(store: Path, value: dict[str, Any]) -> None:
+    ledger = Ledger.open(store)
+    ledger.add_eval(value)
+    asyncio.run(ledger.close())
 
 
 def constitution(folder: Path, name: str, **principles: dict[str, Any]) -> str:
@@ -147,6 +160,43 @@ def test_a_sample_is_the_same_each_time(store: Path, tmp_path: Path) -> None:
     again = compared(store, edited, sample=5, seed=3)
     assert (first.comparisons, first.new.asked, again.new.asked) == (5, 10, 0)
     assert [one.preference for one in first.moved] == [one.preference for one in again.moved]
+
+
+def test_a_sample_of_a_calibrated_run_is_calibrated_as_the_run_is(
+    store: Path, tmp_path: Path
+) -> None:
+    learned = Learned("", "oracle", "a test", Calibration("temperature", 0.0, 3.0))
+    record_evaluation(
+        store, asdict(learned) | {"name": CALIBRATION, "subject": "small@1", "run": 1}
+    )
+    found = compared(
+        store, constitution(tmp_path, "edited.yaml", kind={"title": "Other"}), sample=5
+    )
+    assert (found.comparisons, found.moved) == (5, [])
+    sql = "SELECT DISTINCT calibrated FROM preferences WHERE run = 2"
+    assert query(store, sql).rows() == [("oracle",)]
+    with_others = compared(store, constitution(tmp_path, "small.yaml"), sets=["panel.orders=first"])
+    sql = f"SELECT DISTINCT calibrated FROM preferences WHERE run = {with_others.new.run}"
+    assert query(store, sql).rows() == [(None,)]
+
+
+def test_a_filling_reads_the_constitutions_of_new_runs_only(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def counted(text: str, name: str) -> Any:
+        read.append(name)
+        return parse_constitution(text, name)
+
+    monkeypatch.setattr(fill, "parse_constitution", counted)
+    for title in ("One", "Another"):
+        compared(store, constitution(tmp_path, "edited.yaml", kind={"title": title}))
+    assert read == [f"constitution of run small-rejudge@{n}" for n in (1, 2)]
+    sql = "SELECT * FROM constitutions ORDER BY ALL"
+    filled = query(store, sql).rows()
+    fill.rebuild(store)
+    assert filled == query(store, sql).rows()
 
 
 def test_two_runs_are_compared_as_they_stand(store: Path, tmp_path: Path) -> None:
