@@ -2,6 +2,7 @@
 
     python -m benchmarks.calibration --folder bench-calibration         # two hours on one core
     python -m benchmarks.calibration --folder /tmp/look --quick         # a minute: the machinery
+    python -m benchmarks.calibration --folder F --store COPY --run demo --do policies   # an hour
 
 Run it again to go on where it stopped. Base answers the demo's prompts, every fifth of them of
 the validation split, and prefab-tiny and prefab-nano compare the answers under every principle in
@@ -13,8 +14,11 @@ both orders. Then
    marks below .6 are wrong. Intervals are a bootstrap over groups of prompts.
 2. reward models and DPO of base trained on the same pairs with each of these as the target, and
    with hard labels, three seeds each: accuracy and log loss on new pairs of the test split, the
-   policy's gold score on prompts of the test split. Intervals over prompts, seeds pooled;
-   differences are paired."""
+   policy's gold score on prompts of the test split. Intervals over prompts, seeds pooled, and for
+   policies also over seeds; differences are paired.
+
+`--store` and `--run` name a finished run of prefab-tiny's judgments, such as the demo's, in place of
+the benchmark's own. The calibrations are recorded in that store: give a copy."""
 
 from __future__ import annotations
 
@@ -37,6 +41,7 @@ BASE = "prefab-tiny"
 JUDGES = {"tiny": BASE, "nano": "prefab-nano"}
 TARGETS = ("share", "retest", "oracle")
 TRAINED = ("share", "oracle", "hard")
+STAGES_OF = {"rewards": ("reward",), "policies": ("dpo",), "all": ("reward", "dpo")}
 MARKED = 0.6  # of `audit data`'s rule low_margin
 PAIR_COLUMNS = (
     'SELECT p.*, q.messages, q."group", q.split, c.text AS chosen_text, r.text AS rejected_text '
@@ -93,7 +98,7 @@ def data(args: argparse.Namespace) -> None:
     """Answers and verdicts of each judge; what is in the ledger is not asked."""
     from prefab.pipelines.run.runner import run
 
-    for judge in args.judges:
+    for judge in [] if args.run else args.judges:
         began = time.monotonic()
         done = run(pipeline(args, judge))
         assert done.state == "done", done.reason
@@ -112,11 +117,11 @@ def pairs(args: argparse.Namespace, judge: str) -> Any:
     from prefab.pipelines.store.export.base import find_run
     from prefab.pipelines.store.fill import query
 
-    store = args.folder / "store"
-    number = find_run(store, judge)["run"]
+    store, name = args.store or args.folder / "store", args.run or judge
+    number = find_run(store, name)["run"]
     frames = {}
     for source in ("retest", "oracle"):
-        calibrate(store, judge, source)
+        calibrate(store, name, source)
         frames[source] = query(store, PAIR_COLUMNS, [number])
     rows = frames["oracle"]
     known = [
@@ -175,7 +180,7 @@ def resampled(
 
 
 def train(args: argparse.Namespace, seed: int, judge: str, target: str, found: Any) -> None:
-    """A reward model and, unless told not to, a DPO policy on these pairs, once."""
+    """A reward model and a DPO policy on these pairs, once, or one of the two."""
     file = args.folder / f"pairs-{judge}-{target}-{seed}.jsonl"
     file.write_text("".join(_training_row(row, target) for row in found.iter_rows(named=True)))
     shared = {
@@ -188,10 +193,10 @@ def train(args: argparse.Namespace, seed: int, judge: str, target: str, found: A
     }
     stages = {
         "reward": {"learning_rate": 3e-4, "epochs": args.epochs, "eval_every": 20, "patience": 4},
-        "dpo": {"learning_rate": 1e-4, "epochs": 1, "beta": 0.1},
+        "dpo": {"learning_rate": 1e-4, "epochs": args.dpo_epochs, "beta": 0.1},
     }
     for kind, settings in stages.items():
-        if kind == "dpo" and args.do == "rewards":
+        if kind not in STAGES_OF[args.do]:
             continue
         out = str(args.folder / f"{kind}-{judge}-{target}-{seed}")
         began = time.monotonic()
@@ -282,40 +287,52 @@ def policies(args: argparse.Namespace) -> dict[str, Any]:
             "policies": flat,
             "prompts": {"limit": args.test},
             "samples": args.answers,
-            "store": str(args.folder / "store"),
+            "store": str(args.store or args.folder / "store"),
             "threads": args.threads,
         }
     )
     found = sample_all(config, held_out(config))
+    measures: dict[str, Callable[[Any], float]] = {
+        "gold": lambda a: a.gold["gold"],
+        "broken": lambda a: a.gold["broken"],
+        "kl": lambda a: a.logp - a.ref_logp,
+    }
+
+    def by_seed(judge: str, target: str, name: str) -> np.ndarray:
+        """A measure of every answer, a row a seed."""
+        rows = [found[f"{judge} {target} {seed}"] for seed in range(args.seeds)]
+        return np.array([[measures[name](a) for a in row] for row in rows], dtype=float)
+
     scores = {
-        (judge, target): {
-            "gold": np.mean(
-                [
-                    [a.gold["gold"] for a in found[f"{judge} {target} {s}"]]
-                    for s in range(args.seeds)
-                ],
-                axis=0,
-            ),
-            "broken": np.mean(
-                [
-                    [a.gold["broken"] for a in found[f"{judge} {target} {s}"]]
-                    for s in range(args.seeds)
-                ],
-                axis=0,
-            ),
-            "kl": np.mean(
-                [
-                    [a.logp - a.ref_logp for a in found[f"{judge} {target} {s}"]]
-                    for s in range(args.seeds)
-                ],
-                axis=0,
-            ),
-        }
+        (judge, target): {name: by_seed(judge, target, name).mean(0) for name in measures}
         for judge, target in cells(args)
     }
     of = [a.prompt for a in found["base"]]
-    base = bootstrap(np.array([a.gold["gold"] for a in found["base"]]), of)
-    return {"base": {"gold": base}, **_against_share(scores, of)}
+    base = {
+        name: bootstrap(np.array([measures[name](a) for a in found["base"]], dtype=float), of)
+        for name in ("gold", "broken")
+    }
+    made = {"base": base, **_against_share(scores, of)}
+    for judge, target in cells(args):
+        row = made[f"{judge}, {target}"]
+        for name in ("gold", "broken"):
+            seeds = by_seed(judge, target, name).mean(1)
+            row[f"{name} by seed"] = seeds.tolist()
+            if target != "share":
+                gap = seeds - by_seed(judge, "share", name).mean(1)
+                row[f"{name}, difference over seeds"] = over_seeds(gap)
+    return made
+
+
+def over_seeds(values: np.ndarray) -> dict[str, float]:
+    """The mean of one value a seed, with its 95% interval by Student's t."""
+    from scipy.stats import t
+
+    mean = float(values.mean())
+    if len(values) < 2:
+        return {"value": mean, "low": float("-inf"), "high": float("inf")}
+    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return {"value": mean, "low": mean - half, "high": mean + half}
 
 
 def _against_share(
@@ -351,7 +368,18 @@ def show(found: dict[str, Any], reward: dict[str, Any], policy: dict[str, Any]) 
     )
     for title, rows, columns in (
         ("reward model", reward, ["accuracy", "accuracy, difference", "log loss", "ece by seed"]),
-        ("DPO of base", policy, ["gold", "gold, difference", "broken", "kl"]),
+        (
+            "DPO of base",
+            policy,
+            [
+                "gold",
+                "gold, difference",
+                "gold, difference over seeds",
+                "broken",
+                "broken, difference over seeds",
+                "kl",
+            ],
+        ),
     ):
         table(
             [title, *columns],
@@ -383,7 +411,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--engine", default="hf", choices=["vllm", "hf"])
-    parser.add_argument("--do", default="all", choices=["data", "labels", "rewards", "all"])
+    parser.add_argument("--do", default="all", choices=["data", "labels", *STAGES_OF])
+    parser.add_argument("--store", type=Path, help="Of a finished run, a copy.")
+    parser.add_argument("--run", default="", help="The finished run in it.")
     parser.add_argument("--judges", nargs="+", default=list(JUDGES), choices=list(JUDGES))
     parser.add_argument("--prompts", type=int, default=320, help="Every fifth of val.")
     parser.add_argument("--samples", type=int, default=4)
@@ -393,6 +423,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000, help="Of a bootstrap.")
     parser.add_argument("--model", default=BASE, help="What is trained.")
     parser.add_argument("--epochs", type=int, default=3, help="Of reward models.")
+    parser.add_argument("--dpo-epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
@@ -414,13 +445,13 @@ def main() -> None:
         for judge, target in cells(args):
             for seed in range(args.seeds):
                 train(args, seed, judge, target, frames[judge])
-        reward = rewards(args)
-        policy = policies(args) if args.do == "all" else {}
+        reward = rewards(args) if "reward" in STAGES_OF[args.do] else {}
+        policy = policies(args) if "dpo" in STAGES_OF[args.do] else {}
     show(found, reward, policy)
     write(
-        "calibration",
+        "calibration_dpo" if args.do == "policies" else "calibration",
         args.quick,
-        arguments={k: str(v) for k, v in vars(args).items() if k != "folder"},
+        arguments={k: str(v) for k, v in vars(args).items() if k not in ("folder", "store")},
         labels=plain(found),
         rewards=plain(reward),
         policies=plain(policy),

@@ -46,7 +46,9 @@ WITH used AS (
 SELECT DISTINCT c.model, coalesce(m.name, c.model) FROM used JOIN calls c USING (call) LEFT JOIN models m ON m.model = c.model
 WHERE used.run = ? AND used.source IN {} ORDER BY 1
 """
-Kind = Literal["preference", "unpaired", "sft", "prompts"]
+# `reward` has pairs as `preference`, and also those whose answers follow different turns
+Kind = Literal["preference", "reward", "unpaired", "sft", "prompts"]
+DATASETS = {"reward": ("preference", "conversations")}  # of an export; of other kinds: the kind's
 Encoder = Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]]
 Row = dict[str, Any]
 
@@ -221,12 +223,18 @@ def _from_store(kind: Kind, source: Source, found: Rows) -> tuple[list[Row], set
             "config": config,
         }
     )
-    frame = frames.get(kind, pl.DataFrame())
-    rows = [row for row in frame.iter_rows(named=True) if row["split"] in ("train", "val")]
+    rows = [
+        row
+        for name in DATASETS.get(kind, (kind,))
+        for row in frames.get(name, pl.DataFrame()).iter_rows(named=True)
+        if row["split"] in ("train", "val")
+    ]
     for row in rows:
+        if "prompt" not in row:
+            row |= next(_pairs(layouts.parse(row), row))
         row["prompt"] = layouts.turns_of(row["prompt"])
         for name in ("chosen", "rejected", "completion"):
-            if row.get(name) is not None:
+            if isinstance(row.get(name), list):
                 row[name] = _answer(layouts.turns_of(row[name])[-1])
         if tools := layouts.tools_of(row):
             if kind == "prompts":
@@ -249,14 +257,13 @@ def _from_files(
     Raises: ConfigError where there is no such file, or with the rows that cannot be kept.
     """
     place = Path(source.files or "")
-    if (place / kind).is_dir():
-        place = place / kind
+    folders = [place / name for name in DATASETS.get(kind, (kind,)) if (place / name).is_dir()]
     if not place.exists():
         raise ConfigError(f"{place}: no such file or folder")
     if place.is_file() and not place.stat().st_size:
         raise ConfigError(f"{place}: the file is empty")
     found = _FileRows()
-    for file, split in _files_of(place):
+    for file, split in (one for folder in folders or [place] for one in _files_of(folder)):
         for number, line, value in data_files.rows(file):
             try:
                 made = rows_of(kind, value, source.map)
@@ -328,6 +335,7 @@ KEPT = (
 )
 NEEDED = {
     "preference": "prompt, chosen, rejected, or another layout of pairs",
+    "reward": "prompt, chosen, rejected, or another layout of pairs",
     "unpaired": "prompt, completion, label",
     "sft": "prompt and completion, messages, or chosen",
     "prompts": "prompt or messages",
@@ -362,7 +370,24 @@ def _pairs(record: layouts.Record, base: Row) -> Iterator[Row]:
         tie = p == 0.5 and "p_chosen" not in base
         if p < 0.5 and "p_chosen" not in base:
             a, b = b, a
-        yield {"prompt": record.prompt, "chosen": answers[a], "rejected": answers[b], "tie": tie}
+        row = {"prompt": record.prompt, "chosen": answers[a], "rejected": answers[b], "tie": tie}
+        if record.contexts:
+            row |= {"chosen_context": record.contexts[a], "rejected_context": record.contexts[b]}
+        yield row
+
+
+def _pairs_of_one_prompt(record: layouts.Record, base: Row) -> Iterator[Row]:
+    if record.contexts:
+        raise ValueError(TWO_CONTEXTS.format(n=len(record.prompt) + 1))
+    return _pairs(record, base)
+
+
+TWO_CONTEXTS = (
+    "the two conversations part before their last turn (at turn {n}): each answer follows its own "
+    "model's earlier answer, so there is no common prompt, which DPO's loss needs. A reward model "
+    "can be trained on such rows (`prefab train reward`), and `prefab eval judge` judges them "
+    "(--benchmark mt-bench-human: turn 2 of MT-Bench)"
+)
 
 
 def _labelled(record: layouts.Record, base: Row) -> Iterator[Row]:
@@ -378,8 +403,9 @@ def _demonstrations(record: layouts.Record, base: Row) -> Iterator[Row]:
         wins = [0.0] * len(record.answers)
         for a, b, p in record.pairs:
             wins[a], wins[b] = wins[a] + p, wins[b] + 1 - p
-        best = record.answers[wins.index(max(wins))]
-        yield {"prompt": record.prompt, "completion": _answer(best)}
+        best = wins.index(max(wins))
+        context = record.contexts[best] if record.contexts else []
+        yield {"prompt": [*record.prompt, *context], "completion": _answer(record.answers[best])}
 
 
 def _asked(record: layouts.Record, base: Row) -> Iterator[Row]:
@@ -389,7 +415,8 @@ def _asked(record: layouts.Record, base: Row) -> Iterator[Row]:
 
 
 _CONTENT: dict[Kind, Callable[[layouts.Record, Row], Iterator[Row]]] = {
-    "preference": _pairs,
+    "preference": _pairs_of_one_prompt,
+    "reward": _pairs,
     "unpaired": _labelled,
     "sft": _demonstrations,
     "prompts": _asked,
@@ -456,7 +483,8 @@ def _take(found: Rows, rows: Sequence[Row], source: Source) -> None:
     for row in rows:
         weight = row.get("weight")
         row["weight"] = source.weight * (weight if isinstance(weight, float) else 1.0)
-        if row.get("chosen") is not None and row.get("chosen") == row.get("rejected"):
+        sides = [(row.get(side), row.get(f"{side}_context")) for side in ("chosen", "rejected")]
+        if row.get("chosen") is not None and sides[0] == sides[1]:
             same += 1
             continue
         (found.train if row["split"] == "train" else found.val).append(row)
@@ -592,10 +620,9 @@ def encoder(
     tokenizer: Any,
     found: Rows,
     config: DataConfig,
-    reward: bool = False,
     every_turn: bool = True,
 ) -> Callable[[Mapping[str, Any]], Iterator[dict[str, Any]]]:
-    """How a row of this kind becomes tokens. With `reward`, whole conversations; `every_turn`: see
+    """How a row of this kind becomes tokens: whole conversations for `reward`. `every_turn`: see
     `_sft_rows`.
     """
     if not dialect(tokenizer, found.template_kwargs).has_system:
@@ -624,9 +651,13 @@ def encoder(
         sides = {side: target(row[side], kwargs) for side in ("chosen", "rejected")}
         made: dict[str, Any] = {"p": 1.0 if p is None else float(p), "weight": row["weight"]}
         made["target"] = made["p"] if config.labels == "soft" else 1.0
-        if reward:
+        if kind == "reward":
             made |= {
-                f"{side}_ids": conversation_ids(tokenizer, [*prompt, turn], kwargs)
+                f"{side}_ids": conversation_ids(
+                    tokenizer,
+                    [*prompt, *shown(tokenizer, row.get(f"{side}_context") or [], kwargs), turn],
+                    kwargs,
+                )
                 for side, turn in sides.items()
             }
             made["length"] = max(len(made["chosen_ids"]), len(made["rejected_ids"]))
@@ -660,7 +691,7 @@ def encoder(
         for ids, labels in _sft_rows(tokenizer, turns, kwargs, last):
             yield {"input_ids": ids, "labels": labels, "weight": row["weight"], "length": len(ids)}
 
-    return {"preference": pair, "unpaired": single, "sft": demonstration}[kind]
+    return {"preference": pair, "reward": pair, "unpaired": single, "sft": demonstration}[kind]
 
 
 def _check_tools(tokenizer: Any, prompt: Turns, kwargs: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from prefab.trainers.common import load_tokenizer
 def kind_of(record: layouts.Record) -> data.Kind:
     """The kind of training rows that a row of a file gives."""
     if record.pairs:
-        return "preference"
+        return "reward" if record.contexts else "preference"
     if record.label is not None:
         return "unpaired"
     return "sft" if record.talk or record.answers else "prompts"

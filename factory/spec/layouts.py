@@ -78,6 +78,8 @@ class Record:
         layout: The name of its layout.
         prompt: The conversation before the answer; it ends with a user's or a tool's turn.
         answers: The assistant's turns that answer it.
+        contexts: For each answer, the turns between the prompt and this answer, where the compared
+            conversations differ before their last answers; otherwise empty.
         pairs: Comparisons of the answers.
         label: Of a single answer: whether it is a good one.
         talk: A whole conversation, whose assistant's turns are demonstrations.
@@ -88,6 +90,7 @@ class Record:
     layout: str
     prompt: Turns = field(default_factory=list)
     answers: Turns = field(default_factory=list)
+    contexts: list[Turns] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     label: bool | None = None
     talk: Turns = field(default_factory=list)
@@ -398,7 +401,7 @@ def _required(row: Row) -> Turns:
 def _two(row: Row, first: str, second: str, p: float, prompt: Turns | None = None) -> Record:
     """Two answers in columns of their own, the first better with probability `p`."""
     answers = [_answer(row.get(name), name) for name in (first, second)]
-    return Record("", prompt or _required(row), answers, [(0, 1, p)])
+    return Record("", prompt or _required(row), answers, pairs=[(0, 1, p)])
 
 
 # --- layouts ------------------------------------------------------------------------------------
@@ -423,10 +426,12 @@ def _pair(row: Row) -> Record:
             )
         sides = {name: [*given, *turns] for name, turns in sides.items()}
         prompt = _common_prefix(sides)
+    if row.get("two_contexts"):
+        return _compared(sides, _p_chosen(row), "trl")
     answers = [_last(turns, name, len(prompt)) for name, turns in sides.items()]
     transcript = isinstance(row["chosen"], str) and TURN.match(row["chosen"])
     layout = "hh-rlhf" if transcript else "trl"
-    return Record(layout, check_prompt(prompt), answers, [(0, 1, _p_chosen(row))])
+    return Record(layout, check_prompt(prompt), answers, pairs=[(0, 1, _p_chosen(row))])
 
 
 def _side(row: Row, name: str) -> Turns:
@@ -451,11 +456,33 @@ def _common_prefix(sides: Mapping[str, Turns]) -> Turns:
 def _last(turns: Turns, name: str, n: int) -> Turn:
     """The only turn after the first `n`."""
     if turns[-1]["role"] == "assistant" and len(turns) > n + 1:
+        more = "; if each answer follows other turns on purpose, add two_contexts: true to the row"
         raise ValueError(
             f"{name} must be one answer to the prompt, or the prompt and one answer; here the two "
             f"conversations part before their last turn (at turn {n + 1} of {len(turns)})"
+            + (more if name in ("chosen", "rejected") else "")
         )
     return _checked(turns[-1], name)
+
+
+def _compared(sides: Mapping[str, Turns], p: float, layout: str = "") -> Record:
+    """Two conversations that end with the answers that were compared, the first one better with
+    probability `p`. Where they differ before, each answer has a context of its own.
+    """
+    if empty := [name for name, turns in sides.items() if not turns]:
+        raise ValueError(f"{empty[0]} has no turns")
+    answers = [_checked(turns[-1], name) for name, turns in sides.items()]
+    prompt = _common_prefix(sides)
+    n = len(prompt)
+    if not all(len(turns) > n + 1 for turns in sides.values()):
+        answers = [_last(turns, name, n) for name, turns in sides.items()]
+        return Record(layout, check_prompt(prompt), answers, pairs=[(0, 1, p)])
+    for turns in sides.values():
+        check_prompt(turns[:-1])
+    if all(turn["role"] == "system" for turn in prompt):
+        raise ValueError("the two conversations begin with different questions")
+    contexts = [turns[n:-1] for turns in sides.values()]
+    return Record(layout, prompt, answers, contexts, [(0, 1, p)])
 
 
 def _check_agrees(given: Turns, prompt: Turns) -> None:
@@ -516,7 +543,7 @@ def _ultrafeedback(row: Row) -> Record:
         )
     answers = [_answer(c.get("response"), f"completion {i}") for i, c in enumerate(found, 1)]
     scores = [_number(c[by], f"{by} of completion {i}") for i, c in enumerate(found, 1)]
-    return Record("", _required(row), answers, _compare(scores))
+    return Record("", _required(row), answers, pairs=_compare(scores))
 
 
 def _nectar(row: Row) -> Record:
@@ -525,7 +552,7 @@ def _nectar(row: Row) -> Record:
         raise ValueError("answers must be a list of two or more, with answer and rank each")
     answers = [_answer(a.get("answer"), f"answer {i}") for i, a in enumerate(found, 1)]
     ranks = [-_number(a.get("rank"), f"the rank of answer {i}") for i, a in enumerate(found, 1)]
-    return Record("", _required(row), answers, _compare(ranks))
+    return Record("", _required(row), answers, pairs=_compare(ranks))
 
 
 def _by_sign(row: Row, column: str) -> float:
@@ -573,23 +600,7 @@ def _arena(row: Row) -> Record:
             if any(t["role"] == "assistant" for t in turns)
         }
         sides = {n: turns[: ends.get(n)] for n, turns in sides.items()}
-    prompt = _common_prefix(sides)
-    _check_one_context(sides, len(prompt))
-    answers = [_last(turns, name, len(prompt)) for name, turns in sides.items()]
-    return Record("", check_prompt(prompt), answers, [(0, 1, WINNERS[row["winner"]])])
-
-
-def _check_one_context(sides: Mapping[str, Turns], n: int) -> None:
-    """Raises: ValueError where each answer follows its own model's earlier answers: such answers
-    are to no common prompt, so they are no pair to train on.
-    """
-    if all(turns[-1]["role"] == "assistant" and len(turns) > n + 1 for turns in sides.values()):
-        raise ValueError(
-            f"the two conversations part before their last turn (at turn {n + 1}): each answer "
-            "follows its own model's earlier answer, so there is no common prompt to train on. "
-            "`prefab eval judge --benchmark mt-bench-human` judges such rows (turn 2 of MT-Bench) "
-            "as whole conversations"
-        )
+    return _compared(sides, WINNERS[row["winner"]])
 
 
 def _arena_columns(row: Row) -> Record:
@@ -608,10 +619,7 @@ def _arena_columns(row: Row) -> Record:
         ]
         for name, texts in (("response_a", a), ("response_b", b))
     }
-    prompt = _common_prefix(sides)
-    _check_one_context(sides, len(prompt))
-    answers = [_last(turns, name, len(prompt)) for name, turns in sides.items()]
-    return Record("", check_prompt(prompt), answers, [(0, 1, (1.0, 0.0, 0.5)[votes.index(True)])])
+    return _compared(sides, (1.0, 0.0, 0.5)[votes.index(True)])
 
 
 def _texts(value: Any, name: str) -> list[str]:
@@ -630,7 +638,8 @@ def _labelled(row: Row) -> Record:
     label = row["label"]
     if label not in (0, 1):  # True and False are
         raise ValueError(f"label is {yamlio.describe(label)}; must be true or false")
-    return Record("", _required(row), [_answer(row["completion"], "completion")], [], bool(label))
+    answers = [_answer(row["completion"], "completion")]
+    return Record("", _required(row), answers, label=bool(label))
 
 
 def _demonstration(row: Row) -> Record:
@@ -773,6 +782,7 @@ LAYOUTS = (
         {
             "chosen": "the better answer",
             "rejected": "the worse answer",
+            "two_contexts": "whether each answer follows other turns, on purpose",
             "score_chosen": "the chosen answer's score; equal scores are a tie",
             "score_rejected": "the rejected answer's score",
         },

@@ -73,6 +73,7 @@ class _LeftOut:
     cut_off: int = 0
     marked: dict[str, int] = field(default_factory=dict)
     audited: int = 0  # comparisons before any was left out by a mark
+    conversations: int = 0  # pairs whose answers have contexts of their own
     comparisons: int = 0
     scored: int = 0
     hard: int = 0
@@ -88,6 +89,12 @@ class _LeftOut:
             lines.append(
                 f"{self.cut_off:,} answers were cut off by length and are left out (`truncated` "
                 "keeps them)"
+            )
+        if self.conversations:
+            lines.append(
+                f"{self.conversations:,} pairs have answers that follow different turns (a context "
+                "of its own for each side). They are in `conversations`, not in `preference`: a "
+                "reward model can be trained on them; DPO needs one prompt for both answers"
             )
         for rule, n in self.marked.items():
             lines.append(f"{n:,} of {self.audited:,} comparisons are left out as {rule}")
@@ -293,6 +300,11 @@ class _Part:
             strengths = table("strengths") if method in FITS else None
             chosen = _chosen(preferences, wins, strengths, method, margin, self.left_out)
             frames["preference"] = _preference(chosen, samples)
+            if samples["context"].is_not_null().any():
+                conversations = _conversations(chosen, samples)
+                self.left_out.conversations += conversations.height
+                if conversations.height:
+                    frames["conversations"] = conversations
             frames["unpaired"] = _unpaired(samples, wins)
         frames["prompts"] = samples.unique("prompt", keep="first", maintain_order=True).select(
             pl.col("prompt_turns").alias("prompt"),
@@ -380,21 +392,27 @@ def _check_audit(read: Read, record: dict[str, Any], rules: Sequence[str]) -> No
 
 
 def _with_turns(samples: polars.DataFrame, with_tools: bool) -> polars.DataFrame:
-    """The samples with `prompt_turns` and `answer` (the assistant's turn in a list) as TRL's
-    conversational formats have them. `with_tools`: with `tool_calls`, whose arguments are JSON
-    text, and a column `tools`, which is JSON text too.
+    """The samples with `prompt_turns`, `context_turns` (of an answer that has a context of its own)
+    and `answer` (the assistant's turn in a list) as TRL's conversational formats have them.
+    `with_tools`: with `tool_calls`, whose arguments are JSON text, and a column `tools`, which is
+    JSON text too.
     """
     import polars as pl
 
     talks = {text: stored_messages(text) for text in samples["messages"].unique()}
+    contexts = [stored_messages(text) if text else None for text in samples["context"]]
     turn: dict[str, Any] = {"role": pl.String, "content": pl.String}
     if not with_tools:
         turns = [[message_turn(m) for m in talks[text]] for text in samples["messages"]]
+        own = [one and [message_turn(m) for m in one] for one in contexts]
         answers = pl.concat_list(
             pl.struct(pl.lit("assistant").alias("role"), pl.col("text").alias("content"))
         )
+        table = pl.List(pl.Struct(turn))
         return samples.with_columns(
-            pl.Series("prompt_turns", turns, pl.List(pl.Struct(turn))), answers.alias("answer")
+            pl.Series("prompt_turns", turns, table),
+            pl.Series("context_turns", own, table),
+            answers.alias("answer"),
         )
     function = pl.Struct({"name": pl.String, "arguments": pl.String})
     call = pl.Struct({"id": pl.String, "type": pl.String, "function": function})
@@ -402,12 +420,22 @@ def _with_turns(samples: polars.DataFrame, with_tools: bool) -> polars.DataFrame
     table = pl.List(pl.Struct(turn))
     tools = [orjson.dumps(tools_of(talks[text])).decode() for text in samples["messages"]]
     turns = [[_row_of(message_turn(m), turn) for m in talks[text]] for text in samples["messages"]]
+    own = [one and [_row_of(message_turn(m), turn) for m in one] for one in contexts]
     made = [[_row_of(answer_turn(text), turn)] for text in samples["text"]]
     return samples.with_columns(
         pl.Series("prompt_turns", turns, table),
+        pl.Series("context_turns", own, table),
         pl.Series("answer", made, table),
         pl.Series("tools", [None if text == "[]" else text for text in tools], pl.String),
     )
+
+
+def _asked(context: str = "context_turns") -> polars.Expr:
+    """The prompt with the answer's own context."""
+    import polars as pl
+
+    turns = pl.col("prompt_turns")
+    return pl.when(pl.col(context).is_null()).then(turns).otherwise(pl.concat_list(turns, context))
 
 
 def _row_of(turn: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
@@ -557,59 +585,77 @@ def _chosen(
     return above
 
 
+_OF_PAIR = (
+    "p_chosen",
+    "vote_share",
+    "calibrated",
+    "spread",
+    "n_scored",
+    "n_readings",
+    "exactness",
+    "method",
+    "preference",
+    "prompt_id",
+    "chosen_sample",
+    "rejected_sample",
+    "split",
+    "run",
+)
+
+
 def _preference(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.DataFrame:
-    """Pairs as TRL has them, with what leads back to the store."""
+    """Pairs of answers to one prompt as TRL has them, with what leads back to the store."""
     import polars as pl
 
-    side = samples.select("prompt", "index", "answer", "sample", "finish")
-    first = samples.unique("prompt", keep="first").select(
-        "prompt", "prompt_turns", *_tools(samples), "split", pl.col("run").alias("run_name")
-    )
-    rows = (
-        decided.join(
-            side.rename(
-                {
-                    "index": "chosen",
-                    "answer": "chosen_answer",
-                    "sample": "chosen_sample",
-                    "finish": "chosen_finish",
-                }
-            ),
-            on=["prompt", "chosen"],
-        )
-        .join(
-            side.rename(
-                {
-                    "index": "rejected",
-                    "answer": "rejected_answer",
-                    "sample": "rejected_sample",
-                    "finish": "rejected_finish",
-                }
-            ),
-            on=["prompt", "rejected"],
-        )
-        .join(first, on="prompt")
-        .sort("prompt", "a", "b")
+    rows = _with_sides(decided, samples).filter(
+        pl.col("chosen_context_turns").is_null() & pl.col("rejected_context_turns").is_null()
     )
     return rows.select(
         pl.col("prompt_turns").alias("prompt"),
         pl.col("chosen_answer").alias("chosen"),
         pl.col("rejected_answer").alias("rejected"),
         *_tools(rows),
-        "p_chosen",
-        "vote_share",
-        "calibrated",
-        "spread",
-        "n_scored",
-        "n_readings",
-        "exactness",
-        "method",
-        "preference",
-        pl.col("prompt").alias("prompt_id"),
-        "chosen_sample",
-        "rejected_sample",
-        "split",
-        pl.col("run_name").alias("run"),
+        *_OF_PAIR,
+    )
+
+
+def _conversations(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.DataFrame:
+    """Pairs of answers that follow different turns, each side a whole conversation: TRL's format
+    without a `prompt`.
+    """
+    import polars as pl
+
+    rows = _with_sides(decided, samples).filter(
+        pl.col("chosen_context_turns").is_not_null()
+        | pl.col("rejected_context_turns").is_not_null()
+    )
+    return rows.select(
+        *(
+            pl.concat_list(_asked(f"{side}_context_turns"), f"{side}_answer").alias(side)
+            for side in ("chosen", "rejected")
+        ),
+        pl.lit(True).alias("two_contexts"),
+        *_tools(rows),
+        *_OF_PAIR,
+    )
+
+
+def _with_sides(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.DataFrame:
+    """The decided comparisons with both answers and their prompt."""
+    import polars as pl
+
+    of_side = ("answer", "sample", "context_turns")
+    side = samples.select("prompt", "index", *of_side)
+    first = samples.unique("prompt", keep="first").select(
+        "prompt", "prompt_turns", *_tools(samples), "split", pl.col("run").alias("run_name")
+    )
+    for name in ("chosen", "rejected"):
+        columns = {"index": name} | {column: f"{name}_{column}" for column in of_side}
+        decided = decided.join(side.rename(columns), on=["prompt", name])
+    return (
+        decided.join(first, on="prompt")
+        .sort("prompt", "a", "b")
+        .rename({"prompt": "prompt_id", "run": "run_number", "run_name": "run"})
     )
 
 
@@ -621,7 +667,7 @@ def _unpaired(samples: polars.DataFrame, wins: polars.DataFrame) -> polars.DataF
         (pl.col("p_win") - 0.5).abs() > WIN_MARGIN
     )
     return rows.sort("prompt", "index").select(
-        pl.col("prompt_turns").alias("prompt"),
+        _asked().alias("prompt"),
         pl.col("answer").alias("completion"),
         *_tools(rows),
         (pl.col("p_win") > 0.5).alias("label"),

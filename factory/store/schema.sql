@@ -21,8 +21,11 @@ CREATE TABLE prompts (prompt VARCHAR, text VARCHAR, messages VARCHAR, tags VARCH
 
 -- An answer of the policy. `parent` is the index of the answer it revises, -1 for a draft. `text` is NULL, with a
 -- `reason`, when the model gave none that can be read. `thinking` is what a reasoning model wrote before its answer.
+-- `context`: the turns between the prompt and this answer, as `messages`, where it follows turns that the prompt's other
+-- answers do not follow (imported conversations); NULL otherwise.
 CREATE TABLE samples (sample VARCHAR, run INTEGER, prompt VARCHAR, "index" INTEGER, parent INTEGER, round INTEGER,
-    principle VARCHAR, text VARCHAR, finish VARCHAR, reason VARCHAR, call VARCHAR, thinking VARCHAR);
+    principle VARCHAR, text VARCHAR, finish VARCHAR, reason VARCHAR, call VARCHAR, thinking VARCHAR,
+    context VARCHAR);
 -- `fault` is NULL, with a `reason`, when the critique could not be read. `p_fault` is the probability of a fault at its
 -- first word, of `mass` that "no fault" and "a fault" have together; both NULL where `exactness` is hard: no probability
 -- was given, or asked for.

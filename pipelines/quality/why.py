@@ -174,6 +174,10 @@ class _Descent:
         facts = {"finish": sample["finish"], "model": call.model if call else None}
         facts |= call.sampling if call else {}
         node = Node(title, facts, sample["text"] or "", call)
+        if sample["context"]:
+            context = Node("the turns before this answer")
+            context.text = _conversation(json.loads(sample["context"]))
+            node.below.append(context)
         if parent >= 0:
             at = {name: sample[name] for name in ("principle", "round")}
             facts["principle"] = sample["principle"]

@@ -174,6 +174,7 @@ def _sample(use: DraftUse | RevisionUse, call: str, answer: Completion, rules: R
         reason,
         call,
         _thinking(answer),
+        None,
     )
 
 

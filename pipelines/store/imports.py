@@ -23,6 +23,7 @@ from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
 from prefab.factory.spec import data_files, layouts
 from prefab.factory.store import store
+from prefab.factory.tool_calls import messages_of, stored_text
 from prefab.factory.types import Prompt
 from prefab.pipelines.config import prompts
 from prefab.pipelines.config.schema import PromptsConfig
@@ -61,7 +62,7 @@ class Found:
 
     names: Mapping[str, str] = field(default_factory=dict)
     prompts: dict[str, Prompt] = field(default_factory=dict)
-    answers: dict[str, dict[str, int]] = field(default_factory=dict)
+    answers: dict[str, dict[tuple[str, str], int]] = field(default_factory=dict)  # (text, context)
     pairs: dict[str, list[tuple[int, int, float]]] = field(default_factory=dict)
     formats: set[str] = field(default_factory=set)
     identical: int = 0
@@ -84,18 +85,26 @@ class Found:
             PLAIN,
         )
         texts = [layouts.answer_text(answer) for answer in record.answers]
-        digest(*texts)  # refuses half of a surrogate pair
+        contexts = [stored_text(messages_of(turns)) for turns in record.contexts]
+        digest(*texts, *contexts)  # refuses half of a surrogate pair
         before = self.prompts.setdefault(prompt.id, prompt)
         if (before.group, before.split) != (prompt.group, prompt.split):
             raise ValueError(
                 "an earlier row has the same prompt with another group or split; give both the same"
             )
         known = self.answers.setdefault(prompt.id, {})
-        places = [known.setdefault(text, len(known)) for text in texts]
+        both = zip(texts, contexts or [""] * len(texts), strict=True)
+        places = [known.setdefault(answer, len(known)) for answer in both]
         self.formats.add(record.layout)
         kept = [(places[a], places[b], p) for a, b, p in record.pairs if places[a] != places[b]]
         self.identical += len(record.pairs) - len(kept)
         self.pairs.setdefault(prompt.id, []).extend(kept)
+
+    def value(self, prompt: str) -> dict[str, Any]:
+        """What the ledger keeps of a prompt. `contexts` is left out where no answer has one."""
+        texts, contexts = zip(*self.answers[prompt], strict=True)
+        value: dict[str, Any] = {"answers": list(texts), "pairs": self.pairs[prompt]}
+        return {**value, "contexts": list(contexts)} if any(contexts) else value
 
 
 PLAIN = PromptsConfig(source="-")
@@ -142,10 +151,7 @@ def import_files(
             if path.suffix in data_files.COMPRESSED:
                 stem = Path(stem).stem
             title = name or re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.") or "imported"
-            rows = [
-                (prompt, {"answers": list(found.answers[i]), "pairs": found.pairs[i]})
-                for i, prompt in found.prompts.items()
-            ]
+            rows = [(prompt, found.value(i)) for i, prompt in found.prompts.items()]
             run = ledger.add_import(
                 title, {"recipe": RECIPE, "name": title, "origin": origin}, rows
             )
@@ -233,9 +239,10 @@ def copy(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: Any
         samples, preferences = [], []
         for _, run, prompt, text in page:
             value = orjson.loads(text)
+            contexts = value.get("contexts") or [""] * len(value["answers"])
             samples += [
                 (
-                    digest("imported", prompt, answer),
+                    digest("imported", prompt, answer, *([context] if context else ())),
                     run,
                     prompt,
                     i,
@@ -247,8 +254,9 @@ def copy(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection, report: Any
                     None,
                     None,
                     None,
+                    context or None,
                 )
-                for i, answer in enumerate(value["answers"])
+                for i, (answer, context) in enumerate(zip(value["answers"], contexts, strict=True))
             ]
             for (a, b), votes in _together(value["pairs"]).items():
                 p = _decide(prompt, a, b, votes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefab.factory.errors import ConfigError
+from prefab.factory.tool_calls import shown_conversation, stored_messages
 from prefab.pipelines.quality.why import why
 from prefab.pipelines.view.filters import Filters
 from prefab.pipelines.view.grid import filtered, rows_of
@@ -55,6 +56,7 @@ def preference(view: View, parameters: Parameters) -> Page:
         "run": row["named"],
         "text": {side: sides[side].get("text") for side in "ab"},
         "thinking": {side: sides[side].get("thinking") for side in "ab"},
+        "context": {side: _context(sides[side]) for side in "ab"},
         "finish": {side: sides[side].get("finish") for side in "ab"},
         "verdicts": by_principle(verdicts, principles_of(view, row["constitution"])),
         "chains": {side: chain(sides[side], samples, critiques) for side in "ab"},
@@ -83,6 +85,11 @@ def find(view: View, name: str, run: str) -> Row:
     if len({row["preference"] for row in rows}) > 1:
         raise ConfigError(f"several preferences begin with {name!r}; give more of the id")
     return rows[0]
+
+
+def _context(sample: Row) -> str:
+    """The turns between the prompt and an answer that has a context of its own; empty without."""
+    return shown_conversation(stored_messages(sample.get("context") or "[]"))
 
 
 def _label(label: Row, values: dict[str, Any]) -> Row:

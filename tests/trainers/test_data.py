@@ -278,8 +278,8 @@ def test_a_store_without_pairs_says_why(tmp_path):
         data.read_rows("preference", config({"store": str(ties)}))
 
 
-def pairs(tokenizer, found, cfg, **more):
-    encode = data.encoder("preference", tokenizer, found, cfg, **more)
+def pairs(tokenizer, found, cfg, kind="preference"):
+    encode = data.encoder(kind, tokenizer, found, cfg)
     return data.tokenised(found.train, encode, cfg, found.notes, "train")
 
 
@@ -302,7 +302,7 @@ def test_pairs_as_tokens(store, tokenizer, template):
         assert item["target"] == row["p_chosen"]
     hard = config({"store": str(store)}, labels="hard")
     assert set(pairs(tokenizer, found, hard)["target"]) == {1.0}
-    whole = pairs(tokenizer, found, cfg, reward=True)[0]
+    whole = pairs(tokenizer, found, cfg, "reward")[0]
     row = found.train[whole["row"]]
     assert tokenizer.decode(whole["chosen_ids"]) == tokenizer.apply_chat_template(
         [*row["prompt"], {"role": "assistant", "content": row["chosen"]}], tokenize=False

@@ -155,15 +155,15 @@ def _member(config: RewardTrainingConfig, quiet: bool) -> dict[str, Any]:
     return loop.fit(made, config, "reward", found, tokenizer, quiet, finish)
 
 
-STAGE = Stage(RewardTrainingConfig, run, "preference", writes=(FILE,))
+STAGE = Stage(RewardTrainingConfig, run, "reward", writes=(FILE,))
 
 
 def prepare(config: RewardTrainingConfig) -> tuple[Any, data.Rows, Any]:
     """The trainer, ready to train, with its rows and its tokenizer."""
     from trl import RewardConfig
 
-    tokenizer, found = loop.read_data(config, "preference")
-    encode = data.encoder("preference", tokenizer, found, config.data, reward=True)
+    tokenizer, found = loop.read_data(config, "reward")
+    encode = data.encoder("reward", tokenizer, found, config.data)
     train, val = loop.token_rows(config, found, encode)
     fixed = {
         "max_length": None,

@@ -34,6 +34,8 @@ OPEN = ("prefab-tiny", "prefab-nano")  # embedded models: what they write is CC0
 WHAT = {
     "preference": "decided pairs (DPO, reward models): `prompt`, `chosen`, `rejected`, `p_chosen`; "
     "`method` chose the pair",
+    "conversations": "decided pairs whose answers follow different turns (reward models): `chosen`, "
+    "`rejected` as whole conversations, `p_chosen`",
     "unpaired": "single answers with a thumb up or down (KTO): `prompt`, `completion`, `label`, "
     "`p_win`",
     "prompts": "prompts alone (GRPO, PPO): `prompt`",

@@ -188,8 +188,40 @@ def test_the_first_turn_alone_is_judged_where_the_row_says_so():
         if name != "winner"
     }
     assert layouts.parse({**longer, "winner": "model_a", "turn": 1}).pairs == FIRST
-    with pytest.raises(ValueError, match=r"part before .* \(at turn 2\).* eval judge --benchmark"):
-        layouts.parse({**longer, "winner": "model_a", "turn": 2})
+    second = layouts.parse({**longer, "winner": "model_a", "turn": 2})
+    assert (second.prompt, second.pairs) == (ASKED, FIRST)
+    assert second.answers == [assistant("conversation_a."), assistant("conversation_b.")]
+    assert second.contexts == [[assistant(text), user("And?")] for text in ("Cod.", "Oak.")]
+
+
+@pytest.mark.parametrize("column", ["conversation_a", "conversation_b"])
+@pytest.mark.parametrize(
+    ("talk", "words"),
+    [
+        ([], "has no turns"),
+        ([user("Else"), assistant("a"), user("b"), assistant("c")], "begin with different"),
+        ([*ASKED, assistant("a"), user("b"), assistant("")], "is empty"),
+        ([*ASKED, assistant("a"), user("b")], "the last must be the"),
+        ([*ASKED, assistant(""), user("b"), assistant("c")], "turn 2 is empty"),
+    ],
+)
+def test_conversations_that_cannot_be_compared_are_refused(column, talk, words):
+    whole = [*ASKED, assistant("x"), user("And?"), assistant("y")]
+    row = {"conversation_a": whole, "conversation_b": whole, "winner": "tie", column: talk}
+    with pytest.raises(ValueError, match=words):
+        layouts.parse(row)
+
+
+def test_a_pair_says_itself_that_its_sides_have_two_contexts():
+    sides = {
+        name: [*ASKED, assistant(name), user("And?"), assistant(f"{name}!")]
+        for name in ("chosen", "rejected")
+    }
+    with pytest.raises(ValueError, match=r"part before .*two_contexts: true"):
+        layouts.parse(sides)
+    found = layouts.parse({**sides, "two_contexts": True, "p_chosen": 0.8})
+    assert (found.prompt, found.pairs) == (ASKED, [(0, 1, 0.8)])
+    assert found.contexts == [[assistant(name), user("And?")] for name in sides]
 
 
 def test_every_two_answers_of_a_ranking_are_a_pair():

@@ -14,8 +14,11 @@ import pytest
 from prefab.factory import keys
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Message
+from prefab.pipelines.quality.why import why
 from prefab.pipelines.store import imports
+from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import fill, query, rebuild
+from prefab.trainers.data import DataConfig, read_rows
 from tests.support.store_rows import dump, same
 
 HH = [
@@ -248,6 +251,61 @@ def test_tools_calls_and_results_come_back_as_they_were(tmp_path):
     assert plain == {"<tool_call> is a tag.", "a"}
     with pytest.raises(ConfigError, match="has tools"):
         data.read_rows("prompts", data.DataConfig.model_validate({"sources": [source]}))
+
+
+def test_answers_that_follow_different_turns_are_kept_with_them(tmp_path):
+    def talk(first, last):
+        said = ("Two and two?", first, "And three?", last)
+        return [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant") * 2, said, strict=True)
+        ]
+
+    good, bad, same_end = talk("Four.", "Seven."), talk("Five.", "Eight."), talk("Six.", "Seven.")
+    rows = [
+        {"conversation_a": bad, "conversation_b": good, "winner": "model_b", "turn": 2},
+        {"conversation_a": good, "conversation_b": same_end, "winner": "model_a", "turn": 2},
+        {"conversation_a": good, "conversation_b": bad, "winner": "model_a", "turn": 1},
+        TRL[0] | {"prompt": "Else?"},
+    ]
+    store, file = tmp_path / "store", lines(tmp_path / "mt.jsonl", rows)
+    (report,) = imports.import_files(store, [file])
+    assert (report.pairs, report.ties, report.identical) == (4, 0, 0)
+    fill(store)
+    before = dump(store)
+    rebuild(store)
+    assert same(dump(store), before)
+    named = query(store, "SELECT preference FROM pairs WHERE rejected = 'Eight.'").item()
+    assert ["user: And three?" in node.below[0].text for node in why(store, named).root.below[1:3]]
+    trl = export(store, tmp_path / "trl", "trl", "mt")
+    assert any(note.startswith("2 pairs have answers that follow") for note in trl.notes)
+    read = {
+        name: pl.read_parquet(tmp_path / "trl" / name / "train.parquet")
+        for name in ("preference", "conversations", "unpaired")
+    }
+    assert sorted(row[0]["content"] for row in read["preference"]["chosen"]) == ["Four.", "Four."]
+    sides = {(str(r["chosen"]), str(r["rejected"])) for r in read["conversations"].to_dicts()}
+    assert sides == {(str(good), str(bad)), (str(good), str(same_end))}
+    assert good[:3] in read["unpaired"]["prompt"].to_list()
+    data = {"val_share": 0.5, "bad_rows": "drop"}
+    for source in (
+        {"store": str(store), "run": "mt"},
+        {"files": str(file)},
+        {"files": str(tmp_path / "trl")},
+    ):
+        rows_of = {
+            kind: read_rows(kind, DataConfig.model_validate({**data, "sources": [source]}))
+            for kind in ("reward", "preference")
+        }
+        whole = [
+            [row["prompt"], row["chosen_context"], row["rejected_context"]]
+            for row in (*rows_of["reward"].train, *rows_of["reward"].val)
+            if "chosen_context" in row
+        ]
+        assert [good[:1], good[1:3], bad[1:3]] in whole and len(whole) == 2
+        found = rows_of["preference"]
+        assert len(found.train) + len(found.val) == 2
+        assert any("follow" in note for note in found.notes) or source["files"].endswith("trl")
 
 
 def test_reasoning_apart_from_an_answer_is_refused_not_cut(tmp_path):
