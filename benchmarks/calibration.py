@@ -17,7 +17,7 @@ both orders. Then
    policy's gold score on prompts of the test split. Intervals over prompts, seeds pooled, and for
    policies also over seeds; differences are paired.
 
-`--store` and `--run` name a finished run of prefab-tiny's judgments, such as the demo's, in place of
+`--store` and `--run` name a finished run of prefab-tiny, such as the demo's, to use in place of
 the benchmark's own. The calibrations are recorded in that store: give a copy."""
 
 from __future__ import annotations

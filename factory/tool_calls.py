@@ -179,6 +179,17 @@ def shown_answer(text: str) -> str:
     return "\n".join([*_said(content), *map(_shown_call, calls)])
 
 
+def answer_in_context(context: Sequence[Message], answer: str) -> str:
+    """An answer with the turns between the prompt and it, as one text for judges: the first turn's
+    text, then `User: ...` and `Assistant: ...` by turn. Without a context the answer alone.
+    """
+    if not context:
+        return answer
+    turns = [*context, Message("assistant", answer)]
+    said = [f"{turn.role.capitalize()}: {turn.content}" for turn in turns]
+    return "\n\n".join([turns[0].content, *said[1:]])
+
+
 def shown_conversation(messages: Sequence[Message]) -> str:
     """A conversation with tools as judges are shown it: the tools, then a line `Role: words` a turn
     with its calls after it.

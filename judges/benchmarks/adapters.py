@@ -278,7 +278,8 @@ def _talk(row: Mapping[str, Any], column: str, turn: int) -> tuple[str, str]:
         raise ValueError(f"{column} has {len(texts)} messages; turn {turn} needs {2 * turn}")
     if turn == 1:
         return texts[0], texts[1]
-    return texts[0], f"{texts[1]}\n\nUser: {texts[2]}\n\nAssistant: {texts[3]}"
+    first = (Message("assistant", texts[1]), Message("user", texts[2]))
+    return texts[0], tool_calls.answer_in_context(first, texts[3])
 
 
 def _hhh(row: Mapping[str, Any], place: str, number: int) -> Item:

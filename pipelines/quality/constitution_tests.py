@@ -346,7 +346,7 @@ def add_test(
 
 
 _PREFERENCE = """
-SELECT DISTINCT p.preference, q.messages, x.text, y.text, p.outcome FROM preferences p
+SELECT DISTINCT p.preference, q.messages, x.text, y.text, p.outcome, coalesce(x.context, y.context) FROM preferences p
 JOIN samples x ON x.run = p.run AND x.prompt = p.prompt AND x."index" = p.a
 JOIN samples y ON y.run = p.run AND y.prompt = p.prompt AND y."index" = p.b
 JOIN prompts q ON q.prompt = p.prompt WHERE starts_with(p.preference, $name) LIMIT 2"""
@@ -361,8 +361,12 @@ def _as_test(store: Path, preference: str, prefer: str) -> dict[str, str]:
         )
     if len(rows) > 1 and rows[0][0] != rows[1][0]:
         raise ConfigError(f"several preferences begin with {preference!r}; give more of the id")
-    _, messages, a, b, outcome = rows[0]
+    _, messages, a, b, outcome, context = rows[0]
     turns = json.loads(messages)
+    if context:
+        raise ConfigError(
+            f"{preference}: its answers follow different turns; a test has one prompt"
+        )
     if len(turns) > 1:
         raise ConfigError(
             f"{preference}: its prompt has {len(turns)} turns, and a test has one prompt text"

@@ -33,7 +33,7 @@ from prefab.factory.numbers import percent
 from prefab.factory.spec.constitution import load_constitution, parse_constitution
 from prefab.factory.spec.templates import Template, load_template
 from prefab.factory.stats import Estimate, clustered_share, undefined
-from prefab.factory.tool_calls import stored_messages
+from prefab.factory.tool_calls import answer_in_context, stored_messages
 from prefab.factory.types import (
     Comparison,
     Completion,
@@ -546,7 +546,10 @@ def pairs_of_file(file: str | Path, names: Mapping[str, str] = {}) -> list[Label
     _, found, _ = read_pairs(Path(file), names=names)
     pairs = []
     for name, prompt in found.prompts.items():
-        texts = list(found.answers[name])
+        texts = [
+            answer_in_context(stored_messages(context or "[]"), text)
+            for text, context in found.answers[name]
+        ]
         for a, b, p in found.pairs[name]:
             if p != 0.5:
                 better, worse = (a, b) if p > 0.5 else (b, a)
@@ -556,7 +559,7 @@ def pairs_of_file(file: str | Path, names: Mapping[str, str] = {}) -> list[Label
 
 _DECIDED = """
 SELECT p.prompt, q.messages, q.tags, coalesce(nullif(q."group", ''), p.prompt), x.text, y.text,
-  p.outcome, p.a, p.b
+  p.outcome, p.a, p.b, x.context, y.context
 FROM preferences p JOIN prompts q ON q.prompt = p.prompt
 JOIN samples x ON x.run = p.run AND x.prompt = p.prompt AND x."index" = p.a
 JOIN samples y ON y.run = p.run AND y.prompt = p.prompt AND y."index" = p.b
@@ -565,7 +568,11 @@ WHERE p.run = $run AND NOT p.identical ORDER BY p.prompt, p.a, p.b"""
 
 def _comparisons(store: Path, run: int) -> Iterator[tuple[Prompt, str, str, str, int, int]]:
     rows = query(store, _DECIDED, {"run": run}).iter_rows()
-    for name, messages, tags, group, a, b, outcome, i, j in rows:
+    for name, messages, tags, group, text_a, text_b, outcome, i, j, *contexts in rows:
+        a, b = (
+            answer_in_context(stored_messages(context or "[]"), text)
+            for text, context in zip((text_a, text_b), contexts, strict=True)
+        )
         prompt = Prompt(name, tuple(stored_messages(messages)), tuple(tags), group)
         yield prompt, a, b, outcome, i, j
 
