@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from prefab.factory.tool_calls import join_calls
 from prefab.factory.types import LONGEST_TEXT, Completion, UnscoredReason
 
-# Qwen, DeepSeek and others; Mistral; Seed-OSS; Kimi; and what other fine-tunes write
+# Qwen, DeepSeek and others; Mistral; Seed-OSS; Kimi; Command; LongCat; MiniMax; OpenThinker; Gemma;
+# MedGemma; and what other fine-tunes write
 TAGS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -22,7 +23,29 @@ TAGS = (
     ("◁think▷", "◁/think▷"),
     ("<thinking>", "</thinking>"),
     ("<reasoning>", "</reasoning>"),
+    ("<thought>", "</thought>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<mm:think>", "</mm:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<unused94>thought", "<unused95>"),
 )
+# What some of these families write around the answer.
+_AROUND = re.compile(
+    r"\s*(?:<\|START_RESPONSE\|>|<\|begin_of_solution\|>)(.*?)"
+    r"(?:<\|END_RESPONSE\|>|<\|end_of_solution\|>)?\s*\Z",
+    re.S,
+)
+# gpt-oss writes its thinking and its answer as messages of named channels; a server that leaves the
+# control tokens out gives "analysis...assistantfinal...".
+_CHANNELS = re.compile(
+    r"\s*(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)\b"
+    r"|analysis(?=[A-Z\"'*])(?=.*assistant(?:final|commentary))|analysis(?=(?:We|The|User|I)\b)",
+    re.S,
+)
+_FINAL = re.compile(r"<\|channel\|>final(?:<\|message\|>)?|assistantfinal(?:json)?")
+_HARMONY = re.compile(r"<\|(?:start|end|message|return|channel|call)\|>")
 
 
 class ThinkingSplit(NamedTuple):
@@ -42,6 +65,10 @@ def split_thinking(text: str) -> ThinkingSplit:
     Several blocks one after another are one thinking. A tag in backticks is a word of the text, and
     so is a closing tag after an opening one in the middle of a text.
     """
+    if not _MAY_THINK.search(text):
+        return ThinkingSplit("", text)
+    if begun := _CHANNELS.match(text):
+        return _of_channels(text, begun.end())
     for opening, closing in TAGS:
         found = _split(text, opening, closing)
         if found is not None:
@@ -50,42 +77,61 @@ def split_thinking(text: str) -> ThinkingSplit:
         return ThinkingSplit("", text)
     if not found.finished:
         return found
-    again = split_thinking(found.answer) if found.answer.startswith(_OPENINGS) else None
+    if around := _AROUND.match(found.answer):
+        found = found._replace(answer=around[1].strip())
+    again = split_thinking(found.answer) if _OPENING.match(found.answer) else None
     if again is None:
         return found
     thinking = "\n\n".join(part for part in (found.thinking, again.thinking) if part)
     return ThinkingSplit(thinking, again.answer, again.finished)
 
 
-_OPENINGS = tuple(opening for opening, _ in TAGS)
+_OPENING = re.compile("|".join(re.escape(opening) for opening, _ in TAGS), re.I)
+_MAY_THINK = re.compile(r"[<\[◁]|analysis")  # most answers do not: they cost one search
+_EACH = {pair: re.compile(f"{re.escape(pair[0])}|{re.escape(pair[1])}", re.I) for pair in TAGS}
+
+
+def _of_channels(text: str, start: int) -> ThinkingSplit:
+    """The last message of the channel `final` is the answer; what is before it is thinking."""
+    finals = list(_FINAL.finditer(text, start))
+    if not finals:
+        return ThinkingSplit(_HARMONY.sub("", text[start:]).strip(), "", False)
+    thinking = _HARMONY.sub("", text[start : finals[-1].start()]).removesuffix("assistant").strip()
+    return ThinkingSplit(thinking, _HARMONY.sub("", text[finals[-1].end() :]).strip())
 
 
 def closing_tag_alone(text: str) -> bool:
     """Whether a text begins with thinking that it does not open: its chat template did."""
-    return bool(split_thinking(text).thinking) and not text.lstrip().startswith(_OPENINGS)
+    begins = _OPENING.match(text.lstrip()) or _CHANNELS.match(text)
+    return bool(split_thinking(text).thinking) and not begins
 
 
 def _split(text: str, opening: str, closing: str) -> ThinkingSplit | None:
     """The text's first block between these tags; None where it does not begin with one."""
-    opened = text.lstrip().startswith(opening)
-    if not opened and closing not in text:
+    tags = list(_EACH[opening, closing].finditer(text))
+    if not tags:
         return None
-    start = text.index(opening) + len(opening) if opened else 0
-    depth = 1
-    for tag in re.finditer(f"{re.escape(opening)}|{re.escape(closing)}", text[start:]):
-        at = start + tag.start()
-        if _in_backticks(text, at, start + tag.end()):
+    opened = _is(tags[0], opening) and not text[: tags[0].start()].strip()
+    start = tags[0].end() if opened else 0
+    depth, closings = 1, sum(_is(tag, closing) for tag in tags)
+    for tag in tags[opened:]:
+        closings -= _is(tag, closing)
+        if _in_backticks(text, tag.start(), tag.end()):
             continue
-        if tag.group() == opening:
+        if _is(tag, opening):
             if not opened:
                 return None
             depth += 1
             continue
         depth -= 1
-        after = text[start + tag.end() :]
-        if depth == 0 or closing not in after:
-            return ThinkingSplit(text[start:at].strip(), after.strip())
+        if depth == 0 or not closings:
+            return ThinkingSplit(text[start : tag.start()].strip(), text[tag.end() :].strip())
     return ThinkingSplit(text[start:].strip(), "", False) if opened else None
+
+
+def _is(tag: re.Match[str], spelling: str) -> bool:
+    """Whether a tag that was found is this one, in any case of its letters."""
+    return tag.group().lower() == spelling.lower()
 
 
 def _in_backticks(text: str, start: int, end: int) -> bool:
@@ -126,12 +172,15 @@ def policy_answer(completion: Completion) -> PolicyAnswer:
 
 def message_text(message: Mapping[str, Any]) -> str:
     """The text of a chat completion's message, with thinking that the server gave apart joined to
-    it: `reasoning_content` or `reasoning`, or content in typed parts; and with its tool calls.
+    it: `reasoning_content`, `reasoning` or `thinking`, or content in typed parts; and with its tool
+    calls.
 
     Raises: TypeError where the content is neither text nor parts of text, or a call has no name.
     """
     content = message.get("content")
-    thinking = message.get("reasoning_content") or message.get("reasoning") or ""
+    thinking = next((message[name] for name in THOUGHTS if message.get(name)), "")
+    if isinstance(thinking, list):
+        thinking = "".join(_part_text(part) for part in thinking)
     if isinstance(content, list):
         thought = [part for part in content if part.get("type") in ("thinking", "reasoning")]
         thinking = thinking or "".join(_part_text(part) for part in thought)
@@ -143,6 +192,23 @@ def message_text(message: Mapping[str, Any]) -> str:
     if calls[0]:
         content = join_calls(content, calls)
     return join_thinking(thinking, content) if _is_text(thinking) else content
+
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # a message's fields, by server
+
+
+def refusal_of(message: Mapping[str, Any]) -> str:
+    """The words by which a message refuses: its `refusal`, or a part of its content of this type;
+    empty where it refuses nothing.
+
+    Raises: TypeError where that is no text.
+    """
+    content = message.get("content")
+    parts = [one.get("refusal") for one in content] if isinstance(content, list) else []
+    found = message.get("refusal") or next((words for words in parts if words), "")
+    if not isinstance(found, str):
+        raise TypeError(f"refusal is {type(found).__name__}")
+    return found
 
 
 def _is_text(value: Any) -> bool:

@@ -47,6 +47,7 @@ from prefab.factory.thinking import (
     closing_tag_alone,
     join_thinking,
     message_text,
+    refusal_of,
     split_thinking,
 )
 from prefab.factory.tool_calls import server_turns, tools_of
@@ -72,11 +73,10 @@ _POLICY = re.compile(
     r"content[ _-]?(?:filter|policy|management)|responsible ?ai|safety (?:system|policy)", re.I
 )
 _FINISH: dict[str, Finish] = {
-    "stop": "stop",
-    "eos": "stop",
-    "tool_calls": "stop",
-    "length": "length",
-    "content_filter": "refused",
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
+    **dict.fromkeys(("complete", "tool_calls", "function_call", "tool_use"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
+    **dict.fromkeys(("content_filter", "safety", "sensitive", "refusal", "recitation"), "refused"),
 }
 
 
@@ -138,7 +138,7 @@ class TopRead:
             return None, "hard"
         found: dict[str, float] = {}
         for entry in entries:
-            token = entry.get("token")
+            token = token_text(entry.get("token"))
             if token not in labels:
                 continue
             logp = log_probability(entry.get("logprob"))
@@ -149,6 +149,7 @@ class TopRead:
 
     def label_of(self, token: Any, labels: tuple[str, ...]) -> str | None:
         """As `Read.label_of`."""
+        token = token_text(token)
         return token if token in labels else None
 
     def knows(self, token: str) -> bool:
@@ -371,7 +372,7 @@ class Chat:
             details = (answer.get("usage") or {}).get("completion_tokens_details") or {}
             split = split_thinking(found.text)
             hidden = _count(details.get("reasoning_tokens"))
-            given = not labels or bool((choice.get("logprobs") or {}).get("content"))
+            given = not labels or bool(token_entries(choice.get("logprobs")))
             return _Probe(found, bool(hidden or split.thinking or not split.finished), given)
 
         async def ask() -> _Probe:
@@ -566,11 +567,10 @@ class Chat:
     ) -> Completion:
         try:
             message = choice["message"]
-            refusal = message.get("refusal")
+            refusal = refusal_of(message)
             text = refusal if refusal else message_text(message)
-            finish: Finish | None = (
-                "refused" if refusal else _FINISH.get(choice.get("finish_reason") or "stop")
-            )
+            ended = choice.get("finish_reason") or "stop"
+            finish: Finish | None = "refused" if refusal else _FINISH.get(ended.lower())
             if finish is None or not isinstance(text, str):
                 raise Malformed(
                     f"finish_reason {choice.get('finish_reason')!r}, content {type(text).__name__}"
@@ -582,7 +582,7 @@ class Chat:
                 return Completion(
                     text, finish, None, unread, prompt_tokens, new_tokens, 0, self.server.url
                 )
-            content = (choice.get("logprobs") or {}).get("content") or [{}]
+            content = token_entries(choice.get("logprobs")) or [{}]
             self._log_probabilities(bool(content[0]), finish)
             if len(content) > group.tokens + MORE_TOKENS:
                 raise Malformed(f"{len(content)} tokens, where {group.tokens} were asked for")
@@ -827,6 +827,39 @@ def message_bytes(messages: tuple[Message, ...]) -> bytes:
     if any(m.more for m in messages):
         return orjson.dumps(server_turns(messages))
     return orjson.dumps([{"role": m.role, "content": m.content} for m in messages])
+
+
+def token_text(token: Any) -> Any:
+    """A token's text, where the server names it as its vocabulary does: a space before it is `Ġ`
+    (byte-level BPE) or `▁` (SentencePiece).
+    """
+    return f" {token[1:]}" if isinstance(token, str) and token[:1] in ("Ġ", "▁") else token
+
+
+def token_entries(logprobs: Any) -> list[Any]:
+    """The log-probabilities by token, `[{token, logprob, top_logprobs}, ...]`. Some servers give
+    those of chats in the older form of completions: `tokens`, `token_logprobs` and `top_logprobs`
+    side by side.
+    """
+    if not logprobs:
+        return []
+    if found := logprobs.get("content"):
+        return list(found)
+    tokens, values = logprobs.get("tokens"), logprobs.get("token_logprobs")
+    if not isinstance(tokens, list) or not isinstance(values, list):
+        return []
+    tops = logprobs.get("top_logprobs") or [None] * len(tokens)
+    return [
+        {
+            "token": token,
+            "logprob": value,
+            "top_logprobs": [
+                {"token": name, "logprob": logp}
+                for name, logp in (top if top else {token: value}).items()
+            ],
+        }
+        for token, value, top in zip(tokens, values, tops, strict=True)
+    ]
 
 
 def log_probability(value: Any) -> float:

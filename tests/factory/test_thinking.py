@@ -36,6 +36,31 @@ from prefab.factory.types import Completion
         ("<think>I write `</think>` here</think>d", ("I write `</think>` here", "d", True)),
         ("<think></think>", ("", "", True)),
         ("<seed:think>a</seed:think>b", ("a", "b", True)),
+        ("<Think>a</Think>b", ("a", "b", True)),
+        ("<thought>a</thought>\nb", ("a", "b", True)),
+        ("<unused94>thought\na<unused95>b", ("a", "b", True)),
+        (
+            "<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>b<|END_RESPONSE|>",
+            ("a", "b", True),
+        ),
+        (
+            "<|begin_of_thought|>a<|end_of_thought|>\n\n<|begin_of_solution|>b<|end_of_solution|>",
+            ("a", "b", True),
+        ),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b"
+            "<|return|>",
+            ("a", "b", True),
+        ),
+        ("<|channel|>analysis<|message|>a", ("a", "", False)),
+        ("analysisThe user asks.assistantfinalYes.", ("The user asks.", "Yes.", True)),
+        ("analysisWe need", ("We need", "", False)),
+        ("analysis of the problem: none", ("", "analysis of the problem: none", True)),
+        (
+            "An analysis. The assistantfinal word",
+            ("", "An analysis. The assistantfinal word", True),
+        ),
+        ("1 < 2 and [x]", ("", "1 < 2 and [x]", True)),
     ],
 )
 def test_split(text, found):
@@ -57,6 +82,11 @@ def test_what_is_joined_is_split_again():
         ({"content": "Yes.", "reasoning_content": "Why?"}, "<think>\nWhy?\n</think>\n\nYes."),
         ({"content": "Yes.", "reasoning": "Why?"}, "<think>\nWhy?\n</think>\n\nYes."),
         ({"content": None, "reasoning": "Why"}, "<think>\nWhy"),
+        ({"content": "Yes.", "thinking": "Why?"}, "<think>\nWhy?\n</think>\n\nYes."),
+        (
+            {"content": "Yes.", "reasoning_content": [{"type": "text", "text": "Why?"}]},
+            "<think>\nWhy?\n</think>\n\nYes.",
+        ),
         (
             {
                 "content": [

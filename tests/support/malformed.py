@@ -112,6 +112,11 @@ def broken(openai: str, change: Callable[[dict[str, Any]], Any]) -> Shape:
     )
 
 
+OLDER_LOGPROBS = {
+    "tokens": ["A"],
+    "token_logprobs": [-0.105],
+    "top_logprobs": [{"A": -0.105, "B": -3.0, "T": -4.0}],
+}
 TEXT = (("Content-Type", "text/html; charset=latin-1"),)
 GOOD = bytes_of(body(choice([{"token": "A", "logprob": -0.1}, {"token": "B", "logprob": -3.0}])))
 SHAPES: dict[str, Shape] = {
@@ -183,7 +188,13 @@ SHAPES: dict[str, Shape] = {
     "finish abort": broken("transport", lambda c: [c | {"finish_reason": "abort"}]),
     "finish list": broken("transport", lambda c: [c | {"finish_reason": ["stop"]}]),
     "finish number": broken("transport", lambda c: [c | {"finish_reason": 3}]),
-    "finish in capitals": broken("transport", lambda c: [c | {"finish_reason": "STOP"}]),
+    "finish in capitals": broken("a", lambda c: [c | {"finish_reason": "STOP"}]),
+    "finish of another API": broken("a", lambda c: [c | {"finish_reason": "end_turn"}]),
+    "finish SAFETY": broken("refused", lambda c: [c | {"finish_reason": "SAFETY"}]),
+    "refusal in a part": broken(
+        "refused",
+        lambda c: [c | {"message": {"content": [{"type": "refusal", "refusal": "I cannot."}]}}],
+    ),
     # log-probabilities of the wrong shape
     "logprobs a text": broken("transport", lambda c: [c | {"logprobs": "none"}]),
     "logprobs a list": broken("transport", lambda c: [c | {"logprobs": [1]}]),
@@ -308,6 +319,14 @@ SHAPES: dict[str, Shape] = {
     "text against numbers": broken("a", lambda c: [c | {"message": {"content": "B"}}]),
     "text a surrogate": broken("a", lambda c: [c | {"message": {"content": "\ud83d"}}]),
     "minus infinity": read("a", "a", lambda name: top(name, A=-0.1, T=-INF)),
+    "tokens of a vocabulary": read(
+        "a",
+        "no_logprobs",
+        lambda _: [{"token": t, "logprob": p} for t, p in (("ĠA", -0.1), ("▁B", -3.0))],
+    ),
+    "the older form": Shape(
+        lambda _: body({**choice(None), "logprobs": OLDER_LOGPROBS}), "a", "no_logprobs"
+    ),
     "bounds": read("a", "no_logprobs", lambda name: [{"token": name("A"), "logprob": -0.1}]),
 }
 
