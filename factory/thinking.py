@@ -178,9 +178,7 @@ def message_text(message: Mapping[str, Any]) -> str:
     Raises: TypeError where the content is neither text nor parts of text, or a call has no name.
     """
     content = message.get("content")
-    thinking = next((message[name] for name in THOUGHTS if message.get(name)), "")
-    if isinstance(thinking, list):
-        thinking = "".join(_part_text(part) for part in thinking)
+    thinking = _thoughts_of(message)
     if isinstance(content, list):
         thought = [part for part in content if part.get("type") in ("thinking", "reasoning")]
         thinking = thinking or "".join(_part_text(part) for part in thought)
@@ -192,6 +190,12 @@ def message_text(message: Mapping[str, Any]) -> str:
     if calls[0]:
         content = join_calls(content, calls)
     return join_thinking(thinking, content) if _is_text(thinking) else content
+
+
+def _thoughts_of(message: Mapping[str, Any]) -> Any:
+    """What a message has as thinking of its own, parts as one text; empty without."""
+    found = next((message[name] for name in THOUGHTS if message.get(name)), "")
+    return "".join(map(_part_text, found)) if isinstance(found, list) else found
 
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # a message's fields, by server

@@ -223,26 +223,29 @@ def _from_store(kind: Kind, source: Source, found: Rows) -> tuple[list[Row], set
             "config": config,
         }
     )
-    rows = [
-        row
-        for name in DATASETS.get(kind, (kind,))
-        for row in frames.get(name, pl.DataFrame()).iter_rows(named=True)
-        if row["split"] in ("train", "val")
-    ]
+    rows = []
+    for name in DATASETS.get(kind, (kind,)):
+        rows += frames.get(name, pl.DataFrame({"split": []})).iter_rows(named=True)
+    rows = [row for row in rows if row["split"] in ("train", "val")]
     for row in rows:
-        if "prompt" not in row:
-            row |= next(_pairs(layouts.parse(row), row))
-        row["prompt"] = layouts.turns_of(row["prompt"])
-        for name in ("chosen", "rejected", "completion"):
-            if isinstance(row.get(name), list):
-                row[name] = _answer(layouts.turns_of(row[name])[-1])
-        if tools := layouts.tools_of(row):
-            if kind == "prompts":
-                raise ConfigError(f"{folder}: {NO_TOOLS}")
-            row["tools"] = tools
-        else:
-            row.pop("tools", None)
+        _read_turns(row)
+        if kind == "prompts" and row.get("tools"):
+            raise ConfigError(f"{folder}: {NO_TOOLS}")
     return rows, {_prompt_digest([message_turn(m) for m in stored_messages(text)]) for text in test}
+
+
+def _read_turns(row: Row) -> None:
+    """A row of a store's dataset with its prompt and answers as a row of a file has them."""
+    if "prompt" not in row:
+        row |= next(_pairs(layouts.parse(row), row))
+    row["prompt"] = layouts.turns_of(row["prompt"])
+    for name in ("chosen", "rejected", "completion"):
+        if isinstance(row.get(name), list):
+            row[name] = _answer(layouts.turns_of(row[name])[-1])
+    tools = layouts.tools_of(row)
+    row.pop("tools", None)
+    if tools:
+        row["tools"] = tools
 
 
 NO_TOOLS = "has tools, which are not passed on where answers are sampled"
@@ -257,13 +260,13 @@ def _from_files(
     Raises: ConfigError where there is no such file, or with the rows that cannot be kept.
     """
     place = Path(source.files or "")
-    folders = [place / name for name in DATASETS.get(kind, (kind,)) if (place / name).is_dir()]
+    folders = _folders_of(kind, place)
     if not place.exists():
         raise ConfigError(f"{place}: no such file or folder")
     if place.is_file() and not place.stat().st_size:
         raise ConfigError(f"{place}: the file is empty")
     found = _FileRows()
-    for file, split in (one for folder in folders or [place] for one in _files_of(folder)):
+    for file, split in (one for folder in folders for one in _files_of(folder)):
         for number, line, value in data_files.rows(file):
             try:
                 made = rows_of(kind, value, source.map)
@@ -274,6 +277,12 @@ def _from_files(
             for row in made:
                 found.take(row, row["split"] if split == BY_ROW else split)
     return found.finished(place, bad_rows, notes), found.tests
+
+
+def _folders_of(kind: Kind, place: Path) -> list[Path]:
+    """The folders of an export that have rows of this kind; of any other place, the place."""
+    found = [place / name for name in DATASETS.get(kind, (kind,)) if (place / name).is_dir()]
+    return found or [place]
 
 
 BY_ROW = "by row"  # of a folder that `datasets` saved: each row's split is that of its part

@@ -27,7 +27,7 @@ from prefab.factory.tool_calls import (
     stored_messages,
     tools_of,
 )
-from prefab.factory.types import Preference, Verdict
+from prefab.factory.types import Message, Preference, Verdict
 
 if TYPE_CHECKING:
     import polars
@@ -400,11 +400,11 @@ def _with_turns(samples: polars.DataFrame, with_tools: bool) -> polars.DataFrame
     import polars as pl
 
     talks = {text: stored_messages(text) for text in samples["messages"].unique()}
-    contexts = [stored_messages(text) if text else None for text in samples["context"]]
+    contexts = [_messages_of_context(text) for text in samples["context"]]
     turn: dict[str, Any] = {"role": pl.String, "content": pl.String}
     if not with_tools:
-        turns = [[message_turn(m) for m in talks[text]] for text in samples["messages"]]
-        own = [one and [message_turn(m) for m in one] for one in contexts]
+        turns = [list(map(message_turn, talks[text])) for text in samples["messages"]]
+        own = [one and list(map(message_turn, one)) for one in contexts]
         answers = pl.concat_list(
             pl.struct(pl.lit("assistant").alias("role"), pl.col("text").alias("content"))
         )
@@ -419,8 +419,12 @@ def _with_turns(samples: polars.DataFrame, with_tools: bool) -> polars.DataFrame
     turn |= {"tool_calls": pl.List(call), "tool_call_id": pl.String, "name": pl.String}
     table = pl.List(pl.Struct(turn))
     tools = [orjson.dumps(tools_of(talks[text])).decode() for text in samples["messages"]]
-    turns = [[_row_of(message_turn(m), turn) for m in talks[text]] for text in samples["messages"]]
-    own = [one and [_row_of(message_turn(m), turn) for m in one] for one in contexts]
+
+    def row_of(message: Message) -> dict[str, Any]:
+        return _row_of(message_turn(message), turn)
+
+    turns = [list(map(row_of, talks[text])) for text in samples["messages"]]
+    own = [one and list(map(row_of, one)) for one in contexts]
     made = [[_row_of(answer_turn(text), turn)] for text in samples["text"]]
     return samples.with_columns(
         pl.Series("prompt_turns", turns, table),
@@ -428,6 +432,10 @@ def _with_turns(samples: polars.DataFrame, with_tools: bool) -> polars.DataFrame
         pl.Series("answer", made, table),
         pl.Series("tools", [None if text == "[]" else text for text in tools], pl.String),
     )
+
+
+def _messages_of_context(text: str | None) -> tuple[Message, ...] | None:
+    return stored_messages(text) if text else None
 
 
 def _asked(context: str = "context_turns") -> polars.Expr:
