@@ -86,6 +86,9 @@ def agreement(
         int, typer.Option(min=0, help="Bootstrap resamples for intervals; 0 for none.")
     ] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Of a run with more prompts about so many; 0: all.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Measure how reliable the labels are: each judge, agreement between judges, the panel, and
@@ -109,6 +112,7 @@ def agreement(
         examples,
         resamples,
         seed,
+        sample,
     )
     if as_json:
         return print_json(found)

@@ -11,7 +11,7 @@ its reason.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ def measure(
     examples: int = 3,
     resamples: int = 2000,
     seed: int = 0,
+    sample: int = 0,
 ) -> dict[str, Any]:
     """Measure how reliable a run's labels are: agreement, bias and accuracy of the judges.
 
@@ -71,15 +72,20 @@ def measure(
         examples: Examples of disagreement for each principle.
         resamples: Bootstrap resamples for intervals; 0 for none.
         seed: Seed of the bootstrap.
+        sample: Of a run with more prompts about so many, in whole groups; 0: all. What is compared
+            with people's labels stands on all of these.
 
     Returns:
-        Plain data, as `prefab agreement --json` prints it.
+        Plain data, as `prefab agreement --json` prints it. `sampled` is None, or one of how many
+        groups of prompts is taken.
 
     Raises:
         ConfigError: The run, or a principle, judge or tag does not exist.
         UnscoredError: No verdict of the selection is scored.
     """
     selection = select(Path(folder), run, principles, judges, tags)
+    if sample:
+        selection = selection.sampled(sample)
     data, source = load_matrix(selection, gold)
     unscored = selection.unscored()
     if np.isnan(data.p).all():
@@ -100,6 +106,7 @@ def measure(
         "groups": len(np.unique(data.groups)),
         "resamples": resamples,
         "seed": seed,
+        "sampled": None,
         "judges": judge_rows(selection, data, unscored),
         "between": between(data) if several else None,
         "coefficients": coefficients(data, resamples, seed) if several else None,
@@ -116,7 +123,40 @@ def measure(
         selection, data, [row["name"] for row in found["principles"]], examples
     )
     found["limitations"] = limitations(data, source, found["orders"])
+    if selection.of_groups > 1:
+        found["sampled"] = selection.of_groups
+        _add_labelled(found, selection, gold, resamples, seed)
     return found
+
+
+def _add_labelled(
+    found: dict[str, Any], selection: Selection, gold: str, resamples: int, seed: int
+) -> None:
+    """Replace what a sample says of people's labels by what all of them do."""
+    selection = replace(selection, of_groups=1, labelled=True)
+    if gold not in ("auto", "human") or selection.unscored().is_empty():
+        return
+    data, source = load_matrix(selection, "human")
+    if np.isnan(data.gold).all():
+        return
+    found |= {
+        "gold": source,
+        "accuracy": accuracies(data, resamples, seed),
+        "calibration": calibrations(data),
+    }
+    unscored = selection.unscored()
+    for rows, of, name in (
+        (found["judges"], judge_rows(selection, data, unscored), "judge"),
+        (found["principles"], group_rows(data, unscored, "principle"), "name"),
+        (found["tags"], group_rows(data, unscored, "tag"), "name"),
+    ):
+        known = {row[name]: row for row in of}
+        for row in rows:
+            row |= {
+                k: known.get(row[name], {}).get(k) or undefined("no label of people")
+                for k in ("accuracy", "exact")
+                if k in row
+            }
 
 
 def _constitution(selection: Selection) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def show(found: dict[str, Any], groups: int = 3) -> None:
     say(
         f"{found['run']}: {found['comparisons']:,} comparisons of {found['prompts']:,} prompts, "
         f"{found['items']:,} with their principles"
+        + (f" · a sample: one of {found['sampled']} groups of prompts" if found["sampled"] else "")
         + (f" · gold: {found['gold']}" if found["gold"] else "")
     )
     if found["constitution"]["digest"]:

@@ -15,13 +15,18 @@ from prefab.factory.store.store import Read
 if TYPE_CHECKING:
     import polars
 
-WHERE = """run = $run
+# Limits to one of so many groups of prompts, always the same ones.
+IN_SAMPLE = """($of_groups::INTEGER = 1 OR prompt IN (
+    SELECT prompt FROM prompts WHERE hash(coalesce(nullif("group", ''), prompt)) % $of_groups::INTEGER = 0))"""
+WHERE = f"""run = $run
   AND (len($principles::VARCHAR[]) = 0 OR list_contains($principles::VARCHAR[], principle))
   AND (len($judges::VARCHAR[]) = 0 OR list_contains($judges::VARCHAR[], judge))
   AND (len($tags::VARCHAR[]) = 0
        OR prompt IN (SELECT prompt FROM prompts WHERE list_has_any(tags, $tags::VARCHAR[]))
        OR principle IN (SELECT principle FROM principles
-                        WHERE constitution = $constitution AND list_has_any(tags, $tags::VARCHAR[])))"""
+                        WHERE constitution = $constitution AND list_has_any(tags, $tags::VARCHAR[])))
+  AND {IN_SAMPLE}
+  AND (NOT $labelled::BOOLEAN OR prompt IN (SELECT prompt FROM human_labels))"""
 
 _UNSCORED = f"""
 SELECT principle, judge, reason, count(*) AS n FROM verdicts WHERE {WHERE} GROUP BY ALL ORDER BY ALL"""
@@ -51,8 +56,9 @@ WHERE x.repeat = 0 AND y.repeat > 0 AND x.winner IS NOT NULL AND y.winner IS NOT
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A run's verdicts, limited to these principles, judges and tags (an empty tuple: all). `read`:
-    of an open store (see `fill.read_filled`); left out, each query opens the store.
+    """A run's verdicts, limited to these principles, judges and tags (an empty tuple: all), to one
+    of so many groups of prompts, and to prompts that people labelled. `read`: of an open store
+    (see `fill.read_filled`); left out, each query opens the store.
     """
 
     folder: Path
@@ -60,6 +66,8 @@ class Selection:
     principles: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    of_groups: int = 1
+    labelled: bool = False
     read: Read | None = field(default=None, compare=False)
 
     @property
@@ -84,8 +92,15 @@ class Selection:
             "principles": list(self.principles),
             "judges": list(self.judges),
             "tags": list(self.tags),
+            "of_groups": self.of_groups,
+            "labelled": self.labelled,
         }
         return self.read(sql, values) if self.read else query(self.folder, sql, values)
+
+    def sampled(self, prompts: int) -> Selection:
+        """The selection, of a run with more prompts limited to about so many in whole groups."""
+        sql = "SELECT count(DISTINCT prompt) AS n FROM preferences WHERE run = $run"
+        return replace(self, of_groups=max(1, -(-self.query(sql)["n"][0] // prompts)))
 
     def unscored(self) -> polars.DataFrame:
         """Verdicts by principle, judge and reason (None: scored)."""

@@ -16,11 +16,13 @@ from urllib.parse import urlencode
 
 from prefab.factory.charts import Chart, Point, Series
 from prefab.factory.stats import clustered_share_of_sums, wilson
+from prefab.pipelines.store.selection import IN_SAMPLE
 from prefab.pipelines.view.jobs import Job
 from prefab.pipelines.view.pages import Page, Parameters, View, as_sql, one
 from prefab.pipelines.view.reader import Row
 
 PANEL = "mean probability"
+SAMPLE = 5000  # prompts of a run with more; a share of their comparisons is known to about 1%
 Figures = dict[str, Any]
 
 
@@ -38,7 +40,7 @@ def working(view: View, title: str, job: Job | None, retry: str) -> Page:
 def figures(view: View, run: str) -> tuple[Figures | None, Job | None]:
     """What `prefab agreement` measures of a run, or the command that measures it."""
     words = ["agreement", "--store", str(view.folder), "--run", run]
-    words += ["--json", "--resamples", "0", "--examples", "3"]
+    words += ["--json", "--resamples", "0", "--examples", "3", "--sample", str(SAMPLE)]
     job = view.jobs.get(f"agreement {run} {view.reader.state()}", words, wait=view.bundle)
     return (job.result if job else None), job
 
@@ -58,6 +60,7 @@ def agreement(view: View, parameters: Parameters) -> Page:
             tuple(pair["judges"]): pair for pair in (found["between"] or {"pairs": []})["pairs"]
         },
         "apart": principles_apart(view, run["run"]),
+        "of_groups": of_groups(view, run["run"]),
         "reliability": reliability(found, run["named"]),
         "position": position(found["judges"]),
     }
@@ -68,10 +71,11 @@ def agreement(view: View, parameters: Parameters) -> Page:
 
 
 # Two principles on one comparison, where both decide: whether they prefer the same answer.
-_APART = """
+_APART = f"""
 WITH read AS (
   SELECT prompt, a, b, principle, sign(avg(p_a) - 0.5) AS side FROM verdicts
-  WHERE run = $run AND p_a IS NOT NULL AND principle <> '' GROUP BY ALL
+  WHERE run = $run AND p_a IS NOT NULL AND principle <> '' AND {IN_SAMPLE}
+  GROUP BY ALL
   HAVING abs(avg(p_a) - 0.5) > 0.02),
 each_group AS (
   SELECT x.principle AS one, y.principle AS other, coalesce(nullif(q."group", ''), x.prompt) AS "group",
@@ -83,12 +87,19 @@ SELECT one, other, sum(n) AS n, sum(hits) AS hits, count(*) AS groups, sum(hits 
   sum(hits * n) AS hits_n, sum(n * n) AS n_n
 FROM each_group GROUP BY ALL ORDER BY one, other"""
 MOST_PRINCIPLES = 24
+MOST_READ = 50_000  # preferences; of a run with more, a share of the groups of prompts is read
+
+
+def of_groups(view: View, run: int) -> int:
+    """One of how many groups of prompts of a run is read for the figures of its principles."""
+    return max(1, view.size(run) // MOST_READ)
 
 
 def principles_apart(view: View, run: int) -> list[Row]:
     """How often each two principles prefer the same answer, with intervals over prompts' groups."""
     rows: list[Row] = view.reader.cached(
-        f"apart {run}", lambda: view.reader.rows(_APART, {"run": run})
+        f"apart {run}",
+        lambda: view.reader.rows(_APART, {"run": run, "of_groups": of_groups(view, run)}),
     )
     found = []
     for row in rows[: MOST_PRINCIPLES**2]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.stats import clustered_share_of_sums
+from prefab.pipelines.store.selection import IN_SAMPLE
+from prefab.pipelines.view.analysis import of_groups
 from prefab.pipelines.view.jobs import Job, written
 from prefab.pipelines.view.pages import Page, Parameters, View, as_sql, one
 from prefab.pipelines.view.preference import principles_of
@@ -27,11 +29,13 @@ MOST_SAMPLED = 10_000
 _FOLDER = tempfile.TemporaryDirectory(prefix="prefab-view-")
 
 # By principle: comparisons, those that it decides, both orders that agree, and sums for intervals.
-_EFFECT = """
+_EFFECT = f"""
 WITH read AS (
   SELECT principle, prompt, a, b, judge, avg(p_a) AS p, count(*) = count(p_a) AS scored,
     count(DISTINCT "order") AS orders, count(DISTINCT winner) AS winners
-  FROM verdicts WHERE run = $run AND repeat = 0 GROUP BY ALL),
+  FROM verdicts WHERE run = $run AND repeat = 0
+    AND {IN_SAMPLE}
+  GROUP BY ALL),
 each_group AS (
   SELECT principle, coalesce(nullif("group", ''), prompt) AS "group",
     count(DISTINCT (prompt, a, b)) AS comparisons,
@@ -59,17 +63,17 @@ def constitution(view: View, parameters: Parameters) -> Page:
     for name, row in principles_of(view, run["constitution"]).items():
         shown = {k: row[k] for k in ("title", "compare", "weight", "enabled", "tags")}
         principles.append({"principle": name, **shown, **effect.get(name, _NONE)})
+    at = {"run": run["run"], "of_groups": of_groups(view, run["run"])}
     data = {
         "run": run["named"],
+        "of_groups": at["of_groups"],
         "about": {k: about.get(k) for k in ("id", "title", "licence", "selection")},
         "principles": principles,
         "source": about.get("source") or "",
         "sample": SAMPLE,
     }
     command = view.command("sql", "SELECT principle, title, compare FROM principles")
-    return Page(
-        "constitution.jinja", "Constitution", data, command, as_sql(_EFFECT, {"run": run["run"]})
-    )
+    return Page("constitution.jinja", "Constitution", data, command, as_sql(_EFFECT, at))
 
 
 _NONE: dict[str, Any] = {"comparisons": 0, "unscored": 0, "decisive": None, "consistent": None}
@@ -78,7 +82,7 @@ _NONE: dict[str, Any] = {"comparisons": 0, "unscored": 0, "decisive": None, "con
 def _effect(view: View, run: int) -> dict[str, dict[str, Any]]:
     """By principle: how often it was applied, decisive and consistent."""
     found = {}
-    for row in view.reader.rows(_EFFECT, {"run": run}):
+    for row in view.reader.rows(_EFFECT, {"run": run, "of_groups": of_groups(view, run)}):
         decisive = clustered_share_of_sums(*_sums(row, "n", "decided", "m", "dd", "dn", "nn"))
         consistent = clustered_share_of_sums(*_sums(row, "two", "same", "m_two", "ss", "st", "tt"))
         found[row["principle"]] = {

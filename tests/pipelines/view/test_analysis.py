@@ -47,6 +47,21 @@ def test_agreement_shows_what_prefab_agreement_measures(client, made):
     assert f"{100 * consistency.low:.1f}–{100 * consistency.high:.1f}" in page
 
 
+def test_agreement_of_a_sample_takes_whole_groups_and_all_labels_of_people(made):
+    whole, some = (agreement(made, "world", resamples=0, sample=n) for n in (0, 9))
+    assert whole["sampled"] is None and some["sampled"] == 4
+    sql = (
+        "SELECT DISTINCT prompt, a, b FROM verdicts WHERE run = 1 AND prompt IN (SELECT prompt FROM prompts "
+        """WHERE hash(coalesce(nullif("group", ''), prompt)) % 4 = 0)"""
+    )
+    assert 0 < some["comparisons"] == query(made, sql).height < whole["comparisons"]
+    assert some["accuracy"] == whole["accuracy"] and some["calibration"] == whole["calibration"]
+    for row, expected in zip(some["judges"], whole["judges"], strict=True):
+        assert row["readings"] < expected["readings"] and row["accuracy"] == expected["accuracy"]
+    known = {row["name"]: row["accuracy"] for row in whole["principles"]}
+    assert all(row["accuracy"].value == known[row["name"]].value for row in some["principles"])
+
+
 def test_each_cell_of_agreement_opens_the_preferences_behind_it(client):
     page = html.unescape(ready(client, "/agreement?run=world").text)
     links = set(re.findall(r'href="((?:preferences|preference)\?[^"]+)"', page))
