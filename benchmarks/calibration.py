@@ -41,6 +41,8 @@ BASE = "prefab-tiny"
 JUDGES = {"tiny": BASE, "nano": "prefab-nano"}
 TARGETS = ("share", "retest", "oracle")
 TRAINED = ("share", "oracle", "hard")
+WEAKER = "oracle, beta 0.4"  # of DPO: about as far from base as with the share and BETA
+BETA = 0.1
 STAGES_OF = {"rewards": ("reward",), "policies": ("dpo",), "all": ("reward", "dpo")}
 MARKED = 0.6  # of `audit data`'s rule low_margin
 PAIR_COLUMNS = (
@@ -182,7 +184,8 @@ def resampled(
 def train(args: argparse.Namespace, seed: int, judge: str, target: str, found: Any) -> None:
     """A reward model and a DPO policy on these pairs, once, or one of the two."""
     file = args.folder / f"pairs-{judge}-{target}-{seed}.jsonl"
-    file.write_text("".join(_training_row(row, target) for row in found.iter_rows(named=True)))
+    beta, column = (0.4, "oracle") if target == WEAKER else (BETA, target)
+    file.write_text("".join(_training_row(row, column) for row in found.iter_rows(named=True)))
     shared = {
         "model": args.model,
         "seed": seed,
@@ -193,7 +196,7 @@ def train(args: argparse.Namespace, seed: int, judge: str, target: str, found: A
     }
     stages = {
         "reward": {"learning_rate": 3e-4, "epochs": args.epochs, "eval_every": 20, "patience": 4},
-        "dpo": {"learning_rate": 1e-4, "epochs": args.dpo_epochs, "beta": 0.1},
+        "dpo": {"learning_rate": 1e-4, "epochs": args.dpo_epochs, "beta": beta},
     }
     for kind, settings in stages.items():
         if kind not in STAGES_OF[args.do]:
@@ -219,7 +222,8 @@ def _training_row(row: dict[str, Any], target: str) -> str:
 
 def cells(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Every judge and target that models are trained on."""
-    return ((judge, target) for judge in args.judges for target in TRAINED)
+    more = (WEAKER,) if args.do == "policies" else ()
+    return ((judge, target) for judge in args.judges for target in (*TRAINED, *more))
 
 
 def rewards(args: argparse.Namespace) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def write(name: str, quick: bool, **results: Any) -> Path:
         "load_at_end": os.getloadavg()[0],
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m benchmarks." + name + _options(),
+        "command": "python -m benchmarks." + Path(sys.argv[0]).stem + _options(),
     }
     path.write_text(json.dumps({"where": where, **results}, indent=1) + "\n")
     print(f"wrote {path}")

@@ -1,14 +1,15 @@
 """People's labels: how far people agree, how near a judge comes to them, and what training on their
 preferences does.
 
-    python -m benchmarks.human --xstest DIR --llmbar DIR --hh FILE [--size cpu] [--judge FILE.yaml]
+    python -m benchmarks.human --xstest DIR --llmbar DIR --hh FILE [--size all] [--judge FILE.yaml]
 
 The files are read where they lie, and stay there: `DIR/*.csv` of XSTest's annotated answers (with
 `prompts.csv`), `DIR/*.json` of LLMBar, and HH-RLHF's `harmless-base` test pairs (`.jsonl.gz`). A
 part whose files are not named is left out, and its earlier results are kept. `--judge` is a
 pipeline file whose first judge is measured in place of smollm2-135m's. `--size` is quick (the
-machinery), middle (what is committed: half an hour on two busy cores), cpu (within two hours on two
-cores) or all (a GPU). Intervals are over prompts.
+machinery), middle (what is committed: 56 minutes on two busy cores), cpu (all of LLMBar, six times
+as many pairs to train on, each up to twice as long: by middle's times about six hours on two busy
+cores, so it was not run) or all (a GPU). Intervals are over prompts.
 """
 
 from __future__ import annotations
@@ -601,7 +602,7 @@ def main() -> None:
     parser.add_argument("--hh", type=Path)
     parser.add_argument("--judge", type=Path, help="A pipeline file; its first judge is measured.")
     parser.add_argument("--model", default=MODEL, help="What is trained.")
-    parser.add_argument("--size", choices=list(SIZES), default="cpu")
+    parser.add_argument("--size", choices=list(SIZES), default="middle")
     parser.add_argument("--work", type=Path, default=Path("bench-human"))
     parts = ("annotators", "judge", "training", "refusals")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))

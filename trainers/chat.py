@@ -179,7 +179,9 @@ def conversation_ids(
     """A finished conversation, all that the template writes: what a reward model reads here and on
     vLLM alike.
     """
-    return ids_of(tokenizer, chat_text(tokenizer, turns, False, kwargs))
+    text = chat_text(tokenizer, turns, False, kwargs)
+    check_prompt_text(turns, text)
+    return ids_of(tokenizer, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +213,8 @@ def answered(
     writes behind it. What follows the end-of-turn token is cut, since nothing is sampled there;
     where the template writes none, EOS is added, or the policy would never learn to stop.
 
-    Raises: ConfigError when the template does not write the answer's text as it is, or leaves out
-        tool calls.
+    Raises: ConfigError when the template does not write the answer's text, or a user's or a system
+        turn, as it is, or leaves out tool calls.
     """
     turn = turn_of(answer)
     start = chat_text(tokenizer, turns, True, kwargs)
@@ -221,6 +223,7 @@ def answered(
     check_tools([turn], whole)
     known = dialect(tokenizer, kwargs)
     rest = _rest(start, whole, turn, known.tail)
+    check_prompt_text(turns, start)
     before, after = ids_of(tokenizer, start), ids_of(tokenizer, rest)
     merged = ids_of(tokenizer, start + rest) != before + after
     if known.end in after:
@@ -272,6 +275,18 @@ def _after_opened(start: str, whole: str, turn: Turn, tail: str, opens: re.Match
     if turn.get("tool_calls") or text not in whole:
         raise _rewritten(text)
     return f"\n{close}\n\n{text}{tail}"  # no reasoning, as templates that write it have it
+
+
+def check_prompt_text(turns: Turns, text: str) -> None:
+    """Raises: ConfigError where the words of a system's or a user's turn are not in `text`, as the
+    template wrote these turns: some write the last turn alone, or cut long ones.
+    """
+    for number, turn in enumerate(turns, 1):
+        if turn["role"] in ("system", "user") and turn["content"].strip() not in text:
+            raise ConfigError(
+                f"the chat template does not write turn {number} ({turn['role']}) as it is: "
+                f"{turn['content'][:60]!r}"
+            )
 
 
 def check_tools(turns: Turns, text: str) -> None:

@@ -287,10 +287,10 @@ class Chat:
         found = learned(self.family, refusal.message, param, body, has_system)
         if found is None or found == self.family:
             return False
-        self._now(found)
+        self.adopt(found)
         return True
 
-    def _now(self, family: Family) -> None:
+    def adopt(self, family: Family) -> None:
         """Write requests for this family from now on, and tell what is unusual."""
         self.family = family
         self._heads.clear()
@@ -340,14 +340,14 @@ class Chat:
             opens = closing_tag_alone(found.answer.text)
             found = await self._probe_once((("enable_thinking", False),))
             always: Thinking = "always" if found is None or found.thought else "unless_told"
-            self._now(replace(self.family, thinking=always, opens_thinking=opens))
+            self.adopt(replace(self.family, thinking=always, opens_thinking=opens))
         if found is None or found.thought:
             return
         if not found.logprobs and not await self._gives_any():
-            self._now(replace(self.family, logprobs=False))
+            self.adopt(replace(self.family, logprobs=False))
         letter = split_thinking(found.answer.text).answer.strip()
         if not found.answer.label_logps and letter not in PROBE_LABELS:
-            self._now(replace(self.family, begins=letter[:20]))
+            self.adopt(replace(self.family, begins=letter[:20]))
 
     async def _gives_any(self) -> bool:
         """Whether another label read gets log-probabilities, where the probe got none."""

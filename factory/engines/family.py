@@ -20,6 +20,7 @@ PROBE = (
     Message("system", "Answer with one letter and nothing else."),
     Message("user", "Which letter comes first in the alphabet, A or B?"),
 )
+SYSTEM_PROBE = (Message("system", "Probe of a system turn"), Message("user", "Hello"))
 PROBE_LABELS = ("A", "B")
 PROBE_TOKENS = 256  # enough for the thoughts of a model about this question
 # a field that is refused is left out when it has this value, which changes nothing

@@ -11,7 +11,7 @@ import asyncio
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prefab.factory.console import warn
 from prefab.factory.engines.base import folder_specials, resolve_model
 from prefab.factory.engines.chat import LabelRead
+from prefab.factory.engines.family import SYSTEM_PROBE, Family, without_system
 from prefab.factory.engines.model_files import (
     check_chat_template,
     check_model_folder,
@@ -28,7 +30,7 @@ from prefab.factory.engines.model_files import (
     refuse_words,
 )
 from prefab.factory.engines.vllm import IdRead
-from prefab.factory.errors import ConfigError, EngineError
+from prefab.factory.errors import ConfigError, EngineError, RequestRefused
 from prefab.factory.keys import derived_seed, model_identity
 from prefab.factory.label_text import label_of_answer
 from prefab.factory.spec.control_tokens import SpecialTokens, is_control
@@ -141,6 +143,7 @@ class HF(Engine):
                 if is_control(token.content, token.special)
             )
         self._stops = _stop_ids(model, self.tokenizer)
+        self._family = Family(system_role=self._takes_system())
         self.model = model.to(self.device).eval()
 
     async def prepare(self, labels: tuple[str, ...]) -> None:
@@ -327,13 +330,41 @@ class HF(Engine):
         )
         return out.logits[:, -1], out.past_key_values
 
-    def _chat_ids(self, messages: Sequence[Message], kwargs: dict[str, Any]) -> list[int]:
+    async def probe(self) -> Mapping[str, Any]:
+        """What the model's chat template does otherwise than most."""
+        if not self.findings and (notes := self._family.notes()):
+            self.findings = self._family.data()
+            for line in notes:
+                warn(f"engines.{self.name}: {line}")
+        return self.findings
+
+    def _takes_system(self) -> bool:
+        """Whether the chat template writes a system turn: some refuse it, some leave it out."""
+        try:
+            return SYSTEM_PROBE[0].content in self._rendered(SYSTEM_PROBE, {})
+        except RequestRefused:
+            return False
+
+    def _rendered(self, messages: Sequence[Message], kwargs: dict[str, Any]) -> str:
+        """The conversation as the chat template writes it. Raises: RequestRefused."""
+        import jinja2
+
         turns = [message_turn(m) for m in messages]
         if tools := tools_of(messages):
             kwargs = {**kwargs, "tools": tools}
-        text = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **kwargs
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **kwargs
+            )
+        except jinja2.TemplateError as error:
+            raise RequestRefused(
+                f"engines.{self.name}: the chat template refuses this conversation: {error}"
+            ) from error
+        return text
+
+    def _chat_ids(self, messages: tuple[Message, ...], kwargs: dict[str, Any]) -> list[int]:
+        known = self._family.system_role
+        text = self._rendered(messages if known else without_system(messages), kwargs)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def _tokenize(self, text: str) -> list[int]:

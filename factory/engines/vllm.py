@@ -12,6 +12,7 @@ import json
 import os
 import urllib.request
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,7 +36,7 @@ from prefab.factory.engines.chat import (
     wrong_model,
 )
 from prefab.factory.engines.deadly_questions import DeadlyQuestions
-from prefab.factory.engines.family import Family
+from prefab.factory.engines.family import SYSTEM_PROBE, Family
 from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected, ServerDown
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
@@ -43,7 +44,8 @@ from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import model_identity
 from prefab.factory.redaction import redact_bytes
 from prefab.factory.spec.control_tokens import KNOWN_SPECIALS, SpecialTokens
-from prefab.factory.types import Completion, Engine, Request, ServerReport
+from prefab.factory.tool_calls import message_turn
+from prefab.factory.types import Completion, Engine, Message, Request, ServerReport
 
 T = TypeVar("T")
 MAX_LABEL_IDS = 128  # vLLM 0.32 answers 400 above
@@ -528,13 +530,37 @@ class VLLM(Engine):
         Raises: TransportError, EngineError.
         """
         if not self.findings:
-            family = await self._chats[0].probe()
-            for chat in self._chats[1:]:
-                chat.family = family
+            chat = self._chats[0]
+            family = await chat.probe()
+            if family.system_role and await self._drops_system(chat):
+                chat.adopt(replace(family, system_role=False))
+            family = chat.family
+            for other in self._chats[1:]:
+                other.family = family
             checks = {c.server.url: c.canary for c in self._chats if c.canary is not None}
             self.fingerprint = await first_checks(self.name, checks, self.known_fingerprint)
             self.findings = family.data()
         return self.findings
+
+    async def _drops_system(self, chat: Chat) -> bool:
+        """Whether the chat template leaves a system turn out without a word: the tokens with it are
+        those without it. False where the server does not tell.
+        """
+        system, user = SYSTEM_PROBE
+        longer = replace(user, content=f"{user.content}, {system.content}")
+        talks = ((user,), (system, user), (longer,))
+
+        async def tokens(messages: Sequence[Message]) -> list[int]:
+            turns = [message_turn(message) for message in messages]
+            body = orjson.dumps({"model": chat.model, "messages": turns})
+            answer = await chat.server.post("/tokenize", body, final=frozenset({500}))
+            return list(answer["tokens"])
+
+        try:
+            plain, with_system, other = [await tokens(messages) for messages in talks]
+        except (Rejected, EngineError, KeyError, TypeError):
+            return False
+        return with_system == plain != other
 
     async def verify(self) -> None:
         """Check each server a last time. Raises: EngineError."""

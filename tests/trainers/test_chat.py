@@ -69,6 +69,8 @@ def encoded(tokenizer, tmp_path, kind, rows, **more):
     return made, found
 
 
+whole = chat.conversation_ids
+TURN = {"role": "assistant", "content": "Cod."}
 THOUGHT = "<think>\nAdd two to 1.\n</think>\n\nIt is 3."
 
 
@@ -153,6 +155,21 @@ def test_the_templates_of_model_families(template, plain):
     else:
         with pytest.raises(ConfigError, match="chat template"):
             tokens(own, "It is 10:30.", [*ASKED, {**CALLS, "content": "I look."}, RESULT])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "[INST] {{ messages[-1].content }} [/INST]",
+        "{% for m in messages %}{{ m.role }}: {{ m.content[:9] }}\n{% endfor %}",
+    ],
+)
+def test_a_template_that_leaves_words_out_is_refused(tokenizer, template):
+    tokenizer.chat_template = template
+    turns = [{"role": "user", "content": "Name a fish please."}, TURN, *ASKED]
+    for call in (lambda: tokens(tokenizer, "Oak.", turns), lambda: whole(tokenizer, turns)):
+        with pytest.raises(ConfigError, match=r"does not write turn 1 \(user\) as it is: 'Name"):
+            call()
 
 
 def test_an_unfinished_thought_is_refused(tokenizer):

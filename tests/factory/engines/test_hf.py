@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from dataclasses import replace
 from math import exp
 
@@ -10,7 +11,7 @@ import pytest
 
 from prefab.factory.engines.base import make
 from prefab.factory.engines.hf import Job
-from prefab.factory.errors import EngineError
+from prefab.factory.errors import EngineError, RequestRefused
 from prefab.factory.keys import model_identity, request_key
 from prefab.factory.types import Completion, Message, Request, Sampling
 from tests.support.tinymodel import SPECIALS, build
@@ -118,6 +119,38 @@ def test_the_first_word_of_a_text_is_read_at_its_first_token(engine, runner):
     assert found.label_logps == at_each[before][0] and found.exactness == "exact"
     other = engine._with_labels(job, Completion("It is rude.", "stop"), drawn, at_each)
     assert (other.label_logps, other.exactness) == (None, "hard")
+
+
+DROPS = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}<|im_start|>assistant\n"
+)
+REFUSES = (
+    "{% for m in messages %}{% if m.role == 'system' or (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize("template", [DROPS, REFUSES])
+def test_a_template_without_a_system_turn_gets_its_text_in_the_first_user_turn(
+    folder, tmp_path, runner, template, capsys
+):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    engine = make({"engine": "hf", "model": str(tmp_path / "model")}, "odd")
+    runner.run(engine.start())
+    try:
+        assert runner.run(engine.probe())["system_role"] is False
+        assert "engines.odd: takes no system turn" in capsys.readouterr().err
+        user = Message("user", "Hello")
+        both = engine._chat_ids((Message("system", "Be strict."), user), {})
+        assert engine.tokenizer.decode(both).startswith("<|im_start|>user\nBe strict.\n\nHello<")
+        if template is REFUSES:
+            (found,) = runner.run(ask(engine, replace(request("x"), messages=(user, user))))
+            assert isinstance(found, RequestRefused) and "must alternate" in str(found)
+    finally:
+        runner.run(engine.stop())
 
 
 def test_greedy_text_equals_generate(engine, runner):

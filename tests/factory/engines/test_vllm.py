@@ -17,7 +17,9 @@ import urllib.error
 import urllib.request
 from math import exp, log
 from pathlib import Path
+from types import SimpleNamespace
 
+import orjson
 import pytest
 
 import prefab.factory.engines.supervisor
@@ -598,6 +600,23 @@ def test_a_question_of_which_our_server_dies_does_not_end_the_run(deadly, tmp_pa
     assert starts in (5, 6)  # it died twice under all, once of each; once more if one came first
     assert sum("asked one at a time" in line for line in said) == 1
     assert sum("it dies of one question" in line for line in said) == 1  # said once
+
+
+@pytest.mark.parametrize(
+    ("template", "drops"),
+    [
+        (lambda turns: [t["content"] for t in turns if t["role"] != "system"], True),
+        (lambda turns: [t["content"] for t in turns], False),
+        (lambda turns: [turns[-1]["role"]], False),  # not told: it writes no text at all
+    ],
+)
+def test_a_system_turn_that_the_template_leaves_out_is_noticed(template, drops):
+    async def post(path, body, final):
+        return {"tokens": "".join(template(orjson.loads(body)["messages"])).split()}
+
+    chat = SimpleNamespace(model="m", server=SimpleNamespace(post=post))
+    engine = make({"engine": "vllm", "url": "http://127.0.0.1:9", "model": "m"}, "local")
+    assert asyncio.run(engine._drops_system(chat)) is drops
 
 
 def test_a_fraction_of_a_gib_is_asked_for_in_bytes(monkeypatch):
