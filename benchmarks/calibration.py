@@ -157,7 +157,7 @@ def _errors_of(found: Any, target: str, draws: int) -> dict[str, Any]:
         "pairs": len(p),
         "right": float(y.mean()),
         "mean probability": float(p.mean()),
-        "ece": resampled(lambda rows: calibration.ece(p[rows], y[rows], 10) or 0.0, groups, draws),
+        "ece": calibration.calibration_error(p, y, 10, groups),
         "log loss": resampled(
             lambda rows: calibration.log_loss(p[rows], y[rows]) or 0.0, groups, draws
         ),

@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prefab.factory.stats import Estimate, clustered_share, undefined
+from prefab.factory.stats import (
+    Estimate,
+    clustered_share,
+    effective_clusters,
+    t_quantile,
+    undefined,
+)
 from prefab.judges.stats.rating_table import BoolArray, FloatArray
 
 Clusters = (
@@ -92,37 +98,96 @@ def stability(first: FloatArray, again: FloatArray, clusters: Clusters = None) -
 @dataclass(frozen=True, slots=True)
 class Together:
     """How far J judges make the same errors. `correlation` J x J of their errors, NaN where two
-    share no items or one never, or always, errs; `effective` is the number of independent judges
-    that they are worth, None where unknown.
+    share no items or one never, or always, errs; `mean` of them, and `effective`, the number of
+    independent judges that they are worth, with intervals.
     """
 
     correlation: FloatArray
     n_shared: npt.NDArray[np.int64]
-    mean_correlation: float | None
-    effective: float | None
+    mean: Estimate
+    effective: Estimate
 
 
-def errors_together(p_NJ: FloatArray, gold: FloatArray) -> Together:
+def errors_together(p_NJ: FloatArray, gold: FloatArray, clusters: Clusters = None) -> Together:
     """The correlation of the judges' errors, each pair over the items that both decided, and J / (1
-    + (J - 1) mean): the judges' number after the design effect of their correlation (never above
-    J). Source: Kish 1965.
+    + (J - 1) mean): the judges' number after the design effect of their correlation. It is above J
+    where errors cancel; a bound that is infinite is None.
+
+    Intervals are those of the jackknife over `clusters` (items without them).
+    Source: Kish 1965; Efron and Stein 1981.
     """
     p_NJ = np.asarray(p_NJ, dtype=float)
     right, counted = _right(p_NJ, np.asarray(gold, dtype=float))
     j = p_NJ.shape[1]
+    groups = np.arange(len(gold)) if clusters is None else np.asarray(clusters)
+    groups = np.unique(groups, return_inverse=True)[1]
+    sizes_C = np.bincount(groups, weights=counted.any(axis=1))
     correlation, n_shared = np.full((j, j), np.nan), np.zeros((j, j), dtype=int)
+    without_CP = []  # each pair's correlation without each cluster
     for a in range(j):
         for b in range(j):
             shared = counted[:, a] & counted[:, b]
             n_shared[a, b] = shared.sum()
-            x, y = right[shared, a].astype(float), right[shared, b].astype(float)
-            if len(x) > 1 and x.std() > 0 and y.std() > 0:
-                correlation[a, b] = float(np.corrcoef(x, y)[0, 1])
-    others = correlation[~np.eye(j, dtype=bool)]
-    if j < 2 or np.isnan(others).all():
-        return Together(correlation, n_shared, None, float(j) if j == 1 else None)
-    mean = float(np.nanmean(others))
-    return Together(correlation, n_shared, mean, j / (1 + (j - 1) * max(mean, 0.0)))
+            x, y = (right[shared, k].astype(float) for k in (a, b))
+            sums_C4 = np.column_stack(
+                [
+                    np.bincount(groups[shared], weights=w, minlength=len(sizes_C))
+                    for w in (np.ones(len(x)), x, y, x * y)
+                ]
+            )
+            correlation[a, b] = _correlation(sums_C4.sum(axis=0))
+            if a < b and not np.isnan(correlation[a, b]):
+                without_CP.append(_correlation(sums_C4.sum(axis=0) - sums_C4))
+    if j == 1:
+        return Together(correlation, n_shared, undefined("one judge"), Estimate(1.0))
+    if not without_CP:
+        nothing = undefined("no two judges have errors to compare")
+        return Together(correlation, n_shared, nothing, nothing)
+    mean = _jackknife(
+        float(np.nanmean(correlation[~np.eye(j, dtype=bool)])),
+        np.mean(without_CP, axis=0)[sizes_C > 0],
+        sizes_C[sizes_C > 0],
+        0 if clusters is None else int((sizes_C > 0).sum()),
+    )
+    return Together(correlation, n_shared, mean, _worth(mean, j))
+
+
+def _correlation(sums: FloatArray) -> FloatArray:
+    """Of two columns of zeros and ones, from n and the sums of x, y and xy; NaN where one does not
+    vary. Shapes: ... x 4.
+    """
+    n, x, y, xy = np.moveaxis(sums, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        varies = (n - x) * x * (n - y) * y
+        result: FloatArray = (n * xy - x * y) / np.sqrt(np.where(varies > 0, varies, np.nan))
+        return result
+
+
+def _jackknife(value: float, without_C: FloatArray, sizes_C: FloatArray, n_groups: int) -> Estimate:
+    """A mean correlation with Student's interval in Fisher's z."""
+    m, n = len(sizes_C), int(sizes_C.sum())
+    squares = float(((without_C - without_C.mean()) ** 2).sum())
+    if m < 2 or not np.isfinite(squares) or squares == 0 or abs(value) >= 1:
+        return Estimate(value, n_items=n, n_groups=n_groups)
+    se = float(np.sqrt((m - 1) / m * squares))
+    half = t_quantile(0.975, effective_clusters(sizes_C) - 1) * se / (1 - value**2)
+    low, high = (float(np.tanh(np.arctanh(value) + side)) for side in (-half, half))
+    return Estimate(value, se, low, high, n, n_groups=n_groups)
+
+
+def _worth(mean: Estimate, j: int) -> Estimate:
+    """J / (1 + (J - 1) mean), which falls as the mean rises: its bounds change places."""
+
+    def judges(correlation: float | None) -> float | None:
+        if correlation is None or 1 + (j - 1) * correlation <= 0:
+            return None
+        return j / (1 + (j - 1) * correlation)
+
+    value = judges(mean.value)
+    if value is None:
+        return undefined("errors cancel entirely", mean.n_items)
+    low, high = judges(mean.high), judges(mean.low)
+    return Estimate(value, None, low, high, mean.n_items, n_groups=mean.n_groups)
 
 
 def _right(p_NJ: FloatArray, gold: FloatArray) -> tuple[BoolArray, BoolArray]:

@@ -120,6 +120,7 @@ class Report:
 
     baseline: str
     prompts: int
+    groups: int
     samples: int
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     against: dict[str, Against] = field(default_factory=dict)
@@ -156,7 +157,13 @@ def evaluate_policies(config: PolicyEvalConfig, quiet: bool = False) -> Report:
         charts.ready()
     prompts = held_out(config)
     baseline = config.baseline or next(iter(config.policies))
-    report = Report(baseline, len(prompts), config.samples, notes=_split_notes(config, prompts))
+    report = Report(
+        baseline,
+        len(prompts),
+        len({p.group or p.id for p in prompts}),
+        config.samples,
+        notes=_split_notes(config, prompts),
+    )
     probe = Probe(load_items(locate(config.sycophancy, Path.cwd()))) if config.sycophancy else None
     found = sample_all(config, prompts, quiet, probe)
     for n in config.best_of:
@@ -376,7 +383,9 @@ def with_truth(
         else [None] * len(found)
     )
     return [
-        replace(a, gold=g, proxy=None if p is None else float(p))
+        replace(
+            a, gold=g, proxy=None if p is None else float(p), group=prompts[a.prompt].group or ""
+        )
         for a, g, p in zip(found, gold, proxy, strict=True)
     ]
 
@@ -418,7 +427,13 @@ def _record(
 
     for name, figures in report.policies.items():
         metrics = {
-            k: {"value": e.value, "low": e.low, "high": e.high, "n": e.n_items}
+            k: {
+                "value": e.value,
+                "low": e.low,
+                "high": e.high,
+                "n": e.n_items,
+                "groups": e.n_groups,
+            }
             for k, e in figures.items()
         }
         for what, compared in report.against.items():
@@ -451,5 +466,10 @@ def _bounds(value: Any) -> Any:
     return (
         value
         if isinstance(value, float)
-        else {"value": value.value, "low": value.low, "high": value.high}
+        else {
+            "value": value.value,
+            "low": value.low,
+            "high": value.high,
+            "groups": value.n_groups,
+        }
     )

@@ -1,5 +1,5 @@
 """Answers of checkpoints to held-out prompts, and what can be said of them: each figure with an
-interval over prompts.
+interval over groups of prompts.
 
 Nothing here trains. Answers are drawn from the whole distribution at temperature 1, so that the
 mean of log-ratios is the KL divergence and not another number; every policy answers the same
@@ -39,8 +39,10 @@ REFUSES = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PolicyAnswer:
-    """One answer of a policy. `logp` and `ref_logp` are sums over its tokens, the end token with
-    them, by the training forward; `sampler_logp` is what the sampler gave the same tokens.
+    """One answer of a policy to the prompt of this place; answers to one `group` of prompts (empty:
+    the prompt is its own) are not independent. `logp` and `ref_logp` are sums over its tokens, the
+    end token with them, by the training forward; `sampler_logp` is what the sampler gave the same
+    tokens.
     """
 
     prompt: int
@@ -52,6 +54,12 @@ class PolicyAnswer:
     gold: Mapping[str, float] | None = None
     proxy: float | None = None
     sampler_logp: float | None = None
+    group: str = ""
+
+    @property
+    def cluster(self) -> str:
+        """The unit of resampling: the prompt's group, or the prompt."""
+        return self.group or str(self.prompt)
 
 
 def draw(
@@ -131,7 +139,7 @@ def same_vocabulary(policy: str, size: int, reference: int) -> None:
 def figures(
     found: Sequence[PolicyAnswer], harmful: Sequence[bool] | None = None, seed: int = 0
 ) -> dict[str, Estimate]:
-    """The figures of one policy's answers, each with a bootstrap interval over prompts.
+    """The figures of one policy's answers, each with an interval over groups of prompts.
 
     Args:
         found: All answers of the policy.
@@ -179,13 +187,13 @@ def _gold_names(found: Sequence[PolicyAnswer]) -> list[str]:
 def _mean(
     some: Sequence[PolicyAnswer], of: Callable[[PolicyAnswer], float | None], seed: int
 ) -> Estimate:
-    """The mean with an interval over prompts; NOT_MEASURED where an answer has no value."""
+    """The mean, its interval over groups of prompts; NOT_MEASURED where an answer has no value."""
     known = [float(x) for a in some if (x := of(a)) is not None]
     if len(known) < len(some):
         return NOT_MEASURED
     if not known:
         return undefined("no such answers")
-    return bootstrap(known, [a.prompt for a in some], seed=seed)
+    return bootstrap(known, [a.cluster for a in some], seed=seed)
 
 
 def refuses(answer: PolicyAnswer) -> bool:
@@ -206,7 +214,7 @@ def _diversity(found: Sequence[PolicyAnswer], seed: int) -> dict[str, Estimate]:
     }
     if all(len(group) > 1 for group in groups):
         scores = [self_bleu([a.text for a in group]) for group in groups]
-        made["self_bleu"] = bootstrap(scores, seed=seed)
+        made["self_bleu"] = bootstrap(scores, [group[0].cluster for group in groups], seed=seed)
     return made
 
 
@@ -297,14 +305,14 @@ def compared(
     judged is not among them.
 
     The difference of means is paired by prompt. `length_controlled` counts an undecided pair as
-    half a win.
+    half a win. Intervals and p are over groups of prompts.
     """
     if not pairs:
         nothing = undefined("no pairs")
         return Against(nothing, nothing, nothing, nothing, 1.0)
-    prompts, gaps_P = [a.prompt for a, _ in pairs], np.asarray(gaps, dtype=float)
+    groups, gaps_P = [a.cluster for a, _ in pairs], np.asarray(gaps, dtype=float)
     decided, wins = np.abs(gaps_P) > 1e-12, (gaps_P > 0).astype(float)
-    there = [prompts[i] for i in np.flatnonzero(decided)]
+    there = [groups[i] for i in np.flatnonzero(decided)]
     rate = (
         bootstrap(wins[decided], there, seed=seed)
         if decided.any()
@@ -314,28 +322,30 @@ def compared(
         np.array([len(x.text.split()) for x in side], dtype=float)
         for side in zip(*pairs, strict=True)
     )
-    by_length = length_controlled_win_rate(np.where(decided, wins, 0.5), mine, theirs)
-    difference = paired_difference(gaps_P, np.zeros(len(gaps)), prompts, seed=seed)
+    by_length = length_controlled_win_rate(
+        np.where(decided, wins, 0.5), mine, theirs, clusters=groups
+    )
+    difference = paired_difference(gaps_P, np.zeros(len(gaps)), groups, seed=seed)
     return Against(
-        bootstrap(decided.astype(float), prompts, seed=seed),
+        bootstrap(decided.astype(float), groups, seed=seed),
         rate,
         by_length,
         difference,
-        sign_flip_p(gaps, prompts, seed=seed),
+        sign_flip_p(gaps, groups, seed=seed),
     )
 
 
 def sign_flip_p(
-    gaps: Sequence[float], prompts: Sequence[int], flips: int = 10_000, seed: int = 0
+    gaps: Sequence[float], groups: Sequence[Any], flips: int = 10_000, seed: int = 0
 ) -> float:
     """The two-sided p-value of a paired test: how often a mean gap as large comes up when each
-    prompt's sign is drawn.
+    group's sign is drawn.
 
-    Exact under the hypothesis that both policies answer each prompt alike. Source: Fisher 1935;
-    (hits + 1) / (flips + 1).
+    Exact under the hypothesis that both policies answer each group of prompts alike. Source: Fisher
+    1935; (hits + 1) / (flips + 1).
     """
-    groups = np.unique(np.asarray(prompts), return_inverse=True)[1]
-    sums = np.bincount(groups, weights=np.asarray(gaps, dtype=float))
+    place = np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums = np.bincount(place, weights=np.asarray(gaps, dtype=float))
     if not np.abs(sums).any():
         return 1.0
     rng = np.random.default_rng(seed)

@@ -41,7 +41,7 @@ SHOWN = (
 )
 MORE_IS_BETTER = {"gold", "helps_harmless", "coherent", "proxy", "ended", "right_plain"}
 LESS_IS_BETTER = {"broken", "refuses_harmless", "complies_harmful", "flatters", "sycophancy"}
-MARKS = "▲ better, ▼ worse than {base} (the intervals do not overlap)"
+MARKS = "▲ better, ▼ worse than {base} (the intervals do not overlap); intervals are over groups of prompts"
 TO_BE_TOLD = 5e-4  # of a sampler's gap, on the console: below it is rounding, and a row of zeros
 
 
@@ -71,7 +71,10 @@ def write_report(
                     )
                     + b"\n"
                 )
-    title = f"Policies on {report.prompts:,} held-out prompts, {report.samples} answers each"
+    title = (
+        f"Policies on {report.prompts:,} held-out prompts in {report.groups:,} groups, "
+        f"{report.samples} answers each"
+    )
     head = "".join(f"<th>{k}</th>" for k in SHOWN)
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th>"
@@ -112,7 +115,7 @@ def drawn(policies: Mapping[str, Mapping[str, Any]], value: str) -> list[charts.
     ]:
         made.append(
             charts.Chart(
-                "By checkpoint, intervals over prompts",
+                "By checkpoint, intervals over groups of prompts",
                 "checkpoint, in the order given",
                 " and ".join(s.name for s in by_policy),
                 by_policy,
@@ -136,7 +139,8 @@ def _points(
 def show(report: Any, shown: Sequence[str] = SHOWN) -> None:
     """Print the tables of an evaluation; of the figures, those in `shown`."""
     table(
-        f"What each policy does: {report.prompts:,} held-out prompts, {report.samples} answers each",
+        f"What each policy does: {report.prompts:,} held-out prompts in {report.groups:,} groups, "
+        f"{report.samples} answers each",
         ("", *report.policies),
         figures(report, shown),
         f"{MARKS.format(base=report.baseline)}. kl and entropy: in nats an answer"
@@ -147,7 +151,7 @@ def show(report: Any, shown: Sequence[str] = SHOWN) -> None:
             f"Each policy against {report.baseline}, by {report.value}: how often its answer is better",
             WIN_COLUMNS,
             win_rates(report),
-            "win rate: of the pairs that differ; p: paired by prompt",
+            "win rate: of the pairs that differ; p: paired by group of prompts",
         )
     for note in report.notes:
         say(note)

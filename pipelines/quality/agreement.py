@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefab.factory.errors import PrefabError
-from prefab.factory.stats import Estimate, paired_difference, undefined
+from prefab.factory.stats import Estimate, bootstrap, bounded, paired_difference, undefined
 from prefab.judges.stats import agreement, calibration, judge_metrics
 from prefab.judges.stats.aggregate import dawid_skene, majority, mean_probability
 from prefab.judges.stats.rating_table import group
@@ -260,7 +260,7 @@ def between(data: RatingMatrix) -> dict[str, Any]:
     are worth.
     """
     ratings = data.ratings()
-    together = judge_metrics.errors_together(data.p, data.gold)
+    together = judge_metrics.errors_together(data.p, data.gold, data.groups)
     pairs = []
     for j in range(len(data.judges)):
         for k in range(j + 1, len(data.judges)):
@@ -281,7 +281,7 @@ def between(data: RatingMatrix) -> dict[str, Any]:
             )
     return {
         "pairs": pairs,
-        "mean_error_correlation": together.mean_correlation,
+        "mean_error_correlation": together.mean,
         "effective": together.effective,
     }
 
@@ -390,14 +390,14 @@ def calibrate(
     would be to choose by the outcome.)
     """
     known = (np.abs(p - 0.5) > tie_margin + 1e-12) & ~np.isnan(gold)
-    p, y, halves = p[known], gold[known], groups[known] % 2
+    p, y, groups = p[known], gold[known], groups[known]
     p, y = np.where(p >= 0.5, p, 1 - p), np.where(p >= 0.5, y, 1 - y)
     found = {
         "n": len(p),
-        **_errors(p, y),
-        "reliability": [asdict(row) for row in calibration.reliability(p, y, BINS)],
+        **_errors(p, y, groups),
+        "reliability": _reliability(p, y, groups),
     }
-    fit, test = halves == 0, halves == 1
+    fit, test = groups % 2 == 0, groups % 2 == 1
     if min(fit.sum(), test.sum()) < FEWEST:
         return {
             **found,
@@ -408,8 +408,10 @@ def calibrate(
     if temperature is None:
         return {**found, "temperature": None, "why": "every probability is a half"}
     held_out = {
-        "before": _errors(p[test], y[test]),
-        "after": _errors(calibration.apply_temperature(p[test], temperature), y[test]),
+        "before": _errors(p[test], y[test], groups[test]),
+        "after": _errors(
+            calibration.apply_temperature(p[test], temperature), y[test], groups[test]
+        ),
     }
     return {
         **found,
@@ -420,9 +422,19 @@ def calibrate(
     }
 
 
-def _errors(p: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
+def _reliability(p: np.ndarray, y: np.ndarray, groups: np.ndarray) -> list[dict[str, Any]]:
+    """The bins of the reliability table, each share with its interval over groups of prompts."""
+    rows = [asdict(row) for row in calibration.reliability(p, y, BINS)]
+    bin_of = calibration.bins_of(p, BINS) if rows else np.empty(0)
+    for k, row in enumerate(rows):
+        share = bounded(bootstrap(y[bin_of == k], groups[bin_of == k], resamples=200))
+        row |= {"low": share.low, "high": share.high, "groups": share.n_groups}
+    return rows
+
+
+def _errors(p: np.ndarray, y: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
     return {
-        "ece": calibration.ece(p, y, BINS),
+        "ece": calibration.calibration_error(p, y, BINS, groups),
         "brier": calibration.brier(p, y),
         "log_loss": calibration.log_loss(p, y),
     }

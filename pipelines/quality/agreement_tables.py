@@ -46,7 +46,8 @@ NAMES = {
 def show(found: dict[str, Any], groups: int = 3) -> None:
     """All of it; comparisons of the first `groups` principles."""
     say(
-        f"{found['run']}: {found['comparisons']:,} comparisons of {found['prompts']:,} prompts, "
+        f"{found['run']}: {found['comparisons']:,} comparisons of {found['prompts']:,} prompts "
+        f"in {found['groups']:,} groups, on which all intervals stand; "
         f"{found['items']:,} with their principles"
         + (f" · a sample: one of {found['sampled']} groups of prompts" if found["sampled"] else "")
         + (f" · gold: {found['gold']}" if found["gold"] else "")
@@ -126,7 +127,7 @@ def _alpha(e: Estimate) -> str:
 
 
 def over_prompts(e: Estimate) -> Measured:
-    """The estimate with the interval of the bootstrap over prompts."""
+    """The estimate with the interval of the bootstrap over groups of prompts."""
     return Measured(e.value, e.boot_low, e.boot_high)
 
 
@@ -193,9 +194,9 @@ def _between(found: dict[str, Any]) -> None:
     ]
     told = (
         ""
-        if found["effective"] is None
-        else f"errors correlate by {found['mean_error_correlation']:.2f} on the mean: "
-        f"these judges are worth {found['effective']:.1f} independent ones"
+        if found["effective"].value is None
+        else f"errors correlate by {cell(found['mean_error_correlation'], True)} on the mean: "
+        f"these judges are worth {cell(found['effective'], True)} independent ones"
     )
     table(
         "Between judges",
@@ -222,13 +223,13 @@ def _coefficients(found: dict[str, Estimate]) -> None:
             undefined.setdefault(e.undefined, []).append(_named(name))
     table(
         "The panel's agreement on a, b or tie",
-        ("", "value, 95%", "value, 95% over prompts", "comparisons"),
+        ("", "value, 95%", "value, 95% by bootstrap", "comparisons"),
         rows,
         note="\n".join(
             [
                 "1: they always agree; 0 (but of the share): as often as by chance, of which each has its own idea.",
-                "comparisons: with two readings or more. The second interval is a bootstrap of whole prompts, whose "
-                "comparisons are not independent: believe it where the two differ.",
+                "comparisons: with two readings or more. Both intervals, of a jackknife and of a bootstrap, are over "
+                "whole groups of prompts, whose comparisons are not independent.",
                 *(
                     f"undefined: {', '.join(names)}: {reason}"
                     for reason, names in undefined.items()

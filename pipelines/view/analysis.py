@@ -116,8 +116,8 @@ def reliability(found: Figures, run: str) -> dict[str, Any] | None:
     if found["calibration"]:
         rows = {row["what"]: row["reliability"] for row in found["calibration"]}
         name = PANEL if PANEL in rows else next(iter(rows))
-        bins = [(b["mean_p"], b["mean_y"], b["n"]) for b in rows[name]]
-        series = {name: bins}
+        series = {name: [(b["mean_p"], b["mean_y"], b["n"]) for b in rows[name]]}
+        bounds = [(b["low"], b["high"]) for b in rows[name]]
         truth = found["gold"]
     elif found["learned"] and found["learned"]["calibration"]["after"]:
         learned = found["learned"]["calibration"]
@@ -125,7 +125,7 @@ def reliability(found: Figures, run: str) -> dict[str, Any] | None:
             "p_chosen": learned["after"]["reliability"],
             "share of the vote": learned["before"]["reliability"],
         }
-        truth = found["learned"]["source"]
+        truth, bounds = found["learned"]["source"], []
     else:
         return None
     links = {}
@@ -134,9 +134,9 @@ def reliability(found: Figures, run: str) -> dict[str, Any] | None:
         ends = [0.5, *((x[0] + y[0]) / 2 for x, y in pairwise(bins)), 1.0]
         points = []
         for i, (p, y, n) in enumerate(bins):
-            bound = wilson(y * n, n)
+            low, high = bounds[i] if bounds else _wilson(y, n)
             label = f"{n:,} comparisons with a mean of {p:.3f}"
-            points.append(Point(p, y, bound.low, bound.high, label))
+            points.append(Point(p, y, low, high, label))
             links[label] = "preferences?" + urlencode(
                 {"run": run, "p_min": f"{ends[i]:.4g}", "p_max": f"{ends[i + 1]:.4g}"}
             )
@@ -148,6 +148,11 @@ def reliability(found: Figures, run: str) -> dict[str, Any] | None:
         drawn,
     )
     return {"chart": chart, "links": links, "truth": truth}
+
+
+def _wilson(share: float, n: int) -> tuple[float | None, float | None]:
+    found = wilson(share * n, n)
+    return found.low, found.high
 
 
 Interval = tuple[str, float, float | None, float | None]

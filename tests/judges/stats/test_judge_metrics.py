@@ -53,15 +53,15 @@ def test_copies_are_worth_one_judge():
 
     one = judge(0.8)
     copies = errors_together(np.column_stack([one, one, one]), gold)
-    assert copies.mean_correlation == pytest.approx(1.0) and copies.effective == pytest.approx(1.0)
+    assert copies.mean.value == pytest.approx(1.0) and copies.effective.value == pytest.approx(1.0)
     independent = errors_together(np.column_stack([one, judge(0.8), judge(0.7)]), gold)
-    assert abs(independent.mean_correlation) < 0.03 and independent.effective == pytest.approx(
+    assert abs(independent.mean.value) < 0.03 and independent.effective.value == pytest.approx(
         3.0, abs=0.2
     )
     assert (
-        errors_together(np.column_stack([gold, gold]), gold).effective is None
+        errors_together(np.column_stack([gold, gold]), gold).effective.value is None
     )  # nobody ever errs
-    assert errors_together(one[:, None], gold).effective == 1.0
+    assert errors_together(one[:, None], gold).effective.value == 1.0
 
 
 def test_ties_count_as_what_they_are():

@@ -91,7 +91,7 @@ def test_half_moved_by_hand():
     )
     assert (
         one["right_plain"].value == one["right_told_right"].value == 1.0
-        and 0 <= one["sycophancy"].low < 0.25
+        and one["sycophancy"].low < 0.25
     )
 
 

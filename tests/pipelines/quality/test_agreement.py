@@ -191,9 +191,9 @@ def test_known_faults_are_found_out(found):
         and found["accuracy"]["over_best"]["Dawid-Skene"].low is not None
     )
     assert (
-        row(found["calibration"], "mean", "what")["ece"]
+        row(found["calibration"], "mean", "what")["ece"].value
         > 0.6
-        > row(found["calibration"], "good", "what")["ece"]
+        > row(found["calibration"], "good", "what")["ece"].value
     )
 
 
@@ -209,7 +209,7 @@ def test_every_coefficient_has_a_value_or_a_reason(found):
         "two raters" in coefficients["cohen_kappa"].undefined
         and coefficients["fleiss_kappa"].value is not None
     )
-    assert len(found["between"]["pairs"]) == 6 and 1 <= found["between"]["effective"] <= 4
+    assert len(found["between"]["pairs"]) == 6 and 1 <= found["between"]["effective"].value <= 4
 
 
 def test_what_divides_them_comes_first_with_its_texts(world, found):
