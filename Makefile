@@ -28,15 +28,14 @@ PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: setup      ## every test but the slow ones
 	$(PYTEST) -m "not slow"
 
-test-slow: setup ## the slow tests alone (under an hour); before each release
-	$(PYTEST) -m slow
+test-slow: setup ## slow tests, and more examples of random inputs (under an hour); before each release
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile thorough
 
 test-all: setup  ## all tests
 	$(PYTEST)
 
 coverage: setup  ## every test but the slow ones, with coverage and its floor
 	$(PYTEST) -m "not slow" --cov --cov-report=
-	@$(BIN)/coverage report --format=total | sed 's/^/coverage in %: /'
 
 kill-test: setup ## 100 SIGKILLs and more, at random moments and at each named point
 	$(PY) -m pytest tests/pipelines/store/test_kill.py -m "slow or not slow"

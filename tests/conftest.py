@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "prefab", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)  # machines are noisy
+for name, examples in (("prefab", 30), ("thorough", 500)):  # the second: `make test-slow`
+    settings.register_profile(
+        name,
+        deadline=None,  # machines are noisy
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 settings.load_profile("prefab")
 # One thread a process: there are as many processes as cores.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prefab.factory import keys
@@ -124,7 +124,6 @@ REQUEST = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(REQUEST)
 def test_the_fast_path_equals_the_slow_path(request):
     assert keys.request_bytes(request) == keys.canonical(keys.request_object(request))

@@ -52,7 +52,9 @@ import asyncio, sys
 from prefab.factory.engines.base import make
 
 async def main():
-    engine = make({"engine": "vllm", "model": sys.argv[1], "log_file": sys.argv[2], "args": ["--enforce-eager"]}, "t")
+    untraced = {"COVERAGE_PROCESS_CONFIG": ""}  # vLLM itself need not be measured
+    engine = make({"engine": "vllm", "model": sys.argv[1], "log_file": sys.argv[2], "args": ["--enforce-eager"],
+                   "env": untraced}, "t")
     await engine.start()
     print(engine.process.port, engine.process.supervisor.pid, engine.process.key, flush=True)
     await asyncio.sleep(3600)

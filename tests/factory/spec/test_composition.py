@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prefab.factory.errors import ConfigError
@@ -297,7 +297,6 @@ def test_the_schema_allows_what_is_allowed(tmp_path):
         jsonschema.validate(yamlio.load_document(write(tmp_path, "x")).value, schema)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["compare", "title", "critique", "x"]),

@@ -125,17 +125,17 @@ def test_numeric_within_tolerance():
     )
 
 
-def test_regex_and_one_that_would_never_end():
+def test_regex_and_one_that_would_never_end(monkeypatch):
     assert score(config("regex", r"\bforty-two\b"), "It is Forty-two.").value == 0.0
     assert (
         score(config("regex", r"\bforty-two\b", ignore_case=True), "It is Forty-two.").value == 1.0
     )
     assert score(config("regex", r"\d+", whole=True), "42 apples").value == 0.0
-    began = time.monotonic()
-    assert score(config("regex", r"^(a+)+$"), "a" * 60 + "!").value == 0.0
-    assert score(config("exact", "x", extract=r"((?:a+)+)$"), "a" * 60 + "!").value == 0.0
-    assert score(config("regex", r"\s+$"), " " * 7_000_000 + "x").value == 0.0
-    assert time.monotonic() - began < 30
+    with monkeypatch.context() as quick:
+        quick.setattr(verifier, "PATTERN_TIMEOUT_S", 0.5)
+        assert score(config("regex", r"^(a+)+$"), "a" * 60 + "!").value == 0.0
+        assert score(config("exact", "x", extract=r"((?:a+)+)$"), "a" * 60 + "!").value == 0.0
+        assert score(config("regex", r"\s+$"), " " * 7_000_000 + "x").value == 0.0
     assert score(config("regex", r"\d+"), "42").value == 1.0  # the next one is answered again
 
 
@@ -159,7 +159,6 @@ def test_code_blocks_take_time_in_proportion_to_the_text(name):
     assert time.process_time() - began < 1.0
 
 
-@settings(max_examples=500)
 @given(st.lists(st.sampled_from([*"`~", "```", "~~~", "````", "\n", " ", "\t", "py", "x", "\r"])))
 def test_code_blocks_are_those_of_the_pattern_that_was_slow(parts):
     text = "".join(parts)
@@ -193,13 +192,15 @@ def test_json_schema(text, wanted):
     assert score(config("json_schema", SCHEMA), text).value == wanted
 
 
-def test_a_schema_that_points_elsewhere_is_not_fetched():
+def test_a_schema_that_points_elsewhere_is_not_fetched(monkeypatch):
     asked = config("json_schema", {"$ref": "http://127.0.0.1:9/schema.json"})
     assert score(asked, "{}") == Score(None, reason="program")
-    never = config("json_schema", {"type": "string", "pattern": "^(a+)+$"})
-    assert score(never, json.dumps("a" * 60 + "!")).value == 0.0
-    unique = config("json_schema", {"type": "array", "uniqueItems": True})
-    assert score(unique, json.dumps([{"n": [n]} for n in range(100_000)])).value == 0.0
+    with monkeypatch.context() as quick:
+        quick.setattr(verifier, "PATTERN_TIMEOUT_S", 0.5)
+        never = config("json_schema", {"type": "string", "pattern": "^(a+)+$"})
+        assert score(never, json.dumps("a" * 60 + "!")).value == 0.0
+        unique = config("json_schema", {"type": "array", "uniqueItems": True})
+        assert score(unique, json.dumps([{"n": [n]} for n in range(100_000)])).value == 0.0
     assert score(config("json_schema", True), "[" * 980 + "]" * 980).value == 1.0
 
 

@@ -246,7 +246,9 @@ def test_nothing_is_escalated_before_every_cheap_answer_is_there(tmp_path):
     assert not checked(tmp_path / "store")["work"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_a_run_stopped_anywhere_escalates_the_same(tmp_path, seed):
     value = pipeline(tmp_path, 6, ["pairwise", "pointwise"], "reasoning", {"max_share": 0.5})
     rng = random.Random(seed)

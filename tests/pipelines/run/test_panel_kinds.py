@@ -27,8 +27,11 @@ PANELS = [[name] for name in KINDS] + [
 ]
 
 
-@pytest.mark.parametrize("names", PANELS, ids="+".join)
-@pytest.mark.parametrize("good", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("names", "good"),
+    [*((names, 1) for names in PANELS), (list(KINDS), 0), (list(KINDS), 2)],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else value,
+)
 def test_a_planted_better_answer_wins_on_either_side(tmp_path, names, good):
     result = run(
         project.pipeline(tmp_path, prompts=2, panel=panel(names)), engines=planted.engine(good)
@@ -187,7 +190,9 @@ def test_failures_heal_and_fills_on_the_way_change_nothing(tmp_path):
     assert clean.frame("scores").height == healed.frame("scores").height
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_a_run_stopped_anywhere_goes_on(tmp_path, seed):
     value = project.pipeline(tmp_path, prompts=5, panel=panel(["pointwise", "rubric", "listwise"]))
     rng, calls = random.Random(seed), 0

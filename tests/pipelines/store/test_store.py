@@ -91,7 +91,9 @@ def query_rows(folder, prompt, a, b):
     return store.read_frame(folder, sql, [prompt, a, b]).rows()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))]
+)
 def test_filling_at_random_moments_shows_what_one_rebuild_shows(tmp_path, seed):
     """Stops half-way, failures that heal, a wider context later, other versions of a run, and fills
     in between."""

@@ -103,7 +103,7 @@ def test_a_stage_learns_records_and_tells(world, tmp_path, stage):
     "stage,more",
     [
         ("reward", {"dropout": 0.3, "patience": None}),
-        ("dpo", {"lora": {"rank": 4}}),
+        pytest.param("dpo", {"lora": {"rank": 4}}, marks=pytest.mark.slow),
         pytest.param("sft", {"micro_batch": 6}, marks=pytest.mark.slow),
         pytest.param("kto", {}, marks=pytest.mark.slow),
     ],

@@ -374,10 +374,10 @@ def test_the_value_function_learns_what_is_to_be_expected(make, value):
     """The policy all but stands still: the value of every state ends near its expected reward,
     which is known."""
     config = make(
-        steps=60,
-        batch_size=256,
-        micro_batch=256,
-        sample_batch=256,
+        steps=40,
+        batch_size=128,
+        micro_batch=128,
+        sample_batch=128,
         beta=0.0,
         value=value,
         value_coef=1.0,
