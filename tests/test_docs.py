@@ -31,7 +31,7 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.M | re.S)
 WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text())]
 # Pages without commands, and pages whose commands all need a model or a GPU.
 NOT_RUN = {
-    *("design", "log", "microworld", "models", "panels", "ppo", "reference", "training"),
+    *("design", "exports", "log", "microworld", "models", "panels", "ppo", "reference", "training"),
     "reliability",
     "verifiers",
     "view",

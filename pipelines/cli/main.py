@@ -272,7 +272,12 @@ def export(
         typer.Option(help="The folder of the store. Default: the pipeline's, or `store`."),
     ] = None,
     format: Annotated[
-        str, typer.Option(help="trl or parquet. Default: the pipeline's, or trl.")
+        str,
+        typer.Option(
+            help="For whom: trl, axolotl, llama_factory, llama_factory_alpaca, nemo_rl, openrlhf, "
+            "torchtune, verl; or jsonl, text, csv, parquet (docs/exports.md). Default: the "
+            "pipeline's, or trl."
+        ),
     ] = "",
     run: Annotated[
         str,
@@ -315,7 +320,7 @@ def export(
     table(f"{report.run} as {format} in {out}", ("dataset", "split", "rows"), report.rows())
     for note in report.notes:
         warn(note)
-    code = f"import datasets; print(datasets.load_dataset({str(out)!r}, {report.first()!r}))"
+    code = f"import datasets; print(datasets.load_dataset({str(out)!r}))"
     hint(shlex.join(["python", "-c", code]))
 
 

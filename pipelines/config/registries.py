@@ -33,5 +33,15 @@ FORMATS = Registry(
     {
         "trl": "prefab.pipelines.store.export.trl:TRL",
         "parquet": "prefab.pipelines.store.export.parquet:PARQUET",
+        "jsonl": "prefab.pipelines.store.export.jsonl:JSONL",
+        "csv": "prefab.pipelines.store.export.csv:CSV",
+        "text": "prefab.pipelines.store.export.text:TEXT",
+        "axolotl": "prefab.pipelines.store.export.axolotl:AXOLOTL",
+        "llama_factory": "prefab.pipelines.store.export.llama_factory:LLAMA_FACTORY",
+        "llama_factory_alpaca": "prefab.pipelines.store.export.llama_factory:LLAMA_FACTORY_ALPACA",
+        "nemo_rl": "prefab.pipelines.store.export.nemo_rl:NEMO_RL",
+        "openrlhf": "prefab.pipelines.store.export.openrlhf:OPENRLHF",
+        "torchtune": "prefab.pipelines.store.export.torchtune:TORCHTUNE",
+        "verl": "prefab.pipelines.store.export.verl:VERL",
     },
 )

@@ -6,7 +6,7 @@ A format is one file in this folder that keeps the protocol `ExportFormat`; it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from prefab.factory.store import datasets
 from prefab.factory.store.store import Read
 from prefab.pipelines.config.registries import FORMATS
 from prefab.pipelines.store.export.card import BESIDE, PAGE_EXAMPLES, ExportReport, write_beside
-from prefab.pipelines.store.export.files import ShardedFile, check, replacing
+from prefab.pipelines.store.export.files import LinesFile, ShardedFile, check, replacing
 from prefab.pipelines.store.fill import read_filled
 from prefab.pipelines.store.run_page import run_page
 
@@ -51,18 +51,25 @@ class ExportSource:
     query: Read
 
 
+Rows = list[dict[str, Any]]
+Part = Mapping[str, "polars.DataFrame | Rows"]
+
+
 class ExportFormat(Protocol):
-    """A way to lay a run out as datasets."""
+    """A way to lay a run out as datasets.
+
+    A format may also have `suffix` (`parquet`, the default, `jsonl` or `csv`) and
+    `settings(files)`, which gives the text of files that stand beside the data by their name.
+    """
 
     @property
     def by_split(self) -> bool:
         """Whether datasets with a column `split` (train, val, test) become one file a split."""
 
-    def datasets(
-        self, source: ExportSource
-    ) -> dict[str, polars.DataFrame] | Iterable[dict[str, polars.DataFrame]]:
-        """The datasets by name (small letters and _): all at once, or part by part, so that no more
-        than one part is in memory. The parts of a dataset have the same columns.
+    def datasets(self, source: ExportSource) -> Part | Iterable[Part]:
+        """The datasets by name (small letters and _), as frames or as lists of rows: all at once,
+        or part by part, so that no more than one part is in memory. The parts of a dataset have the
+        same columns.
 
         Raises: ConfigError for options that the format does not have.
         """
@@ -83,7 +90,8 @@ def export(
     Args:
         folder: The store.
         out: The output folder.
-        format: `trl` or `parquet`, or a format of another package.
+        format: One of the names in `registries.FORMATS` (docs/exports.md), or a format of another
+            package.
         run: NAME or NAME@VERSION; default: the latest run that is not an import.
         truncated: Include answers that were cut off at the length limit.
         without: Rules of `prefab audit data`; pairs that they marked are left out.
@@ -137,15 +145,19 @@ def _write_datasets(
     writer: ExportFormat, source: ExportSource, stage: Path, report: ExportReport
 ) -> None:
     """The files of all datasets, with the rows of each counted in the report."""
+    suffix = getattr(writer, "suffix", "parquet")
     made = writer.datasets(source)
-    files: dict[tuple[str, str], ShardedFile] = {}
+    files: dict[tuple[str, str], ShardedFile | LinesFile] = {}
     try:
-        for part in [made] if isinstance(made, dict) else made:
-            for name, frame in part.items():
-                for split, rows in _splits(frame, writer.by_split):
-                    if rows.height:
-                        file = files.setdefault((name, split), ShardedFile(stage / name / split))
-                        file.write(rows)
+        for part in [made] if isinstance(made, Mapping) else made:
+            for name, rows in part.items():
+                for split, of_split in _splits(rows, writer.by_split):
+                    if len(of_split):
+                        if (name, split) not in files:
+                            files[name, split] = _file(stage / name / split, suffix)
+                        _write(files[name, split], of_split)
+                        if not report.example:
+                            report.example = _first(of_split)
     finally:
         for file in files.values():
             file.close()
@@ -155,14 +167,40 @@ def _write_datasets(
         file = files[name, split]
         report.counts.setdefault(name, {})[split] = file.rows
         report.files[f"{name}/{split}"] = file.finish()
+    if settings := getattr(writer, "settings", None):
+        for name, text in settings(report.files).items():
+            (stage / name).write_text(text, encoding="utf-8")
 
 
-def _splits(frame: polars.DataFrame, by_split: bool) -> Iterator[tuple[str, polars.DataFrame]]:
-    """A frame's rows by split, or all of them as `train`."""
+def _file(path: Path, suffix: str) -> ShardedFile | LinesFile:
+    return ShardedFile(path) if suffix == "parquet" else LinesFile(path, suffix)
+
+
+def _write(file: ShardedFile | LinesFile, rows: polars.DataFrame | Rows) -> None:
     import polars as pl
 
-    if not by_split or "split" not in frame.columns:
-        yield HUB_SPLIT["train"], frame
-        return
-    for split in SPLITS:
-        yield HUB_SPLIT[split], frame.filter(pl.col("split") == split)
+    if isinstance(file, ShardedFile):
+        file.write(pl.DataFrame(rows, infer_schema_length=None) if isinstance(rows, list) else rows)
+    else:
+        file.write(rows if isinstance(rows, list) else rows.to_dicts())
+
+
+def _first(rows: polars.DataFrame | Rows) -> dict[str, Any]:
+    return rows[0] if isinstance(rows, list) else rows.row(0, named=True)
+
+
+def _splits(
+    rows: polars.DataFrame | Rows, by_split: bool
+) -> Iterator[tuple[str, polars.DataFrame | Rows]]:
+    """Rows by split, or all of them as `train`. Lists of rows lose `split`, which the file says."""
+    import polars as pl
+
+    if isinstance(rows, list):
+        for split in SPLITS if by_split else ():
+            some = [row for row in rows if row["split"] == split]
+            yield HUB_SPLIT[split], [{k: v for k, v in row.items() if k != "split"} for row in some]
+    elif not by_split or "split" not in rows.columns:
+        yield HUB_SPLIT["train"], rows
+    else:
+        for split in SPLITS:
+            yield HUB_SPLIT[split], rows.filter(pl.col("split") == split)

@@ -32,15 +32,20 @@ BARS = "▁▂▃▄▅▆▇█"
 PAGE_EXAMPLES = 2  # of each kind, on the page beside the data
 OPEN = ("prefab-tiny", "prefab-nano")  # embedded models: what they write is CC0-1.0 (see NOTICE)
 WHAT = {
-    "preference": "decided pairs (DPO, reward models): `prompt`, `chosen`, `rejected`, `p_chosen`; "
-    "`method` chose the pair",
-    "conversations": "decided pairs whose answers follow different turns (reward models): `chosen`, "
-    "`rejected` as whole conversations, `p_chosen`",
-    "unpaired": "single answers with a thumb up or down (KTO): `prompt`, `completion`, `label`, "
-    "`p_win`",
-    "prompts": "prompts alone (GRPO, PPO): `prompt`",
-    "sft": "demonstrations (SFT): `prompt`, `completion`; `revised` says whether the text was "
-    "rewritten",
+    "preference": "decided pairs (DPO, reward models)",
+    "conversations": "decided pairs whose answers follow different turns (reward models)",
+    "reward": "decided pairs of one question (reward models)",
+    "unpaired": "single answers with a thumb up or down (KTO)",
+    "prompts": "prompts alone (GRPO, PPO)",
+    "sft": "demonstrations (SFT)",
+}
+# of the formats `trl`, `jsonl` and `text`
+COLUMNS = {
+    "preference": ": `prompt`, `chosen`, `rejected`, `p_chosen`; `method` chose the pair",
+    "conversations": ": `chosen`, `rejected` as whole conversations, `p_chosen`",
+    "unpaired": ": `prompt`, `completion`, `label`, `p_win`",
+    "prompts": ": `prompt`",
+    "sft": ": `prompt`, `completion`; `revised` says whether the text was rewritten",
 }
 
 
@@ -54,6 +59,7 @@ class ExportReport:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # by dataset/split: a file, or a pattern
+    example: dict[str, Any] = field(default_factory=dict)  # a row of the first dataset
 
     def rows(self) -> list[tuple[str, str, int]]:
         """One row a file."""
@@ -67,7 +73,8 @@ class ExportReport:
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "out": str(self.out)}
+        rest = {name: value for name, value in asdict(self).items() if name != "example"}
+        return {**rest, "out": str(self.out)}
 
 
 def write_beside(stage: Path, page: RunPage, record: dict[str, Any], report: ExportReport) -> None:
@@ -87,17 +94,8 @@ def write_beside(stage: Path, page: RunPage, record: dict[str, Any], report: Exp
     )
     text = yaml.safe_dump(_portable(config), sort_keys=False, allow_unicode=True)
     (stage / PIPELINE).write_text(text, encoding="utf-8")
-    card = _card(config, str(record["recipe"]), page, report, _first_row(stage, report))
+    card = _card(config, str(record["recipe"]), page, report)
     (stage / CARD).write_text(card, encoding="utf-8")
-
-
-def _first_row(stage: Path, report: ExportReport) -> dict[str, Any]:
-    """A row of the first dataset."""
-    import polars as pl
-
-    pattern = next(iter(report.files.values()))
-    file = min(stage.glob(pattern))  # not by polars: `stage` may have a name with brackets
-    return pl.scan_parquet(file, glob=False).head(1).collect().row(0, named=True)
 
 
 def _portable(value: Any) -> Any:
@@ -114,7 +112,6 @@ def _card(
     recipe: str,
     page: RunPage,
     report: ExportReport,
-    example: dict[str, Any],
 ) -> str:
     """The dataset card: what the hub and `datasets` read, then what a person should know."""
     models = model_names(config)
@@ -134,7 +131,7 @@ def _card(
         "|---|---|---|",
         *(f"| {name} | {split} | {n:,} |" for name, split, n in report.rows()),
         "",
-        *(f"- `{name}`: {WHAT.get(name, 'a table of the store')}" for name in report.counts),
+        *(f"- `{name}`: {_what(name, report.format)}" for name in report.counts),
         "",
         "```python",
         "from datasets import load_dataset",
@@ -145,7 +142,7 @@ def _card(
         f"A row of `{report.first()}`:",
         "",
         "```json",
-        json.dumps(_shortened(example), indent=1, ensure_ascii=False, default=str),
+        json.dumps(_shortened(report.example), indent=1, ensure_ascii=False, default=str),
         "```",
         "",
         "`prompt_id`, `preference`, `chosen_sample`, `rejected_sample`, `sample` and `run` lead "
@@ -165,6 +162,12 @@ def _card(
     return "\n".join(lines) + "\n"
 
 
+def _what(name: str, format: str) -> str:
+    """What a dataset holds."""
+    columns = COLUMNS.get(name, "") if format in ("trl", "jsonl", "text", "csv") else ""
+    return WHAT.get(name, "a table of the store") + columns
+
+
 def _metadata(config: dict[str, Any], models: list[str], report: ExportReport) -> list[str]:
     """The card's first lines, which the hub reads."""
     rows = sum(n for _, _, n in report.rows())
@@ -179,7 +182,9 @@ def _metadata(config: dict[str, Any], models: list[str], report: ExportReport) -
         "configs:",
     ]
     for name, splits in report.counts.items():
-        lines += [f"- config_name: {name}", "  data_files:"]
+        lines.append(f"- config_name: {name}")
+        lines += ["  default: true"] if name == report.first() else []
+        lines.append("  data_files:")
         for split in splits:
             lines += [f"  - split: {split}", f"    path: {report.files[f'{name}/{split}']}"]
     return [*lines, "---"]

@@ -16,7 +16,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from prefab.factory.errors import ConfigError
 
@@ -29,7 +31,8 @@ MANIFEST = "prefab-export.json"
 # path or with `..`.
 OURS = re.compile(
     r"README\.md|report\.html|source/(constitution|pipeline)\.yaml"
-    r"|[a-z_]+/(train|validation|test)(-\d{5,}-of-\d{5,})?\.parquet"
+    r"|dataset_info\.json|axolotl\.yaml"
+    r"|[a-z_]+/(train|validation|test)(-\d{5,}-of-\d{5,}\.parquet|\.(parquet|jsonl|csv))"
 )
 STAGE = re.compile(r"\.prefab-export-(\d+)-\w+")  # the folder of a running export: its process
 SHARD_BYTES = 512 << 20
@@ -80,6 +83,39 @@ class ShardedFile:
         for i, shard in enumerate(self._shards):
             shard.rename(self._path.with_name(f"{name}-{i:05}-of-{count:05}.parquet"))
         return f"{self._path.parent.name}/{name}-*.parquet"
+
+
+class LinesFile:
+    """A file of JSON lines, or of CSV with a header, that is written part by part."""
+
+    def __init__(self, path: Path, suffix: str) -> None:
+        """`path` is that of the file, without its suffix; its folder is made."""
+        self.rows = 0
+        self._name = f"{path.parent.name}/{path.name}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        self._csv = suffix == "csv"
+        self._file = path.with_name(f"{path.name}.{suffix}").open("wb")
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows, all with the same columns. Raises: OSError, as of a full disk."""
+        if self._csv:
+            import polars as pl
+
+            frame = pl.DataFrame(rows, infer_schema_length=None)
+            frame.write_csv(self._file, include_header=not self.rows)
+        else:
+            self._file.writelines(
+                orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows
+            )
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        """Write the end of the file."""
+        self._file.close()
+
+    def finish(self) -> str:
+        """The file, relative to the export."""
+        return self._name
 
 
 @contextmanager

@@ -186,7 +186,10 @@ def test_the_next_command_can_be_pasted_where_paths_have_spaces(
         (("run", "{pipeline}", "--set", "panel.judges.0.engine=remote"), "no engine is named"),
         (("sql", "SELEKT 1", "--store", "{store}"), "syntax error"),
         (("sql", "SELECT 1", "--store", "elsewhere"), "no store here"),
-        (("export", "out", "--store", "{store}", "--format", "csv"), "parquet, trl"),
+        (
+            ("export", "out", "--store", "{store}", "--format", "sharegpt"),
+            "parquet, text, torchtune, trl",
+        ),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, capsys, words, told):

@@ -145,8 +145,8 @@ def test_a_large_run_is_exported_in_parts_and_in_several_files(
 
 
 def test_refusals_say_what_there_is(store, tmp_path):
-    with pytest.raises(ConfigError, match="parquet, trl"):
-        export(store, tmp_path / "out", format="verl")
+    with pytest.raises(ConfigError, match="parquet, text, torchtune, trl, verl"):
+        export(store, tmp_path / "out", format="sharegpt")
     with pytest.raises(ConfigError, match="small@1"):
         export(store, tmp_path / "out", run="smal")
     with pytest.raises(ConfigError, match="no store here"):
@@ -406,6 +406,8 @@ def test_a_pipeline_file_gives_the_defaults_of_export(tmp_path, monkeypatch):
 
 
 def test_a_format_that_nothing_writes_is_not_accepted(tmp_path):
-    value = project.pipeline(tmp_path, prompts=4, export={"format": "verl"})
-    with pytest.raises(ConfigError, match='there is no export format "verl"; known: parquet, trl'):
+    value = project.pipeline(tmp_path, prompts=4, export={"format": "sharegpt"})
+    with pytest.raises(
+        ConfigError, match='there is no export format "sharegpt"; known: axolotl, csv'
+    ):
         run(value, engines=project.engine())
