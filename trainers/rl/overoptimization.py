@@ -17,8 +17,7 @@ import numpy as np
 
 from prefab.factory.stats import Estimate, t_quantile, undefined
 
-LEVEL = 0.05  # of the alarm over a whole run, before it is divided by the number of evaluations
-RUNNING = 2  # evaluations in a row that must agree
+LEVEL = 0.05  # of the alarm over a whole run
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +73,13 @@ def best(evaluations: Sequence[Evaluation]) -> Evaluation:
     return max(evaluations, key=lambda e: (e.gold_mean, -e.step))
 
 
-def fallen(evaluations: Sequence[Evaluation], planned: int, level: float = LEVEL) -> bool:
+def fallen(evaluations: Sequence[Evaluation], tests: float, level: float = LEVEL) -> bool:
     """Whether the last evaluation's gold is below the best one's, by a one-sided paired t test at
-    `level` / `planned`, while its proxy is above.
+    `level` / `tests`, while its proxy is above.
 
     The best of many evaluations is partly chance: against "two standard errors below the best" a
     plateau of many evaluations is called a fall nearly always. So the test is paired, and its level
-    is divided by the number of evaluations.
+    is divided.
     """
     now, top = evaluations[-1], best(evaluations)
     if top.step == now.step or now.proxy <= top.proxy:
@@ -89,21 +88,26 @@ def fallen(evaluations: Sequence[Evaluation], planned: int, level: float = LEVEL
     n, mean = len(lost), fmean(lost)
     if n < 2 or mean <= 0:
         return False
-    deviation = stdev(lost)
-    return deviation == 0 or mean / (deviation / sqrt(n)) > t_quantile(
-        1 - level / max(planned, 1), n - 1
-    )
+    deviation, level = stdev(lost), level / max(tests, 1)
+    if deviation == 0:  # all prompts lost the same: the sign test
+        return 2.0**-n <= level
+    return mean / (deviation / sqrt(n)) > t_quantile(1 - level, n - 1)
 
 
 def alarm(evaluations: Sequence[Evaluation], planned: int, level: float = LEVEL) -> Alarm | None:
-    """The alarm, if it is on at the last of these evaluations: `fallen` there and at the one
-    before.
+    """The alarm, if it is on at the last of these evaluations: `fallen` there, with the level
+    divided by the number of pairs of evaluations, and at the one before, with it divided by
+    `planned`, which is how many evaluations the run will have.
 
-    `planned` is how many evaluations the run will have.
+    The best and the last evaluation are one pair of all, so by Bonferroni's bound over all pairs at
+    most `level` of the runs whose gold never changes have an alarm, however far their evaluations
+    depend on one another. (Sampled with a fixed seed only some answers change from step to step,
+    and a level divided by the number of evaluations alone was passed in up to 15% of such runs.)
     """
-    if len(evaluations) <= RUNNING:
+    n = max(planned, len(evaluations))
+    if len(evaluations) <= 2 or not fallen(evaluations[:-1], planned, level):
         return None
-    if not all(fallen(evaluations[: len(evaluations) - i], planned, level) for i in range(RUNNING)):
+    if not fallen(evaluations, n * (n - 1) / 2, level):
         return None
     now, top = evaluations[-1], best(evaluations)
     return Alarm(now.step, top.step, top.gold_mean - now.gold_mean, now.proxy - top.proxy)
