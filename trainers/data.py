@@ -8,9 +8,11 @@ the notes.
 from __future__ import annotations
 
 import json
+import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +35,7 @@ from prefab.trainers.chat import (
     turn_of,
 )
 from prefab.trainers.common import Strict
+from prefab.trainers.row_file import Row, RowFile, StoredRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +53,6 @@ WHERE used.run = ? AND used.source IN {} ORDER BY 1
 Kind = Literal["preference", "reward", "unpaired", "sft", "prompts"]
 DATASETS = {"reward": ("preference", "conversations")}  # of an export; of other kinds: the kind's
 Encoder = Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]]
-Row = dict[str, Any]
 
 
 class Source(Strict):
@@ -127,51 +129,146 @@ class DataConfig(Strict):
 
 @dataclass(slots=True)
 class Rows:
-    """What was read, before tokens: a list of dictionaries a split, what was left out, and where it
-    came from.
+    """What was read, before tokens: the rows of each split, what was left out, and where it came
+    from.
     """
 
-    train: list[dict[str, Any]] = field(default_factory=list)
-    val: list[dict[str, Any]] = field(default_factory=list)
+    train: Sequence[Row] = ()
+    val: Sequence[Row] = ()
     notes: list[str] = field(default_factory=list)
     lineage: list[dict[str, Any]] = field(default_factory=list)
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def read_rows(kind: Kind, config: DataConfig) -> Rows:
-    """The rows of the train and validation splits of all sources.
+    """The rows of the train and validation splits of all sources. They lie in a temporary file.
 
     Raises: ConfigError where there are none, a split ends empty, or a row belongs to a test split.
     """
-    found, tests = Rows(), set()
+    found, taken = Rows(), _Taken()
     for number, source in enumerate(config.sources):
         if source.store:
-            rows, held_out = _from_store(kind, source, found)
+            _from_store(kind, source, found, taken, number)
         else:
-            rows, held_out = _from_files(kind, source, config.bad_rows, found.notes)
-        tests |= held_out
-        _refuse_test(rows, source.store or source.files or "")
-        _take(found, _filtered(rows, source, number, found.notes), source)
-    _refuse_leaks(found, tests)
-    _split_off(found, config)
-    if not found.train:
+            _from_files(kind, source, config.bad_rows, found.notes, taken, number)
+    _refuse_leaks(found, taken)
+    _split_off(found, taken, config)
+    if not taken.train:
         raise ConfigError(
             f"nothing to train on: no {kind} rows in {', '.join(_names(config))}"
             + "".join(f"; {note}" for note in found.notes)
         )
-    if not found.val:
+    if not taken.val:
         raise ConfigError(
             "the validation split is empty: there is only one prompt. More prompts are needed"
         )
-    mean = sum(row["weight"] for row in found.train) / len(found.train)
-    for row in (*found.train, *found.val):
-        row["weight"] /= mean
+    mean = sum(taken.weights[i] for i in taken.train) / len(taken.train)
+    weights = array("d", (weight / mean for weight in taken.weights))
     if config.limit:
-        found.train = sorted(
-            found.train, key=lambda row: digest("limit", row["prompt"], _text(row))
-        )[: config.limit]
+        names = {i: _limit_digest(taken.file.get(i)) for i in taken.train}
+        taken.train = array("q", sorted(taken.train, key=names.__getitem__)[: config.limit])
+    found.train = StoredRows(taken.file, taken.train, weights)
+    found.val = StoredRows(taken.file, taken.val, weights)
     found.template_kwargs = {**found.template_kwargs, **config.template_kwargs}
     return found
+
+
+def _limit_digest(row: Row) -> str:
+    return digest("limit", row["prompt"], _text(row))
+
+
+@dataclass(slots=True)
+class _Taken:
+    """Rows of all sources in a file. In memory are of each row its weight and the digest of its
+    prompt, and the numbers of those of each split.
+    """
+
+    file: RowFile = field(default_factory=RowFile)
+    weights: array[float] = field(default_factory=lambda: array("d"))
+    prompts: list[bytes] = field(default_factory=list)
+    train: array[int] = field(default_factory=lambda: array("q"))
+    val: array[int] = field(default_factory=lambda: array("q"))
+    tests: set[bytes] = field(default_factory=set)
+
+    def cut(self, length: int) -> None:
+        """Forget all rows but the first `length`."""
+        self.file.cut(length)
+        del self.weights[length:], self.prompts[length:]
+        self.train = array("q", (i for i in self.train if i < length))
+        self.val = array("q", (i for i in self.val if i < length))
+
+    def take(
+        self, rows: Iterable[Row], source: Source, number: int, where: str, notes: list[str]
+    ) -> None:
+        """Take the rows of a source that is called `where` in messages. Those within the margin,
+        with ids that are excluded, and pairs of equal answers are left out and counted, with the
+        setting that leaves them out. `number` is the source's place in `data.sources`.
+
+        Raises: ConfigError where there are rows of a split that no trainer takes.
+        """
+        excluded, total = _excluded(source), 0
+        near = out = same = bad = 0
+        splits: set[str] = set()
+        for row in rows:
+            total += 1
+            if row["split"] not in ("train", "val"):
+                splits, bad = splits | {row["split"]}, bad + 1
+            elif source.margin and _is_near(row, source.margin):
+                near += 1
+            elif excluded and any(row.get(name) in excluded for name in IDS):
+                out += 1
+            elif _is_same(row):
+                same += 1
+            else:
+                self._add(row, source.weight)
+        if bad:
+            raise ConfigError(
+                f"{where}: {bad:,} rows of the split {', '.join(sorted(splits))}. A trainer takes "
+                "train and val only: what is measured on rows that were trained on is no measurement"
+            )
+        for count, of, why, setting in (
+            (near, total, f"below the margin {source.margin:g}", "margin"),
+            (out, total - near, f"listed in {source.exclude}", "exclude"),
+        ):
+            if count:
+                notes.append(
+                    f"{count:,} of {of:,} rows are {why} and are left out, {of - count:,} stay; the "
+                    f"setting is data.sources.{number}.{setting}"
+                )
+        if same:
+            notes.append(f"{same:,} pairs of equal answers are left out")
+
+    def _add(self, row: Row, weight: float) -> None:
+        own = row.get("weight")
+        (self.train if row["split"] == "train" else self.val).append(len(self.file))
+        self.weights.append(weight * (own if isinstance(own, float) else 1.0))
+        self.prompts.append(_prompt_digest(prompt_of(row)))
+        self.file.append(row)
+
+
+def _is_near(row: Row, margin: float) -> bool:
+    """Whether a row's probability is within the margin of a half."""
+    return any(abs(row[name] - 0.5) < margin for name in ("p_chosen", "p_win") if name in row)
+
+
+def _is_same(row: Row) -> bool:
+    """Whether a row is a pair of equal answers."""
+    chosen, rejected = ((row.get(x), row.get(f"{x}_context")) for x in ("chosen", "rejected"))
+    return chosen[0] is not None and chosen == rejected
+
+
+def _excluded(source: Source) -> set[str]:
+    """The ids that a source leaves out."""
+    if not source.exclude:
+        return set()
+    from prefab.factory.spec.bounded import MAX_LIST
+    from prefab.factory.spec.yamlio import read_text
+
+    lines = read_text(source.exclude, MAX_LIST).splitlines()
+    return {line.strip() for line in lines if line.strip()}
+
+
+IDS = ("preference", "sample", "chosen_sample", "rejected_sample", "prompt_id")
 
 
 def _names(config: DataConfig) -> list[str]:
@@ -182,56 +279,64 @@ def _text(row: Mapping[str, Any]) -> Any:
     return [row.get(name) for name in ("chosen", "rejected", "completion", "messages")]
 
 
-def _from_store(kind: Kind, source: Source, found: Rows) -> tuple[list[Row], set[str]]:
-    """Rows of a run whose split is train or val, and the digests of the prompts of the store's test
-    split.
+def _from_store(kind: Kind, source: Source, found: Rows, taken: _Taken, number: int) -> None:
+    """Take the rows of a run whose split is train or val, and the digests of the prompts of the
+    store's test split.
     """
-    import polars as pl
+    folder, before = Path(source.store or ""), len(taken.file)
+    datasets.check_store(folder)
 
-    folder = Path(source.store or "")
-    ask: store.Read = partial(store.read_frame, folder)
-    record = datasets.find_run(folder, ask, source.run)
+    def work(read: store.Read) -> tuple[list[str], dict[str, Any]]:
+        taken.cut(before)  # what is there of a first try with less memory
+        notes: list[str] = []
+        record = datasets.find_run(folder, read, source.run)
+        told: list[str] = []
+        rows = _stored(kind, source, read, record, notes)
+        taken.take(rows, source, number, str(folder), told)
+        test = read("SELECT messages FROM prompts WHERE split = 'test'", ())["messages"]
+        for text in test:
+            taken.tests.add(_prompt_digest([message_turn(m) for m in stored_messages(text)]))
+        return notes + told, _lineage(folder, read, record)
+
+    notes, line = store.read_store(folder, work)
+    found.notes += notes
+    found.lineage.append(line)
+    found.template_kwargs.update((line["config"].get("policy") or {}).get("template_kwargs") or {})
+
+
+def _lineage(folder: Path, read: store.Read, record: dict[str, Any]) -> dict[str, Any]:
+    """Where the rows of a run come from."""
+    run = (record["run"],)
+    labellers = dict(read(USED.format("('verdicts', 'scores', 'rankings')"), run).iter_rows())
+    models = labellers | dict(read(USED.format("('samples', 'critiques')"), run).iter_rows())
+    return {
+        "store": str(folder),
+        "run": f"{record['name']}@{record['version']}",
+        "recipe": record["recipe"],
+        "constitution": record["constitution"],
+        "models": models,
+        "labelled_by": list(labellers),
+        "config": json.loads(record["config"]),
+    }
+
+
+def _stored(
+    kind: Kind, source: Source, read: store.Read, record: dict[str, Any], notes: list[str]
+) -> Iterator[Row]:
+    """The rows of a run whose split is train or val, part by part."""
     select = {"all": "draw", "last": "sweep", "": ""}[source.revisions]
-    marks = {"without": source.without} if source.without else {}
-    frames = datasets.datasets(
-        ask,
-        record,
-        found.notes,
-        source.truncated,
-        source.judges,
-        source.principles,
-        select,
-        **marks,
-    )
-    test = ask("SELECT messages FROM prompts WHERE split = 'test'", ())["messages"].to_list()
-    config = json.loads(record["config"])
-    labellers = dict(
-        ask(USED.format("('verdicts', 'scores', 'rankings')"), (record["run"],)).iter_rows()
-    )
-    models = labellers | dict(
-        ask(USED.format("('samples', 'critiques')"), (record["run"],)).iter_rows()
-    )
-    found.template_kwargs.update((config.get("policy") or {}).get("template_kwargs") or {})
-    found.lineage.append(
-        {
-            "store": str(folder),
-            "run": f"{record['name']}@{record['version']}",
-            "recipe": record["recipe"],
-            "constitution": record["constitution"],
-            "models": models,
-            "labelled_by": list(labellers),
-            "config": config,
-        }
-    )
-    rows = []
-    for name in DATASETS.get(kind, (kind,)):
-        rows += frames.get(name, pl.DataFrame({"split": []})).iter_rows(named=True)
-    rows = [row for row in rows if row["split"] in ("train", "val")]
-    for row in rows:
-        _read_turns(row)
-        if kind == "prompts" and row.get("tools"):
-            raise ConfigError(f"{folder}: {NO_TOOLS}")
-    return rows, {_prompt_digest([message_turn(m) for m in stored_messages(text)]) for text in test}
+    readers = source.judges, source.principles, select
+    for part in datasets.dataset_parts(
+        read, record, notes, source.truncated, source.without, *readers
+    ):
+        for name in DATASETS.get(kind, (kind,)):
+            for row in part[name].iter_rows(named=True) if name in part else ():
+                if row["split"] not in ("train", "val"):
+                    continue
+                _read_turns(row)
+                if kind == "prompts" and row.get("tools"):
+                    raise ConfigError(f"{source.store}: {NO_TOOLS}")
+                yield row
 
 
 def _read_turns(row: Row) -> None:
@@ -252,10 +357,10 @@ NO_TOOLS = "has tools, which are not passed on where answers are sampled"
 
 
 def _from_files(
-    kind: Kind, source: Source, bad_rows: str, notes: list[str]
-) -> tuple[list[Row], set[str]]:
-    """Rows of train and validation files, and the digests of the prompts of a test file beside
-    them.
+    kind: Kind, source: Source, bad_rows: str, notes: list[str], taken: _Taken, number: int
+) -> None:
+    """Take the rows of train and validation files, and the digests of the prompts of a test file
+    beside them.
 
     Raises: ConfigError where there is no such file, or with the rows that cannot be kept.
     """
@@ -265,18 +370,10 @@ def _from_files(
         raise ConfigError(f"{place}: no such file or folder")
     if place.is_file() and not place.stat().st_size:
         raise ConfigError(f"{place}: the file is empty")
-    found = _FileRows()
-    for file, split in (one for folder in folders for one in _files_of(folder)):
-        for number, line, value in data_files.rows(file):
-            try:
-                made = rows_of(kind, value, source.map)
-            except ValueError as error:
-                where = (str(file), line, 1 if line else 0, f"row {number}")
-                found.problems.append(Problem(*where, str(error)))
-                continue
-            for row in made:
-                found.take(row, row["split"] if split == BY_ROW else split)
-    return found.finished(place, bad_rows, notes), found.tests
+    found, told = _FileRows(taken.tests), list[str]()
+    rows = found.rows(kind, folders, source.map)
+    taken.take(rows, source, number, source.files or "", told)
+    notes += [*found.finished(place, bad_rows), *told]
 
 
 def _folders_of(kind: Kind, place: Path) -> list[Path]:
@@ -298,35 +395,49 @@ def _files_of(place: Path) -> list[tuple[Path, str | None]]:
 
 @dataclass(slots=True)
 class _FileRows:
-    """Rows of the files of a source, digests of the prompts of test files, and what is left out."""
+    """Rows of the files of a source: digests of the prompts of test files, and what is left out."""
 
-    rows: list[Row] = field(default_factory=list)
-    tests: set[str] = field(default_factory=set)
+    tests: set[bytes]
     problems: list[Problem] = field(default_factory=list)
     ties: int = 0
+    kept: int = 0
 
-    def take(self, row: Row, split: str | None) -> None:
-        """Take a row of a file of this split (None: the rows say it)."""
+    def rows(self, kind: Kind, places: Sequence[Path], names: Mapping[str, str]) -> Iterator[Row]:
+        """The rows that can be kept and are no test rows, each with its split."""
+        for file, split in (one for place in places for one in _files_of(place)):
+            for number, line, value in data_files.rows(file):
+                try:
+                    made = rows_of(kind, value, names)
+                except ValueError as error:
+                    where = (str(file), line, 1 if line else 0, f"row {number}")
+                    self.problems.append(Problem(*where, str(error)))
+                    continue
+                for row in made:
+                    yield from self._kept(row, row["split"] if split == BY_ROW else split)
+
+    def _kept(self, row: Row, split: str | None) -> Iterator[Row]:
+        """A row of a file of this split (None: the rows say it), unless it is a tie or of a test
+        file.
+        """
         if split == "test":
             self.tests.add(_prompt_digest(prompt_of(row)))
         elif row.pop("tie", False):
             self.ties += 1
         else:
-            self.rows.append({**row, "split": row["split"] or split or "train"})
+            self.kept += 1
+            yield {**row, "split": row["split"] or split or "train"}
 
-    def finished(self, place: Path, bad_rows: str, notes: list[str]) -> list[Row]:
-        """The rows; what is left out is noted. Raises: ConfigError with the rows that cannot be
-        kept.
-        """
-        bad = f"{len(self.problems):,} rows cannot be kept"
-        if self.problems and (bad_rows == "error" or not self.rows):
+    def finished(self, place: Path, bad_rows: str) -> list[str]:
+        """What is left out, in words. Raises: ConfigError with the rows that cannot be kept."""
+        notes, bad = [], f"{len(self.problems):,} rows cannot be kept"
+        if self.problems and (bad_rows == "error" or not self.kept):
             mend = f"{bad}; mend them, or leave them out with data.bad_rows: drop"
             raise ConfigError([*self.problems[:SHOWN], Problem(str(place), 0, 0, "", mend)])
         if self.problems:
             notes.append(f"{place}: {bad} and are left out, the first: {self.problems[0]}")
         if self.ties:
             notes.append(f"{place}: {self.ties:,} pairs are ties and are left out")
-        return self.rows
+        return notes
 
 
 SHOWN = 20  # problems that are printed; all are counted
@@ -438,75 +549,13 @@ def _answer(turn: layouts.Turn) -> str | layouts.Turn:
     return turn if turn.keys() - {"role", "content", "name"} else text
 
 
-def _refuse_test(rows: Sequence[Row], where: str) -> None:
-    bad = [row["split"] for row in rows if row["split"] not in ("train", "val")]
-    if bad:
-        raise ConfigError(
-            f"{where}: {len(bad):,} rows of the split {', '.join(sorted(set(bad)))}. A trainer takes "
-            "train and val only: what is measured on rows that were trained on is no measurement"
-        )
-
-
-def _filtered(rows: list[Row], source: Source, number: int, notes: list[str]) -> list[Row]:
-    """Without rows inside the margin and without ids that are excluded; both counted, with the
-    setting that leaves them out. `number` is the source's place in `data.sources`.
-    """
-    if source.margin:
-        kept = [row for row in rows if not _is_near(row, source.margin)]
-        _note_dropped(rows, kept, f"below the margin {source.margin:g}", number, "margin", notes)
-        rows = kept
-    if source.exclude:
-        from prefab.factory.spec.bounded import MAX_LIST
-        from prefab.factory.spec.yamlio import read_text
-
-        lines = read_text(source.exclude, MAX_LIST).splitlines()
-        ids = {line.strip() for line in lines if line.strip()}
-        kept = [row for row in rows if not any(row.get(name) in ids for name in IDS)]
-        _note_dropped(rows, kept, f"listed in {source.exclude}", number, "exclude", notes)
-        rows = kept
-    return rows
-
-
-def _is_near(row: Row, margin: float) -> bool:
-    """Whether a row's probability is within the margin of a half."""
-    return any(abs(row[name] - 0.5) < margin for name in ("p_chosen", "p_win") if name in row)
-
-
-def _note_dropped(
-    rows: list[Row], kept: list[Row], why: str, number: int, setting: str, notes: list[str]
-) -> None:
-    """Note how many rows are left out, and the setting that leaves them out."""
-    if len(kept) < len(rows):
-        notes.append(
-            f"{len(rows) - len(kept):,} of {len(rows):,} rows are {why} and are left out, "
-            f"{len(kept):,} stay; the setting is data.sources.{number}.{setting}"
-        )
-
-
-IDS = ("preference", "sample", "chosen_sample", "rejected_sample", "prompt_id")
-
-
-def _take(found: Rows, rows: Sequence[Row], source: Source) -> None:
-    """Rows with their weights into their split; pairs of equal answers are counted."""
-    same = 0
-    for row in rows:
-        weight = row.get("weight")
-        row["weight"] = source.weight * (weight if isinstance(weight, float) else 1.0)
-        sides = [(row.get(side), row.get(f"{side}_context")) for side in ("chosen", "rejected")]
-        if row.get("chosen") is not None and sides[0] == sides[1]:
-            same += 1
-            continue
-        (found.train if row["split"] == "train" else found.val).append(row)
-    if same:
-        found.notes.append(f"{same:,} pairs of equal answers are left out")
-
-
-def _prompt_digest(turns: Turns) -> str:
+def _prompt_digest(turns: Turns) -> bytes:
     """Two rows have the same prompt when its turns say the same, however they are stored."""
-    return digest(
+    name = digest(
         "prompt",
         [[t["role"], " ".join(t["content"].split()), *t.get("tool_calls", ())] for t in turns],
     )
+    return bytes.fromhex(name)
 
 
 def prompt_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -520,43 +569,42 @@ def _before_answer(turns: Turns) -> list[dict[str, Any]]:
     return [dict(turn) for turn in turns[:first]]
 
 
-def _refuse_leaks(found: Rows, tests: set[str]) -> None:
+def _refuse_leaks(found: Rows, taken: _Taken) -> None:
     """Raises: ConfigError for a row whose prompt is in a test split. Train rows whose prompt is in
     val are left out.
     """
-    leaked = [row for row in (*found.train, *found.val) if _prompt_digest(prompt_of(row)) in tests]
+    leaked = [i for i in chain(taken.train, taken.val) if taken.prompts[i] in taken.tests]
     if leaked:
         raise ConfigError(
             f"{len(leaked):,} rows have a prompt of the test split, the first: "
-            f"{prompt_of(leaked[0])[-1]['content'][:80]!r}. Leave them out of the files"
+            f"{prompt_of(taken.file.get(leaked[0]))[-1]['content'][:80]!r}. Leave them out of the "
+            "files"
         )
-    held = {_prompt_digest(prompt_of(row)) for row in found.val}
-    kept = [row for row in found.train if _prompt_digest(prompt_of(row)) not in held]
-    if len(kept) < len(found.train):
+    held = {taken.prompts[i] for i in taken.val}
+    kept = array("q", (i for i in taken.train if taken.prompts[i] not in held))
+    if len(kept) < len(taken.train):
         found.notes.append(
-            f"{len(found.train) - len(kept):,} train rows share a prompt with validation and are left out"
+            f"{len(taken.train) - len(kept):,} train rows share a prompt with validation and are "
+            "left out"
         )
-    found.train = kept
+    taken.train = kept
 
 
-def _split_off(found: Rows, config: DataConfig) -> None:
+def _split_off(found: Rows, taken: _Taken, config: DataConfig) -> None:
     """Where no source has validation rows: a share of the prompts, by digest, so that the same ones
     are always held out.
     """
-    if found.val or not found.train:
+    if taken.val or not taken.train:
         return
-    share, names = (
-        config.val_share,
-        {id(row): _prompt_digest(prompt_of(row)) for row in found.train},
-    )
-    held = {
-        name for name in names.values() if split_of("val " + name, (1 - share, share, 0.0)) == "val"
-    }
-    held = held or {min(names.values())}
-    found.val = [row for row in found.train if names[id(row)] in held]
-    found.train = [row for row in found.train if names[id(row)] not in held]
+    shares = (1 - config.val_share, config.val_share, 0.0)
+    names = {taken.prompts[i] for i in taken.train}
+    held = {name for name in names if split_of("val " + name.hex(), shares) == "val"}
+    held = held or {min(names)}
+    taken.val = array("q", (i for i in taken.train if taken.prompts[i] in held))
+    taken.train = array("q", (i for i in taken.train if taken.prompts[i] not in held))
     found.notes.append(
-        f"no validation rows in the data: {len(held):,} prompts ({len(found.val):,} rows) were held out of train"
+        f"no validation rows in the data: {len(held):,} prompts ({len(taken.val):,} rows) were held "
+        "out of train"
     )
 
 
@@ -573,33 +621,85 @@ def tokenised(
     Rows that are too long are an error, or left out and counted; they are never cut.
     Raises: ConfigError naming the first that is too long, or where none is left.
     """
-    from datasets import Dataset
+    counts = _Counts()
+    items = _encoded(rows_, encode, config, notes, what, counts)
+    dataset = _arrow_dataset(item for item in items if counts.fits(item, config.max_length))
+    if counts.long and config.too_long == "error":
+        raise ConfigError(
+            f"{counts.long:,} of {counts.made:,} {what} rows are longer than max_length: "
+            f"{config.max_length} tokens, the longest {counts.longest:,}; the first: "
+            f"{prompt_of(rows_[counts.first_long])[-1]['content'][:60]!r}. Raise data.max_length, "
+            "or write data.too_long: drop"
+        )
+    if counts.long:
+        notes.append(
+            f"{counts.long:,} of {counts.made:,} {what} rows are longer than {config.max_length} "
+            "tokens: left out"
+        )
+    if dataset is None:
+        raise ConfigError(
+            f"the {what} split ends up empty: every row is longer than max_length: "
+            f"{config.max_length} tokens"
+        )
+    if counts.merged:
+        notes.append(
+            f"in {counts.merged:,} {what} rows the tokenizer would join tokens across prompt and "
+            "answer; they stay apart, as they are at sampling"
+        )
+    return dataset
 
-    made = _encoded(rows_, encode, config, notes, what)
-    long = [item for item in made if item["length"] > config.max_length]
-    if long and config.too_long == "error":
-        row = rows_[long[0]["row"]]
-        raise ConfigError(
-            f"{len(long):,} of {len(made):,} {what} rows are longer than max_length: {config.max_length} tokens, "
-            f"the longest {max(item['length'] for item in long):,}; the first: "
-            f"{prompt_of(row)[-1]['content'][:60]!r}. Raise data.max_length, or write data.too_long: drop"
-        )
-    if long:
-        notes.append(
-            f"{len(long):,} of {len(made):,} {what} rows are longer than {config.max_length} tokens: left out"
-        )
-        made = [item for item in made if item["length"] <= config.max_length]
-    if not made:
-        raise ConfigError(
-            f"the {what} split ends up empty: every row is longer than max_length: {config.max_length} tokens"
-        )
-    merged = sum(item.pop("merged", 0) for item in made)
-    if merged:
-        notes.append(
-            f"in {merged:,} {what} rows the tokenizer would join tokens across prompt and answer; they stay apart, "
-            "as they are at sampling"
-        )
-    return Dataset.from_list(made)
+
+@dataclass(slots=True)
+class _Counts:
+    """What became of rows while they were made tokens."""
+
+    made: int = 0
+    merged: int = 0
+    long: int = 0
+    longest: int = 0
+    first_long: int = 0
+
+    def fits(self, item: dict[str, Any], most: int) -> bool:
+        """Count an item, from which `merged` is removed. Returns: Whether it has at most `most`
+        tokens.
+        """
+        self.made += 1
+        merged = item.pop("merged", 0)
+        if item["length"] <= most:
+            self.merged += merged
+            return True
+        self.first_long = item["row"] if not self.long else self.first_long
+        self.long, self.longest = self.long + 1, max(self.longest, item["length"])
+        return False
+
+
+ITEMS_AT_ONCE = 512
+
+
+def _arrow_dataset(items: Iterable[dict[str, Any]]) -> Dataset | None:
+    """The items as a dataset in a temporary file that is mapped into memory; None without items.
+    The file has no name once this returns, so its space is free when the process ends.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.fingerprint import generate_random_fingerprint
+    from datasets.table import InMemoryTable
+
+    kinds = {list: pa.list_(pa.int64()), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    items = iter(items)
+    first = next(items, None)
+    if first is None:
+        return None
+    schema = pa.schema([(name, kinds[type(value)]) for name, value in first.items()])
+    rest = chain([first], items)
+    with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            while some := list(islice(rest, ITEMS_AT_ONCE)):
+                writer.write_batch(pa.RecordBatch.from_pylist(some, schema))
+        file.flush()
+        table = pa.ipc.open_stream(pa.memory_map(file.name)).read_all()
+    # without a fingerprint the whole table would be read to make one
+    return Dataset(InMemoryTable(table), fingerprint=generate_random_fingerprint())
 
 
 def _encoded(
@@ -608,20 +708,24 @@ def _encoded(
     config: DataConfig,
     notes: list[str],
     what: str,
-) -> list[dict[str, Any]]:
-    """The token rows of all rows. Raises: ConfigError for rows that the chat template refuses."""
-    made, problems = [], []
+    counts: _Counts,
+) -> Iterator[dict[str, Any]]:
+    """The token rows of all rows, with the number of each.
+
+    Raises: ConfigError for rows that the chat template refuses.
+    """
+    refused, first = 0, ""
     for i, row in enumerate(rows_):
         try:
-            made += [{**item, "row": i} for item in encode(row)]
+            yield from ({**item, "row": i} for item in list(encode(row)))
         except ConfigError as error:
-            problems.append(f"{prompt_of(row)[-1]['content'][:60]!r}: {error}")
-    if problems:
-        told = f"{len(problems):,} of {len(rows_):,} {what} rows cannot be tokens, the first: {problems[0]}"
-        if config.bad_rows == "error" or not made:
+            first = first or f"{prompt_of(row)[-1]['content'][:60]!r}: {error}"
+            refused += 1
+    if refused:
+        told = f"{refused:,} of {len(rows_):,} {what} rows cannot be tokens, the first: {first}"
+        if config.bad_rows == "error" or not counts.made:
             raise ConfigError(f"{told}. Mend them, or write data.bad_rows: drop")
         notes.append(told)
-    return made
 
 
 def encoder(
@@ -635,7 +739,7 @@ def encoder(
     `_sft_rows`.
     """
     if not dialect(tokenizer, found.template_kwargs).has_system:
-        first = [prompt_of(row)[:1] for row in (*found.train, *found.val)]
+        first = (prompt_of(row)[:1] for row in chain(found.train, found.val))
         if n := sum(turns[0]["role"] == "system" for turns in first if turns):
             found.notes.append(
                 f"the chat template has no system turn: {n:,} system texts begin the first user's turn"

@@ -43,17 +43,22 @@ _VERDICT = ("p_a", "winner", "reason", "mass", "tie_mass", "exactness")
 ASKED_FOR = ("import", "rejudge")
 
 
+def check_store(folder: Path) -> None:
+    """Raises: ConfigError where there is no store."""
+    if not (folder / "ledger.sqlite").exists():
+        raise ConfigError(
+            f"{folder}: there is no store here (no ledger.sqlite); name one with --store DIR, or make one "
+            "with `prefab run`"
+        )
+
+
 def find_run(folder: Path, read: Read, run: str = "") -> dict[str, Any]:
     """The run that NAME, NAME@VERSION or nothing (the last) stands for, as a row of the table
     `runs`.
 
     Raises: ConfigError with the runs there are.
     """
-    if not (folder / "ledger.sqlite").exists():
-        raise ConfigError(
-            f"{folder}: there is no store here (no ledger.sqlite); name one with --store DIR, or make one "
-            "with `prefab run`"
-        )
+    check_store(folder)
     rows = list(read("SELECT * FROM runs ORDER BY last_start", ()).iter_rows(named=True))
     name, at, version = run.partition("@")
     rows = rows if name else [r for r in rows if r["recipe"] not in ASKED_FOR] or rows
@@ -137,33 +142,6 @@ class _LeftOut:
         return lines
 
 
-def datasets(
-    read: Read,
-    record: dict[str, Any],
-    notes: list[str],
-    truncated: bool = False,
-    judges: Sequence[str] = (),
-    principles: Sequence[str] = (),
-    select: str = "",
-    without: Sequence[str] = (),
-) -> dict[str, polars.DataFrame]:
-    """TRL's four kinds of data for a run, conversational, in its column names. What is left out,
-    and why, is appended to `notes`.
-
-    `judges` and `principles` keep the readings of these alone: the preference is then decided anew
-    from them. `select` is which demonstrations: draw (every revision) or sweep (the last text of
-    each draft); left out: as the run did. `without` are rules of the data gate: pairs that `prefab
-    audit data` marked by them are left out, and where the mark concerns the prompt, all that the
-    prompt has.
-    """
-    part = _Part(read, record, truncated, select, without, _has_tools(read, record["run"]))
-    if without:
-        _check_audit(read, record, without)
-    frames = part.frames(judges=judges, principles=principles)
-    notes += part.left_out.notes(part.label, part.config)
-    return frames
-
-
 PART_BYTES = 8 << 20  # of the texts of answers in one part
 PART_PROMPTS = 4_096
 
@@ -174,56 +152,93 @@ def dataset_parts(
     notes: list[str],
     truncated: bool = False,
     without: Sequence[str] = (),
+    judges: Sequence[str] = (),
+    principles: Sequence[str] = (),
+    select: str = "",
 ) -> Iterator[dict[str, polars.DataFrame]]:
-    """As `datasets`, in parts that fit into memory whatever the size of the run. A prompt is whole
-    in one part; prompts come in the order in which the store holds them, and sorted within a part.
-    `notes` is complete after the last part.
+    """TRL's four kinds of data for a run, conversational, in its column names, in parts that fit
+    into memory whatever the size of the run. A prompt is whole in one part; prompts come in the
+    order in which the store holds them, and sorted within a part. What is left out, and why, is
+    appended to `notes` after the last part.
 
-    `read` is of one open connection, so that all parts come from the same state of the store.
+    Args:
+        read: Of one open connection, so that all parts come from the same state of the store.
+        record: The run, as a row of the table `runs`.
+        notes: Takes the lines about what is left out.
+        truncated: Keep answers that were cut off by length.
+        without: Rules of the data gate: pairs that `prefab audit data` marked by them are left out,
+            and where the mark concerns the prompt, all that the prompt has.
+        judges: Keep the readings of these alone: the preference is then decided anew from them.
+        principles: Likewise.
+        select: Which demonstrations: draw (every revision) or sweep (the last text of each draft);
+            empty: as the run did.
     """
-    part = _Part(read, record, truncated, "", without, _has_tools(read, record["run"]))
+    run = record["run"]
+    part = _Part(read, record, truncated, select, without, _has_tools(read, run))
     if without:
         _check_audit(read, record, without)
-    for prompts, rows in _prompts_in_parts(read, record["run"]):
-        yield part.frames(prompts, rows)
+    if judges or principles:
+        _check_readers(read, record, judges, principles)
+    tables = ("prompts", "preferences", "critiques", "strengths")
+    for prompts, rows in _prompts_in_parts(
+        read, run, (*tables, "verdicts") if judges or principles else tables
+    ):
+        yield part.frames(prompts, rows, judges, principles)
     notes += part.left_out.notes(part.label, part.config)
 
 
 Range = tuple[int, int]
 
 
-def _prompts_in_parts(read: Read, run: int) -> Iterator[tuple[list[str], dict[str, Range]]]:
+def _prompts_in_parts(
+    read: Read, run: int, tables: Sequence[str]
+) -> Iterator[tuple[list[str], dict[str, Range]]]:
     """The prompts of a run in parts of PART_BYTES, and by table the first and the last row that
     belong to a part. All rows of a prompt are inserted together, so these ranges are short.
+
+    The parts are made within DuckDB, from hashes of the prompts' ids: the ids of a million prompts
+    are 64 MB of text, and joins of them take several times as much.
     """
     import polars as pl
 
-    places = read(
-        "SELECT prompt, min(rowid) AS first, max(rowid) AS last, sum(strlen(text))::BIGINT AS size "
-        f"FROM samples WHERE run = {run} AND text IS NOT NULL GROUP BY prompt",
-        (),
-    ).sort("first")
-    number = pl.col("size").cum_sum() // PART_BYTES + pl.int_range(pl.len()) // PART_PROMPTS
-    places = places.with_columns(number.alias("part"))
-    ranges: dict[str, dict[int, Range]] = {}
-    for table in ("prompts", "preferences", "critiques", "strengths"):
-        where = "" if table == "prompts" else f"WHERE run = {run}"
-        rows = read(
-            f"SELECT prompt, min(rowid) AS first, max(rowid) AS last FROM {table} {where} "
-            "GROUP BY prompt",
-            (),
-        ).join(places.select("prompt", "part"), on="prompt")
-        spans = rows.group_by("part").agg(pl.col("first").min(), pl.col("last").max())
-        ranges[table] = {part: (first, last) for part, first, last in spans.iter_rows()}
-    spans = places.group_by("part", maintain_order=True).agg(
-        pl.col("first").min(), pl.col("last").max(), pl.len()
+    rows_of = "md5_number(prompt) AS prompt, min(rowid) AS first, max(rowid) AS last"
+    samples = f"FROM samples WHERE run = {run} AND text IS NOT NULL GROUP BY 1"
+    number = (
+        f"(sum(size) OVER before)::BIGINT // {PART_BYTES} + (row_number() OVER before) // "
+        f"{PART_PROMPTS}"
     )
-    start = 0
-    for part, first, last, count in spans.iter_rows():
-        of_tables = {table: found.get(part, (0, -1)) for table, found in ranges.items()}
-        prompts = places["prompt"][start : start + count].to_list()
-        yield prompts, {"samples": (first, last), **of_tables}
-        start += count
+    parts = read(
+        f"WITH places AS (SELECT {rows_of}, sum(strlen(text))::BIGINT AS size {samples}), "
+        f"numbered AS (SELECT first, last, {number} AS part FROM places WINDOW before AS "
+        "(ORDER BY first ROWS UNBOUNDED PRECEDING)) SELECT min(first) AS first, max(last) AS last "
+        "FROM numbered GROUP BY part ORDER BY 1",
+        (),
+    ).rows()
+    starts = [first for first, _ in parts]
+    ranges: dict[str, dict[int, Range]] = {}
+    for table in tables:
+        where = "" if table == "prompts" else f"WHERE run = {run}"
+        found = read(
+            f"WITH places AS (SELECT {rows_of} {samples}), "
+            f"others AS (SELECT {rows_of} FROM {table} {where} GROUP BY 1) "
+            "SELECT start, min(o.first), max(o.last) FROM others o JOIN places p USING (prompt) "
+            "ASOF JOIN (SELECT unnest(?) AS start) s ON p.first >= s.start GROUP BY start",
+            [starts],
+        )
+        ranges[table] = {start: (first, last) for start, first, last in found.iter_rows()}
+    later: dict[str, int] = {}  # of parts before: prompts with rows among those of the next ones
+    for (start, last), end in zip(
+        parts, [*starts[1:], parts[-1][1] + 1] if parts else (), strict=True
+    ):
+        rows = read(
+            f"SELECT prompt, max(rowid) AS last FROM samples WHERE run = {run} AND text IS NOT NULL "
+            f"AND rowid BETWEEN {start} AND {last} GROUP BY prompt HAVING min(rowid) < {end}",
+            (),
+        ).filter(~pl.col("prompt").is_in(list(later)))
+        of_tables = {table: found.get(start, (0, -1)) for table, found in ranges.items()}
+        yield rows["prompt"].to_list(), {"samples": (start, last), **of_tables}
+        later |= dict(rows.iter_rows())
+        later = {prompt: at for prompt, at in later.items() if at >= end}
 
 
 def _has_tools(read: Read, run: int) -> bool:
@@ -260,23 +275,22 @@ class _Part:
 
     def frames(
         self,
-        prompts: list[str] | None = None,
-        rows: dict[str, Range] | None = None,
-        judges: Sequence[str] = (),
-        principles: Sequence[str] = (),
+        prompts: list[str],
+        rows: dict[str, Range],
+        judges: Sequence[str],
+        principles: Sequence[str],
     ) -> dict[str, polars.DataFrame]:
-        """The datasets of these prompts, which have `rows` of each table; left out: of all."""
+        """The datasets of these prompts, which have `rows` of each table."""
         import polars as pl
 
         of_run = f"run = {self._record['run']}"
 
         def table(name: str, where: str = of_run, columns: str = "*") -> polars.DataFrame:
-            sql = f"SELECT {columns} FROM {name} WHERE {where}"
-            if prompts is None or rows is None:
-                return self._read(sql, ())
             first, last = rows[name]
-            sql += f" AND rowid BETWEEN {first} AND {last} AND prompt IN (SELECT unnest(?))"
-            return self._read(sql, [prompts])
+            of_part = f"rowid BETWEEN {first} AND {last} AND prompt IN (SELECT unnest(?))"
+            return self._read(
+                f"SELECT {columns} FROM {name} WHERE {where} AND {of_part}", [prompts]
+            )
 
         # joined and sorted by DuckDB, the texts would have to fit its memory
         talks = table("prompts", "true", "prompt, messages, split")
@@ -291,7 +305,10 @@ class _Part:
         if self._without:
             samples, preferences = self._unmarked(samples, preferences)
         if (judges or principles) and preferences.height:
-            preferences = _decided_by(self._read, self._record, preferences, judges, principles)
+            verdicts = table("verdicts")
+            for column, names in (("judge", judges), ("principle", principles)):
+                verdicts = verdicts.filter(pl.col(column).is_in(list(names))) if names else verdicts
+            preferences = _decided_by(self._read, self._record, preferences, verdicts)
         frames = {}
         if preferences.height:
             self._count(preferences)
@@ -458,30 +475,31 @@ def _tools(rows: polars.DataFrame) -> list[str]:
     return ["tools"] if "tools" in rows.columns else []
 
 
-def _decided_by(
-    read: Read,
-    record: dict[str, Any],
-    preferences: polars.DataFrame,
-    judges: Sequence[str],
-    principles: Sequence[str],
-) -> polars.DataFrame:
-    """The preferences as some judges or principles alone decide them, by the run's own rule. What
-    was calibrated on the whole panel is no calibration of these: `p_chosen` is their share of the
-    vote.
-
-    Raises: ConfigError for a judge or principle that read nothing in this run.
-    """
-    import polars as pl
-
-    verdicts = read(f"SELECT * FROM verdicts WHERE run = {record['run']}", ())
+def _check_readers(
+    read: Read, record: dict[str, Any], judges: Sequence[str], principles: Sequence[str]
+) -> None:
+    """Raises: ConfigError for a judge or principle that read nothing in this run."""
     for column, names in (("judge", judges), ("principle", principles)):
-        there = verdicts[column].unique().sort().to_list()
+        sql = f"SELECT DISTINCT {column} FROM verdicts WHERE run = {record['run']} ORDER BY 1"
+        there = read(sql, ())[column].to_list() if names else []
         if missing := [name for name in names if name not in there]:
             raise ConfigError(
                 f"no {column} {missing[0]!r} in {record['name']}@{record['version']}; there are: "
                 f"{', '.join(there)}"
             )
-        verdicts = verdicts.filter(pl.col(column).is_in(list(names))) if names else verdicts
+
+
+def _decided_by(
+    read: Read,
+    record: dict[str, Any],
+    preferences: polars.DataFrame,
+    verdicts: polars.DataFrame,
+) -> polars.DataFrame:
+    """The preferences as these verdicts alone decide them, by the run's own rule. What was
+    calibrated on the whole panel is no calibration of these: `p_chosen` is their share of the vote.
+    """
+    import polars as pl
+
     columns = ("outcome", "p_a", "p_chosen", "spread", "n_scored", "n_readings", "exactness")
     decided = [
         (p.prompt, p.a, p.b, *(getattr(p, name) for name in columns))

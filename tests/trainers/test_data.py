@@ -36,6 +36,12 @@ def config(*sources, **more):
     return data.DataConfig(sources=[data.Source(**s) for s in sources], **more)
 
 
+def frames(ask, record, notes, **options):
+    """The datasets of a run by name, of all parts together."""
+    parts = list(factory_rows.dataset_parts(ask, record, notes, **options))
+    return {name: pl.concat([part[name] for part in parts]) for name in parts[0]}
+
+
 def test_the_store_gives_train_and_validation(store):
     found = data.read_rows("preference", config({"store": str(store)}))
     assert (len(found.train), len(found.val)) == (72, 24)  # 24 and 8 prompts, three pairs each
@@ -99,10 +105,8 @@ def test_an_export_gives_what_the_store_gives(store, tmp_path):
 def test_all_judges_and_principles_decide_as_the_run_did(store):
     ask = partial(factory_store.read_frame, store)
     record, notes = factory_rows.find_run(store, ask), []
-    plain = factory_rows.datasets(ask, record, notes)["preference"]
-    again = factory_rows.datasets(
-        ask, record, notes, judges=["judge"], principles=["kind", "brief"]
-    )["preference"]
+    plain = frames(ask, record, notes)["preference"]
+    again = frames(ask, record, notes, judges=["judge"], principles=["kind", "brief"])["preference"]
     same = ["prompt_id", "chosen_sample", "rejected_sample"]
     assert plain.select(same).rows() == again.select(same).rows()
     assert (
@@ -110,15 +114,14 @@ def test_all_judges_and_principles_decide_as_the_run_did(store):
         and plain["p_chosen"].n_unique() > 3
     )
     one, other = (
-        factory_rows.datasets(ask, record, notes, principles=[name])["preference"]
-        for name in ("kind", "brief")
+        frames(ask, record, notes, principles=[name])["preference"] for name in ("kind", "brief")
     )
     assert ((one["p_chosen"] + other["p_chosen"]) / 2).to_list() == pytest.approx(
         plain["vote_share"].to_list()
     )
     assert (one["p_chosen"] > other["p_chosen"] + 0.05).all()
     with pytest.raises(ConfigError, match="no judge 'nobody'.*judge"):
-        factory_rows.datasets(ask, record, notes, judges=["nobody"])
+        frames(ask, record, notes, judges=["nobody"])
 
 
 def moody(request):
@@ -143,7 +146,7 @@ def test_chosen_readings_decide_by_the_runs_own_rule(tmp_path, combine, selectio
     ask = partial(factory_store.read_frame, tmp_path / "store")
     record = factory_rows.find_run(tmp_path / "store", ask)
     plain, again, one, brief = (
-        factory_rows.datasets(ask, record, [], judges=judges, principles=principles)["preference"]
+        frames(ask, record, [], judges=judges, principles=principles)["preference"]
         for judges, principles in (((), ()), (["x", "y"], ()), (["x"], ["kind"]), ((), ["brief"]))
     )
     same = ["prompt_id", "chosen_sample", "rejected_sample", "vote_share", "spread", "n_scored"]
@@ -216,7 +219,8 @@ def test_margin_exclusion_weights_and_limit(store, tmp_path):
     )  # 72 of weight 1, 24 of 3, scaled to mean 1
     assert max(weights) == pytest.approx(3 * min(weights)) == pytest.approx(2.0)
     few = [
-        data.read_rows("preference", config({"store": str(store)}, limit=5)).train for _ in range(2)
+        list(data.read_rows("preference", config({"store": str(store)}, limit=5)).train)
+        for _ in range(2)
     ]
     assert len(few[0]) == 5 and few[0] == few[1]
 

@@ -4,15 +4,18 @@ assistant's tokens alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
+from prefab.factory.keys import digest
 from prefab.trainers import collate, data
 from prefab.trainers.common import load_policy
 from prefab.trainers.offline import loop
 from prefab.trainers.offline.loop import StageConfig
 from prefab.trainers.registry import Stage
+from prefab.trainers.row_file import Row, StoredRows
 
 
 class SftConfig(StageConfig):
@@ -111,12 +114,13 @@ def prepare(config: SftConfig) -> tuple[Any, data.Rows, Any]:
     return trainer, found, tokenizer
 
 
-def distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def distinct(rows: Sequence[Row]) -> Sequence[Row]:
     """Each chosen answer of a prompt once, though it won several comparisons."""
-    seen: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        seen.setdefault((repr(row["prompt"]), row["chosen"]), row)
-    return list(seen.values())
+    first: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        first.setdefault(digest("chosen", row["prompt"], row["chosen"]), i)
+    places = list(first.values())
+    return rows.take(places) if isinstance(rows, StoredRows) else [rows[i] for i in places]
 
 
 def pack(dataset: Any, longest: int) -> Any:
