@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from hashlib import blake2b
 from math import log
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -89,6 +91,25 @@ def test_the_test_split_never_reaches_a_trainer(store, tmp_path, attempt):
         )
     with pytest.raises(ConfigError, match="test"):
         data.read_rows(kind, config(*sources))
+
+
+def test_parts_give_what_the_whole_gives(store, tmp_path, monkeypatch):
+    """Also where the rows of a prompt lie far apart in the store, so that parts overlap."""
+    scattered = Path(shutil.copytree(store, tmp_path / "scattered"))
+    with factory_store.opened(scattered) as con:
+        for table in ("samples", "preferences", "critiques", "prompts"):
+            con.execute(f"CREATE TABLE kept AS FROM {table} ORDER BY hash({table}::VARCHAR)")
+            con.execute(f"DELETE FROM {table}; INSERT INTO {table} FROM kept; DROP TABLE kept")
+    for kind, some in (("preference", {}), ("preference", {"principles": ["kind"]}), ("sft", {})):
+        monkeypatch.setattr(factory_rows, "PART_PROMPTS", 10**6)
+        whole = data.read_rows(kind, config({"store": str(store), **some}))
+        monkeypatch.setattr(factory_rows, "PART_PROMPTS", 5)
+        for place in (store, scattered):
+            parts = data.read_rows(kind, config({"store": str(place), **some}))
+            assert parts.notes == whole.notes
+            for split in ("train", "val"):
+                rows, wanted = (sorted(map(repr, getattr(x, split))) for x in (parts, whole))
+                assert rows == wanted and len(rows) > 20
 
 
 def test_an_export_gives_what_the_store_gives(store, tmp_path):
@@ -194,7 +215,7 @@ def test_margin_exclusion_weights_and_limit(store, tmp_path):
     )
     assert {round(row["p_chosen"], 6) for row in narrow.train} == {ps[-1]}
     assert any(
-        f"of {len(everything.train + everything.val)} rows are below the margin" in note
+        f"of {len(everything.train) + len(everything.val)} rows are below the margin" in note
         and "data.sources.0.margin" in note
         for note in narrow.notes
     )
