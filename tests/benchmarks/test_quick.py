@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 
+STORE = ("editing",)  # keep a store where they are told to
+SLOW = ("editing", "rerun")
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "agreement",
-        "export",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("editing", "rerun", "view")),
-    ],
+    "name", ["agreement", "export", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
-def test_a_quick_form_runs(name, forks):
-    done = forks.run(["-m", f"benchmarks.{name}", "--quick"], timeout=600)
+def test_a_quick_form_runs(name, forks, tmp_path):
+    more = ["--store", tmp_path / "store"] if name in STORE else []
+    done = forks.run(["-m", f"benchmarks.{name}", "--quick", *more], timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
