@@ -48,10 +48,11 @@ INSERT INTO prompts SELECT 'prompt-' || i, 'Question ' || i || ' about ' || w[1 
     || w[1 + (i * 7) % {n}], to_json([['user', 'Question ' || i]]), ['t' || i % 5], 'g' || i // 4,
     ['train', 'val', 'test'][1 + (i % 20 > 17)::INT + (i % 20 > 18)::INT], NULL
     FROM range({prompts}) t(i), w;
-INSERT INTO samples SELECT md5('s' || i), 1, 'prompt-' || i // 4, i % 4, -1, 0, '',
+INSERT INTO samples (sample, run, prompt, "index", parent, round, principle, text, finish, reason, call)
+    SELECT md5('s' || i), 1, 'prompt-' || i // 4, i % 4, -1, 0, '',
     array_to_string(list_transform(range(20 + (hash(i) % 80)::INT),
     lambda x: w[1 + (hash(i * 131 + x) % {n})::INT]), ' ') || CASE WHEN i % 4 = 0 THEN ' rare' || i ELSE '' END, 'stop', NULL,
-    md5('c' || i), NULL FROM range({samples}) t(i), w;
+    md5('c' || i) FROM range({samples}) t(i), w;
 CREATE TEMP TABLE d AS SELECT i, 'prompt-' || i // 4 AS prompt, [0, 0, 1, 2][1 + i % 4] AS a,
     [1, 2, 2, 3][1 + i % 4] AS b, ['kind', 'brief', 'honest', 'clear', 'safe'][1 + (hash(i) % 5)::INT] AS principle
     FROM range({preferences}) t(i);
@@ -124,38 +125,41 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
     ]
     began = time.monotonic()
     with subprocess.Popen([*command, "--no-browser"], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        address, _, token = server.stdout.readline().strip().partition("?token=")
-        jar = urllib.request.HTTPCookieProcessor()
-        opener = urllib.request.build_opener(jar)
-        opener.open(f"{address}runs?token={token}").read()
-        found: dict[str, Any] = {"first_page_s": round(time.monotonic() - began, 2)}
-        some = opener_json(opener, f"{address}preferences?format=json")["rows"][7]
-        began = time.monotonic()
-        while (
-            opener_json(opener, f"{address}preferences?format=json")["index"]["state"] != "current"
-        ):
-            time.sleep(0.5)
-        found["index_s"] = round(time.monotonic() - began, 1)
-        pages = {}
-        for name, page in QUERIES.items():
-            times, cpu = [], []
-            for i in range(repeats):
-                # another address each time, so that nothing is kept from the time before
-                url = page.format(id=some["preference"]) + f"{'&' if '?' in page else '?'}x={i}"
-                if page.startswith("preferences"):
-                    url += f"&spread_max={10 + i}"
-                used, start = _cpu(server.pid), time.monotonic()
-                opener.open(address + url).read()
-                times.append(time.monotonic() - start)
-                cpu.append(_cpu(server.pid) - used)
-            pages[name] = {
-                "median_ms": round(1000 * statistics.median(times)),
-                "cpu_ms": round(1000 * statistics.median(cpu)),
-            }
-        status = Path(f"/proc/{server.pid}/status").read_text()
-        found["peak_mb"] = int(status.split("VmHWM:")[1].split()[0]) // 1024
-        server.terminate()
+        try:
+            assert server.stdout is not None
+            address, _, token = server.stdout.readline().strip().partition("?token=")
+            jar = urllib.request.HTTPCookieProcessor()
+            opener = urllib.request.build_opener(jar)
+            opener.open(f"{address}runs?token={token}").read()
+            found: dict[str, Any] = {"first_page_s": round(time.monotonic() - began, 2)}
+            some = opener_json(opener, f"{address}preferences?format=json")["rows"][7]
+            began = time.monotonic()
+            while (
+                opener_json(opener, f"{address}preferences?format=json")["index"]["state"]
+                != "current"
+            ):
+                time.sleep(0.5)
+            found["index_s"] = round(time.monotonic() - began, 1)
+            pages = {}
+            for name, page in QUERIES.items():
+                times, cpu = [], []
+                for i in range(repeats):
+                    # another address each time, so that nothing is kept from the time before
+                    url = page.format(id=some["preference"]) + f"{'&' if '?' in page else '?'}x={i}"
+                    if page.startswith("preferences"):
+                        url += f"&spread_max={10 + i}"
+                    used, start = _cpu(server.pid), time.monotonic()
+                    opener.open(address + url).read()
+                    times.append(time.monotonic() - start)
+                    cpu.append(_cpu(server.pid) - used)
+                pages[name] = {
+                    "median_ms": round(1000 * statistics.median(times)),
+                    "cpu_ms": round(1000 * statistics.median(cpu)),
+                }
+            status = Path(f"/proc/{server.pid}/status").read_text()
+            found["peak_mb"] = int(status.split("VmHWM:")[1].split()[0]) // 1024
+        finally:  # whatever fails: the block waits for its end
+            server.terminate()
     return {**found, "pages": pages}
 
 

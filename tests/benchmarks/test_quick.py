@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-
 STORE = ("editing",)  # keep a store where they are told to
 SLOW = ("editing", "rerun")
 
