@@ -17,7 +17,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -218,6 +218,10 @@ class Ledger:
         nothing.
         """
         return self._writer.run(lambda con: records.add_import(con, name, config, prompts))
+
+    def add_answers(self, run: int, answers: Mapping[str, Sequence[str]]) -> None:
+        """Record answers that no model call gave as those of a run, by prompt."""
+        self._writer.run(lambda con: records.add_answers(con, run, answers))
 
     def add_human_label(self, label: dict[str, Any]) -> None:
         """Record a person's label: a JSON object with prompt, a, b (texts or sample ids), winner,

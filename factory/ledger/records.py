@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -224,6 +224,13 @@ def add_import(
         )
         add_row(con, "imports", run.id, prompt.id, orjson.dumps(value).decode())
     return run
+
+
+def add_answers(con: sqlite3.Connection, run: int, answers: Mapping[str, Sequence[str]]) -> None:
+    """Record answers that no model call gave as those of a run, by prompt."""
+    for prompt, texts in answers.items():
+        value = orjson.dumps({"answers": list(texts), "pairs": []}).decode()
+        add_row(con, "imports", run, prompt, value, ignore=True)
 
 
 def _sides(

@@ -39,7 +39,9 @@ Run = Annotated[
 PipelineOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="PIPELINE.yaml", help="Ask this pipeline's judges. Default: those of the run."
+        metavar="PIPELINE.yaml",
+        help="Ask this pipeline's judges. Default: those of the run; for imported pairs "
+        "pipeline.yaml beside the constitution.",
     ),
 ]
 
@@ -63,6 +65,14 @@ def diff(
     ] = "",
     store: Store = Path("store"),
     run: Run = "",
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Judge the pairs of this file, in any layout of `import-preferences`; it is "
+            "imported into the store.",
+        ),
+    ] = None,
     pipeline: PipelineOption = None,
     sample: Annotated[
         int | None, typer.Option(min=1, help="Only so many comparisons, chosen at random.")
@@ -88,8 +98,9 @@ def diff(
     if only not in ("", "flips"):
         raise ConfigError(f"--only {only}: did you mean flips?")
     with resumable():
+        where = store if pairs else existing_store(store)
         found = compare(
-            old, new, existing_store(store), run, pipeline, sets, sample, seed, quiet=as_json
+            old, new, where, run, pipeline, sets, sample, seed, quiet=as_json, pairs=pairs
         )
     if html:
         write_diff(found, html, only)

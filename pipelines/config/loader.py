@@ -4,10 +4,10 @@ started.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prefab.factory.engines.base import make
 from prefab.factory.engines.lifecycle import lazily
@@ -34,6 +34,11 @@ WITHOUT_LABELS = "critique.jinja"  # the critique template of versions that read
 CRITIQUE_TEXT = "template critique"  # the name under which a run's texts hold it
 
 
+if TYPE_CHECKING:
+    from prefab.factory.ledger.ledger import Ledger
+    from prefab.factory.ledger.records import Run
+
+
 class PromptSource(Protocol):
     """Where a run's prompts come from; iterated once or often."""
 
@@ -52,8 +57,8 @@ class PromptSource(Protocol):
 class ResolvedPipeline:
     """A pipeline file with everything that it names read and checked; nothing is started.
 
-    `recipe` stands in for the one that the configuration names. `calibration` is the record of
-    another run's that this run takes over (empty: none); None: the run learns it at its end.
+    `recipe` stands in for the one that the configuration names. `take_over` records what the run
+    has from another one, before its first question; such a run learns no calibration of its own.
     """
 
     config: PipelineConfig
@@ -66,7 +71,7 @@ class ResolvedPipeline:
     reviser: CritiqueConfig
     prompts: PromptSource
     recipe: Recipe | None = None
-    calibration: Mapping[str, Any] | None = None
+    take_over: Callable[[Ledger, Run], None] | None = None
 
     @property
     def texts(self) -> dict[str, str]:
@@ -179,6 +184,23 @@ def _located(config: PipelineConfig, judge: JudgeConfig) -> JudgeConfig:
 def _template(config: PipelineConfig, name: str, kind: str) -> Template:
     path = config.locate(name)
     return load_template(path if path.is_file() else name, kind)
+
+
+def pipeline_for(file: str | Path, constitution: Constitution) -> str | Path:
+    """The pipeline whose judges are asked about a constitution where none is named: the file
+    `pipeline.yaml` beside it, or the preset `demo` for the embedded world.
+
+    Raises: ConfigError when there is none.
+    """
+    beside = Path(file).resolve().parent / "pipeline.yaml"
+    if beside.exists():
+        return beside
+    if constitution.id == "microworld":
+        return "demo"
+    raise ConfigError(
+        f"{file}: which judge shall be asked? There is no pipeline.yaml beside it; name a pipeline "
+        "with --pipeline FILE (or the preset `real`, whose small model is near chance as a judge)"
+    )
 
 
 def make_engines(loaded: ResolvedPipeline) -> dict[str, Engine]:

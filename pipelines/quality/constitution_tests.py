@@ -36,7 +36,12 @@ from prefab.factory.types import (
     Verdict,
 )
 from prefab.judges import panel
-from prefab.pipelines.config.loader import ResolvedPipeline, find_judge, resolve_pipeline
+from prefab.pipelines.config.loader import (
+    ResolvedPipeline,
+    find_judge,
+    pipeline_for,
+    resolve_pipeline,
+)
 from prefab.pipelines.run.asking import (
     RepeatedQuestion,
     asking_session,
@@ -126,7 +131,7 @@ def run_tests(
     """
     constitution = load_constitution(file)
     tests = _chosen(constitution, str(file), principles)
-    loaded = resolve_pipeline(pipeline or _pipeline_for(Path(file), constitution), sets)
+    loaded = resolve_pipeline(pipeline or pipeline_for(file, constitution), sets)
     loaded = replace(loaded, constitution=constitution)
     config = find_judge(loaded, judge, kinds_with_engine("pair", "one"))
     engine, folder = engine_for(loaded, config, engines), Path(store or loaded.config.store)
@@ -153,18 +158,6 @@ def _chosen(
             "or add a preference of a store with `prefab test FILE --add PREFERENCE`"
         )
     return tests
-
-
-def _pipeline_for(file: Path, constitution: Constitution) -> str | Path:
-    beside = file.resolve().parent / "pipeline.yaml"
-    if beside.exists():
-        return beside
-    if constitution.id == "microworld":
-        return "demo"
-    raise ConfigError(
-        f"{file}: which judge shall be asked? There is no pipeline.yaml beside it; name a pipeline "
-        "with --pipeline FILE (or the preset `real`, whose small model is near chance as a judge)"
-    )
 
 
 async def _ask(

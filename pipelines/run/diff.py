@@ -36,6 +36,7 @@ from prefab.pipelines.run.rejudge import Panel, panel_of, pipeline_of, rejudge
 from prefab.pipelines.run.runner import RunResult
 from prefab.pipelines.store.export.base import find_run
 from prefab.pipelines.store.fill import query, read_filled
+from prefab.pipelines.store.imports import import_files
 
 OUTCOMES = ("a", "b", "tie", "unscored")
 MOVED = 0.05  # a probability that moved by more counts as moved
@@ -179,13 +180,15 @@ def diff(
     seed: int = 0,
     quiet: bool = True,
     engines: dict[str, Engine] | None = None,
+    pairs: str | Path | None = None,
 ) -> Diff:
     """Compare the preferences of two versions of a constitution on the same comparisons.
 
     Args:
         old: A constitution file, a git revision of one (`HEAD~1:constitution.yaml`), or a run
             (NAME or NAME@VERSION). With `new` left out, this is the new version, and the
-            constitution with which the run was made is the old one.
+            constitution with which the run was made is the old one; for imported pairs, their
+            labels are.
         new: The same, of the new version.
         store: The store whose comparisons are judged.
         run: The run whose comparisons are judged, NAME or NAME@VERSION; default: the latest.
@@ -195,28 +198,47 @@ def diff(
         seed: Seed of the choice.
         quiet: Do not show progress.
         engines: Engines to use in place of those that the pipeline would start, by name.
+        pairs: A data file or folder of pairs, in any layout of `import_files`. It is imported into
+            the store, and its pairs are the comparisons that are judged. The default for
+            `pipeline` is then `pipeline.yaml` beside the constitution.
 
     Raises:
-        ConfigError: A version does not exist or is invalid, or the versions have no comparison in
-            common.
+        ConfigError: A version does not exist or is invalid, the versions have no comparison in
+            common, or the pairs cannot be read.
         EngineError: An engine does not start or fails.
     """
     store = Path(store)
-    sides = [read_version(name, store) for name in ((old, new) if new else (old,))]
-    if len(sides) == 2 and all(side.run for side in sides):
+    run = _imported(store, pairs, run)
+    sides = [read_version(name, store) for name in filter(None, (old, new))]
+    if new and all(side.run for side in sides):
         return compare(store, sides[0], sides[1])
     panel = panel_of(store, run, sample, seed)
-    own = panel.run["run"] if not (pipeline or sets) else 0  # the run as it stands
-    if len(sides) == 1:
-        sides = [Version(panel.source, panel.constitution, own, record=panel.source), *sides]
-    loaded = pipeline_of(panel, pipeline, sets)
-    for side in sides:
-        if side.run and side.run == own:
-            continue
-        if side.constitution is None:
-            raise ConfigError(f"{side.name} has no constitution to judge by")
-        side.judged(rejudge(panel, side.constitution, loaded, quiet, engines))
+    # the run as it stands
+    own = panel.run["run"] if panel.imported or not (pipeline or sets) else 0
+    if not new:
+        before = None if panel.imported else panel.constitution
+        sides = [Version(panel.source, before, own, record=panel.source), *sides]
+    to_judge = [one for one in sides if own == 0 or one.run != own]
+    latest = [(one.name, _judged_by(one)) for one in to_judge][-1:]
+    loaded = pipeline_of(panel, pipeline, sets, *latest)
+    for side in to_judge:
+        side.judged(rejudge(panel, _judged_by(side), loaded, quiet, engines))
     return compare(store, sides[0], sides[1], panel, fields_read(loaded))
+
+
+def _imported(store: Path, pairs: str | Path | None, run: str) -> str:
+    """The run of a file of pairs, which is imported where it is new; without a file, `run`."""
+    if pairs is None:
+        return run
+    if run:
+        raise ConfigError("give --pairs or --run, not both: each names the comparisons")
+    return import_files(store, [pairs])[0].run
+
+
+def _judged_by(version: Version) -> Constitution:
+    if version.constitution is None:
+        raise ConfigError(f"{version.name} has no constitution to judge by")
+    return version.constitution
 
 
 def read_version(name: str, store: Path) -> Version:
@@ -336,6 +358,9 @@ def differing(
     groups = [row[-1] or row[1] for row in rows]
     codes = np.array([[OUTCOMES.index(one.old), OUTCOMES.index(one.new)] for one in moved], float)
     scored = np.where(codes == OUTCOMES.index("unscored"), np.nan, codes)
+    alpha, ac1 = panel_coefficients(
+        scored, categories=[0.0, 1.0, 2.0], clusters=np.array(groups), kinds=_BETWEEN_VERSIONS
+    ).values()
     return Diff(
         old,
         new,
@@ -343,9 +368,8 @@ def differing(
         len(moved),
         clustered_share([one.flipped for one in moved], groups),
         clustered_share([one.changed for one in moved], groups),
-        *panel_coefficients(
-            scored, categories=[0.0, 1.0, 2.0], clusters=np.array(groups), kinds=_BETWEEN_VERSIONS
-        ).values(),
+        alpha,
+        ac1,
         _outcomes(moved),
         _by_principle(moved, read_old, read_new, changes),
         [text for _, _, text in changes],

@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
+from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.ledger.records import Run
 from prefab.factory.spec.constitution import parse_constitution
 from prefab.factory.store.store import Read
 from prefab.factory.types import Constitution, Engine, Message, Prompt, Sample
 from prefab.factory.uses import DraftUse, RevisionUse
 from prefab.judges.base import Pair
-from prefab.pipelines.config.loader import ResolvedPipeline, resolve_pipeline
+from prefab.pipelines.config.loader import ResolvedPipeline, pipeline_for, resolve_pipeline
 from prefab.pipelines.run.context import Context
 from prefab.pipelines.run.escalation import judged
 from prefab.pipelines.run.rlaif import ask_about
@@ -31,13 +33,16 @@ from prefab.pipelines.store.calibrations import record_of
 from prefab.pipelines.store.export.base import find_run
 from prefab.pipelines.store.fill import query, read_filled
 
+if TYPE_CHECKING:
+    import polars
+
 RECIPE = "rejudge"
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedPrompt(Prompt):
     """A prompt with the answers that a run has of it, the calls that gave them (in the order of
-    `samples`), and the pairs that it compared.
+    `samples`; none of imported answers), and the pairs that it compared.
     """
 
     samples: tuple[Sample, ...] = ()
@@ -70,6 +75,11 @@ class Panel:
         return f"{self.run['name']}@{self.run['version']}"
 
     @property
+    def imported(self) -> bool:
+        """Whether the answers were imported, so that no model call gave them."""
+        return bool(self.run["recipe"] == "import")
+
+    @property
     def n_pairs(self) -> int:
         """How many comparisons there are."""
         return sum(len(prompt.pairs) for prompt in self.prompts)
@@ -84,6 +94,8 @@ class Panel:
         """The constitution of the run, as it was when the run was made."""
         sql = "SELECT source FROM constitutions WHERE constitution = $name"
         rows = query(self.path, sql, {"name": self.run["constitution"]})
+        if rows.is_empty():
+            raise ConfigError(f"{self.source} has no constitution: name both versions, OLD and NEW")
         return parse_constitution(rows["source"][0], f"the constitution of {self.source}")
 
     def summary(self) -> str:
@@ -110,7 +122,7 @@ def panel_of(store: Path, run: str = "", sample: int | None = None, seed: int = 
         seed: Seed of the choice; the same seed chooses the same comparisons.
 
     Raises:
-        ConfigError: There is no such run, it has no comparison, or its answers were imported.
+        ConfigError: There is no such run, or it has no comparison.
     """
     return read_filled(store, partial(_panel, store, find_run(store, run), sample, seed))
 
@@ -119,28 +131,19 @@ def _panel(
     store: Path, record: Mapping[str, Any], sample: int | None, seed: int, read: Read
 ) -> Panel:
     """The comparisons of a run, from the open store."""
-    named, values = f"{record['name']}@{record['version']}", {"run": record["run"]}
-    if record["recipe"] == "import":
-        raise ConfigError(
-            f"{named} was imported: its answers are no model's calls, and a run that judged them "
-            "does not exist yet. Name a run that `prefab run` made with --run"
-        )
+    values = {"run": record["run"]}
     chosen = _choose(read(_PAIRS, values).rows(), sample, seed)
     if not chosen:
         raise ConfigError(
-            f"{named} in {store} has no comparison to judge again. Finish it with `prefab run`, "
-            "or name another run with --run"
+            f"{record['name']}@{record['version']} in {store} has no comparison to judge again. "
+            "Finish it with `prefab run`, or name another run with --run"
         )
-    samples: dict[str, dict[int, tuple[Sample, bytes]]] = {}
-    for prompt, index, parent, round, principle, text, finish, call in read(
-        _SAMPLES, values
-    ).rows():
-        made = Sample(prompt, index, text, finish, parent, round, principle)
-        samples.setdefault(prompt, {})[index] = made, bytes.fromhex(call)
-    found = []
+    imported = record["recipe"] == "import"
+    samples, found = _samples(read(_SAMPLES, values)), []
     for name, messages, tags, group, split, rubric in read(_PROMPTS, values).rows():
         if pairs := chosen.get(name):
-            shown = [samples[name][i] for i in sorted({i for pair in pairs for i in pair})]
+            some = samples[name] if imported else {i for pair in pairs for i in pair}
+            shown = [samples[name][i] for i in sorted(some)]
             found.append(
                 RecordedPrompt(
                     name,
@@ -150,11 +153,20 @@ def _panel(
                     split,
                     tuple((line, points) for line, points in json.loads(rubric or "[]")),
                     tuple(one for one, _ in shown),
-                    tuple(call for _, call in shown),
+                    tuple(call for _, call in shown if call),
                     tuple(pairs),
                 )
             )
     return Panel(store, record, found, record_of(store, record["run"], read) or {})
+
+
+def _samples(rows: polars.DataFrame) -> dict[str, dict[int, tuple[Sample, bytes]]]:
+    """The rows of `_SAMPLES` by prompt and index, each with the call that gave it (empty: none)."""
+    found: dict[str, dict[int, tuple[Sample, bytes]]] = {}
+    for prompt, index, parent, round, principle, text, finish, call in rows.rows():
+        made = Sample(prompt, index, text, finish, parent, round, principle)
+        found.setdefault(prompt, {})[index] = made, bytes.fromhex(call or "")
+    return found
 
 
 def _choose(
@@ -170,11 +182,19 @@ def _choose(
     return chosen
 
 
-def pipeline_of(panel: Panel, pipeline: str | Path | None, sets: Sequence[str]) -> ResolvedPipeline:
-    """The pipeline whose judges judge the panel: a file, or else the run's own configuration.
+def pipeline_of(
+    panel: Panel,
+    pipeline: str | Path | None,
+    sets: Sequence[str],
+    constitution: tuple[str | Path, Constitution] | None = None,
+) -> ResolvedPipeline:
+    """The pipeline whose judges judge the panel: a file, or else the run's own configuration; for
+    imported pairs the one of the `constitution` (its file, and what it says).
 
-    Raises: ConfigError when it cannot be read, or has no judges.
+    Raises: ConfigError when there is none, it cannot be read, or has no judges.
     """
+    if panel.imported and not pipeline and constitution:
+        pipeline = pipeline_for(*constitution)
     try:
         loaded = resolve_pipeline(pipeline or json.loads(panel.run["config"]), sets)
     except ConfigError as error:
@@ -231,6 +251,8 @@ def rejudging(
         "constitution": constitution.id,
         "source": {"run": panel.source, "comparisons": panel.n_pairs, "digest": panel.digest},
     }
+    if panel.imported:
+        described["prompts"] = {"source": panel.source}
     return replace(
         loaded,
         config=loaded.config.model_copy(update=update),
@@ -239,8 +261,21 @@ def rejudging(
         revise=None,
         prompts=panel,
         recipe=compare_again,
-        calibration=panel.calibration if _same_reading(panel, loaded, constitution) else {},
+        take_over=partial(
+            _take_over,
+            panel,
+            panel.calibration if _same_reading(panel, loaded, constitution) else {},
+        ),
     )
+
+
+def _take_over(panel: Panel, calibration: Mapping[str, Any], ledger: Ledger, record: Run) -> None:
+    """Record the calibration, and answers that no call gave, as those of this run."""
+    if calibration:
+        own = {"run": record.id, "subject": f"{record.name}@{record.version}"}
+        ledger.add_eval({**calibration, **own})
+    if panel.imported:
+        ledger.add_answers(record.id, {p.id: [one.text for one in p.samples] for p in panel})
 
 
 def _same_reading(panel: Panel, loaded: ResolvedPipeline, constitution: Constitution) -> bool:
@@ -253,7 +288,7 @@ def _same_reading(panel: Panel, loaded: ResolvedPipeline, constitution: Constitu
 async def compare_again(prompt: Prompt, ctx: Context) -> None:
     """Record the answers that are there, and put the recorded pairs to the panel of judges."""
     assert isinstance(prompt, RecordedPrompt)
-    for sample, call in zip(prompt.samples, prompt.calls, strict=True):
+    for sample, call in zip(prompt.samples, prompt.calls, strict=bool(prompt.calls)):
         ctx.note(_use(sample, ctx.run), call)
     at = {sample.index: sample for sample in prompt.samples}
     pairs = [(at[a], at[b]) for a, b in prompt.pairs]

@@ -221,9 +221,8 @@ async def run_async(
         async with started_engines(made, quiet, labels(loaded)):
             texts = {**loaded.texts, **models(made)}
             record = ledger.begin_run(config.name, loaded.resolved, texts, deciding)
-            if loaded.calibration:
-                own = {"run": record.id, "subject": f"{record.name}@{record.version}"}
-                ledger.add_eval({**loaded.calibration, **own})
+            if loaded.take_over:
+                loaded.take_over(ledger, record)
             ledger.probe_first(made.values())
             ctx = Context.of(loaded, record.id, ledger, made)
             began = time.monotonic()
@@ -240,7 +239,7 @@ async def run_async(
     try:
         behind = fill_store(Path(config.store), quiet)
         result = _result(loaded, ctx, record, state, reason, seconds, behind)
-        learns = loaded.calibration is None and state == "done"
+        learns = loaded.take_over is None and state == "done"
         if learns and (result.outcomes.get("a") or result.outcomes.get("b")):
             with suppress(HeldError):  # another program holds the store: the next run does it
                 learned = await calibrate_ended(result.store, f"{record.name}@{record.version}")

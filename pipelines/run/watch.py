@@ -69,8 +69,7 @@ def watch(
         EngineError: An engine does not start or fails.
     """
     panel = panel_of(Path(store), run, sample, seed)
-    loaded = pipeline_of(panel, pipeline, sets)
-    load_constitution(file)
+    loaded = pipeline_of(panel, pipeline, sets, (file, load_constitution(file)))
     asyncio.run(_watch(Path(file), panel, loaded, show, tell, engines, until))
 
 

@@ -811,8 +811,9 @@ def _replace(
 ) -> None:
     with store.transaction(con):
         for table in store.DERIVED if stale else ():
+            called = " AND call IS NOT NULL" if table == "samples" else ""  # else not derived
             con.execute(
-                f"DELETE FROM {table} WHERE (run, prompt) IN (SELECT (unnest(?), unnest(?)))",
+                f"DELETE FROM {table} WHERE (run, prompt) IN (SELECT (unnest(?), unnest(?))){called}",
                 list(map(list, zip(*stale, strict=True))),
             )
         for table, some in rows.items():

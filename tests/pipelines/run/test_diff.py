@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 
 from prefab import run
-from prefab.factory.errors import ConfigError
+from prefab.factory.errors import ConfigError, TransportError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.spec.constitution import parse_constitution
 from prefab.judges.stats.preference_calibration import Calibration
-from prefab.pipelines.run.diff import diff, read_version
+from prefab.pipelines.run.diff import Diff, diff, read_version
 from prefab.pipelines.store import fill
 from prefab.pipelines.store.calibrations import CALIBRATION, Learned
 from prefab.pipelines.store.export.base import find_run
 from prefab.pipelines.store.fill import query
 from tests.support import planted, project
+from tests.support.store_rows import checked
 
 
 def judge_of_worse(request: Any) -> Any:
@@ -239,3 +242,45 @@ def test_bad_versions_are_told(store: Path, tmp_path: Path, old: str, new: str, 
     run(settings, engines=engine())
     with pytest.raises(ConfigError, match=words):
         compared(store, old, new)
+
+
+def test_a_file_of_pairs_is_judged_under_both_versions(tmp_path: Path) -> None:
+    """Also where the first try failed half-way: the answers, which no call gave, stay."""
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": f"good answer {i}", "rejected": f"bad 0 answer {i}"}
+        for i in range(6)
+    ]
+    pl.DataFrame(rows).write_parquet(tmp_path / "pairs.parquet")
+    project.write(tmp_path, project.pipeline(tmp_path))
+    worse = {"compare": "Which answer is worse?"}
+    edited = constitution(tmp_path, "edited.yaml", kind=worse, brief=worse)
+
+    def failing(request: Any) -> Any:
+        if "good answer 3" in str(request.messages):
+            raise TransportError("the server is away")
+        return judge_of_worse(request)
+
+    def found(*names: str, **engines: Any) -> Diff:
+        files = [str(tmp_path / name) for name in names]
+        return diff(*files, store=store, pairs=tmp_path / "pairs.parquet", **engines)
+
+    store = tmp_path / "pairs-store"
+    first = found("small.yaml", "edited.yaml", engines=planted.engine(say=failing))
+    assert (first.comparisons, first.new.failed > 0) == (5, True)
+    whole = found("small.yaml", "edited.yaml", engines=engine())
+    assert (whole.comparisons, len(whole.flips), whole.source) == (6, 6, "pairs@1")
+    assert (whole.old.asked, whole.new.asked, first.new.asked) == (4, 2, 10)
+    with_labels = found("edited.yaml")
+    assert (with_labels.old.name, len(with_labels.flips)) == ("pairs@1", 6)
+    assert query(store, "SELECT DISTINCT text FROM samples WHERE run = 3").height == 12
+    assert edited and checked(store)
+
+
+def test_pairs_without_a_judge_or_with_a_run_are_told(tmp_path: Path) -> None:
+    row = {"prompt": "A question?", "chosen": "good", "rejected": "bad"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    file, store = constitution(tmp_path, "mine.yaml"), tmp_path / "store"
+    with pytest.raises(ConfigError, match="no pipeline.yaml beside it; name a pipeline"):
+        diff(file, store=store, pairs=tmp_path / "pairs.jsonl")
+    with pytest.raises(ConfigError, match="--pairs or --run, not both"):
+        diff(file, store=store, run="small", pairs=tmp_path / "pairs.jsonl")
