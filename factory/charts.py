@@ -165,6 +165,11 @@ def write(out: Path, name: str, title: str, charts: Sequence[Chart], body: str =
     return written
 
 
+def as_svg(charts: Sequence[Chart]) -> list[str]:
+    """The charts as one SVG element; empty without any. Raises: ConfigError without matplotlib."""
+    return [_svg(draw(charts))] if charts else []
+
+
 def _svg(figure: Any) -> str:
     """The figure as an SVG element. Equal numbers give equal bytes; text stays text."""
     from matplotlib import rc_context

@@ -162,6 +162,34 @@ def _mark(
     return bar + mark
 
 
+COLOURS = ("#0b5fc0", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
+STYLE = "".join(f".s{i}{{fill:{c};stroke:{c}}}" for i, c in enumerate(COLOURS)) + (
+    "text{font:11px sans-serif;fill:#333;stroke:none}.title{font-weight:bold}.grid{stroke:#ccc}"
+    "polyline{fill:none!important;stroke-width:2}.interval{stroke-width:2}"
+)
+
+
+def image(chart: Chart) -> str:
+    """A chart of `lines` as an SVG file of its own, with title, legend and colours, on white."""
+    drawn = str(lines(chart))
+    start, end = drawn.index("<svg"), drawn.index("</svg>")
+    body = drawn[drawn.index(">", start) + 1 : end]
+    many = len(chart.series) > 1
+    legend = "".join(
+        f'<text class="s{i % KINDS}" x="{LEFT + 130 * (i % 3)}" y="{34 + 14 * (i // 3)}">'
+        f'<tspan class="s{i % KINDS}">●</tspan> {escape(series.name)}</text>'
+        for i, series in enumerate(chart.series if many else ())
+    )
+    top = 24 + (14 * -(-len(chart.series) // 3) if many else 0)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + top}" '
+        f'width="{WIDTH}" role="img"><title>{escape(chart.title)}</title><style>{STYLE}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/>'
+        f'<text class="title" x="{LEFT}" y="17">{escape(chart.title)}</text>{legend}'
+        f'<g transform="translate(0 {top})">{body}</g></svg>\n'
+    )
+
+
 def intervals(
     title: str,
     x_name: str,

@@ -424,7 +424,9 @@ def _record(
     found: dict[str, list[PolicyAnswer]],
 ) -> None:
     from prefab.factory.keys import model_identity
+    from prefab.pipelines.evaluation.report import examples, write_cards, write_report
 
+    shown = examples(report, prompts, found)
     for name, figures in report.policies.items():
         metrics = {
             k: {
@@ -455,11 +457,16 @@ def _record(
             seed=config.seed,
             sampler=config.sampler,
             weights=model_identity(model_folder(folder)) if folder else None,
+            examples=[
+                {"turns": row["turns"], "text": text, "score": score}
+                for row in shown
+                for policy, text, score in row["answers"]
+                if policy == name
+            ],
         )
     if config.out:
-        from prefab.pipelines.evaluation.report import write_report
-
         write_report(Path(config.out), report, prompts, found)
+    write_cards(config.policies, report, shown)
 
 
 def _bounds(value: Any) -> Any:

@@ -4,17 +4,21 @@ and charts.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from prefab.factory import charts
 from prefab.factory.console import say, table
 from prefab.factory.numbers import better, cell, marked, p_value
+from prefab.factory.pages import write_page
 from prefab.factory.types import Prompt
 from prefab.pipelines.evaluation.policy_metrics import PolicyAnswer
+from prefab.trainers.model_card import add_evaluation
 
 SHOWN = (
     "gold",
@@ -45,51 +49,145 @@ MARKS = "▲ better, ▼ worse than {base} (the intervals do not overlap); inter
 TO_BE_TOLD = 5e-4  # of a sampler's gap, on the console: below it is rounding, and a row of zeros
 
 
+EXAMPLES, LONGEST = 8, 1_500  # prompts that are shown, and characters of a text
+
+
+def examples(
+    report: Any, prompts: Sequence[Prompt], found: Mapping[str, Sequence[PolicyAnswer]]
+) -> list[dict[str, Any]]:
+    """The first answers of all policies to the prompts on which their scores differ most (half of
+    them), and to others.
+
+    Returns:
+        For each prompt its `turns` (role and text each), and `answers` (policy, text and score
+        each; without a score that compares policies: None).
+    """
+
+    def score(answer: PolicyAnswer) -> float | None:
+        return answer.gold["gold"] if report.value == "gold" and answer.gold else answer.proxy
+
+    first: dict[int, list[tuple[str, str, float | None]]] = {}
+    for policy, some in found.items():
+        seen: set[int] = set()
+        for a in some:
+            if a.prompt not in seen:
+                seen.add(a.prompt)
+                first.setdefault(a.prompt, []).append((policy, a.text[:LONGEST], score(a)))
+
+    def apart(prompt: int) -> float:
+        scores = [value for _, _, value in first[prompt] if value is not None]
+        return min(scores) - max(scores) if scores else 0.0
+
+    ordered = sorted(first, key=lambda prompt: (apart(prompt), prompt))
+    rest = ordered[EXAMPLES // 2 :]
+    chosen = ordered[: EXAMPLES // 2] + rest[:: max(1, -(-len(rest) // (EXAMPLES // 2)))]
+    return [
+        {
+            "turns": [(m.role, m.content[:LONGEST]) for m in prompts[prompt].messages],
+            "answers": first[prompt],
+        }
+        for prompt in chosen
+    ]
+
+
+_BODY = """
+<h1>{{ title }}</h1>
+<p>{{ marks }}</p>
+{{ plain_table(columns, figures) }}
+{% if wins %}<h2>Against {{ base }}, by {{ value }}</h2>
+<p>win rate: how often the policy's answer is better, of the pairs that differ (decided); length
+controlled: if both wrote equally long; p: paired by prompt.</p>
+{{ plain_table(win_columns, wins) }}{% endif %}
+{% if charts %}<h2>Charts</h2><div class="charts">{% for chart in charts %}{{ chart }}{% endfor %}</div>{% endif %}
+<h2>Examples</h2>
+<p class="quiet">Half of them are the prompts on which the scores differ most. answers.jsonl has every answer.</p>
+{% for e in examples %}<section class="example">
+{% for role, text in e.turns %}<p class="text"><b>{{ role }}</b> {{ text }}</p>
+{% endfor %}<div class="pair">{% for policy, text, score in e.answers %}<div><b>{{ policy }}</b>
+{% if score is not none %}<span class="quiet">{{ value }} {{ cell(score) }}</span>{% endif %}
+<div class="text">{{ text }}</div></div>
+{% endfor %}</div></section>
+{% endfor %}
+{% for note in notes %}<p>{{ note }}</p>
+{% endfor %}"""
+
+
 def write_report(
     out: Path, report: Any, prompts: Sequence[Prompt], found: dict[str, list[PolicyAnswer]]
 ) -> None:
-    """answers.jsonl (every answer with its numbers), report.html (the table and the charts) and
-    report.png.
+    """answers.jsonl (every answer with its numbers), report.html (every figure, win rates, charts
+    and examples) and report.png.
     """
     import orjson
 
     out.mkdir(parents=True, exist_ok=True)
+    names = [name for name in PolicyAnswer.__dataclass_fields__ if name != "prompt"]
     with open(out / "answers.jsonl", "wb") as file:
-        for name, some in found.items():
+        for policy, some in found.items():
             for a in some:
-                file.write(
-                    orjson.dumps(
-                        {
-                            "policy": name,
-                            "prompt": prompts[a.prompt].id,
-                            **{
-                                k: getattr(a, k)
-                                for k in PolicyAnswer.__dataclass_fields__
-                                if k != "prompt"
-                            },
-                        }
-                    )
-                    + b"\n"
-                )
-    title = (
+                row = {"policy": policy, "prompt": prompts[a.prompt].id}
+                row |= {name: getattr(a, name) for name in names}
+                file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+    made = drawn(report.policies, report.value)
+    if made:
+        charts.draw(made).savefig(out / "report.png", dpi=150)
+
+    def texts(rows: Iterable[Sequence[Any]]) -> list[list[str]]:
+        return [[cell(value, True) for value in row] for row in rows]
+
+    every = dict.fromkeys([*SHOWN, *(k for f in report.policies.values() for k in f)])
+    write_page(
+        out / "report.html",
         f"Policies on {report.prompts:,} held-out prompts in {report.groups:,} groups, "
-        f"{report.samples} answers each"
+        f"{report.samples} answers each",
+        _BODY,
+        marks=MARKS.format(base=report.baseline),
+        columns=["", *report.policies],
+        figures=texts(figures(report, tuple(every), zeros=True)),
+        base=report.baseline,
+        value=report.value,
+        win_columns=WIN_COLUMNS,
+        wins=texts(win_rates(report)),
+        charts=[Markup(text) for text in charts.as_svg(made)],
+        examples=examples(report, prompts, found),
+        cell=cell,
+        notes=report.notes,
     )
-    head = "".join(f"<th>{k}</th>" for k in SHOWN)
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<td>{html.escape(cell(f.get(k), True))}</td>" for k in SHOWN)
-        + "</tr>"
-        for name, f in report.policies.items()
+
+
+def write_cards(
+    policies: Mapping[str, str], report: Any, shown: Sequence[Mapping[str, Any]]
+) -> None:
+    """Fill in the evaluation on the card of each policy that was trained here: its base against
+    it.
+    """
+    told = (
+        f"{report.prompts:,} held-out prompts in {report.groups:,} groups, {report.samples} answers "
+        "each, with 95% intervals. "
+        + MARKS.format(base=report.baseline)
     )
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
-    charts.write(
-        out,
-        "report",
-        title,
-        drawn(report.policies, report.value),
-        f"<table><tr><th></th>{head}</tr>{rows}</table>{notes}",
-    )
+    for name, folder in policies.items():
+        if name == report.baseline:
+            continue
+        pair = {name: report.policies[name]}
+        base = {report.baseline: report.policies[report.baseline]}
+        both = replace(report, policies=base | pair)
+        wins = report.against.get(name)
+        won = [("win rate", "", wins.win_rate)] if wins else []
+        bars = drawn(both.policies, report.value)
+        answers = [
+            (
+                row["turns"][-1][1],
+                [(who, text) for who, text, _ in row["answers"] if who in both.policies],
+            )
+            for row in shown[:CARD_EXAMPLES]
+        ]
+        columns = ("", report.baseline, name)
+        rows = [*figures(both, SHOWN), *won]
+        add_evaluation(Path(folder), told, columns, rows, bars[-1] if bars else None, answers)
+
+
+CARD_EXAMPLES = 3
 
 
 def drawn(policies: Mapping[str, Mapping[str, Any]], value: str) -> list[charts.Chart]:
@@ -157,15 +255,19 @@ def show(report: Any, shown: Sequence[str] = SHOWN) -> None:
         say(note)
 
 
-def figures(report: Any, shown: Sequence[str] = SHOWN) -> list[tuple[Any, ...]]:
+def figures(
+    report: Any, shown: Sequence[str] = SHOWN, zeros: bool = False
+) -> list[tuple[Any, ...]]:
     """A row for each figure that there is, with the value of each policy, marked where it is better
-    or worse than the baseline's.
+    or worse than the baseline's. Rows in which no policy has more than zero or rounding are left
+    out, unless `zeros` are wanted.
     """
     base = report.policies.get(report.baseline, {})
     return [
         (name, *(_marked(name, f.get(name), base.get(name)) for f in report.policies.values()))
         for name in shown
-        if _is_told(name, report.policies.values())
+        if any(name in f for f in report.policies.values())
+        and (zeros or _is_told(name, report.policies.values()))
     ]
 
 

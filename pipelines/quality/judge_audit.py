@@ -34,6 +34,7 @@ from prefab.pipelines.run.asking import (
     engine_for,
     judged,
     kinds_with_engine,
+    record_evaluation,
 )
 
 
@@ -152,7 +153,34 @@ async def _audit(
         with Progress("audit", total, quiet, "comparisons") as progress:
             report = await _battery(plan, every, session, progress)
     report.asked, report.reused = session.asked, session.reused
+    await record_evaluation(folder, _recorded(report))
     return report
+
+
+PROBED = ("flips", "again", "one_order", "shift")  # figures of a probe that are recorded
+
+
+def _recorded(report: Report) -> dict[str, Any]:
+    """An audit as an evaluation of the store."""
+    metrics = {
+        f.probe: {
+            "pairs": f.n_pairs,
+            "right": f.n_right,
+            **{
+                name: {"value": e.value, "low": e.low, "high": e.high}
+                for name in PROBED
+                if (e := getattr(f, name)) is not None
+            },
+        }
+        for f in report.findings
+    }
+    return {
+        "name": "audit judge",
+        "subject": report.judge,
+        "model": report.model,
+        "truth": report.truth,
+        "metrics": metrics,
+    }
 
 
 async def _battery(

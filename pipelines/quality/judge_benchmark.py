@@ -27,7 +27,12 @@ from prefab.judges.benchmarks.adapters import Item, Judged
 from prefab.judges.registry import judge_of
 from prefab.pipelines.config.loader import ResolvedPipeline, find_judge
 from prefab.pipelines.run import judging
-from prefab.pipelines.run.asking import asking_session, engine_for, kinds_with_engine
+from prefab.pipelines.run.asking import (
+    asking_session,
+    engine_for,
+    kinds_with_engine,
+    record_evaluation,
+)
 from prefab.pipelines.run.context import Context
 
 AT_WORK = 128  # items in work at once: bounds what waits in memory
@@ -236,16 +241,16 @@ async def _evaluate(
     ) as session:
         judged = await _judged(bench, judge, principle, session.ctx, quiet)
         report = metrics.score(bench.name, list(bench.items.values()), judged)
-        session.ledger.add_eval(
-            {
-                "name": f"judge on {bench.name}",
-                "subject": judge.name,
-                "run": session.ctx.run,
-                "model": engine.identity,
-                "files": bench.files,
-                "metrics": _metrics(report),
-            }
-        )
+        value = {
+            "name": f"judge on {bench.name}",
+            "subject": judge.name,
+            "run": session.ctx.run,
+            "model": engine.identity,
+            "files": bench.files,
+            "metrics": _metrics(report),
+        }
+        session.ledger.add_eval(value)
+    await record_evaluation(folder.parent, value)
     if out is not None:
         write(judged, out)
     return Result(

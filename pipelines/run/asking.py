@@ -15,6 +15,7 @@ from typing import Any
 from prefab.factory.console import Progress
 from prefab.factory.engines.base import make
 from prefab.factory.engines.lifecycle import lazily, started_engines
+from prefab.factory.ledger import db
 from prefab.factory.ledger.cached_engine import CachedEngine
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.types import Comparison, Engine, Principle, Prompt, Verdict
@@ -110,6 +111,18 @@ async def asking_session(
     finally:
         await ledger.close()
         cached.close()
+
+
+async def record_evaluation(store: Path, value: dict[str, Any]) -> None:
+    """Put a result into the ledger of a store, whose pages show it. What was asked for it stays in
+    the ledger of the session. Nothing where there is no store.
+    """
+    if (store / db.FILE).exists():
+        ledger = Ledger.open(store)
+        try:
+            ledger.add_eval(value)
+        finally:
+            await ledger.close()
 
 
 async def judged(

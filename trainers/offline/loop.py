@@ -42,7 +42,7 @@ from prefab.trainers.common import (
     write_json,
 )
 from prefab.trainers.data import DataConfig, Encoder, Kind, Rows, read_rows, tokenised
-from prefab.trainers.model_card import write_card
+from prefab.trainers.model_card import loss_chart, write_card
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -548,7 +548,12 @@ def _record(
     """Write the card, the finished record and the store's evaluation."""
     out, history = Path(config.out), trainer.state.log_history
     record["result"] = result
-    write_card(out, stage, config, result, record, history)
+    told = (
+        f"{result['steps']:,} steps on {result['train']:,} rows, validated on {result['val']:,}. "
+        f"Weights of the start: `{record['identity']['weights'][:16]}`; token rows: `{record['data']}`."
+    )
+    metrics, chart = result["metrics"], loss_chart(history)
+    write_card(out, stage, config, told, metrics, chart, record["lineage"], record["notes"])
     write_json(out / RECORD, record)
     record_eval(
         result_store(config),

@@ -26,6 +26,7 @@ from prefab.trainers.common import (
     seed_everything,
     write_ends,
 )
+from prefab.trainers.model_card import reward_chart, write_card
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
 from prefab.trainers.rl.state import PpoRun, Run, State
 
@@ -211,6 +212,13 @@ def write_policy(t: Run, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def finish(t: Run) -> None:
-    """Leave the policy in `out`/policy."""
-    write_policy(t, Path(t.config.out) / "policy")
+def finish(t: Run, stage: str) -> None:
+    """Leave the policy in `out`/policy, with its card."""
+    folder = Path(t.config.out) / "policy"
+    write_policy(t, folder)
+    steps = read_metrics(folder.parent / METRICS)
+    told = f"{t.state.step:,} steps of {t.config.batch_size:,} answers."
+    if t.state.stopped:
+        told += f" Stopped early: {t.state.stopped}."
+    last = {name: value for step in steps for name, value in step.items()}
+    write_card(folder, stage, t.config, told, last, reward_chart(steps))

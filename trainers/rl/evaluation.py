@@ -16,7 +16,7 @@ from prefab.trainers.rl.config import RlConfig
 from prefab.trainers.rl.models import as_reference, policy_sampler, reference_logps
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
 from prefab.trainers.rl.rewards import Source
-from prefab.trainers.rl.rollout import Prompt, SampledAnswer
+from prefab.trainers.rl.rollout import Prompt, SampledAnswer, turns_of
 from prefab.trainers.rl.state import Run
 
 
@@ -117,8 +117,34 @@ def evaluate(
         "eval/proxy": fmean(proxy),
         "eval/gold": fmean(truth),
         "eval/kl": kl,
+        "eval/samples": _samples(t, prompts, answers),
         "alarm": str(fired) if fired else "",
     }
+
+
+KEPT_SAMPLES = 3  # answers of an evaluation that are recorded with it
+LONGEST_SAMPLE = 1_500  # characters of a recorded text
+
+
+def _samples(
+    t: Run, prompts: Sequence[Prompt], answers: Sequence[SampledAnswer]
+) -> list[dict[str, Any]]:
+    """The answers to the first prompts, which are the same at every evaluation, to read how they
+    change.
+    """
+    texts = texts_of(t, answers[:KEPT_SAMPLES])
+    return [
+        {
+            "turns": [
+                [turn["role"], str(turn["content"])[:LONGEST_SAMPLE]]
+                for turn in turns_of(prompt, t.tokenizer)
+            ],
+            "text": text[:LONGEST_SAMPLE],
+            "proxy": seen.proxy,
+            "gold": seen.gold,
+        }
+        for prompt, text, seen in zip(prompts, texts, t.state.seen, strict=False)
+    ]
 
 
 def _scored(

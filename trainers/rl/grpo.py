@@ -73,7 +73,7 @@ def run(
             evaluation.start(t, gold, eval_prompts, eval_ids, config.method)
         trainer = _trainer(t, watch(t, gold, eval_prompts, eval_ids, on_step))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-        checkpoint.finish(t)
+        checkpoint.finish(t, "grpo")
         return t.state
 
 

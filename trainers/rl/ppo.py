@@ -80,7 +80,7 @@ def run(
             checkpoint.save(t)  # where a stop by KL at the second step goes back to
         with rollout_vllm.sampler(t) as t.sampler:
             _steps(t, gold, eval_prompts, eval_ids, on_step)
-        checkpoint.finish(t)
+        checkpoint.finish(t, "ppo")
         return t.state
 
 
@@ -271,7 +271,7 @@ def update(t: PpoRun, batch: Batch) -> dict[str, Any]:
             t.state.bad_in_a_row = 0 if done or not rows else t.state.bad_in_a_row + 1
             t.state.bad += int(bool(rows) and not done)
             if t.state.bad_in_a_row >= c.max_bad:
-                checkpoint.finish(t)
+                checkpoint.finish(t, "ppo")
                 raise TrainError(
                     f"the loss was not finite in {c.max_bad} updates in a row (step {t.state.step + 1}). The "
                     f"last good policy is in {c.out}/policy: lower learning_rate, see the rewards' scale"

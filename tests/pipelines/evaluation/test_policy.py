@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from prefab.factory.engines.chat import Drawn
 from prefab.factory.errors import ConfigError
-from prefab.factory.types import Engine
+from prefab.factory.types import Engine, Message, Prompt
 from prefab.pipelines.evaluation import policy_metrics, vllm_sampling
 from prefab.pipelines.evaluation.policy import PolicyEvalConfig, evaluate_policies, gold_of
 from prefab.pipelines.evaluation.policy_metrics import PolicyAnswer
@@ -199,6 +199,53 @@ def test_the_command_in_the_embedded_world(folders, tmp_path):
     assert [e["policy"] for e in evals] == ["one", "two", "same"] and evals[0]["metrics"]["gold"][
         "n"
     ] == 6
+    shown = {example["text"] for example in evals[1]["examples"]}
+    assert len(evals[1]["examples"]) == 6 and shown <= {r["text"] for r in rows}
+    names = {name for figures in report["policies"].values() for name in figures}
+    assert [name for name in names if f"<td>{name}</td>" not in page] == []  # every figure
+    assert "Against one, by gold" in page and "win rate, length controlled" in page
+    assert page.count('<section class="example">') == 6 and "answers.jsonl has every" in page
+
+
+def test_a_card_gets_its_base_beside_it_and_others_cards_are_left_alone(tmp_path):
+    """An answer that would end its own fence, and an evaluation that replaces an earlier one."""
+    from prefab.pipelines.evaluation.policy import Report
+    from prefab.pipelines.evaluation.report import examples, write_cards
+    from prefab.trainers import model_card
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/README.md").write_text("# Somebody's card\n")
+    (tmp_path / "mine/README.md").write_text(
+        f"# mine\n{model_card.BEGIN}\n{model_card.NOT_EVALUATED}\n{model_card.END}\nthe rest\n"
+    )
+    prompts = [Prompt(f"p{i}", (Message("user", f"Question {i}?"),)) for i in range(3)]
+    found = {
+        "base": [made(i, f"plain {i}", 0.2, logp=-1, ref=-1) for i in range(3)],
+        "mine": [made(i, f"```\n# better {i}", 0.2 + i / 4) for i in range(3)],
+    }
+    report = Report("base", 3, 1)
+    for name, some in found.items():
+        report.policies[name] = policy_metrics.figures(some)
+    report.policies["other"] = report.policies["mine"]
+    report.against["mine"] = policy_metrics.against(
+        found["mine"], found["base"], lambda a: a.gold["gold"]
+    )
+    shown = examples(report, prompts, found)
+    assert shown[0]["turns"] == [("user", "Question 2?")]  # they differ most
+    folders = {name: str(tmp_path / name) for name in ("base", "mine", "other")}
+    for _ in range(2):
+        write_cards(folders, report, shown)
+        card = (tmp_path / "mine/README.md").read_text()
+    assert (tmp_path / "other/README.md").read_text() == "# Somebody's card\n"
+    assert card.startswith("# mine\n") and card.endswith("the rest\n")
+    assert card.count("3 held-out prompts") == 1 and model_card.NOT_EVALUATED not in card
+    assert "| gold | 0.200 | 0.45 (0.20 to 0.70) |" in card and "| win rate |" in card
+    assert "> Question 2?\n\n**base**\n\n```text\nplain 2\n```" in card
+    assert "````text\n```\n# better 2\n````" in card
+    assert (
+        "![By checkpoint" in card and "<polyline" in (tmp_path / "mine/evaluation.svg").read_text()
+    )
 
 
 class Scripted(Engine):

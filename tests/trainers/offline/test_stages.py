@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -80,6 +81,12 @@ def test_a_stage_learns_records_and_tells(world, tmp_path, stage):
     assert (
         "small@1" in card and "What it is not for" in card and json.dumps(str(world.store)) in card
     )
+    assert 'datasets: ["small@1"]' in card and f'base_model: "{Path(world.base).name}"' in card
+    assert "license: other" in card and "Fill in `license`" in card
+    assert "![Validation loss](training.svg)" in card
+    drawn = ElementTree.fromstring((tmp_path / "out/training.svg").read_text())
+    assert next(e.text for e in drawn.iter("{http://www.w3.org/2000/svg}title")) == "Validation loss"
+    assert ("Not yet: `prefab eval policy`" in card) == (stage != "reward")
     rows = [
         json.loads(v)
         for (v,) in sqlite3.connect(world.store / "ledger.sqlite").execute(
