@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,8 @@ def report(
     folder = existing_store(store)
     record = find_run(folder, run)
     page = run_page(folder, record, examples)
-    page.sections = [*_agreement(folder, page), *_training(folder)]
+    biases = _probes(folder)
+    page.sections = [*_agreement(folder, page), *([biases] if biases else []), *_training(folder)]
     out = out or Path(f"{page.name.replace('@', '-')}-report.html")
     write_run_page(out, page, record["started_at"])
     size = out.stat().st_size
@@ -87,41 +89,95 @@ def _agreement(folder: Path, page: RunPage) -> list[PageSection]:
 
 
 def _training(folder: Path) -> list[PageSection]:
-    """What policies that were trained and evaluated with this store do, and PPO's curves."""
+    """What policies that were trained and evaluated with this store do, their answers to the same
+    prompts, and the curves of policy gradients.
+    """
+    from prefab.pipelines.store.evaluations import latest_policies, side_by_side, win_rates
     from prefab.pipelines.store.fill import query
     from prefab.pipelines.store.run_page import PageSection
 
-    rows = query(
-        folder,
-        "SELECT name, value FROM evals WHERE name IN ('eval policy', 'ppo', 'grpo') ORDER BY rowid",
-    )
-    policies: dict[str, dict[str, Any]] = {}
+    names = "('eval policy', 'ppo', 'grpo')"
+    rows = query(folder, f"SELECT value FROM evals WHERE name IN {names} ORDER BY rowid")["value"]
+    found = [json.loads(text) for text in rows]
+    policies = latest_policies(found)
     steps: dict[str, list[dict[str, float]]] = {}
-    for name, text in rows.iter_rows():
-        value = json.loads(text)
-        metrics = value["metrics"]
-        if name == "eval policy":
-            policies[str(value.get("policy") or value["subject"])] = metrics
-        elif metrics.get("eval/gold") is not None:
-            steps.setdefault(name, []).append(metrics)
+    for value in found:
+        if value["metrics"].get("eval/gold") is not None:
+            steps.setdefault(value["name"], []).append(value["metrics"])
     if not policies and not steps:
         return []
-    shown = [name for name in FIGURES if any(name in metrics for metrics in policies.values())]
-    table = [
-        (policy, *(cell(_measured(metrics.get(name)), intervals=True) for name in shown))
-        for policy, metrics in policies.items()
+    shown = [name for name in FIGURES if any(name in v["metrics"] for v in policies.values())]
+    table: list[tuple[str, ...]] = [
+        (policy, *(_interval(value["metrics"].get(name)) for name in shown))
+        for policy, value in policies.items()
     ]
+    tables: list[tuple[str, Sequence[str], list[tuple[str, ...]]]] = [
+        ("Policies on held-out prompts, with 95% intervals", ("policy", *shown), table)
+    ]
+    wins: list[tuple[str, ...]] = [
+        (w["policy"], w["against"], w["what"].replace("_", " "), _interval(w["e"]))
+        for w in win_rates(policies)
+    ]
+    if wins:
+        tables.append(("Against the baseline", ("policy", "", "", "95% interval"), wins))
     charts: list[Markup] = [_curve(name, points) for name, points in steps.items()]
-    tables = [("Policies on held-out prompts, with 95% intervals", ("policy", *shown), table)]
     sentences = [
         "gold: the score of the ground truth; broken: share of answers that break a principle; "
         "proxy: the reward model's score; kl: distance from the base policy in nats an answer; "
         "words: mean length. All models that were evaluated with this store are listed."
     ]
-    return [PageSection("What was trained", sentences, tables if table else (), charts)]
+    sections = [PageSection("What was trained", sentences, tables if table else (), charts)]
+    if examples := side_by_side(policies, ANSWERED):
+        answers = [
+            (f"{role}: {text}", ("policy", "score", "answer"), _answers(row["answers"]))
+            for row in examples
+            for role, text in row["turns"][-1:]
+        ]
+        words = ["Half of these are the prompts on which the scores differ most."]
+        sections.append(PageSection("The policies' answers to the same prompts", words, answers))
+    return sections
 
 
-def _measured(value: Any) -> Measured | None:
+ANSWERED = 4  # prompts whose answers by each policy are shown
+
+
+def _answers(answers: Sequence[tuple[str, str, float | None]]) -> list[tuple[str, str, str]]:
+    from prefab.pipelines.store.run_page import cut
+
+    return [(policy, cell(score), cut(text)) for policy, text, score in answers]
+
+
+def _probes(folder: Path) -> PageSection | None:
+    """How often edits that should not matter flip the verdicts of judges; None where that was not
+    measured.
+    """
+    from prefab.pipelines.store.evaluations import latest_probes
+    from prefab.pipelines.store.fill import query
+    from prefab.pipelines.store.run_page import PageSection
+
+    sql = "SELECT value FROM evals WHERE name = 'audit judge' ORDER BY rowid"
+    found = latest_probes(json.loads(text) for text in query(folder, sql)["value"])
+    rows = [
+        (judge, probe, *(_interval(f.get(name)) for name in ("flips", "again")))
+        for judge, value in found.items()
+        for probe, f in value["metrics"].items()
+    ]
+    words = [
+        "Share of right verdicts that flip when the losing answer is edited in a way that should "
+        "not matter, and when the judge is only asked again."
+    ]
+    table = ("", ("judge", "probe", "flips", "asked again"), rows)
+    return PageSection("Known biases of the judges", words, [table]) if rows else None
+
+
+def _interval(value: Any) -> str:
+    """A recorded figure with its interval."""
+    return cell(_measured(value), intervals=True)
+
+
+def _measured(value: Any) -> Measured | float | None:
+    if isinstance(value, float):
+        return value
     if not isinstance(value, dict) or value.get("value") is None:
         return None
     return Measured(value["value"], value.get("low"), value.get("high"))

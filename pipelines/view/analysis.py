@@ -16,6 +16,13 @@ from urllib.parse import urlencode
 
 from prefab.factory.charts import Chart, Point, Series
 from prefab.factory.stats import clustered_share_of_sums, wilson
+from prefab.pipelines.store.evaluations import (
+    checkpoint_samples,
+    latest_policies,
+    latest_probes,
+    side_by_side,
+    win_rates,
+)
 from prefab.pipelines.store.selection import IN_SAMPLE
 from prefab.pipelines.view.jobs import Job
 from prefab.pipelines.view.pages import Page, Parameters, View, as_sql, one
@@ -206,6 +213,7 @@ def judges(view: View, parameters: Parameters) -> Page:
         ]
     names = [row["judge"] for row in found["judges"]]
     benchmarks = evaluations(view, "judge on ")
+    probes = latest_probes(evaluations(view, "audit judge"))
     data = {
         "run": run["named"],
         "found": found,
@@ -216,12 +224,15 @@ def judges(view: View, parameters: Parameters) -> Page:
         },
         "position": position(found["judges"]),
         "benchmarks": benchmarks,
+        "probes": probes,
+        "probe_names": list(dict.fromkeys(k for v in probes.values() for k in v["metrics"])),
     }
     shown = {
         "judges": found["judges"],
         "between": found["between"],
         "confusion": confused,
         "benchmarks": benchmarks,
+        "probes": probes,
     }
     command = view.command("agreement", "--run", run["named"])
     return Page(
@@ -255,15 +266,20 @@ def training(view: View, parameters: Parameters) -> Page:
             offline.append(value)
         elif name == "eval policy":
             policies.append(value)
-    latest = {str(value.get("policy") or value["subject"]): value for value in policies}
+    latest = latest_policies(policies)
     data = {
-        "online": [{"name": name, **curves(rows)} for name, rows in online.items()],
+        "online": [
+            {"name": name, **curves(rows), "samples": checkpoint_samples(rows)}
+            for name, rows in online.items()
+        ],
         "offline": [{**value, "curve": loss(value)} for value in offline],
         "policies": list(latest.values()),
         "columns": columns(latest.values()),
-        "win_rates": win_rates(list(latest.values())),
+        "win_rates": win_rates(latest),
+        "side_by_side": side_by_side(latest),
     }
     shown = {"online": online, "offline": offline, "policies": data["policies"]}
+    shown["side_by_side"] = data["side_by_side"]
     sql = as_sql(_EVALS, {"prefix": ""})
     return Page("training.jinja", "Training", data, view.command("sql", sql), sql, json=shown)
 
@@ -341,25 +357,3 @@ def columns(policies: Any) -> list[str]:
     for value in policies:
         names |= dict.fromkeys(k for k in value["metrics"] if not k.startswith("against "))
     return list(names)
-
-
-def win_rates(policies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How often each policy's answer beats the baseline's on the same prompts."""
-    found = []
-    for value in policies:
-        for key, e in value["metrics"].items():
-            against, _, what = key.rpartition(": ")
-            if against.startswith("against ") and what in (
-                "win_rate",
-                "length_controlled",
-                "difference",
-            ):
-                found.append(
-                    {
-                        "policy": value.get("policy") or value["subject"],
-                        "against": against,
-                        "what": what,
-                        "e": e,
-                    }
-                )
-    return found

@@ -110,6 +110,9 @@ def _evals(store: Path) -> None:
                 "subject": name,
                 "metrics": metrics | against,
                 "policy": name,
+                "examples": [
+                    {"turns": [["user", "Is it open?"]], "text": f"{name} says yes", "score": 0.5}
+                ],
                 "prompts": curves["prompts"],
                 "samples": curves["samples"],
             }
@@ -128,6 +131,14 @@ def _evals(store: Path) -> None:
                 "eval/kl": kl,
                 "eval/proxy": 0.2 + 0.12 * kl**0.5,
                 "eval/gold": 0.6 + 0.1 * kl**0.5 - 0.018 * kl,
+                "eval/samples": [
+                    {
+                        "turns": [["user", "Where is it?"]],
+                        "text": f"It is there, at step {step}. {ATTACK}",
+                        "proxy": 0.2,
+                        "gold": 0.7,
+                    }
+                ],
             }
         ledger.add_eval({"name": "ppo", "subject": f"ppo@{step}", "metrics": metrics})
     history = [{"step": s, "eval_loss": 0.7 - 0.03 * s**0.5} for s in range(5, 41, 5)]
@@ -140,4 +151,10 @@ def _evals(store: Path) -> None:
             "history": history,
         }
     )
+    for flips in (0.3, 0.125):  # the last audit of a probe counts
+        share = {"value": flips, "low": 0.04, "high": 0.4}
+        probe = {"pairs": 20, "right": 16, "flips": share, "again": {**share, "value": 0.0625}}
+        ledger.add_eval(
+            {"name": "audit judge", "subject": "hasty", "metrics": {"authority": probe}}
+        )
     asyncio.run(ledger.close())

@@ -3,6 +3,7 @@ engine end to end."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from math import log
 
@@ -14,12 +15,14 @@ from typer.testing import CliRunner
 
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import ConfigError
+from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.types import Completion, Verdict
 from prefab.judges.benchmarks import adapters, metrics
 from prefab.judges.benchmarks.adapters import Judged
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.config.loader import resolve_pipeline
 from prefab.pipelines.quality import judge_benchmark
+from prefab.pipelines.store.fill import query
 from tests.support import project
 
 WINS, LOSES, TIE, MIXED = (
@@ -730,6 +733,16 @@ def test_a_principle_of_the_constitution_can_be_asked(tmp_path):
         engines={"local": Scripted(ScriptedConfig(), answer)},
     )
     assert all("Which answer is briefer?" in text for text in seen)
+    asyncio.run(Ledger.open(tmp_path / "store").close())  # from now on there is a store
+    found = judge_benchmark.evaluate(
+        resolve_pipeline(pipeline(tmp_path)),
+        made,
+        principle="brief",
+        engines={"local": Scripted(ScriptedConfig(), answer)},
+    )
+    assert found.asked == 0
+    (value,) = query(tmp_path / "store", "SELECT value FROM evals")["value"]
+    assert json.loads(value)["name"] == "judge on judgebench"
     with pytest.raises(ConfigError, match='no principle "brie"'):
         judge_benchmark.evaluate(resolve_pipeline(pipeline(tmp_path)), made, principle="brie")
     with pytest.raises(ConfigError, match='no judge is named "jud"'):

@@ -88,6 +88,40 @@ def test_what_is_left_out_is_said(made):
     assert re.search(r"\[\.\.\. 3,\d+ more characters\]", page)
 
 
+def test_evaluations_of_the_store_are_told(made, tmp_path):
+    import asyncio
+    import shutil
+
+    from prefab.factory.ledger.ledger import Ledger
+
+    store = shutil.copytree(made / "store", tmp_path / "store")
+    ledger = Ledger.open(store)
+    share = {"value": 0.25, "low": 0.1, "high": 0.4}
+    for policy in ("base", "dpo"):
+        example = {"turns": [["user", "Is it open?"]], "text": f"{policy} {EVIL}", "score": 0.5}
+        metrics = {"gold": share, "against base: win_rate": share, "against base: p": 0.5}
+        value = {"name": "eval policy", "subject": policy, "policy": policy}
+        ledger.add_eval({**value, "metrics": metrics, "examples": [example]})
+    probe = {"flips": share, "again": {"value": None, "low": None, "high": None}}
+    ledger.add_eval({"name": "audit judge", "subject": "judge", "metrics": {"authority": probe}})
+    asyncio.run(ledger.close())
+    out = tmp_path / "page.html"
+    found = CliRunner().invoke(app, ["report", "--store", str(store), "--out", str(out)])
+    assert found.exit_code == 0, found.output
+    page = out.read_text()
+    for part in (
+        "Known biases of the judges",
+        "authority",
+        "Against the baseline",
+        "0.25 (0.10 to 0.40)",
+        "answers to the same prompts",
+        "user: Is it open?",
+        "dpo &lt;script&gt;",
+    ):
+        assert part in page, part
+    assert not Tags(page).loads
+
+
 def test_labels_of_people_come_into_the_headline(made, tmp_path):
     import shutil
 

@@ -248,6 +248,13 @@ def test_a_store_s_pairs_are_audited_with_the_judge_s_own_verdicts_as_truth(tmp_
         and report.reused == unedited
     )
     assert all(finding.n_right == finding.n_pairs for finding in report.findings)
+    rows = query(tmp_path / "store", "SELECT value FROM evals WHERE name = 'audit judge'")["value"]
+    (recorded,) = map(json.loads, rows)  # for the pages of the store
+    assert recorded["subject"] == report.judge and recorded["metrics"]["markdown"]["flips"] == {
+        "value": found["markdown"].flips.value,
+        "low": found["markdown"].flips.low,
+        "high": found["markdown"].flips.high,
+    }
 
 
 def test_a_person_s_label_is_truth_where_it_speaks_of_the_principle(tmp_path):

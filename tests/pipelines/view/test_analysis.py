@@ -223,8 +223,19 @@ def test_training_shows_each_curve_and_policy(client):
         "Validation loss",
         "sft-0",
         "win rate",
+        "Answers side by side",
+        "sft-0 says yes",
+        "It is there, at step 4.",
+        "It is there, at step 40.",
     ):
         assert words in page, words
+    assert page.index("at step 4.") < page.index("at step 40.") and "<script>window" not in page
+
+
+def test_judges_show_the_bias_probes(client):
+    page = ready(client, "/judges?run=world").text
+    assert "authority" in page and "12.5%" in page and "(again 6.2%)" in page
+    assert "30.0%" not in page  # of an earlier audit
 
 
 def test_a_curve_is_drawn_over_kl_in_the_order_of_steps():

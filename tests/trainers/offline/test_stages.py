@@ -85,7 +85,9 @@ def test_a_stage_learns_records_and_tells(world, tmp_path, stage):
     assert "license: other" in card and "Fill in `license`" in card
     assert "![Validation loss](training.svg)" in card
     drawn = ElementTree.fromstring((tmp_path / "out/training.svg").read_text())
-    assert next(e.text for e in drawn.iter("{http://www.w3.org/2000/svg}title")) == "Validation loss"
+    assert (
+        next(e.text for e in drawn.iter("{http://www.w3.org/2000/svg}title")) == "Validation loss"
+    )
     assert ("Not yet: `prefab eval policy`" in card) == (stage != "reward")
     rows = [
         json.loads(v)

@@ -585,6 +585,13 @@ def test_the_alarm_stops_a_run_whose_gold_falls_while_its_proxy_rises(make, tmp_
         and evaluated[0]["step"] == 0
     )
     assert same(weights(tmp_path / "out" / "best"), weights(config.model))
+    for m in evaluated:  # the same prompts each time
+        assert [s["turns"] for s in m["eval/samples"]] == [
+            [["user", prompt]] for prompt in (PROMPTS * 12)[:3]
+        ]
+        assert all(isinstance(s["text"], str) and "gold" in s for s in m["eval/samples"])
+    card = (tmp_path / "out/policy/README.md").read_text()
+    assert "Stopped early: over-optimisation" in card and "training.svg" in card
     assert (
         evaluated[-1]["eval/gold"] < evaluated[0]["eval/gold"]
         and evaluated[-1]["eval/proxy"] > evaluated[0]["eval/proxy"]
