@@ -163,8 +163,7 @@ def write_cards(
     """
     told = (
         f"{report.prompts:,} held-out prompts in {report.groups:,} groups, {report.samples} answers "
-        "each, with 95% intervals. "
-        + MARKS.format(base=report.baseline)
+        "each, with 95% intervals. " + MARKS.format(base=report.baseline)
     )
     for name, folder in policies.items():
         if name == report.baseline:
