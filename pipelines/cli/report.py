@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,7 +92,7 @@ def _training(folder: Path) -> list[PageSection]:
     """What policies that were trained and evaluated with this store do, their answers to the same
     prompts, and the curves of policy gradients.
     """
-    from prefab.pipelines.store.evaluations import latest_policies, side_by_side, win_rates
+    from prefab.pipelines.store.evaluations import latest_policies, side_by_side
     from prefab.pipelines.store.fill import query
     from prefab.pipelines.store.run_page import PageSection
 
@@ -106,27 +106,13 @@ def _training(folder: Path) -> list[PageSection]:
             steps.setdefault(value["name"], []).append(value["metrics"])
     if not policies and not steps:
         return []
-    shown = [name for name in FIGURES if any(name in v["metrics"] for v in policies.values())]
-    table: list[tuple[str, ...]] = [
-        (policy, *(_interval(value["metrics"].get(name)) for name in shown))
-        for policy, value in policies.items()
-    ]
-    tables: list[tuple[str, Sequence[str], list[tuple[str, ...]]]] = [
-        ("Policies on held-out prompts, with 95% intervals", ("policy", *shown), table)
-    ]
-    wins: list[tuple[str, ...]] = [
-        (w["policy"], w["against"], w["what"].replace("_", " "), _interval(w["e"]))
-        for w in win_rates(policies)
-    ]
-    if wins:
-        tables.append(("Against the baseline", ("policy", "", "", "95% interval"), wins))
     charts: list[Markup] = [_curve(name, points) for name, points in steps.items()]
     sentences = [
         "gold: the score of the ground truth; broken: share of answers that break a principle; "
         "proxy: the reward model's score; kl: distance from the base policy in nats an answer; "
         "words: mean length. All models that were evaluated with this store are listed."
     ]
-    sections = [PageSection("What was trained", sentences, tables if table else (), charts)]
+    sections = [PageSection("What was trained", sentences, _policy_tables(policies), charts)]
     if examples := side_by_side(policies, ANSWERED):
         answers = [
             (f"{role}: {text}", ("policy", "score", "answer"), _answers(row["answers"]))
@@ -136,6 +122,29 @@ def _training(folder: Path) -> list[PageSection]:
         words = ["Half of these are the prompts on which the scores differ most."]
         sections.append(PageSection("The policies' answers to the same prompts", words, answers))
     return sections
+
+
+Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
+
+
+def _policy_tables(policies: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """The figures of each policy, and how each compares with the baseline."""
+    from prefab.pipelines.store.evaluations import win_rates
+
+    shown = [name for name in FIGURES if any(name in v["metrics"] for v in policies.values())]
+    rows: list[tuple[str, ...]] = [
+        (policy, *(_interval(value["metrics"].get(name)) for name in shown))
+        for policy, value in policies.items()
+    ]
+    wins: list[tuple[str, ...]] = [
+        (w["policy"], w["against"], w["what"].replace("_", " "), _interval(w["e"]))
+        for w in win_rates(policies)
+    ]
+    tables: list[Table] = [
+        ("Policies on held-out prompts, with 95% intervals", ("policy", *shown), rows),
+        ("Against the baseline", ("policy", "", "", "95% interval"), wins),
+    ]
+    return [table for table in tables if table[2]]
 
 
 ANSWERED = 4  # prompts whose answers by each policy are shown
