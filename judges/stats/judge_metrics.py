@@ -146,7 +146,7 @@ def errors_together(p_NJ: FloatArray, gold: FloatArray, clusters: Clusters = Non
     mean = _jackknife(
         float(np.nanmean(correlation[~np.eye(j, dtype=bool)])),
         np.mean(without_CP, axis=0)[sizes_C > 0],
-        sizes_C[sizes_C > 0],
+        sizes_C[sizes_C > 0].astype(float),
         0 if clusters is None else int((sizes_C > 0).sum()),
     )
     return Together(correlation, n_shared, mean, _worth(mean, j))
