@@ -6,6 +6,7 @@ is refused with a reason, never dropped.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,9 @@ SYSTEMS = ("system", "system_prompt")
 # Of UltraFeedback: the mean of aspects first, since the overall score has known errors.
 SCORES = ("fine-grained_score", "overall_score", "score")
 TURN = re.compile(r"\n\n(Human|Assistant):")
+BEGINS = re.compile(r"\s*Human:.*\n\nAssistant:", re.S)  # a transcript without its first blank line
+# a list of turns in a column of texts, as tables that know no lists have it
+WRITTEN = re.compile(r"\s*\[\s*\{\s*(['\"])(?:role|content|from|value)\1\s*:")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 WINNERS = {
     "model_a": 1.0,
@@ -152,7 +156,7 @@ def parse(row: Any, names: Mapping[str, str] | None = None) -> Record:
         )
     record = layout.read(row)
     record.layout = record.layout or layout.name
-    record.tools = tools_of(row)
+    record.tools = record.tools or tools_of(row)
     used = {*layout.columns, *_filled(row, (*PROMPTS, *SYSTEMS, "input", "history", "tools"))}
     meanings = {**COMMON, **layout.meanings}
     record.columns = {name: meanings.get(name, name) for name in row if name in used | {*meanings}}
@@ -203,7 +207,11 @@ def turns_of(value: Any, role: str = "user") -> Turns:
 
     Raises: ValueError that names the turn that cannot be kept.
     """  # noqa: D301
+    if isinstance(value, str) and WRITTEN.match(value):
+        value = _written_turns(value, role)
     if isinstance(value, str):
+        if BEGINS.match(value):
+            value = f"\n\n{value.lstrip()}"
         if not TURN.match(value):
             return [{"role": role, "content": value}]
         parts = TURN.split(value)[1:]
@@ -218,6 +226,17 @@ def turns_of(value: Any, role: str = "user") -> Turns:
             f"the {role_noun(role)} is {yamlio.describe(value)}; must be text or a list of turns"
         )
     return [_turn(one, number) for number, one in enumerate(value, 1)]
+
+
+def _written_turns(text: str, role: str) -> list[Any]:
+    """The list of turns that a text is, as JSON or as Python writes it. Raises: ValueError."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return list(read(text))
+    raise ValueError(
+        f"the {role_noun(role)} looks like a list of turns that was written as text, and cannot be "
+        f"read back: {text.strip()[:60]!r}. Write the table as JSONL or Parquet"
+    )
 
 
 def role_noun(role: str) -> str:
@@ -429,7 +448,8 @@ def _pair(row: Row) -> Record:
     if row.get("two_contexts"):
         return _compared(sides, _p_chosen(row), "trl")
     answers = [_last(turns, name, len(prompt)) for name, turns in sides.items()]
-    transcript = isinstance(row["chosen"], str) and TURN.match(row["chosen"])
+    text = row["chosen"] if isinstance(row["chosen"], str) else ""
+    transcript = TURN.match(text) or BEGINS.match(text)
     layout = "hh-rlhf" if transcript else "trl"
     return Record(layout, check_prompt(prompt), answers, pairs=[(0, 1, _p_chosen(row))])
 
@@ -527,6 +547,17 @@ def _compare(values: Sequence[float]) -> list[Pair]:
         (a, b, 0.5 if values[a] == values[b] else float(values[a] > values[b]))
         for a, b in combinations(range(len(values)), 2)
     ]
+
+
+def _openai(row: Row) -> Record:
+    """OpenAI's pairs for fine-tuning: `input` has the conversation and its tools."""
+    asked = row["input"]
+    if not isinstance(asked, Mapping) or not asked.get("messages"):
+        raise ValueError("input must be an object with messages")
+    answers = [_answer(row[name], name) for name in ("preferred_output", "non_preferred_output")]
+    record = Record("", check_prompt(turns_of(asked["messages"])), answers, pairs=[(0, 1, 1.0)])
+    record.tools = tools_of(asked)
+    return record
 
 
 def _ultrafeedback(row: Row) -> Record:
@@ -762,6 +793,16 @@ LAYOUTS = (
             "response_0": "the first answer",
             "response_1": "the second answer",
             "better_response_id": "which is better (safer: map better_response_id=safer_response_id)",
+        },
+    ),
+    Layout(
+        "openai",
+        ("input", "preferred_output", "non_preferred_output"),
+        _openai,
+        {
+            "input": "the prompt and its tools",
+            "preferred_output": "the better answer",
+            "non_preferred_output": "the worse answer",
         },
     ),
     Layout(

@@ -12,10 +12,7 @@ from tests.support import project
 from tests.support.family_server import family_server
 
 
-@pytest.mark.parametrize("size", ["quick", "cpu"])
-@pytest.mark.parametrize("logprobs", ["given", "refused"])
-def test_a_named_judge_is_measured_against_people(tmp_path, size, logprobs):
-    pairs = 20
+def pairs_file(folder, pairs):
     rows = [
         {
             "chosen": f"\n\nHuman: Question {i}?\n\nAssistant: Good {i}.",
@@ -23,8 +20,28 @@ def test_a_named_judge_is_measured_against_people(tmp_path, size, logprobs):
         }
         for i in range(pairs)
     ]
-    hh = tmp_path / "hh.jsonl"
-    hh.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = folder / "hh.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.slow
+def test_people_s_pairs_are_trained_on_as_trl_does(tmp_path):
+    args = Namespace(hh=pairs_file(tmp_path, 60), work=tmp_path, model="prefab-nano")
+    found = human.training(args, human.SIZES["quick"])
+    assert (found["pairs that fit"], found["trained on"], found["tested on"]) == (60, 12, 8)
+    assert found["trl"]["largest gap"] < 1e-4
+    for stage in ("reward model", "dpo"):
+        assert 0 <= found[stage]["held out"]["right"]["value"] <= 1
+    text = human.page({"training": {**found, "size": "quick", "took_s": 1}})
+    assert "Prefab and TRL train on the same file of 4 pairs" in text
+
+
+@pytest.mark.parametrize("size", ["quick", "cpu"])
+@pytest.mark.parametrize("logprobs", ["given", "refused"])
+def test_a_named_judge_is_measured_against_people(tmp_path, size, logprobs):
+    pairs = 20
+    hh = pairs_file(tmp_path, pairs)
     with family_server(logprobs=logprobs) as server:  # its judge takes the first answer, always
         local = {"engine": "openai", "model": "mock", "base_url": f"{server.url}/v1"}
         source = project.pipeline(tmp_path, engines={"local": local})

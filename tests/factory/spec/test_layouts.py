@@ -165,6 +165,34 @@ PAIRS = [
         TIE,
     ),
     (
+        "openai",
+        {
+            "input": {"messages": ASKED},
+            "preferred_output": [assistant("Cod.")],
+            "non_preferred_output": [assistant("Oak.")],
+        },
+        ASKED,
+        FIRST,
+    ),
+    (
+        "hh-rlhf",
+        {
+            "chosen": "Human: Name a fish.\n\nAssistant: Cod.",
+            "rejected": "Human: Name a fish.\n\nAssistant: Oak.",
+        },
+        ASKED,
+        FIRST,
+    ),
+    (
+        "trl",
+        {
+            "chosen": json.dumps([*ASKED, assistant("Cod.")]),
+            "rejected": str([*ASKED, assistant("Oak.")]),
+        },
+        ASKED,
+        FIRST,
+    ),
+    (
         "llmbar",
         {"input": "Name a fish.", "output_1": "Cod.", "output_2": "Oak.", "label": 2},
         ASKED,
@@ -276,6 +304,10 @@ def test_tool_calls_results_and_tools_are_kept():
 
 
 REFUSED = [
+    (
+        "looks like a list of turns that was written as text",
+        {"prompt": "x", "chosen": "[{'role': 'user'} {'role': 'assistant'}]", "rejected": "b"},
+    ),
     ('chosen ends with the turn of "user"', {"chosen": TALK, "rejected": TALK}),
     (
         "part before their last turn",
