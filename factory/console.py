@@ -242,9 +242,10 @@ def line_width() -> int | None:
 
 
 def _print_prose(out: PrintableConsole, text: str, style: str = "") -> None:
-    """Print sentences, broken between words on a terminal."""
+    """Print sentences, broken between words where lines have a width."""
+    width = line_width()
     for line in text.split("\n"):
-        for part in wrap(line, max(MIN_WIDTH, out.width)) if out.is_terminal else [line]:
+        for part in wrap(line, width) if width else [line]:
             out.print(part, style=style or None)
 
 

@@ -55,6 +55,11 @@ LONGEST = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--new-snapshots`: write the tables that stand beside tests anew."""
+    parser.addoption("--new-snapshots", action="store_true")
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """The processes of `-n auto`: one a core that this process may use, and one more, because tests
     of servers and signals wait more than they work.

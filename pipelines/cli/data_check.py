@@ -11,10 +11,10 @@ from typing import Any
 
 import typer
 
-from prefab.factory.console import hint, say, table
+from prefab.factory.console import say, table
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.spec import data_files, layouts
-from prefab.pipelines.cli.options import print_json
+from prefab.pipelines.cli.options import hint_command, print_json
 from prefab.pipelines.config.prompts import Prompts
 from prefab.pipelines.config.schema import PromptsConfig
 
@@ -88,14 +88,13 @@ def check_data(paths: Sequence[Path], columns: Sequence[str], model: str, as_jso
         _print(report)
     if problems:
         raise ConfigError(problems)
-    kinds = reports[0].by_kind
-    hint(
-        "prefab import-preferences FILE"
-        if "pairs" in kinds
-        else "prefab train sft CONFIG.yaml"
-        if "demonstrations" in kinds
-        else "prefab plan PIPELINE.yaml"
-    )
+    kinds, file = reports[0].by_kind, paths[0]
+    if "pairs" in kinds:
+        hint_command("import-preferences", file)
+    elif "demonstrations" in kinds:
+        hint_command("train", "sft", "sft", "--set", f"data.sources=[{{files: {file}}}]")
+    else:
+        hint_command("plan", "rlaif-2023", "--set", f"prompts.source={file}")
 
 
 def read_report(

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.console import duration, every_table_notes, hint, say, table, warn
+from prefab.factory.console import duration, every_table_notes, say, table, warn
 from prefab.factory.engines.packaged import PACKAGED, set_up
 from prefab.factory.errors import ConfigError
 from prefab.factory.paths import PACKAGE
+from prefab.pipelines.cli.options import hint_command
 
 MODEL = "smollm2-135m"
 # Measured by benchmarks/human.py on 120 pairs of LLMBar: benchmarks/human.md
@@ -82,8 +83,9 @@ def demo_real(
     else:
         took["in all"] = time.monotonic() - began
         say(" · ".join(f"{part} {duration(s)}" for part, s in took.items()))
-    hint(f'prefab sql --store {store} "SELECT prompt, text FROM samples LIMIT 5"')
-    hint("prefab run real --set engines.local.model=Qwen/Qwen3-8B     a model whose data is of use")
+    hint_command("sql", "--store", store, "SELECT prompt, text FROM samples LIMIT 5")
+    say("A model whose data is of use:")
+    hint_command("run", "real", "--set", "engines.local.model=Qwen/Qwen3-8B")
     return 0
 
 

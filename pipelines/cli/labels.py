@@ -180,7 +180,8 @@ def label(
     if first not in labelling.FIRST:
         raise ConfigError(f"--first {first}: did you mean {', '.join(labelling.FIRST)}?")
     wanted = cast("labelling.First", first)
-    again = ("label", "--store", store, *(("--run", run) if run else ()))
+    by = ("--annotator", annotator) if annotator else ()
+    again = ("label", "--store", store, *(("--run", run) if run else ()), *by)
     with labelling.open_session(
         existing_store(store), run, annotator, wanted, seed, principle
     ) as session:

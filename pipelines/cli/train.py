@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prefab.factory.console import hint, table, warn
+from prefab.factory.console import table, warn
 from prefab.factory.numbers import Measured
 from prefab.pipelines.cli.labels import eval_app
 from prefab.pipelines.cli.options import Json, Sets, hint_command, print_json, resumable
@@ -67,9 +67,12 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
         f"The model and its card are in {done['model']}",
     )
     if stage == "reward":
-        hint("prefab train ppo CONFIG.yaml    # with this reward model")
+        hint_command("train", "ppo", "ppo", "--set", f"rewards.0.paths=[{done['model']}]")
     else:
-        hint_command("eval", "policy", "--set", f"policies={{trained: {done['model']}}}")
+        base = f"base: {done['base']}, " if done.get("base") else ""
+        policies = ("--set", f"policies={{{base}trained: {done['model']}}}")
+        where = ("--set", f"store={done['store']}") if done.get("store") else ()
+        hint_command("eval", "policy", *policies, *where)
 
 
 @train_app.command()
@@ -233,4 +236,5 @@ def eval_policy(
     if as_json:
         return print_json(report.data())
     show(report)
-    hint_command("sql", "SELECT value FROM evals WHERE name = 'eval policy'")
+    if report.store:
+        hint_command("view", report.store)

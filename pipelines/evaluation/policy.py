@@ -126,6 +126,7 @@ class Report:
     against: dict[str, Against] = field(default_factory=dict)
     value: str = "gold"
     notes: list[str] = field(default_factory=list)
+    store: str | None = None
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
@@ -177,6 +178,7 @@ def evaluate_policies(config: PolicyEvalConfig, quiet: bool = False) -> Report:
             report.notes += probe.notes(name)
     if config.judge:
         _by_judge(config, report, prompts, found, quiet)
+    report.store = config.store
     _record(config, report, prompts, found)
     if probe and config.out:
         probe.write(Path(config.out) / "sycophancy.jsonl")

@@ -476,7 +476,7 @@ def fit(
     with translate_errors(out):
         trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(out)) else None)
         result = _result(trainer, stage, out, trainer.evaluate(), time.monotonic() - began)
-        result["notes"] = found.notes
+        result |= {"notes": found.notes, "base": config.model, "store": result_store(config)}
         sharded = _is_sharded(trainer)
         if sharded:
             write_ends(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
