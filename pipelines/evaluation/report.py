@@ -189,6 +189,9 @@ def write_cards(
 CARD_EXAMPLES = 3
 
 
+CALLED = {"gold": "ground truth", "proxy": "reward model's score"}  # in charts
+
+
 def drawn(policies: Mapping[str, Mapping[str, Any]], value: str) -> list[charts.Chart]:
     """The value that policies are compared by and the proxy, over the KL from the reference and by
     checkpoint.
@@ -196,11 +199,14 @@ def drawn(policies: Mapping[str, Mapping[str, Any]], value: str) -> list[charts.
     `policies` are `Estimate`s by figure, by policy; a chart whose numbers nobody knows is left out.
     """
     names, made = list(dict.fromkeys(name for name in (value, "proxy") if name)), []
-    over_kl = [charts.Series(name, _points(policies, name, "kl"), joined=False) for name in names]
+    words = {name: CALLED.get(name, name) for name in names}
+    over_kl = [
+        charts.Series(words[name], _points(policies, name, "kl"), joined=False) for name in names
+    ]
     if over_kl := [s for s in over_kl if s.points]:
         made.append(
             charts.Chart(
-                "What the distance from the reference bought",
+                "Score of each policy over its distance from the reference, 95% intervals",
                 "KL from the reference, nats an answer",
                 " and ".join(s.name for s in over_kl),
                 over_kl,
@@ -208,12 +214,12 @@ def drawn(policies: Mapping[str, Mapping[str, Any]], value: str) -> list[charts.
             )
         )
     if by_policy := [
-        s for name in names if (s := charts.Series(name, _points(policies, name))).points
+        s for name in names if (s := charts.Series(words[name], _points(policies, name))).points
     ]:
         made.append(
             charts.Chart(
-                "By checkpoint, intervals over groups of prompts",
-                "checkpoint, in the order given",
+                "Score of each policy, 95% intervals over groups of prompts",
+                "policy, in the order given",
                 " and ".join(s.name for s in by_policy),
                 by_policy,
             )

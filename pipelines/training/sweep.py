@@ -324,15 +324,19 @@ def drawn(out: Path, found: dict[str, Any]) -> list[Path]:
                 )
             )
         gold += _best_and_fit(arm, told, max(m["kl"] for m in means))
-    nats = "KL, nats an answer"
+    nats = "KL from the reference, nats an answer"
     files = charts.write(
         out,
         "sweep",
-        "Proxy and gold over the distance from the reference",
+        "Reward model's score and ground truth over the distance from the reference",
         [
-            charts.Chart("What is trained on", nats, "proxy", proxy, kl=True),
+            charts.Chart("Reward model's score", nats, "mean of an answer", proxy, kl=True),
             charts.Chart(
-                "What nothing trains on", nats, "gold less the reference's", gold, kl=True
+                "Ground truth, 95% intervals over seeds",
+                nats,
+                "gain over the reference",
+                gold,
+                kl=True,
             ),
         ],
         f"{_html_table(found)}<p>{html.escape(NOTE)}</p>",

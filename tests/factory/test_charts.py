@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from prefab.factory import charts
+from prefab.factory import charts, svg
 from prefab.factory.charts import Chart, Point, Series
 from prefab.factory.stats import Estimate
 from prefab.pipelines.evaluation.report import drawn
@@ -50,6 +50,17 @@ def test_values_intervals_and_names_are_drawn():
         and all(place**2 == pytest.approx(nats) for nats, place in ticks.items())
     )
     assert charts.draw([chart()]).axes[0].get_lines()[0].get_xdata() == pytest.approx([0, 4, 9])
+
+
+def test_an_image_is_a_file_of_its_own_with_title_legend_axes_and_intervals():
+    made = ElementTree.fromstring(svg.image(chart()))
+    name = "{http://www.w3.org/2000/svg}"
+    texts = ["".join(e.itertext()).strip() for e in made.iter(f"{name}text")]
+    assert {"Title", "KL", "gold", "● gold", "● proxy $p"} <= set(texts)
+    bars = [e for e in made.iter(f"{name}line") if "interval" in e.get("class", "")]
+    assert len(bars) == 4 and len(list(made.iter(f"{name}polyline"))) == 1
+    marks = list(made.iter(f"{name}circle"))
+    assert "95% interval 0.4 to 0.6" in "".join(marks[0].itertext())
 
 
 def test_an_estimate_of_kl_below_zero_stands_at_zero():
@@ -100,5 +111,13 @@ def test_what_is_not_known_is_not_drawn():
     )
     assert [p.x for p in both[1].series[0].points] == [1, 2]
     two = drawn({"base": made(gold=0.2, proxy=0.1), "ppo": made(gold=0.1, proxy=0.8)}, "gold")
-    assert [s.name for s in two[0].series] == ["gold", "proxy"] and len(two) == 1
+    assert [s.name for s in two[0].series] == ["ground truth", "reward model's score"]
+    assert len(two) == 1
+    axes = charts.draw(both + two).axes
+    assert [a.get_title() for a in axes] == [c.title for c in both + two]
+    assert all("Score of each policy" in c.title and "95% intervals" in c.title for c in both)
+    assert axes[0].get_xlabel() == "KL from the reference, nats an answer, over its square root"
+    assert axes[0].get_legend() is None  # one series
+    legend = [text.get_text() for text in axes[2].get_legend().get_texts()]
+    assert legend == ["ground truth", "reward model's score"]
     assert drawn({"base": made(words=3.0)}, "") == []

@@ -187,7 +187,7 @@ def test_the_command_in_the_embedded_world(folders, tmp_path):
     assert (
         len(rows) == 36
         and page.count("<svg") == 1
-        and "By checkpoint" in page
+        and "Score of each policy" in page
         and "over its square root" in page
     )
     assert (tmp_path / "out/report.png").read_bytes()[:4] == b"\x89PNG"
@@ -245,7 +245,8 @@ def test_a_card_gets_its_base_beside_it_and_others_cards_are_left_alone(tmp_path
     assert "> Question 2?\n\n**base**\n\n```text\nplain 2\n```" in card
     assert "````text\n```\n# better 2\n````" in card
     assert (
-        "![By checkpoint" in card and "<polyline" in (tmp_path / "mine/evaluation.svg").read_text()
+        "![Score of each policy" in card
+        and "<polyline" in (tmp_path / "mine/evaluation.svg").read_text()
     )
 
 

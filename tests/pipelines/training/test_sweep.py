@@ -4,6 +4,7 @@ mistakes."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import exp, log, sqrt
 from pathlib import Path
 
@@ -91,6 +92,17 @@ def test_arms_at_equal_kl_are_paired_by_seed():
     assert (
         at_equal_kl([p for p in points() if (p.arm, p.seed) != ("ensemble", 1)]) == []
     )  # a run failed: no pairs
+
+
+@pytest.mark.parametrize("gain", [0.2, -0.2])
+def test_a_beta_is_recommended_only_where_the_ground_truth_rose(gain, capsys):
+    from prefab.pipelines.cli.train import _show_sweep
+
+    found = measured([replace(p, gained=gain * p.kl) for p in points()], {})
+    _show_sweep({**found, "equal_kl": [], "files": ["sweep.png"], "failed": []})
+    told = capsys.readouterr().err
+    assert ("next: prefab train ppo ppo --set beta=" in told) == (gain > 0)
+    assert ("so none is recommended" in told) == (gain < 0)
 
 
 def test_a_peak_beyond_what_was_seen_is_none():
