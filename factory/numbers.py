@@ -152,9 +152,11 @@ def cell(value: Any, intervals: bool = False) -> str:
 
 
 def percent(e: HasInterval) -> str:
-    """`98.9% (97.1 to 99.6)`; a dash without a value."""
+    """A share as `98.9% (97.1 to 99.6)`; a dash without a value. No bound is shown outside of 0 and
+    100.
+    """
     if e.value is None:
         return "-"
     if e.low is None or e.high is None:
         return f"{e.value:.1%}"
-    return f"{e.value:.1%} ({100 * e.low:.1f} to {100 * e.high:.1f})"
+    return f"{e.value:.1%} ({100 * max(0.0, e.low):.1f} to {100 * min(1.0, e.high):.1f})"

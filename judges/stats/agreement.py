@@ -290,7 +290,7 @@ def _over_clusters(
     return replace(
         bare,
         se=se,
-        low=1 - (1 - value) * exp(min(half, 700.0)),
+        low=max(LEAST, 1 - (1 - value) * exp(min(half, 700.0))),
         high=1 - (1 - value) * exp(-half),
     )
 
@@ -391,11 +391,15 @@ def _estimate(
     return with_interval(estimate, pieces)
 
 
+LEAST = -1.0  # of a coefficient: complete disagreement; no interval goes below it
+
+
 def _interval(estimate: Estimate, se: float, n: float) -> Estimate:
     """The t interval, which cannot pass 1. Source: Gwet 2014; n - 1 degrees of freedom."""
     assert estimate.value is not None
     half = t_quantile(0.975, n - 1) * se
-    return replace(estimate, se=se, low=estimate.value - half, high=min(1.0, estimate.value + half))
+    low, high = max(LEAST, estimate.value - half), min(1.0, estimate.value + half)
+    return replace(estimate, se=se, low=low, high=high)
 
 
 def _observed_P(table: Table, weights_KK: FloatArray) -> FloatArray:

@@ -54,7 +54,9 @@ def krippendorff_alpha(
     if n >= 2:
         se = _standard_error(parts, table.times)
         half = t_quantile(0.975, n - 1) * se
-        estimate = replace(estimate, se=se, low=value - half, high=min(1.0, value + half))
+        estimate = replace(
+            estimate, se=se, low=max(-1.0, value - half), high=min(1.0, value + half)
+        )
     if many and metric != "interval":
         return estimate
     return with_interval(

@@ -606,3 +606,11 @@ def test_the_whole_panel_says_what_does_not_apply():
     for weights in ("linear", "quadratic"):
         assert two[f"cohen_kappa {weights}"].value == ag.cohen_kappa(full[:, :2], weights).value
     assert two["cohen_kappa"].boot_low < two["cohen_kappa"].value < two["cohen_kappa"].boot_high
+
+
+def test_no_interval_leaves_what_a_coefficient_can_be():
+    """Four items, two raters who agree on one: Student's interval would go below -1."""
+    ratings = np.array([[0, 1], [1, 0], [0, 1], [1, 1]], dtype=float)
+    found = [ag.cohen_kappa(ratings), ag.scott_pi(ratings), ag.krippendorff_alpha(ratings)]
+    assert all(-1 <= e.low <= e.value <= e.high <= 1 for e in found)
+    assert -1.0 in [e.low for e in found]
