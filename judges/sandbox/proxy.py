@@ -100,8 +100,8 @@ class Channel:
         before, self.waiting = self.waiting, True
         try:
             candidate.send(self.sock, message)
+            self.use()  # before the reply, which may take long to read
             reply = candidate.receive(self.sock)
-            self.use()
             while "callback" in reply:
                 self._call_back(reply)
                 reply = candidate.receive(self.sock)

@@ -149,6 +149,27 @@ def _as_tests(forms: dict[str, str], methods: dict[str, str]) -> dict[str, str]:
     }
 
 
+def test_an_answer_replaces_no_name_of_the_tests():
+    """Not a helper, a constant or a module, whenever the tests import all of the answer's names."""
+    tests = """
+import math
+from math import isclose
+EPS = 1e-6
+def near(a, b): return abs(a - b) < EPS
+from solution import *
+def test_helper(): assert near(f(), 2.0)
+def test_constant(): assert abs(f() - 2.0) < EPS
+def test_function(): assert isclose(f(), 2.0)
+def test_module(): assert math.isclose(f(), 2.0)
+def test_other_names(): assert g() == 3
+"""
+    names = "def {0}(*a): return True\n".format
+    code = "".join(map(names, ("near", "isclose"))) + "EPS = 9\ndef g(): return 3\n"
+    code += "class math:\n    isclose = lambda *a: True\ndef f(): return 1.0"
+    found = sandbox.run_tests(tests, code, LIMITS)
+    assert (found["passed"], found["total"]) == (1, 5), found
+
+
 @pytest.mark.parametrize(
     "cheat",
     [
