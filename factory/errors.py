@@ -89,7 +89,7 @@ _KINDS = {
     "timeout": r"no answer \(\w*Timeout",
     "no_connection": r"no answer \(|is down \(|has not answered for",
     "malformed": r"not a JSON object|not a chat completion|\bchoices\b|finish_reason|log-probabilit"
-    r"|larger than|that of another request|an error at HTTP 200|tokens?, where|token ids",
+    r"|larger than|that of another request|an error at HTTP 200|tokens?, where|token ids|surrogate",
 }
 
 

@@ -525,7 +525,7 @@ class Chat:
         pace: Pace | None,
     ) -> T:
         """What `parse` finds in the answer to `body`; asked up to three times while the answers are
-        malformed. The last answer may hold half of a surrogate pair.
+        malformed. The last answer's text may end in half of a surrogate pair, and in nothing else.
 
         Raises: Rejected, TransportError, EngineError.
         """
@@ -537,9 +537,10 @@ class Chat:
             except Malformed as error:
                 problem = error
             else:
-                if tries_left and isinstance(found, Completion) and _cut_letter(found.text):
-                    continue
-                return found
+                halves = _half_letters(found.text) if isinstance(found, Completion) else 0
+                if not halves or (halves == 1 and not tries_left):
+                    return found
+                problem = Malformed("the text holds half of a surrogate pair")
         raise TransportError(f"{self.server.url}{self.path}: {problem}")
 
     async def _refused(self, refusal: Rejected) -> Completion:
@@ -791,15 +792,17 @@ async def wrong_model(server: HttpClient, path: str, model: str, message: str = 
     return Denied(404, f"{server.url} has no model {model!r}; it has: {has}", general=True)
 
 
-def _cut_letter(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair: a server cut a letter in two."""
+def _half_letters(text: str) -> int:
+    """What half of a surrogate pair does in a text. 0: there is none; 1: it ends the text, which a
+    server cut there; 2: it stands elsewhere, so the text is damaged.
+    """
     if text.isascii():
-        return False
+        return 0
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    except UnicodeEncodeError as error:
+        return 1 if error.start == len(text) - 1 else 2
+    return 0
 
 
 def _named(text: str, labels: tuple[str, ...]) -> int:

@@ -23,7 +23,7 @@ from prefab.factory.engines import vllm as vllm_module
 from prefab.factory.engines.base import make
 from prefab.factory.engines.http import HEALS, wait_hint
 from prefab.factory.engines.vllm_process import port_in_use
-from prefab.factory.errors import EngineError, RequestRefused, TransportError
+from prefab.factory.errors import EngineError, RequestRefused, TransportError, failure_kind
 from prefab.factory.keys import request_key
 from prefab.factory.types import Completion, Message, Request, Sampling
 from tests.support.wire_server import CLOSE, Asked, WireServer, answer, chat, http, wire_server
@@ -166,9 +166,11 @@ def test_every_request_has_an_id_of_its_own():
     assert len(set(ids)) == 9 and all(i.startswith("prefab-") for i in ids)
 
 
-@pytest.mark.parametrize("times", [1, 2, 9])
-def test_a_letter_cut_in_two_is_asked_again_and_at_last_taken(times):
-    cut = chat("CUT")
+@pytest.mark.parametrize(
+    ("times", "after"), [(1, ""), (2, ""), (9, ""), (2, " and more"), (9, " and more")]
+)
+def test_a_letter_cut_in_two_is_asked_again_and_at_last_taken_at_the_end(times, after):
+    cut = chat("CUT" + after)
 
     def script(asked):
         text = json.dumps(cut).replace("CUT", "\\ud83d")
@@ -177,6 +179,10 @@ def test_a_letter_cut_in_two_is_asked_again_and_at_last_taken(times):
     with wire_server(script) as server:
         (found,) = run(openai(server.url), question("a"))
         tries = len(server.asked)
+    if times > 2 and after:
+        assert isinstance(found, TransportError) and "surrogate" in str(found) and tries == 3
+        assert failure_kind(str(found), refused=False) == "malformed"
+        return
     assert (found.text, tries) == ("\ud83d" if times > 2 else "said a", min(3, times + 1))
 
 
