@@ -63,7 +63,8 @@ def init_project(folder: str | Path) -> list[Path]:
         ConfigError: The folder is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    taken = folder.exists() or folder.is_symlink()  # a link may lead to nothing
+    if taken and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
             [Problem(str(folder), 0, 0, "", "exists and is not empty; give a new folder")]
         )

@@ -189,11 +189,11 @@ def lint_constitution(path: str | Path) -> list[Lint]:
         *_examples(document.value),
         *_unknown(document),
     ]
-    ignored = _ignored(model, paths)
+    ignored, lines = _ignored(model, paths), document.text.splitlines()
     lints = []
     for code, where, message in found:
         problem = document.problem(where, message)
-        if code not in ignored(where) | _commented(document, where):
+        if code not in ignored(where) | _commented(document, lines, where):
             place = (problem.line, problem.column, problem.path)
             lints.append(Lint(code, str(path), *place, message))
     return sorted(lints, key=lambda lint: (lint.line, lint.column, lint.code))
@@ -209,7 +209,7 @@ def equal_ids(paths: Sequence[str | Path]) -> list[Lint]:
         if first.resolve() != path.resolve() and digest != constitution_digest(constitution):
             document = yamlio.load_document(path)
             problem = document.problem(("id",), f'{first} has the id "{constitution.id}" too')
-            if "C109" not in _commented(document, ("id",)):
+            if "C109" not in _commented(document, document.text.splitlines(), ("id",)):
                 place = (problem.line, problem.column, problem.path)
                 found.append(Lint("C109", str(path), *place, problem.message))
     return found
@@ -241,11 +241,10 @@ def _ignored(
     return lambda path: everywhere | by_path.get(path[:2], set())  # type: ignore[arg-type]  # a path of two parts
 
 
-def _commented(document: yamlio.Document, path: yamlio.Path_) -> set[str]:
+def _commented(document: yamlio.Document, lines: list[str], path: yamlio.Path_) -> set[str]:
     """The codes that a comment silences at a path: on its line, on the line above, or there at the
     principle that it is part of.
     """
-    lines = document.text.splitlines()
     codes: set[str] = set()
     for part in (path, path[:2]):
         for line, _ in filter(None, (document.keys.get(part), document.values.get(part))):
@@ -473,6 +472,7 @@ _OPPOSITES = (
 )
 SAME = 0.8  # share of equal words (Jaccard), and of equal characters, from which texts are alike
 OPPOSITE = 0.6
+MOST_COMPARED = 500  # principles: all pairs of more would take minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,14 +494,20 @@ def _question(principle: Principle, common: set[str]) -> _Question:
 
 
 def _pairs(constitution: Constitution, paths: dict[str, yamlio.Path_]) -> Found:
-    """C103 and C104: the checks of every two principles, of which at least one stands here."""
+    """C103 and C104: the checks of every two principles, of which at least one stands here. Each
+    principle gets one warning of a kind.
+    """
     used = [principle for principle in constitution.principles if principle.enabled]
+    used, told = used[:MOST_COMPARED], set[tuple[str, str]]()
     common = _common(used)
     for one, two in combinations([_question(principle, common) for principle in used], 2):
         later = two if two.principle.id in paths else one
         other = one if later is two else two
         if later.principle.id in paths and _meet(one.principle, two.principle):
             for code, message in _compared(other, later):
+                if (later.principle.id, code) in told:
+                    continue
+                told.add((later.principle.id, code))
                 yield code, (*paths[later.principle.id], "compare"), message
 
 

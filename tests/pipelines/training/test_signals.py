@@ -41,3 +41,42 @@ def test_a_training_that_is_told_to_stop(config, number, forks):
     done = json.loads(finish(forks, "train", "sft", file, "--json").stdout)
     assert done["steps"] == 12
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+REWARD = """
+def reward(prompts, completions):
+    return [float(len(text) % 7) for text in completions]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "number"), [("ppo", signal.SIGTERM), ("ppo", signal.SIGINT), ("grpo", signal.SIGTERM)]
+)
+def test_a_policy_gradient_that_is_told_to_stop(config, tmp_path, stage, number):
+    """As above, for the trainings that sample."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    rewards = [{"name": "length", "kind": "file", "paths": [str(tmp_path / "reward.py")]}]
+    settings = json.loads(config("sft")[0].read_text())
+    settings = {name: settings[name] for name in ("model", "data")}
+    settings |= {
+        "steps": 8,
+        "save_every": 2,
+        "eval_every": 8,
+        "threads": 1,
+        "max_new_tokens": 4,
+        "gold": None,
+    }
+    settings |= {"rewards": rewards, "kl_stop": None, "batch_size": 8, "unfinished_score": None}
+    for out in ("whole", "stopped"):
+        file = tmp_path / f"{out}.yaml"
+        file.write_text(json.dumps(settings | {"out": str(tmp_path / out)}))
+    finish("train", stage, tmp_path / "whole.yaml", timeout_s=300)
+    out, words = tmp_path / "stopped", ("train", stage, tmp_path / "stopped.yaml")
+    told = stopped(start("policy gradient", *words), number)
+    assert "the last checkpoint is kept" in told
+    assert list(out.glob("checkpoint-*")) and not (out / "policy").exists()
+    done = json.loads(finish(*words, "--json", timeout_s=300).stdout)
+    assert done["steps"] == 8
+    weights = "policy/model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
