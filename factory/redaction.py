@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from html import escape
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -44,7 +45,9 @@ def add_secret(value: str | None) -> None:
     value = (value or "").strip()
     if len(value) < LEAST or (value.isalpha() and len(value) < 20):
         return
-    for form in {value, quote(value, safe=""), unquote(value)}:
+    percent = quote(value, safe="")
+    lower = re.sub(r"%..", lambda found: found[0].lower(), percent)
+    for form in {value, unquote(value), percent, lower, value.replace("/", r"\/"), escape(value)}:
         _known.setdefault(form.encode("utf-8", "surrogatepass"))
     for longest in sorted(_known, key=len, reverse=True):  # one may contain another
         _known[longest] = _known.pop(longest)

@@ -694,11 +694,10 @@ class HttpClient:
 
     def _headers(self) -> dict[str, str]:
         if self._sent_headers is None:
+            key = self.key or api_key(self.api_key_env)
             self._sent_headers = {"Content-Type": "application/json"}
-            key = self.key or os.environ.get(self.api_key_env or "")
             if key:
-                add_secret(key)
-                self._sent_headers["Authorization"] = f"Bearer {key.strip()}"
+                self._sent_headers["Authorization"] = f"Bearer {key}"
         return self._sent_headers
 
     _sent_headers: dict[str, str] | None = None
@@ -708,6 +707,21 @@ class HttpClient:
             return f"{self.url} wants a key (HTTP {status} {message}): name its environment variable in `api_key_env`"
         state = "is refused" if os.environ.get(self.api_key_env) else "is not set"
         return f"{self.url}: the key in environment variable {self.api_key_env} {state} (HTTP {status} {message})"
+
+
+def api_key(variable: str | None) -> str:
+    """The key in an environment variable, "" where there is none.
+
+    Raises: EngineError for a key that holds what no key does, such as a line break.
+    """
+    key = os.environ.get(variable or "", "").strip()
+    add_secret(key)
+    if not (key.isascii() and key.isprintable()):
+        raise EngineError(
+            f"the key in environment variable {variable} holds a line break, a control character or a "
+            "letter beyond ASCII, which no key does: copy it again"
+        )
+    return key
 
 
 def _origin(one: Any, other: Any) -> bool:

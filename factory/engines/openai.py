@@ -5,7 +5,6 @@ variable that the configuration names.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from prefab.factory.console import warn
 from prefab.factory.engines.canary import Canary, Fingerprint, first_checks, other_model
 from prefab.factory.engines.chat import Chat, TopRead, claim
 from prefab.factory.engines.family import Family, MaxTokensField
-from prefab.factory.engines.http import HttpClient, HttpConfig
+from prefab.factory.engines.http import HttpClient, HttpConfig, api_key
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.errors import EngineError
 from prefab.factory.keys import canonical, model_identity
@@ -132,7 +131,7 @@ class OpenAI(Engine):
         key = self.config.api_key_env
         url = self.config.base_url
         local = any(host in url for host in ("://127.", "://localhost", "://[::1]"))
-        if key and not os.environ.get(key) and not local:
+        if key and not api_key(key) and not local:
             raise EngineError(
                 f"engines.{self.name}: set environment variable {key} to the key of {url}"
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import urllib.request
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +36,7 @@ from prefab.factory.engines.chat import (
 )
 from prefab.factory.engines.deadly_questions import DeadlyQuestions
 from prefab.factory.engines.family import SYSTEM_PROBE, Family
-from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected, ServerDown
+from prefab.factory.engines.http import HttpClient, HttpConfig, Rejected, ServerDown, api_key
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.errors import EngineError, TransportError
@@ -665,8 +664,8 @@ def _folder_here(url: str, entry: Mapping[str, Any]) -> str:
 
 
 def _get(url: str, api_key_env: str | None) -> Mapping[str, Any]:
-    key = os.environ.get(api_key_env or "")
-    headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
+    key = api_key(api_key_env)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=5) as answer:

@@ -192,12 +192,17 @@ def test_wrong_path_says_so(url):
     assert isinstance(answer, EngineError) and "OpenAI-compatible" in str(answer)
 
 
-def test_no_key_names_the_variable(monkeypatch):
-    monkeypatch.delenv("SOME_KEY", raising=False)
+@pytest.mark.parametrize("key", [None, "sk-planted-1…", "sk-planted-1\nsk-planted-2", "sk-\x01"])
+def test_no_key_or_one_that_no_header_can_hold_names_the_variable(key, monkeypatch):
+    if key is None:
+        monkeypatch.delenv("SOME_KEY", raising=False)
+    else:
+        monkeypatch.setenv("SOME_KEY", key)
     where = {"base_url": "https://x.invalid/v1", "api_key_env": "SOME_KEY"}
     engine = make({"engine": "openai", "model": "m", **where}, "api")
-    with pytest.raises(EngineError, match="SOME_KEY"):
+    with pytest.raises(EngineError, match="SOME_KEY") as told:
         asyncio.run(engine.start())
+    assert "sk-" not in str(told.value)
 
 
 def test_nobody_there_is_a_transport_error_and_soon_fails_fast():

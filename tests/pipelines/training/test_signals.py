@@ -67,7 +67,13 @@ def test_a_policy_gradient_that_is_told_to_stop(config, tmp_path, stage, number)
         "max_new_tokens": 4,
         "gold": None,
     }
-    settings |= {"rewards": rewards, "kl_stop": None, "batch_size": 8, "unfinished_score": None}
+    settings |= {
+        "rewards": rewards,
+        "kl_stop": None,
+        "batch_size": 8,
+        "micro_batch": 8,
+        "unfinished_score": None,
+    }
     for out in ("whole", "stopped"):
         file = tmp_path / f"{out}.yaml"
         file.write_text(json.dumps(settings | {"out": str(tmp_path / out)}))
