@@ -32,11 +32,9 @@ TAGS = (
     ("<unused94>thought", "<unused95>"),
 )
 # What some of these families write around the answer.
-_AROUND = re.compile(
-    r"\s*(?:<\|START_RESPONSE\|>|<\|begin_of_solution\|>)(.*?)"
-    r"(?:<\|END_RESPONSE\|>|<\|end_of_solution\|>)?\s*\Z",
-    re.S,
-)
+_BEFORE = re.compile(r"\s*+(?:<\|START_RESPONSE\|>|<\|begin_of_solution\|>)")
+_AFTER = ("<|END_RESPONSE|>", "<|end_of_solution|>")
+MOST_BLOCKS = 32  # of thinking, one after another
 # gpt-oss writes its thinking and its answer as messages of named channels; a server that leaves the
 # control tokens out gives "analysis...assistantfinal...".
 _CHANNELS = re.compile(
@@ -69,21 +67,26 @@ def split_thinking(text: str) -> ThinkingSplit:
         return ThinkingSplit("", text)
     if begun := _CHANNELS.match(text):
         return _of_channels(text, begun.end())
-    for opening, closing in TAGS:
-        found = _split(text, opening, closing)
-        if found is not None:
+    parts, found = [], _block(text) or ThinkingSplit("", text)
+    while found.finished and len(parts) < MOST_BLOCKS and _OPENING.match(found.answer):
+        again = _block(found.answer)
+        if again is None:
             break
-    else:
-        return ThinkingSplit("", text)
-    if not found.finished:
+        parts.append(found.thinking)
+        found = again
+    thinking = "\n\n".join(filter(None, (*parts, found.thinking)))
+    return found._replace(thinking=thinking)
+
+
+def _block(text: str) -> ThinkingSplit | None:
+    """The text's first block of thinking; None where it does not begin with one."""
+    splits = (_split(text, opening, closing) for opening, closing in TAGS)
+    found = next((split for split in splits if split is not None), None)
+    if found is None or not found.finished or not (begins := _BEFORE.match(found.answer)):
         return found
-    if around := _AROUND.match(found.answer):
-        found = found._replace(answer=around[1].strip())
-    again = split_thinking(found.answer) if _OPENING.match(found.answer) else None
-    if again is None:
-        return found
-    thinking = "\n\n".join(part for part in (found.thinking, again.thinking) if part)
-    return ThinkingSplit(thinking, again.answer, again.finished)
+    answer = found.answer[begins.end() :].rstrip()
+    end = next((end for end in _AFTER if answer.endswith(end)), "")
+    return found._replace(answer=answer.removesuffix(end).strip())
 
 
 _OPENING = re.compile("|".join(re.escape(opening) for opening, _ in TAGS), re.I)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,3 +134,27 @@ def test_the_label_that_a_text_begins_with(answer, found):
 
 def test_a_letter_that_a_text_begins_with_is_no_label():
     assert opening_label("A: it is rude.", ABT) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n",
+        " \n",
+        "```\n",
+        "\n- ",
+        "Answer{}",
+        "Answer is{}",
+        "\\boxed{{{}",
+        "Answer is ",
+        "[[",
+        "(",
+    ],
+)
+def test_a_long_text_takes_time_in_proportion(text):
+    """40,000 characters at each of which a pattern may begin."""
+    long = text.format(" " * 40_000) if "{}" in text else text * (40_000 // len(text))
+    began = time.process_time()
+    for answer in (long, f"{long}x"):
+        assert find_label(answer, ABT) is None and opening_label(answer, ("Fault", "None")) is None
+    assert time.process_time() - began < 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from prefab.factory.thinking import (
+    MOST_BLOCKS,
     PolicyAnswer,
     join_thinking,
     message_text,
@@ -124,3 +127,13 @@ def test_content_of_another_type_is_refused():
 )
 def test_an_unfinished_thought_is_no_answer(completion, found):
     assert policy_answer(completion) == found
+
+
+def test_very_many_blocks_of_thinking_end_in_bounded_time():
+    """As a policy that is rewarded for length may write them; the rest of them is the answer."""
+    began = time.process_time()
+    found = split_thinking("<think>a</think>" * 5_000)
+    assert found.finished and found.thinking.split() == ["a"] * (1 + MOST_BLOCKS)
+    assert len(found.answer) == len("<think>a</think>") * (5_000 - 1 - MOST_BLOCKS)
+    cut = split_thinking("<think>a</think><|START_RESPONSE|>" + " " * 100_000 + "x")
+    assert cut == ("a", "x", True) and time.process_time() - began < 3

@@ -53,7 +53,7 @@ def reward(prompts, completions):
 @pytest.mark.parametrize(
     ("stage", "number"), [("ppo", signal.SIGTERM), ("ppo", signal.SIGINT), ("grpo", signal.SIGTERM)]
 )
-def test_a_policy_gradient_that_is_told_to_stop(config, tmp_path, stage, number):
+def test_a_policy_gradient_that_is_told_to_stop(config, tmp_path, stage, number, forks):
     """As above, for the trainings that sample."""
     (tmp_path / "reward.py").write_text(REWARD)
     rewards = [{"name": "length", "kind": "file", "paths": [str(tmp_path / "reward.py")]}]
@@ -77,12 +77,12 @@ def test_a_policy_gradient_that_is_told_to_stop(config, tmp_path, stage, number)
     for out in ("whole", "stopped"):
         file = tmp_path / f"{out}.yaml"
         file.write_text(json.dumps(settings | {"out": str(tmp_path / out)}))
-    finish("train", stage, tmp_path / "whole.yaml", timeout_s=300)
+    finish(forks, "train", stage, tmp_path / "whole.yaml")
     out, words = tmp_path / "stopped", ("train", stage, tmp_path / "stopped.yaml")
-    told = stopped(start("policy gradient", *words), number)
+    told = stopped(forks.start([DRIVER, "policy gradient", *words]), number)
     assert "the last checkpoint is kept" in told
     assert list(out.glob("checkpoint-*")) and not (out / "policy").exists()
-    done = json.loads(finish(*words, "--json", timeout_s=300).stdout)
+    done = json.loads(finish(forks, *words, "--json").stdout)
     assert done["steps"] == 8
     weights = "policy/model.safetensors"
     assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
