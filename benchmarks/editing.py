@@ -12,8 +12,9 @@ them in other words, since its judge knows eleven faults and no others. Then
 - single principles are reversed ("Which answer is more guilty of ...?"), and the share of flips is
   compared with what the oracle says. The embedded judge was never taught such a question and reads
   it as the usual one, so an engine in between asks it the usual one and exchanges the two labels;
-- the flips of the first reversal must be those of judging `--anew` comparisons from nothing under
-  the edited constitution (in a copy of the store that has forgotten every verdict);
+- the flips of the first reversal must be those of judging all comparisons (or `--anew` of them)
+  from nothing under the edited constitution, in a copy of the store that has forgotten every
+  verdict;
 - `prefab watch` follows a file of sixteen principles, one of which changes at each save."""
 
 from __future__ import annotations
@@ -286,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--store", type=Path, default=Path("editing-store"), metavar="FOLDER")
     parser.add_argument("--prompts", type=int, default=350)
     parser.add_argument("--reverse", nargs="*", default=["flattery", "padding", "harm"])
-    parser.add_argument("--anew", type=int, default=600, help="comparisons to judge from nothing")
+    parser.add_argument("--anew", type=int, help="comparisons to judge from nothing (default: all)")
     parser.add_argument("--saves", type=int, default=10)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(argv)

@@ -219,8 +219,8 @@ class Ledger:
         """
         return self._writer.run(lambda con: records.add_import(con, name, config, prompts))
 
-    def add_answers(self, run: int, answers: Mapping[str, Sequence[str]]) -> None:
-        """Record answers that no model call gave as those of a run, by prompt."""
+    def add_answers(self, run: int, answers: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+        """Record answers that no model call gave as those of a run (see `records.add_answers`)."""
         self._writer.run(lambda con: records.add_answers(con, run, answers))
 
     def add_human_label(self, label: dict[str, Any]) -> None:

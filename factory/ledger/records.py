@@ -226,11 +226,17 @@ def add_import(
     return run
 
 
-def add_answers(con: sqlite3.Connection, run: int, answers: Mapping[str, Sequence[str]]) -> None:
-    """Record answers that no model call gave as those of a run, by prompt."""
-    for prompt, texts in answers.items():
-        value = orjson.dumps({"answers": list(texts), "pairs": []}).decode()
-        add_row(con, "imports", run, prompt, value, ignore=True)
+def add_answers(
+    con: sqlite3.Connection, run: int, answers: Mapping[str, Sequence[tuple[str, str]]]
+) -> None:
+    """Record answers that no model call gave as those of a run: by prompt, each with its context
+    (see `samples` in the store's schema; empty: none).
+    """
+    for prompt, given in answers.items():
+        value = {"answers": [text for text, _ in given], "pairs": list[Any]()}
+        if any(context for _, context in given):
+            value["contexts"] = [context for _, context in given]
+        add_row(con, "imports", run, prompt, orjson.dumps(value).decode(), ignore=True)
 
 
 def _sides(

@@ -21,7 +21,8 @@ from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
 from prefab.factory.spec.constitution import parse_constitution
 from prefab.factory.store.store import Read
-from prefab.factory.types import Constitution, Engine, Message, Prompt, Sample
+from prefab.factory.tool_calls import answer_in_context, stored_messages
+from prefab.factory.types import Constitution, Engine, Prompt, Sample
 from prefab.factory.uses import DraftUse, RevisionUse
 from prefab.judges.base import Pair
 from prefab.pipelines.config.loader import ResolvedPipeline, pipeline_for, resolve_pipeline
@@ -40,13 +41,24 @@ RECIPE = "rejudge"
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The call that gave an answer; empty for an imported one, which is told by its text and its
+    context (the turns between prompt and answer, as the store has them).
+    """
+
+    call: bytes
+    text: str
+    context: str
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedPrompt(Prompt):
-    """A prompt with the answers that a run has of it, the calls that gave them (in the order of
-    `samples`; none of imported answers), and the pairs that it compared.
+    """A prompt with the answers that a run has of it as judges see them, where each comes from, and
+    the pairs that it compared.
     """
 
     samples: tuple[Sample, ...] = ()
-    calls: tuple[bytes, ...] = ()
+    origins: tuple[Origin, ...] = ()  # in the order of `samples`
     pairs: tuple[Pair, ...] = ()
 
 
@@ -105,7 +117,7 @@ class Panel:
 
 _PAIRS = "SELECT prompt, a, b FROM preferences WHERE run = $run AND NOT identical ORDER BY ALL"
 _SAMPLES = """
-SELECT s.prompt, s."index", s.parent, s.round, s.principle, s.text, s.finish, s.call
+SELECT s.prompt, s."index", s.parent, s.round, s.principle, s.text, s.finish, s.call, s.context
 FROM samples s WHERE s.run = $run AND s.text IS NOT NULL ORDER BY s.prompt, s."index" """
 _PROMPTS = """
 SELECT q.prompt, q.messages, q.tags, q."group", q.split, q.rubric FROM prompts q
@@ -147,25 +159,27 @@ def _panel(
             found.append(
                 RecordedPrompt(
                     name,
-                    tuple(Message(role, text) for role, text in json.loads(messages)),
+                    stored_messages(messages),
                     tuple(tags),
                     group,
                     split,
                     tuple((line, points) for line, points in json.loads(rubric or "[]")),
                     tuple(one for one, _ in shown),
-                    tuple(call for _, call in shown if call),
+                    tuple(origin for _, origin in shown),
                     tuple(pairs),
                 )
             )
     return Panel(store, record, found, record_of(store, record["run"], read) or {})
 
 
-def _samples(rows: polars.DataFrame) -> dict[str, dict[int, tuple[Sample, bytes]]]:
-    """The rows of `_SAMPLES` by prompt and index, each with the call that gave it (empty: none)."""
-    found: dict[str, dict[int, tuple[Sample, bytes]]] = {}
-    for prompt, index, parent, round, principle, text, finish, call in rows.rows():
-        made = Sample(prompt, index, text, finish, parent, round, principle)
-        found.setdefault(prompt, {})[index] = made, bytes.fromhex(call or "")
+def _samples(rows: polars.DataFrame) -> dict[str, dict[int, tuple[Sample, Origin]]]:
+    """The rows of `_SAMPLES` by prompt and index, each with its origin."""
+    found: dict[str, dict[int, tuple[Sample, Origin]]] = {}
+    for prompt, index, parent, round, principle, text, finish, call, context in rows.rows():
+        seen = answer_in_context(stored_messages(context or "[]"), text)
+        made = Sample(prompt, index, seen, finish, parent, round, principle)
+        origin = Origin(bytes.fromhex(call or ""), text, context or "")
+        found.setdefault(prompt, {})[index] = made, origin
     return found
 
 
@@ -275,7 +289,8 @@ def _take_over(panel: Panel, calibration: Mapping[str, Any], ledger: Ledger, rec
         own = {"run": record.id, "subject": f"{record.name}@{record.version}"}
         ledger.add_eval({**calibration, **own})
     if panel.imported:
-        ledger.add_answers(record.id, {p.id: [one.text for one in p.samples] for p in panel})
+        answers = {p.id: [(one.text, one.context) for one in p.origins] for p in panel}
+        ledger.add_answers(record.id, answers)
 
 
 def _same_reading(panel: Panel, loaded: ResolvedPipeline, constitution: Constitution) -> bool:
@@ -288,8 +303,9 @@ def _same_reading(panel: Panel, loaded: ResolvedPipeline, constitution: Constitu
 async def compare_again(prompt: Prompt, ctx: Context) -> None:
     """Record the answers that are there, and put the recorded pairs to the panel of judges."""
     assert isinstance(prompt, RecordedPrompt)
-    for sample, call in zip(prompt.samples, prompt.calls, strict=bool(prompt.calls)):
-        ctx.note(_use(sample, ctx.run), call)
+    for sample, origin in zip(prompt.samples, prompt.origins, strict=True):
+        if origin.call:
+            ctx.note(_use(sample, ctx.run), origin.call)
     at = {sample.index: sample for sample in prompt.samples}
     pairs = [(at[a], at[b]) for a, b in prompt.pairs]
     await judged(prompt, ask_about(prompt, pairs, ctx), ctx)

@@ -276,6 +276,33 @@ def test_a_file_of_pairs_is_judged_under_both_versions(tmp_path: Path) -> None:
     assert edited and checked(store)
 
 
+def test_pairs_with_turns_of_their_own_before_the_answers(tmp_path: Path) -> None:
+    """Judges see an answer with the turns between prompt and answer; the store keeps them apart."""
+    start, later = {"role": "user", "content": "A fish?"}, {"role": "user", "content": "And?"}
+    sides = {
+        side: [start, {"role": "assistant", "content": f"{side} fish"}, later, last]
+        for side, word in (("chosen", "good"), ("rejected", "bad 0"))
+        for last in [{"role": "assistant", "content": f"{word} answer"}]
+    }
+    row = json.dumps({**sides, "two_contexts": True})
+    (tmp_path / "pairs.jsonl").write_text(row + "\n")
+    project.write(tmp_path, project.pipeline(tmp_path))
+    asked = []
+
+    def heard(request: Any) -> Any:
+        asked.append(str(request.messages))
+        return judge_of_worse(request)
+
+    store, edited = tmp_path / "store", constitution(tmp_path, "edited.yaml")
+    engines = planted.engine(say=heard)
+    found = diff(edited, store=store, pairs=tmp_path / "pairs.jsonl", engines=engines)
+    assert (found.comparisons, found.new.asked, len(found.flips)) == (1, 4, 0)
+    assert all("chosen fish" in text and "rejected fish" in text for text in asked)
+    sql = "SELECT text, context FROM samples WHERE run = {} ORDER BY ALL"
+    assert query(store, sql.format(2)).rows() == query(store, sql.format(1)).rows()
+    checked(store)
+
+
 def test_pairs_without_a_judge_or_with_a_run_are_told(tmp_path: Path) -> None:
     row = {"prompt": "A question?", "chosen": "good", "rejected": "bad"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
