@@ -8,6 +8,7 @@ import json
 import polars as pl
 import pytest
 
+from prefab.pipelines.run.diff import diff
 from prefab.pipelines.run.runner import run
 from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import query
@@ -49,7 +50,9 @@ def test_a_policy_that_calls_tools_is_judged_on_its_calls(tmp_path, tools, syste
     with family_server(tools=tools, system=system) as server:
         source = made(tmp_path, server)
         first, second = run(source), run(source)
+        again = diff(str(tmp_path / "small.yaml"), store=tmp_path / "store", sample=2)
     assert (first.failed, first.unscored, second.asked) == (0, {}, 0)
+    assert (again.comparisons, again.new.asked, again.moved) == (2, 0, [])
     asked = [body for body in server.bodies if body.get("tools")]
     sent = asked[-1]["messages"]
     assert asked[-1]["tools"] == [TOOL]
@@ -62,7 +65,7 @@ def test_a_policy_that_calls_tools_is_judged_on_its_calls(tmp_path, tools, syste
     assert 'Assistant: [call] find_slot({"day": "Tuesday"})' in judged
     assert 'Tool find_slot: ["[ call] 10:30"]' in judged
     assert judged.count('\n[call] find_slot({"day": "day ') == 2
-    texts = query(tmp_path / "store", "SELECT text FROM samples")["text"].to_list()
+    texts = query(tmp_path / "store", "SELECT text FROM samples WHERE run = 1")["text"].to_list()
     assert len(texts) == 3 and all(text.startswith("<tool_call>\n{") for text in texts)
 
 
