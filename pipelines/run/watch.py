@@ -155,10 +155,11 @@ def _named(found: Diff | None, name: str) -> Diff | None:
 
 
 def _digest(files: Sequence[Path]) -> bytes:
-    """What the constitution and those that it extends hold, digested; empty while one is not
-    there.
+    """What the constitution and those that it extends hold, digested; empty while one is not there
+    or holds nothing, as in the middle of a save.
     """
     try:
-        return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+        texts = [file.read_bytes() for file in files]
     except OSError:
         return b""
+    return b"".join(hashlib.sha256(text).digest() for text in texts) if all(texts) else b""

@@ -38,7 +38,13 @@ def test_each_save_is_judged_and_the_engine_is_started_once(tmp_path: Path) -> N
     file = Path(constitution(tmp_path, "mine.yaml"))
     original = file.read_text()
     worse = original.replace("kinder?", "worse?").replace("briefer?", "worse?")
-    saves = [worse, "id: [", worse.replace("title: Small", "title: Other") + "# more\n", original]
+    saves = [
+        worse,
+        "",
+        "id: [",
+        worse.replace("title: Small", "title: Other") + "# more\n",
+        original,
+    ]
     shown, told, idle = [], [], 0
 
     def until() -> bool:
@@ -47,7 +53,7 @@ def test_each_save_is_judged_and_the_engine_is_started_once(tmp_path: Path) -> N
         idle += 1
         if idle % 3 == 0 and saves:
             file.write_text(saves.pop(0))
-        return idle > 18
+        return idle > 21
 
     def show(last, start, seconds):
         shown.append((last, start))
