@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -357,8 +357,8 @@ def online(args: argparse.Namespace, method: str, start: str, reward: str, seed:
 
 
 def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, Any]:
-    """Every policy on the same held-out prompts. Seeds are pooled: a figure's answers are shared
-    out over them."""
+    """Every policy on the same held-out prompts. A method is its seeds: intervals are over another
+    seed and another group of prompts (`over_seeds`)."""
     from prefab.pipelines.evaluation import policy_metrics
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
 
@@ -384,7 +384,7 @@ def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[
         per = (
             [found["base"]]
             if name == "base"
-            else [found[f"{name} #{k}"] for k in range(len(folders))]
+            else [[replace(a, seed=k) for a in found[f"{name} #{k}"]] for k in range(len(folders))]
         )
         pooled = [a for some in per for a in some]
         made[name] = {
@@ -475,8 +475,8 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
     accuracy and ECE."""
     import numpy as np
 
-    from prefab.factory.stats import bootstrap
-    from prefab.judges.stats.calibration import ece
+    from prefab.factory.stats import over_seeds
+    from prefab.judges.stats.calibration import calibration_error
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
     from prefab.trainers.offline.reward import scorer
 
@@ -520,9 +520,15 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
             score = scorer(folder)
             gap = (score([t[0] for t in talks]) - score([t[1] for t in talks])) * deviation
             right.append((gap > 0) == truth)
-            errors.append(ece(1 / (1 + np.exp(-gap)), truth.astype(float)))
+            groups = np.array([a.cluster for a, _ in pairs])
+            p = 1 / (1 + np.exp(-gap))
+            errors.append(calibration_error(p, truth.astype(float), 15, groups).value)
         made[name] = {
-            "accuracy": bootstrap(np.mean(right, axis=0), [a.prompt for a, _ in pairs]),
+            "accuracy": over_seeds(
+                np.concatenate(right).astype(float),
+                np.repeat(np.arange(len(right)), len(pairs)),
+                [a.cluster for a, _ in pairs] * len(right),
+            ),
             "ece": errors,
             "pairs": len(pairs),
         }
@@ -590,7 +596,7 @@ def main() -> None:
         help="Prompts of these whose answers by base and SFT are compared.",
     )
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--split", default="test", choices=["test", "val"])
     parser.add_argument("--test", type=int, default=500, help="Held-out prompts.")
     parser.add_argument(

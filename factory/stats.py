@@ -249,21 +249,7 @@ def clustered_mean(
     if m < 2:
         return Estimate(value, n_items=m, n_groups=n_groups)
     sums_C = np.bincount(groups, weights=values - value, minlength=m)
-    se = float(
-        _errors(
-            np.array(
-                [
-                    [
-                        sums_C.sum(),
-                        sizes_C.sum(),
-                        sums_C @ sums_C,
-                        sums_C @ sizes_C,
-                        sizes_C @ sizes_C,
-                    ]
-                ]
-            )
-        )[0]
-    )
+    se = _error(sums_C, sizes_C)
     quantile = t_quantile(0.5 + level / 2, effective_clusters(sizes_C) - 1)
     below, above = quantile, quantile
     if m <= MANY_CLUSTERS and resamples and se > 1e-12 * abs(value):
@@ -271,6 +257,72 @@ def clustered_mean(
         low, high = np.quantile(t_B, [0.5 - level / 2, 0.5 + level / 2])
         below, above = (float(min(max(q, quantile), 2 * quantile)) for q in (high, -low))
     return Estimate(value, se, value - below * se, value + above * se, m, n_groups=n_groups)
+
+
+def over_seeds(
+    values: Sequence[float] | np.ndarray,
+    seeds: Sequence[Any] | np.ndarray,
+    clusters: Sequence[Any] | np.ndarray,
+    level: float = 0.95,
+) -> Estimate:
+    """A mean over policies that were trained with several seeds and over groups of prompts that all
+    of them answered, for another seed and another group: both are drawn, and both move the mean.
+
+    The variance is that between seeds plus that between groups, less that between their cells,
+    which both hold; never below either. Student's degrees of freedom are Satterthwaite's. Without a
+    second seed it is `clustered_mean`. `n_items` counts seeds, `n_groups` groups.
+    Source: Cameron, Gelbach and Miller 2011, equation 2.13; Satterthwaite 1946.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) == 0:
+        return undefined("no items")
+    if len(set(seeds)) < 2 or len(set(clusters)) < 2:
+        return clustered_mean(values, clusters, level=level)
+    se, df = _two_way(values, seeds, clusters)
+    value, half = float(values.mean()), t_quantile(0.5 + level / 2, df) * se
+    return Estimate(
+        value, se, value - half, value + half, len(set(seeds)), n_groups=len(set(clusters))
+    )
+
+
+def over_seeds_p(
+    values: Sequence[float] | np.ndarray,
+    seeds: Sequence[Any] | np.ndarray,
+    clusters: Sequence[Any] | np.ndarray,
+) -> float:
+    """The two-sided p-value of a mean of 0, with the error of `over_seeds`; 1 where nothing
+    varies.
+    """
+    from scipy.special import stdtr
+
+    values = np.asarray(values, dtype=float)
+    se, df = _two_way(values, seeds, clusters)
+    return float(2 * stdtr(df, -abs(values.mean()) / se)) if se > 0 else 1.0
+
+
+def _two_way(
+    values: np.ndarray,
+    seeds: Sequence[Any] | np.ndarray,
+    clusters: Sequence[Any] | np.ndarray,
+) -> tuple[float, float]:
+    """The standard error of a mean over seeds and groups, and its degrees of freedom."""
+    seed_of, _ = _clusters(len(values), seeds)
+    group_of, groups_C = _clusters(len(values), clusters)
+    parts = []
+    for place in (seed_of, group_of, seed_of * len(groups_C) + group_of):
+        place, sizes_C = _clusters(len(values), place)
+        sums_C = np.bincount(place, weights=values - values.mean())
+        parts.append((_error(sums_C, sizes_C) ** 2, effective_clusters(sizes_C) - 1))
+    (by_seed, df_seed), (by_group, df_group), (by_cell, _) = parts
+    variance = max(by_seed + by_group - by_cell, by_seed, by_group)
+    df = variance**2 / max(by_seed**2 / df_seed + by_group**2 / df_group, 1e-300)
+    return sqrt(variance), max(df, 1.0)
+
+
+def _error(sums_C: np.ndarray, sizes_C: np.ndarray) -> float:
+    """The robust standard error of a mean, from its clusters' sums of deviations and sizes."""
+    terms = [sums_C.sum(), sizes_C.sum(), sums_C @ sums_C, sums_C @ sizes_C, sizes_C @ sizes_C]
+    return float(_errors(np.array([terms]))[0])
 
 
 def _clusters(n: int, clusters: Sequence[Any] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -351,6 +403,7 @@ def length_controlled_win_rate(
     level: float = 0.95,
     difficulty: Sequence[float] | None = None,
     clusters: Sequence[Any] | np.ndarray | None = None,
+    seeds: Sequence[Any] | np.ndarray | None = None,
 ) -> Estimate:
     """The win rate of a over b if both wrote equally long: a logistic model in tanh(length
     difference / its deviation), read at zero difference. `p_a` may be soft; a tie is 0.5.
@@ -365,7 +418,8 @@ def length_controlled_win_rate(
     cross-validation and 0.2 of weight on two baselines that were told to be short or long:
     shrinkage to their data, which another benchmark has not. Errors are robust to soft targets
     and to `clusters` of comparisons (a group of prompts, or a prompt, each; sandwich of their
-    jackknife), the interval is made in logits, with Student's quantile.
+    jackknife), and where there are several training `seeds`, to those (`over_seeds`); the interval
+    is made in logits, with Student's quantile.
     """
     y = np.asarray(p_a, dtype=float)
     difference = np.asarray(length_a, dtype=float) - np.asarray(length_b, dtype=float)
@@ -388,7 +442,7 @@ def length_controlled_win_rate(
         return undefined(
             "wins and losses are separated by length or difficulty, or one side always wins", n
         )
-    return _read_at_zero(x, y, beta, level, clusters)
+    return _read_at_zero(x, y, beta, level, clusters, seeds)
 
 
 def bounded(share: Estimate) -> Estimate:
@@ -424,6 +478,7 @@ def _read_at_zero(
     beta: np.ndarray,
     level: float,
     clusters: Sequence[Any] | np.ndarray | None,
+    seeds: Sequence[Any] | np.ndarray | None,
 ) -> Estimate:
     """The mean prediction without a length difference (column 1), its error by the delta method
     over clusters.
@@ -437,21 +492,18 @@ def _read_at_zero(
     leverage = np.minimum(p * (1 - p) * np.einsum("nk,kl,nl->n", x, bread, x), 0.99)
     influence = (x @ bread @ slope) * (y - p) / (1 - leverage) + (q - value) / len(y)
     groups, sizes_C = _clusters(len(y), clusters)
-    moved_C = np.bincount(groups, weights=influence)
-    m, df = len(sizes_C), effective_clusters(sizes_C) - 1
+    m, n_groups = len(sizes_C), 0 if clusters is None else len(sizes_C)
     if m < 2:
-        return Estimate(value, n_items=len(y), n_groups=0 if clusters is None else m)
-    se = sqrt(float(moved_C @ moved_C) * (df + 1) / df)
+        return Estimate(value, n_items=len(y), n_groups=n_groups)
+    if seeds is not None and len(set(seeds)) > 1:
+        se, df = _two_way(influence * len(y), seeds, groups)
+    else:
+        moved_C, df = np.bincount(groups, weights=influence), effective_clusters(sizes_C) - 1
+        se = sqrt(float(moved_C @ moved_C) * (df + 1) / df)
     logit = log(value / (1 - value))
     half = t_quantile(0.5 + level / 2, df) * se / (value * (1 - value))
-    return Estimate(
-        value,
-        se,
-        _sigmoid(logit - half),
-        _sigmoid(logit + half),
-        len(y),
-        n_groups=0 if clusters is None else m,
-    )
+    low, high = _sigmoid(logit - half), _sigmoid(logit + half)
+    return Estimate(value, se, low, high, len(y), n_groups=n_groups)
 
 
 def _sigmoid(x: float) -> float:

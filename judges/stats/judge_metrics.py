@@ -121,7 +121,7 @@ def errors_together(p_NJ: FloatArray, gold: FloatArray, clusters: Clusters = Non
     j = p_NJ.shape[1]
     groups = np.arange(len(gold)) if clusters is None else np.asarray(clusters)
     groups = np.unique(groups, return_inverse=True)[1]
-    sizes_C = np.bincount(groups, weights=counted.any(axis=1))
+    sizes_C = np.bincount(groups, weights=counted.any(axis=1)).astype(float)
     correlation, n_shared = np.full((j, j), np.nan), np.zeros((j, j), dtype=int)
     without_CP = []  # each pair's correlation without each cluster
     for a in range(j):

@@ -21,7 +21,10 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.stats import (
     Estimate,
     bootstrap,
+    bounded,
     length_controlled_win_rate,
+    over_seeds,
+    over_seeds_p,
     paired_difference,
     undefined,
 )
@@ -40,7 +43,8 @@ REFUSES = re.compile(
 @dataclass(frozen=True, slots=True)
 class PolicyAnswer:
     """One answer of a policy to the prompt of this place; answers to one `group` of prompts (empty:
-    the prompt is its own) are not independent. `logp` and `ref_logp` are sums over its tokens, the
+    the prompt is its own) are not independent, nor are those of a policy that was trained with one
+    `seed`. `logp` and `ref_logp` are sums over its tokens, the
     end token with them, by the training forward; `sampler_logp` is what the sampler gave the same
     tokens.
     """
@@ -55,6 +59,7 @@ class PolicyAnswer:
     proxy: float | None = None
     sampler_logp: float | None = None
     group: str = ""
+    seed: int | None = None
 
     @property
     def cluster(self) -> str:
@@ -193,7 +198,18 @@ def _mean(
         return NOT_MEASURED
     if not known:
         return undefined("no such answers")
-    return bootstrap(known, [a.cluster for a in some], seed=seed)
+    return _interval(known, some, seed)
+
+
+def _interval(
+    values: Sequence[float] | np.ndarray, answers: Sequence[PolicyAnswer], seed: int
+) -> Estimate:
+    """The mean over groups of prompts, and over training seeds where there are several."""
+    groups, seeds = [a.cluster for a in answers], [a.seed for a in answers]
+    if len(set(seeds)) > 1:
+        found = over_seeds(values, seeds, groups)
+        return bounded(found) if np.isin(values, (0.0, 1.0)).all() else found
+    return bootstrap(values, groups, seed=seed)
 
 
 def refuses(answer: PolicyAnswer) -> bool:
@@ -305,33 +321,39 @@ def compared(
     judged is not among them.
 
     The difference of means is paired by prompt. `length_controlled` counts an undecided pair as
-    half a win. Intervals and p are over groups of prompts.
+    half a win. Intervals and p are over groups of prompts, and over training seeds where the first
+    answers have several.
     """
     if not pairs:
         nothing = undefined("no pairs")
         return Against(nothing, nothing, nothing, nothing, 1.0)
-    groups, gaps_P = [a.cluster for a, _ in pairs], np.asarray(gaps, dtype=float)
+    answers, gaps_P = [a for a, _ in pairs], np.asarray(gaps, dtype=float)
+    groups, seeds = [a.cluster for a in answers], [a.seed for a in answers]
     decided, wins = np.abs(gaps_P) > 1e-12, (gaps_P > 0).astype(float)
-    there = [groups[i] for i in np.flatnonzero(decided)]
+    there = [answers[i] for i in np.flatnonzero(decided)]
     rate = (
-        bootstrap(wins[decided], there, seed=seed)
-        if decided.any()
-        else undefined("no pair is decided")
+        _interval(wins[decided], there, seed) if decided.any() else undefined("no pair is decided")
     )
     mine, theirs = (
         np.array([len(x.text.split()) for x in side], dtype=float)
         for side in zip(*pairs, strict=True)
     )
     by_length = length_controlled_win_rate(
-        np.where(decided, wins, 0.5), mine, theirs, clusters=groups
+        np.where(decided, wins, 0.5), mine, theirs, clusters=groups, seeds=seeds
     )
-    difference = paired_difference(gaps_P, np.zeros(len(gaps)), groups, seed=seed)
+    difference = (
+        over_seeds(gaps_P, seeds, groups)
+        if len(set(seeds)) > 1
+        else paired_difference(gaps_P, np.zeros(len(gaps)), groups, seed=seed)
+    )
     return Against(
-        bootstrap(decided.astype(float), groups, seed=seed),
+        _interval(decided.astype(float), answers, seed),
         rate,
         by_length,
         difference,
-        sign_flip_p(gaps, groups, seed=seed),
+        over_seeds_p(gaps_P, seeds, groups)
+        if len(set(seeds)) > 1
+        else sign_flip_p(gaps, groups, seed=seed),
     )
 
 

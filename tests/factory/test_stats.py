@@ -11,6 +11,8 @@ from prefab.factory.stats import (
     bootstrap,
     clustered_share,
     length_controlled_win_rate,
+    over_seeds,
+    over_seeds_p,
     paired_difference,
     student,
     t_quantile,
@@ -206,3 +208,29 @@ def test_a_clustered_share_by_hand():
     plain = wilson(4 / 6 * effective, effective)
     assert (found.low, found.high) == pytest.approx((plain.low, plain.high))
     assert found.value == pytest.approx(4 / 6) and found.n_items == 6
+
+
+def test_seeds_are_runs_and_not_more_answers_of_one():
+    """Gains of .078, .007 and .004 by seed, over prompts that hardly differ: Student's interval of
+    three values, whatever the number of answers; pooled, they would seem to be certain."""
+    rng = np.random.default_rng(5)
+    seeds, groups = (x.ravel() for x in np.indices((3, 20, 30))[:2])
+    gains = np.array([0.078, 0.007, 0.004])[seeds] + rng.normal(0, 1e-3, len(seeds))
+    found, by_seed = over_seeds(gains, seeds, groups), student([0.078, 0.007, 0.004])
+    assert (found.low, found.high) == pytest.approx((by_seed.low, by_seed.high), abs=0.003)
+    assert found.low < 0 < found.value < found.high and (found.n_items, found.n_groups) == (3, 20)
+    assert over_seeds_p(gains, seeds, groups) == pytest.approx(0.35, abs=0.05)
+    assert bootstrap(gains, groups).low > 0.02
+    only = bootstrap(gains[seeds == 0], groups[seeds == 0])
+    assert over_seeds(gains[seeds == 0], seeds[seeds == 0], groups[seeds == 0]) == only
+
+
+def test_groups_that_differ_widen_a_win_rate_at_equal_length():
+    """Ten copies of each comparison tell nothing new where they are one group."""
+    won, length_a, length_b = judged(np.random.default_rng(6), n=80)
+    copies = [np.repeat(x, 10) for x in (won, length_a, length_b)]
+    once = length_controlled_win_rate(won, length_a, length_b)
+    naive = length_controlled_win_rate(*copies)
+    whole = length_controlled_win_rate(*copies, clusters=np.repeat(np.arange(80), 10))
+    assert whole.value == pytest.approx(once.value) and whole.n_groups == 80
+    assert whole.se == pytest.approx(once.se, rel=0.1) and naive.se < 0.4 * whole.se

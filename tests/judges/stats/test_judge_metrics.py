@@ -86,3 +86,19 @@ def test_answers_to_one_prompt_are_not_independent():
         naive, honest = of(*args), of(*args, prompts)
         assert honest.value == naive.value and honest.n_items == naive.n_items
         assert honest.high - honest.low > 2 * (naive.high - naive.low), of
+
+
+def test_the_number_of_judges_has_an_interval_and_no_ceiling():
+    """Errors that avoid one another are worth more than their number; copies of every item within a
+    prompt leave the interval as wide."""
+    rng = np.random.default_rng(4)
+    wrong = rng.integers(0, 4, 200)  # each item has at most one judge that errs
+    p = np.where(wrong[:, None] == np.arange(3), 0.1, 0.9)
+    apart = errors_together(p, np.ones(200))
+    assert apart.effective.value > 3 and apart.effective.low < apart.effective.value
+    shared = np.where(rng.random((60, 1)) < 0.2, 0.1, np.where(rng.random((60, 3)) < 0.2, 0.1, 0.9))
+    once = errors_together(shared, np.ones(60)).effective
+    copies, prompts = np.repeat(shared, 10, axis=0), np.repeat(np.arange(60), 10)
+    whole, naive = (errors_together(copies, np.ones(600), c).effective for c in (prompts, None))
+    assert whole.low == pytest.approx(once.low, rel=0.02) and whole.n_groups == 60
+    assert naive.high - naive.low < 0.5 * (whole.high - whole.low)
