@@ -8,7 +8,7 @@ Everybody was asked everything, so every method is counted on the same verdicts:
 is given fewer of them. Score of a label: 1 where it picks the side that gold picks, 0 on the other
 side, a half where it picks none (a coin would be right on half); over readings (a comparison under
 a principle) that gold decides and every method of a row has scored. Differences are paired, their
-intervals a bootstrap over prompts, 10,000 resamples. A method `helps` or `hurts` where its interval
+intervals over groups of prompts, 10,000 resamples. A method `helps` or `hurts` where its interval
 leaves out 0; else no difference was seen, which is not to say that there is none."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-from prefab.factory.stats import Estimate, bootstrap, undefined
+from prefab.factory.stats import Estimate, bootstrap, clustered_mean, undefined
 from prefab.judges import escalation as escalate
 from prefab.judges.stats.aggregate import dawid_skene, majority, mean_probability
 from prefab.judges.stats.rating_table import group
@@ -87,7 +87,7 @@ def compare(
     mine: np.ndarray,
     against: str,
     other: np.ndarray,
-    prompts: np.ndarray,
+    groups: np.ndarray,
     measure: str = "right",
 ) -> Row:
     """A row from two scores of the same readings."""
@@ -96,7 +96,8 @@ def compare(
         nothing = undefined("no reading that gold decides was scored by both")
         return Row(question, method, against, measure, nothing, nothing, nothing)
     value, of_other, difference = (
-        bootstrap(x[both], prompts[both], None, RESAMPLES) for x in (mine, other, mine - other)
+        of(x[both], groups[both], resamples=RESAMPLES)
+        for of, x in ((bootstrap, mine), (bootstrap, other), (clustered_mean, mine - other))
     )
     return Row(question, method, against, measure, value, of_other, difference)
 
@@ -113,7 +114,7 @@ def both_orders(data: RatingMatrix) -> Iterator[Row]:
             right(data.p[:, j], data.gold),
             f"{name}: one order",
             right(one, data.gold),
-            data.prompts,
+            data.groups,
         )
 
 
@@ -140,7 +141,7 @@ def _soft_or_hard(
             of(soft, data.gold),
             f"{name}: votes",
             of(label, data.gold),
-            data.prompts,
+            data.groups,
             measure,
         )
 
@@ -181,7 +182,7 @@ def panel_or_member(data: RatingMatrix) -> Iterator[Row]:
             right(mean_probability(panel.p).p, data.gold),
             f"best member ({names})",
             best,
-            data.prompts,
+            data.groups,
         )
 
 
@@ -209,7 +210,7 @@ def dawid_skene_or_majority(data: RatingMatrix) -> Iterator[Row]:
                 score["Dawid-Skene"],
                 other,
                 score[other],
-                data.prompts,
+                data.groups,
             )
         best, names = best_member(panel)
         yield compare(
@@ -218,7 +219,7 @@ def dawid_skene_or_majority(data: RatingMatrix) -> Iterator[Row]:
             score["Dawid-Skene"],
             f"best member ({names})",
             best,
-            data.prompts,
+            data.groups,
         )
 
 
@@ -261,7 +262,7 @@ def escalation(data: RatingMatrix, cheap: str, strong: str) -> tuple[list[Row], 
                 (f"{strong} always", always),
             ):
                 rows.append(
-                    compare("escalation", method, score[name], other, scores, data.prompts, measure)
+                    compare("escalation", method, score[name], other, scores, data.groups, measure)
                 )
     return rows, {name: float(mask.mean()) for name, mask in asked.items()}
 
@@ -304,7 +305,7 @@ def measure(store: Path, run: str, cheap: str, strong: str) -> dict[str, Any]:
     decided = np.isin(data.gold, (0.0, 1.0))
     own = {
         name: asdict(
-            bootstrap(score[~np.isnan(score)], data.prompts[~np.isnan(score)], None, RESAMPLES)
+            bootstrap(score[~np.isnan(score)], data.groups[~np.isnan(score)], None, RESAMPLES)
         )
         for name, score in (
             (name, right(data.p[:, j], data.gold)) for j, name in enumerate(data.judges)
@@ -316,6 +317,7 @@ def measure(store: Path, run: str, cheap: str, strong: str) -> dict[str, Any]:
         "readings": len(data.p),
         "decided": int(decided.sum()),
         "prompts": int(data.prompts.max()) + 1,
+        "groups": int(data.groups.max()) + 1,
         "judges": own,
         "escalated": shares,
         "unscored": {

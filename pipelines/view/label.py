@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.ledger import Ledger
-from prefab.factory.stats import wilson
+from prefab.factory.stats import clustered_share
 from prefab.judges.kinds import human
 from prefab.pipelines.quality.labeling import FIRST, First, LabelingSession, tasks
 from prefab.pipelines.store.labels import recorded
@@ -126,9 +126,10 @@ def agreement_of(rows: list[dict[str, Any]], who: str) -> list[dict[str, Any]]:
     found = []
     for name, theirs in sorted(others.items()):
         both = mine.keys() & theirs.keys()
-        same = sum(mine[place] == theirs[place] for place in both)
         if both:
-            found.append({"who": name, "n": len(both), "share": asdict(wilson(same, len(both)))})
+            same = [mine[place] == theirs[place] for place in both]
+            share = clustered_share(same, [prompt for prompt, *_ in both])
+            found.append({"who": name, "n": len(both), "share": asdict(share)})
     return found
 
 
@@ -136,7 +137,8 @@ def again_of(rows: list[dict[str, Any]], who: str) -> dict[str, Any] | None:
     """How often a person gives the same label again to a comparison that was labelled before."""
     undone = {value.get("undo") for value in rows}
     last: dict[human.Place, str] = {}
-    same = n = 0
+    same: list[bool] = []
+    prompts: list[str] = []
     for value in rows:
         if value.get("annotator") != who or human.name_of(value) in undone:
             continue
@@ -144,7 +146,7 @@ def again_of(rows: list[dict[str, Any]], who: str) -> dict[str, Any] | None:
             if one_label.winner == "skip":
                 continue
             if one_label.place in last:
-                n += 1
-                same += last[one_label.place] == one_label.winner_in_place
+                same.append(last[one_label.place] == one_label.winner_in_place)
+                prompts.append(one_label.prompt)
             last[one_label.place] = one_label.winner_in_place
-    return {"n": n, "share": asdict(wilson(same, n))} if n else None
+    return {"n": len(same), "share": asdict(clustered_share(same, prompts))} if same else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefab.factory.errors import ConfigError
-from prefab.factory.stats import wilson
+from prefab.factory.stats import clustered_share_of_sums
 from prefab.pipelines.view.filters import OUTCOMES
 from prefab.pipelines.view.index import Indexes, PageIndex
 from prefab.pipelines.view.jobs import Jobs
@@ -191,8 +191,14 @@ def _pace(view: View) -> dict[str, Any]:
 
 
 _FAULTS = """
-SELECT principle, count(*) AS critiques, count(*) FILTER (fault) AS faults, count(*) FILTER (fault IS NULL) AS unread
-FROM critiques WHERE run = $run GROUP BY ALL ORDER BY faults DESC, principle"""
+WITH each_group AS (
+  SELECT principle, coalesce(nullif("group", ''), prompt) AS "group", count(*) AS n,
+    count(*) FILTER (fault) AS hits, count(*) FILTER (fault IS NULL) AS unread
+  FROM critiques JOIN prompts USING (prompt) WHERE run = $run GROUP BY ALL)
+SELECT principle, sum(n)::BIGINT AS critiques, sum(hits)::BIGINT AS faults, sum(unread)::BIGINT AS unread,
+  count(*) AS groups, sum(hits * hits)::BIGINT AS hits_hits, sum(hits * n)::BIGINT AS hits_n,
+  sum(n * n)::BIGINT AS n_n
+FROM each_group GROUP BY ALL ORDER BY faults DESC, principle"""
 _REASONS = "SELECT role, reason, n FROM unscored WHERE run = $run ORDER BY n DESC"
 _FAILURES = """
 SELECT error, count(*) AS times, count(DISTINCT call) AS calls, max(failed_at) AS last FROM failures
@@ -223,7 +229,8 @@ def run(view: View, parameters: Parameters) -> Page:
     pairs = summary["decided"] + summary["ties"] + summary["unscored"]
     faults = view.reader.rows(_FAULTS, at)
     for row in faults:
-        row["share"] = asdict(wilson(row["faults"], row["critiques"]))
+        sums = [float(row.pop(name)) for name in ("groups", "hits_hits", "hits_n", "n_n")]
+        row["share"] = asdict(clustered_share_of_sums(row["critiques"], row["faults"], *sums))
     data = {
         "run": about["named"],
         "recipe": about["recipe"],
@@ -276,6 +283,15 @@ JOIN preferences n ON n.run = $new AND n.prompt = o.prompt AND n.a = o.a AND n.b
 JOIN samples u ON u.run = n.run AND u.prompt = n.prompt AND u."index" = n.a AND u.text = x.text
 JOIN samples v ON v.run = n.run AND v.prompt = n.prompt AND v."index" = n.b AND v.text = y.text
 WHERE o.run = $old AND NOT o.identical GROUP BY ALL"""
+# The same as sums over groups of prompts, for the interval of the share that flips.
+_FLIPPED = f"""
+WITH each_group AS (
+  SELECT coalesce(nullif("group", ''), prompt) AS "group", sum(n) AS n,
+    sum(n) FILTER (old IN ('a', 'b') AND new IN ('a', 'b') AND old <> new) AS hits
+  FROM ({_CROSSED.replace("SELECT", "SELECT o.prompt,", 1)}) JOIN prompts USING (prompt) GROUP BY ALL)
+SELECT sum(n) AS n, sum(coalesce(hits, 0)) AS hits, count(*) AS groups, sum(coalesce(hits, 0) ** 2) AS hits_hits,
+  sum(coalesce(hits, 0) * n) AS hits_n, sum(n ** 2) AS n_n
+FROM each_group"""
 
 
 def compare(view: View, parameters: Parameters) -> Page:
@@ -287,6 +303,7 @@ def compare(view: View, parameters: Parameters) -> Page:
     for row in rows:
         table[row["old"]][row["new"]] = row["n"]
     total = sum(row["n"] for row in rows)
+    (flipped,) = view.reader.rows(_FLIPPED, at)
     flips = table["a"]["b"] + table["b"]["a"]
     data = {
         "old": old["named"],
@@ -294,7 +311,7 @@ def compare(view: View, parameters: Parameters) -> Page:
         "table": table,
         "comparisons": total,
         "flips": flips,
-        "flip_rate": asdict(wilson(flips, total)),
+        "flip_rate": asdict(clustered_share_of_sums(*(float(x or 0) for x in flipped.values()))),
         "runs": [row["named"] for row in view.runs()],
     }
     command = view.command("diff", old["named"], new["named"])
