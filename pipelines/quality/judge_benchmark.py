@@ -350,23 +350,22 @@ def write(judged: Judged, out: Path) -> None:
 
 COLUMNS = (
     "metric",
-    "value",
+    "unread counted as wrong",
+    "of those read",
     "of",
-    "scored",
-    "if the unscored are wrong",
-    "right",
+    "read",
+    "unread counted as right",
 )
 
 
 def shown(lines: Sequence[adapters.BenchmarkLine]) -> list[tuple[Any, ...]]:
-    """Metrics as rows of a table."""
-    return [
-        (
-            line.name,
-            line.undefined if line.value is None else Measured(line.value, line.low, line.high),
-            line.n,
-            line.scored,
-            *((line.worst, line.best) if line.scored < line.n else (None, None)),
-        )
-        for line in lines
-    ]
+    """Metrics as rows of a table. Benchmarks count a verdict that could not be read as wrong, so
+    that comes first; then the value of those that were read.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for line in lines:
+        value = line.undefined if line.value is None else Measured(line.value, line.low, line.high)
+        unread = line.scored < line.n
+        told = (line.worst if unread else value, value if unread else None)
+        rows.append((line.name, *told, line.n, line.scored, line.best if unread else None))
+    return rows

@@ -767,3 +767,15 @@ def test_the_command(tmp_path):
     assert isinstance(done.exception, ConfigError) and "either a PIPELINE.yaml" in str(
         done.exception
     )
+
+
+def test_a_verdict_that_could_not_be_read_is_told_both_ways():
+    """Counted as wrong, as benchmarks do, and left out."""
+    from prefab.judges.benchmarks.adapters import BenchmarkLine
+    from prefab.pipelines.quality.judge_benchmark import shown
+
+    some = BenchmarkLine("some", 0.525, 100, 95, 0.4, 0.6, worst=0.5, best=0.55)
+    every = BenchmarkLine("every", 0.5, 100, 100, 0.4, 0.6, worst=0.5, best=0.5)
+    (_, wrong, read, n, scored, right), (_, value, *rest) = shown([some, every])
+    assert (wrong, read.value, n, scored, right) == (0.5, 0.525, 100, 95, 0.55)
+    assert value.value == 0.5 and rest == [None, 100, 100, None]
