@@ -88,3 +88,24 @@ def test_an_export_ends_in_words_and_the_earlier_one_stays(tmp_path):
     assert [code for code, _ in done] == [0, 0, 1, 1, 0, 0, 0], done
     assert "No space left" in done[3][1] and "Traceback" not in done[3][1]
     assert pl.read_parquet(kept / "preference/*.parquet").height > 0
+
+
+def test_a_rebuild_ends_in_words_and_goes_on(tmp_path):
+    """There is room for the ledger, and none for the DuckDB file that is made from it."""
+    run(pipeline(tmp_path, prompts=40), engines=engine())
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    rebuild = f"{PREFAB} store rebuild --store {disk}"
+    done = on_a_disk(
+        disk,
+        "DISK 100m",
+        f"cp {tmp_path}/store/ledger.sqlite {disk}",
+        f"dd if=/dev/zero of={disk}/filler bs=1k",
+        f"truncate -s -600k {disk}/filler",
+        rebuild,
+        f"rm {disk}/filler",
+        rebuild,
+        f"cp -r {disk} {kept}",
+    )
+    assert [code for code, _ in done] == [0, 0, 1, 0, 1, 0, 0, 0], done
+    assert "the disk is full" in done[4][1] and "Traceback" not in done[4][1]
+    assert rows(kept) == rows(tmp_path / "store")
