@@ -76,7 +76,7 @@ def test_each_method_ends_at_its_own_optimum(tmp_path, method, length):
 
 
 def test_grpo_ends_at_the_optimum_of_a_world_of_one_token(tmp_path):
-    row = exact_optimum.run_one(tmp_path, "grpo forward", 1, 0.6, 1, steps=100)
+    row = exact_optimum.run_one(tmp_path, "grpo forward", 1, 0.6, 1, steps=50, rate=1e-2)
     assert row["tv_end"] <= exact_optimum.GOAL < 0.3 < row["tv_start"]
     assert row["tv_to_other_optima"]["ppo, rloo"] > 0.05
 
