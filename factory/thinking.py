@@ -67,7 +67,8 @@ def split_thinking(text: str) -> ThinkingSplit:
         return ThinkingSplit("", text)
     if begun := _CHANNELS.match(text):
         return _of_channels(text, begun.end())
-    parts, found = [], _block(text) or ThinkingSplit("", text)
+    parts: list[str] = []
+    found = _block(text) or ThinkingSplit("", text)
     while found.finished and len(parts) < MOST_BLOCKS and _OPENING.match(found.answer):
         again = _block(found.answer)
         if again is None:

@@ -102,6 +102,15 @@ FAMILIES = {
         "<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <PRE> <MID> <SUF> <EOT> <|fim_prefix|> "
         "<|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
     ),
+    "longcat": (
+        "<longcat_s> <longcat_user> <longcat_assistant> <longcat_system> <longcat_think> "
+        "</longcat_think> <longcat_tool_call> </longcat_tool_call>"
+    ),
+    "telechat": "<_start> <_end> <_user> <_bot> <_system> <_observation> <_pad>",
+    "function gemma": (
+        "<start_function_call> <end_function_call> <start_function_declaration> "
+        "<end_function_declaration> <start_function_response> <end_function_response>"
+    ),
     "bert": "[CLS] [SEP] [MASK] [PAD] [UNK]",
 }
 _HTML = re.compile(r"</?[a-z][a-z0-9]{0,10}>")  # tags that some tokenizers have as one token
