@@ -122,7 +122,7 @@ def _others(view: View, about: Row, index: PageIndex, filters: Filters) -> Mask:
     run = about["run"]
     if filters.against:
         other = view.run(filters.against)["run"]
-        known = view.indexes.get(other, view.indexes.smallest)
+        known = view.index(other, run)
         if known is not None:
             same = index.same_in(known)
             was = known.column("outcome")[same]

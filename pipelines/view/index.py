@@ -32,7 +32,7 @@ from prefab.pipelines.view.filters import OUTCOMES, RANGES, Filters, words_of
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
-FORMAT = 1
+FORMAT = 2
 CURRENT = "current.json"
 DENSE = 32  # a set that has more than one of so many rows is stored as bits
 FROM = 20_000  # preferences of a run; fewer are asked of the store itself
@@ -348,6 +348,32 @@ class PageIndex:
         found = np.where(self.there, found, -1)
         self._same = (other, found)
         return found
+
+    def crossed(self, other: PageIndex) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
+        """How many comparisons that another run has too went from one outcome to another there, and
+        sums over groups of prompts of those that flip. Two equal texts are no comparison.
+        """
+        same, n = self.same_in(other), len(OUTCOMES)
+        both = (same >= 0) & (self.column("identical") == 0)
+        was = self.column("outcome")[both].astype(np.int64)
+        now = other.column("outcome")[same[both]].astype(np.int64)
+        counts = np.bincount(n * was + now, minlength=n * n).reshape(n, n).tolist()
+        table = {
+            name: dict(zip(OUTCOMES, row, strict=True))
+            for name, row in zip(OUTCOMES, counts, strict=True)
+        }
+        group = np.unique(self.column("cluster")[both], return_inverse=True)[1]
+        size = np.bincount(group)
+        hits = np.bincount(group, weights=was + now == 1)  # a and b, or b and a
+        sums = {
+            "n": size.sum(),
+            "hits": hits.sum(),
+            "groups": len(size),
+            "hits_hits": hits @ hits,
+            "hits_n": hits @ size,
+            "n_n": size @ size,
+        }
+        return table, {name: float(value) for name, value in sums.items()}
 
 
 class Indexes:

@@ -39,8 +39,8 @@ _ANSWERS = """
 CREATE TABLE answers AS SELECT row_number() OVER () - 1 AS doc, prompt, "index", text FROM s.samples
 WHERE run = $run AND prompt IN (SELECT prompt FROM rows)"""
 _QUESTIONS = """
-CREATE TABLE questions AS SELECT row_number() OVER () - 1 + (SELECT count(*) FROM answers) AS doc, prompt, text, tags
-FROM s.prompts WHERE prompt IN (SELECT prompt FROM rows)"""
+CREATE TABLE questions AS SELECT row_number() OVER () - 1 + (SELECT count(*) FROM answers) AS doc, prompt, text, tags,
+  coalesce(nullif("group", ''), prompt) AS "group" FROM s.prompts WHERE prompt IN (SELECT prompt FROM rows)"""
 _READ = """
 CREATE TABLE read AS SELECT "row", principle, judge, repeat, bool_or(winner = 'a') AND bool_or(winner = 'b') AS differ,
   list(DISTINCT reason) FILTER (reason IS NOT NULL) AS reasons, sum(v.p_a - 0.5) AS above, count(v.p_a) AS n
@@ -49,7 +49,8 @@ _COLUMNS = f"""
 SELECT id, hash(r.prompt, r.a, r.b, x.text, y.text) AS key, (list_position({list(OUTCOMES)}, outcome) - 1)::UTINYINT AS outcome,
   identical, p_chosen, p_a, spread,
   (CASE outcome WHEN 'b' THEN length(y.text) - length(x.text) ELSE length(x.text) - length(y.text) END)::FLOAT AS length,
-  coalesce(x.doc, -1)::INTEGER AS a, coalesce(y.doc, -1)::INTEGER AS b, coalesce(q.doc, -1)::INTEGER AS question
+  coalesce(x.doc, -1)::INTEGER AS a, coalesce(y.doc, -1)::INTEGER AS b, coalesce(q.doc, -1)::INTEGER AS question,
+  hash(q."group") AS cluster
 FROM rows r LEFT JOIN answers x ON x.prompt = r.prompt AND x."index" = r.a
 LEFT JOIN answers y ON y.prompt = r.prompt AND y."index" = r.b LEFT JOIN questions q ON q.prompt = r.prompt
 ORDER BY "row" """

@@ -61,9 +61,12 @@ class View:
         n: int = self.reader.cached(f"size {run}", lambda: self.reader.value(sql, {"run": run}))
         return n
 
-    def index(self, run: int) -> PageIndex | None:
-        """The index of a run's preferences; None while there is none, or where none is needed."""
-        return self.indexes.get(run, self.size(run))
+    def index(self, run: int, beside: int | None = None) -> PageIndex | None:
+        """The index of a run's preferences; None while there is none, or where none is needed: for
+        the run and for another one that it is compared with.
+        """
+        sizes = [self.size(one_run) for one_run in (run, beside) if one_run is not None]
+        return self.indexes.get(run, max(sizes))
 
     def end(self) -> None:
         """Stop what runs in the background, and close the store."""
@@ -294,16 +297,26 @@ SELECT sum(n) AS n, sum(coalesce(hits, 0)) AS hits, count(*) AS groups, sum(coal
 FROM each_group"""
 
 
+def _crossed(view: View, old: int, new: int) -> tuple[dict[str, dict[str, int]], Row]:
+    """How many comparisons that both runs have went from one outcome to another, and sums over
+    groups of prompts of those that flip.
+    """
+    before, after = (view.index(run, beside) for run, beside in ((old, new), (new, old)))
+    if before and after:
+        return before.crossed(after)
+    at = {"old": old, "new": new}
+    table = {was: dict.fromkeys(OUTCOMES, 0) for was in OUTCOMES}
+    for row in view.reader.rows(_CROSSED, at):
+        table[row["old"]][row["new"]] = row["n"]
+    return table, view.reader.rows(_FLIPPED, at)[0]
+
+
 def compare(view: View, parameters: Parameters) -> Page:
     """Two runs on the comparisons that both have: outcomes before and after."""
     old, new = view.run(one(parameters, "old")), view.run(one(parameters, "new"))
     at = {"old": old["run"], "new": new["run"]}
-    rows = view.reader.rows(_CROSSED, at)
-    table = {was: dict.fromkeys(OUTCOMES, 0) for was in OUTCOMES}
-    for row in rows:
-        table[row["old"]][row["new"]] = row["n"]
-    total = sum(row["n"] for row in rows)
-    (flipped,) = view.reader.rows(_FLIPPED, at)
+    table, flipped = _crossed(view, old["run"], new["run"])
+    total = sum(n for row in table.values() for n in row.values())
     flips = table["a"]["b"] + table["b"]["a"]
     data = {
         "old": old["named"],

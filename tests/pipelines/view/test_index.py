@@ -84,6 +84,11 @@ def test_the_index_shows_what_the_store_shows(marked, tmp_path):
             assert shown(indexed, address) == expected, address
             totals.add(len(expected[0]))
         assert len(totals) > 10  # the filters differ
+        for old, new in (("world", "world-rejudge"), ("world-rejudge", "world")):
+            address = f"/compare?format=json&old={old}&new={new}"
+            found, expected = (c.get(address).json() for c in (indexed, plain))
+            assert found["table"] == expected["table"] and found["comparisons"] > 0
+            assert found["flip_rate"] == expected["flip_rate"]
 
 
 def test_a_store_that_changes_is_followed(store, tmp_path):
