@@ -28,6 +28,7 @@ from prefab.factory.types import Order
 from prefab.judges import registry
 from prefab.judges.kinds import human
 from prefab.pipelines.store.labels import recorded
+from prefab.pipelines.store.selection import IN_SAMPLE, Selection
 
 FIRST = ("unsure", "divided", "random")
 First = Literal["unsure", "divided", "random"]
@@ -38,18 +39,20 @@ _ORDERS: dict[str, str] = {
     "divided": "-greatest(coalesce(between, 0), coalesce(slots, 0) / 2)",
     "random": "0",
 }
-_TASKS = """
+_TASKS = f"""
 WITH judged AS (
     SELECT prompt, a, b, principle, avg(p_a) AS p, stddev_pop(p_a) AS between, avg(abs(p_ab - p_ba)) AS slots
-    FROM readings WHERE run = ? GROUP BY ALL)
+    FROM readings v WHERE run = $run AND ({IN_SAMPLE} OR prompt IN (SELECT prompt FROM human_labels)
+      OR ($waits AND NOT EXISTS (SELECT 1 FROM preferences f
+        WHERE f.run = $run AND f.prompt = v.prompt AND f.a = v.a AND f.b = v.b))) GROUP BY ALL)
 SELECT j.prompt, j.a, j.b, j.principle, x.sample AS sample_a, x.text AS text_a, y.sample AS sample_b, y.text AS text_b,
-    q.messages, r.compare, {order} AS rank, f.preference IS NOT NULL AS settled
+    q.messages, r.compare, {{order}} AS rank, f.preference IS NOT NULL AS settled
 FROM judged j
-JOIN samples x ON x.run = ? AND x.prompt = j.prompt AND x."index" = j.a
-JOIN samples y ON y.run = ? AND y.prompt = j.prompt AND y."index" = j.b
+JOIN samples x ON x.run = $run AND x.prompt = j.prompt AND x."index" = j.a
+JOIN samples y ON y.run = $run AND y.prompt = j.prompt AND y."index" = j.b
 JOIN prompts q ON q.prompt = j.prompt
 LEFT JOIN preferences f ON f.run = x.run AND f.prompt = j.prompt AND f.a = j.a AND f.b = j.b
-LEFT JOIN principles r ON r.constitution = ? AND r.principle = j.principle
+LEFT JOIN principles r ON r.constitution = $constitution AND r.principle = j.principle
 WHERE x.text IS NOT NULL AND y.text IS NOT NULL
 """
 
@@ -143,10 +146,13 @@ def tasks(
     first: First = "unsure",
     seed: int = 0,
     principles: Sequence[str] = (),
+    sample: int = 0,
 ) -> list[Task]:
     """Every comparison of a run that judges were asked about, each pair of texts once under a
     principle, in the order in which people should be asked: what the run waits for and nobody has
-    labelled, where people are in its panel, unless the order is random; then as `first` says.
+    labelled, where people are in its panel, unless the order is random; then as `first` says. With
+    a `sample`, of a run with more prompts: what the run waits for, what is labelled, and the
+    comparisons of about so many prompts.
 
     Raises: ConfigError for a run or a principle that is not there, or a run without comparisons.
     """
@@ -155,9 +161,11 @@ def tasks(
 
     record = find_run(store, run)
     number, name = record["run"], f"{record['name']}@{record['version']}"
-    rows = query(
-        store, _TASKS.format(order=_ORDERS[first]), [number, number, number, record["constitution"]]
-    ).to_dicts()
+    at = {"run": number, "constitution": record["constitution"], "of_groups": 1, "waits": False}
+    if sample:
+        at["of_groups"] = Selection(store, record).sampled(sample).of_groups
+        at["waits"] = first != "random" and bool(_people(record["config"]))
+    rows = query(store, _TASKS.format(order=_ORDERS[first]), at).to_dicts()
     there = sorted({row["principle"] for row in rows})
     unknown = [principle for principle in principles if principle not in there]
     if unknown:
@@ -188,13 +196,18 @@ def _waiting(store: Path, config: str, unsettled: set[human.Place]) -> set[human
     run's resolved configuration (JSON), for any judge that people answer. Where they are split, it
     is missing too.
     """
-    by_people = {kind for kind in registry.JUDGES if registry.JUDGES[kind].shows == "people"}
-    panel = orjson.loads(config).get("panel") or {}
-    asked = [judge for judge in panel.get("judges", ()) if judge.get("kind") in by_people]
+    asked = _people(config)
     rows = recorded(store) if asked else []
     answers = [human.answers(rows, judge.get("annotators") or ()) for judge in asked]
     missing = (None, ())
     return {key for key in unsettled if any(not said.get(key, missing)[0] for said in answers)}
+
+
+def _people(config: str) -> list[dict[str, Any]]:
+    """The judges of a run's resolved configuration (JSON) that people answer."""
+    by_people = {kind for kind in registry.JUDGES if registry.JUDGES[kind].shows == "people"}
+    panel = orjson.loads(config).get("panel") or {}
+    return [judge for judge in panel.get("judges", ()) if judge.get("kind") in by_people]
 
 
 def _luck(seed: int, row: dict[str, Any]) -> bytes:

@@ -21,6 +21,7 @@ from prefab.pipelines.store.labels import recorded
 from prefab.pipelines.view.pages import Page, Parameters, View, one
 
 LONGEST_NAME = 60
+SAMPLE = 2000  # prompts of a run with more, from which people are asked
 _LOCK = threading.RLock()
 _SESSIONS: dict[tuple[str, ...], LabelingSession] = {}
 
@@ -55,13 +56,18 @@ def session(view: View, parameters: Parameters) -> tuple[LabelingSession, str, s
     with _LOCK:
         if key not in _SESSIONS:
             view.reader.close()  # the tasks are read by `prefab label`'s own queries
-            todo = tasks(
-                view.folder, run, who, cast("First", first), 0, [principle] if principle else ()
-            )
+            under = [principle] if principle else ()
+            todo = tasks(view.folder, run, who, cast("First", first), 0, under, SAMPLE)
             record = _recorder(view.folder)
             _SESSIONS[key] = LabelingSession(todo, lambda: recorded(view.folder), who, 0, record)
         _SESSIONS[key].refresh()
         return _SESSIONS[key], who, first
+
+
+def _prompts(view: View, run: int) -> int:
+    sql = "SELECT count(DISTINCT prompt) FROM preferences WHERE run = $run"
+    n: int = view.reader.cached(f"prompts {run}", lambda: view.reader.value(sql, {"run": run}))
+    return n
 
 
 def label(view: View, parameters: Parameters) -> Page:
@@ -88,6 +94,7 @@ def label(view: View, parameters: Parameters) -> Page:
             },
             "done": len(found.done),
             "left": len(found.todo),
+            "sampled": _prompts(view, view.run(one(parameters, "run"))["run"]) > SAMPLE,
             "others": agreement_of(rows, who),
             "again": again_of(rows, who),
             "people": Counter(known.annotator for known in human.latest(rows)).most_common(12),

@@ -7,6 +7,7 @@ import html
 import re
 import time
 
+import duckdb
 import pytest
 
 from prefab import agreement
@@ -191,6 +192,17 @@ def test_labels_are_those_of_prefab_label(store):
         assert bad.status_code == 404 and "is none of a, b, tie, skip, undo" in html.unescape(
             bad.text
         )
+
+
+def test_people_are_asked_from_a_sample_of_a_large_run_in_the_same_order(store):
+    prompt = query(store, "SELECT max(prompt) FROM human_labels").item()
+    with duckdb.connect(str(store / "prefab.duckdb")) as con:
+        con.execute("DELETE FROM human_labels WHERE prompt <> ?", [prompt])
+    whole, some = (tasks(store, "world", "eve", sample=n) for n in (0, 3))
+    names = {task.name() for task in some}
+    assert len(some) < len(whole) and len({task.prompt for task in some}) > 1
+    assert [task.name() for task in whole if task.name() in names] == [t.name() for t in some]
+    assert all(task in some for task in whole if task.prompt == prompt)
 
 
 def test_agreement_with_others_and_with_oneself():
