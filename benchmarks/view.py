@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.store import store
 from prefab.pipelines.store import fill
 
+LONGEST_S = 600  # of what is made in the background
 PAIRS = ((0, 1), (0, 2), (1, 2), (2, 3))
 CONFIG = {
     "recipe": "rlaif",
@@ -109,6 +111,7 @@ QUERIES = {
     "row 900,000": "preferences?start=900000&part=rows",
     "one preference": "preference?id={id}",
     "runs": "runs",
+    "constitution": "constitution",
 }
 
 
@@ -124,49 +127,65 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
         "0",
     ]
     began = time.monotonic()
-    with subprocess.Popen([*command, "--no-browser"], stdout=subprocess.PIPE, text=True) as server:
+    cache = os.environ.get("PREFAB_CACHE") or str(folder.parent / "cache")
+    with subprocess.Popen(
+        [*command, "--no-browser"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PREFAB_CACHE": cache},
+    ) as server:
         try:
-            assert server.stdout is not None
-            address, _, token = server.stdout.readline().strip().partition("?token=")
-            jar = urllib.request.HTTPCookieProcessor()
-            opener = urllib.request.build_opener(jar)
-            opener.open(f"{address}runs?token={token}").read()
-            found: dict[str, Any] = {"first_page_s": round(time.monotonic() - began, 2)}
-            some = opener_json(opener, f"{address}preferences?format=json")["rows"][7]
-            began = time.monotonic()
-            # a small store has none
-            while opener_json(opener, f"{address}preferences?format=json")["index"]["state"] in [
-                "building",
-                "behind",
-            ]:
-                time.sleep(0.5)
-            found["index_s"] = round(time.monotonic() - began, 1)
-            pages = {}
-            for name, page in QUERIES.items():
-                times, cpu = [], []
-                for i in range(repeats):
-                    # another address each time, so that nothing is kept from the time before
-                    url = page.format(id=some["preference"]) + f"{'&' if '?' in page else '?'}x={i}"
-                    if page.startswith("preferences"):
-                        url += f"&spread_max={10 + i}"
-                    used, start = _cpu(server.pid), time.monotonic()
-                    opener.open(address + url).read()
-                    times.append(time.monotonic() - start)
-                    cpu.append(_cpu(server.pid) - used)
-                pages[name] = {
-                    "median_ms": round(1000 * statistics.median(times)),
-                    "cpu_ms": round(1000 * statistics.median(cpu)),
-                }
-            status = Path(f"/proc/{server.pid}/status").read_text()
-            found["peak_mb"] = int(status.split("VmHWM:")[1].split()[0]) // 1024
+            return _measure(server, began, repeats)
         finally:  # whatever fails: the block waits for its end
             server.terminate()
+
+
+def _measure(server: subprocess.Popen[str], began: float, repeats: int) -> dict[str, Any]:
+    assert server.stdout is not None
+    address, _, token = server.stdout.readline().strip().partition("?token=")
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    opener.open(f"{address}runs?token={token}").read()
+    found: dict[str, Any] = {"first_page_s": round(time.monotonic() - began, 2)}
+    grid = f"{address}preferences?format=json"
+    some = _json(opener, grid)["rows"][7]
+    found["index_s"] = _seconds(
+        lambda: _json(opener, grid)["index"]["state"] not in ("building", "behind")
+    )
+    pages = {}
+    for name, page in QUERIES.items():
+        times, cpu = [], []
+        for i in range(repeats):
+            # another address each time, so that nothing is kept from the time before
+            url = page.format(id=some["preference"]) + f"{'&' if '?' in page else '?'}x={i}"
+            if page.startswith("preferences"):
+                url += f"&spread_max={10 + i}"
+            used, start = _cpu(server.pid), time.monotonic()
+            opener.open(address + url).read()
+            times.append(time.monotonic() - start)
+            cpu.append(_cpu(server.pid) - used)
+        pages[name] = {
+            "median_ms": round(1000 * statistics.median(times)),
+            "cpu_ms": round(1000 * statistics.median(cpu)),
+        }
+    found["agreement_s"] = _seconds(lambda: opener.open(f"{address}agreement").status == 200)
+    found["label_s"] = _seconds(lambda: opener.open(f"{address}label").status == 200)
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    found["peak_mb"] = int(status.split("VmHWM:")[1].split()[0]) // 1024
     return {**found, "pages": pages}
 
 
-def opener_json(opener: urllib.request.OpenerDirector, url: str) -> Any:
-    """A page's JSON."""
+def _json(opener: urllib.request.OpenerDirector, url: str) -> Any:
     return orjson.loads(opener.open(url).read())
+
+
+def _seconds(done: Callable[[], bool]) -> float:
+    """How long it takes until this is so."""
+    began = time.monotonic()
+    while not done():
+        if time.monotonic() - began > LONGEST_S:
+            raise TimeoutError(f"not done after {LONGEST_S} s")
+        time.sleep(0.5)
+    return round(time.monotonic() - began, 1)
 
 
 def _cpu(pid: int) -> float:
