@@ -157,15 +157,9 @@ def tasks(
     Raises: ConfigError for a run or a principle that is not there, or a run without comparisons.
     """
     from prefab.pipelines.store.export.base import find_run
-    from prefab.pipelines.store.fill import query
 
     record = find_run(store, run)
-    number, name = record["run"], f"{record['name']}@{record['version']}"
-    at = {"run": number, "constitution": record["constitution"], "of_groups": 1, "waits": False}
-    if sample:
-        at["of_groups"] = Selection(store, record).sampled(sample).of_groups
-        at["waits"] = first != "random" and bool(_people(record["config"]))
-    rows = query(store, _TASKS.format(order=_ORDERS[first]), at).to_dicts()
+    name, rows = f"{record['name']}@{record['version']}", _judged(store, record, first, sample)
     there = sorted({row["principle"] for row in rows})
     unknown = [principle for principle in principles if principle not in there]
     if unknown:
@@ -189,6 +183,19 @@ def tasks(
         return item[0].key not in waiting, item[1]["rank"], _luck(seed, item[1])
 
     return [task for task, _ in sorted(by_key.values(), key=turn)]
+
+
+def _judged(store: Path, record: dict[str, Any], first: First, sample: int) -> list[dict[str, Any]]:
+    """The comparisons of a run that people may be asked about, as rows."""
+    from prefab.pipelines.store.fill import query
+
+    at = {
+        "run": record["run"],
+        "constitution": record["constitution"],
+        "of_groups": Selection(store, record).sampled(sample).of_groups if sample else 1,
+        "waits": first != "random" and bool(_people(record["config"])),
+    }
+    return query(store, _TASKS.format(order=_ORDERS[first]), at).to_dicts()
 
 
 def _waiting(store: Path, config: str, unsettled: set[human.Place]) -> set[human.Place]:
