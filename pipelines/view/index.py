@@ -28,7 +28,7 @@ import numpy.typing as npt
 from prefab.factory.keys import digest
 from prefab.factory.paths import cache_folder
 from prefab.factory.store import store
-from prefab.pipelines.view.filters import OUTCOMES, RANGES, Filters, words_of
+from prefab.pipelines.view.filters import OUTCOMES, RANGES, SORTS, Filters, words_of
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -44,7 +44,7 @@ HISTOGRAMS = {
     "spread": ("spread", 0.0, 0.5, "spread of the readings"),
     "length": ("length", -400.0, 400.0, "preferred answer longer by, characters"),
 }
-_KEPT = 8  # masks of filters that were asked for last
+_KEPT = 4  # masks of filters that were asked for last
 
 
 def file_state(folder: Path) -> list[int]:
@@ -159,7 +159,7 @@ class PageIndex:
         self.at = (folder / CURRENT).stat().st_mtime
         self.segments = [Segment(folder / name) for name in current["segments"]]
         self._overlay = folder / current["overlay"]
-        self.places: Array = np.load(self._overlay / "places.npy")
+        self.places: Array = np.load(self._overlay / "places.npy", mmap_mode="r")
         self.there = self.places >= 0
         rising = bool(np.all(np.diff(self.places) > 0))
         self._order = None if rising else np.argsort(self.places, kind="stable")
@@ -296,16 +296,21 @@ class PageIndex:
         """What the rows are sorted by, ascending; as `filters.SORTS`."""
         if sort == "stored":
             return None
-        if (key := f"sort {sort}") not in self._columns:
-            if sort == "unsure":
-                values = np.abs(self.column("p_a") - 0.5)
-                values = np.where(np.isnan(values), 2.0, values) + 10 * self.column("identical")
-            else:
-                from_column = {"sure": "p_a", "spread": "spread", "length": "length"}[sort]
-                values = self.column(from_column).astype(np.float64)
-                values = -np.abs(values - 0.5 if sort == "sure" else values)
-            self._columns[key] = np.nan_to_num(values, nan=np.inf)
-        return self._columns[key]
+        kept = self._columns.get(key := f"sort {sort}")
+        if kept is not None:
+            return kept
+        if sort == "unsure":
+            values = np.abs(self.column("p_a") - 0.5)
+            values = np.where(np.isnan(values), 2.0, values) + 10 * self.column("identical")
+        else:
+            from_column = {"sure": "p_a", "spread": "spread", "length": "length"}[sort]
+            values = self.column(from_column).astype(np.float64)
+            values = -np.abs(values - 0.5 if sort == "sure" else values)
+        found: Array = np.nan_to_num(values, nan=np.inf)
+        for other in SORTS:  # one is kept: each takes 8 MB a million rows
+            self._columns.pop(f"sort {other}", None)
+        self._columns[key] = found
+        return found
 
     def window(self, mask: Mask, sort: str, start: int, n: int) -> Array:
         """The rows from the `start`-th of a mask on, in this order."""
