@@ -36,7 +36,7 @@ ROWS = {
         FROM range($prompts) t(i)""",
     "samples": """
         SELECT md5(i || '-' || k), 1, md5(i::VARCHAR), k, -1, 0, '',
-            repeat(md5(k || '-' || i), 15) || i, 'stop', NULL, md5(i || 'call' || k), ''
+            repeat(md5(k || '-' || i), 15) || i, 'stop', NULL, md5(i || 'call' || k), '', NULL
         FROM range($prompts) t(i), range($samples) u(k)""",
     "preferences": """
         SELECT md5(i || '+' || k), 1, md5(i::VARCHAR), k, k + 1, 'a', k, k + 1, 0.8, 0.8, 0.0, 1, 1,

@@ -21,6 +21,8 @@ settings.load_profile("prefab")
 # One thread a process: there are as many processes as cores.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):
     os.environ.setdefault(name, "1")
+# The width of lines is that of a pipe, not what pytest-xdist says of a terminal.
+os.environ.pop("COLUMNS", None)
 
 HERE = Path(__file__).parent
 # What a machine may lack, or have: a test skipped for any other reason is a failure.

@@ -48,6 +48,11 @@ class DeadlyQuestions:
         self._alone: Question | None = None  # of the suspects, the one that is asked
         self._changed = asyncio.Event()
 
+    @property
+    def searching(self) -> bool:
+        """Whether questions are asked one at a time."""
+        return bool(self._suspects)
+
     @contextmanager
     def question(self) -> Iterator[Question]:
         """A question, until it is answered or given up."""

@@ -409,7 +409,7 @@ class VLLM(Engine):
 
     def _most_restarts(self) -> int:
         answers = self._replicas.all[0].calls if self._replicas else 0
-        found = self._deadly.found if self._deadly else 0
+        found = self._deadly.found + self._deadly.searching if self._deadly else 0
         return MOST_RESTARTS * (1 + found) + answers // ANSWERS_PER_RESTART
 
     async def _confirm(self) -> None:

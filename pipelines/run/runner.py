@@ -225,10 +225,11 @@ async def run_async(
                 loaded.take_over(ledger, record)
             ledger.probe_first(made.values())
             ctx = Context.of(loaded, record.id, ledger, made)
+            before = {name: engine.starting_s for name, engine in made.items()}
             began = time.monotonic()
             state, reason = await _work(loaded, ctx, total, quiet)
-            starting = max((engine.starting_s for engine in made.values()), default=0.0)
-            seconds = time.monotonic() - began - starting
+            started = (engine.starting_s - before[name] for name, engine in made.items())
+            seconds = time.monotonic() - began - max(started, default=0.0)
     finally:
         await ledger.close(drain=not (ctx and ctx.hurry))
     kept = (

@@ -587,10 +587,10 @@ def test_a_question_of_which_our_server_dies_does_not_end_the_run(deadly, tmp_pa
         finally:
             await engine.stop()
 
-    answers = asyncio.run(asyncio.wait_for(scenario(), 60))
+    answers = asyncio.run(asyncio.wait_for(scenario(), 150))
     starts = len(pids.read_text().split())
     if not deadly:
-        assert {type(answer) for answer in answers} == {TransportError} and starts == 4
+        assert {type(answer) for answer in answers} == {TransportError} and 4 <= starts <= 7
         return
     for text, answer in zip([*texts, "last"], answers, strict=True):
         if deadly in text:

@@ -175,3 +175,11 @@ def test_drafts_without_any_text_are_told(tmp_path, capsys):
     assert (result.empty, result.samples.height) == (6, 6)
     report(result)
     assert "drafts without any text" in capsys.readouterr().out
+
+
+def test_the_start_of_an_engine_is_not_taken_off_a_later_run(tmp_path):
+    """Two runs of one process on one engine, which started in the first of them."""
+    engines = project.engine(delay_s=0.02)
+    engines["local"].starting_s = 60.0
+    result = run(project.pipeline(tmp_path, prompts=2), engines=engines)
+    assert result.asked and 0.02 < result.seconds < 60
