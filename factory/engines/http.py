@@ -478,8 +478,9 @@ class HttpClient:
             self._silent_s = SILENT_S
         elif silent_s >= self._silent_s and not self.health.down:
             self._silent_s *= 4
+            waiting = "1 request waits" if self._asking == 1 else f"{self._asking} requests wait"
             self.tell(
-                f"{self.url} has not answered for {silent_s:.0f} s; {self._asking} requests wait, "
+                f"{self.url} has not answered for {silent_s:.0f} s; {waiting}, "
                 f"each for {self.config.timeout_s:g} s at most (`timeout_s`)"
             )
 

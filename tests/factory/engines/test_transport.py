@@ -731,8 +731,9 @@ def test_silence_is_said_and_ends_by_the_time_that_answers_took(monkeypatch):
         answers = run(engine, *(question(str(i)) for i in range(100)), at_once=1)
     assert [a.text for a in answers] == [f"said {i}" for i in range(100)]
     assert time.monotonic() - began < 20
-    assert len(engine.said) == 1 and "has not answered for" in engine.said[0]
-    assert "1 requests wait" in engine.said[0] or "1 request waits" in engine.said[0]
+    # on a busy machine the 279 questions of the start can wait as long
+    (said,) = [line for line in engine.said if "; 279 requests wait" not in line]
+    assert "has not answered for" in said and "; 1 request waits" in said
 
 
 # --- rate limits ---
