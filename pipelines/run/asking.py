@@ -114,8 +114,8 @@ async def asking_session(
 
 
 async def record_evaluation(store: Path, value: dict[str, Any]) -> None:
-    """Put a result into the ledger of a store, whose pages show it. What was asked for it stays in
-    the ledger of the session. Nothing where there is no store.
+    """Put a result into the ledger of a store, whose pages show it. The calls that it took stay in
+    the ledger that `asking_session` opened. Nothing where there is no store.
     """
     if (store / db.FILE).exists():
         ledger = Ledger.open(store)

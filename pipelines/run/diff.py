@@ -122,7 +122,7 @@ class PrincipleMoved:
 
 @dataclass(slots=True)
 class Diff:
-    """The difference between two versions. Intervals are over prompts."""
+    """The difference between two versions. Intervals are over groups of prompts."""
 
     old: Version
     new: Version
