@@ -47,6 +47,10 @@ MINUTES ?= 10
 fuzz: setup      ## random inputs for parsers, readers, constitutions and templates: make fuzz MINUTES=60
 	$(PY) -m tests.fuzz --minutes $(MINUTES) --keep
 
+COUNT ?= 300
+mutants: setup   ## changes one place of the critical code at a time; the nearest tests must notice: make mutants COUNT=50
+	$(PY) -m tests.mutants --count $(COUNT)
+
 lint: setup      ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,4 +98,4 @@ clean:           ## caches and build leavings; never a store
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo real test test-slow test-all coverage kill-test torture fuzz lint types reference screenshots world world-eval bench peers-venvs requirements clean distclean
+.PHONY: help setup demo real test test-slow test-all coverage kill-test torture fuzz mutants lint types reference screenshots world world-eval bench peers-venvs requirements clean distclean

@@ -3,7 +3,9 @@ documented; links lead to files.
 
 A block fenced ```sh or ```python is run, in the order of the page, in an empty folder
 (CONTRIBUTING.md: at the top of the repository). Python blocks with no ```sh block between them
-share one process. What needs a server or a GPU is fenced ```console, or ```py."""
+share one process. Of a block fenced ```console each command is run in a project with a scripted
+engine, or stands in NOT_RUN_BECAUSE with the reason; then its words and its configuration are
+checked. What needs a server or a GPU is fenced ```py."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import inspect
 import os
 import re
 import runpy
+import shlex
 import subprocess
 from itertools import groupby
 from pathlib import Path
@@ -20,8 +23,15 @@ import pytest
 from typer.main import get_command
 
 import prefab
+from prefab.factory.spec import yamlio
 from prefab.factory.spec.layouts import LAYOUTS
 from prefab.pipelines.cli.main import app
+from prefab.pipelines.config.schema import _override
+from prefab.pipelines.evaluation.policy import PolicyEvalConfig
+from prefab.pipelines.training import stages
+from prefab.pipelines.training.online import OnlineConfig
+from prefab.pipelines.training.sweep import SweepConfig
+from prefab.trainers.registry import STAGES
 from tests.support.family_server import family_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +73,105 @@ def test_examples_run(page, tmp_path, forks):
         env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
+CONSOLE_COMMANDS = sorted(
+    {
+        shlex.join(shlex.split(command, comments=True))
+        for page in PAGES
+        for block in CONSOLE.findall(page.read_text())
+        for command in re.findall(r"^\$ (.*)$", block.replace("\\\n", " "), re.M)
+    }
+)
+# The beginnings of the commands in ```console blocks that no test runs as they stand.
+NOT_RUN_BECAUSE = {
+    "make ": "minutes, or the environment itself",
+    ". .venv/bin/activate": "the environment itself",
+    "pre-commit install": "not installed, and it would write into .git",
+    "python -m pytest": "the tests themselves",
+    "export OPENAI_API_KEY": "a secret",
+    "accelerate launch": "trains; tests/trainers/test_accelerate.py runs the same command line",
+    "prefab demo": "minutes; tests/pipelines/cli/test_demo.py runs it",
+    "prefab train ": "trains a model for minutes",
+    "prefab sweep ": "trains models for minutes",
+    "prefab eval policy": "samples from trained models",
+    "prefab serve ": "starts vLLM, or needs a GPU",
+    "prefab run demo": "starts vLLM",
+    "prefab run real": "needs a GPU",
+    "prefab run pipeline.yaml --set engines.local.model": "starts vLLM",
+    "prefab run pipeline.yaml --set 'engines.local={engine: openai, model: gpt-5-mini": "below",
+    "prefab diff mine.yaml --store world": "after `prefab run demo`",
+    "prefab watch": "waits for edits",
+    "prefab test constitution.yaml": "the prompt's engine is the file's, vLLM",
+    "prefab view store": "serves until it is ended",
+    "prefab sql 'SELECT value FROM evals": "after `prefab train online`",
+}
+ALSO_RUN = ("prefab view store --bundle",)
+
+
+def is_run(command: str) -> bool:
+    return command.startswith(ALSO_RUN) or not command.startswith(tuple(NOT_RUN_BECAUSE))
+
+
+def test_no_reason_is_left_over():
+    assert not [
+        start
+        for start in NOT_RUN_BECAUSE
+        if not any(command.startswith(start) for command in CONSOLE_COMMANDS)
+    ]
+
+
+def test_console_commands_run_on_a_scripted_project(tmp_path, forks):
+    commands = [command for command in CONSOLE_COMMANDS if is_run(command)]
+    assert len(commands) >= 6
+    project = (
+        "prefab init shop\ncd shop\nln -s $PYTHONPATH/constitutions\n"
+        "prefab run pipeline.yaml --set 'engines.local={engine: scripted}' --set prompts.limit=8\n"
+        "prefab audit data\n"
+    )
+    # each edit of a file changes it, into one that has no mistake
+    ends = "! cmp -s mine.yaml constitutions/microworld.yaml\nprefab check mine.yaml\n"
+    with family_server(vary=True) as server:
+        lines = [c.replace("http://localhost:8000", server.url) for c in commands]
+        lines = [f"rm -rf out\n{c}" if " export out" in c else c for c in lines]
+        done = subprocess.run(
+            ["bash", "-c", "set -ex\n" + forks.shell() + project + "\n".join(lines) + "\n" + ends],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("command", [c for c in CONSOLE_COMMANDS if not is_run(c)])
+def test_a_console_command_that_is_not_run_has_words_and_fields_that_exist(command):
+    program, *words = shlex.split(command)
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(words) <= set(targets)
+    if program == "accelerate":
+        words = words[words.index("prefab.pipelines.cli.main") + 1 :]
+        assert (ROOT / shlex.split(command)[3]).exists()
+    elif program != "prefab":
+        return
+    name = words[0] + (f" {words[1]}" if words[0] in ("train", "eval") else "")
+    inner: click.Command = get_command(app)
+    while hasattr(inner, "commands"):
+        inner = inner.commands[words.pop(0)]
+    given = inner.make_context("prefab", words).params
+    models = {f"train {stage}": found.config for stage, found in STAGES.items()} | {
+        "train online": OnlineConfig,
+        "sweep": SweepConfig,
+        "eval policy": PolicyEvalConfig,
+    }
+    if name in models and str(given["config"]) != "CONFIG.yaml":
+        file = given["config"]
+        document = stages.document(file, ()) if file else yamlio.Document("--set", "", {})
+        for text in given["sets"]:
+            _override(document, text)
+        yamlio.validate(document, models[name])
 
 
 def test_every_command_is_in_the_readme():
