@@ -35,6 +35,13 @@ MAY_IMPORT = {
     "pipelines/store": ["factory*", "judges*", "pipelines/config"],
     "pipelines/store/export": ["factory*", "judges*", "pipelines/config", "pipelines/store"],
     "pipelines/run": ["factory*", "judges*", "pipelines/config", "pipelines/store*"],
+    "pipelines/scale": [
+        "factory*",
+        "judges*",
+        "pipelines/config",
+        "pipelines/store*",
+        "pipelines/run",
+    ],
     "pipelines/quality": [
         "factory*",
         "judges*",

@@ -19,6 +19,7 @@ import orjson
 
 from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.keys import digest
+from prefab.factory.store.shared import is_shared
 
 if TYPE_CHECKING:
     import duckdb
@@ -288,11 +289,18 @@ def _connect(
     check_header(file)
     settings: dict[str, Any] = {**SETTINGS, "memory_limit": f"{memory_mb}MB", "threads": threads}
     with translate_errors(file):
-        more = GUARD if read_only else {"temp_directory": f"{file}.tmp"}
+        guard: dict[str, Any] = {**GUARD}
+        if shared := is_shared(file.parent):  # the files of its shards can be read, and no others
+            del guard["enable_external_access"]
+        more = guard if read_only else {"temp_directory": f"{file}.tmp"}
         con = duckdb.connect(str(file), read_only=read_only, config={**settings, **more})
         # this process may read the store already: its connections share one configuration
         if con.execute("SELECT current_setting('lock_configuration')").fetchall() == [(False,)]:
             con.execute("SET enable_progress_bar=false")
+            if read_only and shared:
+                tables = str(file.parent.resolve() / "tables").replace("'", "''")
+                con.execute(f"SET allowed_directories=['{tables}/']")
+                con.execute("SET enable_external_access=false")
             if read_only:
                 con.execute("SET lock_configuration=true")
         return con

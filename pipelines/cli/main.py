@@ -226,15 +226,35 @@ def run(
             "no_logprobs, ..., `unscored` for any, `empty` for empty texts. They are asked again.",
         ),
     ] = "",
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="WHERE",
+            help="Divide the prompts among several processes: local:4 for four of this machine "
+            "(docs/scale.md).",
+        ),
+    ] = "",
 ) -> None:
     """Make preference data. The same command continues a run that was interrupted."""
     from prefab.pipelines.run.runner import run as run_pipeline
 
-    again = shlex.join(["prefab", "run", str(pipeline), *(w for s in sets for w in ("--set", s))])
+    again = shlex.join(
+        ["prefab", "run", str(pipeline), *(w for s in sets for w in ("--set", s))]
+        + (["--on", on] if on else [])
+    )
+    if on and (reask or retry_refused):
+        raise ConfigError(
+            "--reask and --retry-refused are for a store of one process, without --on"
+        )
     if reask:
         _forget_first(pipeline, sets, reask)
     with resumable("all answers so far are in the ledger", again):
-        result = run_pipeline(pipeline, sets, quiet, retry_refused=retry_refused)
+        if on:
+            from prefab.pipelines.scale.driver import run_on
+
+            result = run_on(on, pipeline, sets, quiet)
+        else:
+            result = run_pipeline(pipeline, sets, quiet, retry_refused=retry_refused)
     if as_json:
         print_json(result.summary())
     else:

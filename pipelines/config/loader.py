@@ -250,7 +250,7 @@ def models(engines: dict[str, Engine]) -> dict[str, str]:
 # Of a configuration, what decides neither what is asked nor what is answered: where the store is,
 # when a run stops, how an export is written; and of an engine, where its server is and how fast it
 # is asked. The model that answers is among a run's texts (`models`).
-INCIDENTAL = ("store", "budget", "export")
+INCIDENTAL = ("store", "budget", "export", "scale")
 INCIDENTAL_OF_ENGINE = (
     *("base_url", "url", "urls", "port", "api_key_env", "log_file", "start_timeout_s"),
     *("max_in_flight", "batch", "timeout_s", "deadline_s", "retries", "down_after_s", "outage_s"),

@@ -219,6 +219,31 @@ class BudgetConfig(_Strict):
     tokens: int | None = Field(None, ge=1, description="Cap on tokens of calls really made.")
 
 
+class ScaleConfig(_Strict):
+    """A run on many processes or machines: `prefab run --on`, or `--shard`."""
+
+    shards: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="Parts of the prompts, fixed at the first start; left out: eight a worker, and "
+        "at most a million calls in each.",
+    )
+    shared: Text | None = Field(
+        None, description="A folder that all machines share; left out: the store."
+    )
+    local: Text | None = Field(
+        None,
+        description="Where each machine has its ledgers, on a disk of its own; left out: a folder "
+        "in TMPDIR.",
+    )
+    publish_s: float = Field(30.0, gt=0, description="Seconds between two publications.")
+    workers: int | None = Field(
+        None, ge=1, description="Left out: as --on says; on Ray as many as there is room for."
+    )
+    retries: int = Field(3, ge=1, description="A shard that ends its worker so often is set aside.")
+
+
 class PipelineConfig(_Strict):
     """A pipeline, resolved. What of it decides whether two runs are the same: `loader.deciding`."""
 
@@ -251,6 +276,11 @@ class PipelineConfig(_Strict):
     export: ExportConfig = ExportConfig()
     budget: BudgetConfig = BudgetConfig()
     seed: int = Field(0, ge=0, le=2**31 - 1)
+    scale: ScaleConfig | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Of a run on many processes or machines.",
+    )
 
     _base: Path = PrivateAttr(default=Path())
 
@@ -267,6 +297,10 @@ class PipelineConfig(_Strict):
     def panel_settings(self) -> PanelConfig:
         """The panel; without one, no judge and the default settings."""
         return self.panel or PanelConfig.model_construct(judges=[])
+
+    def scale_settings(self) -> ScaleConfig:
+        """How the run is divided; without the section, the default settings."""
+        return self.scale or ScaleConfig()
 
     def critic_config(self) -> CritiqueConfig:
         """The critic as `CritiqueConfig`; the engine is the policy's unless it says otherwise."""

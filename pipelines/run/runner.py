@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 
 from prefab.factory.console import Progress, warn
 from prefab.factory.engines.lifecycle import started_engines
-from prefab.factory.errors import BudgetError
+from prefab.factory.errors import BudgetError, ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
+from prefab.factory.store.shared import is_shared
 from prefab.factory.store.store import HeldError, read_frame
 from prefab.factory.types import Engine, Prompt, ServerReport
 from prefab.pipelines.config.loader import (
@@ -174,7 +175,7 @@ def run_loaded(
     """As `run`, for a loaded pipeline."""
 
     def work() -> RunResult:
-        return _loop(run_async(loaded, quiet, engines, retry_refused))
+        return in_event_loop(run_async(loaded, quiet, engines, retry_refused))
 
     return _in_thread(work) if _in_a_loop() else work()
 
@@ -188,7 +189,7 @@ def _in_a_loop() -> bool:
     return True
 
 
-def _loop(coroutine: Coroutine[Any, Any, T]) -> T:
+def in_event_loop(coroutine: Coroutine[Any, Any, T]) -> T:
     """What a coroutine gives, in a loop of uvloop where that is installed."""
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with suppress(ImportError):
@@ -214,6 +215,11 @@ async def run_async(
 ) -> RunResult:
     """As `run`, inside an event loop, for a loaded pipeline."""
     config = loaded.config
+    if is_shared(Path(config.store)):
+        raise ConfigError(
+            f"{config.store}: this store is in shards (docs/scale.md). Add `--on local:N` to "
+            "`prefab run`, or make an ordinary store of it with `prefab store merge`"
+        )
     total = count_prompts(loaded, quiet)
     ledger, ctx = Ledger.open(Path(config.store), retry_refused), None
     try:

@@ -32,9 +32,10 @@ from prefab.factory.spec.constitution import (
     principle_digest,
 )
 from prefab.factory.store import store
+from prefab.factory.store.shared import is_shared
 from prefab.factory.types import LONGEST_TEXT, Completion, Constitution
 from prefab.factory.uses import ScoreUse, UseColumns, use_of
-from prefab.pipelines.store import derive, imports
+from prefab.pipelines.store import catalogue, derive, imports
 from prefab.pipelines.store.calibrations import CALIBRATION, Learned
 from prefab.pipelines.store.derive import Row
 from prefab.pipelines.store.verdicts import RecordedUse, Rules
@@ -96,6 +97,8 @@ def fill(folder: str | Path) -> FillReport:
     """
     folder, began = Path(folder), time.monotonic()
     report = FillReport()
+    if is_shared(folder) and os.access(folder, os.W_OK):
+        catalogue.update_ledger(folder)
     ledger = db.connect(folder / db.FILE, readonly=True)
     try:
         with db.translate_errors(folder / db.FILE):
@@ -245,9 +248,12 @@ def read_filled(folder: Path, work: Callable[[store.Read], T]) -> T:
 def versions(ledger: sqlite3.Connection) -> dict[str, Any]:
     """What a store is made by: when any of it differs, the store is made anew."""
     name = ledger.execute("SELECT value FROM meta WHERE name = 'ledger'").fetchone()[0]
-    forgets = _last(ledger, "forgets")
     found = {"schema": store.schema_version(), "ledger": name, **derive.VERSIONS}
-    return {**found, "forgets": forgets} if forgets else found
+    if forgets := _last(ledger, "forgets"):
+        found["forgets"] = forgets
+    if shards := catalogue.state_of_shards(ledger):
+        found["shards"] = shards
+    return found
 
 
 def _why_rebuild(folder: Path, ledger: sqlite3.Connection, memory_mb: int) -> str:
@@ -304,6 +310,8 @@ def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport, memo
     with store.opened(folder, memory_mb) as con:
         if not store.get_meta(con):
             store.set_meta(con, versions(ledger))
+            if is_shared(folder):
+                catalogue.make_views(con, folder)
         names = Names(ledger)
         uses = _find_work(con, ledger)
         records = recorded.runs(

@@ -1,0 +1,271 @@
+"""A store that many processes fill: the files of its shared folder.
+
+The prompts are divided into shards, and each shard is an ordinary run with a ledger of its own on
+the disk of the machine that works on it. The shared folder holds what is published of them:
+
+    shards.json                  the format, and the number of shards, which never changes
+    prompts/DIGEST/00017.jsonl   the prompts of a source by shard
+    runs/000001.json             the runs, with the same numbers in each shard
+    segments/00017/              the ledger of a shard as Parquet files, each with a manifest
+    tables/samples/00017-ID.parquet   the rows of a shard
+    head.json                    calibrations and labels, which all shards need
+    states/00017.json            how far a shard is, and which files hold its rows
+    ledger.sqlite, prefab.duckdb the catalogue: labels, evaluations, and views of the tables
+
+Files are written under another name and renamed, so that a reader sees a whole file or none.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from prefab.factory.errors import StoreError
+from prefab.factory.keys import canonical, digest
+from prefab.factory.ledger.records import Deciding
+
+FORMAT = 1
+MARKER = "shards.json"
+HEAD = "head.json"
+# Tables of the store that are views over the shards' files; what else shards have is small, and
+# copied into the catalogue.
+VIEWED = (
+    *("prompts", "samples", "critiques", "scores", "rankings", "verdicts", "preferences"),
+    *("strengths", "calls"),
+)
+COPIED = ("models", "failures", "evals")
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether the store in this folder is one that many processes fill."""
+    return (folder / MARKER).exists()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that others see all of it or none, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def create_whole(path: Path, data: bytes) -> bool:
+    """As `write_whole`, where there is no such file. Returns: whether this call made it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    part.write_bytes(data)
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink()
+    return True
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of the shared folder; None where there is none.
+
+    Raises: StoreError when it is damaged or of a newer version.
+    """
+    try:
+        value = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StoreError(f"{path}: damaged ({error})") from error
+    check_format(path, value)
+    return value
+
+
+def check_format(path: Path, value: Any) -> None:
+    """Raises: StoreError for a file that a newer version of Prefab wrote."""
+    if isinstance(value, dict) and value.get("format", FORMAT) > FORMAT:
+        raise StoreError(
+            f"{path}: written by a newer version of Prefab (format {value['format']}; this one "
+            f"reads up to {FORMAT}). Use the same version on all machines"
+        )
+
+
+@dataclass(slots=True)
+class ShardState:
+    """What is known of a shard. `runs` has by run number the state (done, stopped, set_aside), the
+    digest of its prompts, and the counts. `tables` has by table the file of its rows and its size
+    in bytes; `head` is what the shards' common facts were when they were made (`write_head`).
+    """
+
+    shard: int
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tables: dict[str, tuple[str, int]] = field(default_factory=dict)
+    head: str = ""
+
+
+class SharedFolder:
+    """The shared folder of a store. `shards` is the number of shards."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: StoreError when there is no such store, or it is of a newer version."""
+        self.folder = folder
+        found = read_json(folder / MARKER)
+        if found is None:
+            raise StoreError(f"{folder}: {MARKER} is missing, so this is no store in shards")
+        self.shards: int = found["shards"]
+        self.id: str = found["id"]
+
+    @classmethod
+    def create(cls, folder: Path, shards: int) -> SharedFolder:
+        """The shared folder, made with this number of shards where there is none.
+
+        Raises: StoreError when there is a store of another kind.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if not is_shared(folder) and (folder / "ledger.sqlite").exists():
+            raise StoreError(
+                f"{folder}: this store was filled by `prefab run` without shards. Name another "
+                "folder with --set scale.shared=FOLDER"
+            )
+        value = {"format": FORMAT, "shards": shards, "id": uuid.uuid4().hex[:12]}
+        create_whole(folder / MARKER, orjson.dumps(value))
+        return cls(folder)
+
+    def segments(self, shard: int) -> Path:
+        """The folder of a shard's published ledger."""
+        return self.folder / "segments" / name_of(shard)
+
+    def state(self, shard: int) -> ShardState:
+        """What is known of a shard. Raises: StoreError."""
+        found = read_json(self.folder / "states" / f"{name_of(shard)}.json")
+        if found is None:
+            return ShardState(shard)
+        tables = {table: (name, size) for table, (name, size) in found["tables"].items()}
+        return ShardState(shard, found["runs"], tables, found["head"])
+
+    def write_state(self, state: ShardState) -> None:
+        """Replace what is known of a shard."""
+        value = {"format": FORMAT, "runs": state.runs, "tables": state.tables, "head": state.head}
+        write_whole(self.folder / "states" / f"{name_of(state.shard)}.json", orjson.dumps(value))
+
+    def states(self) -> Iterator[ShardState]:
+        """What is known of each shard that was worked on."""
+        for path in sorted((self.folder / "states").glob("[0-9]*.json")):
+            yield self.state(int(path.stem))
+
+    def states_digest(self) -> str:
+        """A digest of the states, by name, size and time: they are replaced, never changed."""
+        found = []
+        for path in sorted((self.folder / "states").glob("[0-9]*.json")):
+            stat = path.stat()
+            found.append([path.name, stat.st_size, str(stat.st_mtime_ns), str(stat.st_ino)])
+        return digest(found, [path.name for path in sorted((self.folder / "runs").glob("*.json"))])
+
+    def rows_files(self, state: ShardState) -> dict[str, Path]:
+        """By table, the files of a shard's rows; nothing where one is missing or damaged, so that
+        the shard's rows must be made anew.
+        """
+        found = {}
+        for table, (name, size) in state.tables.items():
+            path = self.folder / "tables" / table / name
+            try:
+                if path.stat().st_size != size:
+                    return {}
+            except OSError:
+                return {}
+            found[table] = path
+        return found
+
+    def drop_rows(self, shard: int, kept: Sequence[Mapping[str, tuple[str, int]]]) -> None:
+        """Remove the files of a shard's rows but those that are `kept`: the newest, and those that
+        a reader may have open.
+        """
+        names = {name for tables in kept for name, _ in tables.values()}
+        for path in (self.folder / "tables").glob(f"*/{name_of(shard)}-*.parquet"):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+
+    def write_head(self, evals: Sequence[str], labels: Sequence[str]) -> None:
+        """Publish what all shards need of the catalogue's own ledger: calibrations and people's
+        labels, as JSON texts.
+        """
+        value = {"format": FORMAT, "evals": list(evals), "human_labels": list(labels)}
+        data = orjson.dumps(value)
+        if data != self._head():
+            write_whole(self.folder / HEAD, data)
+
+    def read_head(self) -> dict[str, list[str]]:
+        """What `write_head` wrote: by table, JSON texts."""
+        value = orjson.loads(self._head() or b"{}")
+        return {table: value.get(table, []) for table in ("evals", "human_labels")}
+
+    def head_digest(self) -> str:
+        """What tells two states of it apart; empty where there is nothing."""
+        head = self.read_head()
+        return digest(head) if any(head.values()) else ""
+
+    def _head(self) -> bytes:
+        path = self.folder / HEAD
+        return path.read_bytes() if path.exists() else b""
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The runs in the order of their numbers, each with id, name, version, config, texts, at
+        and starts.
+        """
+        paths = sorted((self.folder / "runs").glob("[0-9]*.json"))
+        return [value for path in paths if (value := read_json(path)) is not None]
+
+    def begin_run(
+        self, name: str, config: dict[str, Any], texts: dict[str, str], deciding: Deciding
+    ) -> dict[str, Any]:
+        """The run with this name, texts and configuration, as far as it decides: found, or
+        recorded as the name's next version. `resumed` says which.
+        """
+        while True:
+            known = self.runs()
+            wanted = canonical(deciding(config))
+            for run in reversed(known):
+                same = (run["name"], run["texts"]) == (name, texts)
+                if same and canonical(deciding(run["config"])) == wanted:
+                    return {**run, "resumed": True}
+            version = 1 + max((run["version"] for run in known if run["name"] == name), default=0)
+            run = {
+                "format": FORMAT,
+                "id": len(known) + 1,
+                "name": name,
+                "version": version,
+                "config": config,
+                "texts": texts,
+                "at": time.time(),
+            }
+            path = self.folder / "runs" / f"{run['id']:06d}.json"
+            if create_whole(path, orjson.dumps(run)):
+                return {**run, "resumed": False}
+
+    def start_run(self, run: int) -> None:
+        """Record that a run was started, unless it was the last one to be started."""
+        folder = self.folder / "starts"
+        while True:
+            known = sorted(folder.glob("[0-9]*.json"))
+            if known and read_json(known[-1])["run"] == run:
+                return
+            value = orjson.dumps({"format": FORMAT, "run": run, "at": time.time()})
+            if create_whole(folder / f"{len(known) + 1:06d}.json", value):
+                return
+
+    def starts(self) -> Sequence[tuple[int, float]]:
+        """The starts of runs in their order: number of the run, and time."""
+        paths = sorted((self.folder / "starts").glob("[0-9]*.json"))
+        return [(value["run"], value["at"]) for path in paths if (value := read_json(path))]
+
+
+def name_of(shard: int) -> str:
+    """How a shard is called in the names of files."""
+    return f"{shard:05d}"

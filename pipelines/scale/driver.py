@@ -1,0 +1,483 @@
+"""Gives shards to workers, holds the budget over all of them, and records what is done.
+
+Only the driver writes the states of shards. A worker that ends in the middle of a shard is
+replaced, and the shard is given to another one, which restores what was published; a shard that
+ends its worker `retries` times is set aside and named.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefab.factory.console import Progress, warn
+from prefab.factory.errors import ConfigError, EngineError, StoreError
+from prefab.factory.ledger import db
+from prefab.factory.store.shared import ShardState, SharedFolder
+from prefab.factory.store.store import HeldError
+from prefab.pipelines.config.loader import ResolvedPipeline, deciding, resolve_pipeline
+from prefab.pipelines.run.context import BUDGET_FROM
+from prefab.pipelines.run.interrupts import Interrupted, heeded, name_of
+from prefab.pipelines.run.runner import RunResult, fill_store, in_event_loop
+from prefab.pipelines.scale.launchers import Launcher, LocalLauncher, WorkerEvent
+from prefab.pipelines.scale.lease import Lease
+from prefab.pipelines.scale.results import sum_counts
+from prefab.pipelines.scale.sharding import ShardedPrompts, shard_prompts
+from prefab.pipelines.scale.worker import WorkerSetup, identities_of, kept_engines
+from prefab.pipelines.store.calibrate import calibrate_ended
+from prefab.pipelines.store.calibrations import CALIBRATION
+from prefab.pipelines.store.catalogue import update_ledger
+
+CALLS_A_SHARD = 1_000_000
+SHARDS_A_WORKER = 8  # so that the last ones end at nearly the same time
+STATE_DONE, STATE_SET_ASIDE = "done", "set_aside"
+
+
+@dataclass(slots=True)
+class Busy:
+    """A worker's shard: when it began, and what it has done so far."""
+
+    shard: int
+    began: float
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Scaled:
+    """A run over many shards: what is known of it before anything is asked."""
+
+    loaded: ResolvedPipeline
+    shared: SharedFolder
+    prompts: ShardedPrompts
+    setup: WorkerSetup
+    workers: int
+    retries: int
+
+
+def run_on(on: str, source: str | Path, sets: Iterable[str] = (), quiet: bool = True) -> RunResult:
+    """Make the preference data of a pipeline where `on` says: `local:N`, N processes of this
+    machine; without N, as many as `scale.workers` says, or two.
+
+    Raises: ConfigError for any other place; else as `run_local`.
+    """
+    place, _, number = on.partition(":")
+    if place != "local" or (number and not re.fullmatch("[1-9][0-9]{0,3}", number)):
+        raise ConfigError(f"--on {on}: write local:N, such as local:4")
+    workers = int(number) if number else None
+    return run_local(source, sets, workers, quiet)
+
+
+def run_local(
+    source: str | Path | dict[str, Any],
+    sets: Iterable[str] = (),
+    workers: int | None = None,
+    quiet: bool = True,
+) -> RunResult:
+    """Make the preference data of a pipeline with several processes of this machine. The same call
+    continues a run that was interrupted.
+
+    Args:
+        source: As for `prefab.run`.
+        sets: Overrides of fields.
+        workers: The number of processes; left out, `scale.workers` of the pipeline, or two.
+        quiet: Do not show progress.
+
+    Returns:
+        As `prefab.run`; the store is in shards (docs/scale.md).
+
+    Raises:
+        ConfigError: A mistake in the pipeline.
+        EngineError: No worker can start its engines.
+        StoreError: The store is damaged, or another driver works on it.
+    """
+    scaled = prepare(source, sets, workers, quiet)
+    with exclusive(scaled.shared):
+        models = identities_of(kept_engines(scaled.loaded))
+        return Driver(scaled, LocalLauncher(scaled.setup), quiet).run(models)
+
+
+def prepare(
+    source: str | Path | dict[str, Any], sets: Iterable[str], workers: int | None, quiet: bool
+) -> Scaled:
+    """Read the pipeline, make the shared folder where there is none, and divide the prompts."""
+    sets = list(sets)
+    loaded = resolve_pipeline(source, sets)
+    config = loaded.config
+    scale = config.scale_settings()
+    workers = workers or scale.workers or 2
+    folder = Path(scale.shared or config.store).absolute()
+    shared = SharedFolder.create(folder, scale.shards or _number_of_shards(loaded, workers))
+    if scale.shards and scale.shards != shared.shards:
+        raise ConfigError(
+            f"scale.shards: {folder} has {shared.shards:,} shards, and their number cannot change. "
+            "Leave it out, or name a new folder with scale.shared"
+        )
+    prompts = shard_prompts(loaded, shared, quiet)
+    local = scale.local or str(Path(tempfile.gettempdir()) / f"prefab-{shared.id}")
+    setup = WorkerSetup(
+        source=source if isinstance(source, dict) else str(source),
+        sets=sets,
+        folder=str(Path.cwd()),
+        shared=str(folder),
+        id=shared.id,
+        local=str(Path(local).absolute()),
+        prompts=str(prompts.folder),
+        publish_s=scale.publish_s,
+        workers=workers,
+    )
+    return Scaled(loaded, shared, prompts, setup, workers, scale.retries)
+
+
+def _number_of_shards(loaded: ResolvedPipeline, workers: int) -> int:
+    """Some shards a worker, and no more than `CALLS_A_SHARD` calls in each, as far as a prompt's
+    calls can be told: its samples, and each pair in both orders under each principle.
+    """
+    config = loaded.config
+    samples = config.policy.samples
+    principles = max(1, len(loaded.constitution.principles))
+    a_prompt = samples * (1 + principles * loaded.revises)
+    a_prompt += samples * (samples - 1) * principles * len(loaded.judges)
+    n_prompts = sum(1 for _ in loaded.prompts)
+    by_calls = -(-n_prompts * a_prompt // CALLS_A_SHARD)
+    return max(1, min(n_prompts, max(by_calls, SHARDS_A_WORKER * workers)))
+
+
+@contextmanager
+def exclusive(shared: SharedFolder) -> Iterator[None]:
+    """While this process drives the shared folder. Raises: StoreError where another one does."""
+    lease = Lease(shared.folder / "driver.lease")
+    if owner := lease.take():
+        raise StoreError(f"{shared.folder}: {owner} drives a run here. Stop it, or wait for it")
+    try:
+        yield
+    finally:
+        lease.give_back()
+
+
+class Driver:
+    """One run over all shards. `launcher` starts the workers."""
+
+    def __init__(self, scaled: Scaled, launcher: Launcher, quiet: bool = True) -> None:
+        self.scaled, self.launcher, self.quiet = scaled, launcher, quiet
+        self.run_id = 0
+        self.models: dict[str, str] = {}
+        self.states: dict[int, ShardState] = {}
+        self.pending: list[int] = []
+        self.idle: list[int] = []
+        self.busy: dict[int, Busy] = {}
+        self.starting: set[int] = set()
+        self.failures: dict[int, list[str]] = {}  # by shard, why its workers ended
+        self.counts: dict[int, dict[str, Any]] = {}  # of the shards that ended now
+        self.reason, self.signal, self.told = "", 0, 0
+        self.derive = False
+        self._began = time.monotonic()
+
+    def run(self, models: dict[str, str]) -> RunResult:
+        """All shards of the run that are not done. `models`: the engines' identities, as texts."""
+        loaded, shared = self.scaled.loaded, self.scaled.shared
+        self.models = models
+        texts = {**loaded.texts, **models}
+        record = shared.begin_run(loaded.config.name, loaded.resolved, texts, deciding)
+        shared.start_run(record["id"])
+        self.run_id = record["id"]
+        self.states = {shard: shared.state(shard) for shard in range(shared.shards)}
+        self._publish_head()
+        try:
+            self._work(shard for shard in self.states if not self._is_done(shard))
+            result = self._result(record)
+            if result.state == "done":
+                self._check_shares(result)
+            if result.state == "done":
+                self._finish(result)
+        finally:
+            self.launcher.close()
+        fill_store(shared.folder, self.quiet)
+        result.seconds = time.monotonic() - self._began
+        return result
+
+    def _publish_head(self) -> None:
+        """Publish the calibrations that were learned, and the labels of people who are judges."""
+        shared, evals, labels = self.scaled.shared, list[str](), list[str]()
+        update_ledger(shared.folder)
+        file = shared.folder / db.FILE
+        with closing(db.connect(file, readonly=True)) as con, db.translate_errors(file):
+            of_name = "SELECT value FROM evals WHERE json_extract(value, '$.name') = ? ORDER BY id"
+            evals = [value for (value,) in con.execute(of_name, (CALIBRATION,))]
+            if any(judge.shows == "people" for judge in self.scaled.loaded.judges):
+                labels = [v for (v,) in con.execute("SELECT value FROM human_labels ORDER BY id")]
+        shared.write_head(evals, labels)
+
+    def _finish(self, result: RunResult) -> None:
+        """Learn the calibration of a run that is done, and make the rows of those shards anew that
+        do not have it yet.
+        """
+        folder = self.scaled.shared.folder
+        if result.outcomes.get("a") or result.outcomes.get("b"):
+            with suppress(HeldError):  # another program holds the store: the next run does it
+                learned = in_event_loop(calibrate_ended(folder, f"{result.name}@{result.version}"))
+                result.p_chosen = learned.sentence()
+        self._publish_head()
+        head = self.scaled.shared.head_digest()
+        self.derive = True
+        self._work(s for s, state in self.states.items() if state.tables and state.head != head)
+
+    def _is_done(self, shard: int) -> bool:
+        """Whether all questions of a shard are answered and its rows are there."""
+        if not self.scaled.prompts.counts[shard]:
+            return True
+        state = self.states[shard]
+        ended = state.runs.get(str(self.run_id), {})
+        same = ended.get("prompts") == self.scaled.prompts.digests[shard]
+        whole = bool(self.scaled.shared.rows_files(state))
+        return ended.get("state") == STATE_DONE and same and whole and not ended.get("again")
+
+    def _work(self, shards: Iterable[int]) -> None:
+        """Give these shards to workers until all are done or the run is to stop."""
+        # the largest shard last: it is the first to be taken
+        self.pending = sorted(shards, key=lambda shard: self.scaled.prompts.counts[shard])
+        if not self.pending:
+            return
+        total = sum(self.scaled.prompts.counts)
+        name = self.scaled.loaded.config.name
+        with self._interruptible(), Progress(name, total, self.quiet, "prompts") as progress:
+            while self.busy or (self.pending and not self.reason):
+                self._staff()
+                self._hand_out()
+                self._receive()
+                self._heed()
+                self._check_budget()
+                self._show(progress)
+
+    def _staff(self) -> None:
+        """Start workers for the shards that wait."""
+        there = len(self.idle) + len(self.busy) + len(self.starting)
+        wanted = min(self.scaled.workers, len(self.pending) + len(self.busy))
+        for _ in range(0 if self.reason else wanted - there):
+            self.starting.add(self.launcher.start())
+
+    def _hand_out(self) -> None:
+        while self.idle and self.pending and not self.reason:
+            worker, shard = self.idle.pop(), self.pending.pop()
+            self.busy[worker] = Busy(shard, time.monotonic())
+            job = {"shard": shard, "run": self.run_id, "derive": self.derive}
+            self.launcher.send(worker, {"do": job, "models": self.models})
+
+    def _receive(self) -> None:
+        """Take in what workers told, waiting for a moment for the first of it."""
+        wait = 0.2
+        try:
+            while True:
+                self._take(self.launcher.events.get(timeout=wait))
+                wait = 0.0
+        except queue.Empty:
+            pass
+
+    def _take(self, event: WorkerEvent) -> None:
+        handlers: dict[str, Callable[[int, dict[str, Any]], None]] = {
+            "ready": self._ready,
+            "progress": self._progress,
+            "done": self._done,
+            "failed": self._failed,
+            "gone": self._gone,
+        }
+        handlers[event.event](event.worker, event.data)
+
+    def _ready(self, worker: int, _: dict[str, Any]) -> None:
+        self.starting.discard(worker)
+        self.idle.append(worker)
+
+    def _progress(self, worker: int, data: dict[str, Any]) -> None:
+        if worker in self.busy:
+            self.busy[worker].counts = data["counts"]
+
+    def _done(self, worker: int, data: dict[str, Any]) -> None:
+        shard = self.busy.pop(worker).shard
+        self.idle.append(worker)
+        state = self.states[shard]
+        old, state.head = state.tables, data["head"]
+        state.tables = {table: (name, size) for table, (name, size) in data["tables"].items()}
+        if not self.derive:
+            counts = data["counts"]
+            self.counts[shard] = counts
+            again = counts["failed"] > counts["refused"] or counts["awaited"] > 0
+            state.runs[str(self.run_id)] = {
+                "state": data["state"],
+                "again": again,
+                "prompts": self.scaled.prompts.digests[shard],
+                "counts": counts,
+            }
+        self.scaled.shared.write_state(state)
+        self.scaled.shared.drop_rows(shard, [state.tables, old])
+
+    def _failed(self, worker: int, data: dict[str, Any]) -> None:
+        """A worker could not do its shard, or could not begin. It is replaced."""
+        if data["fatal"]:
+            raise ConfigError(data["message"])
+        if worker in self.starting:
+            raise EngineError(data["message"])
+        self._lost(worker, data["message"])
+        self.launcher.kill(worker)
+
+    def _gone(self, worker: int, data: dict[str, Any]) -> None:
+        if worker in self.starting:
+            raise EngineError(f"a worker ended before it was ready ({data['why']})")
+        self._lost(worker, f"its process ended ({data['why']})")
+
+    def _lost(self, worker: int, why: str) -> None:
+        if worker in self.idle:
+            self.idle.remove(worker)
+        if worker not in self.busy:
+            return
+        shard = self.busy.pop(worker).shard
+        reasons = self.failures.setdefault(shard, [])
+        reasons.append(why)
+        warn(f"shard {shard}: its worker was lost: {why}")
+        if len(reasons) < self.scaled.retries:
+            self.pending.append(shard)
+        else:
+            warn(f"shard {shard} is set aside after {len(reasons)} workers were lost")
+
+    def _check_budget(self) -> None:
+        """Stop all workers when a budget is passed, summed over what is done and in work."""
+        if self.reason:
+            return
+        budget = self.scaled.loaded.config.budget
+        total = self.totals()
+        answers = total["answers"]
+        for name, limit in (("unscored", budget.unscored), ("failed", budget.failed)):
+            if limit is not None and answers >= BUDGET_FROM and total[name] > limit * answers:
+                self._stop(_passed(name, total[name], answers, limit))
+        for name, of, cap in (
+            ("calls", "asked", budget.calls),
+            ("tokens", "tokens", budget.tokens),
+        ):
+            if cap is not None and total[of] >= cap:
+                self._stop(
+                    f"{total[of]:,} {name} were used: the cap budget.{name} of {cap:,} is reached"
+                )
+
+    def totals(self) -> dict[str, int]:
+        """What was done in all shards together, since this run of the driver began."""
+        total = dict.fromkeys(("prompts", "asked", "reused", "tokens", "answers", "unscored"), 0)
+        total["failed"] = 0
+        for counts in [busy.counts for busy in self.busy.values()]:
+            for name in total:
+                total[name] += counts.get(name, 0)
+        for ended in self.counts.values():
+            total["prompts"] += ended["prompts"]
+            total["asked"] += ended["asked"]
+            total["reused"] += ended["reused"]
+            total["tokens"] += ended["prompt_tokens"] + ended["completion_tokens"]
+            total["answers"] += ended["asked"] + ended["reused"] + ended["failed"]
+            total["unscored"] += sum(ended["unscored"].values())
+            total["failed"] += ended["failed"]
+        return total
+
+    def _check_shares(self, result: RunResult) -> None:
+        """See at the end of a run that no share of its budget is passed, over all answers."""
+        budget = self.scaled.loaded.config.budget
+        answers = result.asked + result.reused + result.failed
+        n_unscored = sum(result.unscored.values())
+        for name, n, limit in (
+            ("unscored", n_unscored, budget.unscored),
+            ("failed", result.failed, budget.failed),
+        ):
+            if limit is not None and n > limit * answers:
+                result.state = "budget"
+                result.reason = _passed(name, n, answers, limit)
+
+    def _stop(self, reason: str, number: int = 0) -> None:
+        """Let the workers finish what is in flight, and take no new shard."""
+        self.reason, self.signal = reason, number
+        for worker in self.busy:
+            self.launcher.send(worker, {"stop": True})
+
+    def _heed(self) -> None:
+        """Stop when a signal came."""
+        if self.told and not self.signal:
+            if not self.quiet:
+                warn("stopping: workers finish what is in flight (Ctrl-C again does not wait)")
+            self._stop(f"stopped by {name_of(self.told)}", self.told)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C drains; a second one ends the workers at once."""
+
+        def told(number: int, _: Any) -> None:
+            if self.told:
+                for worker in [*self.busy, *self.idle, *self.starting]:
+                    self.launcher.kill(worker)
+                raise Interrupted(number, "what is published is kept")
+            self.told = number  # a handler may come in the middle of a message to a worker
+
+        before = {number: signal.signal(number, told) for number in heeded()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def _show(self, progress: Progress) -> None:
+        total = self.totals()
+        done = sum(
+            self.scaled.prompts.counts[shard]
+            for shard in self.states
+            if shard not in self.counts and self._was_done(shard)
+        )
+        seconds = time.monotonic() - self._began
+        rate = {"calls/s": round(total["asked"] / seconds)} if total["asked"] else {}
+        failed = {"failed": total["failed"]} if total["failed"] else {}
+        facts: dict[str, Any] = {
+            "calls": total["asked"],
+            **rate,
+            "reused": total["reused"],
+            **failed,
+        }
+        progress.advance(done + total["prompts"] - progress.done, **facts, workers=len(self.busy))
+
+    def _was_done(self, shard: int) -> bool:
+        busy = {busy.shard for busy in self.busy.values()}
+        return shard not in busy and shard not in self.pending and shard not in self.failures
+
+    def _result(self, record: dict[str, Any]) -> RunResult:
+        """The sum of all shards: those that ended now as they were, those of before as reused."""
+        shared = self.scaled.shared
+        ended: list[dict[str, Any]] = []
+        for shard, state in self.states.items():
+            run = state.runs.get(str(self.run_id))
+            if shard in self.counts:
+                ended.append(self.counts[shard])
+            elif run is not None:
+                counts = dict(run["counts"])
+                counts["reused"] += counts["asked"]
+                ended.append({**counts, "asked": 0, "prompt_tokens": 0, "completion_tokens": 0})
+        result = sum_counts(ended, record, shared.folder)
+        result.malformed = self.scaled.prompts.malformed
+        result.seconds = time.monotonic() - self._began
+        aside = sorted(s for s, why in self.failures.items() if len(why) >= self.scaled.retries)
+        if self.signal:
+            result.state, result.reason, result.signal = "stopped", self.reason, self.signal
+        elif self.reason:
+            result.state, result.reason = "budget", self.reason
+        elif aside:
+            names = ", ".join(map(str, aside[:10]))
+            last = self.failures[aside[0]][-1]
+            raise EngineError(
+                f"{len(aside):,} of {shared.shards:,} shards were set aside ({names}), each after "
+                f"{self.scaled.retries} workers were lost; of shard {aside[0]} the last one: {last}. "
+                "All other shards are done; the same command tries these again"
+            )
+        return result
+
+
+def _passed(name: str, n: int, answers: int, limit: float) -> str:
+    what = {"unscored": "are unscored", "failed": "failed"}[name]
+    return f"{n:,} of {answers:,} answers {what}: more than the budget.{name} of {limit:.1%} allows"

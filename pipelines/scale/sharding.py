@@ -1,0 +1,169 @@
+"""Which prompts are of which shard, and their files in the shared folder.
+
+A prompt's shard depends on its text alone, so whoever asks the same question is in the same shard,
+and each question is asked once without any coordination between shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from prefab.factory import keys
+from prefab.factory.console import warn
+from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.ledger.records import split_of
+from prefab.factory.store.shared import FORMAT, SharedFolder, name_of, read_json
+from prefab.factory.tool_calls import stored_messages, stored_text
+from prefab.factory.types import Message, Prompt
+from prefab.pipelines.config.loader import ResolvedPipeline
+
+BUFFER_BYTES = 64 << 20  # of prompts in memory before they are written to their shards' files
+SPLIT = "split.json"
+
+
+def shard_of(messages: tuple[Message, ...], shards: int) -> int:
+    """The shard of a prompt, from 0 to `shards` - 1."""
+    return int(keys.prompt_id(messages)[:13], 16) * shards >> 52
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedPrompts:
+    """The prompts of one source by shard: the folder of their files, and by shard the number of
+    prompts and the digest of the file. `malformed` rows of the source are in no shard.
+    """
+
+    folder: Path
+    counts: list[int]
+    digests: list[str]
+    malformed: int
+
+    def source(self, shard: int) -> ShardPrompts:
+        """The prompts of a shard."""
+        return ShardPrompts(self.folder / f"{name_of(shard)}.jsonl")
+
+
+class ShardPrompts:
+    """The prompts of one shard, as a `PromptSource`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.n_malformed = 0
+        self.problems: list[Problem] = []
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """The prompts, in the order of the source."""
+        with open(self.path, "rb") as file:
+            for line in file:
+                name, messages, tags, group, split, rubric = orjson.loads(line)
+                rubric = tuple((text, points) for text, points in rubric)
+                yield Prompt(name, stored_messages(messages), tuple(tags), group, split, rubric)
+
+    def summary(self) -> str:
+        """Nothing: what was malformed was told when the prompts were divided."""
+        return ""
+
+
+def shard_prompts(
+    loaded: ResolvedPipeline, shared: SharedFolder, quiet: bool = True
+) -> ShardedPrompts:
+    """The pipeline's prompts by shard; divided now where this source was not before. A file of
+    prompts that has changed (its size or time) is another source.
+
+    Raises: ConfigError where the source cannot be read, has no prompt, or puts a group on two
+    sides.
+    """
+    folder = shared.folder / "prompts" / _signature(loaded, shared.shards)
+    if (folder / SPLIT).exists():
+        return _read(folder)
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    part.mkdir(parents=True)
+    try:
+        counts = _divide(loaded.prompts, part, shared.shards)
+        digests = [_digest(part / f"{name_of(shard)}.jsonl") for shard in range(shared.shards)]
+        told = {"format": FORMAT, "counts": counts, "digests": digests}
+        malformed = loaded.prompts.n_malformed
+        (part / SPLIT).write_bytes(orjson.dumps({**told, "malformed": malformed}))
+        try:
+            part.rename(folder)
+        except OSError:
+            if not (folder / SPLIT).exists():
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # where another process was first
+    if malformed and not quiet:
+        for problem in loaded.prompts.problems[:3]:
+            warn(str(problem))
+        warn(loaded.prompts.summary())
+    return _read(folder)
+
+
+def _signature(loaded: ResolvedPipeline, shards: int) -> str:
+    """What tells sources apart: the configuration of the prompts, and the file's size and time."""
+    path = loaded.prompts.path
+    stat = path.stat() if path.is_file() else None
+    of_file = [str(stat.st_size), str(stat.st_mtime_ns)] if stat else []
+    return keys.digest(loaded.config.prompts.model_dump(mode="json"), of_file, shards)[:16]
+
+
+def _read(folder: Path) -> ShardedPrompts:
+    told = read_json(folder / SPLIT)
+    return ShardedPrompts(folder, told["counts"], told["digests"], told["malformed"])
+
+
+def _divide(prompts: Any, folder: Path, shards: int) -> list[int]:
+    """Write each prompt to its shard's file. Returns: the number of prompts by shard."""
+    counts, waiting, size = [0] * shards, [list[bytes]() for _ in range(shards)], 0
+    splits: dict[str, str] = {}
+    for prompt in prompts:
+        shard = shard_of(prompt.messages, shards)
+        line = _line(_with_split(prompt, splits))
+        counts[shard] += 1
+        waiting[shard].append(line)
+        size += len(line)
+        if size > BUFFER_BYTES:
+            _write(folder, waiting)
+            size = 0
+    _write(folder, waiting)
+    return counts
+
+
+def _with_split(prompt: Prompt, splits: dict[str, str]) -> Prompt:
+    """The prompt with the split that its group has: the first one of a group stands."""
+    if prompt.group is None:
+        return prompt
+    split = splits.setdefault(prompt.group, split_of(prompt))
+    if prompt.split is not None and prompt.split != split:
+        raise ConfigError(
+            f"prompt {prompt.id}: split {prompt.split!r}, but the group {prompt.group!r} is "
+            f"{split!r} before. What belongs together stays on one side: correct the prompts file"
+        )
+    return replace(prompt, split=split)
+
+
+def _line(prompt: Prompt) -> bytes:
+    messages = stored_text(prompt.messages)
+    row = (prompt.id, messages, prompt.tags, prompt.group, prompt.split, prompt.rubric)
+    return orjson.dumps(row) + b"\n"
+
+
+def _write(folder: Path, waiting: list[list[bytes]]) -> None:
+    for shard, lines in enumerate(waiting):
+        if lines:
+            with open(folder / f"{name_of(shard)}.jsonl", "ab") as file:
+                file.writelines(lines)
+            lines.clear()
+
+
+def _digest(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]

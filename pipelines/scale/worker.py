@@ -1,0 +1,223 @@
+"""A worker: does one shard after another with the same engines, in one event loop.
+
+As a process (`python -m prefab.pipelines.scale.worker`) it reads messages from stdin and writes
+events to stdout, a JSON object a line. When stdin ends, whoever gave it work is gone: it asks
+nothing more and ends within two seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from prefab.factory.engines.lifecycle import KeptEngine
+from prefab.factory.errors import ConfigError, EngineError, PrefabError
+from prefab.factory.store.shared import SharedFolder, is_shared
+from prefab.factory.types import Engine
+from prefab.pipelines.config.loader import (
+    ResolvedPipeline,
+    make_engines,
+    models,
+    resolve_pipeline,
+)
+from prefab.pipelines.run.interrupts import Interrupted
+from prefab.pipelines.run.runner import in_event_loop
+from prefab.pipelines.scale.shard import ShardJob, ShardRun
+from prefab.pipelines.scale.sharding import ShardPrompts
+
+END_S = 1.5  # after which a worker whose driver is gone ends, whatever it does
+TICK_S = 0.5  # between two events that tell how far a shard is
+Emit = Callable[[dict[str, Any]], None]
+WITH_ADDRESS = ("url", "urls", "base_url")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """What every worker of a run is told at its start. `workers` share the servers with addresses:
+    each asks its part of `max_in_flight`. `id` is that of the shared folder.
+    """
+
+    source: str | dict[str, Any]
+    sets: list[str]
+    folder: str  # the working directory, from which the paths are seen
+    shared: str
+    id: str
+    local: str
+    prompts: str  # the folder of the shards' prompts
+    publish_s: float
+    workers: int
+
+
+def identities_of(engines: Mapping[str, Engine]) -> dict[str, str]:
+    """By engine, which model it is, as a run's texts have it."""
+    return models(dict(engines))
+
+
+def kept_engines(loaded: ResolvedPipeline, workers: int = 1) -> dict[str, Engine]:
+    """The engines of a pipeline, which stay started from shard to shard."""
+    made: dict[str, Engine] = {}
+    for name, engine in make_engines(loaded).items():
+        made[name] = KeptEngine(getattr(engine, "engine", engine))
+        config = loaded.config.engines[name]
+        if any(config.get(field) for field in WITH_ADDRESS):
+            made[name].max_in_flight = max(1, engine.max_in_flight // workers)
+    return made
+
+
+class Worker:
+    """The work of one worker. `emit` is called with each event."""
+
+    def __init__(self, setup: WorkerSetup, emit: Emit) -> None:
+        self.setup, self.emit = setup, emit
+        self.inbox: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self.run: ShardRun | None = None
+        self._engines: dict[str, Engine] = {}
+        self._job: asyncio.Task[None] | None = None
+
+    async def main(self) -> None:
+        """Work until told to end: `{"do": {...}}` is a `ShardJob`, `{"stop": true}` drains the one
+        in work, `{"end": true}` ends when none is, and None drops it.
+        """
+        try:
+            os.chdir(self.setup.folder)
+            shared = self._shared()
+            loaded = resolve_pipeline(self.setup.source, self.setup.sets)
+            self._engines = kept_engines(loaded, self.setup.workers)
+            self.emit({"event": "ready", "pid": os.getpid(), "models": models(self._engines)})
+            while (message := await self.inbox.get()) is not None:
+                if "do" in message:
+                    self._job = asyncio.create_task(
+                        self._do(loaded, shared, ShardJob(**message["do"]), message["models"])
+                    )
+                elif "end" in message:
+                    break
+                elif self.run is not None:
+                    self.run.stop()
+        except (PrefabError, OSError) as error:
+            self._failed(None, error)
+        finally:
+            if self._job is not None:
+                if self.run is not None and self.run.ctx is not None:
+                    self.run.ctx.hurry = self.run.ctx.stopping = True
+                self._job.cancel()
+                await asyncio.gather(self._job, return_exceptions=True)
+            for engine in self._engines.values():
+                await engine.end()  # type: ignore[attr-defined]  # all are KeptEngine
+
+    def _shared(self) -> SharedFolder:
+        """The shared folder, seen to be the driver's. Raises: ConfigError."""
+        folder = Path(self.setup.shared)
+        if not is_shared(folder) or SharedFolder(folder).id != self.setup.id:
+            raise ConfigError(
+                f"{folder} on {os.uname().nodename} is not the folder that the driver sees: "
+                "scale.shared must be a folder that all machines share"
+            )
+        return SharedFolder(folder)
+
+    async def _do(
+        self, loaded: ResolvedPipeline, shared: SharedFolder, job: ShardJob, known: dict[str, str]
+    ) -> None:
+        ticking = asyncio.create_task(self._tick(job.shard))
+        try:
+            self._check_models(known)
+            self.run = ShardRun(loaded, shared, Path(self.setup.local), job)
+            prompts = ShardPrompts(Path(self.setup.prompts) / f"{job.shard:05d}.jsonl")
+            result = await self.run.run(self._engines, prompts, self.setup.publish_s)
+            self.emit({"event": "done", **result})
+        except (PrefabError, OSError) as error:
+            self._failed(job.shard, error)
+        except Interrupted:
+            pass  # the driver is gone
+        finally:
+            ticking.cancel()
+
+    def _check_models(self, known: dict[str, str]) -> None:
+        """See that this machine would ask the run's models. One at an address is what the run
+        began with; the model of a server of our own may differ with the machine (its dtype).
+
+        Raises: EngineError.
+        """
+        for name, engine in self._engines.items():
+            wanted = known[f"model {name}"]
+            if engine.identity == wanted:
+                continue
+            if engine.owns_server:
+                raise EngineError(
+                    f"engines.{name} on {os.uname().nodename} is {engine.identity}, and the run "
+                    f"began with {wanted}. Set engines.{name}.dtype, so that it does not depend on "
+                    "the machine, and see that the model's files are the same everywhere"
+                )
+            engine.identity = wanted
+
+    async def _tick(self, shard: int) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self.run is not None and self.run.job.shard == shard:
+                self.emit({"event": "progress", "shard": shard, "counts": self.run.counts()})
+
+    def _failed(self, shard: int | None, error: Exception) -> None:
+        fatal = isinstance(error, ConfigError)
+        told = {"event": "failed", "shard": shard, "error": type(error).__name__, "fatal": fatal}
+        self.emit({**told, "message": str(error)})
+
+
+def main() -> None:
+    """Work for the process at the other end of stdin and stdout."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal: the driver says what to do
+        signal.signal(number, signal.SIG_IGN)
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not be taken for an event
+    events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    writer = threading.Thread(target=_write, args=(out, events), daemon=True)
+    writer.start()
+    # unbuffered: a thread that waits in a buffer's lock cannot be ended
+    messages = io.FileIO(0, closefd=False)
+    setup = WorkerSetup(**orjson.loads(messages.readline()))
+
+    async def work() -> None:
+        worker = Worker(setup, events.put)
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=_read, args=(messages, worker, loop), daemon=True).start()
+        await worker.main()
+
+    in_event_loop(work())
+    events.put(None)
+    writer.join(END_S)
+
+
+def _write(out: Any, events: queue.SimpleQueue[dict[str, Any] | None]) -> None:
+    try:
+        while (event := events.get()) is not None:
+            out.write(orjson.dumps(event, default=str) + b"\n")
+            out.flush()
+    except OSError:  # nobody reads any more: the end of stdin says so too
+        pass
+
+
+def _read(messages: io.FileIO, worker: Worker, loop: asyncio.AbstractEventLoop) -> None:
+    """Hand over the messages of stdin. At its end the driver has ended, or was killed."""
+    for line in messages:
+        loop.call_soon_threadsafe(worker.inbox.put_nowait, orjson.loads(line))
+    timer = threading.Timer(END_S, os._exit, [1])
+    timer.daemon = True
+    timer.start()
+    loop.call_soon_threadsafe(worker.inbox.put_nowait, None)
+
+
+def setup_line(setup: WorkerSetup) -> bytes:
+    """The first line that a worker's process reads."""
+    return orjson.dumps(asdict(setup)) + b"\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""A run over shards gives the rows of a run in one process, asks as often, and never again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from prefab import run
+from prefab.factory.errors import ConfigError, EngineError, StoreError
+from prefab.factory.store.shared import SharedFolder
+from prefab.pipelines.store.fill import query
+from tests.support import project
+from tests.support.sharded import run_sharded, same_rows
+
+# a repeated prompt, one under another id, and a group whose first prompt decides its split
+EXTRA = (
+    {"id": "p1", "prompt": "Question 1?", "group": "g1"},
+    {"id": "other", "prompt": "Question 2?"},
+    {"id": "q1", "prompt": "Another question?", "group": "g7", "split": "test"},
+    {"id": "q2", "prompt": "Yet another question?", "group": "g7"},
+    {"prompt": "A question without an id?"},
+)
+
+
+def pipeline(folder, **changes):
+    """A pipeline in 3 shards."""
+    scale = {"shards": 3, "local": str(folder / "local"), "publish_s": 60.0}
+    value = project.pipeline(folder, prompts=7, scale=scale, **changes)
+    with open(folder / "prompts.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in EXTRA)
+    return value
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a run of one process in `single`, and the same over shards in `store`, where
+    the worker of shard 1 was lost; with the pipeline, both results and the launcher.
+    """
+    folder = tmp_path_factory.mktemp("sharded")
+    value = pipeline(folder)
+    single = run(value)
+    shutil.move(folder / "store", folder / "single")
+    return folder, value, single, *run_sharded(value, lose=(1,))
+
+
+def test_rows_and_calls_are_those_of_one_process(made):
+    folder, _, single, sharded, launcher = made
+    assert (sharded.state, sharded.prompts) == ("done", single.prompts)
+    assert (sharded.asked, sharded.reused) == (single.asked, single.reused)
+    assert (sharded.outcomes, sharded.p_chosen) == (single.outcomes, single.p_chosen)
+    # each was asked and then derived with the calibration; the lost one was given out again
+    assert sorted(launcher.given) == [0, 0, 1, 1, 1, 2, 2]
+    same_rows(folder / "single", folder / "store")
+
+
+def test_a_finished_run_starts_no_worker(made):
+    _, value, single, _, _ = made
+    again, launcher = run_sharded({**value, "budget": {"failed": 0.5}})
+    assert not launcher.workers and (again.asked, again.resumed) == (0, True)
+    assert again.reused == single.asked + single.reused
+    assert again.outcomes == single.outcomes
+
+
+def copy_of(made, tmp_path, local=True):
+    """Another copy of the shared folder, with the machine's own ledgers or without; its
+    pipeline.
+    """
+    folder, value, *_ = made
+    shutil.copytree(folder / "store", tmp_path / "store")
+    if local:
+        shutil.copytree(folder / "local", tmp_path / "local")
+    scale = {**value["scale"], "local": str(tmp_path / "local")}
+    return {**value, "store": str(tmp_path / "store"), "scale": scale}
+
+
+def test_another_machine_restores_what_is_published_and_asks_nothing(made, tmp_path):
+    value = copy_of(made, tmp_path, local=False)
+    shutil.rmtree(tmp_path / "store" / "states")
+    result, _ = run_sharded(value)
+    assert (result.state, result.asked) == ("done", 0)
+    value["store"] = str(tmp_path / "store")
+    same_rows(made[0] / "single", tmp_path / "store")
+
+
+def test_damaged_rows_are_made_anew_and_a_damaged_segment_is_asked_again(made, tmp_path, capsys):
+    value = copy_of(made, tmp_path, local=False)
+    shared = SharedFolder(tmp_path / "store")
+    shard = next(state.shard for state in shared.states())
+    for path in (tmp_path / "store" / "tables" / "calls").glob(f"{shard:05d}-*"):
+        path.write_bytes(b"damaged")
+    assert query(tmp_path / "store", "SELECT count(*) FROM calls").item() > 0
+    assert f"shard {shard}: its rows" in capsys.readouterr().err
+    (segment,) = shared.segments(shard).glob("*-calls.parquet")
+    segment.write_bytes(segment.read_bytes()[:-1])
+    result, launcher = run_sharded(value)
+    assert set(launcher.given) == {shard} and "checksum" in capsys.readouterr().err
+    of_shard = shared.state(shard).runs["1"]["counts"]
+    assert 0 < result.asked == of_shard["asked"]
+    same_rows(made[0] / "single", tmp_path / "store")
+
+
+def test_more_prompts_are_asked_in_the_shards_that_have_them(made, tmp_path):
+    value = copy_of(made, tmp_path)
+    (tmp_path / "prompts.jsonl").write_text(
+        (made[0] / "prompts.jsonl").read_text() + '{"prompt": "A new question?"}\n'
+    )
+    value["prompts"] = {"source": str(tmp_path / "prompts.jsonl")}
+    result, launcher = run_sharded(value)
+    assert result.version == 2  # another source
+    assert result.asked == 15  # 3 samples, and 3 pairs in 2 orders under 2 principles
+    assert len(set(launcher.given)) == 3
+
+
+def test_a_budget_is_held_over_all_shards(made, tmp_path):
+    value = pipeline(tmp_path, budget={"calls": 20})
+    value["engines"] = {"local": {"engine": "scripted", "delay_s": 0.2, "max_in_flight": 2}}
+    result, _ = run_sharded(value, workers=1)
+    assert result.state == "budget" and "budget.calls of 20" in result.reason
+    assert 20 <= result.asked < made[2].asked
+    value["budget"] = {}
+    value["engines"] = {"local": {"engine": "scripted"}}
+    rest, _ = run_sharded(value)
+    assert (rest.state, rest.version) == ("done", 1)
+    assert rest.asked + result.asked == made[2].asked
+
+
+def test_a_shard_that_loses_its_workers_is_set_aside_and_named(tmp_path):
+    value = pipeline(tmp_path)
+    with pytest.raises(EngineError, match=r"1 of 3 shards were set aside \(2\)"):
+        run_sharded(value, lose=(2, 2, 2))
+    result, launcher = run_sharded(value)
+    assert result.state == "done" and launcher.given[0] == 2
+    assert (launcher.given.count(0), launcher.given.count(1)) == (1, 1)  # for the calibration
+
+
+def test_bad_input(made, tmp_path):
+    folder, value, *_ = made
+    with pytest.raises(ConfigError, match="their number cannot change"):
+        run_sharded(value, sets=("scale.shards=4",))
+    with pytest.raises(ConfigError, match="this store is in shards"):
+        run(value)
+    with pytest.raises(StoreError, match="filled by `prefab run` without shards"):
+        run_sharded({**value, "store": str(folder / "single")})
+    (tmp_path / "shards.json").write_text('{"format": 2, "shards": 3, "id": "x"}')
+    with pytest.raises(StoreError, match="newer version"):
+        run_sharded({**value, "store": str(tmp_path)})

@@ -1,0 +1,99 @@
+"""Runs over shards with workers in threads of this process: no process is started."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+from prefab.factory.store import store
+from prefab.pipelines.scale.driver import Driver, prepare
+from prefab.pipelines.scale.launchers import WorkerEvent
+from prefab.pipelines.scale.worker import Worker, identities_of, kept_engines
+from prefab.pipelines.store.fill import query
+
+# of a table's columns, those that tell when something was done
+WHEN = {
+    "calls": ["answered_at"],
+    "runs": ["started_at", "last_start"],
+    "evals": ["eval", "value", "evaluated_at"],
+    "failures": ["failed_at"],
+}
+
+
+class ThreadLauncher:
+    """Workers as threads. `lose` has the shards at whose beginning a worker is lost, once each."""
+
+    def __init__(self, setup: Any, lose: tuple[int, ...] = ()) -> None:
+        self.setup, self.lose = setup, list(lose)
+        self.events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
+        self.workers: dict[int, tuple[Worker, asyncio.AbstractEventLoop, threading.Thread]] = {}
+        self.given: list[int] = []  # shards, in the order in which they were given out
+
+    def start(self) -> int:
+        number, ready = len(self.workers) + 1, threading.Event()
+
+        def emit(data: dict[str, Any]) -> None:
+            self.events.put(WorkerEvent(number, data["event"], data))
+
+        async def work() -> None:
+            worker = Worker(self.setup, emit)
+            self.workers[number] = (worker, asyncio.get_running_loop(), thread)
+            ready.set()
+            await worker.main()
+
+        thread = threading.Thread(target=lambda: asyncio.run(work()), daemon=True)
+        thread.start()
+        ready.wait()
+        return number
+
+    def send(self, worker: int, message: dict[str, Any]) -> None:
+        if "do" in message:
+            shard = message["do"]["shard"]
+            self.given.append(shard)
+            if shard in self.lose:
+                self.lose.remove(shard)
+                self.events.put(WorkerEvent(worker, "gone", {"why": "the test"}))
+                return
+        one, loop, _ = self.workers[worker]
+        loop.call_soon_threadsafe(one.inbox.put_nowait, message)
+
+    def kill(self, worker: int) -> None:
+        one, loop, _ = self.workers[worker]
+        loop.call_soon_threadsafe(one.inbox.put_nowait, None)
+
+    def close(self) -> None:
+        for _, loop, thread in self.workers.values():
+            if thread.is_alive():
+                worker = next(w for w, _, t in self.workers.values() if t is thread)
+                loop.call_soon_threadsafe(worker.inbox.put_nowait, {"end": True})
+        for _, _, thread in self.workers.values():
+            thread.join()
+
+
+def run_sharded(
+    value: dict[str, Any], workers: int = 2, lose: tuple[int, ...] = (), sets: tuple[str, ...] = ()
+) -> tuple[Any, ThreadLauncher]:
+    """The result of a run over shards, and its launcher."""
+    scaled = prepare(value, sets, workers, True)
+    launcher = ThreadLauncher(scaled.setup, lose)
+    return Driver(scaled, launcher).run(identities_of(kept_engines(scaled.loaded))), launcher
+
+
+def rows(folder: Path) -> dict[str, list[Any]]:
+    """By table, the rows of a store without what tells when they were made, sorted."""
+    found = {}
+    for table in (*store.TABLES, "pairs", "readings", "unscored"):
+        left_out = ", ".join(WHEN.get(table, []))
+        columns = f"* EXCLUDE ({left_out})" if left_out else "*"
+        found[table] = sorted(query(folder, f"SELECT {columns} FROM {table}").rows(), key=repr)
+    return found
+
+
+def same_rows(one: Path, other: Path) -> None:
+    """See that two stores hold the same rows in every table."""
+    ours, theirs = rows(one), rows(other)
+    for table, of_one in ours.items():
+        assert of_one == theirs[table], table
