@@ -36,6 +36,15 @@ class Estimate:
     n_groups: int = 0
 
 
+def bon_kl(n: int) -> float:
+    """The largest KL of best-of-n to the policy it draws from, in nats: log n - (n - 1) / n. It is
+    reached where no two answers score the same.
+
+    Source: Stiennon et al. 2020, appendix G.3; an upper bound in general, Beirami et al. 2024.
+    """
+    return log(n) - (n - 1) / n
+
+
 def undefined(reason: str, n_items: int = 0, n_raters: int = 0) -> Estimate:
     """An estimate without a value, and the reason."""
     return Estimate(None, n_items=n_items, n_raters=n_raters, undefined=reason)

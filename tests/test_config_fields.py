@@ -19,7 +19,11 @@ PACKAGES = ("factory", "judges", "pipelines", "trainers")
 # object whose class the reader does not know: (class, where, fields).
 BY_KEY = (
     ("ConstitutionModel", "factory/spec/constitution.py", {"extends"}),
-    ("ChooseConfig", "factory/store/datasets.py", {"method", "margin"}),
+    (
+        "ChooseConfig",
+        "factory/store/datasets.py",
+        {"method", "margin", "demonstrations", "min_score"},
+    ),
     ("EscalateConfig", "pipelines/store/derive.py", {"decides"}),
     ("PanelConfig", "pipelines/store/derive.py", {"combine"}),
     ("PanelConfig", "pipelines/config/schema.py", {"min_label_mass", "repeats", "weights"}),

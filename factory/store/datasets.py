@@ -86,6 +86,7 @@ class _LeftOut:
     unscored: int = 0
     unconfirmed: int = 0
     within_margin: int = 0
+    below_score: int = 0
 
     def notes(self, label: str, config: dict[str, Any]) -> list[str]:
         """One line for each kind that occurs, and what else a reader of the data must know."""
@@ -132,6 +133,8 @@ class _LeftOut:
                 f"{self.unconfirmed:,} decided comparisons are not confirmed by the {method} fit of "
                 "their prompt, or it has none: they give no pair"
             )
+        if config.get("recipe") == "best_of_n":
+            lines += self._of_best(config)
         if self.within_margin:
             lines.append(
                 f"{self.within_margin:,} decided comparisons are within {margin} of a half and give "
@@ -139,6 +142,25 @@ class _LeftOut:
             )
         if method != "compared":
             lines.append(f"pairs were chosen by {method}")
+        return lines
+
+    def _of_best(self, config: dict[str, Any]) -> list[str]:
+        from prefab.factory.stats import bon_kl
+
+        n = config["policy"]["samples"]
+        lines = [
+            f"demonstrations are the best of {n} answers to each prompt: choosing them moves at "
+            f"most {bon_kl(n):.2f} nats an answer from the policy that wrote them "
+            "(log n - (n - 1) / n)"
+        ]
+        choose = config.get("choose") or {}
+        if choose.get("demonstrations") == "accepted":
+            lines = [f"demonstrations are all answers scored at least {choose['min_score']:g}"]
+        if self.below_score:
+            lines.append(
+                f"{self.below_score:,} answers are scored below {choose['min_score']:g} and are no "
+                "demonstrations"
+            )
         return lines
 
 
@@ -179,7 +201,7 @@ def dataset_parts(
         _check_audit(read, record, without)
     if judges or principles:
         _check_readers(read, record, judges, principles)
-    tables = ("prompts", "preferences", "critiques", "strengths")
+    tables = ("prompts", "preferences", "critiques", "strengths", "scores")
     for prompts, rows in _prompts_in_parts(
         read, run, (*tables, "verdicts") if judges or principles else tables
     ):
@@ -332,7 +354,34 @@ class _Part:
         )
         if self._revised:
             frames["sft"] = _sft(samples, table("critiques"), self._select)
+        elif self._record["recipe"] == "best_of_n" and preferences.height:
+            kept = self._demonstrations(samples, preferences, table("scores"))
+            frames["sft"] = _demonstration_rows(kept)
         return frames
+
+    def _demonstrations(
+        self, samples: polars.DataFrame, preferences: polars.DataFrame, scores: polars.DataFrame
+    ) -> polars.DataFrame:
+        """The samples that a run of best-of-n keeps for SFT: of each prompt the best, or all that
+        are accepted. Of two answers that the panel calls equal, the one with the larger share.
+        """
+        import polars as pl
+
+        choose = self.config.get("choose") or {}
+        kept = samples
+        if choose.get("demonstrations") != "accepted":
+            first = pl.col("p_a").fill_null(0.5) >= 0.5
+            best = preferences.filter(pl.col("outcome") != "unscored").select(
+                "prompt", pl.when(first).then("a").otherwise("b").alias("index")
+            )
+            kept = kept.join(best, on=["prompt", "index"], how="semi", maintain_order="left")
+        if (least := choose.get("min_score")) is not None:
+            means = scores.group_by("prompt", "index").agg(pl.col("value").mean())
+            enough = means.filter(pl.col("value") >= least)
+            n = kept.height
+            kept = kept.join(enough, on=["prompt", "index"], how="semi", maintain_order="left")
+            self.left_out.below_score += n - kept.height
+        return kept
 
     def _count(self, preferences: polars.DataFrame) -> None:
         import polars as pl
@@ -709,7 +758,6 @@ def _unpaired(samples: polars.DataFrame, wins: polars.DataFrame) -> polars.DataF
 def _sft(samples: polars.DataFrame, critiques: polars.DataFrame, select: str) -> polars.DataFrame:
     """Demonstrations. After a sweep: the last text of each draft that the critic could be read on,
     revised or found without fault. After draws: every revision, as in the paper (Bai et al. 2022).
-    Equal texts of a prompt stand once.
     """
     import polars as pl
 
@@ -731,7 +779,14 @@ def _sft(samples: polars.DataFrame, critiques: polars.DataFrame, select: str) ->
             faulty, on=["prompt", "index"], how="anti"
         )  # its revision could not be read
         rows = pl.concat([clean, last.filter(pl.col("parent") >= 0)])
-    rows = rows.sort("prompt", "index").unique(
+    return _demonstration_rows(rows)
+
+
+def _demonstration_rows(samples: polars.DataFrame) -> polars.DataFrame:
+    """Samples as rows for SFT; equal texts of a prompt stand once."""
+    import polars as pl
+
+    rows = samples.sort("prompt", "index").unique(
         ["prompt", "text"], keep="first", maintain_order=True
     )
     return rows.select(

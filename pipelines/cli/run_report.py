@@ -52,6 +52,17 @@ def report(result: Any) -> None:
     )
     if result.p_chosen:
         console().print(result.p_chosen.replace("`", ""), markup=False)
+    if result.best_of:
+        table(
+            "mean score of the best of n answers, and the most KL that choosing it costs",
+            ("judge", "n", "score", "KL, nats an answer", "prompts"),
+            [
+                (row["judge"], row["n"], row["score"], row["kl"], row["prompts"])
+                for row in result.best_of
+            ],
+            "The more the best is chosen by this score, the less the score says of it: measure the "
+            "gain by another judge",
+        )
     _tell_servers(result)
 
 

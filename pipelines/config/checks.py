@@ -132,6 +132,49 @@ def fits(value: Any) -> Found:
         yield ("choose", "method"), f"{method} needs the library evalica: `pip install evalica`"
 
 
+def best_of_n(value: Any) -> Found:
+    """Best-of-n needs several answers and judges that score one at a time."""
+    recipe = value.get("recipe") if isinstance(value, dict) else None
+    if recipe != "best_of_n":
+        for field in ("demonstrations", "min_score"):
+            if mapping(value, "choose").get(field) is not None:
+                yield ("choose", field), "is for the recipe best_of_n alone"
+        return
+    found = list(judges(value))
+    if not found:
+        yield ("panel",), "best_of_n needs judges that score answers: name one under panel.judges"
+    for index, judge in found:
+        kind = str(judge.get("kind"))
+        if kind in registry.JUDGES and registry.JUDGES[kind].shows != "one":
+            yield (
+                ("panel", "judges", index, "kind"),
+                f"best_of_n asks about one answer at a time, and {kind} judges do not score one; "
+                "pointwise, rubric, verifier and reward_model do",
+            )
+    if mapping(value, "policy").get("samples") == 1:
+        yield ("policy", "samples"), "best_of_n chooses among several answers: at least 2"
+    unused: list[yamlio.Path_] = [
+        (name,) for name in ("revise", "pairs") if value.get(name) is not None
+    ]
+    if mapping(value, "panel").get("escalate") is not None:
+        unused.append(("panel", "escalate"))
+    for path in unused:
+        yield path, "has no meaning in best_of_n, which compares the best answer with the worst"
+    yield from _least_score(mapping(value, "choose"), [judge.get("kind") for _, judge in found])
+
+
+def _least_score(choose: dict[str, Any], kinds: list[Any]) -> Found:
+    """A least score is on the scale of one judge, where more is better."""
+    if choose.get("min_score") is None:
+        if choose.get("demonstrations") == "accepted":
+            yield ("choose", "demonstrations"), "accepted by which score? Set choose.min_score"
+    elif len(kinds) > 1 or "rubric" in kinds:
+        yield (
+            ("choose", "min_score"),
+            "needs one judge of kind pointwise, verifier or reward_model, whose scale it is on",
+        )
+
+
 def files(value: Any, base: Path) -> Found:
     """Files that are named exist."""
     constitution = value.get("constitution") if isinstance(value, dict) else None

@@ -199,6 +199,19 @@ class ChooseConfig(_Strict):
     margin: float = Field(
         0.0, ge=0, lt=0.5, description="p_chosen must be above a half by at least this."
     )
+    demonstrations: Literal["best", "accepted"] = Field(
+        "best",
+        exclude_if=lambda value: value == "best",
+        description="Of the recipe best_of_n, for SFT: each prompt's best answer, or all answers "
+        "whose score is at least min_score (rejection sampling).",
+    )
+    min_score: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        exclude_if=lambda value: value is None,
+        description="Of the recipe best_of_n: a demonstration needs this score, on the judge's own "
+        "scale (of a verifier: 1.0 is right). Left out: none.",
+    )
 
 
 class ExportConfig(_Strict):
@@ -353,6 +366,7 @@ def _validate(
         checks.escalation,
         checks.rankings,
         checks.fits,
+        checks.best_of_n,
         checks.engine_names,
         lambda value: checks.files(value, base),
     ]

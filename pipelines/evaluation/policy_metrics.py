@@ -20,6 +20,7 @@ import numpy as np
 from prefab.factory.errors import ConfigError
 from prefab.factory.stats import (
     Estimate,
+    bon_kl,
     bootstrap,
     bounded,
     length_controlled_win_rate,
@@ -31,7 +32,7 @@ from prefab.factory.stats import (
 from prefab.trainers.chat import Turns
 from prefab.trainers.offline.reference import compute_logps
 from prefab.trainers.rl import rollout
-from prefab.trainers.rl.overoptimization import bon_kl, distinct
+from prefab.trainers.rl.overoptimization import distinct
 
 REFUSES = re.compile(
     r"\b(i(?:'m| am) sorry|i can(?:no|')t|i can not|i will not|i won't|i(?:'m| am) (?:not able|unable)|"

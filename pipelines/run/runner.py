@@ -36,6 +36,7 @@ from prefab.pipelines.config.loader import (
     resolve_pipeline,
 )
 from prefab.pipelines.config.registries import RECIPES
+from prefab.pipelines.run.best_of_n import BestOf, curve
 from prefab.pipelines.run.context import Asker, Context, Failures, Stopped
 from prefab.pipelines.run.interrupts import Interrupted, heeded, name_of
 from prefab.pipelines.store.calibrate import calibrate_ended
@@ -91,6 +92,8 @@ class RunResult:
     signal: int = 0  # that stopped it
     behind: int = 0  # calls that the store does not show yet, because another program holds it
     servers: list[ServerReport] = field(default_factory=list)
+    # of the recipe best_of_n: the score of the best of n answers, by judge and n
+    best_of: list[BestOf] = field(default_factory=list)
     p_chosen: str = ""  # what `p_chosen` is: a probability and of what, or a share of the vote
     _frames: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -126,7 +129,7 @@ class RunResult:
     def trainable(self) -> bool:
         """Whether an export of this run holds more than prompts."""
         if self.outcomes:
-            return bool(self.outcomes.get("a") or self.outcomes.get("b"))
+            return bool(self.outcomes.get("a") or self.outcomes.get("b") or self.best_of)
         return self.prompts > 0 and self.asked + self.reused > self.failed
 
     def summary(self) -> dict[str, Any]:
@@ -455,6 +458,16 @@ def _in_store(folder: Path, run: int) -> dict[str, dict[str, int]]:
     return found
 
 
+def _best_of(loaded: ResolvedPipeline, run: int) -> list[BestOf]:
+    """The scores of the best of n answers; nothing for another recipe, or where another program
+    holds the store.
+    """
+    with suppress(HeldError):
+        if loaded.config.recipe == "best_of_n":
+            return curve(Path(loaded.config.store), run, loaded.judges)
+    return []
+
+
 def _result(
     loaded: ResolvedPipeline,
     ctx: Context,
@@ -499,5 +512,6 @@ def _result(
         awaited=counts.awaited,
         signal=ctx.stopped_by if state == "stopped" else 0,
         behind=behind,
+        best_of=_best_of(loaded, record.id),
         servers=[server for engine in ctx.engines.values() for server in engine.servers],
     )

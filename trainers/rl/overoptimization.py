@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import exp, sqrt
 from statistics import fmean, stdev
 from typing import Literal
 
@@ -179,14 +179,6 @@ def _peak(form: str, a: float, b: float) -> float | None:
     if b <= 0 or (form == "bon" and a <= 0):
         return None
     return a / (2 * b) if form == "bon" else exp(min(a / b - 1, 700.0))
-
-
-def bon_kl(n: int) -> float:
-    """The largest KL of best-of-n to the policy it draws from, in nats: log n - (n - 1) / n.
-
-    An upper bound, as shown by Beirami et al. 2024.
-    """
-    return log(n) - (n - 1) / n
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:

@@ -9,6 +9,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from prefab.factory.stats import bon_kl
 from prefab.trainers.rl import overoptimization
 from prefab.trainers.rl.overoptimization import Evaluation
 
@@ -150,9 +151,7 @@ def test_a_fit_needs_points():
 
 
 def test_best_of_n_and_distinct():
-    assert overoptimization.bon_kl(1) == 0 and overoptimization.bon_kl(4) == pytest.approx(
-        log(4) - 0.75
-    )
+    assert bon_kl(1) == 0 and bon_kl(4) == pytest.approx(log(4) - 0.75)
     assert (
         overoptimization.distinct(["a b a", "b a"], 1) == 2 / 5
         and overoptimization.distinct(["a b a", "b a"], 2) == 2 / 3
