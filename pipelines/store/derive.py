@@ -373,6 +373,19 @@ def _strengths(prompt: str, preferences: Sequence[Row], rules: Rules) -> list[Ro
     ]
 
 
+def decided_by(rules: Rules, learned: Learned | None) -> tuple[str, ...]:
+    """What makes a preference of its verdicts, for its id: the rule, and the calibration if any."""
+    words = repr(rules.rule), str(decision.AGGREGATION_VERSION)
+    return (*words, learned.kind, learned.calibration.rule) if learned else words
+
+
+def preference_id(
+    prompt: str, a: int, b: int, verdicts: Iterable[str], decided: Iterable[str]
+) -> str:
+    """The id of a preference: of the comparison, the verdicts it stands on, and `decided_by`."""
+    return digest("preference", prompt, str(a), str(b), *verdicts, *decided)
+
+
 def _preference(
     p: Preference,
     verdicts: Sequence[str],
@@ -381,18 +394,9 @@ def _preference(
     identical: bool = False,
     escalation: str | None = None,
 ) -> Row:
-    rule, share, p = rules.rule, p.p_chosen, calibrated(p, readings, rules)
+    share, p = p.p_chosen, calibrated(p, readings, rules)
     learned = rules.learned if readings else None
-    name = digest(
-        "preference",
-        p.prompt,
-        str(p.a),
-        str(p.b),
-        *verdicts,
-        repr(rule),
-        str(decision.AGGREGATION_VERSION),
-        *([learned.kind, learned.calibration.rule] if learned else ()),
-    )
+    name = preference_id(p.prompt, p.a, p.b, verdicts, decided_by(rules, learned))
     chosen, rejected = {"a": (p.a, p.b), "b": (p.b, p.a)}.get(p.outcome, (None, None))
     return (
         name,

@@ -38,6 +38,7 @@ from prefab.factory.uses import ScoreUse, UseColumns, use_of
 from prefab.pipelines.store import catalogue, derive, imports
 from prefab.pipelines.store.calibrations import CALIBRATION, Learned
 from prefab.pipelines.store.derive import Row
+from prefab.pipelines.store.recalibrate import RECALIBRATE, recalibrate
 from prefab.pipelines.store.verdicts import RecordedUse, Rules
 
 if TYPE_CHECKING:
@@ -324,13 +325,16 @@ def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport, memo
         _copy_prompts(con, ledger, report)
         _copy_calls(con, ledger, names, report)
         imports.copy(con, ledger, report)
+        before = _calibrations(con)
         _copy_rest(con, ledger, report)
         learned = _calibrations(con)
-        todo = con.execute("SELECT DISTINCT run FROM work WHERE state = 'todo'").fetchall()
+        todo = con.execute("SELECT DISTINCT run FROM work WHERE state <> 'open'").fetchall()
         rules = {}
         for r in (r for r in records if (r.id,) in todo):
             constitution = read[r.id] if r.id in read else _constitution(r, report)
             rules[r.id] = derive.rules(r, constitution, learned.get(r.id))
+        for run, of_run in rules.items():
+            report.add("preferences", recalibrate(con, names, of_run, before.get(run)))
         _derive_work(con, ledger, names, rules, report)
         db.kill_point("end")
         con.execute("CHECKPOINT")
@@ -616,7 +620,8 @@ def _copy_evals(
                 store.insert(con, "marks", list(_marks(value, marks)))
             if value.get("name") == CALIBRATION:
                 of_run = "SELECT DISTINCT run, prompt FROM uses WHERE run = ?"
-                _put_to_work(con, ledger.execute(of_run, (value["run"],)).fetchall(), ())
+                pairs = ledger.execute(of_run, (value["run"],)).fetchall()
+                _put_to_work(con, pairs, (), RECALIBRATE)
             store.set_watermark(con, "evals", rowid)
         report.add("evals", 1)
 
@@ -662,6 +667,7 @@ def _find_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection) -> in
     """
     calls, last = _last(ledger, "calls"), _last(ledger, "uses")
     with store.transaction(con):
+        con.execute("UPDATE work SET state = 'todo' WHERE state = ?", [RECALIBRATE])  # of a kill
         if calls > store.watermark(con, "calls when waiting"):
             con.execute("UPDATE work SET state = 'todo' WHERE state = 'open'")
         store.set_watermark(con, "calls when waiting", calls)
@@ -683,9 +689,14 @@ def _find_work(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection) -> in
 
 
 def _put_to_work(
-    con: duckdb.DuckDBPyConnection, pairs: Iterable[tuple[int, int]], fresh: Collection[int]
+    con: duckdb.DuckDBPyConnection,
+    pairs: Iterable[tuple[int, int]],
+    fresh: Collection[int],
+    state: str = "todo",
 ) -> None:
-    """Put prompts of runs into `work`, each once; those of `fresh` runs have no rows yet."""
+    """Put prompts of runs into `work` in this state, each once, those that waited as `todo`. Those
+    of `fresh` runs have no rows yet.
+    """
     store.insert(con, "work", [(run, prompt, "new", run in fresh) for run, prompt in pairs])
     con.execute(
         "UPDATE work SET state = 'todo' WHERE state = 'open' AND "
@@ -693,9 +704,9 @@ def _put_to_work(
     )
     con.execute(
         "DELETE FROM work WHERE state = 'new' AND "
-        "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state = 'todo')"
+        "(run, prompt) IN (SELECT (run, prompt) FROM work WHERE state <> 'new')"
     )
-    con.execute("UPDATE work SET state = 'todo' WHERE state = 'new'")
+    con.execute("UPDATE work SET state = ? WHERE state = 'new'", [state])
 
 
 def _derive_work(

@@ -149,9 +149,15 @@ def counted(pair: Pair, heard: Heard, rules: Rules) -> list[str] | None:
     """The judges whose word makes this comparison's preference; None while nobody has decided
     whether a stronger one is asked.
     """
+    return judges_of(heard.decisions.get(pair), rules)
+
+
+def judges_of(decision: str | None, rules: Rules) -> list[str] | None:
+    """The judges whose word makes a preference, by the decision whether a stronger one is asked
+    (None: not made yet).
+    """
     if not rules.strong:
         return list(rules.judges)
-    decision = heard.decisions.get(pair)
     if decision is None:
         return None
     cheap = [name for name in rules.judges if name not in rules.strong]
@@ -217,18 +223,21 @@ def readings(found: Mapping[Place, Found], rules: Rules) -> list[decision.Readin
     groups: dict[tuple[str, str], list[Verdict]] = {}
     for (principle, judge, _, _), one in found.items():
         groups.setdefault((principle, judge), []).append(one.verdict)
-    ordered = sorted(
-        groups, key=lambda place: (rules.positions.get(place[0], 0) if place[0] else -1, place)
-    )
     return [
-        decision.combine_orders(
-            groups[principle, judge],
-            rules.weights.get(principle, 1.0) * rules.judges[judge].weight,
-            principle,
-            judge,
-        )
-        for principle, judge in ordered
+        decision.combine_orders(groups[place], weight, *place)
+        for place, weight in weighed(groups, rules).items()
     ]
+
+
+def weighed(places: Iterable[tuple[str, str]], rules: Rules) -> dict[tuple[str, str], float]:
+    """The weights of readings (principle and judge), in the order in which they are combined."""
+    ordered = sorted(
+        places, key=lambda place: (rules.positions.get(place[0], 0) if place[0] else -1, place)
+    )
+    return {
+        (principle, judge): rules.weights.get(principle, 1.0) * rules.judges[judge].weight
+        for principle, judge in ordered
+    }
 
 
 def name_of(prompt: str, pair: Pair, place: Place, found: Found, rules: Rules) -> str:

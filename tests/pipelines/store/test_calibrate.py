@@ -9,11 +9,12 @@ import pytest
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.ledger import Ledger
+from prefab.factory.store import store
 from prefab.pipelines.quality.agreement import measure
 from prefab.pipelines.run.runner import run
 from prefab.pipelines.store.calibrate import calibrate
 from prefab.pipelines.store.export.base import export
-from prefab.pipelines.store.fill import query
+from prefab.pipelines.store.fill import fill, query
 from tests.support import planted, project
 from tests.support.store_rows import checked
 
@@ -188,4 +189,31 @@ def test_the_last_calibration_counts(labelled):
     calibrate(result.store, method="temperature")
     last = evals(result.store)[-1]
     assert last["run"] == result.run and last["calibration"]["method"] == "temperature"
+    checked(result.store)
+
+
+async def calibration_of_temperature(store, temperature):
+    """Record the run's last calibration again, with another temperature."""
+    value = evals(store)[-1]
+    value["calibration"] |= {"method": "temperature", "temperature": temperature}
+    ledger = Ledger.open(store)
+    ledger.add_eval(value)
+    await ledger.close()
+
+
+def test_a_new_calibration_changes_preferences_without_reading_answers(labelled):
+    _, result = labelled
+    judged = "SELECT count(*) FROM preferences WHERE NOT identical"
+    pairs = query(result.store, judged).item()
+    asyncio.run(calibration_of_temperature(result.store, 3.0))
+    rows = fill(result.store).rows
+    assert rows["preferences"] == pairs and not rows.get("verdicts") and not rows.get("samples")
+    checked(result.store)
+    with store.opened(result.store) as con:  # its verdicts do not give this id
+        con.execute(
+            "UPDATE preferences SET preference = 'x' WHERE prompt = 'p3' AND a = 0 AND b = 1"
+        )
+    asyncio.run(calibration_of_temperature(result.store, 2.0))
+    rows = fill(result.store).rows
+    assert 0 < rows["verdicts"] < 20 and 0 < rows["samples"] < 10
     checked(result.store)

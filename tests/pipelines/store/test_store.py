@@ -368,3 +368,26 @@ def test_labels_evals_and_failures_are_copied(tmp_path):
         tmp_path / "ledger.sqlite", readonly=True
     )
     assert duckdb.__version__
+
+
+KINDS = """
+import sys
+import duckdb
+from prefab.factory.store import store
+some = [
+    ("é", 1.5, -7, 2**40, True, ["a", ""], [1, 2]),
+    (None, None, None, None, None, None, None),
+    ("", 0.0, 0, 0, False, [], (3,)),
+]
+con = duckdb.connect()
+con.execute("CREATE TABLE t (a VARCHAR, b DOUBLE, c INTEGER, d BIGINT, e BOOLEAN, f VARCHAR[], g INTEGER[])")
+store.insert(con, "t", some * 20)
+store.insert(con, "t", some)
+rows = con.execute("SELECT * FROM t").fetchall()
+assert rows == [(*row[:6], row[6] and list(row[6])) for row in some * 21], rows
+assert "pandas" not in sys.modules, "pandas"
+"""
+
+
+def test_many_rows_are_inserted_as_they_are_and_without_pandas():
+    subprocess.run([sys.executable, "-c", KINDS], check=True, timeout=120)
