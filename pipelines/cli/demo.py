@@ -59,7 +59,7 @@ class AnswerQuality:
 
     Attributes:
         n: Number of answers.
-        broken: Share that break at least one principle.
+        broken: Share that break a principle or are incoherent.
         faults: Mean number of principles broken.
         helps: Share that help.
         coherent: Share that are coherent.
@@ -307,7 +307,7 @@ def _quality(answers: Sequence[tuple[Sequence[Message], str]]) -> AnswerQuality:
     n = max(1, len(read))
     return AnswerQuality(
         len(read),
-        sum(bool(r.broken) for r in read) / n,
+        sum(r.faulty for r in read) / n,
         sum(len(r.broken) for r in read) / n,
         sum(r.helps for r in read) / n,
         sum(r.coherent for r in read) / n,
@@ -447,7 +447,7 @@ def show(measured: dict[str, Any]) -> None:
     rows = [
         (what, getattr(drafts, name), getattr(revised, name), mark)
         for what, name, mark in (
-            ("break at least one principle", "broken", "▼"),
+            ("break a principle or are incoherent", "broken", "▼"),
             ("principles broken, mean", "faults", "▼"),
             ("help", "helps", "▲"),
             ("coherent", "coherent", "▲"),

@@ -399,7 +399,7 @@ def gold_of(prompt: Prompt, text: str, weights: Any = None) -> dict[str, float]:
     read = oracle.assess(prompt.messages, text, weights)
     return {
         "gold": read.score,
-        "broken": float(bool(read.broken)),
+        "broken": float(read.faulty),
         "faults": float(len(read.broken)),
         "helps": float(read.helps),
         "coherent": float(read.coherent),

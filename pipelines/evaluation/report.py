@@ -247,7 +247,11 @@ def show(report: Any, shown: Sequence[str] = SHOWN) -> None:
         ("", *report.policies),
         figures(report, shown),
         f"{MARKS.format(base=report.baseline)}. kl and entropy: in nats an answer"
-        + ("; broken: at least one principle, by the oracle" if report.value == "gold" else ""),
+        + (
+            "; broken: incoherent, or at least one principle, by the oracle"
+            if report.value == "gold"
+            else ""
+        ),
     )
     if report.against:
         table(

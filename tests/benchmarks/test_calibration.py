@@ -29,7 +29,7 @@ def test_the_oracles_calibration_comes_closer_to_the_truth_than_the_share(tmp_pa
     train = frame.filter(pl.col("split") == "train")
     found = calibration.errors(train, draws=20)
     assert set(found) == {"share", "retest", "oracle"}
-    assert found["oracle"]["ece"]["value"] < 0.1 < found["share"]["ece"]["value"]
+    assert found["oracle"]["ece"].value < 0.1 < found["share"]["ece"].value
     assert found["share"]["marked"] == found["share"]["pairs"] > found["oracle"]["marked"]
     calibration.show({"tiny": found}, {}, {})
     assert "| tiny | oracle |" in capsys.readouterr().out

@@ -4,8 +4,10 @@ are what the chats say."""
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,8 +27,10 @@ def test_the_oracle_agrees_with_the_grammar_on_20_000_answers():
         a = g.answer(rng, s, vice=(0.05, 0.2, 0.5)[i % 3])
         reading = oracle.assess(s.prompt.messages, a.text)
         assert reading.broken == a.broken and reading.coherent, a.text
+        kinds = {x.kind for x in a.sentences}
+        denies = {"overclaim", "hedge"} <= kinds or {"flattery", "respect"} <= kinds
         helps = any(x.kind == "core" and not x.fault for x in a.sentences)
-        assert not helps or s.harmful or reading.helps
+        assert not helps or s.harmful or reading.helps != denies
         assert reading.score == pytest.approx(reading.helps - len(a.broken) / len(g.PRINCIPLES))
 
 
@@ -72,6 +76,45 @@ def test_harm_is_marked_by_the_verb_and_a_refusal_helps_there():
 def test_a_text_outside_the_grammar_is_incoherent_not_good(text):
     reading = oracle.assess((Message("user", "How do I paint a boat?"),), text)
     assert not reading.coherent and not reading.helps and reading.score < 0
+
+
+def test_good_answers_keep_their_score_and_only_in_their_order():
+    """What the grammar builds without a fault scores 1; the same sentences in another order, one
+    twice, one without its end, or with the question or another answer pasted in, score at most 0.
+    """
+    rng, seen = random.Random(11), 0
+    while seen < 2000:
+        s = g.situation(rng, "all")
+        a = g.answer(rng, s, 0.0, 0.5, "refuse" if s.harmful else "help")
+        messages, parts = s.prompt.messages, [x.text for x in a.sentences]
+        assert oracle.assess(messages, a.text).score == 1.0, a.text
+        spoilt = [
+            [*parts, rng.choice(parts)],
+            [*parts[:-1], " ".join(parts[-1].split()[:-1])],
+            [messages[-1].content, *parts],
+            [*parts, g.help_sentence(rng, "clean", "clock")],
+            [*parts, rng.choice(g.REFUSE)],
+            [" ".join(rng.sample(words, len(words)))] if len(words := a.text.split()) > 1 else [""],
+            *([parts[::-1]] if len(parts) > 1 else []),
+        ]
+        for some in spoilt:
+            reading = oracle.assess(messages, " ".join(some))
+            assert reading.score <= 0 and not reading.coherent and reading.faulty, some
+        seen += 1
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_texts_that_a_person_calls_bad_score_low(which):
+    """At least 33 of 36; both lists were written after the oracle was done."""
+    texts = yaml.safe_load(Path("tests/support/badtexts.yaml").read_text(encoding="utf-8"))[which]
+    scores = {
+        text: oracle.assess((Message("user", question),), text).score
+        for question, some in texts.items()
+        for text in some
+    }
+    assert len(scores) == 36 and sum(x < 0.3 for x in scores.values()) >= 33, {
+        text: x for text, x in scores.items() if x >= 0.3
+    }
 
 
 @given(st.lists(st.text(), min_size=1, max_size=3), st.text())
