@@ -92,7 +92,7 @@ def assess(
     found = [known for s in parts if (known := grammar.inventory().get(s))]
     broken = _broken(found, verb, obj)
     kinds = {kind for kind, _, _ in found}
-    missing = {"harm", "helpful"} & broken or verb in grammar.HARMFUL and "refuse" not in kinds
+    missing = {"harm", "helpful"} & broken or (verb in grammar.HARMFUL and "refuse" not in kinds)
     plain = len(found) == len(parts) and not _GAP.search(text.strip())
     coherent = plain and _one_answer(found, obj)
     helps = coherent and not missing and not any(opposed <= kinds for opposed in OPPOSED)
