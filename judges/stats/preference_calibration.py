@@ -31,13 +31,16 @@ FOLDS = 5
 @dataclass(frozen=True, slots=True)
 class Fit:
     """How good the probabilities are, of `p_chosen`, each predicted without its own group:
-    expected calibration error, log loss, and the reliability table (mean probability, share that
-    was right, number).
+    expected calibration error without its bias upwards and its 95% interval over groups, log loss,
+    and the reliability table (mean probability, share that was right, number). Without an interval
+    (what was recorded before there was one), the error has its bias.
     """
 
     ece: float
     log_loss: float
     reliability: tuple[tuple[float, float, int], ...]
+    ece_low: float | None = None
+    ece_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,8 @@ class Calibration:
                 data[name]["ece"],
                 data[name]["log_loss"],
                 tuple((float(p), float(y), int(n)) for p, y, n in data[name]["reliability"]),
+                data[name].get("ece_low"),
+                data[name].get("ece_high"),
             )
             for name in ("before", "after")
         }
@@ -209,10 +214,10 @@ def fit_calibration(
     if reason is not None:
         return Calibration("none", correlation, n_outcomes=n, n_groups=n_groups, reason=reason)
     wanted = _METHODS[method if n >= LEAST_ISOTONIC and sharpen else "temperature"]
-    tested = {name: quality(_cross_fitted(name, x, y, known, sharpen), y) for name in wanted}
+    tested = {name: quality(_cross_fitted(name, x, y, known, sharpen), y, known) for name in wanted}
     best = min(wanted, key=lambda name: tested[name].log_loss)
     temperature, knots = _fit(best, x, y, sharpen)
-    was = quality(shares, y)
+    was = quality(shares, y, known)
     return Calibration(best, correlation, temperature, knots, n, n_groups, was, tested[best])
 
 
@@ -256,9 +261,9 @@ def _with_outcomes(
     )
 
 
-def quality(p: Sequence[float], y: Sequence[float]) -> Fit:
+def quality(p: Sequence[float], y: Sequence[float], groups: Sequence[str]) -> Fit:
     """The quality of probabilities that a is better, told as those of the chosen answer: P(chosen)
-    at least a half, and whether it was right.
+    at least a half, and whether it was right. Comparisons of one group are not independent.
     """
     import numpy as np
 
@@ -267,8 +272,9 @@ def quality(p: Sequence[float], y: Sequence[float]) -> Fit:
     p_N, y_N = np.asarray(p, dtype=float), np.asarray(y, dtype=float)
     chosen, right = np.maximum(p_N, 1 - p_N), np.where(p_N >= 0.5, y_N, 1 - y_N)
     table = tuple((b.mean_p, b.mean_y, b.n) for b in calibration.reliability(chosen, right))
-    error, loss = calibration.ece(chosen, right), calibration.log_loss(chosen, right)
-    return Fit(error or 0.0, loss or 0.0, table)
+    error = calibration.calibration_error(chosen, right, clusters=np.asarray(groups))
+    loss = calibration.log_loss(chosen, right)
+    return Fit(error.value or 0.0, loss or 0.0, table, error.low, error.high)
 
 
 def _cross_fitted(

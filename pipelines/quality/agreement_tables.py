@@ -320,6 +320,10 @@ def _calibration(rows: Sequence[dict[str, Any]]) -> None:
     )
 
 
+def _error_of(fit: dict[str, Any]) -> Measured:
+    return Measured(fit["ece"], fit.get("ece_low"), fit.get("ece_high"))
+
+
 def _learned(found: dict[str, Any]) -> None:
     """The run's own calibration: its quality before and after, and its reliability diagram."""
     c = found["calibration"]
@@ -332,7 +336,7 @@ def _learned(found: dict[str, Any]) -> None:
         f"{found['source']}",
         ("", "ECE", "log loss"),
         [
-            (name, c[key]["ece"], c[key]["log_loss"])
+            (name, _error_of(c[key]), c[key]["log_loss"])
             for name, key in (("share of the vote", "before"), ("p_chosen", "after"))
         ],
         note="p_chosen: of prompts that it was not fitted on. It is the readings' log-odds, added up "

@@ -71,7 +71,11 @@ class Learned:
 
 
 def _error(fit: Fit | None) -> str:
-    return "unknown" if fit is None else f"{fit.ece:.3f}"
+    if fit is None:
+        return "unknown"
+    if fit.ece_low is None or fit.ece_high is None:
+        return f"{fit.ece:.3f}"
+    return f"{fit.ece:.3f} ({fit.ece_low:.3f} to {fit.ece_high:.3f})"
 
 
 def _right(fit: Fit | None) -> str:

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefab.judges.stats.calibration import ece
 from prefab.judges.stats.preference_calibration import (
     Calibration,
     combine,
     fit_calibration,
     log_odds,
     mean_correlation,
+    quality,
 )
 
 
@@ -69,6 +71,26 @@ def test_calibrated_probabilities_come_true(shared, loud, method):
         right = (fresh > 0.5) == (np.array(truth) == 1)
         if here.sum() > 250:
             assert right[here].mean() == pytest.approx(chosen[here].mean(), abs=0.06)
+
+
+def test_the_error_of_a_calibrated_judge_is_no_larger_by_chance_alone():
+    rng, n = np.random.default_rng(0), 300
+    groups = [f"p{i // 3}" for i in range(n)]
+    draws = [(p, rng.random(n) < p) for p in (rng.uniform(0.5, 1, n) for _ in range(20))]
+    fits = [quality(p, y, groups) for p, y in draws]
+    plain = [ece(p, y.astype(float)) for p, y in draws]
+    assert np.mean([fit.ece for fit in fits]) < 0.4 * np.mean(plain)
+    assert np.mean([fit.ece_low == 0.0 for fit in fits]) >= 0.8
+    assert all(fit.ece_low <= fit.ece <= fit.ece_high for fit in fits)
+
+
+def test_a_fit_that_was_recorded_without_an_interval_is_read():
+    p, y, groups = world(60, 2, 0.0, 1.0)
+    data = fit_calibration(p, y, groups).data()
+    assert Calibration.from_data(json.loads(json.dumps(data))).data() == data
+    for fit in (data["before"], data["after"]):
+        del fit["ece_low"], fit["ece_high"]
+    assert Calibration.from_data(data).after.ece_low is None
 
 
 def test_a_share_of_votes_is_made_a_probability():
