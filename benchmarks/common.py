@@ -170,21 +170,32 @@ def write(name: str, quick: bool, **results: Any) -> Path:
     be committed."""
     path = RESULTS / (f"{name}.quick.json" if quick else f"{name}.json")
     RESULTS.mkdir(exist_ok=True)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    )
-    where = {
+    where = measured_on()
+    if not where["clean"] and not quick:
+        print("measured with changes that are not committed; the README must say so")
+    path.write_text(json.dumps({"where": where, **results}, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path
+
+
+def measured_on() -> dict[str, Any]:
+    """The machine, the commit and the command. `clean`: apart from results nothing differs from the
+    commit."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "load_at_end": os.getloadavg()[0],
-        "commit": commit.stdout.strip(),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "clean": not git("status", "--porcelain", "--", ".", ":!benchmarks/results"),
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m benchmarks." + Path(sys.argv[0]).stem + _options(),
     }
-    path.write_text(json.dumps({"where": where, **results}, indent=1) + "\n")
-    print(f"wrote {path}")
-    return path
 
 
 def _options() -> str:

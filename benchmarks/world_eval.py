@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import measured_on
 from prefab.factory.engines.base import make
 from prefab.factory.keys import request_key
 from prefab.factory.microworld import WEIGHTS, oracle, tasks
@@ -434,6 +435,7 @@ def main() -> None:
     )
     for name in args.models:
         known[name] = known.get(name, {}) | asyncio.run(evaluate(name, args.n, args.parts))
+        known[name]["where"] = measured_on()
     results = [known[name] for name in sorted(known, reverse=True)]
     print(table(results))
     if args.out:

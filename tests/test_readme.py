@@ -40,6 +40,37 @@ def test_a_client_in_the_speed_table(client):
     assert at_0["of"] == at_50["of"] == 3  # "medians of three interleaved rounds"
 
 
+# The results that the tables stand on, as the README calls them.
+RESULTS = {
+    "clients": "the comparison with the peers",
+    "rerun": "the rerun of 1,000,000 calls",
+    "vllm_load": "the verdicts on a real vLLM",
+    "agreement": "the coefficients",
+    "ppo_speed": "PPO's tokens",
+}
+
+
+def test_what_the_tables_stand_on():
+    """Where, when and from which commit each was measured, how often, and what was not clean."""
+    where = {name: result(name)["where"] for name in RESULTS}
+    for name, found in where.items():
+        assert {found["cpu"], found["cores"]} == {"AMD EPYC", 2}, name
+        assert re.fullmatch(r"2\d{3}-\d\d-\d\d", found["date"]) and found["commit"]
+        assert found["command"].startswith(f"python -m benchmarks.{name}")
+    changed = [
+        RESULTS[name]
+        for name, found in where.items()
+        if not found.get("clean", not found["commit"].endswith("-dirty"))
+    ]
+    steps = result("ppo_speed")["results"]["ours"]["steps"]
+    text = " ".join(README.split())
+    assert f"medians of three interleaved rounds on {where['clients']['date']}" in text
+    assert f"medians of {len(result('agreement')['runs'])} runs" in text
+    assert f"those of {len(steps) - 1} steps after the first" in text
+    assert f"changes that were not committed: {', '.join(changed)}." in text
+    assert len(result("vllm_load")["verdicts"]["prefab"]) == 1  # "of one run"
+
+
 def goals() -> str:
     found = {name: value for name, _, value, _ in result("clients")["goals"]}
     plain, batched, slow = (
@@ -142,6 +173,8 @@ def world() -> str:
 
 def test_the_embedded_models():
     assert world() in README
+    least = min(model["pairwise"]["n"] for model in result("world_eval"))
+    assert f"(`make world-eval`, at least {least:,} decided pairs)" in README
 
 
 def test_the_demo():
@@ -149,5 +182,11 @@ def test_the_demo():
     output = (ROOT / "benchmarks/results/demo.txt").read_text()
     example = README.split("## The demo")[1].split("```")[3].strip().splitlines()
     assert len(example) > 10 and not [line for line in example if line not in output]
-    minutes, seconds = re.findall(r"in all (\d+) min (\d+) s", output)[-1]
+    data, minutes, seconds = re.findall(
+        r"data (\d+ min \d+ s) .* in all (\d+) min (\d+) s", output
+    )[-1]
     assert f"This run took {minutes} minutes {int(seconds)} seconds" in README
+    assert (
+        f"reward model, DPO and PPO | {data} · {minutes} min {seconds} s | 3 · 8 minutes |"
+        in README
+    )
