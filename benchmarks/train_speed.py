@@ -27,6 +27,8 @@ from typing import Any
 
 from benchmarks.common import write
 from prefab.trainers.offline import dpo, reward
+from prefab.trainers.offline.fitting import fitted
+from prefab.trainers.offline.master_weights import master_adamw
 
 MODULES = {"dpo": dpo, "reward": reward}
 
@@ -65,14 +67,22 @@ class Contender:
     """A trainer, its batches, and an AdamW of the same settings; a step is forward, backward, clip,
     update."""
 
-    def __init__(self, trainer: Any, batches: list[list[Any]], before_s: float = 0.0) -> None:
-        """Each batch is in parts, whose gradients are added up."""
+    def __init__(
+        self,
+        trainer: Any,
+        batches: list[list[Any]],
+        before_s: float = 0.0,
+        fused: bool = False,
+        precision: str = "fp32",
+    ) -> None:
+        """Each batch is in parts, whose gradients are added up. `fused`: AdamW in one kernel."""
         import torch
 
         self.trainer, self.batches, self.before_s = trainer, batches, before_s
         self.model = trainer.model.train()
-        self.optimiser = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad], LEARNING_RATE
+        kind = master_adamw() if precision == "bf16_weights" else torch.optim.AdamW
+        self.optimiser = kind(
+            [p for p in self.model.parameters() if p.requires_grad], LEARNING_RATE, fused=fused
         )
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -94,40 +104,51 @@ class Contender:
         self.losses.append(whole)
 
 
-def contender(stage: str, name: str, folder: Path, model: str, steps: int, batch: int) -> Contender:
+def contender(
+    stage: str,
+    name: str,
+    folder: Path,
+    model: str,
+    steps: int,
+    batch: int,
+    more: dict[str, Any] | None = None,
+    fused: bool = False,
+) -> Contender:
     """One side, ready to step. The rows and their order are those of our buckets, for both; see
-    `token_rows`."""
+    `token_rows`. `more`: fields of our stage; `fused`: see `Contender`."""
+    more = more or {}
     rows = json.loads((folder / f"{stage}.json").read_text())
     cut = [rows[k : k + batch] for k in range(0, len(rows), batch)]
     if name.startswith("trl"):
         theirs = _trl(stage, name, folder, model, rows[:2], batch)
-        return Contender(
-            theirs, [[theirs.data_collator([_plain(row) for row in some])] for some in cut]
-        )
-    trainer, before_s = _ours(stage, folder, model, batch)[0], 0.0
+        batches = [[theirs.data_collator([_plain(row) for row in some])] for some in cut]
+        return Contender(theirs, batches, fused=fused)
+    trainer, before_s = ours(stage, folder, model, batch, more)[0], 0.0
     if stage == "dpo":
         before_s = _reference_s(trainer, rows, batch)
-    part = max(1, batch // PARTS[name])
-    side = Contender(
-        trainer,
-        [
-            [trainer.data_collator(some[k : k + part]) for k in range(0, len(some), part)]
-            for some in cut
-        ],
-        before_s,
-    )
+    part = max(1, batch // PARTS.get(name, 1))
+    if more.get("micro_batch") == "auto":
+        part = fitted(trainer, "auto", False)["micro_batch"]
+    batches = [
+        [trainer.data_collator(some[k : k + part]) for k in range(0, len(some), part)]
+        for some in cut
+    ]
+    side = Contender(trainer, batches, before_s, fused, more.get("precision", "fp32"))
     if stage == "reward":
         import torch
 
+        weight = trainer.model.score.weight
         if not (folder / "head.pt").exists():
-            torch.save(trainer.model.score.weight.data, folder / "head.pt")
-        trainer.model.score.weight.data = torch.load(
-            folder / "head.pt"
-        )  # every round and side begins with one fresh head
+            torch.save(weight.data.float(), folder / "head.pt")
+        # every round and side begins with one fresh head
+        weight.data = torch.load(folder / "head.pt").to(weight.dtype).to(weight.device)
     return side
 
 
-def _ours(stage: str, folder: Path, model: str, batch: int) -> tuple[Any, Any]:
+def ours(
+    stage: str, folder: Path, model: str, batch: int, more: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """(trainer, tokenizer) of our stage; `more`: other fields of its configuration."""
     module = MODULES[stage]
     config = module.STAGE.config.model_validate(
         {
@@ -142,6 +163,7 @@ def _ours(stage: str, folder: Path, model: str, batch: int) -> tuple[Any, Any]:
                 "val_share": 0.01,
             },
             **({"reference_cache": str(folder / "cache")} if stage == "dpo" else {"centre": 0.0}),
+            **(more or {}),
         }
     )
     trainer, _, tokenizer = module.prepare(config)
@@ -156,13 +178,14 @@ def _reference_s(trainer: Any, rows: list[Any], batch: int) -> float:
         (row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")
     ]
     began = time.perf_counter()
-    compute_logps(trainer.model, pairs, 2 * batch, trainer.processing_class.pad_token_id)
+    pad, precision = trainer.processing_class.pad_token_id, trainer.stage.precision
+    compute_logps(trainer.model, pairs, 2 * batch, pad, precision)
     return time.perf_counter() - began
 
 
 def token_rows(stage: str, folder: Path, model: str, steps: int, batch: int) -> None:
     """Write the rows that both sides step through, as tokens, in the order of our buckets."""
-    trainer, _ = _ours(stage, folder, model, batch)
+    trainer, _ = ours(stage, folder, model, batch)
     rows = [trainer.train_dataset[i] for i in _order(trainer.train_dataset["length"], steps, batch)]
     (folder / f"{stage}.json").write_text(json.dumps(rows))
 
@@ -200,7 +223,7 @@ def _trl(stage: str, name: str, folder: Path, model: str, rows: list[Any], batch
         loaded = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, dtype="float32"
         )
-        loaded.score.weight.data = torch.load(folder / "head.pt")
+        loaded.score.weight.data = torch.load(folder / "head.pt").float()
         some = Dataset.from_list([_plain(row) for row in rows])
         made = trl.RewardTrainer(
             loaded,

@@ -10,6 +10,7 @@ Axes: R rows, T places in a row, N scored places, A answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +26,42 @@ AFTER_HEAD = (
     "lm_head_multiplier",
 )
 PLACES = ("input_ids", "position_ids", "tree", "branch")
+FLAT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+SCORED = ("row", "place", "token", "answer")
+LOGITS_AT_ONCE = 2**26  # numbers in a tile of logits: 256 MiB in fp32
 Tree = tuple[
     list[int], list[tuple[int, list[int]]]
 ]  # a trunk (may be empty), and its branches with an answer's number each
 
 
-def lay_out(rows: Sequence[Sequence[Tree]], pad: int, ends: bool = False) -> dict[str, Tensor]:
+def lay_out(
+    rows: Sequence[Sequence[Tree]],
+    pad: int,
+    ends: bool = False,
+    flat: bool = False,
+    multiple: int = 1,
+) -> dict[str, Any]:
     """Rows of trees as one batch, padded on the right.
 
     Scored are all tokens of the branches, each at the place that predicts it; with `ends`, only
     each branch's last token (for rewards; `token_N` then is that token itself).
-    Shapes: input_ids, position_ids, tree, branch: R T; row, place, token, answer: N.
-    `attention_mask` is R T, ones on tokens; `tree` is -1 on padding.
+
+    Args:
+        rows: The trees of each row.
+        pad: The token that fills a row.
+        ends: Score the last token of each branch alone.
+        flat: All trees in one row without padding, for attention with cumulative lengths. Each tree
+            must be one sequence: a trunk and at most one branch.
+        multiple: Pad rows to a multiple of so many places.
+
+    Returns:
+        Shapes: input_ids, position_ids, attention_mask (1 on tokens): R T; row, place, token,
+        answer: N; tokens (scored ones of each answer): A. Where attention is not that of one
+        sequence a row also tree (-1 on padding) and branch: R T. `flat`: without attention_mask,
+        with cumulative lengths.
     """
+    if flat:
+        rows = [[tree for trees in rows for tree in trees]]
     columns, scored = _columns(), []
     for r, trees in enumerate(rows):
         line: dict[str, list[int]] = {name: [] for name in PLACES}
@@ -56,7 +80,7 @@ def lay_out(rows: Sequence[Sequence[Tree]], pad: int, ends: bool = False) -> dic
                     ]
         for name in PLACES:
             columns[name].append(line[name])
-    return _stacked(columns, scored, pad)
+    return _stacked(columns, scored, pad, flat, multiple)
 
 
 def _columns() -> dict[str, list[list[int]]]:
@@ -64,21 +88,50 @@ def _columns() -> dict[str, list[list[int]]]:
 
 
 def _stacked(
-    columns: dict[str, list[list[int]]], scored: list[tuple[int, int, int, int]], pad: int
-) -> dict[str, Tensor]:
-    """Lists as tensors, padded on the right."""
+    columns: dict[str, list[list[int]]],
+    scored: list[tuple[int, int, int, int]],
+    pad: int,
+    flat: bool = False,
+    multiple: int = 1,
+) -> dict[str, Any]:
+    """Lists as tensors, padded on the right. What decides how a batch is read is told by which
+    tensors there are and by their shapes, so that nobody has to wait for a device to read them.
+    """
     import torch
 
     longest = max(len(ids) for ids in columns["input_ids"])
+    longest += 0 if flat else -longest % multiple
     fill = {"input_ids": pad, "position_ids": 0, "tree": -1, "branch": 0}
     made = {
         name: torch.tensor([ids + [fill[name]] * (longest - len(ids)) for ids in columns[name]])
         for name in PLACES
     }
-    made["attention_mask"] = (made["tree"] >= 0).long()
+    tree, branch = made["tree"], made["branch"]
+    if flat:
+        made |= _lengths(columns["position_ids"][0])
+    else:
+        made["attention_mask"] = (tree >= 0).long()
+    if flat or (int(tree.max()) <= 0 and int(branch.max()) <= 1):
+        del made["tree"], made["branch"]
     places = torch.tensor(scored, dtype=torch.long).reshape(-1, 4).T.contiguous()
-    made |= dict(zip(("row", "place", "token", "answer"), places, strict=True))
+    made |= dict(zip(SCORED, places, strict=True))
+    made["tokens"] = torch.bincount(made["answer"])
     return made
+
+
+def _lengths(positions: list[int]) -> dict[str, Any]:
+    """Where each sequence of one flat row begins, in the words of transformers' flash attention."""
+    import torch
+
+    starts = [i for i, position in enumerate(positions) if position == 0] + [len(positions)]
+    longest = max(b - a for a, b in pairwise(starts))
+    ends = torch.tensor(starts, dtype=torch.int32)
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def _put(
@@ -130,17 +183,35 @@ def tree_mask(tree_RT: Tensor, branch_RT: Tensor, dtype: Any) -> Tensor:
     )[:, None]
 
 
-def inputs_of(batch: dict[str, Tensor], dtype: Any) -> dict[str, Tensor]:
-    """What the backbone is given: a plain mask where every row is one conversation, else the
-    tree's.
-    """
-    plain = not bool((batch["tree"] > 0).any()) and not bool((batch["branch"] > 1).any())
-    mask = batch["attention_mask"] if plain else tree_mask(batch["tree"], batch["branch"], dtype)
+def to_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    """A batch whose tensors are on `device`."""
     return {
-        "input_ids": batch["input_ids"],
-        "attention_mask": mask,
-        "position_ids": batch["position_ids"],
+        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+        for name, value in batch.items()
     }
+
+
+def compute_dtype(device: Any, dtype: Any) -> Any:
+    """The precision in which a model of `dtype` computes now: autocast's where it is on."""
+    import torch
+
+    kind = torch.device(device).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+
+
+def inputs_of(batch: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """What the backbone is given: a plain mask where every row is one conversation, else the
+    tree's; cumulative lengths of a flat row.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    if "cu_seq_lens_q" in batch:
+        return inputs | {name: batch[name] for name in FLAT}
+    if "branch" in batch:
+        device = batch["branch"].device
+        mask = tree_mask(batch["tree"], batch["branch"], compute_dtype(device, dtype))
+    else:
+        mask = batch["attention_mask"]
+    return {**inputs, "attention_mask": mask}
 
 
 def add_scored_forward(model: Any) -> None:
@@ -158,8 +229,6 @@ def add_scored_forward(model: Any) -> None:
     def forward(
         self: Any, *args: Any, scored: tuple[Tensor, Tensor, Tensor] | None = None, **kwargs: Any
     ) -> Any:
-        from torch.nn.functional import cross_entropy
-
         if scored is None:
             return plain_forward(*args, **kwargs)
         row_N, place_N, token_N = scored
@@ -169,35 +238,58 @@ def add_scored_forward(model: Any) -> None:
             ]
             if is_reward:
                 return self.score(states)[:, 0].float()
-            logits_NV = self.get_output_embeddings()(states)
-        else:
-            logits_NV = plain_forward(*args, **kwargs, use_cache=False).logits[row_N, place_N]
-        return -cross_entropy(logits_NV.float(), token_N, reduction="none")
+            return head_logps(self.get_output_embeddings(), states, token_N)
+        logits_NV = plain_forward(*args, **kwargs, use_cache=False).logits[row_N, place_N]
+        return plain_logps(logits_NV, token_N)
 
     model.forward = MethodType(forward, model)
 
 
-def answer_logps(model: Any, batch: dict[str, Tensor], dtype: Any) -> tuple[Tensor, Tensor]:
+def plain_logps(logits_NV: Tensor, token_N: Tensor) -> Tensor:
+    """The log-probability of each token. Shapes: N V and N to N."""
+    from torch.nn.functional import cross_entropy
+
+    return -cross_entropy(logits_NV.float(), token_N, reduction="none")
+
+
+def head_logps(head: Any, states_NH: Tensor, token_N: Tensor) -> Tensor:
+    """The log-probability of each token from the states that predict it; in tiles where all logits
+    would be many, so that they are never in memory together.
+
+    Heads that are more than one matrix in this process (adapters, shards) are called as they are.
+    Shapes: N H and N to N.
+    """
+    from prefab.trainers.tiled_head import can_tile, tiled_logps
+
+    if can_tile(head) and len(token_N) * head.weight.shape[0] > LOGITS_AT_ONCE:
+        return tiled_logps(states_NH, head.weight, head.bias, token_N, LOGITS_AT_ONCE)
+    return plain_logps(head(states_NH), token_N)
+
+
+def _scored(model: Any, batch: dict[str, Any], dtype: Any) -> Tensor:
+    """The log-probability, or reward, at each scored place. Shapes: N."""
+    found: Tensor = model(
+        **inputs_of(batch, dtype), scored=(batch["row"], batch["place"], batch["token"])
+    )
+    return found
+
+
+def answer_logps(model: Any, batch: dict[str, Any], dtype: Any) -> tuple[Tensor, Tensor]:
     """(summed log-probability A, tokens A) of each answer in a batch. Shapes: A answers, by their
     number.
     """
     import torch
 
-    logps_N = model(
-        **inputs_of(batch, dtype), scored=(batch["row"], batch["place"], batch["token"])
-    )
-    A = int(batch["answer"].max()) + 1
-    tokens_A = torch.bincount(batch["answer"], minlength=A)
-    return torch.zeros(A, device=logps_N.device).index_add_(0, batch["answer"], logps_N), tokens_A
+    logps_N = _scored(model, batch, dtype)
+    sums_A = torch.zeros(len(batch["tokens"]), device=logps_N.device)
+    return sums_A.index_add_(0, batch["answer"], logps_N), batch["tokens"]
 
 
-def answer_scores(model: Any, batch: dict[str, Tensor], dtype: Any) -> Tensor:
+def answer_scores(model: Any, batch: dict[str, Any], dtype: Any) -> Tensor:
     """The reward of each answer, read at its last token. Shapes: A."""
     import torch
 
-    scores_N = model(
-        **inputs_of(batch, dtype), scored=(batch["row"], batch["place"], batch["token"])
-    )
+    scores_N = _scored(model, batch, dtype)
     return torch.zeros(len(scores_N), device=scores_N.device).index_put_(
         (batch["answer"],), scores_N
     )
@@ -225,9 +317,7 @@ def can_share(model: Any, attention: str, device: Any) -> bool:
     try:
         with torch.no_grad():
             read = answer_scores if hasattr(model, "score") else lambda *a: answer_logps(*a)[0]
-            apart, together = (
-                read(model, {k: v.to(device) for k, v in batch.items()}, dtype) for batch in rows
-            )
+            apart, together = (read(model, to_device(batch, device), dtype) for batch in rows)
         return bool(
             torch.allclose(apart, together, atol=1e-3 if dtype == torch.float32 else 0.1, rtol=1e-2)
         )
@@ -279,23 +369,24 @@ def buckets(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> Iterat
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
-def pair_collator(pad: int, share: bool) -> Collator:
+def pair_collator(pad: int, share: bool, flat: bool = False, multiple: int = 1) -> Collator:
     """Token pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) to a batch, with their numbers per
-    pair.
+    pair. `flat`, `multiple`: see `lay_out`.
     """
 
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         prompts, chosen, rejected = (
             [item[name] for item in items] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         )
-        return {**lay_out(pair_rows(prompts, chosen, rejected, share), pad), **_numbers(items)}
+        rows = pair_rows(prompts, chosen, rejected, share)
+        return {**lay_out(rows, pad, flat=flat, multiple=multiple), **_numbers(items)}
 
     return collate
 
 
-def reward_collator(pad: int, share: bool) -> Collator:
+def reward_collator(pad: int, share: bool, flat: bool = False, multiple: int = 1) -> Collator:
     """Whole conversations (`chosen_ids`, `rejected_ids`) to a batch in which what both begin with
-    may stand once.
+    may stand once. `flat`, `multiple`: see `lay_out`.
     """
 
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -308,37 +399,39 @@ def reward_collator(pad: int, share: bool) -> Collator:
             [item[name][cut:] for item, cut in zip(items, cuts, strict=True)]
             for name in ("chosen_ids", "rejected_ids")
         )
+        rows = pair_rows(prompts, chosen, rejected, share)
+        return {**lay_out(rows, pad, True, flat, multiple), **_numbers(items)}
+
+    return collate
+
+
+def single_collator(pad: int, flat: bool = False, multiple: int = 1) -> Collator:
+    """Single answers (`prompt_ids`, `completion_ids`) to a batch. Where there are answers of other
+    rows (`kl_ids`), a second batch holds each prompt with one of those; its names begin with `kl_`.
+    `flat`, `multiple`: see `lay_out`.
+    """
+
+    def side(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
+        rows = [[(item["prompt_ids"], [(i, item[name])])] for i, item in enumerate(items)]
+        return lay_out(rows, pad, flat=flat, multiple=multiple)
+
+    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+        other = side(items, "kl_ids") if "kl_ids" in items[0] else {}
         return {
-            **lay_out(pair_rows(prompts, chosen, rejected, share), pad, ends=True),
+            **side(items, "completion_ids"),
+            **{f"kl_{name}": value for name, value in other.items()},
             **_numbers(items),
         }
 
     return collate
 
 
-def single_collator(pad: int) -> Collator:
-    """Single answers (`prompt_ids`, `completion_ids`) to a batch, and behind them, as answers B to
-    2B - 1, each prompt with the answer of another row (`kl_ids`), where there are any.
-    """
-
-    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        sides = ["completion_ids", "kl_ids"] if "kl_ids" in items[0] else ["completion_ids"]
-        rows = [
-            [(item["prompt_ids"], [(s * len(items) + i, item[name])])]
-            for s, name in enumerate(sides)
-            for i, item in enumerate(items)
-        ]
-        return {**lay_out(rows, pad), **_numbers(items)}
-
-    return collate
-
-
-def sft_collator(pad: int) -> Collator:
+def sft_collator(pad: int, flat: bool = False, multiple: int = 1) -> Collator:
     """Conversations (`input_ids`, `labels`; or lists of them, packed into one row) to a batch that
     scores the labels.
 
     `labels` (R T) stands beside, because the Trainer counts tokens by it; each token's weight is
-    its conversation's.
+    its conversation's. `flat`, `multiple`: see `lay_out`.
     """
 
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -355,6 +448,8 @@ def sft_collator(pad: int) -> Collator:
             for item in items
             for weight in (item["weight"] if "packed" in item else [item["weight"]])
         ]
+        if flat:
+            rows = [[talk for talks in rows for talk in talks]]
         columns, scored, labels, answer = _columns(), [], [], 0
         for r, talks in enumerate(rows):
             line: dict[str, list[int]] = {name: [] for name in PLACES}
@@ -372,7 +467,7 @@ def sft_collator(pad: int) -> Collator:
             for name in PLACES:
                 columns[name].append(line[name])
             labels.append(marks)
-        made = _stacked(columns, scored, pad)
+        made = _stacked(columns, scored, pad, flat, multiple)
         T = made["input_ids"].shape[1]
         made["labels"] = torch.tensor([marks + [-100] * (T - len(marks)) for marks in labels])
         return {

@@ -31,7 +31,10 @@ from prefab.trainers.chat import chat_text, dialect
 
 COMPLETE = "prefab-complete"  # stands in a checkpoint once everything else does
 NEW = ".new"  # how a file ends that is being written
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+Attention = Literal[
+    "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
+]
+Precision = Literal["fp32", "tf32", "bf16", "bf16_weights"]
 
 
 class TrainError(PrefabError, RuntimeError):
@@ -55,6 +58,11 @@ class Lora(Strict):
     targets: list[str] = Field(
         [], description="Names of linear layers; empty: all of them but the head."
     )
+    bits: Literal[4, 8] | None = Field(
+        None,
+        description="QLoRA: the frozen weights in so many bits, by the package bitsandbytes.",
+        exclude_if=lambda value: value is None,
+    )
 
 
 def seed_everything(seed: int, threads: int | None = None) -> None:
@@ -74,20 +82,47 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
 def attention_for(wanted: Attention, device: str) -> str:
     """The attention implementation: on a CPU `eager` trains about twice as fast as `sdpa`, whose
     backward is slow there.
 
-    Raises: ConfigError for flash attention where it is not installed.
+    Raises: ConfigError for flash attention where it is not installed, and for flex attention on a
+        CPU, where it has no backward.
     """
-    if wanted == "flash_attention_2":
+    if wanted in FLASH:
         from importlib.util import find_spec
 
-        if device == "cpu" or find_spec("flash_attn") is None:
+        if device == "cpu" or find_spec(FLASH[wanted]) is None:
             raise ConfigError(
-                "attention: flash_attention_2 needs a GPU and the package flash-attn; write sdpa or eager"
+                f"attention: {wanted} needs a GPU and the package flash-attn "
+                f"({FLASH[wanted]}); write sdpa or eager"
             )
+    if wanted == "flex_attention" and device == "cpu":
+        raise ConfigError("attention: flex_attention needs a GPU; write sdpa or eager")
     return ("eager" if device == "cpu" else "sdpa") if wanted == "auto" else wanted
+
+
+def check_precision(precision: Precision, attention: Attention, device: str) -> None:
+    """Raises: ConfigError where the device, or the attention, cannot compute in this precision."""
+    import torch
+
+    attention_for(attention, device)
+    if attention in FLASH and precision in ("fp32", "tf32"):
+        raise ConfigError(f"precision: {attention} computes in bf16 alone; write precision: bf16")
+    if device == "cuda" and precision.startswith("bf16") and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            f"precision: {torch.cuda.get_device_name()} has no bf16; write precision: fp32"
+        )
+
+
+def autocast_for(precision: Precision, device: Any) -> Any:
+    """Mixed precision where it is asked for, as the Trainer has it in a training step."""
+    import torch
+
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def model_folder(name: str, field: str = "model") -> str:
@@ -181,11 +216,41 @@ def write_ends(model: Any, tokenizer: Any) -> None:
     generation.pad_token_id = tokenizer.pad_token_id
 
 
+def quantised(lora: Lora | None, device: str) -> dict[str, Any]:
+    """The options of transformers that load frozen weights in few bits (Dettmers et al. 2023).
+
+    Raises: ConfigError where bitsandbytes is missing.
+    """
+    if lora is None or lora.bits is None:
+        return {}
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"lora.bits: {lora.bits} needs the package bitsandbytes: pip install bitsandbytes"
+        )
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(
+        load_in_4bit=lora.bits == 4,
+        load_in_8bit=lora.bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": how, "device_map": {"": device}}
+
+
 def load_policy(
-    model: str, attention: Attention = "auto", dtype: str = "float32", device: str | None = None
+    model: str,
+    attention: Attention = "auto",
+    dtype: str = "float32",
+    device: str | None = None,
+    lora: Lora | None = None,
 ) -> Any:
     """A causal language model, ready to train: weights in `dtype`, dropout as its configuration
-    says.
+    says; frozen ones as `lora.bits` says.
 
     Raises: ConfigError when there is none at `model`, or it is of another kind.
     """
@@ -208,8 +273,9 @@ def load_policy(
             dtype=dtype,
             attn_implementation=attention_for(attention, device),
             **loading_options(model),
+            **(in_bits := quantised(lora, device)),
         )
-    return loaded.to(device)
+    return loaded if in_bits else loaded.to(device)
 
 
 def load_reward(
@@ -219,6 +285,7 @@ def load_reward(
     device: str | None = None,
     new_head: bool = False,
     dropout: float | None = None,
+    lora: Lora | None = None,
 ) -> Any:
     """A sequence classifier with one label. With `new_head`, a language model gets a fresh head,
     drawn from torch's seed with deviation 1 / sqrt(width + 1) (Stiennon et al. 2020).
@@ -252,10 +319,11 @@ def load_reward(
             dtype=dtype,
             attn_implementation=attention_for(attention, device),
             **loading_options(model),
+            **(in_bits := quantised(lora, device)),
         )
     if not is_reward:
         torch.nn.init.normal_(loaded.score.weight, std=(loaded.score.weight.shape[1] + 1) ** -0.5)
-    return loaded.to(device)
+    return loaded if in_bits else loaded.to(device)
 
 
 def write_json(file: Path, value: Any) -> None:

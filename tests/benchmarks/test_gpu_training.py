@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from benchmarks import gpu_training
 from benchmarks.gpu_training import flops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,16 +49,24 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 2 and "needs a GPU" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-def test_a_quick_look_takes_the_same_steps_on_all_sides():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_training", "--quick"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for found in json.loads((ROOT / "benchmarks/results/gpu_training.quick.json").read_text())[
-        "results"
-    ]:
-        assert found["losses_differ_by_at_most"] < 0.02 and len(found["contenders"]) == 2  # bf16
+def test_a_quick_look_takes_the_same_steps_on_all_sides(monkeypatch, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu_training, "write", lambda *_, **__: None)
+    results = gpu_training.main(["--quick"])
+    assert json.loads((tmp_path / "gpu_training.json").read_text()) == results
+    assert [(f["stage"], len(f["contenders"])) for f in results] == [("dpo", 3), ("reward", 2)]
+    for found in results:
+        assert not found["errors"] and not found["left_out"] and "error" not in found
+        exact, *_, trl = (f["losses"] for f in found["contenders"])
+        assert exact == pytest.approx(trl, abs=1e-5)
+        assert found["losses_differ_by_at_most"] < 0.02  # weights in bf16
+    assert results[0]["reference"]["fp32"]["difference"] == 0.0
+
+
+def test_what_the_time_does_not_allow_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_training, "long_pairs", lambda *_: None)
+    monkeypatch.setattr(gpu_training.train_speed, "token_rows", lambda *_: None)
+    found: dict[str, object] = {}
+    case = gpu_training.Case("dpo", "m", 3, 2)
+    gpu_training.run_case(found, case, ("ours", "trl"), tmp_path, 1, None, lambda: True)
+    assert found["left_out"] == ["ours", "trl"] and not found["contenders"]

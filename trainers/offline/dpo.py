@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from prefab.trainers import collate, data
-from prefab.trainers.common import load_policy
 from prefab.trainers.offline import loop, losses
 from prefab.trainers.offline.loop import StageConfig
 from prefab.trainers.offline.reference import cache_folder, reference_logps, weights_of
@@ -104,10 +103,12 @@ def prepare(config: DpoConfig) -> tuple[Any, data.Rows, Any]:
     train, val = loop.token_rows(config, found, encode)
     fixed = {"precompute_ref_log_probs": True, "max_length": None, "beta": config.beta}
     args = loop.arguments(config, DPOConfig, "eval_loss", False, **fixed)
-    model, share = loop.ready_model(load_policy(config.model, config.attention), config)
+    model, share = loop.ready_model(loop.load_policy_for(config), config)
     pad = tokenizer.pad_token_id
     with args.main_process_first(local=False):  # the others read what it cached
-        train, val = (with_reference(config, model, pad, part) for part in (train, val))
+        train, val = (
+            with_reference(config, model, pad, part, found.notes) for part in (train, val)
+        )
     trainer = loop.make_trainer(
         trainer_class(),
         config,
@@ -118,14 +119,16 @@ def prepare(config: DpoConfig) -> tuple[Any, data.Rows, Any]:
         args=args,
         train_dataset=train,
         eval_dataset=val,
-        data_collator=collate.pair_collator(pad, share),
+        data_collator=collate.pair_collator(pad, share, **loop.padding(config)),
     )
     return trainer, found, tokenizer
 
 
-def with_reference(config: DpoConfig, model: Any, pad: int, dataset: Any) -> Any:
+def with_reference(
+    config: DpoConfig, model: Any, pad: int, dataset: Any, notes: list[str] | None = None
+) -> Any:
     """The dataset with the reference's log-probabilities of both answers; zeros for simpo, which
-    has no reference.
+    has no reference. `notes`: see `reference_logps`.
     """
     n, sides = len(dataset), ("chosen", "rejected")
     if config.loss == "simpo":
@@ -133,16 +136,17 @@ def with_reference(config: DpoConfig, model: Any, pad: int, dataset: Any) -> Any
     else:
         name = config.reference or config.model
         if config.reference:
-            model = load_policy(config.reference, config.attention)
+            model = loop.load_policy_for(config, config.reference)
             collate.add_scored_forward(model)
         pairs = [
             pair
             for side in sides
             for pair in zip(dataset["prompt_ids"], dataset[f"{side}_ids"], strict=True)
         ]
-        batch = 2 * (config.micro_batch or config.batch_size)
-        cache = cache_folder(config.reference_cache, config.out)
-        logps = reference_logps(model, weights_of(model, name), pairs, cache, batch, pad)
+        batch = 2 * loop.rows_at_once(config)
+        cache, precision = cache_folder(config.reference_cache, config.out), config.precision
+        identity = weights_of(model, name, precision)
+        logps = reference_logps(model, identity, pairs, cache, batch, pad, precision, notes)
     for k, side in enumerate(sides):
         dataset = dataset.add_column(f"ref_{side}_logps", logps[k * n : (k + 1) * n])
     return dataset

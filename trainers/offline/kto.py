@@ -9,7 +9,6 @@ from pydantic import Field
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, data
-from prefab.trainers.common import load_policy
 from prefab.trainers.offline import loop, losses
 from prefab.trainers.offline.loop import StageConfig
 from prefab.trainers.offline.reference import cache_folder, reference_logps, weights_of
@@ -45,15 +44,10 @@ def trainer_class() -> Any:
             import torch
 
             B, dtype = len(batch["rows"]), next(model.parameters()).dtype
-            numbers = ("rows", "weight", "label", "ref_logps", "ref_kl_logps")
-            mine, other = batch["answer"] < B, batch["answer"] >= B
-            logps, _tokens = collate.answer_logps(
-                model, {**batch, **_at(batch, mine, 0, B, numbers)}, dtype
-            )
+            other = {n.removeprefix("kl_"): x for n, x in batch.items() if n.startswith("kl_")}
+            logps, _tokens = collate.answer_logps(model, batch, dtype)
             with torch.no_grad():
-                kl_logps, _tokens = collate.answer_logps(
-                    model, {**batch, **_at(batch, other, B, 2 * B, numbers)}, dtype
-                )
+                kl_logps, _tokens = collate.answer_logps(model, other, dtype)
             kept_B = self.accelerator.gather(batch["weight"]) > 0
             kl = losses.kto_reference(
                 self.accelerator.gather(kl_logps)[kept_B],
@@ -70,26 +64,6 @@ def trainer_class() -> Any:
             }
 
     return Trainer
-
-
-def _at(
-    batch: dict[str, Any], scored: Any, first: int, last: int, numbers: tuple[str, ...]
-) -> dict[str, Any]:
-    """The part of a batch that holds answers first to last (each its own row), with the places
-    scored there.
-    """
-    rows = {
-        name: batch[name][first:last]
-        for name in (*collate.PLACES, "attention_mask")
-        if name not in numbers
-    }
-    places = {name: batch[name][scored] for name in ("place", "token")}
-    return {
-        **rows,
-        **places,
-        "row": batch["row"][scored] - first,
-        "answer": batch["answer"][scored] - first,
-    }
 
 
 def run(config: KtoConfig, quiet: bool = False) -> dict[str, Any]:
@@ -110,11 +84,11 @@ def prepare(config: KtoConfig) -> tuple[Any, data.Rows, Any]:
     weights = balance(config, train["label"])
     fixed = {"precompute_ref_log_probs": True, "max_length": None, "beta": config.beta}
     args = loop.arguments(config, KTOConfig, "eval_loss", False, **fixed)
-    model, _ = loop.ready_model(load_policy(config.model, config.attention), config)
+    model, _ = loop.ready_model(loop.load_policy_for(config), config)
     pad = tokenizer.pad_token_id
     with args.main_process_first(local=False):  # the others read what it cached
         train, val = (
-            with_reference(config, model, pad, mismatched(part, config.seed))
+            with_reference(config, model, pad, mismatched(part, config.seed), found.notes)
             for part in (train, val)
         )
     trainer = loop.make_trainer(
@@ -127,7 +101,7 @@ def prepare(config: KtoConfig) -> tuple[Any, data.Rows, Any]:
         args=args,
         train_dataset=train,
         eval_dataset=val,
-        data_collator=collate.single_collator(pad),
+        data_collator=collate.single_collator(pad, **loop.padding(config)),
     )
     trainer.weights = weights
     return trainer, found, tokenizer
@@ -158,15 +132,18 @@ def mismatched(dataset: Any, seed: int) -> Any:
     return dataset.add_column("kl_ids", [answers[other[i]] for i in range(len(dataset))])
 
 
-def with_reference(config: KtoConfig, model: Any, pad: int, dataset: Any) -> Any:
-    """The dataset with the reference's log-probabilities of its own answers and of the others'."""
-    identity, cache = (
-        weights_of(model, config.model),
-        cache_folder(config.reference_cache, config.out),
-    )
-    batch = config.micro_batch or config.batch_size
+def with_reference(
+    config: KtoConfig, model: Any, pad: int, dataset: Any, notes: list[str] | None = None
+) -> Any:
+    """The dataset with the reference's log-probabilities of its own answers and of the others'.
+    `notes`: see `reference_logps`.
+    """
+    precision = config.precision
+    identity = weights_of(model, config.model, precision)
+    cache, batch = cache_folder(config.reference_cache, config.out), loop.rows_at_once(config)
     for name, column in (("ref_logps", "completion_ids"), ("ref_kl_logps", "kl_ids")):
         pairs = list(zip(dataset["prompt_ids"], dataset[column], strict=True))
-        logps = reference_logps(model, identity, pairs, cache, batch, pad)
+        logps = reference_logps(model, identity, pairs, cache, batch, pad, precision, notes)
+        notes = None  # told once
         dataset = dataset.add_column(name, logps)
     return dataset

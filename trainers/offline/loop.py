@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -22,14 +23,18 @@ from prefab.factory.console import Progress, warn
 from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, distributed
 from prefab.trainers.common import (
+    FLASH,
     NEW,
     Attention,
     Lora,
+    Precision,
     Strict,
     TrainError,
     attention_for,
+    check_precision,
     default_device,
     last_checkpoint,
+    load_policy,
     load_tokenizer,
     lora_config,
     mark_complete,
@@ -43,6 +48,8 @@ from prefab.trainers.common import (
 )
 from prefab.trainers.data import DataConfig, Encoder, Kind, Rows, read_rows, tokenised
 from prefab.trainers.model_card import loss_chart, write_card
+from prefab.trainers.offline.fitting import first_micro_batch
+from prefab.trainers.trackers import Tracker, Trackers, check_trackers, open_trackers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,16 +58,23 @@ if TYPE_CHECKING:
 else:
     _Trainer = object  # a stage mixes `Loop` with a trainer, which is imported only when it is used
 
+MicroBatch = Annotated[int, Field(ge=1)]
 RECORD = "training.json"  # in the output folder: what is trained, and how it ended
 WAIT_S = 86_400  # for the main process, which computes reference log-probabilities alone
 SCHEDULES = {"constant": "constant_with_warmup"}
-NOT_IDENTITY = {
+NOT_IDENTITY = {  # fields that change nothing that is learnt
     "out",
     "threads",
-    "report_to",
+    "report_to",  # as `report` was called
+    "report",
     "store",
     "keep_checkpoints",
-}  # fields that change nothing that is learnt
+    "gradient_checkpointing",
+    "compile",
+    "liger",
+    "loader_workers",
+    "log_every",
+}
 
 
 class StageConfig(Strict):
@@ -86,14 +100,36 @@ class StageConfig(Strict):
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
     max_grad_norm: float = Field(1.0, gt=0)
     batch_size: int = Field(32, ge=1, description="Rows a step, over all processes.")
-    micro_batch: int | None = Field(
-        None, ge=1, description="Rows in memory at once; left out: all of a process's."
+    micro_batch: MicroBatch | Literal["auto"] | None = Field(
+        None,
+        description="Rows in memory at once; left out: all of a process's; auto: as many as fit on "
+        "a GPU, by measurement, and 8 on a CPU.",
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: mixed precision, weights stay fp32."
+    precision: Precision = Field(
+        "fp32",
+        description="tf32: fp32 with products in TF32 on a GPU; bf16: mixed precision, weights stay "
+        "fp32; bf16_weights: weights in bf16, with a copy in fp32 in the optimiser.",
     )
     attention: Attention = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compute activations twice instead of keeping them; auto: where not even one row "
+        "fits on the GPU otherwise.",
+    )
+    compile: bool = Field(
+        False, description="Compile each layer with torch.compile: faster steps, a slower start."
+    )
+    liger: bool = Field(
+        False, description="Use the kernels of the package liger-kernel (needs a GPU)."
+    )
+    loader_workers: int | None = Field(
+        None,
+        ge=0,
+        description="Processes that prepare batches ahead; left out: 2 on a GPU, none on a CPU.",
+    )
+    log_every: int | None = Field(
+        None, ge=1, description="Steps between logs; left out: 10 on a GPU, 1 on a CPU."
+    )
     share_prompt: bool = Field(
         True, description="Answers to one prompt read it once, where the model can."
     )
@@ -107,7 +143,9 @@ class StageConfig(Strict):
     )
     keep: Literal["best", "last"] = Field("last", description="Which checkpoint becomes the model.")
     keep_checkpoints: int = Field(2, ge=1)
-    report_to: list[Literal["tensorboard", "wandb"]] = []
+    report: list[Tracker] = Field(
+        [], description="Where metrics are also sent; nothing is sent anywhere unless named here."
+    )
     threads: int | None = Field(
         None, ge=1, description="Of torch on a CPU; left out: as torch chooses."
     )
@@ -134,10 +172,15 @@ def arguments(config: StageConfig, kind: Any, metric: str, greater: bool, **more
             f"batch_size: {config.batch_size} rows cannot be shared by {world} processes"
         )
     mine = config.batch_size // world
-    micro = min(config.micro_batch or mine, mine)
+    device = default_device()
+    check_precision(config.precision, config.attention, device)
+    check_trackers(config.report)
+    micro = first_micro_batch(config.micro_batch, mine, device)
     if mine % micro:
         raise ConfigError(f"micro_batch: {micro} does not divide the {mine} rows of a process")
     steps = config.eval_every if config.eval_every else 0.2
+    on_gpu = device != "cpu"
+    workers = config.loader_workers if config.loader_workers is not None else 2 * on_gpu
     return kind(
         output_dir=config.out,
         seed=config.seed,
@@ -155,8 +198,9 @@ def arguments(config: StageConfig, kind: Any, metric: str, greater: bool, **more
         gradient_accumulation_steps=mine // micro,
         bf16=config.precision == "bf16",
         fp16=False,
-        use_cpu=default_device() == "cpu",
-        gradient_checkpointing=config.gradient_checkpointing,
+        tf32=config.precision == "tf32" if on_gpu else None,  # None: transformers turns it on
+        use_cpu=not on_gpu,
+        gradient_checkpointing=config.gradient_checkpointing is True,
         eval_strategy="steps",
         eval_steps=steps,
         save_strategy="steps",
@@ -164,15 +208,45 @@ def arguments(config: StageConfig, kind: Any, metric: str, greater: bool, **more
         load_best_model_at_end=config.keep == "best" or config.patience is not None,
         metric_for_best_model=metric,
         greater_is_better=greater,
-        report_to=config.report_to or "none",
+        report_to="none",
         ddp_timeout=WAIT_S,
-        logging_steps=1,
+        logging_steps=config.log_every or (10 if on_gpu else 1),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=default_device() != "cpu",
+        dataloader_pin_memory=on_gpu,
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=4 if workers else None,
+        dataloader_persistent_workers=bool(workers),
         **more,
     )
+
+
+def weights_dtype(config: StageConfig) -> str:
+    """The precision of the weights in memory."""
+    return "bfloat16" if config.precision == "bf16_weights" else "float32"
+
+
+def load_policy_for(config: StageConfig, model: str | None = None) -> Any:
+    """The stage's model, or another one, as the stage's settings say."""
+    return load_policy(
+        model or config.model, config.attention, weights_dtype(config), lora=config.lora
+    )
+
+
+def padding(config: StageConfig) -> dict[str, Any]:
+    """How the stage's rows are laid out (see `collate.lay_out`): without padding for flash
+    attention, and to a multiple of 8 on a GPU, whose kernels want that.
+    """
+    return {
+        "flat": config.attention in FLASH,
+        "multiple": 1 if default_device() == "cpu" else 8,
+    }
+
+
+def rows_at_once(config: StageConfig) -> int:
+    """The micro-batch, as far as it is known before the training."""
+    return first_micro_batch(config.micro_batch, config.batch_size, default_device())
 
 
 class Order:
@@ -202,8 +276,10 @@ class Loop(_Trainer):
     which `loss`, the rows' own losses.
     """
 
+    stage: StageConfig
     names: list[str] = []  # of the rows of train, for messages
     kept: int = 2  # checkpoints
+    places: int = 0  # tokens that were computed since the start, with padding
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
@@ -236,27 +312,39 @@ class Loop(_Trainer):
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
 
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        """AdamW as the Trainer makes it, with a copy in fp32 of weights in bf16."""
+        from prefab.trainers.offline.master_weights import master_adamw
+
+        made, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        return (master_adamw() if self.stage.precision == "bf16_weights" else made), kwargs
+
     def note(self, kept_B: Tensor, values: dict[str, Tensor]) -> None:
         """Metrics a row, summed over rows, so that a smaller last batch does not count as a whole
         one. Rows that are not `kept_B` stand for nothing; values of other length than B or 2 B
-        (tokens) have none of those.
+        (tokens) have none of those. The sums stay on the device until they are logged.
         """
-        mode, B = "train" if self.model.training else "eval", len(kept_B)
+        import torch
+
+        B, sums = len(kept_B), self.sums["train" if self.model.training else "eval"]
+        by_length: dict[int, list[str]] = defaultdict(list)
         for name, found in values.items():
-            found = found.detach().float()
-            if not kept_B.all() and len(found) in (B, 2 * B):
-                found = found[kept_B.repeat(len(found) // B)]
-            sums = self.sums[mode][name]
-            sums[0] += found.sum().item()
-            sums[1] += found.numel()
+            by_length[len(found)].append(name)
+        for n, names in by_length.items():
+            found_MN = torch.stack([values[name].detach().float() for name in names])
+            count: Tensor | int = n
+            if n in (B, 2 * B):
+                mask = kept_B.repeat(n // B)
+                found_MN, count = found_MN.masked_fill(~mask, 0.0), mask.sum()
+            for name, total in zip(names, found_MN.sum(1, dtype=torch.float64), strict=True):
+                before, counted = sums.get(name, (0.0, 0))
+                sums[name] = (before + total, counted + count)
 
     @property
-    def sums(self) -> dict[str, Any]:
-        """Sums and counts since the last log, by mode and metric."""
+    def sums(self) -> dict[str, dict[str, tuple[Any, Any]]]:
+        """Sums and counts since the last log, by mode and metric; on the device."""
         if not hasattr(self, "_sums"):
-            self._sums: dict[str, Any] = {
-                m: defaultdict(lambda: [0.0, 0]) for m in ("train", "eval")
-            }
+            self._sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
         return self._sums
 
     def compute_loss(
@@ -265,7 +353,8 @@ class Loop(_Trainer):
         """The stage's loss, with its metrics noted."""
         import torch
 
-        self.rows_now, kept_B = inputs["rows"].tolist(), inputs["weight"] > 0
+        self.rows_now, kept_B = inputs["rows"], inputs["weight"] > 0
+        self.places += inputs["input_ids"].numel()
         loss, values = self.losses(model, inputs, num_items_in_batch)
         rows_loss = values.pop("loss")
         self.note(kept_B, values if self.model.training else {**values, "loss": rows_loss})
@@ -294,21 +383,34 @@ class Loop(_Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, but a loss that is not finite stops before the optimiser has seen its
-        gradient.
+        gradient. Losses are read once a step, when all its parts are on their way.
         """
         import torch
 
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            rows = ", ".join(
-                self.names[i] if i < len(self.names) else str(i) for i in self.rows_now[:8]
-            )
-            raise TrainError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of rows "
-                f"{rows}{' ...' if len(self.rows_now) > 8 else ''}. The last whole checkpoint is kept: look at "
-                "these rows, lower learning_rate, or use precision: fp32"
-            )
+        self.step_losses.append((self.rows_now, loss))
+        if self.accelerator.sync_gradients or not loss.is_cuda:
+            losses = torch.stack([one for _, one in self.step_losses]).tolist()
+            for (rows, _), value in zip(self.step_losses, losses, strict=True):
+                if not math.isfinite(value):
+                    raise self._not_finite(value, rows.tolist())
+            self.step_losses.clear()
         return loss
+
+    def _not_finite(self, value: float, rows_now: list[int]) -> TrainError:
+        rows = ", ".join(self.names[i] if i < len(self.names) else str(i) for i in rows_now[:8])
+        return TrainError(
+            f"the loss is {value} at step {self.state.global_step + 1}, in the batch of rows "
+            f"{rows}{' ...' if len(rows_now) > 8 else ''}. The last whole checkpoint is kept: look at "
+            "these rows, lower learning_rate, or use precision: fp32"
+        )
+
+    @property
+    def step_losses(self) -> list[tuple[Tensor, Tensor]]:
+        """(rows, loss) of each part of this step."""
+        if not hasattr(self, "_step_losses"):
+            self._step_losses: list[tuple[Tensor, Tensor]] = []
+        return self._step_losses
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of what was noted, over all processes. `eval_loss` is a mean over rows
@@ -319,9 +421,12 @@ class Loop(_Trainer):
         mode = "train" if self.model.training else "eval"
         prefix, names = "" if mode == "train" else "eval_", list(self.sums[mode])
         if names:
-            sums = torch.tensor([self.sums[mode][name] for name in names], dtype=torch.float64)
+            columns = zip(*self.sums[mode].values(), strict=True)
+            sums = torch.stack(
+                [torch.stack([torch.as_tensor(x).double() for x in column]) for column in columns]
+            ).T
             if self.args.world_size > 1:
-                sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
+                sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
             logs.update(
                 {
                     prefix + name: total / n
@@ -468,13 +573,19 @@ def fit(
     """
     out, main = Path(config.out), trainer.is_world_process_zero()
     record = _begin(trainer, config, stage, found)
-    for note in found.notes if main and not quiet else ():
-        warn(note)
-    _callbacks(trainer, config, stage, quiet or not main)
     trainer.kept = config.keep_checkpoints
+    last = last_checkpoint(out)
+    begun = int(last.name.rpartition("-")[2]) if last else 0
     began = time.monotonic()
-    with translate_errors(out):
-        trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(out)) else None)
+    with (
+        translate_errors(out, "micro_batch (the result stays the same)"),
+        _trackers(config, main, begun) as trackers,
+    ):
+        fit_to_memory(trainer, config, record)
+        for note in found.notes if main and not quiet else ():
+            warn(note)
+        _callbacks(trainer, config, stage, quiet or not main, trackers)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
         result = _result(trainer, stage, out, trainer.evaluate(), time.monotonic() - began)
         result |= {"notes": found.notes, "base": config.model, "store": result_store(config)}
         sharded = _is_sharded(trainer)
@@ -488,6 +599,40 @@ def fit(
             _record(trainer, config, stage, record, result)
         trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _trackers(config: StageConfig, main: bool, step: int) -> Trackers:
+    """The trackers that the main process sends to; none in the others."""
+    names = config.report if main else []
+    return open_trackers(names, Path(config.out), config.model_dump(mode="json"), step)
+
+
+def fit_to_memory(trainer: Any, config: StageConfig, record: dict[str, Any]) -> None:
+    """On a GPU, choose the micro-batch and gradient checkpointing by measurement, where they are
+    `auto`. A training that goes on takes what it began with.
+
+    Raises: TrainError where not even one row fits.
+    """
+    automatic = config.micro_batch == "auto" or config.gradient_checkpointing == "auto"
+    if trainer.args.device.type == "cpu" or not automatic or _is_sharded(trainer):
+        return
+    if "fitted" not in record:
+        from prefab.trainers.offline.fitting import fitted
+
+        record["fitted"] = fitted(trainer, config.micro_batch, config.gradient_checkpointing)
+        if trainer.is_world_process_zero():
+            write_json(Path(config.out) / RECORD, record)
+    set_micro_batch(trainer, record["fitted"]["micro_batch"])
+    trainer.args.gradient_checkpointing = record["fitted"]["gradient_checkpointing"]
+
+
+def set_micro_batch(trainer: Any, rows: int) -> None:
+    """Have a trainer take so many rows at once, and as many times as its step needs."""
+    args = trainer.args
+    mine = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.per_device_train_batch_size = args.per_device_eval_batch_size = rows
+    args.gradient_accumulation_steps = mine // rows
+    trainer._train_batch_size = rows
 
 
 def _is_sharded(trainer: Any) -> bool:
@@ -510,14 +655,21 @@ def _begin(trainer: Any, config: StageConfig, stage: str, found: Rows) -> dict[s
         },
     )
     file = out / RECORD
+    if config.lora and config.lora.bits and config.merge_lora:
+        raise ConfigError(
+            "merge_lora: adapters cannot be merged into weights of few bits; write merge_lora: false"
+        )
     if _is_sharded(trainer) and config.lora and config.merge_lora:
         raise ConfigError(
             "merge_lora: adapters cannot be merged into weights that lie on several devices; write merge_lora: false"
         )
-    if file.exists() and json.loads(file.read_text())["data"] != record["data"]:
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before and before["data"] != record["data"]:
         raise ConfigError(
             f"out: {out} holds an unfinished training on other data. Name a new folder, or delete it"
         )
+    if before and "fitted" in before:
+        record["fitted"] = before["fitted"]
     trainer.accelerator.wait_for_everyone()  # all have read the file before it is written
     if trainer.is_world_process_zero():
         write_json(file, record)
@@ -593,8 +745,12 @@ def _write(
     model.save_pretrained(out)
 
 
-def _callbacks(trainer: Any, config: StageConfig, stage: str, quiet: bool) -> None:
-    """Progress as everywhere in Prefab, early stopping, and none of the Trainer's own printing."""
+def _callbacks(
+    trainer: Any, config: StageConfig, stage: str, quiet: bool, trackers: Trackers
+) -> None:
+    """Progress as everywhere in Prefab, trackers, early stopping, and none of the Trainer's own
+    printing.
+    """
     from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
     class Shown(TrainerCallback):
@@ -604,6 +760,7 @@ def _callbacks(trainer: Any, config: StageConfig, stage: str, quiet: bool) -> No
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.facts: dict[str, Any] = {}
+            self.speed = Speed(trainer)
             self.progress = Progress(f"training {stage}", state.max_steps, quiet, "steps")
             self.progress.__enter__()
             self.progress.done = state.global_step
@@ -612,9 +769,10 @@ def _callbacks(trainer: Any, config: StageConfig, stage: str, quiet: bool) -> No
             if self.progress is not None:
                 kept = ("loss", "accuracy", "eval_loss", "eval_accuracy")
                 self.facts |= {k: float(v) for k, v in (logs or {}).items() if k in kept}
-                self.progress.advance(
-                    state.global_step - self.progress.done, **self.facts
-                )  # every step is logged
+                speed = self.speed.since_last()
+                trackers.log(state.global_step, {**(logs or {}), **speed})
+                self.facts |= speed
+                self.progress.advance(state.global_step - self.progress.done, **self.facts)
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             if self.progress is not None:
@@ -626,17 +784,78 @@ def _callbacks(trainer: Any, config: StageConfig, stage: str, quiet: bool) -> No
         trainer.add_callback(EarlyStoppingCallback(config.patience))
 
 
+class Speed:
+    """Tokens a second of a training since it was last asked; on a GPU memory and utilisation."""
+
+    def __init__(self, trainer: Any) -> None:
+        from prefab.trainers.offline.estimate import peak_flops
+
+        self.trainer, self.places, self.at = trainer, trainer.places, time.monotonic()
+        device = trainer.args.device
+        self.device = None if device.type == "cpu" else device
+        self.peak = peak_flops(device, trainer.stage.precision)
+        self.weights = sum(p.numel() for p in trainer.model.parameters())
+
+    def since_last(self) -> dict[str, Any]:
+        """`tokens_per_second` (padding included); on a GPU `gpu_memory_gib` (the peak) and, where
+        its data sheet is known, `model_flop_utilisation` (6 FLOPs a weight and token).
+        """
+        now, places = time.monotonic(), self.trainer.places
+        rate = (places - self.places) / max(now - self.at, 1e-9)
+        self.places, self.at = places, now
+        if not rate:
+            return {}
+        found: dict[str, Any] = {"tokens_per_second": round(rate)}
+        if self.device is not None:
+            import torch
+
+            found["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        if self.peak:
+            found["model_flop_utilisation"] = 6 * self.weights * rate / self.peak
+        return found
+
+
 def ready_model(model: Any, config: StageConfig, wanted: bool | None = None) -> tuple[Any, bool]:
-    """The model with the scored forward (before any adapter is put around it), and whether rows may
-    hold trees: where `wanted` (left out: `share_prompt`) and the model can.
+    """The model with the scored forward (before any adapter is put around it), with other kernels
+    and compiled where that is asked for, and whether rows may hold trees: where `wanted` (left out:
+    `share_prompt`) and the model can.
+
+    Raises: ConfigError where a package is missing.
     """
     device = next(model.parameters()).device
+    if config.liger:
+        use_liger(model, device.type)
     collate.add_scored_forward(model)
     wanted = config.share_prompt if wanted is None else wanted
     share = wanted and collate.can_share(
         model, attention_for(config.attention, device.type), device
     )
+    if config.compile:
+        compile_layers(model)
     return model, share
+
+
+def use_liger(model: Any, device: str) -> None:
+    """Replace norms, rotations and activations by the kernels of liger-kernel; the head is ours.
+
+    Raises: ConfigError without a GPU or the package.
+    """
+    from importlib.util import find_spec
+
+    if device == "cpu" or find_spec("liger_kernel") is None:
+        raise ConfigError("liger: true needs a GPU and the package: pip install liger-kernel")
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each layer by itself, for rows of any length. All layers share what is compiled, and
+    compiling takes as long as for one.
+    """
+    names = set(model._no_split_modules or ())
+    for layer in [m for m in model.modules() if type(m).__name__ in names]:
+        layer.compile(dynamic=True)
 
 
 def row_names(found: Rows) -> list[str]:

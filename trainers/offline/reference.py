@@ -10,19 +10,28 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefab.factory.keys import model_identity
 from prefab.trainers import collate
-from prefab.trainers.common import model_folder
+from prefab.trainers.common import FLASH, Precision, autocast_for, model_folder
 
 Pair = tuple[list[int], list[int]]  # prompt and answer
+COLUMNS = 32_768  # places of a forward on a GPU, padding included
+TOLD = 16  # answers whose log-probabilities are also computed in fp32, to tell the difference
+EXACT: Precision = "fp32"
 
 
-def weights_of(model: Any, name: str) -> str:
-    """What identifies a loaded reference: its weights at `name`, and their precision in memory."""
-    return model_identity(model_folder(name), str(next(model.parameters()).dtype))
+def weights_of(model: Any, name: str, precision: Precision = "fp32") -> str:
+    """What identifies a loaded reference: its weights at `name`, and the precision of the weights
+    in memory and of the computation.
+    """
+    dtype = str(next(model.parameters()).dtype)
+    return model_identity(
+        model_folder(name), dtype if precision == "fp32" else f"{dtype} {precision}"
+    )
 
 
 def cache_folder(named: str | None, out: str) -> Path:
@@ -31,59 +40,126 @@ def cache_folder(named: str | None, out: str) -> Path:
 
 
 def reference_logps(
-    model: Any, identity: str, pairs: Sequence[Pair], cache: Path, batch: int, pad: int
+    model: Any,
+    identity: str,
+    pairs: Sequence[Pair],
+    cache: Path,
+    batch: int,
+    pad: int,
+    precision: Precision = "fp32",
+    notes: list[str] | None = None,
 ) -> list[float]:
     """The summed log-probability of each answer after its prompt, in the order of `pairs`.
 
-    `model` needs the scored forward (`collate.add_scored_forward`), and is read in evaluation mode.
+    Args:
+        model: With the scored forward (`collate.add_scored_forward`); it is read in evaluation
+            mode.
+        identity: See `weights_of`.
+        pairs: Tokens of prompts and answers.
+        cache: The folder of earlier results.
+        batch: See `compute_logps`.
+        pad: The padding token.
+        precision: The training's.
+        notes: Where the difference from fp32 is told, measured on a few answers.
     """
     keys = [_key(pair) for pair in pairs]
     file = Path(cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.parquet"
     known = _read(file)
     missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
     if missing:
-        known |= dict(
-            zip(missing, compute_logps(model, list(missing.values()), batch, pad), strict=True)
-        )
+        left = list(missing.values())
+        known |= dict(zip(missing, compute_logps(model, left, batch, pad, precision), strict=True))
         _write(file, known)
+        if notes is not None and precision in ("tf32", "bf16"):
+            some = left[:: -(-len(left) // TOLD)]
+            notes.append(_difference(model, some, batch, pad, precision))
     return [known[key] for key in keys]
+
+
+def _difference(
+    model: Any, pairs: Sequence[Pair], batch: int, pad: int, precision: Precision
+) -> str:
+    """How far the log-probabilities of this precision are from those of fp32."""
+    here, exact = (compute_logps(model, pairs, batch, pad, p) for p in (precision, EXACT))
+    gap = sum(abs(a - b) for a, b in zip(here, exact, strict=True)) / len(pairs)
+    return (
+        f"the reference's log-probabilities are computed in {precision}, as in training; on "
+        f"{len(pairs)} answers they differ from fp32's by {gap:.2g} nats an answer on the mean"
+    )
 
 
 def _key(pair: Pair) -> str:
     return hashlib.sha256(repr(pair).encode()).hexdigest()[:32]
 
 
-def compute_logps(model: Any, pairs: Sequence[Pair], batch: int, pad: int) -> list[float]:
+def compute_logps(
+    model: Any, pairs: Sequence[Pair], batch: int, pad: int, precision: Precision = "fp32"
+) -> list[float]:
     """The summed log-probability of each answer after its prompt, without gradient, in the order of
     `pairs`.
 
-    About `batch` answers a forward; those to one prompt share it where the model can. The longest
-    first, so that memory that does not suffice is met at once.
+    Those to one prompt share it where the model can. On a CPU about `batch` answers a forward; on a
+    GPU rows of `COLUMNS` places together, half as many where memory runs out. The longest first, so
+    that memory that does not suffice is met at once. Results are read from the device at the end.
     """
     import torch
 
-    device, dtype, was = (
-        next(model.parameters()).device,
-        next(model.parameters()).dtype,
-        model.training,
-    )
-    share = collate.can_share(model, getattr(model.config, "_attn_implementation", ""), device)
-    found = [0.0] * len(pairs)
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    attention, was = getattr(model.config, "_attn_implementation", ""), model.training
+    share = collate.can_share(model, attention, device)
+    layout: dict[str, Any] = {"flat": attention in FLASH, "multiple": 1}
+    columns = 0
+    if device.type != "cpu":
+        layout["multiple"], columns = 8, COLUMNS
+    groups, order, logps = _groups(pairs, share), [], []
     model.eval()
-    with torch.no_grad():
-        for groups in _batches(_groups(pairs, share), batch):
-            order = [i for group in groups for i in group]
-            at = {i: k for k, i in enumerate(order)}
-            laid = collate.lay_out(
-                [[(pairs[group[0]][0], [(at[i], pairs[i][1]) for i in group])] for group in groups],
-                pad,
-            )
-            laid = {name: value.to(device) for name, value in laid.items()}
-            logps, _ = collate.answer_logps(model, laid, dtype)
-            for i, value in zip(order, logps.tolist(), strict=True):
-                found[i] = value
+    with torch.no_grad(), autocast_for(precision, device), _matmuls(precision):
+        while groups:
+            some = _together(groups, pairs, batch, columns)
+            members = [i for group in some for i in group]
+            try:
+                logps.append(_read_groups(model, some, pairs, pad, layout, device, dtype))
+            except torch.OutOfMemoryError:
+                if len(some) == 1:
+                    raise
+                torch.cuda.empty_cache()
+                batch, columns = max(1, len(members) // 2), columns // 2
+                continue
+            order += members
+            del groups[: len(some)]
+        values = torch.cat(logps).tolist() if logps else []
     model.train(was)
-    return found
+    found = dict(zip(order, values, strict=True))
+    return [found[i] for i in range(len(pairs))]
+
+
+def _read_groups(
+    model: Any,
+    groups: Sequence[Sequence[int]],
+    pairs: Sequence[Pair],
+    pad: int,
+    layout: dict[str, Any],
+    device: Any,
+    dtype: Any,
+) -> Any:
+    """The log-probabilities of the answers of these groups, in their order. Shapes: A."""
+    at = {i: k for k, i in enumerate(i for group in groups for i in group)}
+    rows = [[(pairs[group[0]][0], [(at[i], pairs[i][1]) for i in group])] for group in groups]
+    laid = collate.to_device(collate.lay_out(rows, pad, **layout), device)
+    return collate.answer_logps(model, laid, dtype)[0]
+
+
+@contextmanager
+def _matmuls(precision: Precision) -> Iterator[None]:
+    """Products of fp32 in full precision or in TF32, as named."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _groups(pairs: Sequence[Pair], share: bool) -> list[list[int]]:
@@ -105,15 +181,20 @@ def _groups(pairs: Sequence[Pair], share: bool) -> list[list[int]]:
     return [groups[k] for k in sorted(range(len(groups)), key=lambda k: -lengths[k])]
 
 
-def _batches(groups: Sequence[list[int]], batch: int) -> Iterator[list[list[int]]]:
-    """Rows of about `batch` pairs together, at least one."""
-    some: list[list[int]] = []
-    for group in groups:
-        if some and sum(map(len, some)) + len(group) > batch:
-            yield some
-            some = []
-        some.append(group)
-    yield from [some] if some else []
+def _together(
+    groups: Sequence[list[int]], pairs: Sequence[Pair], batch: int, columns: int
+) -> list[list[int]]:
+    """The first groups that go into one forward, at least one: of about `batch` pairs, or, where
+    `columns` is given, padded to no more places than that.
+    """
+    longest = len(pairs[groups[0][0]][0]) + sum(len(pairs[i][1]) for i in groups[0])
+    n, answers = 1, len(groups[0])
+    for group in groups[1:]:
+        answers += len(group)
+        if ((n + 1) * longest > columns) if columns else answers > batch:
+            break
+        n += 1
+    return list(groups[:n])
 
 
 def _read(file: Path) -> dict[str, float]:

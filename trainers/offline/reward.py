@@ -20,6 +20,8 @@ from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, data, distributed
 from prefab.trainers.chat import Turns, conversation_ids, shown
 from prefab.trainers.common import (
+    Precision,
+    autocast_for,
     load_reward,
     load_tokenizer,
     record_eval,
@@ -146,9 +148,8 @@ def _member(config: RewardTrainingConfig, quiet: bool) -> dict[str, Any]:
     made, found, tokenizer = prepare(config)
 
     def finish(model: Any) -> dict[str, Any]:
-        mean, deviation = normalisation(
-            model, made.train_dataset, tokenizer.pad_token_id, config.batch_size
-        )
+        rows, pad = config.batch_size, tokenizer.pad_token_id
+        mean, deviation = normalisation(model, made.train_dataset, pad, rows, config.precision)
         write_json(Path(config.out) / FILE, {"mean": mean, "deviation": deviation})
         return {"reward_mean": mean, "reward_deviation": deviation}
 
@@ -171,7 +172,14 @@ def prepare(config: RewardTrainingConfig) -> tuple[Any, data.Rows, Any]:
         "center_rewards_coefficient": None,
     }
     args = loop.arguments(config, RewardConfig, "eval_accuracy", True, **fixed)
-    loaded = load_reward(config.model, config.attention, new_head=True, dropout=config.dropout)
+    loaded = load_reward(
+        config.model,
+        config.attention,
+        loop.weights_dtype(config),
+        new_head=True,
+        dropout=config.dropout,
+        lora=config.lora,
+    )
     loaded.config.pad_token_id = tokenizer.pad_token_id
     model, share = loop.ready_model(loaded, config)
     trainer = loop.make_trainer(
@@ -184,12 +192,16 @@ def prepare(config: RewardTrainingConfig) -> tuple[Any, data.Rows, Any]:
         args=args,
         train_dataset=train,
         eval_dataset=val,
-        data_collator=collate.reward_collator(tokenizer.pad_token_id, share),
+        data_collator=collate.reward_collator(
+            tokenizer.pad_token_id, share, **loop.padding(config)
+        ),
     )
     return trainer, found, tokenizer
 
 
-def normalisation(model: Any, dataset: Any, pad: int, batch: int) -> tuple[float, float]:
+def normalisation(
+    model: Any, dataset: Any, pad: int, batch: int, precision: Precision = "fp32"
+) -> tuple[float, float]:
     """(mean, deviation) of the model's scores over the distinct answers of the training pairs,
     which are samples of the reference policy: taken off and divided by, the reference scores mean 0
     and deviation 1.
@@ -197,29 +209,35 @@ def normalisation(model: Any, dataset: Any, pad: int, batch: int) -> tuple[float
     import numpy as np
 
     texts = {tuple(ids) for side in ("chosen_ids", "rejected_ids") for ids in dataset[side]}
-    scores = np.asarray(raw_scores(model, [list(t) for t in sorted(texts)], pad, batch))
+    scores = np.asarray(raw_scores(model, [list(t) for t in sorted(texts)], pad, batch, precision))
     return float(scores.mean()), float(max(scores.std(), 1e-6))
 
 
-def raw_scores(model: Any, rows: Sequence[list[int]], pad: int, batch: int) -> list[float]:
-    """The logit of each conversation's tokens, in order."""
+def raw_scores(
+    model: Any, rows: Sequence[list[int]], pad: int, batch: int, precision: Precision = "fp32"
+) -> list[float]:
+    """The logit of each conversation's tokens, in order. They are read from the device at the
+    end.
+    """
     import torch
 
-    device, was = next(model.parameters()).device, model.training
-    order, found = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [0.0] * len(rows)
+    if not rows:
+        return []
+    parameter, was = next(model.parameters()), model.training
+    order, found = sorted(range(len(rows)), key=lambda i: -len(rows[i])), []
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast_for(precision, parameter.device):
         for start in range(0, len(order), batch):
             some = order[start : start + batch]
             laid = collate.lay_out(
                 [[([], [(k, rows[i])])] for k, i in enumerate(some)], pad, ends=True
             )
-            laid = {name: value.to(device) for name, value in laid.items()}
-            values = collate.answer_scores(model, laid, next(model.parameters()).dtype).tolist()
-            for i, value in zip(some, values, strict=True):
-                found[i] = value
+            laid = collate.to_device(laid, parameter.device)
+            found.append(collate.answer_scores(model, laid, parameter.dtype))
+        values = torch.cat(found).tolist()
     model.train(was)
-    return found
+    by_row = dict(zip(order, values, strict=True))
+    return [by_row[i] for i in range(len(rows))]
 
 
 def combine(members: Sequence[float | None], how: Combine, lam: float = 1.0) -> float | None:

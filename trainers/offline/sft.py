@@ -11,7 +11,6 @@ from pydantic import Field
 
 from prefab.factory.keys import digest
 from prefab.trainers import collate, data
-from prefab.trainers.common import load_policy
 from prefab.trainers.offline import loop
 from prefab.trainers.offline.loop import StageConfig
 from prefab.trainers.registry import Stage
@@ -84,10 +83,9 @@ def prepare(config: SftConfig) -> tuple[Any, data.Rows, Any]:
         found.train, found.val = distinct(found.train), distinct(found.val)
     encode = data.encoder("sft", tokenizer, found, config.data, every_turn=config.every_turn)
     train, val = loop.token_rows(config, found, encode)
-    model, can_pack = loop.ready_model(
-        load_policy(config.model, config.attention), config, config.packing
-    )
-    if config.packing and can_pack:
+    model, can_pack = loop.ready_model(loop.load_policy_for(config), config, config.packing)
+    padding = loop.padding(config)
+    if config.packing and (can_pack or padding["flat"]):
         train = pack(train, config.data.max_length)
     elif config.packing:
         found.notes.append(
@@ -109,7 +107,7 @@ def prepare(config: SftConfig) -> tuple[Any, data.Rows, Any]:
         args=args,
         train_dataset=train,
         eval_dataset=val,
-        data_collator=collate.sft_collator(tokenizer.pad_token_id),
+        data_collator=collate.sft_collator(tokenizer.pad_token_id, **padding),
     )
     return trainer, found, tokenizer
 
