@@ -14,6 +14,14 @@ done
   Debian 12, Ubuntu 24.04 or newer: apt install python3 python3-venv    or name one: make PYTHON=/path/to/python3.12"
 
 if nvidia-smi -L >/dev/null 2>&1; then file=requirements-gpu.txt need_gb=20; else file=requirements.txt need_gb=5; fi
+# The packages for GPUs are built for CUDA 13.
+if [ "$file" = requirements-gpu.txt ]; then
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+    major=${driver%%.*}
+    case $major in *[!0-9]* | "") major=580 ;; esac  # not known: try
+    [ "$major" -ge 580 ] || fail "needs NVIDIA driver 580 or newer (CUDA 13), and there is $driver.
+  Update the driver; or hide the GPU and install for the CPU: put a command nvidia-smi that fails first in PATH"
+fi
 # The project is installed in place, so a moved checkout needs its environment made again.
 packages="$("$python" -c 'import sys; print(sys.version.split()[0])') $(pwd) $(sha256sum < "$file" | cut -c1-32)"
 project=$(cat pyproject.toml setup.sh | sha256sum | cut -c1-32)
@@ -51,6 +59,11 @@ echo "prefab set-up: $("$python" -V) -> $venv, $(grep -c == "$file") packages of
 $pip install --no-deps -r "$file" || fail "pip could not install $file (its reason is above).
   No 'torch==2.13.0+cpu'? PyTorch's CPU index serves it: pytorch.org, Get Started, Linux / Pip / CPU prints the address.
   Then: PIP_EXTRA_INDEX_URL=<that address> make setup"
+if [ "$file" = requirements-gpu.txt ]; then
+    torch=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))')
+    case $torch in *+cpu*) fail "pip installed torch $torch, which cannot use the GPU: it also sees PyTorch's CPU index.
+  Unset PIP_EXTRA_INDEX_URL, or remove that index from pip's configuration (pip config list); then: rm -r $venv && make setup" ;; esac
+fi
 install_project
 echo "$packages" > "$venv/.packages"
 echo "prefab set-up: done; the command is $venv/bin/prefab"

@@ -113,3 +113,29 @@ def test_the_bundled_files_pass_the_check(installed, tmp_path):
     assert told
     call(prefab, "init", "mine", cwd=tmp_path, PYTHONPATH=str(installed))
     call(prefab, "check", "pipeline.yaml", cwd=tmp_path / "mine", PYTHONPATH=str(installed))
+
+
+@pytest.mark.parametrize("driver,passes", [("570.86.15", False), ("580.65.06", True), ("", True)])
+def test_set_up_refuses_a_driver_that_is_too_old_before_it_installs(tmp_path, driver, passes):
+    for name in ("setup.sh", "pyproject.toml", "requirements-gpu.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    # the next check, whether Python can make environments, stops a set-up that comes so far
+    scripts = {
+        "nvidia-smi": f"echo {driver}",
+        "python3": 'case "$2" in *ensurepip*) exit 1;; *sys.version_info*) exit 0;; *) echo 3.12.1;; esac',
+    }
+    for name, text in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    done = subprocess.run(
+        ["sh", "setup.sh", "venv"],
+        cwd=tmp_path,
+        env={"PATH": f"{tools}:/usr/bin:/bin"},
+        text=True,
+        capture_output=True,
+    )
+    told = "needs NVIDIA driver 580 or newer (CUDA 13), and there is 570.86.15"
+    assert done.returncode == 1 and not (tmp_path / "venv").exists()
+    assert ("has no venv module" if passes else told) in done.stderr

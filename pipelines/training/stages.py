@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefab.factory import charts
 from prefab.factory.console import Progress, table, warn
@@ -14,6 +14,9 @@ from prefab.factory.store import store
 from prefab.pipelines.config.schema import _override as override
 from prefab.trainers import distributed
 from prefab.trainers.registry import STAGES, Stage
+
+if TYPE_CHECKING:
+    from prefab.trainers.offline.estimate import Estimate
 
 PRESETS = PACKAGE / "trainers" / "presets"
 SHOWN = ("reward", "kl", "eval/gold", "entropy", "length", "unfinished")
@@ -51,6 +54,31 @@ def train(name: str, path: Path, sets: Iterable[str] = (), quiet: bool = False) 
     sources = config.data.sources if config.data else ()
     distributed.main_alone(lambda: catch_up(source.store for source in sources))
     return fit(name, config, quiet)
+
+
+def estimate_step(
+    name: str, path: Path, sets: Iterable[str] = (), gpu: str | None = None
+) -> Estimate:
+    """What a step of an offline stage takes on a GPU, by the model's shapes; nothing is trained.
+
+    Args:
+        name: The stage.
+        path: Its configuration file, or the name of a preset.
+        sets: Overrides of fields.
+        gpu: The name of a GPU; left out: the one here, else an H100.
+
+    Raises:
+        ConfigError: A mistake in the configuration, or a GPU that is not known.
+    """
+    from prefab.trainers.common import default_device
+    from prefab.trainers.offline.estimate import estimate
+
+    config = load_config(path, STAGES[name].config, sets)
+    if gpu is None:
+        import torch
+
+        gpu = torch.cuda.get_device_name() if default_device() == "cuda" else "H100"
+    return estimate(config, name, gpu)
 
 
 def fit(name: str, config: Any, quiet: bool = False) -> dict[str, Any]:

@@ -53,6 +53,48 @@ def test_logps_and_gradients_are_those_of_plain_rows(folder, attention, share):
         assert torch.allclose(p.grad, slopes[name], atol=2e-5), name
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_flat_row_without_padding_gives_the_same(folder, attention):
+    """As flash attention reads it; the others tell sequences apart by their positions."""
+    model = common.load_policy(folder, attention)
+    layout.add_scored_forward(model)
+    rows = layout.pair_rows(PROMPTS, CHOSEN, REJECTED, False)
+    padded, flat = (layout.lay_out(rows, 0, flat=flat, multiple=8) for flat in (False, True))
+    assert padded["input_ids"].shape == (4, 16) and flat["input_ids"].shape == (1, 29)
+    assert flat["cu_seq_lens_q"].tolist() == [0, 7, 14, 19, 29] and flat["max_length_k"] == 10
+    assert "attention_mask" not in flat and "branch" not in padded
+    wanted, found = (layout.answer_logps(model, x, torch.float32)[0] for x in (padded, flat))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_references_are_computed_in_the_trainings_precision_and_the_difference_is_told(
+    folder, tmp_path
+):
+    model = common.load_policy(folder, "eager")
+    layout.add_scored_forward(model)
+    pairs = list(zip(PROMPTS * 2, CHOSEN + REJECTED, strict=True))
+    exact = compute_logps(model, pairs, 4, 0)
+    notes: list[str] = []
+    names = [reference.weights_of(model, folder, p) for p in ("fp32", "bf16")]
+    assert names[0] != names[1]
+    found = reference_logps(model, names[1], pairs, tmp_path, 4, 0, "bf16", notes)
+    assert found == compute_logps(model, pairs, 4, 0, "bf16") != exact
+    gap = sum(abs(a - b) for a, b in zip(found, exact, strict=True)) / 4
+    assert 0 < gap < 0.5 and notes == [
+        "the reference's log-probabilities are computed in bf16, as in training; on 4 answers they "
+        f"differ from fp32's by {gap:.2g} nats an answer on the mean"
+    ]
+
+
+def test_a_forward_takes_rows_by_answers_or_by_places():
+    pairs = [([1] * 6, [2] * 2)] * 4 + [([1] * 3, [2])] * 4
+    groups = [[0, 1], [2, 3], [4], [5], [6], [7]]  # of 10, 10, 4 ... places
+    assert reference._together(groups, pairs, 3, 0) == groups[:1]
+    assert reference._together(groups, pairs, 5, 0) == groups[:3]
+    assert reference._together(groups, pairs, 1, 45) == groups[:4]
+    assert reference._together(groups, pairs, 1, 3) == groups[:1]
+
+
 def test_rewards_are_those_of_an_ordinary_classifier(folder):
     torch.manual_seed(0)
     model = common.load_reward(folder, "eager", new_head=True)
@@ -196,7 +238,10 @@ def test_groups_of_pairs_hold_each_once_within_twice_the_longest(shape, batch, s
     assert all(
         len(pairs[g[0]][0]) + sum(len(pairs[i][1]) for i in g) <= 2 * longest for g in groups
     )
-    cut = list(reference._batches(groups, batch))
+    cut, left = [], list(groups)
+    while left:
+        cut.append(reference._together(left, pairs, batch, 0))
+        del left[: len(cut[-1])]
     assert [g for some in cut for g in some] == groups and all(
         len(some) == 1 or sum(map(len, some)) <= batch for some in cut
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prefab.factory.errors import ConfigError
 from prefab.trainers.collate import LOGITS_AT_ONCE
 from prefab.trainers.common import Precision, loading, model_folder
-from prefab.trainers.offline.fitting import divisors, first_micro_batch
+from prefab.trainers.offline.fitting import divisors, first_micro_batch, remedies
 
 if TYPE_CHECKING:
     from prefab.trainers.offline.loop import StageConfig
@@ -83,6 +83,7 @@ class Estimate:
     largest_micro_batch: int | None  # that fits; None where not one row does
     step_s: float
     tokens_a_step: int
+    remedy: str  # what takes less memory
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
@@ -147,6 +148,7 @@ def estimate(config: StageConfig, stage: str, gpu: str) -> Estimate:
         largest_micro_batch=largest,
         step_s=flops / (REACHED * tflops * 1e12 * OF_BF16[config.precision]),
         tokens_a_step=sequences * length * config.batch_size,
+        remedy=remedies(config),
     )
 
 

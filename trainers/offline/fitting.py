@@ -123,7 +123,7 @@ def _budget(trainer: Any, device: Any) -> int:
     ours = torch.cuda.memory_reserved(device)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     state = 12 if trainer.stage.precision == "bf16_weights" else 8
-    return int(0.95 * (free + ours)) - state * trained
+    return int(0.95 * (free + ours)) - state * int(trained)
 
 
 def _peak(trainer: Any, checkpointing: bool, rows: int) -> int | None:

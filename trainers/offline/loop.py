@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -22,6 +24,7 @@ from pydantic import Field
 from prefab.factory.console import Progress, warn
 from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, distributed
+from prefab.trainers.background import BackgroundWriter, snapshot
 from prefab.trainers.common import (
     FLASH,
     NEW,
@@ -280,6 +283,12 @@ class Loop(_Trainer):
     names: list[str] = []  # of the rows of train, for messages
     kept: int = 2  # checkpoints
     places: int = 0  # tokens that were computed since the start, with padding
+    deferred: list[Callable[[], Any]] | None = None  # parts of a checkpoint that a thread writes
+
+    @cached_property
+    def writer(self) -> BackgroundWriter:
+        """What writes checkpoints."""
+        return BackgroundWriter()
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
@@ -340,12 +349,10 @@ class Loop(_Trainer):
                 before, counted = sums.get(name, (0.0, 0))
                 sums[name] = (before + total, counted + count)
 
-    @property
+    @cached_property
     def sums(self) -> dict[str, dict[str, tuple[Any, Any]]]:
         """Sums and counts since the last log, by mode and metric; on the device."""
-        if not hasattr(self, "_sums"):
-            self._sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
-        return self._sums
+        return {"train": {}, "eval": {}}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -387,6 +394,7 @@ class Loop(_Trainer):
         """
         import torch
 
+        self.writer.check()
         loss = super().training_step(*args, **kwargs)
         self.step_losses.append((self.rows_now, loss))
         if self.accelerator.sync_gradients or not loss.is_cuda:
@@ -405,12 +413,10 @@ class Loop(_Trainer):
             "these rows, lower learning_rate, or use precision: fp32"
         )
 
-    @property
+    @cached_property
     def step_losses(self) -> list[tuple[Tensor, Tensor]]:
         """(rows, loss) of each part of this step."""
-        if not hasattr(self, "_step_losses"):
-            self._step_losses: list[tuple[Tensor, Tensor]] = []
-        return self._step_losses
+        return []
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of what was noted, over all processes. `eval_loss` is a mean over rows
@@ -445,12 +451,60 @@ class Loop(_Trainer):
                 f"weights that are not finite at step {self.state.global_step}; the last whole checkpoint is "
                 "kept. Lower learning_rate, or use precision: fp32"
             )
+        out = Path(self.args.output_dir)
+        folder = out / f"checkpoint-{self.state.global_step}"
+        alone = self.args.world_size == 1 and not _is_sharded(self)
+        self.writer.wait()
+        self.deferred = [] if alone else None
         super()._save_checkpoint(model, trial)
+        parts, self.deferred = self.deferred or [], None
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-            best = self.state.best_model_checkpoint
-            remove_old(Path(self.args.output_dir), self.kept, Path(best).name if best else "")
+        best = Path(self.state.best_model_checkpoint or "").name
+
+        def write() -> None:
+            try:
+                for part in parts:
+                    part()
+                mark_complete(folder)
+            except Exception:
+                shutil.rmtree(folder, ignore_errors=True)  # half of it only takes space
+                raise
+            remove_old(out, self.kept, best)
+
+        if alone:
+            self.writer.submit(write)
+        elif self.is_world_process_zero():
+            write()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As the Trainer's; within a checkpoint of one process, from a copy and in a thread."""
+        if self.deferred is None:
+            return super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        copied = snapshot(self.model.state_dict() if state_dict is None else state_dict)
+        self.deferred.append(partial(super()._save, output_dir, copied))
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's; within a checkpoint of one process, from a copy and in a thread."""
+        if self.deferred is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        import torch
+        from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+        for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            copied = snapshot(part.state_dict())
+            self.deferred.append(partial(torch.save, copied, Path(output_dir) / name))
+        return None
+
+    def _load_best_model(self) -> None:
+        self.writer.wait()
+        super()._load_best_model()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, which may start processes: not while a thread is writing."""
+        self.writer.wait()
+        return super().evaluate(*args, **kwargs)
 
 
 def read_data(config: StageConfig, kind: Kind) -> tuple[Any, Rows]:
@@ -585,7 +639,11 @@ def fit(
         for note in found.notes if main and not quiet else ():
             warn(note)
         _callbacks(trainer, config, stage, quiet or not main, trackers)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        finally:
+            trainer.writer.join()
+        trainer.writer.check()
         result = _result(trainer, stage, out, trainer.evaluate(), time.monotonic() - began)
         result |= {"notes": found.notes, "base": config.model, "store": result_store(config)}
         sharded = _is_sharded(trainer)

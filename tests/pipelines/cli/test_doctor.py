@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 
 import pytest
@@ -85,3 +86,30 @@ def test_engines_are_started(tmp_path):
     assert found.data() in told["findings"]
     shown = CliRunner().invoke(app, ["doctor", str(file), "--store", str(tmp_path)])
     assert shown.exit_code == 1 and "bad  engine far: " in shown.output
+
+
+@pytest.mark.parametrize(
+    "torch,runtime,driver,state,words",
+    [
+        ("2.13.0", "13.0.96", "580.65.06", "ok", "driver 580.65.06"),
+        ("2.13.0", "13.0.96", "570.10", "bad", "driver 570.10: .* needs driver 580 or newer"),
+        ("2.8.0", "12.8.90", "570.10", "ok", "driver 570.10"),
+        ("2.13.0+cpu", "13.0.96", "580.65", "bad", "torch 2.13.0.cpu is for CPUs.*CPU index"),
+        ("2.13.0", "13.0.96", None, "ok", "nvidiactl$"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_told(monkeypatch, torch, runtime, driver, state, words):
+    versions = {"torch": torch, "nvidia-cuda-runtime": runtime}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: driver)
+    found = doctor._gpu("/dev/nvidiactl")
+    assert found.state == state and re.search(words, found.words)
+
+
+def test_the_drivers_version_is_read(tmp_path):
+    file = tmp_path / "version"
+    line = "NVRM version: NVIDIA UNIX {} 580.65.06  Release Build\nGCC version: gcc 13.2.0\n"
+    for words in ("x86_64 Kernel Module ", "Open Kernel Module for x86_64 "):
+        file.write_text(line.format(words))
+        assert doctor.nvidia_driver(file) == "580.65.06"
+    assert doctor.nvidia_driver(tmp_path / "missing") is None

@@ -3,6 +3,7 @@ bad input."""
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -555,6 +557,71 @@ def test_what_cannot_be_trained_is_told(world, tmp_path):
         )
     with pytest.raises(ConfigError, match="flash-attn"):
         world.run("dpo", tmp_path / "d", attention="flash_attention_2")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(world, tmp_path, monkeypatch):
+    """The first checkpoint is held until a later step was taken, which it must not see."""
+    from prefab.trainers.offline import loop, sft
+
+    later, mark = threading.Event(), loop.mark_complete
+    taken: list[bool] = []
+
+    def held(folder):
+        if folder.name == "checkpoint-1":
+            taken.append(later.wait(300))
+        mark(folder)
+
+    monkeypatch.setattr(loop, "mark_complete", held)
+    config = world.config("sft", tmp_path / "out", max_steps=3, eval_every=1, keep_checkpoints=3)
+    trainer, found, tokenizer = sft.prepare(config)
+    trainer.args.eval_strategy = "no"  # an evaluation waits for the writer
+    step = type(trainer).training_step
+
+    def watched(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        if self.state.global_step == 1:
+            later.set()
+        return loss
+
+    monkeypatch.setattr(type(trainer), "training_step", watched)
+    loop.fit(trainer, config, "sft", found, tokenizer, True)
+    assert taken == [True] and len(common.checkpoints(tmp_path / "out")) == 3
+    first, last = weights(tmp_path / "out/checkpoint-1"), weights(tmp_path / "out")
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_a_disk_that_fills_while_a_thread_writes_is_told(world, tmp_path, monkeypatch):
+    from prefab.trainers.offline import loop
+
+    def full(folder):
+        if folder.name == "checkpoint-4":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        mark(folder)
+
+    mark = loop.mark_complete
+    monkeypatch.setattr(loop, "mark_complete", full)
+    with pytest.raises(StoreError, match="the disk is full. The last whole checkpoint is kept"):
+        world.run("sft", tmp_path / "out", max_steps=8, eval_every=2)
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_options_that_change_speed_change_nothing_that_is_learnt(world, tmp_path):
+    world.run("sft", tmp_path / "plain", max_steps=3)
+    options = {"loader_workers": 1, "log_every": 2, "gradient_checkpointing": True}
+    world.run("sft", tmp_path / "fast", max_steps=3, **options)
+    plain, fast = weights(tmp_path / "plain"), weights(tmp_path / "fast")
+    assert all(torch.equal(plain[name], fast[name]) for name in plain)
+    # and they may be changed for a training that has begun
+    assert world.run("sft", tmp_path / "plain", max_steps=3, **options)["steps"] == 3
+
+
+def test_weights_in_bf16_have_a_copy_in_fp32_in_the_checkpoint(world, tmp_path):
+    result = world.run("dpo", tmp_path / "out", max_steps=4, precision="bf16_weights")
+    assert math.isfinite(result["metrics"]["loss"])
+    assert {w.dtype for w in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    last = common.last_checkpoint(tmp_path / "out")
+    state = torch.load(last / "optimizer.pt", weights_only=True)["state"]
+    assert {s["master"].dtype for s in state.values()} == {torch.float32}
 
 
 def test_other_weights_under_the_same_name_are_another_training(world, tmp_path):
