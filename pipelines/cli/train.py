@@ -48,7 +48,7 @@ def sft(
     same command resumes exactly.
     """
     if dry_run:
-        return _estimate("sft", config, sets, gpu, as_json)
+        return _show_estimate("sft", config, sets, gpu, as_json)
     _offline("sft", config, sets, as_json, quiet)
 
 
@@ -63,7 +63,7 @@ def reward(
 ) -> None:
     """Train a reward model, or an ensemble of them, on pairs with probabilities."""
     if dry_run:
-        return _estimate("reward", config, sets, gpu, as_json)
+        return _show_estimate("reward", config, sets, gpu, as_json)
     _offline("reward", config, sets, as_json, quiet)
 
 
@@ -78,7 +78,7 @@ def dpo(
 ) -> None:
     """Train a policy on pairs with DPO or a variant of it (--set loss=ipo)."""
     if dry_run:
-        return _estimate("dpo", config, sets, gpu, as_json)
+        return _show_estimate("dpo", config, sets, gpu, as_json)
     _offline("dpo", config, sets, as_json, quiet)
 
 
@@ -93,11 +93,11 @@ def kto(
 ) -> None:
     """Train a policy with KTO on single answers labelled good or bad."""
     if dry_run:
-        return _estimate("kto", config, sets, gpu, as_json)
+        return _show_estimate("kto", config, sets, gpu, as_json)
     _offline("kto", config, sets, as_json, quiet)
 
 
-def _estimate(stage: str, path: Path, sets: list[str], gpu: str | None, as_json: bool) -> None:
+def _show_estimate(stage: str, path: Path, sets: list[str], gpu: str | None, as_json: bool) -> None:
     """Print what a step takes; exit with 1 where it does not fit."""
     from prefab.pipelines.training.stages import estimate_step
 

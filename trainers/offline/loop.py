@@ -476,7 +476,7 @@ class Loop(_Trainer):
         elif self.is_world_process_zero():
             write()
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> Any:
         """As the Trainer's; within a checkpoint of one process, from a copy and in a thread."""
         if self.deferred is None:
             return super()._save(output_dir, state_dict)
@@ -485,7 +485,7 @@ class Loop(_Trainer):
         self.deferred.append(partial(super()._save, output_dir, copied))
         return None
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> Any:
         """As the Trainer's; within a checkpoint of one process, from a copy and in a thread."""
         if self.deferred is None:
             return super()._save_optimizer_and_scheduler(output_dir)
