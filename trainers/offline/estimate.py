@@ -148,7 +148,7 @@ def estimate(config: StageConfig, stage: str, gpu: str) -> Estimate:
         largest_micro_batch=largest,
         step_s=flops / (REACHED * tflops * 1e12 * OF_BF16[config.precision]),
         tokens_a_step=sequences * length * config.batch_size,
-        remedy=remedies(config),
+        remedy=remedies(config, largest or 1),
     )
 
 

@@ -100,10 +100,15 @@ def fitted(
     )
 
 
-def remedies(config: Any) -> str:
-    """What takes less memory than this configuration, in the order in which to try it."""
+def remedies(config: Any, micro_batch: int = 1) -> str:
+    """What takes less memory than this configuration, in the order in which to try it.
+    `micro_batch`: what fits, where it is known.
+    """
     tried = [
-        ("micro_batch: 1 (the result stays the same)", config.micro_batch not in (1, "auto")),
+        (
+            f"micro_batch: {micro_batch} (the result stays the same)",
+            config.micro_batch not in (1, "auto"),
+        ),
         ("gradient_checkpointing: true", config.gradient_checkpointing is False),
         ("precision: bf16", config.precision in ("fp32", "tf32")),
         ("lora: {rank: 16}", config.lora is None),
