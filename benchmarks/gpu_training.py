@@ -37,7 +37,7 @@ from benchmarks import train_speed
 from benchmarks.common import write
 from prefab.trainers import collate
 from prefab.trainers.common import default_device
-from prefab.trainers.offline.estimate import data_sheet
+from prefab.trainers.offline.gpus import data_sheet
 from prefab.trainers.offline.reference import compute_logps
 
 # The shapes of Qwen2.5 0.5B and 1.5B. Rows of the embedding beyond the small tokenizer's are never

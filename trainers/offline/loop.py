@@ -846,7 +846,7 @@ class Speed:
     """Tokens a second of a training since it was last asked; on a GPU memory and utilisation."""
 
     def __init__(self, trainer: Any) -> None:
-        from prefab.trainers.offline.estimate import peak_flops
+        from prefab.trainers.offline.gpus import peak_flops
 
         self.trainer, self.places, self.at = trainer, trainer.places, time.monotonic()
         device = trainer.args.device

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers.offline import dpo, loop
-from prefab.trainers.offline.estimate import data_sheet, estimate
+from prefab.trainers.offline.estimate import estimate
 from prefab.trainers.offline.fitting import (
     divisors,
     first_micro_batch,
     largest_that_fits,
     remedies,
 )
+from prefab.trainers.offline.gpus import data_sheet
 from prefab.trainers.offline.master_weights import master_adamw
 
 
