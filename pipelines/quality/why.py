@@ -66,9 +66,10 @@ class Why:
 PLAIN = sampling_object(Sampling(max_tokens=0))
 
 _PREFERENCE = """
-SELECT p.*, r.name, r.version, r.config, r.constitution, q.messages FROM preferences p
-JOIN runs r ON r.run = p.run LEFT JOIN prompts q ON q.prompt = p.prompt
-WHERE starts_with(p.preference, $name) ORDER BY p.preference, r.last_start DESC"""
+SELECT p.*, r.name, r.version, r.config, r.constitution, q.messages, q.text AS question, q.tags
+FROM preferences p JOIN runs r ON r.run = p.run LEFT JOIN prompts q ON q.prompt = p.prompt
+WHERE p.rowid IN (SELECT rowid FROM preferences WHERE starts_with(preference, $name))
+ORDER BY p.preference, r.last_start DESC LIMIT 1000"""
 _SAMPLES = """
 SELECT * FROM samples WHERE run = $run AND prompt = $prompt ORDER BY "index" """
 _VERDICTS = """
@@ -104,12 +105,20 @@ def why(store: str | Path, preference: str, run: str = "", read: Read | None = N
     """
     folder = Path(store)
     read = read or (lambda sql, values: query(folder, sql, values).to_dicts())
-    row = _find(folder, read, preference, run)
+    return explain(folder, find_preference(folder, preference, run, read), read)
+
+
+def explain(folder: Path, row: dict[str, Any], read: Read) -> Why:
+    """How the preference that `find_preference` gave came about."""
     with closing(db.connect(folder / db.FILE, readonly=True)) as ledger:
         return _Descent(read, ledger, row).why()
 
 
-def _find(folder: Path, read: Read, preference: str, run: str) -> dict[str, Any]:
+def find_preference(folder: Path, preference: str, run: str, read: Read) -> dict[str, Any]:
+    """A row of the table `preferences` by its id, or the beginning of it, with its run and prompt.
+
+    Raises: ConfigError when there is no such preference in the run, or several begin so.
+    """
     rows = read(_PREFERENCE, {"name": preference}) if preference else []
     name, _, version = run.partition("@")
     found = [

@@ -4,8 +4,9 @@ in the cache folder, made by `index_build.py` from the store and as easily throw
 A segment holds rows that were added together: a column a file (`p_chosen.npy`), sets of rows by
 principle, judge, reason and tag (`facets.*`), and for each word the texts that have it (`words.*`);
 a text is a prompt or an answer, and each row names its three. An overlay holds what can change of a
-row: where it lies in the store, its marks and what people say. `current.json` names the segments
-and the overlay that belong together, and the state of the store that they show.
+row: where it lies in the store, its marks and what people say, and the rows in each order of the
+grid. `current.json` names the segments and the overlay that belong together, and the state of the
+store that they show.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ import numpy.typing as npt
 from prefab.factory.keys import digest
 from prefab.factory.paths import cache_folder
 from prefab.factory.store import store
-from prefab.pipelines.view.filters import OUTCOMES, RANGES, SORTS, Filters, words_of
+from prefab.pipelines.view.filters import OUTCOMES, RANGES, Filters, words_of
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
-FORMAT = 2
+FORMAT = 3
 CURRENT = "current.json"
 DENSE = 32  # a set that has more than one of so many rows is stored as bits
 FROM = 20_000  # preferences of a run; fewer are asked of the store itself
 TRIES = 3  # to make an index of one state of the store
 STEPS = 20  # bars of a histogram
+PART = 1 << 16  # rows that are looked up together, so that temporary arrays stay small
 # What each histogram shows: its column, its ends and its title.
 HISTOGRAMS = {
     "p": ("p_chosen", 0.5, 1.0, "p_chosen"),
@@ -95,6 +97,23 @@ def _ranges(values: Array, starts: Array, counts: Array) -> Array:
     return found
 
 
+def _looked_up(table: Mask, column: Array) -> Mask:
+    """`table[column]`, a part of the rows at a time."""
+    found = np.empty(len(column), bool)
+    for start in range(0, len(column), PART):
+        found[start : start + PART] = table[column[start : start + PART]]
+    return found
+
+
+def _counted(column: Array, mask: Mask, n: int) -> list[int]:
+    """How many rows of a mask have each of the values below `n`."""
+    found = np.zeros(n, np.int64)
+    for start in range(0, len(column), PART):
+        part = slice(start, start + PART)
+        found += np.bincount(column[part][mask[part]], minlength=n)[:n]
+    return [int(count) for count in found]
+
+
 class Segment:
     """Rows that were added together."""
 
@@ -145,7 +164,10 @@ class Segment:
         at = [found.start() for found in re.finditer(re.escape(word.encode()), text)]
         has = sets.union(np.unique(np.searchsorted(ends, at) - 1))
         has = np.append(has, False)  # where a text is missing: -1
-        return has[self.column("a")] | has[self.column("b")] | has[self.column("question")]
+        found = _looked_up(has, self.column("question"))
+        for name in "ab":
+            found |= _looked_up(has, self.column(name))
+        return found
 
 
 class PageIndex:
@@ -160,10 +182,9 @@ class PageIndex:
         self.segments = [Segment(folder / name) for name in current["segments"]]
         self._overlay = folder / current["overlay"]
         self.places: Array = np.load(self._overlay / "places.npy", mmap_mode="r")
-        self.there = self.places >= 0
-        rising = bool(np.all(np.diff(self.places) > 0))
-        self._order = None if rising else np.argsort(self.places, kind="stable")
+        self.there: Mask = np.load(self._overlay / "there.npy", mmap_mode="r")
         self._columns: dict[str, Array] = {}
+        self._orders: dict[str, Array] = {}
         self._masks: dict[Filters, Mask] = {}
         self._same: tuple[PageIndex, Array] | None = None
         self._lock = threading.RLock()
@@ -200,9 +221,8 @@ class PageIndex:
     def _matching(self, filters: Filters, others: Callable[[Filters], Mask]) -> Mask:
         mask: Mask = self.there.copy()
         if filters.outcome:
-            mask &= np.isin(np.arange(len(OUTCOMES)), [OUTCOMES.index(o) for o in filters.outcome])[
-                self.column("outcome")
-            ]
+            wanted = np.array([outcome in filters.outcome for outcome in OUTCOMES])
+            mask &= _looked_up(wanted, self.column("outcome"))
         if filters.tag:
             mask &= self._from_segments(lambda s: s.facet("tag", filters.tag))
         if filters.mark:
@@ -274,59 +294,26 @@ class PageIndex:
 
     def counts(self, mask: Mask) -> dict[str, int]:
         """How many rows of a mask have each outcome."""
-        found = np.bincount(self.column("outcome")[mask], minlength=len(OUTCOMES))
-        return dict(zip(OUTCOMES, found.tolist(), strict=True))
+        found = _counted(self.column("outcome"), mask, len(OUTCOMES))
+        return dict(zip(OUTCOMES, found, strict=True))
 
     def histogram(self, name: str, mask: Mask) -> list[int]:
         """How many rows of a mask fall into each step."""
-        steps = np.bincount(self._steps(name)[mask], minlength=STEPS + 1)
-        return [int(n) for n in steps[:STEPS]]
-
-    def _steps(self, name: str) -> Array:
-        """The bar of a histogram that each row is in; STEPS: none."""
-        if (key := f"steps of {name}") not in self._columns:
-            column, low, high, _ = HISTOGRAMS[name]
-            values = self.column(column)
-            at = np.floor((values - low) / ((high - low) / STEPS))
-            known = np.where(np.isnan(values), STEPS, np.clip(at, 0, STEPS - 1))
-            self._columns[key] = known.astype(np.uint8)
-        return self._columns[key]
-
-    def _sort_key(self, sort: str) -> Array | None:
-        """What the rows are sorted by, ascending; as `filters.SORTS`."""
-        if sort == "stored":
-            return None
-        kept = self._columns.get(key := f"sort {sort}")
-        if kept is not None:
-            return kept
-        if sort == "unsure":
-            values = np.abs(self.column("p_a") - 0.5)
-            values = np.where(np.isnan(values), 2.0, values) + 10 * self.column("identical")
-        else:
-            from_column = {"sure": "p_a", "spread": "spread", "length": "length"}[sort]
-            values = self.column(from_column).astype(np.float64)
-            values = -np.abs(values - 0.5 if sort == "sure" else values)
-        found: Array = np.nan_to_num(values, nan=np.inf)
-        for other in SORTS:  # one is kept: each takes 8 MB a million rows
-            self._columns.pop(f"sort {other}", None)
-        self._columns[key] = found
-        return found
+        return _counted(self.column(f"step-{name}"), mask, STEPS)
 
     def window(self, mask: Mask, sort: str, start: int, n: int) -> Array:
-        """The rows from the `start`-th of a mask on, in this order."""
-        rows = np.flatnonzero(mask) if self._order is None else self._order[mask[self._order]]
-        end = min(start + n, len(rows))
-        if start >= end:
-            return rows[:0]
-        values = self._sort_key(sort)
-        if values is None:
-            return rows[start:end]
-        key = values[rows]
-        low, high = np.partition(key, (start, end - 1))[[start, end - 1]]
-        near = np.flatnonzero((key >= low) & (key <= high))
-        near = near[np.argsort(key[near], kind="stable")]
-        skip = start - int(np.count_nonzero(key < low))
-        return rows[near[skip : skip + end - start]]
+        """The rows from the `start`-th of a mask on, in this order; at most `n`."""
+        if sort not in self._orders:
+            self._orders[sort] = np.load(self._overlay / f"order-{sort}.npy", mmap_mode="r")
+        order, found, seen = self._orders[sort], [], 0
+        for low in range(0, len(order), PART):
+            part = order[low : low + PART]
+            rows = part[mask[part]]
+            found.append(rows[max(0, start - seen) : max(0, start + n - seen)])
+            seen += len(rows)
+            if seen >= start + n:
+                break
+        return np.concatenate([*found, np.empty(0, np.int32)])
 
     def rows_at(self, places: Array) -> Mask:
         """The rows that lie at these places of the store."""

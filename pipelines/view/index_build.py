@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,17 @@ import numpy as np
 import numpy.typing as npt
 
 from prefab.factory.store import store
-from prefab.pipelines.view.filters import OUTCOMES, PEOPLE, WORD
-from prefab.pipelines.view.index import CURRENT, DENSE, FORMAT, Array, Segment, file_state
+from prefab.pipelines.view.filters import OUTCOMES, PEOPLE, SORTS, WORD
+from prefab.pipelines.view.index import (
+    CURRENT,
+    DENSE,
+    FORMAT,
+    HISTOGRAMS,
+    STEPS,
+    Array,
+    Segment,
+    file_state,
+)
 
 if TYPE_CHECKING:
     import duckdb
@@ -83,12 +92,26 @@ CREATE TABLE postings AS SELECT number::INTEGER AS number, doc::INTEGER AS doc F
 def main(folder: Path, run: int, out: Path) -> None:
     """Bring the index of a run up to the store."""
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="build-", dir=out) as temporary:
+    for path in out.glob("build-*"):
+        if not _is_alive(path.name.split("-")[1]):
+            shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"build-{os.getpid()}-", dir=out) as temporary:
         con = _connect(folder, Path(temporary))
         try:
             _update(con, folder, run, out, Path(temporary))
         finally:
             con.close()
+
+
+def _is_alive(process: str) -> bool:
+    """Whether a process of this number runs."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _connect(folder: Path, temporary: Path) -> duckdb.DuckDBPyConnection:
@@ -143,8 +166,8 @@ def _update(
         names.append(made.name)
     all_places = np.concatenate([places, new])
     _overlaid(overlay, all_places, temporary / "overlay")
+    _orders([Segment(out / name) for name in names], all_places, temporary / "overlay")
     name = f"overlay-{1 + max((int(path.name[8:]) for path in out.glob('overlay-*')), default=0)}"
-    np.save(temporary / "overlay" / "places.npy", all_places)
     os.replace(temporary / "overlay", out / name)
     current = {"format": FORMAT, "state": state, "segments": names, "overlay": name}
     (temporary / CURRENT).write_text(json.dumps(current))
@@ -222,6 +245,40 @@ def _overlaid(overlay: dict[str, Any], places: Array, out: Path) -> None:
         sets.add(np.sort(rows(marks["place"][marks["rule"] == rule])))
     sets.close()
     (out / "marks.json").write_text(json.dumps(rules))
+    np.save(out / "places.npy", places)
+    np.save(out / "there.npy", places >= 0)
+
+
+def _orders(segments: Sequence[Segment], places: Array, out: Path) -> None:
+    """Write the numbers of the rows that are in the store, in each order of the grid."""
+
+    def column(name: str) -> Array:
+        return np.concatenate([s.column(name) for s in segments] or [np.empty(0)])
+
+    stored = np.argsort(places, kind="stable")[np.count_nonzero(places < 0) :]
+    for sort in SORTS:
+        order = stored
+        if sort != "stored":
+            key = _sort_key(sort, column)[stored]
+            order = stored[np.argsort(key, kind="stable")]
+        np.save(out / f"order-{sort}.npy", order.astype(np.int32))
+
+
+def _sort_key(sort: str, column: Callable[[str], Array]) -> Array:
+    """What the rows are sorted by, ascending; rows without a value come last."""
+    if sort == "unsure":
+        values = np.abs(column("p_a") - 0.5)
+        values = np.where(np.isnan(values), 2.0, values) + 10 * column("identical")
+    else:
+        values = column({"sure": "p_a"}.get(sort, sort)).astype(np.float64)
+        values = -np.abs(values - 0.5 if sort == "sure" else values)
+    return np.nan_to_num(values, nan=np.inf)
+
+
+def _steps(values: Array, low: float, high: float) -> Array:
+    """The bar of a histogram that each row is in; STEPS: in none."""
+    at = np.clip(np.floor((values - low) / ((high - low) / STEPS)), 0, STEPS - 1)
+    return np.where(np.isnan(values), STEPS, at).astype(np.uint8)
 
 
 def _segment(con: duckdb.DuckDBPyConnection, out: Path) -> None:
@@ -232,7 +289,10 @@ def _segment(con: duckdb.DuckDBPyConnection, out: Path) -> None:
     for name, values in columns.items():
         if isinstance(values, np.ma.MaskedArray):
             values = values.filled(np.nan)
+        columns[name] = values
         np.save(out / f"{name}.npy", values)
+    for name, (column, low, high, _) in HISTOGRAMS.items():
+        np.save(out / f"step-{name}.npy", _steps(columns[column], low, high))
     del columns
     con.execute(_JUDGED)
     con.execute(_FACETS)

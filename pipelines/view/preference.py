@@ -8,7 +8,7 @@ from typing import Any
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.tool_calls import shown_conversation, stored_messages
-from prefab.pipelines.quality.why import why
+from prefab.pipelines.quality.why import explain, find_preference
 from prefab.pipelines.view.filters import Filters
 from prefab.pipelines.view.grid import filtered, rows_of
 from prefab.pipelines.view.pages import Page, Parameters, View, as_sql, one
@@ -18,10 +18,6 @@ _VERDICTS = """
 SELECT v.principle, v.judge, v."order", v.repeat, v.p_a, v.winner, v.reason, v.mass, v.tie_mass, v.exactness, v.call
 FROM verdicts v WHERE v.run = $run AND v.prompt = $prompt AND v.a = $a AND v.b = $b
 ORDER BY v.principle, v.judge, v.repeat, v."order" """
-_ROW = """
-SELECT p.*, r.name || '@' || r.version AS named, r.constitution, q.text AS question, q.tags
-FROM preferences p JOIN runs r ON r.run = p.run LEFT JOIN prompts q ON q.prompt = p.prompt
-WHERE starts_with(p.preference, $name) ORDER BY p.preference, r.last_start DESC LIMIT 20"""
 _SAMPLES = 'SELECT * FROM samples WHERE run = $run AND prompt = $prompt ORDER BY "index"'
 _CRITIQUES = 'SELECT * FROM critiques WHERE run = $run AND prompt = $prompt ORDER BY round, "index", principle'
 # The same prompt and the same two answers in other runs: under another constitution, other judges.
@@ -43,12 +39,13 @@ def preference(view: View, parameters: Parameters) -> Page:
     name = one(parameters, "id")
     filters, _, _ = filtered(view, parameters)
     row = find(view, name, filters.run)
+    found = explain(view.folder, row, view.reader.rows)
+    row = {key: row[key] for key in row if key not in ("config", "messages")}
     at = {key: row[key] for key in ("run", "prompt", "a", "b", "preference")}
     samples = {s["index"]: s for s in view.reader.rows(_SAMPLES, at)}
     sides = {side: samples.get(row[side], {}) for side in "ab"}
     values = at | {f"text_{side}": sides[side].get("text") for side in "ab"}
     values |= {f"sample_{side}": sides[side].get("sample") for side in "ab"}
-    found = why(view.folder, row["preference"], row["named"], view.reader.rows)
     verdicts = view.reader.rows(_VERDICTS, at)
     critiques = view.reader.rows(_CRITIQUES, at)
     data = {
@@ -78,13 +75,14 @@ def find(view: View, name: str, run: str) -> Row:
 
     Raises: ConfigError when there is none, or several.
     """
-    rows = view.reader.rows(_ROW, {"name": name}) if name else []
-    rows = [row for row in rows if row["named"] == run] or rows
-    if not rows:
-        raise ConfigError(f"there is no preference {name!r}")
-    if len({row["preference"] for row in rows}) > 1:
-        raise ConfigError(f"several preferences begin with {name!r}; give more of the id")
-    return rows[0]
+    read = view.reader.rows
+    try:
+        row = find_preference(view.folder, name, run, read)
+    except ConfigError:
+        if not run:
+            raise
+        row = find_preference(view.folder, name, "", read)
+    return {**row, "named": f"{row['name']}@{row['version']}"}
 
 
 def _context(sample: Row) -> str:

@@ -228,9 +228,9 @@ def test_what_is_copied_gives_the_same(client, made, page, capsys, monkeypatch):
         ("/preferences?sort=random", "sort: 'random' is none of"),
         ("/preferences?run=lost", "there is no run 'lost'; there are: world-rejudge@1, world@1"),
         ("/preferences?q=" + "w" * 201, "at most 200 characters"),
-        ("/preference?id=zzzz", "there is no preference 'zzzz'"),
-        ("/preference", "there is no preference ''"),
-        ("/preference?id=", "there is no preference"),
+        ("/preference?id=zzzz", "has no preference 'zzzz'"),
+        ("/preference", "has no preference ''"),
+        ("/preference?id=", "has no preference"),
         ("/lost", "there is no such page"),
     ],
 )
