@@ -29,7 +29,6 @@ from prefab.pipelines.view.pages import Page, Parameters, View, as_sql, one
 from prefab.pipelines.view.reader import Row
 
 PANEL = "mean probability"
-SAMPLE = 5000  # prompts of a run with more; a share of their comparisons is known to about 1%
 Figures = dict[str, Any]
 
 
@@ -44,18 +43,11 @@ def working(view: View, title: str, job: Job | None, retry: str) -> Page:
     return Page("working.jinja", title, data, status=202 if data["running"] else 200, live=True)
 
 
-def figures(view: View, run: str) -> tuple[Figures | None, Job | None]:
-    """What `prefab agreement` measures of a run, or the command that measures it."""
-    words = ["agreement", "--store", str(view.folder), "--run", run]
-    words += ["--json", "--resamples", "0", "--examples", "3", "--sample", str(SAMPLE)]
-    job = view.jobs.get(f"agreement {run} {view.reader.state()}", words, wait=view.bundle)
-    return (job.result if job else None), job
-
-
 def agreement(view: View, parameters: Parameters) -> Page:
     """Judge by judge and principle by principle, reliability, position bias, what divides them."""
     run = view.run(one(parameters, "run"))
-    found, job = figures(view, run["named"])
+    job = view.figures(run["run"])
+    found: Figures | None = job.result if job else None
     if found is None:
         return working(view, "Agreement", job, "agreement")
     names = [row["judge"] for row in found["judges"]]
@@ -202,7 +194,8 @@ def judges(view: View, parameters: Parameters) -> Page:
     and who errs together.
     """
     run = view.run(one(parameters, "run"))
-    found, job = figures(view, run["named"])
+    job = view.figures(run["run"])
+    found: Figures | None = job.result if job else None
     if found is None:
         return working(view, "Judges", job, "judges")
     confused: dict[str, dict[str, dict[str, int]]] = {}

@@ -8,6 +8,7 @@ read and counted. What each file holds is said in `index.py`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -92,26 +93,27 @@ CREATE TABLE postings AS SELECT number::INTEGER AS number, doc::INTEGER AS doc F
 def main(folder: Path, run: int, out: Path) -> None:
     """Bring the index of a run up to the store."""
     out.mkdir(parents=True, exist_ok=True)
-    for path in out.glob("build-*"):
-        if not _is_alive(path.name.split("-")[1]):
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another server may be making it
+        for path in out.glob("build-*"):  # of processes that were killed
             shutil.rmtree(path, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"build-{os.getpid()}-", dir=out) as temporary:
-        con = _connect(folder, Path(temporary))
-        try:
-            _update(con, folder, run, out, Path(temporary))
-        finally:
-            con.close()
+        if _current(out).get("state") == file_state(folder):
+            return
+        with tempfile.TemporaryDirectory(prefix="build-", dir=out) as temporary:
+            con = _connect(folder, Path(temporary))
+            try:
+                _update(con, folder, run, out, Path(temporary))
+            finally:
+                con.close()
 
 
-def _is_alive(process: str) -> bool:
-    """Whether a process of this number runs."""
+def _current(out: Path) -> dict[str, Any]:
+    """The index that there is: its state, segments and overlay; empty: none of this format."""
     try:
-        os.kill(int(process), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
+        current: dict[str, Any] = json.loads((out / CURRENT).read_text())
+        return current if current["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _connect(folder: Path, temporary: Path) -> duckdb.DuckDBPyConnection:
@@ -178,14 +180,7 @@ def _update(
 
 
 def _segments(out: Path) -> list[Segment]:
-    """The segments that there are; none where they are of another format."""
-    try:
-        current = json.loads((out / CURRENT).read_text())
-        if current["format"] != FORMAT:
-            return []
-        return [Segment(out / name) for name in current["segments"]]
-    except (OSError, ValueError, KeyError):
-        return []
+    return [Segment(out / name) for name in _current(out).get("segments", ())]
 
 
 def matched(old: Array, now: Array, places: Array) -> tuple[Array, Array]:

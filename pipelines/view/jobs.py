@@ -1,9 +1,11 @@
-"""Long work for pages, each in a `prefab` command of its own: the server stays small, and what a
-page shows is what the command prints.
+"""Long work for pages, each in a process of its own, most of them `prefab` commands: the server
+stays small, and what a page shows is what the command prints.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,8 +17,10 @@ from typing import IO, Any
 
 import orjson
 
+from prefab.factory.keys import digest
+
 MOST = 3  # commands at a time
-KEPT = 32  # results
+KEPT = 32  # results in memory, and as many in files
 
 
 @dataclass(slots=True)
@@ -32,6 +36,7 @@ class Job:
     began: float = field(default_factory=time.monotonic)
     result: Any = None
     error: str = ""
+    file: Path | None = None
 
     @property
     def running(self) -> bool:
@@ -60,44 +65,77 @@ class Job:
             self.error = (
                 told.splitlines()[-1] if told else f"it ended with {self.process.returncode}"
             )
+        elif self.file:
+            _keep(self.file, text)
         self.out.close()
         self.err.close()
         self.process = None
 
 
+def _keep(file: Path, text: bytes) -> None:
+    """Write a result to a file, and remove the oldest of its folder. Without a place to write it is
+    computed again by the next server.
+    """
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        made = file.with_suffix(f".{os.getpid()}")
+        made.write_bytes(text)
+        os.replace(made, file)
+        for old in sorted(file.parent.iterdir(), key=lambda path: -path.stat().st_mtime)[KEPT:]:
+            old.unlink()
+
+
 class Jobs:
-    """The commands of one server, by name."""
+    """The commands of one server, by name. Results that are to outlive the server are files of
+    `folder`.
+    """
 
     def __init__(self) -> None:
+        self.folder: Path | None = None
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
 
-    def get(self, name: str, words: list[str] | None = None, wait: bool = False) -> Job | None:
-        """The job of this name, begun with these words where there is none; None where too many
-        are running, or there is none and no words. `wait`: until it has ended.
+    def get(
+        self, name: str, words: list[str] | None = None, wait: bool = False, keep: bool = False
+    ) -> Job | None:
+        """The job of this name.
+
+        Args:
+            name: The name. It says all that the result depends on.
+            words: Of a `prefab` command, or -m and a module with its arguments, which is begun
+                where there is no job of the name.
+            wait: Wait until it has ended.
+            keep: Also write the result to a file, which another server finds.
+
+        Returns: None where too many are running, or there is none and no words.
         """
-        job = self._get(name, words)
+        job = self._get(name, words, keep)
         if wait and job and job.process is not None:
             job.process.wait()
             with self._lock:
                 job.look()
         return job
 
-    def _get(self, name: str, words: list[str] | None) -> Job | None:
+    def _get(self, name: str, words: list[str] | None, keep: bool) -> Job | None:
         with self._lock:
             for job in self._jobs.values():
                 job.look()
             if name in self._jobs or words is None:
                 return self._jobs.get(name)
+            file = self.folder / f"{digest(name)}.json" if keep and self.folder else None
+            if file and file.exists():
+                self._jobs[name] = Job(words, result=orjson.loads(file.read_bytes()))
+                return self._jobs[name]
             if sum(job.running for job in self._jobs.values()) >= MOST:
                 return None
             for old in list(self._jobs):
                 if len(self._jobs) >= KEPT and not self._jobs[old].running:
                     del self._jobs[old]
             out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by look)
-            job = Job(words, out=out, err=err)
+            job = Job(words, out=out, err=err, file=file)
+            command = [] if words[0] == "-m" else ["-m", "prefab.pipelines.cli.main"]
             job.process = subprocess.Popen(
-                [sys.executable, "-m", "prefab.pipelines.cli.main", *words],
+                [sys.executable, *command, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=job.out,
                 stderr=job.err,

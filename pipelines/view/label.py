@@ -16,12 +16,15 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.stats import clustered_share
 from prefab.judges.kinds import human
-from prefab.pipelines.quality.labeling import FIRST, First, LabelingSession, tasks
+from prefab.pipelines.quality.labeling import FIRST, First, LabelingSession, Task, tasks
 from prefab.pipelines.store.labels import recorded
+from prefab.pipelines.view.analysis import working
+from prefab.pipelines.view.jobs import Job
+from prefab.pipelines.view.label_tasks import task_of
 from prefab.pipelines.view.pages import Page, Parameters, View, one
+from prefab.pipelines.view.reader import Row
 
 LONGEST_NAME = 60
-SAMPLE = 2000  # prompts of a run with more, from which people are asked
 _LOCK = threading.RLock()
 _SESSIONS: dict[tuple[str, ...], LabelingSession] = {}
 
@@ -39,12 +42,21 @@ def _recorder(store: Path) -> Any:
     return record
 
 
+class ChoosingError(ConfigError):
+    """The comparisons of a large run are still being read, by `job`."""
+
+    def __init__(self, job: Job | None) -> None:
+        super().__init__("the comparisons are being chosen: open the page again in some seconds")
+        self.job = job
+
+
 def session(view: View, parameters: Parameters) -> tuple[LabelingSession, str, str]:
     """The session of a person on a run, the person's name, and what comes first.
 
-    Raises: ConfigError for a run without comparisons, or a wrong name or order.
+    Raises: ConfigError for a run without comparisons, or a wrong name or order; ChoosingError.
     """
-    run = view.run(one(parameters, "run"))["named"]
+    about = view.run(one(parameters, "run"))
+    run = about["named"]
     who = one(parameters, "annotator").strip() or view.annotator or getpass.getuser()
     first = one(parameters, "first") or "unsure"
     if first not in FIRST:
@@ -55,23 +67,34 @@ def session(view: View, parameters: Parameters) -> tuple[LabelingSession, str, s
     key = (str(view.folder), run, who, first, principle)
     with _LOCK:
         if key not in _SESSIONS:
-            view.reader.close()  # the tasks are read by `prefab label`'s own queries
-            under = [principle] if principle else ()
-            todo = tasks(view.folder, run, who, cast("First", first), 0, under, SAMPLE)
+            todo = _tasks(view, about, who, cast("First", first), principle)
             record = _recorder(view.folder)
             _SESSIONS[key] = LabelingSession(todo, lambda: recorded(view.folder), who, 0, record)
         _SESSIONS[key].refresh()
         return _SESSIONS[key], who, first
 
 
-def _prompts(view: View, run: int) -> int:
-    sql = "SELECT count(DISTINCT prompt) FROM preferences WHERE run = $run"
-    n: int = view.reader.cached(f"prompts {run}", lambda: view.reader.value(sql, {"run": run}))
-    return n
+def _tasks(view: View, about: Row, who: str, first: First, principle: str) -> list[Task]:
+    if not view.is_large(about["run"]):
+        view.reader.close()  # the tasks are read by `prefab label`'s own queries
+        return tasks(view.folder, about["named"], who, first, 0, [principle] if principle else ())
+    job = view.comparisons(about["run"], first, principle)
+    if job is None or job.running:
+        raise ChoosingError(job)
+    if job.error:
+        raise ConfigError(job.error)
+    return [task_of(dict(value), who) for value in job.result]
 
 
 def label(view: View, parameters: Parameters) -> Page:
     """The next comparison, as a person sees it: nothing of what judges said."""
+    try:
+        return _label(view, parameters)
+    except ChoosingError as error:
+        return working(view, "Label", error.job, "label")
+
+
+def _label(view: View, parameters: Parameters) -> Page:
     with _LOCK:
         found, who, first = session(view, parameters)
         task = found.todo[0] if found.todo else None
@@ -94,7 +117,7 @@ def label(view: View, parameters: Parameters) -> Page:
             },
             "done": len(found.done),
             "left": len(found.todo),
-            "sampled": _prompts(view, view.run(one(parameters, "run"))["run"]) > SAMPLE,
+            "sampled": view.is_large(view.run(one(parameters, "run"))["run"]),
             "others": agreement_of(rows, who),
             "again": again_of(rows, who),
             "people": Counter(known.annotator for known in human.latest(rows)).most_common(12),

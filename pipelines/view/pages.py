@@ -16,10 +16,11 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.stats import clustered_share_of_sums
 from prefab.pipelines.view.filters import OUTCOMES
 from prefab.pipelines.view.index import Indexes, PageIndex
-from prefab.pipelines.view.jobs import Jobs
+from prefab.pipelines.view.jobs import Job, Jobs
 from prefab.pipelines.view.reader import Row, StoreReader
 
 ROWS = 50  # of the grid, at a time
+SAMPLE = 5000  # prompts of a run with more; a share of their comparisons is known to about 1%
 LIVE_S = 15.0  # a store that got an answer so recently is being written
 Parameters = Sequence[tuple[str, str]]
 
@@ -54,6 +55,7 @@ class View:
 
     def __post_init__(self) -> None:
         self.indexes = Indexes(self.reader.folder)
+        self.jobs.folder = self.indexes.out / "figures"
 
     def size(self, run: int) -> int:
         """How many preferences a run has."""
@@ -66,7 +68,55 @@ class View:
         the run and for another one that it is compared with.
         """
         sizes = [self.size(one_run) for one_run in (run, beside) if one_run is not None]
-        return self.indexes.get(run, max(sizes))
+        found = self.indexes.get(run, max(sizes))
+        if found and found.state == list(self.reader.state()) and not self.pace()["calls_per_s"]:
+            self.figures(run)
+            self.comparisons(run)
+        return found
+
+    def is_large(self, run: int) -> bool:
+        """Whether a run is read by an index, and its figures are those of a sample."""
+        return self.size(run) >= self.indexes.smallest
+
+    def figures(self, run: int) -> Job | None:
+        """The command that measures what `prefab agreement` does of a run; None where too many
+        commands run.
+        """
+        words = ["agreement", "--store", str(self.folder), "--run", self.named(run)]
+        words += ["--json", "--resamples", "0", "--examples", "3", "--sample", str(SAMPLE)]
+        name = f"agreement {run} {self.reader.state()}"
+        return self.jobs.get(name, words, wait=self.bundle, keep=self.is_large(run))
+
+    def comparisons(self, run: int, first: str = "unsure", principle: str = "") -> Job | None:
+        """The program that reads what people may label of a large run; None where too many run."""
+        words = ["-m", "prefab.pipelines.view.label_tasks", str(self.folder), self.named(run)]
+        name = f"label {run} {first} {principle} {self.reader.state()}"
+        return self.jobs.get(name, [*words, first, principle], keep=True)
+
+    def named(self, run: int) -> str:
+        """NAME@VERSION of a run."""
+        return str(next(row["named"] for row in self.runs() if row["run"] == run))
+
+    def pace(self) -> dict[str, Any]:
+        """How many answers a second came in over the last minute; None when none did lately."""
+        now = time.time()
+        with self.reader.ledger() as con:
+            last = con.execute("SELECT id, at FROM calls ORDER BY id DESC LIMIT 1").fetchone()
+            if not last or now - last[1] > LIVE_S:
+                return {
+                    "calls_per_s": None,
+                    "last_call_at": last[1] if last else None,
+                    "calls": last[0] if last else 0,
+                }
+            first = con.execute(
+                "SELECT id, at FROM calls WHERE id > ? AND at > ? ORDER BY id LIMIT 1",
+                (last[0] - 60_000, now - 60),
+            ).fetchone()
+        return {
+            "calls_per_s": (last[0] - first[0]) / max(1.0, last[1] - first[1]),
+            "last_call_at": last[1],
+            "calls": last[0],
+        }
 
     def end(self) -> None:
         """Stop what runs in the background, and close the store."""
@@ -164,33 +214,12 @@ def runs(view: View, parameters: Parameters) -> Page:
                 "waiting": waiting.get(row["run"], 0),
             }
         )
-    pace = _pace(view)
+    pace = view.pace()
     data = {"runs": shown, **pace}
     live = pace["calls_per_s"] is not None
+    if known and not live:
+        view.index(view.run()["run"])  # begun here, it may be there when the preferences are opened
     return Page("runs.jinja", "Runs", data, view.command("store", "info"), _SUMMARY, live)
-
-
-def _pace(view: View) -> dict[str, Any]:
-    """How many answers a second came in over the last minute; None when none did lately."""
-    now = time.time()
-    with view.reader.ledger() as con:
-        last = con.execute("SELECT id, at FROM calls ORDER BY id DESC LIMIT 1").fetchone()
-        if not last or now - last[1] > LIVE_S:
-            return {
-                "calls_per_s": None,
-                "last_call_at": last[1] if last else None,
-                "calls": last[0] if last else 0,
-            }
-        first = con.execute(
-            "SELECT id, at FROM calls WHERE id > ? AND at > ? ORDER BY id LIMIT 1",
-            (last[0] - 60_000, now - 60),
-        ).fetchone()
-    seconds = max(1.0, last[1] - first[1])
-    return {
-        "calls_per_s": (last[0] - first[0]) / seconds,
-        "last_call_at": last[1],
-        "calls": last[0],
-    }
 
 
 _FAULTS = """
@@ -264,7 +293,7 @@ def run(view: View, parameters: Parameters) -> Page:
         data,
         command,
         as_sql(_TOKENS, at),
-        _pace(view)["calls_per_s"] is not None,
+        view.pace()["calls_per_s"] is not None,
     )
 
 

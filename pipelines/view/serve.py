@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefab.factory.errors import ConfigError
@@ -60,12 +62,28 @@ def view(
                     app, log_level="warning", access_log=False, server_header=False, lifespan="off"
                 )
             )
-            tell(address)
-            if browser and can_open_browser():
-                threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-            server.run([listener])
+            with ending_on_sigterm():
+                tell(address)
+                if browser and can_open_browser():
+                    threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+                server.run([listener])
     finally:
         pages.end()
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that what the server started is ended too. uvicorn sends
+    itself the signal again after its end, whose default would end this process at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def opened(folder: Path) -> StoreReader:

@@ -43,6 +43,7 @@ def served(store: Path, *more: str) -> Iterator[str]:
             yield server.stdout.readline().strip()
         finally:
             server.terminate()
+    assert server.returncode == 0  # it also ended what it had started
 
 
 @dataclass

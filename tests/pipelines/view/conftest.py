@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,18 @@ from prefab.pipelines.view.reader import StoreReader
 from tests.support import viewstore
 
 TOKEN, PORT = "a-token-that-is-not-guessed", 7323
+OWN = {"origin": f"http://127.0.0.1:{PORT}"}
+
+
+def ready(client, address: str, method: str = "GET", **more):
+    """The page once its figures are computed."""
+    deadline = time.monotonic() + 120
+    while True:
+        answer = client.request(method, address, **more)
+        if answer.status_code != 202:
+            return answer
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.3)
 
 
 def made_in_a_thread(*how) -> Path:
@@ -48,7 +61,8 @@ def store(made, tmp_path) -> Path:
 @contextmanager
 def client_of(folder: Path, indexes: Indexes | None = None) -> Iterator[TestClient]:
     view = View(StoreReader(folder), Jobs())
-    view.indexes = indexes or view.indexes
+    if indexes:
+        view.indexes, view.jobs.folder = indexes, indexes.out / "figures"
     client = TestClient(make_app(view, TOKEN, PORT), base_url=f"http://127.0.0.1:{PORT}")
     client.get(f"/?token={TOKEN}")
     yield client

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import html
 import re
-import time
 
 import duckdb
 import pytest
@@ -19,20 +18,7 @@ from prefab.pipelines.store.fill import query
 from prefab.pipelines.store.labels import recorded
 from prefab.pipelines.view.analysis import curves
 from prefab.pipelines.view.label import _SESSIONS
-from tests.pipelines.view.conftest import PORT, client_of
-
-OWN = {"origin": f"http://127.0.0.1:{PORT}"}
-
-
-def ready(client, address: str, method: str = "GET", **more):
-    """The page once its figures are computed."""
-    deadline = time.monotonic() + 120
-    while True:
-        answer = client.request(method, address, **more)
-        if answer.status_code != 202:
-            return answer
-        assert time.monotonic() < deadline, answer.text
-        time.sleep(0.3)
+from tests.pipelines.view.conftest import OWN, client_of, ready
 
 
 def test_agreement_shows_what_prefab_agreement_measures(client, made):

@@ -6,11 +6,15 @@ from __future__ import annotations
 import duckdb
 import pytest
 
+from prefab.judges.kinds import human
+from prefab.pipelines.quality.labeling import tasks
 from prefab.pipelines.store.fill import fill
+from prefab.pipelines.store.labels import recorded
 from prefab.pipelines.view.filters import SORTS
 from prefab.pipelines.view.index import Indexes
 from prefab.pipelines.view.index_build import main
-from tests.pipelines.view.conftest import client_of
+from prefab.pipelines.view.label import _SESSIONS
+from tests.pipelines.view.conftest import OWN, client_of, ready
 
 ADDRESSES = (
     "",
@@ -129,3 +133,23 @@ def test_a_store_that_changes_is_followed(store, tmp_path):
             "tag=harmful",
         ):
             assert shown(indexed, address) == shown(plain, address), address
+
+
+def test_what_people_may_label_of_a_large_run_is_read_by_a_process_and_kept(store, tmp_path):
+    """The page says so until it is there; the labels are those of `prefab label`."""
+    indexes = index_of(store, tmp_path)
+    with client_of(store, indexes) as client:
+        assert client.get("/preferences?run=world").status_code == 200  # begins it
+        page = ready(client, "/label?run=world&annotator=fay")
+        assert "a sample of the run" in page.text
+        shown = client.get("/label?run=world&annotator=fay&format=json").json()
+        todo = tasks(store, "world", "fay")
+        assert shown["left"] == len(todo) and shown["task"]["name"] == todo[0].name()
+        assert shown["task"]["shown"] == list(todo[0].shown)
+        fields = {"run": "world", "annotator": "fay", "task": todo[0].name(), "said": "a"}
+        client.post("/label", data=fields, headers=OWN)
+        said = [label for label in human.latest(recorded(store)) if label.annotator == "fay"]
+        assert [label.prompt for label in said] == [todo[0].prompt]
+    kept = list((indexes.out / "figures").glob("*.json"))
+    assert len(kept) >= 1
+    _SESSIONS.clear()
