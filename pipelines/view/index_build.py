@@ -267,7 +267,7 @@ def _sort_key(sort: str, column: Callable[[str], Array]) -> Array:
     else:
         values = column({"sure": "p_a"}.get(sort, sort)).astype(np.float64)
         values = -np.abs(values - 0.5 if sort == "sure" else values)
-    return np.nan_to_num(values, nan=np.inf)
+    return np.where(np.isnan(values), np.inf, values)
 
 
 def _steps(values: Array, low: float, high: float) -> Array:
