@@ -40,7 +40,7 @@ def preference(view: View, parameters: Parameters) -> Page:
     filters, _, _ = filtered(view, parameters)
     row = find(view, name, filters.run)
     found = explain(view.folder, row, view.reader.rows)
-    row = {key: row[key] for key in row if key not in ("config", "messages")}
+    del row["config"], row["messages"]  # not shown
     at = {key: row[key] for key in ("run", "prompt", "a", "b", "preference")}
     samples = {s["index"]: s for s in view.reader.rows(_SAMPLES, at)}
     sides = {side: samples.get(row[side], {}) for side in "ab"}
