@@ -21,7 +21,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,15 @@ def check_format(path: Path, value: Any) -> None:
 class ShardState:
     """What is known of a shard. `runs` has by run number the state (done, stopped, set_aside), the
     digest of its prompts, and the counts. `tables` has by table the file of its rows and its size
-    in bytes; `head` is what the shards' common facts were when they were made (`write_head`).
+    in bytes; `head` is what the shards' common facts were when they were made (`write_head`), and
+    `waiting` how many prompts waited for calls.
     """
 
     shard: int
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     tables: dict[str, tuple[str, int]] = field(default_factory=dict)
     head: str = ""
+    waiting: int = 0
 
 
 class SharedFolder:
@@ -148,11 +150,11 @@ class SharedFolder:
         if found is None:
             return ShardState(shard)
         tables = {table: (name, size) for table, (name, size) in found["tables"].items()}
-        return ShardState(shard, found["runs"], tables, found["head"])
+        return ShardState(shard, found["runs"], tables, found["head"], found["waiting"])
 
     def write_state(self, state: ShardState) -> None:
         """Replace what is known of a shard."""
-        value = {"format": FORMAT, "runs": state.runs, "tables": state.tables, "head": state.head}
+        value = {**asdict(state), "format": FORMAT}
         write_whole(self.folder / "states" / f"{name_of(state.shard)}.json", orjson.dumps(value))
 
     def states(self) -> Iterator[ShardState]:

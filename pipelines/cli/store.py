@@ -135,6 +135,25 @@ def backup(
 
 
 @app.command()
+def merge(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store in shards.")],
+    to: Annotated[Path, typer.Argument(metavar="DEST", help="A folder without a ledger.")],
+    as_json: Json = False,
+) -> None:
+    """Make an ordinary store of one in shards (`prefab run --on`): one ledger with all answers, and
+    one DuckDB file.
+    """
+    from prefab.pipelines.scale.merge import merge as merge_shards
+
+    with resumable("the store in shards is as it was"):
+        made = merge_shards(store, to, quiet=as_json)
+    if as_json:
+        return print_json({"store": str(to), "calls": made.calls, "damaged": made.damaged})
+    say(f"{to}: {made.calls:,} answers")
+    hint_command("store", "info", "--store", to)
+
+
+@app.command()
 def forget(
     store: Store = Path("store"),
     run: Annotated[str, typer.Option(help="NAME or NAME@VERSION.")] = "",

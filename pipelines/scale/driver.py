@@ -38,7 +38,6 @@ from prefab.pipelines.store.catalogue import update_ledger
 
 CALLS_A_SHARD = 1_000_000
 SHARDS_A_WORKER = 8  # so that the last ones end at nearly the same time
-STATE_DONE, STATE_SET_ASIDE = "done", "set_aside"
 
 
 @dataclass(slots=True)
@@ -162,6 +161,35 @@ def exclusive(shared: SharedFolder) -> Iterator[None]:
         lease.give_back()
 
 
+def is_done(scaled: Scaled, state: ShardState, run: int) -> bool:
+    """Whether all questions of a shard in a run are answered and its rows are there."""
+    if not scaled.prompts.counts[state.shard]:
+        return True
+    ended = state.runs.get(str(run), {})
+    same = ended.get("prompts") == scaled.prompts.digests[state.shard]
+    whole = bool(scaled.shared.rows_files(state))
+    return ended.get("state") == "done" and same and whole and not ended.get("again")
+
+
+def record_result(scaled: Scaled, shard: int, run: int, data: dict[str, Any]) -> ShardState:
+    """Record what a `ShardRun` gave. Returns: the shard's new state."""
+    shared = scaled.shared
+    old = shared.state(shard)
+    tables = {table: (name, size) for table, (name, size) in data["tables"].items()}
+    state = ShardState(shard, old.runs, tables, data["head"], data["waiting"])
+    if counts := data["counts"]:
+        state.runs[str(run)] = {
+            "state": data["state"],
+            # calls that failed are made again, and people may have given their labels
+            "again": counts["failed"] > counts["refused"] or counts["awaited"] > 0,
+            "prompts": scaled.prompts.digests[shard],
+            "counts": counts,
+        }
+    shared.write_state(state)
+    shared.drop_rows(shard, [tables, old.tables])
+    return state
+
+
 class Driver:
     """One run over all shards. `launcher` starts the workers."""
 
@@ -191,7 +219,11 @@ class Driver:
         self.states = {shard: shared.state(shard) for shard in range(shared.shards)}
         self._publish_head()
         try:
-            self._work(shard for shard in self.states if not self._is_done(shard))
+            self._work(
+                shard
+                for shard in self.states
+                if not is_done(self.scaled, self.states[shard], self.run_id)
+            )
             result = self._result(record)
             if result.state == "done":
                 self._check_shares(result)
@@ -228,16 +260,6 @@ class Driver:
         head = self.scaled.shared.head_digest()
         self.derive = True
         self._work(s for s, state in self.states.items() if state.tables and state.head != head)
-
-    def _is_done(self, shard: int) -> bool:
-        """Whether all questions of a shard are answered and its rows are there."""
-        if not self.scaled.prompts.counts[shard]:
-            return True
-        state = self.states[shard]
-        ended = state.runs.get(str(self.run_id), {})
-        same = ended.get("prompts") == self.scaled.prompts.digests[shard]
-        whole = bool(self.scaled.shared.rows_files(state))
-        return ended.get("state") == STATE_DONE and same and whole and not ended.get("again")
 
     def _work(self, shards: Iterable[int]) -> None:
         """Give these shards to workers until all are done or the run is to stop."""
@@ -301,21 +323,9 @@ class Driver:
     def _done(self, worker: int, data: dict[str, Any]) -> None:
         shard = self.busy.pop(worker).shard
         self.idle.append(worker)
-        state = self.states[shard]
-        old, state.head = state.tables, data["head"]
-        state.tables = {table: (name, size) for table, (name, size) in data["tables"].items()}
         if not self.derive:
-            counts = data["counts"]
-            self.counts[shard] = counts
-            again = counts["failed"] > counts["refused"] or counts["awaited"] > 0
-            state.runs[str(self.run_id)] = {
-                "state": data["state"],
-                "again": again,
-                "prompts": self.scaled.prompts.digests[shard],
-                "counts": counts,
-            }
-        self.scaled.shared.write_state(state)
-        self.scaled.shared.drop_rows(shard, [state.tables, old])
+            self.counts[shard] = data["counts"]
+        self.states[shard] = record_result(self.scaled, shard, self.run_id, data)
 
     def _failed(self, worker: int, data: dict[str, Any]) -> None:
         """A worker could not do its shard, or could not begin. It is replaced."""

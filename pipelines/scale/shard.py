@@ -107,7 +107,7 @@ class ShardRun:
             await asyncio.to_thread(self._publisher.publish)
             filling = time.monotonic()
             await asyncio.to_thread(fill, self.folder)
-            tables = await asyncio.to_thread(
+            tables, waiting = await asyncio.to_thread(
                 write_tables, self.folder, self.shared.folder, self.job.shard
             )
         return {
@@ -116,6 +116,7 @@ class ShardRun:
             "counts": _plain(result.summary()) if result else {},
             "tables": tables,
             "head": head,
+            "waiting": waiting,
             "restored": restored.rows.get("calls", 0),
             "published_bytes": self._publisher.bytes,
             "restore_s": restore_s,
@@ -194,15 +195,19 @@ def seed(con: Connection, shared: SharedFolder) -> None:
             records.add_object(con, table, orjson.loads(value))
 
 
-def write_tables(folder: Path, shared: Path, shard: int) -> dict[str, tuple[str, int]]:
+Tables = dict[str, tuple[str, int]]
+
+
+def write_tables(folder: Path, shared: Path, shard: int) -> tuple[Tables, int]:
     """Write the rows of a shard's store as Parquet files of the shared folder.
 
-    Returns: By table with rows, the file's name and its size in bytes.
+    Returns: By table with rows, the file's name and its size in bytes; and how many prompts wait
+        for calls.
     """
     name = f"{name_of(shard)}-{uuid.uuid4().hex[:8]}.parquet"
 
-    def write(memory_mb: int) -> dict[str, tuple[str, int]]:
-        found = {}
+    def write(memory_mb: int) -> tuple[Tables, int]:
+        found: Tables = {}
         with store.opened(folder, memory_mb) as con:
             for table in (*VIEWED, *COPIED):
                 if con.execute(f"SELECT count(*) FROM {table}").fetchall() == [(0,)]:
@@ -216,7 +221,8 @@ def write_tables(folder: Path, shared: Path, shard: int) -> dict[str, tuple[str,
                 )
                 os.replace(part, path)
                 found[table] = (name, path.stat().st_size)
-        return found
+            waiting = con.execute("SELECT count(*) FROM work").fetchall()[0][0]
+        return found, waiting
 
     return store.with_memory(folder, write)
 

@@ -46,10 +46,11 @@ def update_ledger(folder: Path) -> None:
         with closing(db.connect(file, readonly=True)) as con:
             if con.execute("SELECT count(*) FROM starts").fetchone()[0] >= len(starts):
                 return
-    db.write(file, partial(_add_starts, shared=shared))
+    db.write(file, partial(add_starts, shared=shared))
 
 
-def _add_starts(con: sqlite3.Connection, shared: SharedFolder) -> None:
+def add_starts(con: sqlite3.Connection, shared: SharedFolder) -> None:
+    """As `add_runs`, with the starts of the runs."""
     add_runs(con, shared)
     for place, (run, at) in enumerate(shared.starts(), 1):
         row = (place, run, at)

@@ -197,6 +197,36 @@ def rebuild(folder: str | Path) -> FillReport:
     return fill(folder)
 
 
+def take_rows(folder: Path, catalogue_file: Path) -> None:
+    """Make the store of a ledger by copying all rows of a catalogue that shows the same ledger,
+    in which no prompt waits for calls.
+
+    Args:
+        folder: The folder of the ledger, without a store.
+        catalogue_file: The DuckDB file of the catalogue.
+
+    Raises:
+        StoreError: There is not enough memory or disk.
+    """
+    with closing(db.connect(folder / db.FILE, readonly=True)) as ledger:
+        store.with_memory(folder, lambda memory: _take_rows(folder, ledger, catalogue_file, memory))
+
+
+def _take_rows(
+    folder: Path, ledger: sqlite3.Connection, catalogue_file: Path, memory_mb: int
+) -> None:
+    store.delete(folder)
+    name = str(catalogue_file).replace("'", "''")
+    with store.opened(folder, memory_mb) as con:
+        con.execute(f"ATTACH '{name}' AS catalogue (READ_ONLY)")
+        for table in store.TABLES:
+            con.execute(f"INSERT INTO {table} SELECT * FROM catalogue.{table}")
+        store.set_meta(con, versions(ledger))
+        for source in SOURCES:
+            store.set_watermark(con, source, _last(ledger, source))
+        con.execute("DETACH catalogue")
+
+
 def query(
     folder: str | Path, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
 ) -> polars.DataFrame:

@@ -10,7 +10,8 @@ import pytest
 from prefab import run
 from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.store.shared import SharedFolder
-from prefab.pipelines.store.fill import query
+from prefab.pipelines.scale.merge import merge
+from prefab.pipelines.store.fill import query, rebuild
 from tests.support import project
 from tests.support.sharded import run_sharded, same_rows
 
@@ -61,6 +62,17 @@ def test_a_finished_run_starts_no_worker(made):
     assert not launcher.workers and (again.asked, again.resumed) == (0, True)
     assert again.reused == single.asked + single.reused
     assert again.outcomes == single.outcomes
+
+
+def test_merged_shards_are_an_ordinary_store(made, tmp_path):
+    folder, value, single, _, _ = made
+    merged = merge(folder / "store", tmp_path / "merged")
+    assert merged.calls == single.asked
+    same_rows(folder / "single", tmp_path / "merged")
+    rebuild(tmp_path / "merged")
+    same_rows(folder / "single", tmp_path / "merged")
+    again = run({**value, "store": str(tmp_path / "merged")})
+    assert (again.asked, again.version) == (0, 1)
 
 
 def copy_of(made, tmp_path, local=True):
