@@ -234,6 +234,13 @@ def run(
             "(docs/scale.md).",
         ),
     ] = "",
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N",
+            help="Work as task I of N of an array job on the same store, such as 17/64.",
+        ),
+    ] = "",
 ) -> None:
     """Make preference data. The same command continues a run that was interrupted."""
     from prefab.pipelines.run.runner import run as run_pipeline
@@ -241,8 +248,11 @@ def run(
     again = shlex.join(
         ["prefab", "run", str(pipeline), *(w for s in sets for w in ("--set", s))]
         + (["--on", on] if on else [])
+        + (["--shard", shard] if shard else [])
     )
-    if on and (reask or retry_refused):
+    if on and shard:
+        raise ConfigError("--on starts all workers, and --shard is one of them: use one of the two")
+    if (on or shard) and (reask or retry_refused):
         raise ConfigError(
             "--reask and --retry-refused are for a store of one process, without --on"
         )
@@ -253,6 +263,10 @@ def run(
             from prefab.pipelines.scale.driver import run_on
 
             result = run_on(on, pipeline, sets, quiet)
+        elif shard:
+            from prefab.pipelines.scale.array import run_task
+
+            result = run_task(shard, pipeline, sets, quiet or as_json)
         else:
             result = run_pipeline(pipeline, sets, quiet, retry_refused=retry_refused)
     if as_json:

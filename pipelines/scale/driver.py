@@ -23,7 +23,7 @@ from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.ledger import db
 from prefab.factory.store.shared import ShardState, SharedFolder
 from prefab.factory.store.store import HeldError
-from prefab.pipelines.config.loader import ResolvedPipeline, deciding, resolve_pipeline
+from prefab.pipelines.config.loader import ResolvedPipeline, deciding, models, resolve_pipeline
 from prefab.pipelines.run.context import BUDGET_FROM
 from prefab.pipelines.run.interrupts import Interrupted, heeded, name_of
 from prefab.pipelines.run.runner import RunResult, fill_store, in_event_loop
@@ -31,7 +31,7 @@ from prefab.pipelines.scale.launchers import Launcher, LocalLauncher, WorkerEven
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.results import sum_counts
 from prefab.pipelines.scale.sharding import ShardedPrompts, shard_prompts
-from prefab.pipelines.scale.worker import WorkerSetup, identities_of, kept_engines
+from prefab.pipelines.scale.worker import WorkerSetup, kept_engines
 from prefab.pipelines.store.calibrate import calibrate_ended
 from prefab.pipelines.store.calibrations import CALIBRATION
 from prefab.pipelines.store.catalogue import update_ledger
@@ -99,8 +99,8 @@ def run_local(
     """
     scaled = prepare(source, sets, workers, quiet)
     with exclusive(scaled.shared):
-        models = identities_of(kept_engines(scaled.loaded))
-        return Driver(scaled, LocalLauncher(scaled.setup), quiet).run(models)
+        texts = models(kept_engines(scaled.loaded))
+        return Driver(scaled, LocalLauncher(scaled.setup), quiet).run(texts)
 
 
 def prepare(

@@ -31,11 +31,8 @@ class Lease:
     def take(self) -> str:
         """Take the lease. Returns: empty, or who has it."""
         while not create_whole(self.path, self._me()):
-            owner = self._owner()
-            if owner is None:
-                continue  # given back meanwhile
-            if not self._is_gone(owner):
-                return f"process {owner['pid']} on {owner['host']}"
+            if who := self.owner():
+                return who
             stale = self.path.with_name(f".{self.path.name}.{self._token}")
             with suppress(FileNotFoundError):
                 self.path.rename(stale)  # one of those who see it gone renames it
@@ -44,10 +41,17 @@ class Lease:
         threading.Thread(target=self._renew, daemon=True).start()
         return ""
 
+    def owner(self) -> str:
+        """Who has it; empty where nobody does."""
+        owner = self._read()
+        if owner is None or self._is_gone(owner):
+            return ""
+        return f"process {owner['pid']} on {owner['host']}"
+
     def give_back(self) -> None:
         """Let others take it."""
         self._end.set()
-        owner = self._owner() if self.held else None
+        owner = self._read() if self.held else None
         if owner is not None and owner["token"] == self._token:
             self.path.unlink(missing_ok=True)
         self.held = False
@@ -57,7 +61,7 @@ class Lease:
         known = {"host": host, "pid": pid, "started": _started(pid), "boot": _boot_id()}
         return orjson.dumps({**known, "token": self._token})
 
-    def _owner(self) -> dict[str, Any] | None:
+    def _read(self) -> dict[str, Any] | None:
         try:
             owner: dict[str, Any] = orjson.loads(self.path.read_bytes())
         except FileNotFoundError:

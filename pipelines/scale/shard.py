@@ -53,13 +53,20 @@ class ShardRun:
     """A shard in work. `counts` and `stop` may be called from another thread."""
 
     def __init__(
-        self, loaded: ResolvedPipeline, shared: SharedFolder, local: Path, job: ShardJob
+        self,
+        loaded: ResolvedPipeline,
+        shared: SharedFolder,
+        local: Path,
+        job: ShardJob,
+        budget: bool = False,
     ) -> None:
-        """`local` is the folder of this machine's ledgers."""
+        """`local` is the folder of this machine's ledgers. `budget`: the shard is held to the
+        pipeline's budget by itself, not by a driver over all shards together.
+        """
         self.loaded, self.shared, self.job = loaded, shared, job
         self.folder = local / name_of(job.shard)
         self.ctx: Context | None = None
-        self._stopped = False
+        self._stopped, self._budget = False, budget
         self._ticker: asyncio.Task[None] | None = None
         self._publisher = segments.Publisher(self.folder / db.FILE, shared.segments(job.shard))
 
@@ -129,10 +136,10 @@ class ShardRun:
     async def _ask(
         self, engines: dict[str, Engine], prompts: ShardPrompts, publish_s: float
     ) -> RunResult:
-        config = self.loaded.config.model_copy(
-            # the driver holds the budget over all shards together
-            update={"store": str(self.folder), "budget": BudgetConfig(unscored=None, failed=None)}
-        )
+        update: dict[str, Any] = {"store": str(self.folder)}
+        if not self._budget:
+            update["budget"] = BudgetConfig(unscored=None, failed=None)
+        config = self.loaded.config.model_copy(update=update)
         recipe = self.loaded.recipe or RECIPES[config.recipe]
 
         async def watched(prompt: Prompt, ctx: Context) -> None:

@@ -58,11 +58,6 @@ class WorkerSetup:
     workers: int
 
 
-def identities_of(engines: Mapping[str, Engine]) -> dict[str, str]:
-    """By engine, which model it is, as a run's texts have it."""
-    return models(dict(engines))
-
-
 def kept_engines(loaded: ResolvedPipeline, workers: int = 1) -> dict[str, Engine]:
     """The engines of a pipeline, which stay started from shard to shard."""
     made: dict[str, Engine] = {}
@@ -72,6 +67,12 @@ def kept_engines(loaded: ResolvedPipeline, workers: int = 1) -> dict[str, Engine
         if any(config.get(field) for field in WITH_ADDRESS):
             made[name].max_in_flight = max(1, engine.max_in_flight // workers)
     return made
+
+
+async def end_engines(engines: Mapping[str, Engine]) -> None:
+    """Stop what `kept_engines` made."""
+    for engine in engines.values():
+        await engine.end()  # type: ignore[attr-defined]  # all are KeptEngine
 
 
 class Worker:
@@ -111,8 +112,7 @@ class Worker:
                     self.run.ctx.hurry = self.run.ctx.stopping = True
                 self._job.cancel()
                 await asyncio.gather(self._job, return_exceptions=True)
-            for engine in self._engines.values():
-                await engine.end()  # type: ignore[attr-defined]  # all are KeptEngine
+            await end_engines(self._engines)
 
     def _shared(self) -> SharedFolder:
         """The shared folder, seen to be the driver's. Raises: ConfigError."""

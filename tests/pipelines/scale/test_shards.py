@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from prefab import run
 from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.store.shared import SharedFolder
+from prefab.pipelines.scale.array import run_task
+from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.merge import merge
 from prefab.pipelines.store.fill import query, rebuild
 from tests.support import project
@@ -145,6 +148,40 @@ def test_a_shard_that_loses_its_workers_is_set_aside_and_named(tmp_path):
     result, launcher = run_sharded(value)
     assert result.state == "done" and launcher.given[0] == 2
     assert (launcher.given.count(0), launcher.given.count(1)) == (1, 1)  # for the calibration
+
+
+def test_tasks_of_an_array_share_the_shards(made, tmp_path):
+    value = {**made[1], "store": str(tmp_path / "store")}
+    value["scale"] = {**value["scale"], "local": str(tmp_path / "local")}
+    held = Lease(tmp_path / "store" / "claims" / "00001")
+    assert not held.take()  # by another task
+    first = run_task("1/2", value)
+    assert first.state == "done" and 0 < first.asked < made[2].asked
+    held.give_back()
+    waiting = Lease(tmp_path / "store" / "driver.lease")
+    shared = SharedFolder(tmp_path / "store")
+    assert {state.shard for state in shared.states()} == {0, 2}
+    assert not waiting.take()
+    with pytest.raises(StoreError, match="drives a run here"):
+        run_task("2/2", value)
+    waiting.give_back()
+    second = run_task("2/2", value)
+    assert first.asked + second.asked == made[2].asked
+    assert second.p_chosen == made[2].p_chosen  # learned by the last one
+    same_rows(made[0] / "single", tmp_path / "store", but=("runs",))  # of another folder
+
+
+def test_a_lease_of_a_process_that_ended_is_taken_over(tmp_path):
+    gone = Lease(tmp_path / "lease")
+    assert gone.take() == ""
+    assert Lease(tmp_path / "lease").take() == f"process {os.getpid()} on {os.uname().nodename}"
+    value = json.loads((tmp_path / "lease").read_bytes())
+    (tmp_path / "lease").write_text(json.dumps({**value, "started": "1"}))  # another process
+    assert Lease(tmp_path / "lease").take() == ""
+    (tmp_path / "lease").write_text(json.dumps({**value, "boot": "elsewhere"}))
+    assert Lease(tmp_path / "lease").owner()  # not heard of for less than a minute
+    os.utime(tmp_path / "lease", (0, 0))
+    assert Lease(tmp_path / "lease").take() == ""
 
 
 def test_bad_input(made, tmp_path):
