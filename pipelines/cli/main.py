@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +38,9 @@ from prefab.pipelines.cli.options import (
     resumable,
 )
 from prefab.pipelines.cli.run_report import next_command, report
+
+if TYPE_CHECKING:
+    from prefab.pipelines.run.runner import RunResult
 
 app = typer.Typer(
     name="prefab",
@@ -245,35 +248,41 @@ def run(
     """Make preference data. The same command continues a run that was interrupted."""
     from prefab.pipelines.run.runner import run as run_pipeline
 
-    again = shlex.join(
-        ["prefab", "run", str(pipeline), *(w for s in sets for w in ("--set", s))]
-        + (["--on", on] if on else [])
-        + (["--shard", shard] if shard else [])
-    )
-    if on and shard:
-        raise ConfigError("--on starts all workers, and --shard is one of them: use one of the two")
-    if (on or shard) and (reask or retry_refused):
-        raise ConfigError(
-            "--reask and --retry-refused are for a store of one process, without --on"
-        )
-    if reask:
-        _forget_first(pipeline, sets, reask)
-    with resumable("all answers so far are in the ledger", again):
-        if on:
-            from prefab.pipelines.scale.driver import run_on
-
-            result = run_on(on, pipeline, sets, quiet)
-        elif shard:
-            from prefab.pipelines.scale.array import run_task
-
-            result = run_task(shard, pipeline, sets, quiet or as_json)
-        else:
+    again = _run_command(pipeline, sets, on, shard)
+    if on or shard:
+        if (on and shard) or reask or retry_refused:
+            raise ConfigError("--on, --shard, and --reask or --retry-refused exclude one another")
+        with resumable("all answers so far are in the ledgers", again):
+            result = _run_shards(pipeline, sets, quiet or as_json, on, shard)
+    else:
+        if reask:
+            _forget_first(pipeline, sets, reask)
+        with resumable("all answers so far are in the ledger", again):
             result = run_pipeline(pipeline, sets, quiet, retry_refused=retry_refused)
     if as_json:
         print_json(result.summary())
     else:
         report(result)
     raise typer.Exit(next_command(result, again))
+
+
+def _run_command(pipeline: Path, sets: list[str], on: str, shard: str) -> str:
+    """The command that runs a pipeline, quoted for a shell."""
+    words = ["prefab", "run", str(pipeline), *(word for text in sets for word in ("--set", text))]
+    for option, value in (("--on", on), ("--shard", shard)):
+        words += [option, value] if value else []
+    return shlex.join(words)
+
+
+def _run_shards(pipeline: Path, sets: list[str], quiet: bool, on: str, shard: str) -> RunResult:
+    """Run a pipeline over shards: all of them, or as one task of an array."""
+    if on:
+        from prefab.pipelines.scale.driver import run_on
+
+        return run_on(on, pipeline, sets, quiet)
+    from prefab.pipelines.scale.array import run_task
+
+    return run_task(shard, pipeline, sets, quiet)
 
 
 def _forget_first(pipeline: Path, sets: list[str], reason: str) -> None:
