@@ -62,6 +62,17 @@ def number(x: float) -> str:
     return f"{x:.3f}" if size >= 0.1 else f"{x:.3g}"
 
 
+def counted(n: int, one: str, many: str = "") -> str:
+    """A number with what it counts: `1 row`, `1,234 rows`.
+
+    Args:
+        n: The number.
+        one: What follows 1; it may end with a verb ("row is").
+        many: What follows other numbers; left out: `one` with an s.
+    """
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def p_value(p: float | None) -> str:
     """`<.001`, `.012`, `.47`; nothing for None."""
     if p is None:

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest, split_of
+from prefab.factory.numbers import counted
 from prefab.factory.spec import data_files, layouts
 from prefab.factory.store import datasets, store
 from prefab.factory.tool_calls import message_turn, stored_messages
@@ -223,7 +224,7 @@ class _Taken:
                 self._add(row, source.weight)
         if bad:
             raise ConfigError(
-                f"{where}: {bad:,} rows of the split {', '.join(sorted(splits))}. A trainer takes "
+                f"{where}: {counted(bad, 'row')} of the split {', '.join(sorted(splits))}. A trainer takes "
                 "train and val only: what is measured on rows that were trained on is no measurement"
             )
         for count, of, why, setting in (
@@ -236,7 +237,9 @@ class _Taken:
                     f"setting is data.sources.{number}.{setting}"
                 )
         if same:
-            notes.append(f"{same:,} pairs of equal answers are left out")
+            notes.append(
+                f"{counted(same, 'pair of equal answers is', 'pairs of equal answers are')} left out"
+            )
 
     def _add(self, row: Row, weight: float) -> None:
         own = row.get("weight")
@@ -429,14 +432,16 @@ class _FileRows:
 
     def finished(self, place: Path, bad_rows: str) -> list[str]:
         """What is left out, in words. Raises: ConfigError with the rows that cannot be kept."""
-        notes, bad = [], f"{len(self.problems):,} rows cannot be kept"
+        notes, bad = [], f"{counted(len(self.problems), 'row')} cannot be kept"
         if self.problems and (bad_rows == "error" or not self.kept):
             mend = f"{bad}; mend them, or leave them out with data.bad_rows: drop"
             raise ConfigError([*self.problems[:SHOWN], Problem(str(place), 0, 0, "", mend)])
         if self.problems:
-            notes.append(f"{place}: {bad} and are left out, the first: {self.problems[0]}")
+            notes.append(f"{place}: {bad}, the first: {self.problems[0]}")
         if self.ties:
-            notes.append(f"{place}: {self.ties:,} pairs are ties and are left out")
+            notes.append(
+                f"{place}: {counted(self.ties, 'pair is a tie and is', 'pairs are ties and are')} left out"
+            )
         return notes
 
 
@@ -576,7 +581,7 @@ def _refuse_leaks(found: Rows, taken: _Taken) -> None:
     leaked = [i for i in chain(taken.train, taken.val) if taken.prompts[i] in taken.tests]
     if leaked:
         raise ConfigError(
-            f"{len(leaked):,} rows have a prompt of the test split, the first: "
+            f"{counted(len(leaked), 'row has', 'rows have')} a prompt of the test split, the first: "
             f"{prompt_of(taken.file.get(leaked[0]))[-1]['content'][:80]!r}. Leave them out of the "
             "files"
         )
@@ -584,8 +589,8 @@ def _refuse_leaks(found: Rows, taken: _Taken) -> None:
     kept = array("q", (i for i in taken.train if taken.prompts[i] not in held))
     if len(kept) < len(taken.train):
         found.notes.append(
-            f"{len(taken.train) - len(kept):,} train rows share a prompt with validation and are "
-            "left out"
+            f"{counted(len(taken.train) - len(kept), 'train row shares', 'train rows share')} a "
+            "prompt with validation: left out"
         )
     taken.train = kept
 
@@ -603,8 +608,8 @@ def _split_off(found: Rows, taken: _Taken, config: DataConfig) -> None:
     taken.val = array("q", (i for i in taken.train if taken.prompts[i] in held))
     taken.train = array("q", (i for i in taken.train if taken.prompts[i] not in held))
     found.notes.append(
-        f"no validation rows in the data: {len(held):,} prompts ({len(taken.val):,} rows) were held "
-        "out of train"
+        f"no validation rows in the data: {counted(len(held), 'prompt')} held out of train "
+        f"({counted(len(taken.val), 'row')})"
     )
 
 

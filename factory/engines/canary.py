@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefab.factory.errors import EngineError
+from prefab.factory.numbers import counted
 from prefab.factory.types import Message, Request, Sampling
 
 # Questions without a right answer: neither label's probability is close to 0 or 1.
@@ -157,7 +158,7 @@ def other_model(engine: str, url: str, wrong: str, since: float, count: int) -> 
     at = time.strftime("%H:%M:%S", time.localtime(since))
     return (
         f"engines.{engine}: {url} no longer serves the model that it did: {wrong}. "
-        f"{count:,} answers since {at} are set aside and will be asked again. Serve the right "
+        f"{counted(count, 'answer')} since {at} set aside, to be asked again. Serve the right "
         "model there and run the same command; for another model, change `revision`"
     )
 

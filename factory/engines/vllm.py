@@ -41,6 +41,7 @@ from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm_process import VllmProcess, default_dtype, free_port
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.keys import model_identity
+from prefab.factory.numbers import counted
 from prefab.factory.redaction import redact_bytes
 from prefab.factory.spec.control_tokens import KNOWN_SPECIALS, SpecialTokens
 from prefab.factory.tool_calls import message_turn
@@ -400,7 +401,7 @@ class VLLM(Engine):
         if died is None or self._tasks:
             return None
         if self._restarts >= self._most_restarts():
-            return f"{died}\nit was started again {self._restarts} times, and ended each time"
+            return f"{died}\nit was started again {counted(self._restarts, 'time')}, and ended each time"
         self._restarts += 1
         if self._deadly is not None and not self._not_started:
             self._deadly.died(died)

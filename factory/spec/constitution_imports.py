@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.numbers import counted
 from prefab.factory.spec import yamlio
 from prefab.factory.spec.composition import to_yaml
 from prefab.factory.spec.constitution import parse_constitution
@@ -253,7 +254,7 @@ def _layout(file: Path, value: Any) -> Layout:
         return found
     if rows := _rows(value, "rubrics", "rubric"):
         raise ConfigError(
-            f"{file}: holds {rows} prompts with a rubric each; name it as the `prompts` of a "
+            f"{file}: holds {counted(rows, 'prompt')} with a rubric each; name it as the `prompts` of a "
             "pipeline, where a judge of kind rubric reads them"
         )
     if isinstance(value, dict) and "principles" in value:

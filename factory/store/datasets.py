@@ -19,6 +19,7 @@ import orjson
 
 from prefab.factory import decision
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import counted
 from prefab.factory.store.store import Read
 from prefab.factory.tool_calls import (
     answer_turn,
@@ -93,8 +94,8 @@ class _LeftOut:
         lines = []
         if self.cut_off:
             lines.append(
-                f"{self.cut_off:,} answers were cut off by length and are left out (`truncated` "
-                "keeps them)"
+                f"{counted(self.cut_off, 'answer')} cut off by length left out (`truncated` "
+                "keeps such answers)"
             )
         if self.conversations:
             lines.append(

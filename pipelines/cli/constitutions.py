@@ -10,6 +10,7 @@ import typer
 
 from prefab.factory.console import EXIT_FAILED, console, say, warn
 from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.numbers import counted
 from prefab.pipelines.cli.options import Json, Store, existing_store, hint_command, print_json
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def report_check(
     for path, what in checked:
         _show_checked(path, what, constitutions.get(path), alone=len(checked) == 1)
     if lints:
-        say(f"{len(lints)} warnings; `prefab explain {lints[0].code}` says what one means")
+        say(
+            f"{counted(len(lints), 'warning')}; `prefab explain {lints[0].code}` says what one means"
+        )
     if lints and strict:
         raise typer.Exit(EXIT_FAILED)
     _hint_next(checked)
@@ -143,7 +146,11 @@ def _show_checked(path: Path, what: str, constitution: Constitution | None, alon
         return say(f"{path} ({what})", "ok", "green")
     version = versions(constitution)
     used = sum(principle.enabled for principle in constitution.principles)
-    say(f"{path} ({what} {version['digest'][:8]}, {used} principles in use)", "ok", "green")
+    say(
+        f"{path} ({what} {version['digest'][:8]}, {counted(used, 'principle')} in use)",
+        "ok",
+        "green",
+    )
     for principle in constitution.principles if alone else ():
         state = "" if principle.enabled else "  (disabled)"
         console().print(f"    {version['principles'][principle.id][:8]}  {principle.id}{state}")
@@ -190,7 +197,7 @@ def import_constitution(
         return console().print(found.text, markup=False, highlight=False, soft_wrap=True)
     layouts = ", ".join(dict.fromkeys(found.layouts.values()))
     n = len(found.constitution.principles)
-    say(f"{out}: {n} principles ({layouts})")
+    say(f"{out}: {counted(n, 'principle')} ({layouts})")
     hint_command("check", out)
 
 
@@ -216,7 +223,7 @@ def log(
         return print_json({"versions": [version.data() for version in found]})
     for version in found:
         say(
-            f"{version.id}  {version.date}  {len(version.principles)} principles  "
+            f"{version.id}  {version.date}  {counted(len(version.principles), 'principle')}  "
             f"runs {', '.join(version.runs)}",
             version.digest[:8],
             "bold",

@@ -13,6 +13,7 @@ import typer
 
 from prefab.factory.console import say, table
 from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.numbers import counted
 from prefab.factory.spec import data_files, layouts
 from prefab.pipelines.cli.options import hint_command, print_json
 from prefab.pipelines.config.prompts import Prompts
@@ -159,7 +160,7 @@ def _kind(record: layouts.Record) -> str:
 
 
 def _print(report: DataReport) -> None:
-    kinds = ", ".join(f"{n:,} rows of {WHAT[kind]}" for kind, n in report.by_kind.items())
+    kinds = ", ".join(f"{counted(n, 'row')} of {WHAT[kind]}" for kind, n in report.by_kind.items())
     table(
         f"{report.file}: layout {' and '.join(report.by_layout) or 'unknown'}",
         ("column", "taken for"),

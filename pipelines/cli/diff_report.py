@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefab.factory.console import console, say, table
+from prefab.factory.numbers import counted
 from prefab.factory.pages import write_page
 from prefab.factory.printable import printable
 from prefab.factory.stats import Estimate
@@ -69,10 +70,10 @@ def sentences(found: Diff) -> list[str]:
     asked = sum(side.asked for side in (found.old, found.new))
     reused = sum(side.reused for side in (found.old, found.new))
     if asked or reused:
-        lines.append(f"{reused:,} answers reused, {asked:,} asked")
+        lines.append(f"{counted(reused, 'answer')} reused, {asked:,} asked")
     if failed := found.old.failed + found.new.failed:
         lines.append(
-            f"{failed:,} calls failed, so some comparisons are left out; the same command asks again"
+            f"{counted(failed, 'call')} failed, so some comparisons are left out; the same command asks again"
         )
     return lines
 

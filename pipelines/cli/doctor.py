@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from prefab.factory.engines.family import Family
 from prefab.factory.errors import PrefabError
+from prefab.factory.numbers import counted
 from prefab.factory.types import Engine
 
 LOW_DISK_GIB = 2.0  # a million calls with their texts are about 2 GiB
@@ -315,7 +316,7 @@ def _store(store: Path) -> Iterator[Finding]:
         yield Finding(
             "ledger",
             "ok" if state == "ok" else "bad",
-            f"{calls:,} answers" if state == "ok" else state,
+            f"{counted(calls, 'answer')}" if state == "ok" else state,
         )
         filled = fill(store)
         yield Finding(

@@ -16,6 +16,7 @@ from prefab.factory.console import (
     say,
 )
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import counted
 from prefab.pipelines.cli.options import (
     STOPPED,
     Json,
@@ -213,8 +214,8 @@ def _show_tests(report: TestReport) -> None:
             say(f"           B: {result.b}")
     passed = len(report.results) - len(report.failures)
     say(
-        f"{passed} of {len(report.results)} tests passed, asked of {report.judge} "
-        f"({report.reused:,} answers reused, {report.asked:,} asked)"
+        f"{passed} of {counted(len(report.results), 'test')} passed, asked of {report.judge} "
+        f"({counted(report.reused, 'answer')} reused, {report.asked:,} asked)"
     )
 
 

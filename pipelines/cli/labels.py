@@ -9,6 +9,7 @@ import typer
 
 from prefab.factory.console import EXIT_FAILED, say, table, warn
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import counted
 from prefab.pipelines.cli.options import (
     Json,
     Map,
@@ -343,7 +344,7 @@ def audit_data(
 def _show_data_audit(found: Audit, store: Path) -> None:
     """Print the table of rules, examples of marked pairs, notes and the next command."""
     table(
-        f"{found.run} in {store}: {found.pairs:,} pairs, {found.clean:,} of them without a mark",
+        f"{found.run} in {store}: {counted(found.pairs, 'pair')}, {found.clean:,} of them without a mark",
         ("rule", "marked", "share", "threshold", "", "meaning, and source of the threshold"),
         [
             (
@@ -454,7 +455,7 @@ def eval_judge(
             )
     if as_json:
         return print_json(found.data())
-    title = f"{found.judge} on {benchmark}: {len(bench.items):,} items"
+    title = f"{found.judge} on {benchmark}: {counted(len(bench.items), 'item')}"
     table(title, evaluation.COLUMNS, evaluation.shown(found.report.own))
     table(
         "Our metrics",
@@ -465,7 +466,9 @@ def eval_judge(
     for problem in found.problems[:5]:
         warn(str(problem))
     if found.problems:
-        warn(f"{len(found.problems):,} rows could not be used; they are not in any figure")
+        warn(
+            f"{counted(len(found.problems), 'row')} could not be used, and no figure counts such rows"
+        )
     for note in found.report.notes:
         warn(note)
     hint_command(*(("audit", "judge", pipeline) if pipeline else ("eval", "judge", "--help")))

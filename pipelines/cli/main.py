@@ -19,6 +19,7 @@ import typer
 
 from prefab.factory.console import console, fail, hint, say, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
+from prefab.factory.numbers import counted
 from prefab.factory.printable import guard_standard_streams
 from prefab.factory.redaction import add_environment_secrets
 from prefab.pipelines.cli import constitutions, lab, labels, planning, principles
@@ -171,7 +172,7 @@ def init(
     files = init_project(folder)
     if as_json:
         return print_json({"folder": str(folder), "files": [str(file) for file in files]})
-    say(f"{folder}: {len(files)} files")
+    say(f"{folder}: {counted(len(files), 'file')}")
     for file in files:
         say(f"  {file}")
     hint(f"cd {shlex.quote(str(folder))} && prefab check . && prefab plan pipeline.yaml")
@@ -293,7 +294,7 @@ def _forget_first(pipeline: Path, sets: list[str], reason: str) -> None:
     config = resolve_pipeline(pipeline, sets).config
     if (Path(config.store) / "ledger.sqlite").exists():
         made = forget(Path(config.store), AnswerFilter(run=config.name, reason=reason))
-        warn(f"{made.answers if made else 0:,} answers are asked again")
+        warn(f"{counted(made.answers if made else 0, 'answer is', 'answers are')} asked again")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefab.factory.console import console, duration, say, table
+from prefab.factory.numbers import counted
 from prefab.factory.printable import printable
 from prefab.pipelines.cli.options import (
     Json,
@@ -56,13 +57,13 @@ def plan(
 
 
 def _show_plan(name: str, found: Plan) -> None:
-    counted = (
+    part = (
         f" ({found.counted:,} of them counted, chosen at random; the rest is extrapolated)"
         if found.counted < found.prompts
         else ""
     )
     table(
-        f"{name} · {found.prompts:,} prompts{counted}",
+        f"{name} · {counted(found.prompts, 'prompt')}{part}",
         ("stage", "principle", "judge", "reused", "ask", "at most", "new tokens"),
         _stages(found.rows),
         note="ask: calls as expected; at most: if every missing critique names a fault and no two "
@@ -71,7 +72,7 @@ def _show_plan(name: str, found: Plan) -> None:
         else "",
     )
     for stage, reason, n in _reasons(found.rows):
-        say(f"  {stage}: {n:,} calls: {reason}")
+        say(f"  {stage}: {counted(n, 'call')}: {reason}")
     if any(p.comparisons or p.ask or p.reused for p in found.principles):
         table(
             f"principles of {found.constitution} ({found.constitution_digest[:8]})",
@@ -122,7 +123,7 @@ def _summary(found: Plan) -> list[str]:
     )
     most = f", at most {found.at_most:,}" if found.at_most > found.ask else ""
     lines = [
-        f"{found.reused:,} answers reused, {about}{found.ask:,} new calls{interval}{most}",
+        f"{counted(found.reused, 'answer')} reused, {about}{counted(found.ask, 'new call')}{interval}{most}",
     ]
     if found.ask:
         lines.append(
@@ -131,8 +132,8 @@ def _summary(found: Plan) -> list[str]:
         )
     if found.refused:
         lines.append(
-            f"{found.refused:,} calls were refused by the server; `prefab run --retry-refused` "
-            "asks them again"
+            f"{counted(found.refused, 'call was', 'calls were')} refused by the server; `prefab run "
+            "--retry-refused` asks again"
         )
     if found.seconds and found.ask:
         lines.append(f"about {duration(found.seconds)} at the speed of the store's last calls")
@@ -262,10 +263,10 @@ def _show_preview(found: Preview) -> None:
             tree.add(line.append(f"\n{step.text}" if step.text else ""))
         console().print(tree, soft_wrap=False, overflow="fold")
     say(
-        f"{len(found.prompts)} prompts in {found.store}: {found.reused:,} answers reused, "
+        f"{counted(len(found.prompts), 'prompt')} in {found.store}: {counted(found.reused, 'answer')} reused, "
         f"{found.asked:,} asked"
     )
     for reason, n in found.unscored.items():
-        say(f"  {n:,} answers could not be read: {reason}", "unscored", "yellow")
+        say(f"  {counted(n, 'answer')} could not be read: {reason}", "unscored", "yellow")
     if found.failed:
-        say(f"{found.failed:,} calls failed; the same command asks again", "failed", "red")
+        say(f"{counted(found.failed, 'call')} failed; the same command asks again", "failed", "red")

@@ -9,6 +9,7 @@ import typer
 
 from prefab.factory.console import say, table
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import counted
 from prefab.pipelines.cli.options import (
     Json,
     Map,
@@ -125,7 +126,7 @@ def induce(
         return print_json(found.data())
     _show_induction(found)
     if out:
-        say(f"{out}: {len(found.principles)} principles")
+        say(f"{out}: {counted(len(found.principles), 'principle')}")
         hint_command("check", out)
     else:
         hint_command("induce", "--help")
@@ -177,10 +178,12 @@ def _show_induction(found: Induction) -> None:
         say(f"all together are right in {estimate(found.accuracy)} of the held-out pairs")
     else:
         say("no principle explains the labels", "none", "yellow")
-    say(f"{len(found.candidates)} candidates were tested; {found.stop}")
+    say(
+        f"{counted(len(found.candidates), 'candidate was', 'candidates were')} tested; {found.stop}"
+    )
     if found.unscored:
         say(f"{found.unscored:,} of the judge's answers could not be read; each counts as even")
-    say(f"{found.reused:,} answers reused, {found.asked:,} asked")
+    say(f"{counted(found.reused, 'answer')} reused, {found.asked:,} asked")
 
 
 def _line(text: str) -> str:
@@ -189,7 +192,7 @@ def _line(text: str) -> str:
 
 def _show_effects(found: PrincipleReport) -> None:
     table(
-        f"{found.run} · {found.comparisons:,} comparisons of {found.prompts:,} prompts",
+        f"{found.run} · {counted(found.comparisons, 'comparison')} of {counted(found.prompts, 'prompt')}",
         ("principle", "judged", "decides", "strength", "same in both orders", "flips without"),
         [
             (
@@ -208,7 +211,7 @@ def _show_effects(found: PrincipleReport) -> None:
     alone = [e for e in found.principles if e.alone]
     if alone:
         say(
-            f"{sum(e.alone for e in alone):,} comparisons were judged under one principle alone "
+            f"{counted(sum(e.alone for e in alone), 'comparison was', 'comparisons were')} judged under one principle alone "
             f"(selection {found.selection}): nothing can be said of them without it; "
             "`--set panel.selection=all` judges under every principle"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefab.factory.console import EXIT_FAILED, console, duration, fail, hint, table, warn
 from prefab.factory.errors import BudgetError
+from prefab.factory.numbers import counted
 
 
 def report(result: Any) -> None:
@@ -87,7 +88,7 @@ def _agreement(result: Any) -> list[tuple[str, str]]:
 def _tell_failures(result: Any) -> None:
     """Each reason why calls failed, with its number and an example."""
     for reason, failures in sorted(result.failures.items(), key=lambda item: -item[1].n):
-        warn(f"{failures.n:,} calls failed: {reason}")
+        warn(f"{counted(failures.n, 'call')} failed: {reason}")
         if failures.example.strip() != reason:
             warn(f"  for example: {failures.example}")
 
@@ -149,18 +150,20 @@ def next_command(result: Any, again: str) -> int:
         return code
     if result.failed:
         if made_again := result.failed - result.refused:
-            warn(f"{made_again:,} calls are missing; the same command makes them again")
+            warn(
+                f"{counted(made_again, 'call is', 'calls are')} missing; the same command makes what is missing"
+            )
             hint(again)
         if result.refused:
             warn(
-                f"{result.refused:,} calls were refused for good, and are made again only when told "
+                f"{counted(result.refused, 'call was', 'calls were')} refused for good, and only made again when told "
                 "to: mend the cause first"
             )
             hint(f"{again} --retry-refused")
         return EXIT_FAILED
     if result.awaited:
         warn(
-            f"{result.awaited:,} labels from people are missing. Label, then run the same command again"
+            f"{counted(result.awaited, 'label from people is', 'labels from people are')} missing. Label, then run the same command again"
         )
         run = f"{result.name}@{result.version}"
         hint(shlex.join(["prefab", "label", "--store", str(result.store), "--run", run]))

@@ -11,6 +11,7 @@ import typer
 
 from prefab.factory.console import EXIT_FAILED, duration, say, table, warn
 from prefab.factory.errors import ConfigError, StoreError
+from prefab.factory.numbers import counted
 from prefab.pipelines.cli.options import (
     Json,
     Store,
@@ -130,7 +131,7 @@ def backup(
     counts = {name: intact for name, intact, _, _ in made.rows()}
     if as_json:
         return print_json({"store": str(store), "backup": made.file, "rows": counts})
-    say(f"{made.file}: {counts.get('calls', 0):,} answers, verified")
+    say(f"{made.file}: {counted(counts.get('calls', 0), 'answer')}, verified")
     hint_command("store", "info", "--store", to)
 
 
@@ -200,7 +201,7 @@ def forget(
         count = done.answers if done else 0
     if as_json:
         return print_json({"answers": count, "id": done.id if done else None, "dry_run": dry_run})
-    say(f"{count:,} answers {'would be' if dry_run else 'are'} forgotten")
+    say(f"{counted(count, 'answer')} {'would be' if dry_run else 'now'} forgotten")
     if done:
         say(f"`prefab store forget --store {store} --undo {done.id}` lets them count again")
         hint_command("run", "PIPELINE.yaml")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from prefab.factory.console import table, warn
-from prefab.factory.numbers import Measured
+from prefab.factory.numbers import Measured, counted
 from prefab.pipelines.cli.labels import eval_app
 from prefab.pipelines.cli.options import Json, Sets, hint_command, print_json, resumable
 
@@ -138,7 +138,7 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
     if as_json:
         return print_json(done)
     table(
-        f"{stage}: {done['steps']:,} steps on {done['train']:,} rows, validated on {done['val']:,}",
+        f"{stage}: {counted(done['steps'], 'step')} on {counted(done['train'], 'row')}, validated on {done['val']:,}",
         ("on the validation split", ""),
         [(name, float(value)) for name, value in done["metrics"].items()],
         f"The model and its card are in {done['model']}",
@@ -182,7 +182,7 @@ def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> 
             if isinstance(last[name], int | float) and name in first and name != "step"
         ]
         table(
-            f"{stage}, {done['steps']} steps",
+            f"{stage}, {counted(done['steps'], 'step')}",
             ("", "first", "last"),
             [(n, float(first[n]), float(last[n])) for n in names],
             f"The policy is in {done['policy']}"

@@ -15,6 +15,7 @@ from typing import Any
 from prefab.factory import keys, tool_calls
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.ledger.records import split_of
+from prefab.factory.numbers import counted
 from prefab.factory.spec import data_files, layouts, yamlio
 from prefab.factory.spec.data_files import SPLITS, Row
 from prefab.factory.types import Message, Prompt
@@ -77,7 +78,7 @@ class Prompts:
         parts = (
             [f"{self.n_malformed:,} of {self.n_rows:,} rows malformed"] if self.n_malformed else []
         )
-        parts += [f"{self.n_skipped:,} rows of other splits"] if self.n_skipped else []
+        parts += [f"{counted(self.n_skipped, 'row')} of other splits"] if self.n_skipped else []
         return f"{self.config.source}: {', '.join(parts)}" if parts else ""
 
     def _malformed(self, number: int, line: int, message: str) -> None:

@@ -20,6 +20,7 @@ from prefab.factory import charts
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import digest
+from prefab.factory.numbers import counted
 from prefab.factory.spec import yamlio
 from prefab.factory.types import Prompt
 from prefab.pipelines.config.checks import MICROWORLD, locate
@@ -189,7 +190,9 @@ def _split_notes(config: PolicyEvalConfig, prompts: Sequence[Prompt]) -> list[st
     """A note on prompts of unknown split, where the configuration asks for no split."""
     loose = sum(p.split is None for p in prompts)
     return (
-        [f"{loose:,} prompts have no split: whether a policy was trained on them is not known"]
+        [
+            f"{counted(loose, 'prompt has', 'prompts have')} no split: whether a policy was trained on them is not known"
+        ]
         if loose and not config.prompts.split
         else []
     )

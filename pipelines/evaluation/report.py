@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from prefab.factory import charts
 from prefab.factory.console import say, table
-from prefab.factory.numbers import better, cell, marked, p_value
+from prefab.factory.numbers import better, cell, counted, marked, p_value
 from prefab.factory.pages import write_page
 from prefab.factory.types import Prompt
 from prefab.pipelines.evaluation.policy_metrics import PolicyAnswer
@@ -138,8 +138,8 @@ def write_report(
     every = dict.fromkeys([*SHOWN, *(k for f in report.policies.values() for k in f)])
     write_page(
         out / "report.html",
-        f"Policies on {report.prompts:,} held-out prompts in {report.groups:,} groups, "
-        f"{report.samples} answers each",
+        f"Policies on {counted(report.prompts, 'held-out prompt')} in {counted(report.groups, 'group')}, "
+        f"{counted(report.samples, 'answer')} each",
         _BODY,
         marks=MARKS.format(base=report.baseline),
         columns=["", *report.policies],
@@ -162,7 +162,7 @@ def write_cards(
     it.
     """
     told = (
-        f"{report.prompts:,} held-out prompts in {report.groups:,} groups, {report.samples} answers "
+        f"{counted(report.prompts, 'held-out prompt')} in {counted(report.groups, 'group')}, {counted(report.samples, 'answer')} "
         "each, with 95% intervals. " + MARKS.format(base=report.baseline)
     )
     for name, folder in policies.items():
@@ -242,8 +242,8 @@ def _points(
 def show(report: Any, shown: Sequence[str] = SHOWN) -> None:
     """Print the tables of an evaluation; of the figures, those in `shown`."""
     table(
-        f"What each policy does: {report.prompts:,} held-out prompts in {report.groups:,} groups, "
-        f"{report.samples} answers each",
+        f"What each policy does: {counted(report.prompts, 'held-out prompt')} in {counted(report.groups, 'group')}, "
+        f"{counted(report.samples, 'answer')} each",
         ("", *report.policies),
         figures(report, shown),
         f"{MARKS.format(base=report.baseline)}. kl and entropy: in nats an answer"

@@ -29,7 +29,7 @@ import yaml
 from prefab.factory.console import Progress
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import prompt_id
-from prefab.factory.numbers import percent
+from prefab.factory.numbers import counted, percent
 from prefab.factory.spec.constitution import load_constitution, parse_constitution
 from prefab.factory.spec.templates import Template, load_template
 from prefab.factory.stats import Estimate, clustered_share, undefined
@@ -337,7 +337,7 @@ def choose(odds: FloatArray, most: int) -> tuple[list[int], FloatArray, str]:
     needed = float(chi2.isf(LEVEL / max(1, n_candidates), 1)) / 2
     kept: list[int] = []
     weights, likelihood = np.zeros(0), -len(odds) * log(2)
-    stop = f"{most} principles are the most that were asked for"
+    stop = f"{counted(most, 'principle is', 'principles are')} the most that were asked for"
     while len(kept) < most:
         tried = {k: _fit(odds[:, [*kept, k]]) for k in range(n_candidates) if k not in kept}
         best = max(tried, key=lambda k: tried[k][1], default=None)

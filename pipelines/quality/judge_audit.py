@@ -20,6 +20,7 @@ from typing import Any
 from prefab.factory import decision
 from prefab.factory.console import Progress, warn
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import counted
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.stats import Estimate, clustered_share
 from prefab.factory.types import Comparison, Engine, Verdict
@@ -322,8 +323,8 @@ def notes(report: Report) -> str:
         else ""
     )
     return (
-        f"{report.judge} on {report.pairs:,} pairs. Truth: {truth}. {right}"
-        f"{report.asked:,} questions asked, {report.reused:,} known"
+        f"{report.judge} on {counted(report.pairs, 'pair')}. Truth: {truth}. {right}"
+        f"{counted(report.asked, 'question')} asked, {report.reused:,} known"
     )
 
 

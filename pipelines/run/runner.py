@@ -23,6 +23,7 @@ from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.errors import BudgetError, ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
+from prefab.factory.numbers import counted
 from prefab.factory.store.shared import is_shared
 from prefab.factory.store.store import HeldError, read_frame
 from prefab.factory.types import Engine, Prompt, ServerReport
@@ -421,7 +422,7 @@ def fill_store(folder: Path, quiet: bool = True) -> int:
     behind = report.behind
     if behind and not quiet:
         warn(
-            f"another program has {folder / 'prefab.duckdb'} open: the store is behind by {behind:,} rows, the ledger "
+            f"another program has {folder / 'prefab.duckdb'} open: the store is behind by {counted(behind, 'row')}, the ledger "
             "is complete. `prefab store info` catches up"
         )
     return behind

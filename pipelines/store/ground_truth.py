@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import counted
 from prefab.factory.types import Winner
 from prefab.judges.kinds import human
 
@@ -154,8 +155,8 @@ def _human(known: People, items: polars.DataFrame) -> tuple[np.ndarray, str]:
             gold[row] = _SIDE[winner]
             persons |= known.annotators[known.place(*place)]
     n = int((~np.isnan(gold)).sum())
-    what = "person" if len(persons) == 1 else "people"
-    return gold, f"{n:,} comparisons labelled by {len(persons)} {what}" if n else ""
+    told = f"{counted(n, 'comparison')} labelled by {counted(len(persons), 'person', 'people')}"
+    return gold, told if n else ""
 
 
 def truth(a: oracle.Assessment, b: oracle.Assessment, principle: str) -> Winner | None:

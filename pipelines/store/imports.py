@@ -21,6 +21,7 @@ import orjson
 from prefab.factory import decision
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest
+from prefab.factory.numbers import counted
 from prefab.factory.spec import data_files, layouts
 from prefab.factory.store import store
 from prefab.factory.tool_calls import messages_of, stored_text
@@ -181,7 +182,7 @@ def read_pairs(
                     Problem(str(path), line, 1 if line else 0, f"row {number}", str(error))
                 )
     if malformed and not skip_bad:
-        more = f"{malformed:,} rows cannot be read, so nothing was imported; mend them, or leave them out with --skip-bad"
+        more = f"{counted(malformed, 'row')} cannot be read, so nothing was imported; mend what is wrong, or leave it out with --skip-bad"
         raise ConfigError([*problems, Problem(str(path), 0, 0, "", more)])
     decided = [p for pairs in found.pairs.values() for p in _together(pairs).values()]
     if not decided:

@@ -10,8 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from prefab.factory.numbers import Measured, better, cell, estimate, marked, number, p_value
+from prefab.factory.numbers import (
+    Measured,
+    better,
+    cell,
+    counted,
+    estimate,
+    marked,
+    number,
+    p_value,
+)
 from prefab.factory.tables import as_csv, as_markdown, fitted, wrap
+
+
+def test_one_is_not_several():
+    assert [counted(n, "row") for n in (0, 1, 2, 1234)] == [
+        "0 rows",
+        "1 row",
+        "2 rows",
+        "1,234 rows",
+    ]
+    assert [counted(n, "row is", "rows are") for n in (1, 3)] == ["1 row is", "3 rows are"]
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_a_prompt_in_both_splits_stays_in_validation_alone(store, tmp_path):
         "preference", config({"store": str(store)}, {"files": str(tmp_path / "mine.jsonl")})
     )
     assert len(both.train) == 72 and any(
-        "share a prompt with validation" in note for note in both.notes
+        "a prompt with validation: left out" in note for note in both.notes
     )
 
 

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from prefab.factory.console import Progress, warn
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import counted
 from prefab.trainers import collate, distributed
 from prefab.trainers.background import BackgroundWriter, snapshot
 from prefab.trainers.common import (
@@ -759,7 +760,7 @@ def _record(
     out, history = Path(config.out), trainer.state.log_history
     record["result"] = result
     told = (
-        f"{result['steps']:,} steps on {result['train']:,} rows, validated on {result['val']:,}. "
+        f"{counted(result['steps'], 'step')} on {counted(result['train'], 'row')}, validated on {result['val']:,}. "
         f"Weights of the start: `{record['identity']['weights'][:16]}`; token rows: `{record['data']}`."
     )
     metrics, chart = result["metrics"], loss_chart(history)

@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 
 from prefab.factory.errors import ConfigError
+from prefab.factory.numbers import counted
 from prefab.trainers.common import (
     checkpoints,
     last_checkpoint,
@@ -217,7 +218,7 @@ def finish(t: Run, stage: str) -> None:
     folder = Path(t.config.out) / "policy"
     write_policy(t, folder)
     steps = read_metrics(folder.parent / METRICS)
-    told = f"{t.state.step:,} steps of {t.config.batch_size:,} answers."
+    told = f"{counted(t.state.step, 'step')} of {counted(t.config.batch_size, 'answer')}."
     if t.state.stopped:
         told += f" Stopped early: {t.state.stopped}."
     last = {name: value for step in steps for name, value in step.items()}

@@ -29,6 +29,7 @@ from prefab.factory.engines.http import Rejected
 from prefab.factory.engines.supervisor import GRACE_S
 from prefab.factory.engines.vllm_process import VllmProcess, free_port, has_gpu
 from prefab.factory.errors import EngineError, TransportError
+from prefab.factory.numbers import counted
 from prefab.trainers.common import TrainError
 from prefab.trainers.rl import checkpoint
 from prefab.trainers.rl.config import PpoConfig
@@ -263,7 +264,9 @@ def answer_of(
     ids, logps, reason = _tokens_of(reply)
     ended = bool(ids) and ids[-1] in ends
     if not ended and len(ids) < most:
-        raise TransportError(f"an answer was broken off after {len(ids)} tokens ({reason})")
+        raise TransportError(
+            f"an answer was broken off after {counted(len(ids), 'token')} ({reason})"
+        )
     if len(ids) > most or any(i in ends for i in ids[:-1]):
         raise ValueError(f"{len(ids)} tokens, of {most} at most, or tokens after the end")
     return SampledAnswer(prompt, ids, logps, ended)

@@ -226,7 +226,7 @@ def test_texts_that_yaml_could_misread_and_other_scripts(tmp_path):
         ("a.md", "No list here.\n", "a text without a list in it"),
         ("a.json", "{", "a.json:1:2: is no JSON: Expecting property name"),
         ("a.jsonl", '{"criterion": "x", "points": 1}\n{', "a.jsonl:2:2: is no JSON"),
-        ("a.json", [{"prompt": "p", "rubrics": RUBRIC}], "holds 1 prompts with a rubric each"),
+        ("a.json", [{"prompt": "p", "rubrics": RUBRIC}], "holds 1 prompt with a rubric each"),
         ("a.json", {"id": "x", "principles": []}, "is a constitution of Prefab already"),
         ("a.json", [LANGCHAIN[0], {"name": "x"}], "[1].critique_request: missing"),
         ("a.json", {"constitutions": [{"critic": 3, "revision": "r"}]},

@@ -176,7 +176,7 @@ def test_a_needless_principle_is_dropped():
     odds = np.column_stack([one * flip, two * flip, blurred + 0.9 * rng.standard_normal(400)])
     kept, weights, _ = choose(odds, 10)
     assert sorted(kept) == [0, 1] and (weights > 0).all()
-    assert choose(odds, 1)[2].startswith("1 principles are the most")
+    assert choose(odds, 1)[2].startswith("1 principle is the most")
 
 
 def test_of_candidates_that_the_judge_answers_alike_the_first_is_named():

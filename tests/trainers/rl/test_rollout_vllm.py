@@ -273,7 +273,7 @@ def test_what_is_no_answer_is_told(make, reply, words):
 
 
 def test_an_answer_that_is_broken_off_is_no_short_answer():
-    with pytest.raises(TransportError, match="broken off after 1 tokens"):
+    with pytest.raises(TransportError, match="broken off after 1 token "):
         rollout_vllm.answer_of([1], answer({}, [2]), 3, [aw.END])
     assert not rollout_vllm.answer_of([1], answer({}, [2, 2, 2]), 3, [aw.END]).ended
 
