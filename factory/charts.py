@@ -15,7 +15,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from prefab.factory.errors import ConfigError
+from prefab.factory.extras import missing_package
 
 # the palette of Okabe and Ito, which colour-blind people can tell apart
 COLOURS = (
@@ -84,7 +84,7 @@ def ready() -> None:
     be drawn.
     """
     if not can():
-        raise ConfigError("charts need matplotlib: pip install -e '.[train]', or leave `out` away")
+        raise missing_package("matplotlib", "drawing charts (leave `out` away to do without)")
 
 
 def draw(charts: Sequence[Chart]) -> Any:

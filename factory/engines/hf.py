@@ -31,6 +31,7 @@ from prefab.factory.engines.model_files import (
 )
 from prefab.factory.engines.vllm import IdRead
 from prefab.factory.errors import ConfigError, EngineError, RequestRefused
+from prefab.factory.extras import missing_package
 from prefab.factory.keys import derived_seed, model_identity
 from prefab.factory.label_text import label_of_answer
 from prefab.factory.spec.control_tokens import SpecialTokens, is_control
@@ -110,7 +111,7 @@ class HF(Engine):
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
             raise EngineError(
-                f"engines.{self.name}: transformers is not installed here: `make setup`"
+                str(missing_package(error.name, f"engines.{self.name} (engine: hf)"))
             ) from error
         revision = {"revision": self.config.revision} if self.config.revision else {}
         try:

@@ -28,6 +28,7 @@ from prefab.factory.console import say
 from prefab.factory.engines.model_files import check_model_folder, trusts_code
 from prefab.factory.engines.vllm_key import SERVER_KEY
 from prefab.factory.errors import EngineError
+from prefab.factory.extras import install_command
 from prefab.factory.paths import IMPORT_ROOT, cache_folder
 from prefab.factory.redaction import add_secret
 
@@ -81,7 +82,7 @@ class VllmProcess:
         """
         if importlib.util.find_spec("vllm") is None:
             raise EngineError(
-                f"engines.{self.name}: vLLM is not installed here: `make setup` installs it, or name the "
+                f"engines.{self.name}: vLLM is not installed here: {install_command('serve')}. Or name the "
                 "`url` of a server that runs, or use `engine: hf`"
             )
         supervisor = Path(__file__).with_name("supervisor.py")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
@@ -72,6 +72,34 @@ def find_run(folder: Path, read: Read, run: str = "") -> dict[str, Any]:
     return found[-1]
 
 
+Weights = Literal["none", "prompt", "confidence"]
+
+
+@dataclass(frozen=True, slots=True)
+class PairSelection:
+    """Which of a run's decided comparisons become pairs, and their weights.
+
+    Args:
+        method: compared, best_worst, bradley_terry or davidson; empty: as the run's `choose` says.
+        margin: p_chosen must be above a half by at least this; None: as the run's `choose` says.
+        per_prompt: The most pairs of one prompt; those with the highest p_chosen are kept. 0: all.
+        balance_length: Leave out pairs, those with the greatest difference in length first, until
+            the chosen answer is the longer one in as many pairs as the rejected answer is. This is
+            done for each split, and in a large run for each part of it (up to 4,096 prompts).
+        weights: A column `weight`: one over the number of the prompt's pairs (prompt), or
+            2 p_chosen - 1 (confidence).
+    """
+
+    method: str = ""
+    margin: float | None = None
+    per_prompt: int = 0
+    balance_length: bool = False
+    weights: Weights = "none"
+
+
+ALL_PAIRS = PairSelection()
+
+
 @dataclass(slots=True)
 class _LeftOut:
     """What gives no row of training data, counted over all parts of a run."""
@@ -88,8 +116,10 @@ class _LeftOut:
     unconfirmed: int = 0
     within_margin: int = 0
     below_score: int = 0
+    over_cap: int = 0
+    unbalanced: int = 0
 
-    def notes(self, label: str, config: dict[str, Any]) -> list[str]:
+    def notes(self, label: str, config: dict[str, Any], pairs: PairSelection) -> list[str]:
         """One line for each kind that occurs, and what else a reader of the data must know."""
         lines = []
         if self.cut_off:
@@ -111,10 +141,10 @@ class _LeftOut:
                 f"SHA-256 {origin['sha256'][:16]}); its labels are the file's, no judge's of this "
                 "store"
             )
-        return lines + self._of_comparisons(config) if self.comparisons else lines
+        return lines + self._of_comparisons(config, pairs) if self.comparisons else lines
 
-    def _of_comparisons(self, config: dict[str, Any]) -> list[str]:
-        (method, margin), lines = choice(config), []
+    def _of_comparisons(self, config: dict[str, Any], pairs: PairSelection) -> list[str]:
+        (method, margin), lines = choice(config, pairs), []
         orders = (config.get("panel") or {}).get("orders", "both")
         if orders != "both":
             lines.append(
@@ -140,6 +170,16 @@ class _LeftOut:
             lines.append(
                 f"{self.within_margin:,} decided comparisons are within {margin} of a half and give "
                 "no pair"
+            )
+        if self.over_cap:
+            lines.append(
+                f"{self.over_cap:,} pairs are left out: at most {pairs.per_prompt} of each prompt "
+                "are kept, those with the highest p_chosen"
+            )
+        if self.unbalanced:
+            lines.append(
+                f"{self.unbalanced:,} pairs are left out, so that the chosen answer is the longer "
+                "one as often as the rejected answer"
             )
         if method != "compared":
             lines.append(f"pairs were chosen by {method}")
@@ -178,6 +218,7 @@ def dataset_parts(
     judges: Sequence[str] = (),
     principles: Sequence[str] = (),
     select: str = "",
+    pairs: PairSelection = ALL_PAIRS,
 ) -> Iterator[dict[str, polars.DataFrame]]:
     """TRL's four kinds of data for a run, conversational, in its column names, in parts that fit
     into memory whatever the size of the run. A prompt is whole in one part; prompts come in the
@@ -195,9 +236,15 @@ def dataset_parts(
         principles: Likewise.
         select: Which demonstrations: draw (every revision) or sweep (the last text of each draft);
             empty: as the run did.
+        pairs: Which decided comparisons become pairs.
+
+    Raises:
+        ConfigError: No audit has checked a rule of `without`; a judge or principle read nothing;
+            the run has no fit of the method that `pairs` names.
     """
     run = record["run"]
-    part = _Part(read, record, truncated, select, without, _has_tools(read, run))
+    part = _Part(read, record, truncated, select, without, _has_tools(read, run), pairs)
+    part.check_method()
     if without:
         _check_audit(read, record, without)
     if judges or principles:
@@ -207,7 +254,7 @@ def dataset_parts(
         read, run, (*tables, "verdicts") if judges or principles else tables
     ):
         yield part.frames(prompts, rows, judges, principles)
-    notes += part.left_out.notes(part.label, part.config)
+    notes += part.left_out.notes(part.label, part.config, pairs)
 
 
 Range = tuple[int, int]
@@ -287,14 +334,27 @@ class _Part:
         select: str,
         without: Sequence[str],
         tools: bool,
+        pairs: PairSelection,
     ) -> None:
         self.label = f"{record['name']}@{record['version']}"
         self.config = json.loads(record["config"])
         self.left_out = _LeftOut()
+        self._pairs = pairs
         self._read, self._record, self._truncated, self._tools = read, record, truncated, tools
         self._without = list(without)
         self._select = select or (self.config.get("revise") or {}).get("select", "sweep")
         self._revised = bool(self.config.get("revise")) or record["recipe"] == "cai"
+
+    def check_method(self) -> None:
+        """Raises: ConfigError where the pairs are to be chosen by a fit that the run does not
+        have.
+        """
+        method, fitted = choice(self.config, self._pairs)[0], choice(self.config)[0]
+        if method in FITS and method != fitted:
+            raise ConfigError(
+                f"{self.label} has no {method} fit. Set `choose: {{method: {method}}}` in its "
+                "pipeline file, and run it again: no question is asked for it"
+            )
 
     def frames(
         self,
@@ -336,9 +396,10 @@ class _Part:
         if preferences.height:
             self._count(preferences)
             wins = _win_rates(preferences)
-            method, margin = choice(self.config)
+            method, margin = choice(self.config, self._pairs)
             strengths = table("strengths") if method in FITS else None
             chosen = _chosen(preferences, wins, strengths, method, margin, self.left_out)
+            chosen = _selected(chosen, samples, self._pairs, self.left_out)
             frames["preference"] = _preference(chosen, samples)
             if samples["context"].is_not_null().any():
                 conversations = _conversations(chosen, samples)
@@ -525,6 +586,10 @@ def _tools(rows: polars.DataFrame) -> list[str]:
     return ["tools"] if "tools" in rows.columns else []
 
 
+def _weight(rows: polars.DataFrame) -> list[str]:
+    return ["weight"] if "weight" in rows.columns else []
+
+
 def _check_readers(
     read: Read, record: dict[str, Any], judges: Sequence[str], principles: Sequence[str]
 ) -> None:
@@ -612,11 +677,12 @@ def _win_rates(preferences: polars.DataFrame) -> polars.DataFrame:
     )
 
 
-def choice(config: dict[str, Any]) -> tuple[str, float]:
+def choice(config: dict[str, Any], pairs: PairSelection = ALL_PAIRS) -> tuple[str, float]:
     """How a run's decided comparisons become pairs, and by how much the chosen one must win."""
     choose = config.get("choose") or {}
     usual = "best_worst" if config.get("pairs") == "best_worst" else "compared"
-    return choose.get("method") or usual, choose.get("margin", 0.0)
+    method = pairs.method or choose.get("method") or usual
+    return method, choose.get("margin", 0.0) if pairs.margin is None else pairs.margin
 
 
 def _chosen(
@@ -661,6 +727,56 @@ def _chosen(
     return above
 
 
+def _selected(
+    decided: polars.DataFrame,
+    samples: polars.DataFrame,
+    pairs: PairSelection,
+    left_out: _LeftOut,
+) -> polars.DataFrame:
+    """The pairs that the caps and the balance of lengths keep, with a column `weight` where one
+    is asked for.
+    """
+    import polars as pl
+
+    if pairs.per_prompt:
+        ranked = decided.sort("p_chosen", "a", "b", descending=[True, False, False])
+        capped = ranked.filter(pl.int_range(pl.len()).over("prompt") < pairs.per_prompt)
+        left_out.over_cap += decided.height - capped.height
+        decided = capped
+    if pairs.balance_length:
+        balanced = _balanced(decided, samples)
+        left_out.unbalanced += decided.height - balanced.height
+        decided = balanced
+    if pairs.weights == "prompt":
+        return decided.with_columns((1 / pl.len().over("prompt")).alias("weight"))
+    if pairs.weights == "confidence":
+        return decided.with_columns((2 * pl.col("p_chosen") - 1).alias("weight"))
+    return decided
+
+
+def _balanced(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.DataFrame:
+    """The pairs without as many as it takes for the chosen answer to be the longer one in half of
+    the pairs of each split whose answers differ in length.
+    """
+    import polars as pl
+
+    size = samples.select(
+        "prompt", "index", "split", pl.col("text").str.len_chars().cast(pl.Int64).alias("size")
+    )
+    sized = decided.join(
+        size.rename({"index": "chosen", "size": "size_chosen"}), on=["prompt", "chosen"]
+    ).join(
+        size.drop("split").rename({"index": "rejected", "size": "size_rejected"}),
+        on=["prompt", "rejected"],
+    )
+    more = pl.col("size_chosen") - pl.col("size_rejected")
+    sized = sized.with_columns(more.sign().alias("longer"), more.abs().alias("difference"))
+    sized = sized.sort("difference", "preference")
+    kept = pl.min_horizontal((pl.col("longer") == sign).sum().over("split") for sign in (1, -1))
+    place = pl.int_range(pl.len()).over("split", "longer")
+    return sized.filter((pl.col("longer") == 0) | (place < kept)).select(decided.columns)
+
+
 _OF_PAIR = (
     "p_chosen",
     "vote_share",
@@ -692,6 +808,7 @@ def _preference(decided: polars.DataFrame, samples: polars.DataFrame) -> polars.
         pl.col("rejected_answer").alias("rejected"),
         *_tools(rows),
         *_OF_PAIR,
+        *_weight(rows),
     )
 
 
@@ -713,6 +830,7 @@ def _conversations(decided: polars.DataFrame, samples: polars.DataFrame) -> pola
         pl.lit(True).alias("two_contexts"),
         *_tools(rows),
         *_OF_PAIR,
+        *_weight(rows),
     )
 
 

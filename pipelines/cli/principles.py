@@ -48,12 +48,7 @@ def principles(
     """Show what each principle does in a run: how often it is applied and decides, which principles
     say the same or contradict, and what changes without it. Asks nothing.
     """
-    try:
-        from prefab.pipelines.quality.principle_effects import principle_effects
-    except ImportError as error:
-        raise ConfigError(
-            f"`prefab principles` needs {error.name}: pip install -e '.[stats]'"
-        ) from error
+    from prefab.pipelines.quality.principle_effects import principle_effects
 
     found = principle_effects(existing_store(store), run, gold, examples)
     if as_json:
@@ -105,12 +100,7 @@ def induce(
     """Find the smallest set of principles that explains labelled pairs, and write it as a
     constitution to edit.
     """
-    try:
-        from prefab.pipelines.quality import induction
-    except ImportError as error:
-        raise ConfigError(
-            f"`prefab induce` needs {error.name}: pip install -e '.[stats]'"
-        ) from error
+    from prefab.pipelines.quality import induction
 
     if out is not None and out.exists():
         raise ConfigError(f"{out} exists already; name a new file with --out")

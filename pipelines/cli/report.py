@@ -11,6 +11,7 @@ import typer
 
 from prefab.factory.console import say, warn
 from prefab.factory.errors import ConfigError
+from prefab.factory.extras import missing_package
 from prefab.factory.numbers import Measured, cell
 from prefab.pipelines.cli.options import Json, Store, existing_store, hint_command, print_json
 
@@ -68,9 +69,7 @@ def _agreement(folder: Path, page: RunPage) -> list[PageSection]:
 
         found = agreement.measure(folder, page.name, examples=0, resamples=200)
     except ImportError as error:
-        warn(
-            f"the judges' agreement is left out: {error.name} is missing (pip install -e '.[stats]')"
-        )
+        warn(f"{missing_package(error.name, 'agreement of the judges')}. It is left out")
         return []
     except ConfigError as error:
         warn(f"the judges' agreement is left out: {error}")

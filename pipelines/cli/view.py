@@ -41,6 +41,8 @@ def view(
     """
     if bundle:
         return _bundle(store, bundle, run, limit)
+    import uvicorn  # noqa: F401  before the packages that it needs too
+
     from prefab.pipelines.view.serve import view as serve
 
     def tell(address: str) -> None:

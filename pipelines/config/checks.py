@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from prefab.factory.extras import install_command
 from prefab.factory.paths import PACKAGE
 from prefab.factory.spec import yamlio
 from prefab.judges import registry
@@ -129,7 +130,7 @@ def fits(value: Any) -> Found:
     """The library that fits strengths is there when a fit is asked for."""
     method = mapping(value, "choose").get("method")
     if method in FITS and find_spec("evalica") is None:
-        yield ("choose", "method"), f"{method} needs the library evalica: `pip install evalica`"
+        yield ("choose", "method"), f"{method} needs evalica: {install_command('stats')}"
 
 
 def best_of_n(value: Any) -> Found:

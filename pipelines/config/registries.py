@@ -37,6 +37,7 @@ FORMATS = Registry(
         "jsonl": "prefab.pipelines.store.export.jsonl:JSONL",
         "csv": "prefab.pipelines.store.export.csv:CSV",
         "text": "prefab.pipelines.store.export.text:TEXT",
+        "argilla": "prefab.pipelines.store.export.argilla:ARGILLA",
         "axolotl": "prefab.pipelines.store.export.axolotl:AXOLOTL",
         "llama_factory": "prefab.pipelines.store.export.llama_factory:LLAMA_FACTORY",
         "llama_factory_alpaca": "prefab.pipelines.store.export.llama_factory:LLAMA_FACTORY_ALPACA",

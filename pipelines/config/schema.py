@@ -219,6 +219,29 @@ class ExportConfig(_Strict):
 
     format: Annotated[str, KindName(FORMATS, "export format")] = "trl"
     folder: Text = "out"
+    truncated: bool = Field(
+        False, description="Include answers that were cut off at the length limit."
+    )
+    without: list[Text] = Field(
+        [],
+        description="Rules of `prefab audit data`; pairs that they marked are left out.",
+    )
+    per_prompt: int = Field(
+        0,
+        ge=0,
+        description="The most pairs of one prompt, those with the highest p_chosen; 0: all.",
+    )
+    balance_length: bool = Field(
+        False,
+        description="Leave pairs out until the chosen answer is as often the longer one as the rejected answer.",
+    )
+    weights: Literal["none", "prompt", "confidence"] = Field(
+        "none",
+        description="A column `weight`: one over the number of the prompt's pairs (prompt), or 2 p_chosen - 1 (confidence).",
+    )
+    splits: list[Literal["train", "val", "test"]] = Field(
+        [], description="The splits that are written; empty: all."
+    )
 
 
 class BudgetConfig(_Strict):

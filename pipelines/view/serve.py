@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefab.factory.errors import ConfigError
+from prefab.factory.extras import missing_package
 from prefab.factory.ledger import db
 from prefab.pipelines.view.jobs import Jobs
 from prefab.pipelines.view.pages import View
@@ -47,7 +48,7 @@ def view(
 
         from prefab.pipelines.view.app import make_app, new_token
     except ImportError as error:
-        raise ConfigError(f"`prefab view` needs {error.name}: pip install -e '.[view]'") from error
+        raise missing_package(error.name, "`prefab view`") from error
 
     reader = opened(Path(store))
     jobs = Jobs()

@@ -54,6 +54,18 @@ def llama_factory(out: Path, tokenizer: Any) -> dict[str, Any]:
     return found
 
 
+def argilla(out: Path, tokenizer: Any) -> dict[str, Any]:
+    from argilla.records._io import JsonIO  # `dataset.records.from_json` without a server
+
+    records = JsonIO._records_from_json(out / "records/train.json")
+    return {
+        "records": [
+            (one.id, dict(one.fields), one.to_dict()["suggestions"]["label"]["value"])
+            for one in records
+        ]
+    }
+
+
 def axolotl(out: Path, tokenizer: Any) -> dict[str, Any]:
     import yaml
     from axolotl.prompt_strategies import chat_template

@@ -56,10 +56,12 @@ class ExportReport:
     run: str
     format: str
     out: Path
+    dry_run: bool = False
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # by dataset/split: a file, or a pattern
-    example: dict[str, Any] = field(default_factory=dict)  # a row of the first dataset
+    examples: dict[str, dict[str, Any]] = field(default_factory=dict)  # a row of each dataset
+    repository: str = ""  # the address on the hub that it was pushed to
 
     def rows(self) -> list[tuple[str, str, int]]:
         """One row a file."""
@@ -72,8 +74,10 @@ class ExportReport:
         return next(iter(self.counts), "")
 
     def data(self) -> dict[str, Any]:
-        """As plain data."""
-        rest = {name: value for name, value in asdict(self).items() if name != "example"}
+        """As plain data, with the examples only where nothing was written."""
+        rest = asdict(self)
+        if not self.dry_run:
+            del rest["examples"]
         return {**rest, "out": str(self.out)}
 
 
@@ -142,7 +146,9 @@ def _card(
         f"A row of `{report.first()}`:",
         "",
         "```json",
-        json.dumps(_shortened(report.example), indent=1, ensure_ascii=False, default=str),
+        json.dumps(
+            shortened(report.examples[report.first()]), indent=1, ensure_ascii=False, default=str
+        ),
         "```",
         "",
         "`prompt_id`, `preference`, `chosen_sample`, `rejected_sample`, `sample` and `run` lead "
@@ -231,7 +237,7 @@ def _histogram(counts: list[int]) -> list[str]:
     return [f"{told} (highest bar: {most:,}):", "", f"    .5 |{bars}| 1", ""]
 
 
-def _shortened(row: dict[str, Any]) -> dict[str, Any]:
+def shortened(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose long texts are cut."""
 
     def short(value: Any) -> Any:

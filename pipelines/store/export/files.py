@@ -32,7 +32,7 @@ MANIFEST = "prefab-export.json"
 OURS = re.compile(
     r"README\.md|report\.html|source/(constitution|pipeline)\.yaml"
     r"|dataset_info\.json|axolotl\.yaml"
-    r"|[a-z_]+/(train|validation|test)(-\d{5,}-of-\d{5,}\.parquet|\.(parquet|jsonl|csv))"
+    r"|[a-z_]+/(train|validation|test)(-\d{5,}-of-\d{5,}\.parquet|\.(parquet|jsonl|json|csv))"
 )
 STAGE = re.compile(r"\.prefab-export-(\d+)-\w+")  # the folder of a running export: its process
 SHARD_BYTES = 512 << 20
@@ -86,23 +86,30 @@ class ShardedFile:
 
 
 class LinesFile:
-    """A file of JSON lines, or of CSV with a header, that is written part by part."""
+    """A file of JSON lines, of a JSON list, or of CSV with a header, that is written part by
+    part.
+    """
 
     def __init__(self, path: Path, suffix: str) -> None:
         """`path` is that of the file, without its suffix; its folder is made."""
         self.rows = 0
         self._name = f"{path.parent.name}/{path.name}.{suffix}"
         path.parent.mkdir(exist_ok=True)
-        self._csv = suffix == "csv"
+        self._suffix = suffix
         self._file = path.with_name(f"{path.name}.{suffix}").open("wb")
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows, all with the same columns. Raises: OSError, as of a full disk."""
-        if self._csv:
+        if self._suffix == "csv":
             import polars as pl
 
             frame = pl.DataFrame(rows, infer_schema_length=None)
             frame.write_csv(self._file, include_header=not self.rows)
+        elif self._suffix == "json":
+            for row in rows:
+                self._file.write((b",\n" if self.rows else b"[\n") + orjson.dumps(row))
+                self.rows += 1
+            return
         else:
             self._file.writelines(
                 orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows
@@ -111,7 +118,25 @@ class LinesFile:
 
     def close(self) -> None:
         """Write the end of the file."""
+        if self._suffix == "json" and not self._file.closed:
+            self._file.write(b"\n]\n" if self.rows else b"[]\n")
         self._file.close()
+
+    def finish(self) -> str:
+        """The file, relative to the export."""
+        return self._name
+
+
+class CountedRows:
+    """The number of rows that a file would have: nothing is written."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is that of the file, relative to the export."""
+        self.rows = 0
+        self._name = name
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def finish(self) -> str:
         """The file, relative to the export."""
@@ -156,7 +181,7 @@ def check(out: Path, files: Sequence[str]) -> list[str]:
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, not a folder. {MEND}")
-    former = _listed(out)
+    former = listed(out)
     for name in sorted({*former, *files}):
         path = out / name
         if path.parent != out and (
@@ -174,8 +199,11 @@ def check(out: Path, files: Sequence[str]) -> list[str]:
     return former
 
 
-def _listed(out: Path) -> list[str]:
-    """What the former export says it wrote; without one, nothing."""
+def listed(out: Path) -> list[str]:
+    """What the export in `out` says it wrote; without one, nothing.
+
+    Raises: ConfigError where the list is damaged.
+    """
     path = out / MANIFEST
     if path.is_symlink():
         raise ConfigError(f"{path} is a symbolic link. {MEND}")

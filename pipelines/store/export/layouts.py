@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefab.factory.store import datasets
 from prefab.pipelines.store.export.base import ExportSource, Part, Rows
 
 Row = dict[str, Any]
@@ -57,10 +56,7 @@ class LayoutFormat:
         Raises: ConfigError as `trl` does.
         """
         left_out: Counter[str] = Counter()
-        parts = datasets.dataset_parts(
-            source.query, source.record, source.notes, source.truncated, source.without
-        )
-        for part in parts:
+        for part in source.parts():
             made: dict[str, Rows] = {}
             for name, layout in self.layouts.items():
                 if layout.source not in part:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.store.store import Read
-from prefab.pipelines.store.export.base import ExportSource
+from prefab.pipelines.store.export.base import ExportOptions, ExportSource
 
 if TYPE_CHECKING:
     import polars
@@ -27,10 +27,10 @@ class ParquetFormat:
 
         Raises: ConfigError when rows are to be left out.
         """
-        if source.without:
+        if source.options != ExportOptions(truncated=source.options.truncated):
             raise ConfigError(
                 "parquet has the store's tables as they are, `marks` among them: leave rows out "
-                "by joining that"
+                "by queries of your own, or choose another format"
             )
         run = source.record["run"]
         for name in TABLES:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prefab.factory.store import datasets
 from prefab.pipelines.store.export.base import ExportSource
 
 if TYPE_CHECKING:
@@ -24,9 +23,7 @@ class TrlFormat:
 
     def datasets(self, source: ExportSource) -> Iterator[dict[str, polars.DataFrame]]:
         """The datasets that this run has rows for."""
-        return datasets.dataset_parts(
-            source.query, source.record, source.notes, source.truncated, source.without
-        )
+        return source.parts()
 
 
 TRL = TrlFormat()

@@ -14,7 +14,7 @@ from datasets import load_dataset
 
 from prefab import run
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
-from prefab.factory.errors import ConfigError
+from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.store import datasets
 from prefab.factory.types import Completion
 from prefab.pipelines.store.export import files as export_files
@@ -22,6 +22,7 @@ from prefab.pipelines.store.export import parquet
 from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.export.files import ShardedFile
 from tests.support import project
+from tests.support.hub_server import hub_server
 
 
 @pytest.fixture(scope="module")
@@ -403,11 +404,147 @@ def test_a_pipeline_file_gives_the_defaults_of_export(tmp_path, monkeypatch):
     assert (tmp_path / "mine/verdicts/train.parquet").exists()
     done = CliRunner().invoke(app, ["export", "p.yaml", "other", "--format", "trl"])
     assert done.exit_code == 0 and (tmp_path / "other/preference/train.parquet").exists()
+    value["export"] = {"per_prompt": 1, "splits": ["train"], "folder": "third"}
+    (tmp_path / "p.yaml").write_text(json.dumps(value))
+    dry = CliRunner().invoke(app, ["export", "p.yaml", "--dry-run"])
+    assert not (tmp_path / "third").exists() and "a row of preference:" in dry.stdout
+    for options, per_prompt in ([], 1), (["--per-prompt", "0"], 3):
+        done = CliRunner().invoke(app, ["export", "p.yaml", *options, "--json"])
+        report = json.loads(done.stdout)
+        assert set(report["counts"]["preference"]) == {"train"}
+        prompts = report["counts"]["prompts"]["train"]
+        assert report["counts"]["preference"]["train"] == per_prompt * prompts
 
 
 def test_a_format_that_nothing_writes_is_not_accepted(tmp_path):
     value = project.pipeline(tmp_path, prompts=4, export={"format": "sharegpt"})
     with pytest.raises(
-        ConfigError, match='there is no export format "sharegpt"; known: axolotl, csv'
+        ConfigError, match='there is no export format "sharegpt"; known: argilla, axolotl'
     ):
         run(value, engines=project.engine())
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A run of 12 prompts. The chosen answer is the longer one for 8 of them, the shorter one for
+    2, and as long as the rejected one for 2."""
+    folder = tmp_path_factory.mktemp("uneven")
+
+    def answer(request):
+        made = project.answer(request)
+        if project.asked(request) != "sample":
+            return made
+        prompt = int(request.messages[-1].content.split()[1].strip("?"))
+        padding = [prompt, 0] if prompt < 8 else [0, prompt] if prompt < 10 else [1, 1]
+        return Completion(made.text + " pad" * padding[request.repeat[0]] + " end", "stop")
+
+    policy = {"engine": "local", "samples": 2, "temperature": 1.0, "max_tokens": 99}
+    value = project.pipeline(folder, prompts=12, policy=policy)
+    rows = [
+        {"id": f"p{i:02}", "prompt": f"Question {i + (i == 0)}?", "split": "train"}
+        for i in range(12)
+    ]
+    rows[0]["prompt"] = "Question 7 ?"
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(value, engines={"local": Scripted(ScriptedConfig(), answer)}).state == "done"
+    return folder / "store"
+
+
+def test_pairs_are_balanced_in_length_without_those_that_differ_most(uneven, tmp_path):
+    report = export(uneven, tmp_path / "out", balance_length=True)
+    rows = pl.read_parquet(tmp_path / "out/preference/train.parquet").to_dicts()
+    more = [len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"]) for row in rows]
+    assert sorted(more) == [-36, -32, 0, 0, 4, 8]
+    assert any("6 pairs are left out, so that the chosen" in note for note in report.notes)
+    assert report.counts["unpaired"] == {"train": 24}
+
+
+def test_a_cap_keeps_the_surest_pairs_of_a_prompt_and_weights_add_up(store, tmp_path):
+    report = export(store, tmp_path / "all", weights="prompt", splits=["train", "val"])
+    assert report.counts["preference"] == {"train": 60, "validation": 30}
+    rows = pl.read_parquet(tmp_path / "all/preference/train.parquet")
+    assert set(rows["weight"]) == {1 / 3}
+    report = export(store, tmp_path / "one", per_prompt=1, weights="confidence")
+    assert report.counts["preference"] == {"train": 20, "validation": 10, "test": 10}
+    kept = pl.read_parquet(tmp_path / "one/preference/train.parquet")
+    assert (
+        kept["p_chosen"].to_list()
+        == (
+            rows.group_by("prompt_id").agg(pl.col("p_chosen").max()).sort("prompt_id")["p_chosen"]
+        ).to_list()
+    )
+    assert kept["weight"].to_list() == [2 * p - 1 for p in kept["p_chosen"]]
+    assert any("80 pairs are left out: at most 1 of each" in note for note in report.notes)
+    with pytest.raises(ConfigError, match="axolotl has no pairs with a column for weights"):
+        export(store, tmp_path / "out", "axolotl", weights="prompt")
+
+
+def test_method_margin_judges_and_principles_replace_those_of_the_run(store, tmp_path):
+    report = export(store, tmp_path / "best", method="best_worst")
+    assert sum(report.counts["preference"].values()) == 40
+    with pytest.raises(ConfigError, match="nothing to export|within 0.49 of a half"):
+        report = export(store, tmp_path / "out", margin=0.49)
+        assert "preference" not in report.counts
+        raise ConfigError("; ".join(report.notes))
+    assert export(store, tmp_path / "kind", principles=["kind"]).counts["preference"]
+    with pytest.raises(ConfigError, match="no principle 'honest' in small@1; there are: brief"):
+        export(store, tmp_path / "out", principles=["honest"])
+    with pytest.raises(ConfigError, match="has no davidson fit"):
+        export(store, tmp_path / "out", method="davidson")
+    with pytest.raises(ConfigError, match="'dev' is no split"):
+        export(store, tmp_path / "out", splits=["dev"])
+
+
+@pytest.mark.parametrize("format", ["trl", "argilla", "parquet"])
+def test_a_dry_run_counts_as_an_export_does_and_writes_nothing(store, tmp_path, format):
+    out = tmp_path / "out"
+    dry = export(store, out, format, dry_run=True)
+    assert not out.exists()
+    done = export(store, out, format)
+    assert (dry.counts, dry.notes) == (done.counts, done.notes)
+    assert dry.examples == done.examples and set(dry.examples) == set(dry.counts)
+    assert dry.data()["examples"] and "examples" not in done.data()
+
+
+def test_records_for_argilla_show_either_answer_first_whoever_won(store, tmp_path):
+    export(store, tmp_path / "out", "argilla")
+    rows = json.loads((tmp_path / "out/records/train.json").read_text())
+    assert len(rows) == 60 and len({row["id"] for row in rows}) == 60
+    said = [row["suggestions"]["label"]["value"] for row in rows]
+    assert {"a", "b"} == set(said)
+    for row, label in zip(rows, said, strict=True):
+        chosen, rejected = ("answer_a", "answer_b") if label == "a" else ("answer_b", "answer_a")
+        assert row["fields"][chosen][:7] < row["fields"][rejected][:7]  # the lower draft wins
+        assert row["fields"]["conversation"][-1]["content"] == row["fields"]["question"]
+
+
+def test_an_export_is_pushed_in_one_commit_that_replaces_the_last_one(store, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from prefab.pipelines.store.export.hub import push_to_hub
+
+    with hub_server(["preference/old.txt", "sft/train.jsonl", "README.md"]) as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        with pytest.raises(ConfigError, match="no export here"):
+            push_to_hub(tmp_path, "me/data")
+        report = export(store, tmp_path / "out")
+        (tmp_path / "out/private.txt").write_text("mine")
+        push_to_hub(tmp_path / "out", "me/data")
+        lines = [json.loads(line) for line in hub.commits[0].splitlines()]
+        added = {line["value"]["path"] for line in lines if "ile" in line["key"]}
+        gone = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
+        assert gone == {"sft/train.jsonl"} and added - gone == {
+            *report.files.values(),
+            *("README.md", "report.html", "source/constitution.yaml", "source/pipeline.yaml"),
+        }
+        assert [(of["organization"], of["name"], of["visibility"]) for of in hub.created[:1]] == [
+            ("me", "data", "private")
+        ]
+        with pytest.raises(ConfigError, match="the hub refuses me/forbidden"):
+            push_to_hub(tmp_path / "out", "me/forbidden")
+        with pytest.raises(ConfigError, match="not a name of a repository"):
+            push_to_hub(tmp_path / "out", "a/b/c")
+    with pytest.raises(StoreError, match="the hub cannot be reached"):
+        push_to_hub(tmp_path / "out", "me/data")

@@ -58,6 +58,7 @@ PROMPTS: dict[str, list[dict[str, Any]]] = {
 TEXT, ALL, ONE = ["one", "system", "talk"], list(PROMPTS), ["one"]
 FOUR = ("preference", "unpaired", "prompts", "sft")
 HOLDS: dict[str, dict[str, list[str]]] = {
+    "argilla": {"records": TEXT},
     "jsonl": dict.fromkeys(FOUR, ALL),
     "text": dict.fromkeys(FOUR, ONE),
     "csv": {name: ["one", "system"] for name in FOUR},
@@ -107,6 +108,16 @@ def test_every_format_is_in_these_tests() -> None:
     assert set(HOLDS) == set(FORMATS) - {"trl", "parquet"}
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/exports.md"])
+def test_the_tables_name_each_format_and_the_version_that_read_it(page: str) -> None:
+    lines = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("| `")]
+    for format in FORMATS:
+        (line,) = (line for line in lines if f"`{format}`" in line.split("|")[1])
+        tool = format.removesuffix("_alpaca")
+        version = PACKAGES[tool][0].split("==")[1] if tool in PACKAGES else ""
+        assert version in line.rsplit("|", 2)[1]
+
+
 @pytest.mark.parametrize("format", HOLDS)
 def test_a_format_holds_what_its_layout_can_and_says_what_it_cannot(
     store: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path, format: str
@@ -114,7 +125,7 @@ def test_a_format_holds_what_its_layout_can_and_says_what_it_cannot(
     report = export(store, tmp_path / "out", format)
     assert list(report.counts) == list(HOLDS[format])
     for name, prompts in HOLDS[format].items():
-        rows = whole["preference" if name == "reward" else name]
+        rows = whole["preference" if name in ("reward", "records") else name]
         held = [row for row in rows if row["prompt_id"] in prompts]
         assert sum(report.counts[name].values()) == len(held) > 0
         left = [note for note in report.notes if f" of {name} left out: " in note]
@@ -151,6 +162,7 @@ def test_no_cell_of_a_table_is_a_formula(store: Path, tmp_path: Path) -> None:
 # ---- the trainers' own loaders ----
 
 PACKAGES = {
+    "argilla": ("argilla==2.8.0",),
     "axolotl": ("axolotl==0.19.0", "addict==2.4.0"),
     "llama_factory": ("llamafactory==0.9.5",),
     "openrlhf": ("openrlhf==0.11.2",),
@@ -180,7 +192,7 @@ def read_by(tool: str, out: Path, folder: Path) -> dict[str, Any]:
 
 
 def rows_of(whole: dict[str, list[dict[str, Any]]], format: str, name: str) -> list[dict[str, Any]]:
-    rows = whole["preference" if name == "reward" else name]
+    rows = whole["preference" if name in ("reward", "records") else name]
     return [row for row in rows if row["prompt_id"] in HOLDS[format][name]]
 
 
@@ -256,6 +268,17 @@ def test_openrlhf_reads_it(store: Path, whole: Any, tmp_path: Path) -> None:
     for row, (_, answer) in zip(rows_of(whole, "openrlhf", "sft"), found["sft"], strict=True):
         assert answer == f"{content(row, 'completion')}<|im_end|>\n"
     assert len(found["prompts"]) == len(rows_of(whole, "openrlhf", "prompts"))
+
+
+@pytest.mark.slow
+def test_argilla_reads_it(store: Path, whole: Any, tmp_path: Path) -> None:
+    export(store, tmp_path / "out", "argilla")
+    found = read_by("argilla", tmp_path / "out", tmp_path)
+    for row, (name, fields, suggested) in zip(
+        rows_of(whole, "argilla", "records"), found["records"], strict=True
+    ):
+        assert name == row["preference"] and fields["conversation"] == turns(row)
+        assert fields[f"answer_{suggested}"] == content(row, "chosen")
 
 
 @pytest.mark.slow
