@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.store.fill import query, rebuild
     from prefab.pipelines.store.forget import forget, undo_forgetting
     from prefab.pipelines.store.imports import import_files as import_preferences
+    from prefab.pipelines.training.judge_server import serve_judge as serve_judge
     from prefab.pipelines.training.sweep import sweep
     from prefab.pipelines.training.train import train
     from prefab.pipelines.view.serve import view
@@ -95,6 +96,7 @@ _HOME = {
     "run_tests": "pipelines.quality.constitution_tests:run_tests",
     "score_verdicts": "pipelines.quality.judge_benchmark:score_saved",
     "serve": "pipelines.cli.serve:serve_model",
+    "serve_judge": "pipelines.training.judge_server:serve_judge",
     "sweep": "pipelines.training.sweep:sweep",
     "train": "pipelines.training.train:train",
     "undo_forgetting": "pipelines.store.forget:undo_forgetting",

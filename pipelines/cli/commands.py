@@ -75,6 +75,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("prefab eval policy --set 'policies={base: prefab-tiny, dpo: dpo}' --format md",),
     ),
     "audit": (LABELS, ()),
+    "judge": (KEEP, ()),
+    "judge serve": (KEEP, ("prefab judge serve pipeline.yaml --port 8100",)),
     "store": (KEEP, ()),
     "store info": (KEEP, ("prefab store info --store store",)),
     "store rebuild": (KEEP, ("prefab store rebuild --store store",)),

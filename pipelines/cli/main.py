@@ -23,7 +23,7 @@ from prefab.factory.extras import EXTRA_OF, missing_package
 from prefab.factory.numbers import counted
 from prefab.factory.printable import guard_standard_streams
 from prefab.factory.redaction import add_environment_secrets
-from prefab.pipelines.cli import constitutions, exports, lab, labels, planning, principles
+from prefab.pipelines.cli import constitutions, exports, judge, lab, labels, planning, principles
 from prefab.pipelines.cli import report as cli_report
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
@@ -55,6 +55,7 @@ app = typer.Typer(
     help="Make preference data with AI judges (RLAIF, Constitutional AI), and train on it.",
 )
 app.add_typer(cli_store.app, name="store")
+app.add_typer(judge.app, name="judge")
 app.add_typer(constitutions.app)
 app.add_typer(planning.app)
 app.add_typer(lab.app)

@@ -216,10 +216,15 @@ def _key_file(process: VllmProcess, port: int) -> Path | None:
         add_secret(given)
         process.key = given
         return None
-    file = cache_folder() / "keys" / f"serve-{port}.key"
+    return new_key_file(f"serve-{port}", process.key)
+
+
+def new_key_file(name: str, key: str) -> Path:
+    """Write a key to a new file that only this user can read, in the cache folder."""
+    file = cache_folder() / "keys" / f"{name}.key"
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     with open(os.open(file, flags, 0o600), "w", encoding="utf-8") as out:
-        out.write(process.key + "\n")
+        out.write(key + "\n")
     return file

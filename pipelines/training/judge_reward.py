@@ -14,6 +14,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,41 @@ from prefab.trainers.rl.rewards import Reward, RewardConfig, Source
 Engines = Mapping[str, Engine]
 T = TypeVar("T")
 Score = Callable[[Prompt, str], Coroutine[Any, Any, float | None]]
+
+NO_ANSWER = "no_answer"
+
+
+@dataclass(frozen=True, slots=True)
+class PrincipleScore:
+    """What a judge says of an answer under one principle.
+
+    Attributes:
+        principle: Its id.
+        weight: Its weight in the mean.
+        score: From -1 to 1; None where it could not be read.
+        value: The expected grade on the judge's own scale.
+        probabilities: Of each grade, from the lowest.
+        mass: The probability of all grades together.
+        reason: Why there is no score; NO_ANSWER where the engine gave none.
+        exactness: Whether the probabilities are exact, bounds, or a bare answer (hard).
+    """
+
+    principle: str
+    weight: float
+    score: float | None
+    value: float | None
+    probabilities: tuple[float, ...]
+    mass: float | None
+    reason: str | None
+    exactness: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """The score of an answer: from -1 to 1, or None where too little could be read."""
+
+    score: float | None
+    principles: list[PrincipleScore]
 
 
 @contextmanager
@@ -160,6 +196,18 @@ def find(loaded: ResolvedPipeline, config: RewardConfig) -> Judge[Any]:
 
 
 def scorer(loaded: ResolvedPipeline, session: AskingSession) -> Score:
+    """The judge's score of an answer alone."""
+    score_answer = answer_scorer(loaded, session)
+
+    async def score(prompt: Prompt, text: str) -> float | None:
+        return (await score_answer(prompt, text)).score
+
+    return score
+
+
+def answer_scorer(
+    loaded: ResolvedPipeline, session: AskingSession
+) -> Callable[[Prompt, str], Coroutine[Any, Any, AnswerScore]]:
     """The judge's score of an answer: the weighted mean over principles, None where less than the
     panel's `min_scored` of their weight is scored.
     """
@@ -170,7 +218,7 @@ def scorer(loaded: ResolvedPipeline, session: AskingSession) -> Score:
     tags = {keys.prompt_id(p.messages): p.tags for p in loaded.prompts} if tagged else {}
     recorded: set[str] = set()
 
-    async def score(prompt: Prompt, text: str) -> float | None:
+    async def score(prompt: Prompt, text: str) -> AnswerScore:
         if prompt.id not in recorded:
             recorded.add(prompt.id)
             session.ledger.add_prompts([prompt])
@@ -183,17 +231,30 @@ def scorer(loaded: ResolvedPipeline, session: AskingSession) -> Score:
         asks = [(Comparison(prompt, sample, sample), drawn)]
         responses = await judging.judge(judge, asks, ctx)
         found = [
-            (weights[one.use.principle], judge.reward(one.value))
+            _principle_score(judge, one.use.principle, weights[one.use.principle], one.value)
             for one in responses
             if isinstance(one.value, judges.Score)
         ]
-        scored = [(weight, value) for weight, value in found if value is not None]
+        there = {of.principle for of in found}
+        found += [
+            PrincipleScore(p.id, weights[p.id], None, None, (), None, NO_ANSWER, "hard")
+            for p in drawn
+            if p.id not in there
+        ]
+        scored = [(of.weight, of.score) for of in found if of.score is not None]
         weight, whole = sum(w for w, _ in scored), sum(weights.values()) * judge.repeats
         if not weight or weight < rule.min_scored * whole:
-            return None
-        return sum(w * value for w, value in scored) / weight
+            return AnswerScore(None, found)
+        return AnswerScore(sum(w * value for w, value in scored) / weight, found)
 
     return score
+
+
+def _principle_score(
+    judge: Judge[Any], principle: str, weight: float, of: judges.Score
+) -> PrincipleScore:
+    said = (of.value, of.probabilities, of.mass, of.reason, of.exactness)
+    return PrincipleScore(principle, weight, judge.reward(of), *said)
 
 
 @contextmanager

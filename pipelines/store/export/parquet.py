@@ -30,7 +30,7 @@ class ParquetFormat:
         if source.options != ExportOptions(truncated=source.options.truncated):
             raise ConfigError(
                 "parquet has the store's tables as they are, `marks` among them: leave rows out "
-                "by queries of your own, or choose another format"
+                "by joining that, or choose another format"
             )
         run = source.record["run"]
         for name in TABLES:

@@ -27,7 +27,11 @@ def _prompt(row: Row) -> Row | None:
         "prompt": row["prompt"],
         "ability": "preference",
         "reward_model": {"style": "model", "ground_truth": ""},
-        "extra_info": {"split": row["split"], "prompt_id": row["prompt_id"]},
+        "extra_info": {
+            "split": row["split"],
+            "prompt_id": row["prompt_id"],
+            "prompt": row["prompt"],  # what a reward function is given beside the answer
+        },
     }
 
 
