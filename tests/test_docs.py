@@ -42,6 +42,7 @@ WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text())]
 # Pages without commands, and pages whose commands all need a model or a GPU.
 NOT_RUN = {
     *("design", "exports", "log", "microworld", "models", "panels", "ppo", "reference", "training"),
+    "judge-server",
     "reliability",
     "verifiers",
     "view",
