@@ -157,6 +157,7 @@ __all__ = [
     "run_tests",
     "score_verdicts",
     "serve",
+    "serve_judge",
     "sweep",
     "train",
     "undo_forgetting",
