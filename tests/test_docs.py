@@ -106,6 +106,7 @@ NOT_RUN_BECAUSE = {
     "prefab watch": "waits for edits",
     "prefab test constitution.yaml": "the prompt's engine is the file's, vLLM",
     "prefab view store": "serves until it is ended",
+    "prefab judge serve": "serves until it is ended",
     "prefab sql 'SELECT value FROM evals": "after `prefab train online`",
 }
 ALSO_RUN = ("prefab view store --bundle",)
