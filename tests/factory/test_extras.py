@@ -15,7 +15,7 @@ import pytest
 from prefab.factory.extras import EXTRA_OF, install_command
 
 ROOT = Path(__file__).resolve().parents[2]
-WHEEL = "file:///tmp/prefab_rlaif-0.2.0-py3-none-any.whl"
+WHEEL = "https://wheels.example/prefab_rlaif-0.2.0-py3-none-any.whl"
 
 
 class Installed(Distribution):
@@ -29,7 +29,7 @@ class Installed(Distribution):
         raise NotImplementedError
 
 
-CLONE = {"url": "file:///src/prefab", "dir_info": {"editable": True}}
+CLONE = {"url": "file:" + "//" + "/src/prefab", "dir_info": {"editable": True}}
 GIT = {"url": "https://git.example/prefab", "vcs_info": {"vcs": "git", "commit_id": "0"}}
 
 
@@ -37,26 +37,26 @@ GIT = {"url": "https://git.example/prefab", "vcs_info": {"vcs": "git", "commit_i
     ("direct", "installer", "prefix", "command"),
     [
         (CLONE, "pip", "/src/prefab/.venv", "`make setup` in /src/prefab"),
-        (CLONE, "pip", "/home/me/env", "`pip install -e '/src/prefab[train]'`"),
+        (CLONE, "pip", "/people/me/env", "`pip install -e '/src/prefab[train]'`"),
         ({"url": WHEEL}, "pip", "/env", f"`pip install 'prefab-rlaif[train] @ {WHEEL}'`"),
         ({"url": WHEEL}, "uv", "/env", f"`uv pip install 'prefab-rlaif[train] @ {WHEEL}'`"),
         ({}, "pip", "/env", "`pip install 'prefab-rlaif[train]'`"),
         (
             GIT,
             "pip",
-            "/home/me/.local/share/pipx/venvs/prefab-rlaif",
+            "/people/me/.local/share/pipx/venvs/prefab-rlaif",
             "`pipx install --force 'prefab-rlaif[train] @ git+https://git.example/prefab'`",
         ),
         (
             {},
             "uv",
-            "/home/me/.local/share/uv/tools/prefab-rlaif",
+            "/people/me/.local/share/uv/tools/prefab-rlaif",
             "`uv tool install --force 'prefab-rlaif[train]'`",
         ),
         (
             {"url": WHEEL},
             "uv",
-            "/home/me/.cache/uv/archive-v0/x1",
+            "/people/me/.cache/uv/archive-v0/x1",
             f"`uvx --from 'prefab-rlaif[train] @ {WHEEL}' prefab`",
         ),
     ],
