@@ -122,7 +122,8 @@ class Gate:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         own = origin in {f"http://{host}" for host in self.hosts}
         foreign = site in ("cross-site", "same-site")
-        followed = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        link = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}  # not in a frame
+        followed = method == "GET" and all(headers.get(k) == v for k, v in link.items())
         if (origin is not None and not own) or (foreign and not followed):
             return PlainTextResponse("another page asked for this", 403)
         if method not in ("GET", "HEAD") and not own:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+REBOUND = "attacker.example"  # a name of somebody else that resolves to this machine
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -61,7 +62,8 @@ def browser() -> Iterator[Any]:
 
     with sync_playwright() as play:
         # the sandbox of Chromium needs user namespaces, which containers often lack
-        found = play.chromium.launch(executable_path=path(), args=["--no-sandbox"])
+        arguments = ["--no-sandbox", f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1"]
+        found = play.chromium.launch(executable_path=path(), args=arguments)
         yield found
         found.close()
 

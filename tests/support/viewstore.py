@@ -32,6 +32,8 @@ ATTACK = (
     "[link](javascript:alert(1)) \x1b]0;title\x07\x1b[31mred \u202egnitirw desrever\u202c "
     "{{ 7 * 7 }} &lt;b&gt; \u2028" + "w" * 3000
 )
+NAME = "<img src=x onerror='window.attacked = 3'>\u202eevil"  # of what people and trainers name
+LONG = "w" * 1_000_000
 
 
 def make(folder: Path, prompts: int = 40, attack: bool = False) -> Path:
@@ -39,26 +41,63 @@ def make(folder: Path, prompts: int = 40, attack: bool = False) -> Path:
     value, engines = noisyworld.pipeline(folder, JUDGES, prompts)
     if attack:
         engines = {name: _attacking(engine) for name, engine in engines.items()}
+        value["constitution"] = str(_attacking_constitution(folder))
     made: dict[str, Engine] = dict(engines)
     run({**value, "budget": {"unscored": 1.0}}, engines=made)
     store = folder / "store"
     _label(store)
     _edited(store, made)
     _evals(store)
+    if attack:
+        _attacking_evals(store)
     fill(store)
     return store
 
 
 def _attacking(engine: Any) -> Any:
-    """The engine, whose answers to prompts end with a text that attacks the page."""
-    answer = engine.answer
+    """The engine, whose answers to prompts end with a text that attacks the page; the first of them
+    is one word of a million letters.
+    """
+    answer, long = engine.answer, [LONG]
 
     def attack(request: Any) -> Any:
         made = answer(request)
-        return made if request.labels else replace(made, text=f"{made.text} {ATTACK}")
+        if request.labels:
+            return made
+        return replace(made, text=f"{made.text} {ATTACK}{long.pop() if long else ''}")
 
     engine.answer = attack
     return engine
+
+
+def _attacking_constitution(folder: Path) -> Path:
+    """The embedded world's constitution with titles that attack the page."""
+    text = (ROOT / "constitutions/microworld.yaml").read_text()
+    text = text.replace("title: No insults", f"title: {json.dumps(NAME)}")
+    text = text.replace("title: The embedded world", f"title: {json.dumps(NAME)}")
+    path = folder / "attack.yaml"
+    path.write_text(text)
+    return path
+
+
+def _attacking_evals(store: Path) -> None:
+    """Evaluations, benchmarks, probes and labels whose names and texts attack the page."""
+    ledger = Ledger.open(store)
+    share = {"value": 0.3, "low": 0.2, "high": 0.4}
+    example = {"turns": [["user", ATTACK]], "text": ATTACK + LONG, "score": 0.5}
+    metrics = {"gold": share, f"against {NAME}: win_rate": share, NAME: share}
+    found = {"metrics": metrics, "policy": NAME, "examples": [example]}
+    ledger.add_eval({"name": "eval policy", "subject": NAME, **found})
+    ledger.add_eval({"name": f"judge on {NAME}", "subject": NAME, "metrics": {NAME: 0.7}})
+    probe = {"pairs": 20, "right": 16, "flips": share, "again": share}
+    ledger.add_eval({"name": "audit judge", "subject": NAME, "metrics": {NAME: probe}})
+    trained = {"metrics": {NAME: 0.5}, "steps": 4, "history": []}
+    ledger.add_eval({"name": f"train {NAME}", "subject": NAME, **trained})
+    stopped = {"step": 41, "kl": 1.0, "alarm": ATTACK, "stopped": ATTACK}
+    ledger.add_eval({"name": "ppo", "subject": "ppo@41", "metrics": stopped})
+    asyncio.run(ledger.close())
+    with labeling.open_session(store, "world", NAME, "random", 0) as session:
+        session.say("a")
 
 
 def _label(store: Path) -> None:

@@ -5,10 +5,18 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from prefab.judges.kinds import human
+from prefab.pipelines.cli.main import app
 from prefab.pipelines.store.labels import recorded
 from tests.support import browser
 
@@ -40,6 +48,18 @@ def chromium():
 def address(made):
     with browser.served(made) as found:
         yield found
+
+
+@contextmanager
+def other_pages(folder: Path) -> Iterator[int]:
+    """A web server of somebody else on this machine, whose pages are the files of a folder."""
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
 
 
 def first(page, own: str) -> str:
@@ -183,24 +203,81 @@ def test_an_edit_is_checked_in_the_page(chromium, address):
     page.context.close()
 
 
-def test_texts_that_attack_run_nothing(chromium, attacked):
+def test_texts_that_attack_run_nothing(chromium, attacked, tmp_path):
+    """On each page, as files of `--bundle`, and in a run's report."""
+    pages, report = tmp_path / "pages", tmp_path / "report.html"
+    for words in (
+        ["view", str(attacked), "--bundle", str(pages), "--run", "world", "--limit", "3"],
+        ["report", "world", "--store", str(attacked), "--out", str(report)],
+    ):
+        assert CliRunner().invoke(app, words).exit_code == 0, words
     with browser.served(attacked) as address:
         page, notes = browser.page_of(chromium, address)
         own = address.split("?")[0]
-        name = first(page, own)
-        for at in (
-            "preferences",
-            "preferences?q=%3Cscript",
-            f"preference?id={name}",
-            "label",
-            "agreement",
-        ):
-            browser.ready(page, own + at)
-            assert page.evaluate("window.attacked") is None
-            assert page.evaluate("document.querySelectorAll('main img, main script').length") == 0
-            assert page.evaluate("document.documentElement.scrollWidth") <= 1280
-        assert notes.console == [] and notes.elsewhere == []
+        longest = "(await (await fetch('preferences?format=json&run=world&sort=length')).json())"
+        name = page.evaluate(f"async () => {longest}.rows[0].preference")
+        shown = [own + at.format(id=name) for at in (*PAGES, "preferences?q=%3Cscript")]
+        shown += [f"file://{file}" for file in (report, *sorted(pages.glob("*.html")))]
+        seen = ""
+        for at in shown:
+            page.goto(at)
+            if at.startswith(own):
+                browser.ready(page)
+            assert page.evaluate("window.attacked") is None, at
+            tags = "document.querySelectorAll('img, iframe, body script:not([src])').length"
+            assert page.evaluate(tags) == 0, at
+            assert page.evaluate("document.documentElement.scrollWidth") <= 1280, at
+            text = page.evaluate("document.documentElement.outerHTML")
+            assert not set(text) & set("\x1b\x07\u202e\u202c\u2028"), at
+            assert len(text) < 4_000_000, at  # the long word would stand in 66 calls
+            seen += text
+        assert notes.console == []
+        assert [url for url in notes.elsewhere if not url.startswith("file:")] == []
+        assert seen.count("&lt;img src=x onerror='window.attacked = 3'&gt;") > 10
         page.context.close()
+
+
+HOSTILE = """<!doctype html><meta charset="utf-8"><body>
+<iframe src="{own}preferences"></iframe><img src="{own}static/icon.svg">
+<form method="post" action="{own}label" target="sent"><input name="annotator" value="thief">
+<input name="said" value="undo"></form><iframe name="sent"></iframe></body>"""
+STEAL = """async (own) => {
+  const found = [];
+  for (const how of [{credentials: "include"}, {mode: "no-cors", credentials: "include"},
+                     {method: "POST", credentials: "include", body: "annotator=thief&said=undo"}])
+    try { found.push(await (await fetch(own + "label", how)).text()); } catch (error) { found.push(""); }
+  return found;
+}"""
+
+
+def test_another_page_reads_and_changes_nothing(chromium, store, tmp_path):
+    """A page of another port of this machine, and of a name that resolves to it, in a browser that
+    has the cookie.
+    """
+    labels = recorded(store)
+    with browser.served(store) as address, other_pages(tmp_path) as port:
+        own, _, token = address.partition("?")
+        (tmp_path / "index.html").write_text(HOSTILE.format(own=own))
+        page, _ = browser.page_of(chromium, address)
+        for host in ("127.0.0.1", browser.REBOUND):
+            other = page.context.new_page()
+            answers: dict[str, int] = {}
+            other.on(
+                "response",
+                lambda r, seen=answers: seen.update({f"{r.request.method} {r.url}": r.status}),
+            )
+            other.goto(f"http://{host}:{port}/index.html")
+            assert other.evaluate(STEAL, own) == ["", "", ""]
+            with other.expect_response(lambda r: r.request.method == "POST"):
+                other.evaluate("document.forms[0].submit()")
+            refused = {at: status for at, status in answers.items() if own in at}
+            assert {f"POST {own}label", f"GET {own}preferences"} <= refused.keys()
+            assert set(refused.values()) == {403}
+        rebound = own.replace("127.0.0.1", browser.REBOUND)
+        answer = other.goto(f"{rebound}runs?{token}")
+        assert answer.status == 421 and "another name" in other.content()
+        page.context.close()
+    assert recorded(store) == labels
 
 
 def test_without_the_token_the_browser_sees_nothing(chromium, address):

@@ -46,6 +46,11 @@ def test_another_name_is_refused(client, host):
         {"origin": "http://localhost:3000"},
         {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
         {"sec-fetch-site": "same-site", "sec-fetch-mode": "cors"},
+        {
+            "sec-fetch-site": "same-site",
+            "sec-fetch-mode": "navigate",
+            "sec-fetch-dest": "iframe",
+        },
     ],
 )
 def test_another_pages_request_is_refused(client, headers):
