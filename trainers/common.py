@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -438,9 +438,16 @@ def record_eval(
 
 
 @contextmanager
-def translate_errors(out: Path, smaller: str = "batch_size") -> Iterator[None]:
+def translate_errors(
+    out: Path, smaller: str = "batch_size", advice: Callable[[], str] | None = None
+) -> Iterator[None]:
     """Memory and disk that ran out, as errors that say what to turn down; the last whole checkpoint
     stays.
+
+    Args:
+        out: The output folder.
+        smaller: The fields to turn down.
+        advice: Says instead what to do where memory ran out.
 
     Raises: TrainError, StoreError.
     """
@@ -467,8 +474,13 @@ def translate_errors(out: Path, smaller: str = "batch_size") -> Iterator[None]:
             or "can't allocate memory" in text.lower()
             or "not enough memory" in text.lower()
         ):
+            todo = (
+                advice()
+                if advice
+                else f"Turn down {smaller}, or max_length; use lora, gradient_checkpointing: true, "
+                "or precision: bf16"
+            )
             raise TrainError(
-                f"memory ran out. Turn down {smaller}, or max_length; use lora, gradient_checkpointing: true, "
-                "or precision: bf16. The last whole checkpoint is kept"
+                f"memory ran out. {todo}. The last whole checkpoint is kept"
             ) from error
         raise

@@ -95,9 +95,20 @@ def _fit_to_rewards(name: str, stage: Stage, config: Any, quiet: bool) -> dict[s
     gold.
     """
     from prefab.pipelines.training.judge_reward import opened
+    from prefab.trainers.common import last_checkpoint
     from prefab.trainers.rl.checkpoint import METRICS, read_metrics
+    from prefab.trainers.trackers import open_trackers
 
+    out = Path(config.out)
+    last = last_checkpoint(out)
+    report = config.report if distributed.is_main() else []
     with (
+        open_trackers(
+            report,
+            out,
+            config.model_dump(mode="json"),
+            int(last.name.rpartition("-")[2]) if last else 0,
+        ) as trackers,
         opened(config, quiet) as (sources, gold),
         Progress(name, config.steps, quiet, "steps") as progress,
     ):
@@ -109,20 +120,16 @@ def _fit_to_rewards(name: str, stage: Stage, config: Any, quiet: bool) -> dict[s
                 if metrics.get(metric) is not None
             }
             progress.advance(metrics["step"] - progress.done, **facts)
+            trackers.log(metrics["step"], metrics)
 
         state = stage.run(config, sources=sources, gold=gold, on_step=show)
-    out = Path(config.out)
+        evaluations = _evaluations(out)
+        files = drawn(out, name, evaluations)
+        for file in files:
+            if file.suffix == ".png":
+                trackers.image(state.step, file.stem, file)
     steps = read_metrics(out / METRICS)
     trained = [m for m in steps if m["step"] > 0]
-    evaluations = [
-        {
-            "step": m["step"],
-            "alarm": m["alarm"],
-            **{name: m[f"eval/{name}"] for name in ("kl", "proxy", "gold")},
-        }
-        for m in steps
-        if "eval/gold" in m
-    ]
     return {
         "stage": name,
         "policy": str(out / stage.model),
@@ -133,8 +140,23 @@ def _fit_to_rewards(name: str, stage: Stage, config: Any, quiet: bool) -> dict[s
         "best": str(out / "best") if evaluations else None,
         "evaluations": evaluations,
         "alarm": next((m["alarm"] for m in steps if m.get("alarm")), ""),
-        "charts": [str(file) for file in drawn(out, name, evaluations)],
+        "charts": [str(file) for file in files],
     }
+
+
+def _evaluations(out: Path) -> list[dict[str, Any]]:
+    """The evaluations by gold of a run."""
+    from prefab.trainers.rl.checkpoint import METRICS, read_metrics
+
+    return [
+        {
+            "step": m["step"],
+            "alarm": m["alarm"],
+            **{name: m[f"eval/{name}"] for name in ("kl", "proxy", "gold")},
+        }
+        for m in read_metrics(out / METRICS)
+        if "eval/gold" in m
+    ]
 
 
 def drawn(out: Path, stage: str, evaluations: Sequence[dict[str, float]]) -> list[Path]:

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prefab.factory.errors import ConfigError
 from prefab.trainers.collate import LOGITS_AT_ONCE
 from prefab.trainers.common import loading, model_folder
-from prefab.trainers.offline.fitting import divisors, first_micro_batch, remedies
+from prefab.trainers.offline.fitting import GIB, divisors, first_micro_batch, remedies
 from prefab.trainers.offline.gpus import GPUS, OF_BF16, data_sheet
 
 if TYPE_CHECKING:
     from prefab.trainers.offline.loop import StageConfig
 
-GIB = 2**30
 SEQUENCES = {"sft": 1, "reward": 2, "dpo": 2, "kto": 2}  # of max_length, for a row of the data
 RESERVE = 0.92  # of a GPU's memory: the rest is the CUDA context and fragments
 REACHED = 0.35  # of the data sheet's FLOP/s; what large models and batches reach

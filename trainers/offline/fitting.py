@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from prefab.trainers.common import TrainError
 
+GIB = 2**30
 ROWS_ON_CPU = 8  # the fastest of 4, 8, 16 and 32 there
 
 
@@ -95,7 +96,7 @@ def fitted(
         if found:
             return {"micro_batch": found, "gradient_checkpointing": twice}
     raise TrainError(
-        f"not even {sizes[0]} of the longest rows fit on the GPU (of {budget / 2**30:.1f} GiB that "
+        f"not even {sizes[0]} of the longest rows fit on the GPU (of {budget / GIB:.1f} GiB that "
         "can be used after optimiser and gradients). " + remedies(trainer.stage)
     )
 
@@ -116,6 +117,25 @@ def remedies(config: Any, micro_batch: int = 1) -> str:
         ("a smaller data.max_length", True),
     ]
     return "Try " + ", ".join(words for words, possible in tried if possible)
+
+
+def memory_advice(trainer: Any) -> str:
+    """What to change where memory ran out: what was used, and what takes less."""
+    args, config = trainer.args, trainer.stage
+    rows = int(args.per_device_train_batch_size)
+    told = f"{rows} rows were in memory at once"
+    if args.device.type == "cuda":
+        import torch
+
+        free, whole = torch.cuda.mem_get_info(args.device)
+        others = whole - free - torch.cuda.memory_reserved(args.device)
+        peak = torch.cuda.max_memory_allocated(args.device)
+        told += (
+            f"; the peak was {peak / GIB:.1f} of {whole / GIB:.1f} GiB, and other programs and the "
+            f"driver hold {others / GIB:.1f}"
+        )
+    half = next((n for n in reversed(divisors(rows)) if n <= rows // 2), 1)
+    return f"{told}. {remedies(config, half)}"
 
 
 def _budget(trainer: Any, device: Any) -> int:

@@ -52,7 +52,7 @@ from prefab.trainers.common import (
 )
 from prefab.trainers.data import DataConfig, Encoder, Kind, Rows, read_rows, tokenised
 from prefab.trainers.model_card import loss_chart, write_card
-from prefab.trainers.offline.fitting import first_micro_batch
+from prefab.trainers.offline.fitting import first_micro_batch, memory_advice
 from prefab.trainers.trackers import Tracker, Trackers, check_trackers, open_trackers
 
 if TYPE_CHECKING:
@@ -633,7 +633,7 @@ def fit(
     begun = int(last.name.rpartition("-")[2]) if last else 0
     began = time.monotonic()
     with (
-        translate_errors(out, "micro_batch (the result stays the same)"),
+        translate_errors(out, advice=lambda: memory_advice(trainer)),
         _trackers(config, main, begun) as trackers,
     ):
         fit_to_memory(trainer, config, record)

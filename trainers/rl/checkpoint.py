@@ -33,7 +33,7 @@ from prefab.trainers.rl.state import PpoRun, Run, State
 
 METRICS = "metrics.jsonl"
 KEPT = 2  # checkpoints; the older one is what a stop by KL goes back to
-FREE = ("store", "save_every", "vllm")  # settings that may differ when a run goes on
+FREE = ("store", "save_every", "vllm", "report")  # settings that may differ when a run goes on
 
 
 def seed_step(seed: int, step: int, purpose: str, threads: int | None = None) -> int:

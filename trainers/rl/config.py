@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from prefab.trainers.common import Attention, Lora, Strict
 from prefab.trainers.data import DataConfig
 from prefab.trainers.rl.rewards import RewardConfig
+from prefab.trainers.trackers import Tracker
 
 
 class VllmSettings(Strict):
@@ -96,6 +97,9 @@ class RlConfig(Strict):
         256, ge=2, description="The same ones each time; of the validation split."
     )
     stop_on_alarm: bool = False
+    report: list[Tracker] = Field(
+        [], description="Where metrics are also sent; nothing is sent anywhere unless named here."
+    )
 
 
 class PpoConfig(RlConfig):

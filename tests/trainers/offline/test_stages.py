@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from prefab.factory.errors import ConfigError, StoreError
-from prefab.trainers import chat, collate, common
-from prefab.trainers.offline import losses
+from prefab.trainers import chat, collate, common, trackers
+from prefab.trainers.offline import loop, losses
 from prefab.trainers.offline import reward as reward_stage
 from prefab.trainers.registry import STAGES
 from tests.support import trained
@@ -138,7 +138,7 @@ def test_killed_and_run_again_the_weights_are_the_same_to_the_bit(world, stage, 
 
 
 def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_checkpoint(world, tmp_path):
-    from prefab.trainers.offline import dpo, loop
+    from prefab.trainers.offline import dpo
 
     config = world.config("dpo", tmp_path / "out", max_steps=None, eval_every=2, epochs=2)
     trainer, found, tokenizer = dpo.prepare(config)
@@ -557,11 +557,55 @@ def test_what_cannot_be_trained_is_told(world, tmp_path):
         )
     with pytest.raises(ConfigError, match="flash-attn"):
         world.run("dpo", tmp_path / "d", attention="flash_attention_2")
+    with pytest.raises(ConfigError, match="flex_attention needs a GPU"):
+        common.check_precision("fp32", "flex_attention", "cpu")
+    with pytest.raises(ConfigError, match="liger: true needs a GPU and the package"):
+        loop.use_liger(None, "cpu")
+    with pytest.raises(ConfigError, match="lora.bits: 4 needs the package bitsandbytes"):
+        common.quantised(common.Lora(bits=4), "cpu")
+    with pytest.raises(ConfigError, match="report: wandb is not installed: pip install wandb"):
+        trackers.check_trackers(["wandb"])
+
+
+def test_memory_that_runs_out_names_the_setting_and_what_to_write(world, tmp_path, monkeypatch):
+    from prefab.trainers.offline import sft
+
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    kind = sft.trainer_class()
+    monkeypatch.setattr(kind, "losses", runs_out)
+    monkeypatch.setattr(sft, "trainer_class", lambda: kind)
+    with pytest.raises(
+        common.TrainError, match="12 rows were in memory at once. Try micro_batch: 6"
+    ):
+        world.run("sft", tmp_path / "out")
+
+
+def test_trackers_get_every_log_of_a_stage(world, tmp_path, monkeypatch):
+    sent = []
+
+    class Sink:
+        def __init__(self, out, config, step):
+            sent.append((out.name, config["seed"], step))
+
+        def log(self, step, metrics):
+            sent.append((step, metrics))
+
+        def close(self):
+            sent.append("closed")
+
+    monkeypatch.setattr(trackers, "_TensorBoard", Sink)
+    world.run("sft", tmp_path / "out", max_steps=2, report=["tensorboard"])
+    assert sent[0] == ("out", 0, 0) and sent[-1] == "closed"
+    logs = dict(sent[1:3])
+    assert {1, 2} == set(logs) and logs[1]["loss"] > 0 and logs[1]["tokens_per_second"] > 0
+    assert any("eval_loss" in metrics for _, metrics in sent[1:-1])
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(world, tmp_path, monkeypatch):
     """The first checkpoint is held until a later step was taken, which it must not see."""
-    from prefab.trainers.offline import loop, sft
+    from prefab.trainers.offline import sft
 
     later, mark = threading.Event(), loop.mark_complete
     taken: list[bool] = []
@@ -591,8 +635,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(world, tmp_path, monkeyp
 
 
 def test_a_disk_that_fills_while_a_thread_writes_is_told(world, tmp_path, monkeypatch):
-    from prefab.trainers.offline import loop
-
     def full(folder):
         if folder.name == "checkpoint-4":
             raise OSError(errno.ENOSPC, "No space left on device")
