@@ -169,7 +169,7 @@ def _peak(trainer: Any, checkpointing: bool, rows: int) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     places = trainer.places
     try:
-        with torch.random.fork_rng(devices=[device]):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             model.train()
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from prefab.factory.errors import ConfigError
+from prefab.pipelines.cli.main import app
 from prefab.trainers.offline import dpo, loop
 from prefab.trainers.offline.estimate import estimate
 from prefab.trainers.offline.fitting import (
@@ -98,6 +103,19 @@ def test_an_estimate_follows_batch_precision_and_gpu():
     with pytest.raises(ConfigError, match="'abacus' is not known. Known are H200"):
         estimate(config(), "dpo", "abacus")
     assert data_sheet("NVIDIA GeForce RTX 4090") == (165.0, 24.0)
+
+
+def test_a_dry_run_estimates_and_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["train", "dpo", "dpo", "--dry-run", "--gpu", "H100", "--json"]
+    done = CliRunner().invoke(app, small)
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["fits"] and found["micro_batch"] == 32
+    large = [*small[:3], "--dry-run", "--gpu=L4", "--set=batch_size=4096", "--set=micro_batch=4096"]
+    done = CliRunner().invoke(app, large)
+    told = " ".join(done.stderr.split())
+    assert done.exit_code == 1 and re.search(r"Try micro_batch: \d{2,3} \(the result", told)
+    assert "nothing is trained" in done.stdout and not list(tmp_path.iterdir())
 
 
 def test_what_takes_less_memory_is_told_in_order():

@@ -647,6 +647,41 @@ def test_a_disk_that_fills_while_a_thread_writes_is_told(world, tmp_path, monkey
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_a_micro_batch_is_measured_without_a_trace(world, tmp_path, monkeypatch):
+    """By the GPU's own path, with another measure of memory: 100 bytes a row, 10 with
+    checkpointing."""
+    from prefab.trainers.offline import fitting, sft
+
+    config = world.config("sft", tmp_path / "out", max_steps=2, micro_batch="auto")
+    trainer, found, tokenizer = sft.prepare(config)
+    assert trainer.args.per_device_train_batch_size == 6  # on a CPU at most 8
+    rows, collate_rows = [], trainer.data_collator
+
+    def peak(_):
+        return rows[-1] * (10 if trainer.model.is_gradient_checkpointing else 100)
+
+    monkeypatch.setattr(
+        trainer, "data_collator", lambda items: rows.append(len(items)) or collate_rows(items)
+    )
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    state = torch.get_rng_state()
+    for budget, size, twice in ((700, 6, False), (90, 6, True)):
+        monkeypatch.setattr(fitting, "_budget", lambda *_, b=budget: b)
+        fitted = fitting.fitted(trainer, "auto", "auto")
+        assert fitted == {"micro_batch": size, "gradient_checkpointing": twice}
+    monkeypatch.setattr(fitting, "_budget", lambda *_: 5)
+    with pytest.raises(common.TrainError, match="not even 1 of the longest rows fit on the GPU"):
+        fitting.fitted(trainer, "auto", "auto")
+    assert torch.equal(state, torch.get_rng_state()) and trainer.places == 0
+    assert not trainer.sums["train"] and all(p.grad is None for p in trainer.model.parameters())
+    trainer.model.gradient_checkpointing_disable()
+    loop.set_micro_batch(trainer, 4)
+    rows.clear()
+    assert loop.fit(trainer, config, "sft", found, tokenizer, True)["steps"] == 2
+    assert rows[:6] == [4] * 6  # two steps of 12 rows
+
+
 def test_options_that_change_speed_change_nothing_that_is_learnt(world, tmp_path):
     world.run("sft", tmp_path / "plain", max_steps=3)
     options = {"loader_workers": 1, "log_every": 2, "gradient_checkpointing": True}
