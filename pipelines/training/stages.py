@@ -17,6 +17,7 @@ from prefab.trainers.registry import STAGES, Stage
 
 if TYPE_CHECKING:
     from prefab.trainers.offline.estimate import Estimate
+    from prefab.trainers.rl.config import RlConfig
 
 PRESETS = PACKAGE / "trainers" / "presets"
 SHOWN = ("reward", "kl", "eval/gold", "entropy", "length", "unfinished")
@@ -90,7 +91,7 @@ def fit(name: str, config: Any, quiet: bool = False) -> dict[str, Any]:
     return result
 
 
-def _fit_to_rewards(name: str, stage: Stage, config: Any, quiet: bool) -> dict[str, Any]:
+def _fit_to_rewards(name: str, stage: Stage, config: RlConfig, quiet: bool) -> dict[str, Any]:
     """The first and last metrics, where the policy is, why it stopped early, and the evaluations by
     gold.
     """
