@@ -51,6 +51,10 @@ class StoreError(PrefabError, RuntimeError):
     """The ledger or the DuckDB file is absent, damaged, locked, or the disk is full."""
 
 
+class InstallationError(PrefabError, RuntimeError):
+    """A file of Prefab, or of a package that it uses, is damaged."""
+
+
 class EngineError(PrefabError, RuntimeError):
     """An engine cannot start or has failed for good (no server, wrong model name, bad key)."""
 

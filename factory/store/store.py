@@ -474,15 +474,15 @@ def _arrow_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     if pa.types.is_boolean(kind):
         bits = np.packbits(np.fromiter(map(bool, values), bool, n), bitorder="little")
         return pa.Array.from_buffers(kind, n, [nulls, pa.py_buffer(bits)])
-    parts = [() if value is None else value for value in values]
-    if pa.types.is_string(kind):
-        parts = [value.encode() if value else b"" for value in values]
     starts = np.zeros(n + 1, dtype=np.int32)
-    np.cumsum(np.fromiter(map(len, parts), np.int64, n), out=starts[1:])
     if pa.types.is_string(kind):
-        text = pa.py_buffer(b"".join(parts))
-        return pa.Array.from_buffers(kind, n, [nulls, pa.py_buffer(starts), text])
-    items = _arrow_array(list(chain.from_iterable(parts)), kind.value_type)
+        texts = [value.encode() if value else b"" for value in values]
+        np.cumsum(np.fromiter(map(len, texts), np.int64, n), out=starts[1:])
+        buffers = [nulls, pa.py_buffer(starts), pa.py_buffer(b"".join(texts))]
+        return pa.Array.from_buffers(kind, n, buffers)
+    lists = [value or () for value in values]
+    np.cumsum(np.fromiter(map(len, lists), np.int64, n), out=starts[1:])
+    items = _arrow_array(list(chain.from_iterable(lists)), kind.value_type)
     return pa.Array.from_buffers(kind, n, [nulls, pa.py_buffer(starts)], children=[items])
 
 

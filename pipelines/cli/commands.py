@@ -8,13 +8,14 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from traceback import walk_tb
 from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 
 from prefab.factory.console import OutputStyle, output_style
-from prefab.factory.errors import ConfigError
+from prefab.factory.errors import ConfigError, InstallationError
 
 START, DATA, RULES = "Start here", "Make and look at data", "Work on a constitution"
 LABELS, TRAIN, KEEP = "Check labels and judges", "Train and evaluate", "Stores and servers"
@@ -102,6 +103,32 @@ class OrderedGroup(typer.core.TyperGroup):
         order = list(COMMANDS)
         place = {name: order.index(name) if name in order else len(order) for name in self.commands}
         return sorted(self.commands, key=lambda name: place[name])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises: InstallationError where a module could not be loaded from its compiled file. An
+        EOFError, which this raises, is taken for Ctrl-D otherwise.
+        """
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            file = damaged_bytecode(error)
+            if not file:
+                raise
+            raise InstallationError(
+                f"{file}: damaged ({error}). Delete it: Python compiles the module again"
+            ) from error
+
+
+def damaged_bytecode(error: BaseException) -> str:
+    """The compiled file (.pyc) that Python was reading when this error was raised; else empty."""
+    for frame, _ in walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_name == "get_code" and "importlib" in code.co_filename:
+            return str(frame.f_locals.get("bytecode_path") or "")
+    before = error.__cause__ or error.__context__
+    return damaged_bytecode(before) if before else ""
 
 
 def dress(app: typer.Typer) -> None:

@@ -4,20 +4,25 @@ of tables."""
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
+import py_compile
 import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import typer
 import typer.main
 from typer.testing import CliRunner
 
 from prefab import run
-from prefab.pipelines.cli.commands import COMMANDS, _all_commands
+from prefab.factory.errors import InstallationError
+from prefab.pipelines.cli.commands import COMMANDS, OrderedGroup, _all_commands
 from prefab.pipelines.cli.main import COMPLETE, app
 from tests.support import project
 
@@ -125,3 +130,24 @@ def test_intervals_show_both_bounds(store):
     both = invoked("agreement", "--store", store, "--resamples", "50", "--intervals").stdout
     assert "±" in plain or " -." in plain or " +." in plain
     assert "±" not in both and " to " in both
+
+
+@pytest.mark.parametrize("kept", [20, 60, -1])
+def test_a_damaged_compiled_file_is_named(tmp_path, monkeypatch, kept):
+    """Cut off or with a flipped byte; an EOFError would end as `Aborted.`, as after Ctrl-D."""
+    (tmp_path / "lately_damaged.py").write_text("VALUES = {'a': 1, 'b': [2, 'three'], 'c': None}\n")
+    file = Path(py_compile.compile(str(tmp_path / "lately_damaged.py"), doraise=True))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept] if kept > 0 else whole[:16] + b"\xff" + whole[17:])
+    monkeypatch.syspath_prepend(tmp_path)
+    damaging = typer.Typer(cls=OrderedGroup)
+
+    @damaging.command()
+    def load():
+        importlib.import_module("lately_damaged")
+
+    @damaging.command()
+    def other(): ...
+
+    error = RUN.invoke(damaging, ["load"]).exception
+    assert isinstance(error, InstallationError) and f"{file}: damaged (" in str(error)
