@@ -25,6 +25,7 @@ from prefab.factory.spec import bounded, yamlio
 # says why it cannot be read.
 Row = tuple[int, int, Any]
 COMPRESSED = (".gz", ".zst", ".bz2")
+ROWS, ROWS_BYTES = 64, 128 << 20  # of a table that are in memory together
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as TextIOWrapper gives them
 SPLITS = {
     "train": "train",
@@ -319,16 +320,22 @@ def _parquet_file(path: Path) -> Any:
 
     try:
         bounded.open_regular(path).close()
-        file = pyarrow.parquet.ParquetFile(path)
+        # as it is by default, a row group is read as a whole
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (pyarrow.ArrowException, OSError) as error:
         raise _problem(path, f"not a Parquet file: {str(error).split('.')[0]}") from None
     most = bounded.limit(bounded.MAX_UNPACKED)
+    lists = [
+        file.schema.column(j).max_repetition_level > 0 for j in range(file.metadata.num_columns)
+    ]
     for i in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(i)
         for j in range(group.num_columns):
             column = group.column(j)
             packed = max(column.total_compressed_size, 1)
-            if column.total_uncompressed_size > max(most, packed * bounded.MAX_RATIO):
+            # a list of one row may hold all values of the row group, each of 8 bytes in memory
+            unpacked = max(column.total_uncompressed_size, 8 * column.num_values * lists[j])
+            if unpacked > max(most, packed * bounded.MAX_RATIO):
                 raise _problem(
                     path, f"a column unpacks to more than {bounded.mb(most)}{bounded.HOW}"
                 )
@@ -336,12 +343,45 @@ def _parquet_file(path: Path) -> Any:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    # few rows at a time: a value that is stored once and named by each row is small in the file
     with _parquet_file(path) as file:
-        yield from _batches(path, file.iter_batches(batch_size=64))
+        rows = _rows_at_once(path, file.metadata)
+        yield from _batches(path, file.iter_batches(batch_size=rows), rows)
 
 
-def _batches(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
+def _rows_at_once(path: Path, metadata: Any) -> int:
+    """How many rows of a Parquet file are in memory together. A value that is stored once, in the
+    dictionary of a row group, may be that of each row, so a few rows can be larger than the file.
+    """
+    largest = 1
+    with bounded.open_regular(path) as file:
+        for i in range(metadata.num_row_groups):
+            group, size = metadata.row_group(i), 0
+            for j in range(group.num_columns):
+                column = group.column(j)
+                if column.has_dictionary_page:
+                    file.seek(column.dictionary_page_offset)
+                    size += _page_bytes(file.read(16)) or column.total_uncompressed_size
+                elif "DELTA_BYTE_ARRAY" in column.encodings:  # a value may repeat the one before
+                    size += column.total_uncompressed_size
+            largest = max(largest, size)
+    return max(1, min(ROWS, ROWS_BYTES // largest))
+
+
+def _page_bytes(header: bytes) -> int:
+    """The unpacked bytes of a Parquet page, from the first fields of its header (Thrift's compact
+    protocol: the page's type, then this size, both i32); 0 where it begins otherwise.
+    """
+    if len(header) < 4 or header[0] != 0x15 or header[1] > 0x7F or header[2] != 0x15:
+        return 0
+    number = 0
+    for place, byte in enumerate(header[3:8]):
+        number |= (byte & 0x7F) << (7 * place)
+        if byte <= 0x7F:
+            return number >> 1
+    return 0
+
+
+def _batches(path: Path, batches: Iterable[Any], rows: int = ROWS) -> Iterator[Row]:
     """Rows of Arrow batches, in pieces: a `datasets` file may be one batch of a million rows."""
     import pyarrow
 
@@ -351,8 +391,8 @@ def _batches(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
     )
     try:
         for batch in batches:
-            for offset in range(0, batch.num_rows, 64):
-                piece = batch.slice(offset, 64)
+            for offset in range(0, batch.num_rows, rows):
+                piece = batch.slice(offset, rows)
                 left -= piece.nbytes
                 if left < 0:
                     raise _problem(path, f"unpacks too far (at row {number + 1:,}){bounded.HOW}")

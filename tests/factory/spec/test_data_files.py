@@ -9,8 +9,10 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import polars as pl
-import pyarrow
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from prefab.factory.errors import ConfigError
@@ -28,7 +30,7 @@ def read(path):
 
 
 def zst(path):
-    with pyarrow.output_stream(str(path), compression="zstd") as file:
+    with pa.output_stream(str(path), compression="zstd") as file:
         file.write(TEXT)
 
 
@@ -182,9 +184,6 @@ def test_a_limit_of_reading_can_be_raised(tmp_path, monkeypatch):
 
 def test_a_table_that_names_one_long_value_again_and_again_is_refused(tmp_path, monkeypatch):
     """A few kilobytes of Parquet or Arrow that unpack to gigabytes are read in small pieces."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     values = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["x" * 100_000])
     table = pa.table({"prompt": values.cast(pa.large_string())})
     file = tmp_path / "a.parquet"
@@ -196,6 +195,62 @@ def test_a_table_that_names_one_long_value_again_and_again_is_refused(tmp_path, 
         for read, _, _ in data_files.rows(file):
             pass
     assert 50 < read < 200
+
+
+LISTS = {
+    "booleans": lambda n: pa.array(np.ones(n, dtype=bool)),
+    "nulls": lambda n: pa.nulls(n),
+    "numbers that are all missing": lambda n: pa.nulls(n, pa.int64()),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_row_with_a_list_of_millions_of_values_is_refused(tmp_path, monkeypatch, kind):
+    """A kilobyte of Parquet, which as Python values takes 8 bytes a value and more."""
+    monkeypatch.setenv(bounded.VARIABLE, str(1 / 32))
+    n = 2_000_000
+    values = pa.ListArray.from_arrays(pa.array([0, n], pa.int32()), LISTS[kind](n))
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": ["hi"], "x": values}), file, compression="zstd")
+    assert file.stat().st_size < 2_000
+    with pytest.raises(ConfigError, match="a column unpacks to more than 8 MB"):
+        list(data_files.rows(file))
+
+
+def test_a_table_nested_too_deeply_is_refused(tmp_path):
+    values = pa.array(["a"])
+    for _ in range(120):
+        values = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), values)
+    pq.write_table(pa.table({"prompt": ["hi"], "x": values}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="too deeply nested"):
+        list(data_files.rows(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(("length", "rows"), [(100, 64), (4_000_000, 33)])
+def test_the_longer_a_value_that_is_stored_once_the_fewer_rows_are_read_together(
+    tmp_path, length, rows
+):
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), ["x" * length])
+    file = tmp_path / "a.parquet"
+    table = pa.table({"prompt": values})
+    pq.write_table(table, file, compression="zstd", dictionary_pagesize_limit=1 << 30)
+    assert data_files._rows_at_once(file, pq.ParquetFile(file).metadata) == rows
+    _, _, row = next(data_files.rows(file))
+    assert row == {"prompt": "x" * length}
+
+
+def test_the_first_row_of_a_large_row_group_does_not_bring_the_others(tmp_path):
+    data = np.random.default_rng(0).integers(97, 123, 20_000_000, dtype=np.uint8)
+    starts = np.arange(0, len(data) + 1, 200, dtype=np.int32)
+    buffers = [None, pa.py_buffer(starts), pa.py_buffer(data)]
+    table = pa.table({"prompt": pa.Array.from_buffers(pa.string(), len(starts) - 1, buffers)})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    assert pq.ParquetFile(tmp_path / "a.parquet").metadata.num_row_groups == 1
+    before = pa.total_allocated_bytes()
+    rows = data_files.rows(tmp_path / "a.parquet")
+    assert len(next(rows)[2]["prompt"]) == 200
+    assert pa.total_allocated_bytes() - before < 6_000_000
+    rows.close()
 
 
 BROKEN = [
