@@ -14,7 +14,8 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,9 @@ from prefab.factory.spec import bounded, yamlio
 # Row number from 1, line in the file (0: the format has no lines), the value or a ValueError that
 # says why it cannot be read.
 Row = tuple[int, int, Any]
+Reader = Callable[[Path], Iterator[Row]]
 COMPRESSED = (".gz", ".zst", ".bz2")
+MOST_ROWS = 200_000  # that a plan or a check reads of a large file
 ROWS, ROWS_BYTES = 64, 128 << 20  # of a table that are in memory together
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as TextIOWrapper gives them
 SPLITS = {
@@ -51,7 +54,7 @@ JSON_COLUMNS = (
 )
 
 
-def rows(path: Path, text: bool = False) -> Iterator[Row]:
+def rows(path: Path, text: bool = False, every: int = 1) -> Iterator[Row]:
     """The rows of a file, or of all data files in a folder, in order.
 
     A folder is one that `datasets` saved, or one of Parquet or JSONL files, whose names begin with
@@ -60,20 +63,55 @@ def rows(path: Path, text: bool = False) -> Iterator[Row]:
     Args:
         path: The file or folder.
         text: Give the lines of a file of any other format.
+        every: Give one row in so many, spread evenly (see `stride`).
 
     Raises:
         ConfigError: There is no such file, its format is unknown, or it cannot be read at all. A
             single row that cannot be read is a ValueError in its place.
     """
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, every)
     if not path.exists():
         yamlio.read_text(path)  # raises, and names a file of a similar name
     kind = suffix_of(path)
     if kind not in READERS and not text:
         known = f"{', '.join(READERS)}, each also with {', '.join(COMPRESSED)}"
         raise _problem(path, f"cannot read rows from {kind or 'this'}; {known}")
-    return READERS.get(kind, _lines)(path)
+    return _some(READERS.get(kind, _lines), path, every)
+
+
+def _some(read: Reader, path: Path, every: int) -> Iterator[Row]:
+    if every == 1:
+        return read(path)
+    if read in (_parquet, jsonl_rows):  # which skip rows without decoding them
+        return read(path, every)  # type: ignore[call-arg]  # these two take it
+    return (row for row in read(path) if _chosen(row[0], every))
+
+
+def _chosen(number: int, every: int) -> bool:
+    """Whether a row is the one in so many. They are spread evenly, and never a period of the file:
+    the multiples of the golden ratio modulo 1.
+    """
+    return (number * 0x9E3779B9 % 2**32) * every < 2**32
+
+
+def stride(path: Path) -> int:
+    """Of how many rows one is to be read, so that about `MOST_ROWS` are. 1 for a file that has no
+    more, and for one of which that takes reading it (all but Parquet and plain JSON lines).
+    """
+    files = data_files(path) if path.is_dir() and not _saved_by_datasets(path) else [path]
+    return max(1, sum(_n_rows(file) for file in files if file.is_file()) // MOST_ROWS)
+
+
+def _n_rows(path: Path) -> int:
+    """About how many rows a file has, by its metadata or its first lines; 0 where unknown."""
+    if path.suffix.lower() == ".parquet":
+        with _parquet_file(path) as file:
+            return int(file.metadata.num_rows)
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        return 0
+    lengths = [len(data or b"") for _, data in islice(_raw_lines(path), 1000)]
+    return path.stat().st_size * len(lengths) // max(1, sum(lengths))
 
 
 def suffix_of(path: Path) -> str:
@@ -173,10 +211,11 @@ def _byte_lines(path: Path) -> Iterator[tuple[int, bytes | ValueError]]:
             yield line, data
 
 
-def jsonl_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file with one JSON value a line, whatever its name."""
+def jsonl_rows(path: Path, every: int = 1) -> Iterator[Row]:
+    """The rows of a file with one JSON value a line, whatever its name; or one in so many."""
     for number, (line, data) in enumerate(_byte_lines(path), 1):
-        yield number, line, data if isinstance(data, ValueError) else decode(data)
+        if every == 1 or _chosen(number, every):
+            yield number, line, data if isinstance(data, ValueError) else decode(data)
 
 
 def _lines(path: Path) -> Iterator[Row]:
@@ -342,10 +381,10 @@ def _parquet_file(path: Path) -> Any:
     return file
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, every: int = 1) -> Iterator[Row]:
     with _parquet_file(path) as file:
         rows = _rows_at_once(path, file.metadata)
-        yield from _batches(path, file.iter_batches(batch_size=rows), rows)
+        yield from _batches(path, file.iter_batches(batch_size=rows), rows, every)
 
 
 def _rows_at_once(path: Path, metadata: Any) -> int:
@@ -381,7 +420,7 @@ def _page_bytes(header: bytes) -> int:
     return 0
 
 
-def _batches(path: Path, batches: Iterable[Any], rows: int = ROWS) -> Iterator[Row]:
+def _batches(path: Path, batches: Iterable[Any], rows: int = ROWS, every: int = 1) -> Iterator[Row]:
     """Rows of Arrow batches, in pieces: a `datasets` file may be one batch of a million rows."""
     import pyarrow
 
@@ -396,15 +435,19 @@ def _batches(path: Path, batches: Iterable[Any], rows: int = ROWS) -> Iterator[R
                 left -= piece.nbytes
                 if left < 0:
                     raise _problem(path, f"unpacks too far (at row {number + 1:,}){bounded.HOW}")
-                for row in piece.to_pylist():
-                    number += 1
-                    yield number, 0, _with_lists(row)
+                numbers: Sequence[int] = range(number + 1, number + piece.num_rows + 1)
+                if every > 1:
+                    numbers = [n for n in numbers if _chosen(n, every)]
+                    places = [n - number - 1 for n in numbers]
+                    piece = piece.take(pyarrow.array(places, pyarrow.int64()))
+                for n, row in zip(numbers, piece.to_pylist(), strict=True):
+                    yield n, 0, _with_lists(row)
+                number += min(rows, batch.num_rows - offset)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         message = f"cannot be read after row {number}: {str(error).split('.')[0]}"
         raise _problem(path, message) from None
 
 
-Reader = Callable[[Path], Iterator[Row]]
 READERS: dict[str, Reader] = {
     ".jsonl": jsonl_rows,
     ".ndjson": jsonl_rows,
@@ -415,7 +458,7 @@ READERS: dict[str, Reader] = {
 }
 
 
-def _folder(path: Path) -> Iterator[Row]:
+def _folder(path: Path, every: int = 1) -> Iterator[Row]:
     files: list[tuple[Path, str | None, Reader]] = [
         (file, split, _arrow) for file, split in _saved_by_datasets(path)
     ]
@@ -428,13 +471,13 @@ def _folder(path: Path) -> Iterator[Row]:
             "is a folder without data: neither one that `datasets` saved (state.json), nor with "
             f"{', '.join(READERS)} files in it",
         )
-    number = 0
+    before = number = 0  # rows of the files before this one
     for file, split, read in files:
-        for _, line, row in read(file):
-            number += 1
+        for number, line, row in _some(read, file, every):
             if split and isinstance(row, dict) and row.get("split") is None:
                 row["split"] = split
-            yield number, line, row
+            yield before + number, line, row
+        before, number = before + number, 0
 
 
 def data_files(folder: Path) -> list[Path]:

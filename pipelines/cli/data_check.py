@@ -31,10 +31,13 @@ WHAT = {
 
 @dataclass(slots=True)
 class DataReport:
-    """What one data file holds: rows by layout and by kind, columns, and problems."""
+    """What one data file holds: rows by layout and by kind, columns, and problems. Of a file with
+    more than 200,000 rows one in `read_one_in` was read and counted.
+    """
 
     file: str
     rows: int = 0
+    read_one_in: int = 1
     bad: int = 0
     by_layout: dict[str, int] = field(default_factory=dict)
     by_kind: dict[str, int] = field(default_factory=dict)
@@ -113,7 +116,8 @@ def read_report(
     """
     path, names = Path(path), names or {}
     report = DataReport(str(path))
-    for number, line, value in data_files.rows(path):
+    report.read_one_in = data_files.stride(path)
+    for number, line, value in data_files.rows(path, every=report.read_one_in):
         report.rows += 1
         try:
             if isinstance(value, ValueError):
@@ -138,7 +142,7 @@ def read_report(
 
 def _check_prompts(path: Path, report: DataReport) -> None:
     """Check the ids, tags and splits of prompts as a pipeline does."""
-    prompts = Prompts(PromptsConfig(source=str(path.resolve())))
+    prompts = Prompts(PromptsConfig(source=str(path.resolve()))).some()
     for _ in prompts:
         pass
     known = {(p.path, p.message) for p in report.problems}
@@ -161,6 +165,8 @@ def _kind(record: layouts.Record) -> str:
 
 def _print(report: DataReport) -> None:
     kinds = ", ".join(f"{counted(n, 'row')} of {WHAT[kind]}" for kind, n in report.by_kind.items())
+    if report.read_one_in > 1:
+        kinds = f"of one row in {report.read_one_in:,} (the file is large): {kinds}"
     table(
         f"{report.file}: layout {' and '.join(report.by_layout) or 'unknown'}",
         ("column", "taken for"),

@@ -56,9 +56,15 @@ def plan(
     hint_command("run", pipeline, *(word for text in sets for word in ("--set", text)))
 
 
+def _read(found: Plan) -> str:
+    every = found.read_one_in
+    return f"about: one row in {every:,} was read, --sample 0 reads all; " if every > 1 else ""
+
+
 def _show_plan(name: str, found: Plan) -> None:
     part = (
-        f" ({found.counted:,} of them counted, chosen at random; the rest is extrapolated)"
+        f" ({_read(found)}{found.counted:,} of them counted, chosen at random; the rest is "
+        "extrapolated)"
         if found.counted < found.prompts
         else ""
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
 from math import isfinite
 from pathlib import Path
+from sys import maxsize
 from typing import Any
 
 from prefab.factory import keys, tool_calls
@@ -33,7 +35,7 @@ class Prompts:
     iteration.
 
     `n_rows` read, `n_malformed` of them (`problems` has the first), `n_skipped` by the `split` that
-    was asked for.
+    was asked for. Of a large file one row in `every` can be read, where that is enough.
     """
 
     def __init__(self, config: PromptsConfig, base: Path = Path()) -> None:
@@ -43,6 +45,15 @@ class Prompts:
         )
         self.n_rows = self.n_malformed = self.n_skipped = 0
         self.problems: list[Problem] = []
+        self.every = 1
+
+    def some(self) -> Prompts:
+        """Of a file with more than 200,000 rows, prompts from about so many of them."""
+        found = copy(self)
+        most = data_files.MOST_ROWS
+        if self.config.source != MICROWORLD and (self.config.limit or most) >= most:
+            found.every = data_files.stride(self.path)
+        return found
 
     def __iter__(self) -> Iterator[Prompt]:
         """Prompts in the order of the source.
@@ -53,7 +64,7 @@ class Prompts:
         self.n_rows = self.n_malformed = self.n_skipped = 0
         self.problems = []
         given, found = _Ids(), 0
-        for number, line, value in rows(self.config, self.path):
+        for number, line, value in rows(self.config, self.path, self.every):
             self.n_rows += 1
             try:
                 if isinstance(value, ValueError):
@@ -68,7 +79,7 @@ class Prompts:
                 continue
             found += 1
             yield prompt
-            if found == self.config.limit:
+            if found * self.every >= (self.config.limit or maxsize):
                 return
         if not found:
             raise ConfigError(self._nothing())
@@ -125,7 +136,7 @@ class _Ids:
             raise ValueError(f'the id "{prompt.id}" already names another prompt')
 
 
-def rows(config: PromptsConfig, path: Path) -> Iterator[Row]:
+def rows(config: PromptsConfig, path: Path, every: int = 1) -> Iterator[Row]:
     """The raw rows of a source with their numbers; a row that cannot even be decoded is a
     ValueError in its place.
 
@@ -134,7 +145,7 @@ def rows(config: PromptsConfig, path: Path) -> Iterator[Row]:
     """
     if config.source == MICROWORLD:
         return _microworld(config)
-    found = data_files.rows(path)
+    found = data_files.rows(path, every=every)
     names = data_files.columns(path)
     if names is not None:
         _check_columns(path, config.column, names)

@@ -38,6 +38,7 @@ from prefab.pipelines.config.loader import (
     models,
     resolve_pipeline,
 )
+from prefab.pipelines.config.prompts import Prompts
 from prefab.pipelines.config.registries import RECIPES
 from prefab.pipelines.run.context import Context, Counts
 from prefab.pipelines.run.dry_run import ChangeReasons, DryRunLedger, Row, asked_before
@@ -82,6 +83,8 @@ class Plan:
     Attributes:
         rows: By role, principle and judge.
         prompts: Prompts of the source; `counted` of them were counted, the others extrapolated.
+        read_one_in: Of a file with more than 200,000 rows one in so many was read, and `prompts`
+            is extrapolated.
         ask: Calls to make, as expected; `ask_low` and `ask_high` are its 95% interval, which is
             the number itself where all prompts were counted.
         at_most: Calls to make at most: each missing critique names a fault, each comparison is
@@ -115,6 +118,7 @@ class Plan:
     principles: list[PrinciplePlan] = field(default_factory=list)
     constitution: str = ""
     constitution_digest: str = ""
+    read_one_in: int = 1
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
@@ -234,6 +238,7 @@ def _totalled(
         principles=_principles(loaded, dry_run, rows, counted.changes),
         constitution=loaded.constitution.id,
         constitution_digest=constitution_digest(loaded.constitution),
+        read_one_in=counted.every,
     )
 
 
@@ -251,6 +256,7 @@ class _Counted:
         self.loaded, self.con, self.engines, self.before = loaded, con, engines, before
         self.changes, self.strata = changes, list[Stratum]()
         self.dry_run = self._ledger()
+        self.every = 1
 
     def _ledger(self) -> DryRunLedger:
         made = DryRunLedger(self.con, self.before, ChangeReasons(self.changes))
@@ -259,16 +265,24 @@ class _Counted:
         return made
 
     async def count(self, sample: int | None, progress: Progress) -> None:
-        """Count `sample` prompts; 0: all, None: all or as many as make `MOST_CALLS` calls."""
+        """Count `sample` prompts; 0: all, None: all or as many as make `MOST_CALLS` calls. Of a
+        large file only some rows are read, but for 0.
+        """
         if sample == 0:
             self.strata = [Stratum()]
             await self._each(self.loaded.prompts, self.strata[0], None, progress)
             return
         self.strata = [Stratum(), Stratum()]
-        for prompt in self.loaded.prompts:
+        source = self.loaded.prompts
+        if isinstance(source, Prompts):
+            source = source.some()
+            self.every = source.every
+        for prompt in source:
             known = asked_before(self.con, self.before, prompt.id)
             self.strata[known].add(prompt, sample or KEPT)
             progress.advance()
+        for stratum in self.strata:
+            stratum.size *= self.every
         total = sum(stratum.size for stratum in self.strata)
         wanted = sample or await self._affordable(total)
         for stratum in self.strata:

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,34 @@ def test_the_first_row_of_a_large_row_group_does_not_bring_the_others(tmp_path):
     assert len(next(rows)[2]["prompt"]) == 200
     assert pa.total_allocated_bytes() - before < 6_000_000
     rows.close()
+
+
+def test_of_a_large_file_some_rows_are_read_evenly_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_files, "MOST_ROWS", 300)
+    rows = [{"prompt": f"Question {i:06}?"} for i in range(1, 3001)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(text)
+    (tmp_path / "a.csv").write_text("prompt\n" + "\n".join(row["prompt"] for row in rows))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    pl.DataFrame(rows).write_parquet(tmp_path / "a.parquet", row_group_size=700)
+    (tmp_path / "folder").mkdir()
+    for i in range(2):
+        part = pl.DataFrame(rows[i * 1500 : i * 1500 + 1500])
+        part.write_parquet(tmp_path / f"folder/train-{i}.parquet")
+    places = [data_files.stride(path) for path in sorted(tmp_path.iterdir())]
+    assert places == [1, 10, 1, 10, 10]  # csv, jsonl, jsonl.gz, parquet, folder
+    every, plain = {}, [(i, row) for i, row in enumerate(rows, 1)]
+    for path in sorted(tmp_path.iterdir()):
+        assert [(n, row["prompt"]) for n, _, row in data_files.rows(path)] == [
+            (n, row["prompt"]) for n, row in plain
+        ]
+        every[path.name] = [(n, row["prompt"]) for n, _, row in data_files.rows(path, every=10)]
+    a = every["a.parquet"]
+    assert a == every["a.jsonl"] == every["a.csv"] == every["a.jsonl.gz"]
+    for some in (a, every["folder"]):
+        assert all(row == f"Question {n:06}?" for n, row in some) and 290 <= len(some) <= 310
+        gaps = {y - x for (x, _), (y, _) in pairwise(some)}
+        assert len(gaps) > 1 and max(gaps) < 30  # no period of the file
 
 
 BROKEN = [

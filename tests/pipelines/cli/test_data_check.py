@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from prefab.factory.errors import ConfigError
+from prefab.factory.spec import data_files
+from prefab.pipelines.cli.data_check import read_report
 from prefab.pipelines.cli.main import app
 
 
@@ -79,3 +81,11 @@ def test_prompts_are_checked_as_prompts(tmp_path):
     file = write(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}])
     with pytest.raises(ConfigError, match="already names another prompt"):
         check(file)
+
+
+def test_of_a_large_file_some_rows_are_checked_and_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_files, "MOST_ROWS", 50)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "q {i:03}"}}\n' for i in range(200)))
+    report = read_report(tmp_path / "a.jsonl")
+    assert report.read_one_in == 4 and 45 <= report.rows <= 55 and not report.problems
+    assert "one row in 4" in " ".join(check(tmp_path / "a.jsonl").split())

@@ -9,6 +9,7 @@ import yaml
 
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import RequestRefused, TransportError
+from prefab.factory.spec import data_files
 from prefab.factory.types import Completion
 from prefab.pipelines.run.plan import plan
 from prefab.pipelines.run.runner import run
@@ -160,3 +161,16 @@ def test_roles_tell_who_judges_its_own_answers(tmp_path):
         "judge judge": "the policy judges its own answers",
         "judge far": "",
     }
+
+
+def test_of_a_large_file_some_rows_are_read_and_the_rest_is_extrapolated(tmp_path, monkeypatch):
+    value = project.pipeline(tmp_path, prompts=400)
+    whole = plan(value)
+    assert whole.read_one_in == 1 and whole.prompts == 400
+    monkeypatch.setattr(data_files, "MOST_ROWS", 100)
+    some = plan(value)
+    assert some.read_one_in == 4 and 350 <= some.prompts <= 450 and some.counted <= 110
+    assert abs(some.ask / whole.ask - 1) < 0.12
+    assert plan(value, sample=0).data() == {**whole.data(), "counted": 400}
+    few = plan({**value, "prompts": {**value["prompts"], "limit": 60}})
+    assert few.read_one_in == 1 and few.prompts == 60
