@@ -188,7 +188,7 @@ def test_constitution(
         if as_json:
             return print_json({"file": added.file, "number": added.number, "test": added.test})
         say(f"{file}: test {added.number} added, which expects {added.test['prefer']}")
-        return hint_command("test", file)
+        return hint_command("test", file, *(("--store", store) if store else ()))
     with resumable():
         report = tests.run_tests(file, pipeline, sets, judge, principle, store, quiet=as_json)
     if junit:

@@ -4,6 +4,7 @@ forgetting.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -203,7 +204,8 @@ def forget(
         return print_json({"answers": count, "id": done.id if done else None, "dry_run": dry_run})
     say(f"{counted(count, 'answer')} {'would be' if dry_run else 'now'} forgotten")
     if done:
-        say(f"`prefab store forget --store {store} --undo {done.id}` lets them count again")
+        undo_it = shlex.join(["prefab", "store", "forget", "--store", str(store), "--undo"])
+        say(f"`{undo_it} {done.id}` lets them count again")
         hint_command("run", "PIPELINE.yaml")
 
 
