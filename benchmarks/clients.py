@@ -28,6 +28,7 @@ CLIENTS = [  # label, environment ("" is this one), script, variant, judgments a
     ("aiohttp, batch endpoint", "core", "raw_aiohttp", "batch", 40000, 10000),
     ("bare protocol", "core", "raw_proto", "", 40000, 10000),
     ("distilabel 1.5.3", "distilabel", "distilabel_judge", "", 2000, 2000),
+    ("distilabel 1.5.3, batches of 256", "distilabel", "distilabel_judge", "256", 2000, 2000),
 ]
 
 

@@ -55,7 +55,12 @@ NEAREST = {
         "factory/ledger/test_migrations.py",
     ),
     "judges/panel.py": ("judges/test_panel.py",),
-    "judges/base.py": ("factory/test_label_text.py", "judges/test_kinds.py"),
+    "judges/base.py": (
+        "factory/test_label_text.py",
+        "judges/test_kinds.py",
+        "judges/test_other_packages.py",
+        "pipelines/run/test_panel_kinds.py",
+    ),
     "judges/kinds/pairwise.py": ("factory/test_label_text.py", "judges/test_kinds.py"),
     "pipelines/store/verdicts.py": (
         "pipelines/store/test_store.py",
@@ -141,7 +146,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST | str]:
         case ast.Call(func=ast.Name(id=name)) if name in NAMES:
             fresh.func.id = NAMES[name]
             yield fresh
-        case ast.Return(value=ast.expr()):
+        case ast.Return(value=ast.expr()) if ast.unparse(node) != "return None":
             yield "return None"
         case ast.Expr(value=ast.Call() | ast.Await()) | ast.AugAssign():
             yield "pass"
@@ -152,10 +157,12 @@ def variants(node: ast.AST) -> Iterator[ast.AST | str]:
 
 def places(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes that may be changed: no annotations, decorators, strings, or what only an error's
-    message needs.
+    message needs, and no default of an argument `_`, which is never read.
     """
     for name, field in ast.iter_fields(tree):
         if name in ("annotation", "returns", "decorator_list"):
+            continue
+        if name == "defaults" and [arg.arg for arg in tree.args[-1:]] == ["_"]:  # type: ignore[attr-defined]
             continue
         for node in field if isinstance(field, list) else [field]:
             if isinstance(node, ast.AST) and not isinstance(node, ast.Raise | ast.JoinedStr):
@@ -290,7 +297,7 @@ def living(tree: Copy, some: list[Change], verbose: bool = False) -> list[Change
     found = []
     for number, change in enumerate(some, 1):
         tests = paths[change.tests]
-        passed = wait(tree.start(tests, change), 60 + 10 * usual[tests])
+        passed = wait(tree.start(tests, change), 60 + 3 * usual[tests])
         tree.restore(change)
         if passed:
             found.append(change)

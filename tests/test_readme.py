@@ -67,6 +67,9 @@ def test_what_the_tables_stand_on():
     assert f"medians of three interleaved rounds on {where['clients']['date']}" in text
     assert f"medians of {len(result('agreement')['runs'])} runs" in text
     assert f"those of {len(steps) - 1} steps after the first" in text
+    cpu_ms = {row["batch"]: row["cpu_ms"] for row in result("distilabel_batches")["table"]}
+    less, best = 1 - cpu_ms[256] / cpu_ms[64], min(cpu_ms, key=lambda batch: cpu_ms[batch])
+    assert f"With batches of {best}," in text and f"{less:.0%} less CPU a judgment" in text
     assert f"changes that were not committed: {', '.join(changed)}." in text
     assert len(result("vllm_load")["verdicts"]["prefab"]) == 1  # "of one run"
 

@@ -1,4 +1,6 @@
-"""distilabel 1.5.3: `PrometheusEval` (relative) in a pipeline, fed with the same rows and rules."""
+"""distilabel 1.5.3: `PrometheusEval` (relative) in a pipeline, fed with the same rows and rules.
+Variants: a number is the size of a batch, all of which is in flight at once; left out: as many as
+the other clients have in flight."""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ RUBRIC = (
 
 def main() -> None:
     options = workload.arguments()
+    size = int(options.variant or options.concurrency)
     llm = OpenAILLM(
         model="mock-prometheus",
         base_url=options.base_url,
@@ -27,16 +30,14 @@ def main() -> None:
         generation_kwargs={"max_new_tokens": 64, "temperature": 0.0},
     )
     with Pipeline(name="peers") as pipeline:
-        load = LoadDataFromDicts(
-            data=list(workload.rows(options.n)), batch_size=options.concurrency
-        )
+        load = LoadDataFromDicts(data=list(workload.rows(options.n)), batch_size=size)
         load >> PrometheusEval(
             name="judge",
             mode="relative",
             rubric="constitution",
             rubrics={"constitution": RUBRIC},
             llm=llm,
-            input_batch_size=options.concurrency,
+            input_batch_size=size,
             add_raw_input=False,
             add_raw_output=False,
         )

@@ -163,6 +163,13 @@ def test_ids_do_not_run_into_each_other_and_seeds_fit():
     assert keys.derived_seed(b"\xff" * 16) == 2**31 - 1
 
 
+def test_ids_have_not_moved():
+    lines = (("clear", 1.0), ("short", 0.5))
+    assert keys.digest("a", "b") == "0473ef2dc0d324ab659d3580c1134e9d"
+    assert keys.digest("rubric", [*map(list, lines)]) == "7007de56bd0303b9a465d4db1bed9d8e"
+    assert keys.rubric_id(lines) == "7007de56bd0303b9"
+
+
 def test_splits_have_the_stated_proportions():
     splits = [keys.split_of(f"group {i}") for i in range(4000)]
     assert (

@@ -185,6 +185,19 @@ def test_a_label_in_a_form_is_read_where_it_is_asked_for(said, finish, winner, r
     assert PAIRWISE.config.model_dump().keys().isdisjoint({"answer_tokens"})
 
 
+def test_two_tokens_are_room_for_a_form_and_one_is_not():
+    hard = Completion("**A**", "length", None, "hard")
+    for tokens, winner in ((1, None), (2, "a")):
+        config = pairwise.PairwiseConfig(name="pairwise", answer_tokens=tokens)
+        assert pairwise.PairwiseJudge(config).parse(hard, "ab").winner == winner
+
+
+@pytest.mark.parametrize("weight", [inf, nan, -1.0])
+def test_a_judges_weight_is_a_number_of_at_least_zero(weight):
+    with pytest.raises(ValueError, match="weight"):
+        pairwise.PairwiseConfig(name="pairwise", weight=weight)
+
+
 def test_forms_of_other_kinds():
     grade = pointwise.PointwiseJudge(pointwise.PointwiseConfig(name="p", answer_tokens=9))
     assert grade.decode(None, Completion("Rating: [[7]]", "stop", None, "hard")).value == 7.0

@@ -258,6 +258,8 @@ def test_only_what_applies_is_drawn():
 
 def test_orders():
     assert orders("both", 0, "p", 0, 1) == ("ab", "ba") and orders("first", 0, "p", 0, 1) == ("ab",)
+    known = [orders("random", 7, f"p{i}", 0, 1)[0] for i in range(8)]  # a rerun asks the same
+    assert known == ["ab", "ba", "ab", "ab", "ab", "ba", "ba", "ab"]
     drawn = [orders("random", 0, f"p{i}", 0, 1) for i in range(1000)]
     assert drawn == [orders("random", 0, f"p{i}", 0, 1) for i in range(1000)]
     assert 420 < drawn.count(("ab",)) < 580 and set(drawn) == {("ab",), ("ba",)}

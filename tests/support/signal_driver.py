@@ -25,7 +25,7 @@ def reached() -> None:
 
 
 def hold(phase: str) -> None:
-    """Make the phase last for a minute. `stuck` does so again while it ends."""
+    """Make the phase last for ten minutes. `stuck` does so again while it ends."""
     if phase == "asking":
         from prefab.factory.engines.scripted import Scripted
 
@@ -46,7 +46,7 @@ def hold(phase: str) -> None:
         def at_the_sixth(self, *arguments, **named):
             if self.state.global_step == 5:
                 reached()
-                time.sleep(60)
+                time.sleep(600)
             return step(self, *arguments, **named)
 
         Loop.training_step = at_the_sixth
@@ -60,7 +60,7 @@ def hold(phase: str) -> None:
             scored.append(None)
             if len(scored) == 6:
                 reached()
-                time.sleep(60)
+                time.sleep(600)
             return score(*arguments, **named)
 
         rewards.score_ended = at_the_sixth_batch
@@ -70,11 +70,11 @@ def hold(phase: str) -> None:
     def wait(*_, **__):
         try:
             reached()
-            time.sleep(60)
+            time.sleep(600)
         finally:
             if phase == "stuck":
                 reached()
-                time.sleep(60)
+                time.sleep(600)
 
     setattr(importlib.import_module(module), name, wait)
 

@@ -251,6 +251,7 @@ def test_a_refusal_is_asked_once_and_again_only_when_told_to(tmp_path):
 
     first, second = using(tmp_path, work), using(tmp_path, work)
     assert engine.asked == ["good", "bad"]
+    assert (first.asked, first.reused, second.asked, second.reused) == (1, 1, 0, 2)
     assert (first.failed, first.refused, second.failed, second.refused) == (1, 1, 0, 2)
 
     async def told():
@@ -331,8 +332,8 @@ def test_of_two_ledgers_one_asks_and_the_other_waits_for_its_answer(tmp_path):
         await asyncio.sleep(0.5)
         assert never.asked == []
         slow.released.set()
-        answers = await asyncio.wait_for(asyncio.gather(waiting, second), 10)
-        third = await asyncio.wait_for(two.ask(request("mine"), use(3), never), 10)
+        answers = await asyncio.wait_for(asyncio.gather(waiting, second), 120)
+        third = await asyncio.wait_for(two.ask(request("mine"), use(3), never), 120)
         await one.close()
         await two.close()
         return [a.text for a in (*answers, third)], never.asked
@@ -351,7 +352,7 @@ def test_what_is_in_flight_when_another_ledger_opens_is_claimed_first(tmp_path):
         second = asyncio.create_task(two.ask(request("q"), use(2), never))
         await asyncio.sleep(0.5)
         slow.released.set()
-        await asyncio.wait_for(asyncio.gather(waiting, second), 10)
+        await asyncio.wait_for(asyncio.gather(waiting, second), 120)
         await two.close()
         await one.close()
         return never.asked
@@ -439,14 +440,14 @@ def test_an_error_in_any_callback_reaches_all_who_wait(tmp_path, reading):
         waiting += [
             asyncio.create_task(ledger.ask(request(f"q{i}"), use(i), engine)) for i in range(2, 7)
         ]
-        errors = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        errors = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 120)
         assert engine.readings > reading
         told = [str(error) for error in errors if isinstance(error, StoreError)]
         assert told and all(
             "ledger.sqlite" in text and "ArithmeticError: no number" in text for text in told
         )
         again = [ledger.ask(request(f"q{i}"), use(i), engine) for i in range(7)]
-        assert [a.text for a in await asyncio.wait_for(asyncio.gather(*again), 5)] == [
+        assert [a.text for a in await asyncio.wait_for(asyncio.gather(*again), 120)] == [
             f"re q{i}" for i in range(7)
         ]
 
@@ -463,7 +464,7 @@ def test_a_question_asked_while_the_ledger_closes_ends_too(tmp_path, turns):
         for _ in range(turns):
             await asyncio.sleep(0)
         await ledger.close(drain=False)
-        results = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 5)
+        results = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 120)
         assert all(isinstance(result, StoreError) and "closed" in str(result) for result in results)
 
     asyncio.run(main())

@@ -59,10 +59,13 @@ def test_many_tokens_cost_no_more_than_few() -> None:
         took = []
         for tokens in (many, few):
             neutralise(text, tokens)
-            began = time.perf_counter()
-            for _ in range(20):
-                neutralise(text, tokens)
-            took.append((time.perf_counter() - began) / 20)
+            rounds = []
+            for _ in range(5):
+                began = time.process_time()
+                for _ in range(4):
+                    neutralise(text, tokens)
+                rounds.append((time.process_time() - began) / 4)
+            took.append(min(rounds))
         assert took[0] < max(0.005, 8 * took[1]), (text[:10], took)
 
 

@@ -24,7 +24,7 @@ def stopped(process, number):
     """Send the signal once the phase is reached; what the process says at its end."""
     assert process.stdout.readline() == "reached\n", process.communicate()[1]
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 128 + number, told
     assert f"stopped by {NAMES[number]}: " in told and "Traceback" not in told
     assert "The same command goes on" in told and "next: prefab " in told
@@ -75,6 +75,6 @@ def test_a_second_signal_ends_the_process_at_once(project, number, forks):
     for _ in range(2):
         assert process.stdout.readline() == "reached\n"
         process.send_signal(number)
-    process.wait(timeout=5)
+    process.wait(timeout=120)
     assert process.returncode == 128 + number
     finish(forks, "run", project, "-q")

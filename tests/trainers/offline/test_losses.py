@@ -53,6 +53,13 @@ def test_sigmoid_by_hand():
     )
 
 
+def test_a_certain_label_is_the_plain_loss_where_the_other_side_overflows():
+    loss = losses.preference("discopop", side(one(2000.0)), side(one(0.0)), 1.0)
+    assert loss.item() == pytest.approx(
+        0.0
+    )  # and not 0 times the infinite loss of the swapped pair
+
+
 @pytest.mark.parametrize(
     "name,value,slope",
     [
