@@ -9,15 +9,26 @@ The hackable reward model is trained on a few pairs and optimised with a leash f
 healthy one on all pairs, with the usual one. In time: before gold has lost a third of what it had
 gained. Gold is the oracle's, on prompts of the validation split; a run that stops by itself (KL,
 unfinished answers, a loss that is no number) is counted as diverged. How small a loss the alarm can
-see is a matter of how many prompts are watched, and how often."""
+see is a matter of how many prompts are watched, and how often.
+
+--simulate measures the rule alone: false alarms in runs whose gold never changes, and the loss at
+the alarm along the gold curves of the runs in results/alarm.json (beyond the end of a run that
+stopped, gold goes on at the rate of its last four evaluations)."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import asked, table, write
+import numpy as np
+
+from benchmarks.common import RESULTS, asked, table, write
+from prefab.trainers.rl import overoptimization
+from prefab.trainers.rl.overoptimization import Evaluation
 
 ARMS = {
     "hackable": {
@@ -96,6 +107,138 @@ def told(evaluations: list[dict[str, Any]], stopped: str) -> dict[str, Any]:
     }
 
 
+LEVELS = (1.0, 0.86, 0.71, 0.0, -0.14)  # of gold, as answers of the embedded world have them
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A simulated run: `changed` is the share of answers that another step draws anew; `planned`
+    evaluations are `every` so many steps apart.
+    """
+
+    changed: float
+    prompts: int
+    planned: int
+    every: int = 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.changed:.0%} of {self.prompts} answers change in a step, {self.planned} "
+            f"evaluations, {'one a step' if self.every == 1 else f'every {self.every} steps'}"
+        )
+
+
+CONSTANT = (
+    Setting(0.02, 128, 40),
+    Setting(0.1, 128, 40),
+    Setting(0.1, 256, 80),
+    Setting(0.3, 256, 80),
+    Setting(0.5, 256, 80),
+    Setting(1.0, 128, 40),
+    Setting(0.3, 512, 20),
+    Setting(0.3, 128, 8),
+    Setting(0.2, 128, 160),
+    Setting(0.1, 256, 40, 3),
+)
+FALLING = (Setting(0.03, 1536, 81, 3), Setting(0.05, 1536, 81, 3), Setting(0.08, 1536, 81, 3))
+
+
+def watch(
+    rng: np.random.Generator, drawn: Callable[[np.ndarray, int], np.ndarray], setting: Setting
+) -> int | None:
+    """The step of the first alarm of a run whose proxy always rises.
+
+    Args:
+        rng: Of the run.
+        drawn: Gold of each prompt, from a uniform number for each and the step.
+        setting: How the run changes and how it is watched.
+    """
+    u = rng.random(setting.prompts)
+    top = last = None
+    seen = 0
+    for step in range((setting.planned - 1) * setting.every + 1):
+        u = np.where(rng.random(setting.prompts) < setting.changed, rng.random(setting.prompts), u)
+        again = (
+            top is not None
+            and last is not None
+            and seen < 2 * setting.planned
+            and overoptimization.suspected([top, last])
+        )
+        if step % setting.every and not again:
+            continue
+        now = Evaluation(step, 0.1 * step, float(step), tuple(drawn(u, step).tolist()))
+        seen += 1
+        if top is None or last is None:
+            top = last = now
+            continue
+        if overoptimization.alarm([top, last, now], max(setting.planned, seen)):
+            return step
+        top, last = overoptimization.best([top, now]), now
+    return None
+
+
+def false_alarms(rng: np.random.Generator, setting: Setting, runs: int) -> float:
+    """The share of runs with an alarm where answers change and their distribution does not."""
+    fired = 0
+    for _ in range(runs):
+        shares = rng.dirichlet([1.9, 0.6, 0.2, 0.15, 0.15], size=setting.prompts)
+        chance = shares.cumsum(axis=1)[:, :-1]
+
+        def drawn(u: np.ndarray, step: int, chance: np.ndarray = chance) -> np.ndarray:
+            return np.array(LEVELS)[(u[:, None] > chance).sum(axis=1)]
+
+        fired += watch(rng, drawn, setting) is not None
+    return fired / runs
+
+
+def lost_at_alarm(
+    rng: np.random.Generator, run: dict[str, Any], setting: Setting, runs: int
+) -> list[float]:
+    """The share of its gain that a recorded run has lost at the alarm, simulated so often; infinite
+    without an alarm. An answer is good or bad, and the share of good ones is the run's gold.
+    """
+    steps, gold = zip(*((e["step"], e["gold"]) for e in run["evaluations"]), strict=True)
+    rate = (gold[-1] - gold[-4]) / (steps[-1] - steps[-4])
+    at = np.arange((setting.planned - 1) * setting.every + 1)
+    path = np.interp(at, steps, gold) + rate * np.maximum(at - steps[-1], 0)
+    lost = []
+    for _ in range(runs):
+        step = watch(rng, lambda u, step: (u < path[step]).astype(float), setting)
+        fallen = np.inf if step is None else run["best"] - path[step]
+        lost.append(float(fallen / (run["best"] - run["start"])))
+    return lost
+
+
+def simulate(args: argparse.Namespace) -> None:
+    """The rule alone: false alarms, and the loss at the alarm along recorded curves of gold."""
+    rng = np.random.default_rng(99)
+    false = {str(s): false_alarms(rng, s, args.runs) for s in CONSTANT}
+    table(["gold never changes", "runs with an alarm"], [[k, f"{v:.3f}"] for k, v in false.items()])
+    recorded = json.loads((RESULTS / "alarm.json").read_text())["runs"]["hackable"]
+    falling = [r for r in recorded if r["fired_at"] is not None]
+    found = {
+        str(s): {str(r["seed"]): lost_at_alarm(rng, r, s, max(1, args.runs // 20)) for r in falling}
+        for s in FALLING
+    }
+    in_time = {
+        name: float(np.mean([x <= 1 / 3 for some in by.values() for x in some]))
+        for name, by in found.items()
+    }
+    table(["gold falls", "in time"], [[k, f"{v:.3f}"] for k, v in in_time.items()])
+    medians = {
+        name: {seed: float(np.median(some)) for seed, some in by.items()}
+        for name, by in found.items()
+    }
+    write(
+        "alarm_rule",
+        args.quick,
+        arguments=asked(args),
+        false_alarms=false,
+        in_time=in_time,
+        median_lost_by_seed=medians,
+    )
+
+
 def main() -> None:
     """Train, tell, write."""
     from prefab.pipelines.cli.demo_training import overrides, watched
@@ -120,10 +263,15 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=3, help="Steps between evaluations.")
     parser.add_argument("--batch", type=int, default=32, help="Answers a step.")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--simulate", action="store_true", help="Train nothing, simulate the rule.")
+    parser.add_argument("--runs", type=int, default=400, help="Simulated, of each setting.")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
+        args.runs = 10
         args.hackable, args.healthy, args.prompts, args.every = 1, 1, 16, 1
+    if args.simulate:
+        return simulate(args)
     args.folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for arm, changes in ARMS.items():

@@ -14,7 +14,7 @@ both orders. Then
    marks below .6 are wrong. Intervals are a bootstrap over groups of prompts.
 2. reward models and DPO of base trained on the same pairs with each of these as the target, and
    with hard labels, three seeds each: accuracy and log loss on new pairs of the test split, the
-   policy's gold score on prompts of the test split. Intervals over prompts, seeds pooled, and for
+   policy's gold score on prompts of the test split. Intervals over groups, seeds pooled, and for
    policies also over seeds; differences are paired.
 
 `--store` and `--run` name a finished run of prefab-tiny, such as the demo's, to use in place of
@@ -274,7 +274,7 @@ def rewards(args: argparse.Namespace) -> dict[str, Any]:
             "log loss": np.mean(loss, axis=0),
             "ece by seed": np.array(error),
         }
-    return _against_share(scores, [a.prompt for a, _ in met])
+    return _against_share(scores, [a.cluster for a, _ in met])
 
 
 def policies(args: argparse.Namespace) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def policies(args: argparse.Namespace) -> dict[str, Any]:
         (judge, target): {name: by_seed(judge, target, name).mean(0) for name in measures}
         for judge, target in cells(args)
     }
-    of = [a.prompt for a in found["base"]]
+    of = [a.cluster for a in found["base"]]
     base = {
         name: bootstrap(np.array([measures[name](a) for a in found["base"]], dtype=float), of)
         for name in ("gold", "broken")
@@ -340,20 +340,20 @@ def over_seeds(values: np.ndarray) -> dict[str, float]:
 
 
 def _against_share(
-    scores: dict[tuple[str, str], dict[str, np.ndarray]], prompts: list[Any]
+    scores: dict[tuple[str, str], dict[str, np.ndarray]], groups: list[Any]
 ) -> dict[str, Any]:
-    """Each measure with its interval over prompts, and its difference from the target `share`."""
+    """Each measure with its interval over groups, and its difference from the target `share`."""
     made: dict[str, Any] = {}
     for (judge, target), measures in scores.items():
         row: dict[str, Any] = {}
         for name, values in measures.items():
-            if len(values) != len(prompts):
+            if len(values) != len(groups):
                 row[name] = values.tolist()
                 continue
-            row[name] = bootstrap(values, prompts)
+            row[name] = bootstrap(values, groups)
             if target != "share":
                 row[f"{name}, difference"] = bootstrap(
-                    values - scores[judge, "share"][name], prompts
+                    values - scores[judge, "share"][name], groups
                 )
         made[f"{judge}, {target}"] = row
     return made

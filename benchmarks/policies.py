@@ -14,7 +14,7 @@ by prefab-nano).
    of what principles say, their log-odds added up, and these made hard. With
    --online, PPO of SFT and of base and GRPO of base against that reward model, and DPO of base at a
    smaller beta, for the gold of each method at equal KL.
-3. everything on prompts of the test split, 2,000 answers a figure, intervals over prompts, paired;
+3. everything on prompts of the test split, 2,000 answers a figure, intervals over seeds and groups;
    reward models on fresh test pairs against the oracle. Learning rate, beta and margin are
    arguments: choose them with `--split val`, then measure once with `--split test`. Everything is
    kept below --folder: answers in the ledger, models beside it, so a stopped run goes on."""
@@ -233,10 +233,8 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
     rewards: dict[str, list[str]] = {}
     for seed in range(args.seeds) if args.only is None else [args.only]:
         fill(args.folder / "store")
-        for name, where, epochs in (
-            (SFT, "sft", args.sft_epochs),
-            (LONG, "sft-long", 3 * args.sft_epochs),
-        ):
+        long = [] if args.brief else [(LONG, "sft-long", 3 * args.sft_epochs)]
+        for name, where, epochs in ((SFT, "sft", args.sft_epochs), *long):
             policies.setdefault(name, []).append(
                 stage(
                     args,
@@ -277,6 +275,8 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
                     **tune,
                 )
             )
+            if args.brief:
+                continue
             rewards.setdefault(f"{judge}, {label}", []).append(
                 stage(
                     args,
@@ -288,17 +288,19 @@ def train(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
                     **reward,
                 )
             )
-        mixed = mixture(args, seed)
-        fill(args.folder / "store")
-        rewards.setdefault(REWARD, []).append(
-            stage(args, "reward", f"reward-{seed}", ("base-tiny-odds", MORE, mixed), seed, **reward)
-        )
+        pairs = ["base-tiny-odds"]
+        if not args.brief:
+            pairs += [MORE, mixture(args, seed)]
+            fill(args.folder / "store")
+            rewards.setdefault(REWARD, []).append(
+                stage(args, "reward", f"reward-{seed}", pairs, seed, **reward)
+            )
         policies.setdefault("SFT, then DPO", []).append(
             stage(
                 args,
                 "dpo",
                 f"sft-dpo-{seed}",
-                ("base-tiny-odds", MORE, mixed),
+                pairs,
                 seed,
                 model=sft,
                 **{**tune, "learning_rate": args.sft_dpo_lr, "beta": args.sft_dpo_beta},
@@ -535,36 +537,47 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
     return made
 
 
+COMPARED = (
+    "SELECT p.outcome, p.p_chosen, q.messages, a.text AS a, b.text AS b FROM preferences p "
+    "JOIN prompts q USING (prompt) "
+    'JOIN samples a ON a.run = p.run AND a.prompt = p.prompt AND a."index" = p.a '
+    'JOIN samples b ON b.run = p.run AND b.prompt = p.prompt AND b."index" = p.b '
+    "WHERE p.run = (SELECT max(run) FROM runs WHERE name = ?)"
+)
+
+
 def labels_measured(args: argparse.Namespace) -> dict[str, Any]:
-    """Exported pairs (after ties and margin) against gold, by judge and margin."""
+    """The panel's outcomes against gold, by judge and margin: of all comparisons that gold decides,
+    how many the panel decides rightly and wrongly, and how many it leaves undecided (a tie,
+    unscored, or below the margin)."""
     from prefab.factory.types import Message, Prompt
     from prefab.pipelines.evaluation.policy import gold_of
     from prefab.pipelines.store.fill import query
 
     made: dict[str, Any] = {}
-    for judge in (
-        ("tiny", "tiny-odds", "nano", "nano-odds") if args.ablation else ("tiny", "tiny-odds")
-    ):
-        rows = query(
-            args.folder / "store",
-            "SELECT * FROM pairs WHERE name = ? AND latest",
-            [f"base-{judge}"],
-        )
+    for judge in ("tiny", "tiny-odds", "nano", "nano-odds")[: 4 if args.ablation else 2]:
+        gaps, outcomes, margins = [], [], []
+        for row in query(args.folder / "store", COMPARED, [f"base-{judge}"]).iter_rows(named=True):
+            if row["a"] is None or row["b"] is None:
+                continue
+            talk = tuple(Message(r, c) for r, c in json.loads(row["messages"]))
+            gold = [gold_of(Prompt("", talk), row[side])["gold"] for side in "ab"]
+            if gold[0] != gold[1]:
+                gaps.append("a" if gold[0] > gold[1] else "b")
+                outcomes.append(row["outcome"])
+                margins.append((row["p_chosen"] or 0.5) - 0.5)
         for margin in sorted({0.0, 0.03, 0.06, 0.1, args.margin}):
-            right = []
-            for row in rows.iter_rows(named=True):
-                prompt = Prompt(
-                    row["prompt"], tuple(Message(r, c) for r, c in json.loads(row["messages"]))
-                )
-                gap = (
-                    gold_of(prompt, row["chosen"])["gold"]
-                    - gold_of(prompt, row["rejected"])["gold"]
-                )
-                if row["p_chosen"] - 0.5 >= margin and gap:
-                    right.append(gap > 0)
+            decided = [
+                (out == gold)
+                for out, gold, m in zip(outcomes, gaps, margins, strict=True)
+                if out in ("a", "b") and m >= margin
+            ]
             made[f"{judge}, margin {margin}"] = {
-                "right": sum(right) / max(1, len(right)),
-                "decided": len(right),
+                "right": sum(decided) / max(1, len(decided)),
+                "right_of_all": sum(decided) / max(1, len(gaps)),
+                "decided": len(decided),
+                "gold_decides": len(gaps),
+                "wrong": len(decided) - sum(decided),
             }
     return made
 
@@ -582,6 +595,11 @@ def main() -> None:
         "--labels", nargs="+", default=list(LABELS), choices=list(LABELS), help="Of the ablation."
     )
     parser.add_argument("--online", action="store_true", help="Also PPO and GRPO.")
+    parser.add_argument(
+        "--brief",
+        action="store_true",
+        help="SFT, DPO of base and SFT then DPO on base's pairs alone; no reward models.",
+    )
     parser.add_argument("--rl-steps", type=int, default=24)
     parser.add_argument("--rl-beta", type=float, default=0.3)
     parser.add_argument("--only", type=int, help="Train this seed alone.")
@@ -670,8 +688,11 @@ def _plain(value: Any) -> Any:
 def show(labels: dict[str, Any], found: dict[str, Any], scores: dict[str, Any]) -> None:
     """The tables, as they stand in the README."""
     table(
-        ["labels", "agree with gold", "decided"],
-        [[n, x["right"], x["decided"]] for n, x in labels.items()],
+        ["labels", "gold decides", "both decide", "right of these", "right of all"],
+        [
+            [n, *(x[k] for k in ("gold_decides", "decided", "right", "right_of_all"))]
+            for n, x in labels.items()
+        ],
     )
     names = ["broken", "gold", "helps_harmless", "coherent", "words", "kl"]
     table(

@@ -7,13 +7,14 @@ what best-of-n makes of each.
 Every reward model reads the same answers of the base policy to prompts of the test split: how often
 it agrees with the oracle on two answers to one prompt, how far its probabilities are off, and the
 gold score of the answer that it likes best of n. Best-of-n is the simplest over-optimisation: the
-harder one selects, the more a reward model's mistakes count. Intervals are over prompts, with seeds
-(each with pairs of its own) averaged first."""
+harder one selects, the more a reward model's mistakes count. Intervals are for another seed (each
+has pairs of its own) and another group of prompts."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 
 from benchmarks.alarm import all_but
 from benchmarks.common import table, words, write
-from prefab.factory.stats import bootstrap
+from prefab.factory.stats import Estimate, over_seeds
 
 
 def main() -> None:
@@ -43,6 +44,7 @@ def main() -> None:
         args.epochs, args.seeds, args.prompts, args.samples, args.pairs = [1, 2], 1, 8, 4, 32
     args.folder.mkdir(parents=True, exist_ok=True)
     prompts, answers = base_answers(args)
+    groups = [p.group or p.id for p in prompts]
     found = {
         epochs: [
             read(args, trained(args, epochs, seed), prompts, answers) for seed in range(args.seeds)
@@ -52,7 +54,7 @@ def main() -> None:
     rows, told = [], {}
     for epochs, seeds in found.items():
         told[epochs] = {
-            name: asdict(over_prompts([s[name] for s in seeds]))
+            name: asdict(over_both([s[name] for s in seeds], groups))
             for name in seeds[0]
             if name not in ("ece", "loss")
         }
@@ -74,11 +76,16 @@ def main() -> None:
     )
 
 
-def over_prompts(seeds: list[list[float]]) -> Any:
-    """The mean over seeds and prompts, with an interval over prompts; one where a figure says
-    nothing is left out."""
-    values = np.mean(seeds, axis=0)
-    return bootstrap(values[~np.isnan(values)])
+def over_both(seeds: list[list[float]], groups: Sequence[str]) -> Estimate:
+    """The mean over seeds and prompts, for another seed and another group of prompts; a prompt of
+    which a figure says nothing is left out."""
+    values = np.concatenate(seeds)
+    known = ~np.isnan(values)
+    return over_seeds(
+        values[known],
+        np.repeat(np.arange(len(seeds)), len(groups))[known],
+        np.array(list(groups) * len(seeds))[known],
+    )
 
 
 def trained(args: argparse.Namespace, epochs: int, seed: int) -> str:

@@ -68,11 +68,13 @@ def evaluated_at(config: RlConfig) -> range:
 
 def due(t: Run) -> bool:
     """Whether gold is asked after this step: as planned, and at once again where it was just seen
-    to have fallen, so that the alarm's second measurement need not wait.
+    to have fallen, so that the alarm's second measurement need not wait (at most as many times more
+    as planned).
     """
     planned, seen = evaluated_at(t.config), t.state.evaluations
     return t.state.step in planned or (
-        overoptimization.fallen(seen, len(planned))
+        len(seen) < 2 * len(planned)
+        and overoptimization.suspected(seen)
         and not overoptimization.alarm(seen, len(planned))
     )
 

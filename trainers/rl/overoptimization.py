@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -84,30 +84,37 @@ def fallen(evaluations: Sequence[Evaluation], tests: float, level: float = LEVEL
     now, top = evaluations[-1], best(evaluations)
     if top.step == now.step or now.proxy <= top.proxy:
         return False
-    lost = [a - b for a, b in zip(top.gold, now.gold, strict=True)]
-    n, mean = len(lost), fmean(lost)
+    lost = np.subtract(top.gold, now.gold)
+    n, mean = len(lost), float(lost.mean())
     if n < 2 or mean <= 0:
         return False
-    deviation, level = stdev(lost), level / max(tests, 1)
-    if deviation == 0:  # all prompts lost the same: the sign test
+    level /= max(tests, 1)
+    if np.ptp(lost) == 0:  # all prompts lost the same: the sign test
         return 2.0**-n <= level
-    return mean / (deviation / sqrt(n)) > t_quantile(1 - level, n - 1)
+    return mean / (float(lost.std(ddof=1)) / sqrt(n)) > t_quantile(1 - level, n - 1)
+
+
+def suspected(evaluations: Sequence[Evaluation]) -> bool:
+    """Whether gold is `fallen` at the last evaluation, at a tenth of the alarm's level: reason to
+    ask again after the next step, and what the alarm requires of the evaluation before.
+    """
+    return fallen(evaluations, 10)
 
 
 def alarm(evaluations: Sequence[Evaluation], planned: int, level: float = LEVEL) -> Alarm | None:
-    """The alarm, if it is on at the last of these evaluations: `fallen` there, with the level
-    divided by the number of pairs of evaluations, and at the one before, with it divided by
-    `planned`, which is how many evaluations the run will have.
+    """The alarm, if it is on at the last of these evaluations: `suspected` at the one before, and
+    `fallen` there with the level divided by n²/3, where n is how many evaluations the run will have
+    (`planned`, or more where there were more).
 
-    The best and the last evaluation are one pair of all, so by Bonferroni's bound over all pairs at
-    most `level` of the runs whose gold never changes have an alarm, however far their evaluations
-    depend on one another. (Sampled with a fixed seed only some answers change from step to step,
-    and a level divided by the number of evaluations alone was passed in up to 15% of such runs.)
+    The best and the last evaluation are one pair of n(n - 1)/2, and they depend on one another:
+    sampled with a fixed seed only some answers change from step to step. Simulated with 2 to 100%
+    of them changing (`python -m benchmarks.alarm --simulate`), at most `level` of the runs whose
+    gold never changes have an alarm; divided by n alone it was up to three times that.
     """
     n = max(planned, len(evaluations))
-    if len(evaluations) <= 2 or not fallen(evaluations[:-1], planned, level):
+    if len(evaluations) <= 2 or not suspected(evaluations[:-1]):
         return None
-    if not fallen(evaluations, n * (n - 1) / 2, level):
+    if not fallen(evaluations, n * n / 3, level):
         return None
     now, top = evaluations[-1], best(evaluations)
     return Alarm(now.step, top.step, top.gold_mean - now.gold_mean, now.proxy - top.proxy)

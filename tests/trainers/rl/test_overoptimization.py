@@ -43,7 +43,7 @@ def test_it_stays_silent_on_a_plateau_of_many_evaluations():
 def test_the_level_holds_where_few_answers_change_from_step_to_step():
     """Sampled with a fixed seed, as in training: 30% of the answers are drawn anew at each step
     from a distribution that stays the same. Dividing the level by the number of evaluations alone
-    gives alarms in 11 of these 100 runs (`benchmarks/coverage.py` simulates more settings)."""
+    gives alarms in 11 of these 100 runs (`benchmarks/alarm.py --simulate` has more settings)."""
     rng, fired, n, planned = np.random.default_rng(6), 0, 150, 60
     for _ in range(100):
         levels = np.array([1.0, 0.86, 0.71, 0.0, -0.14])
@@ -109,6 +109,22 @@ def test_the_level_is_that_of_a_paired_t_test():
             Evaluation(2, 1, 1.0, tuple(5.0 - lost)),
         ]
         assert overoptimization.fallen(history, planned) is fallen
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "fires"), [(2.7, 4.15, True), (2.5, 4.15, False), (2.7, 4.0, False)]
+)
+def test_the_alarm_needs_a_suspicion_and_then_its_own_level(before, now, fires):
+    """Of 80 evaluations: the normal quantile is 2.58 at .005, 4.07 at .05 over 80²/3."""
+    n = 10_000
+    half = np.tile([1.0, -1.0], n // 2)
+    s = np.std(half, ddof=1)
+    golds = [5.0 - (half + z * s / sqrt(n)) for z in (before, now)]
+    history = [
+        Evaluation(1, 1, 0.0, tuple([5.0] * n)),
+        *(Evaluation(k, 1, float(k), tuple(g.tolist())) for k, g in enumerate(golds, 2)),
+    ]
+    assert (overoptimization.alarm(history, 80) is not None) is fires
 
 
 def test_the_best_is_the_first_of_equals():
