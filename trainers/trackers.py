@@ -6,6 +6,7 @@ machine; Weights & Biases sends to its server. The packages are optional.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -133,7 +134,12 @@ class _Wandb:
 
         self.module = wandb
         self.run = wandb.init(
-            project=PROJECT, name=out.name, dir=str(out), config=dict(config), resume="allow"
+            project=PROJECT,
+            name=out.name,
+            id=hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16],
+            dir=str(out),
+            config=dict(config),
+            resume="allow",  # a training that goes on is the same run there
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

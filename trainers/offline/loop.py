@@ -52,7 +52,12 @@ from prefab.trainers.common import (
 )
 from prefab.trainers.data import DataConfig, Encoder, Kind, Rows, read_rows, tokenised
 from prefab.trainers.model_card import loss_chart, write_card
-from prefab.trainers.offline.fitting import first_micro_batch, memory_advice
+from prefab.trainers.offline.fitting import (
+    divisors,
+    first_micro_batch,
+    fitted,
+    memory_advice,
+)
 from prefab.trainers.trackers import Tracker, Trackers, check_trackers, open_trackers
 
 if TYPE_CHECKING:
@@ -78,6 +83,7 @@ NOT_IDENTITY = {  # fields that change nothing that is learnt
     "liger",
     "loader_workers",
     "log_every",
+    "micro_batch",  # the order of rows is that of the first start (see `fit_to_memory`)
 }
 
 
@@ -284,6 +290,7 @@ class Loop(_Trainer):
     names: list[str] = []  # of the rows of train, for messages
     kept: int = 2  # checkpoints
     places: int = 0  # tokens that were computed since the start, with padding
+    bucket: int | None = None  # rows of like length that stand together; None: the micro-batch
     deferred: list[Callable[[], Any]] | None = None  # parts of a checkpoint that a thread writes
 
     @cached_property
@@ -304,7 +311,7 @@ class Loop(_Trainer):
         )
         return Order(
             plain["length"],
-            self.args.per_device_train_batch_size * self.args.world_size,
+            (self.bucket or self.args.per_device_train_batch_size) * self.args.world_size,
             self.args.seed,
             extra,
         )
@@ -570,11 +577,9 @@ def finished(config: StageConfig, stage: str) -> dict[str, Any] | None:
             )
         return None
     record = json.loads(file.read_text())
-    wanted = _identity(config, stage)
-    if record["identity"] != wanted:
-        changed = sorted(
-            k for k in {*wanted, *record["identity"]} if wanted.get(k) != record["identity"].get(k)
-        )
+    wanted, was = _identity(config, stage), record["identity"]
+    names = {*wanted, *was} - NOT_IDENTITY
+    if changed := sorted(name for name in names if wanted.get(name) != was.get(name)):
         raise ConfigError(
             f"out: {out} holds another training (other {', '.join(changed)}). Name a new folder, or delete it"
         )
@@ -633,7 +638,7 @@ def fit(
     begun = int(last.name.rpartition("-")[2]) if last else 0
     began = time.monotonic()
     with (
-        translate_errors(out, advice=lambda: memory_advice(trainer)),
+        translate_errors(out, advice=lambda: _smaller_next_time(trainer, config, record)),
         _trackers(config, main, begun) as trackers,
     ):
         fit_to_memory(trainer, config, record)
@@ -668,21 +673,34 @@ def _trackers(config: StageConfig, main: bool, step: int) -> Trackers:
 
 def fit_to_memory(trainer: Any, config: StageConfig, record: dict[str, Any]) -> None:
     """On a GPU, choose the micro-batch and gradient checkpointing by measurement, where they are
-    `auto`. A training that goes on takes what it began with.
+    `auto`. A training that goes on takes what it began with, and the rows in the same order,
+    whatever its micro-batch is now.
 
     Raises: TrainError where not even one row fits.
     """
     automatic = config.micro_batch == "auto" or config.gradient_checkpointing == "auto"
-    if trainer.args.device.type == "cpu" or not automatic or _is_sharded(trainer):
-        return
-    if "fitted" not in record:
-        from prefab.trainers.offline.fitting import fitted
+    if trainer.args.device.type != "cpu" and automatic and not _is_sharded(trainer):
+        if "fitted" not in record:
+            record["fitted"] = fitted(trainer, config.micro_batch, config.gradient_checkpointing)
+        if config.micro_batch == "auto":
+            set_micro_batch(trainer, record["fitted"]["micro_batch"])
+        trainer.args.gradient_checkpointing = record["fitted"]["gradient_checkpointing"]
+    trainer.bucket = record.setdefault("bucket", trainer.args.per_device_train_batch_size)
+    if trainer.is_world_process_zero():
+        write_json(Path(config.out) / RECORD, record)
 
-        record["fitted"] = fitted(trainer, config.micro_batch, config.gradient_checkpointing)
-        if trainer.is_world_process_zero():
-            write_json(Path(config.out) / RECORD, record)
-    set_micro_batch(trainer, record["fitted"]["micro_batch"])
-    trainer.args.gradient_checkpointing = record["fitted"]["gradient_checkpointing"]
+
+def _smaller_next_time(trainer: Any, config: StageConfig, record: dict[str, Any]) -> str:
+    """What to do where memory ran out. A measured micro-batch is halved for the next start."""
+    rows = trainer.args.per_device_train_batch_size
+    told = memory_advice(trainer)
+    if config.micro_batch != "auto" or "fitted" not in record or rows == 1:
+        return f"{told}; then run the command again"
+    half = max(n for n in divisors(rows) if n <= rows // 2)
+    record["fitted"]["micro_batch"] = half
+    if trainer.is_world_process_zero():
+        write_json(Path(config.out) / RECORD, record)
+    return f"Run the same command again: it goes on with micro_batch {half}. If that is too much: {told}"
 
 
 def set_micro_batch(trainer: Any, rows: int) -> None:
@@ -727,8 +745,10 @@ def _begin(trainer: Any, config: StageConfig, stage: str, found: Rows) -> dict[s
         raise ConfigError(
             f"out: {out} holds an unfinished training on other data. Name a new folder, or delete it"
         )
-    if before and "fitted" in before:
-        record["fitted"] = before["fitted"]
+    if before:
+        record |= {name: before[name] for name in ("fitted", "bucket") if name in before}
+        if isinstance(old := before["identity"].get("micro_batch"), int):
+            record.setdefault("bucket", old)  # of an earlier version
     trainer.accelerator.wait_for_everyone()  # all have read the file before it is written
     if trainer.is_world_process_zero():
         write_json(file, record)

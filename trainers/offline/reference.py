@@ -29,6 +29,8 @@ def weights_of(model: Any, name: str, precision: Precision = "fp32") -> str:
     in memory and of the computation.
     """
     dtype = str(next(model.parameters()).dtype)
+    if getattr(model, "is_quantized", False):
+        dtype += f" {model.config.quantization_config.to_json_string()}"
     return model_identity(
         model_folder(name), dtype if precision == "fp32" else f"{dtype} {precision}"
     )

@@ -23,6 +23,7 @@ from prefab.factory.errors import ConfigError, StoreError
 from prefab.trainers import chat, collate, common, trackers
 from prefab.trainers.offline import loop, losses
 from prefab.trainers.offline import reward as reward_stage
+from prefab.trainers.offline import sft as sft_stage
 from prefab.trainers.registry import STAGES
 from tests.support import trained
 
@@ -580,6 +581,57 @@ def test_memory_that_runs_out_names_the_setting_and_what_to_write(world, tmp_pat
         common.TrainError, match="12 rows were in memory at once. Try micro_batch: 6"
     ):
         world.run("sft", tmp_path / "out")
+
+
+def test_a_training_that_ran_out_of_memory_goes_on_with_a_smaller_micro_batch(
+    world, tmp_path, monkeypatch
+):
+    """The rows of each step stay the same, so that the weights are those of a whole training."""
+    from prefab.trainers.offline import dpo
+
+    more = {"max_steps": 4, "eval_every": 2, "micro_batch": 6}
+    world.run("dpo", tmp_path / "whole", **more)
+    kind = dpo.trainer_class()
+    inner = kind.losses
+
+    def runs_out(self, *args):
+        if self.model.training and self.state.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, *args)
+
+    monkeypatch.setattr(kind, "losses", runs_out)
+    with monkeypatch.context() as m:
+        m.setattr(dpo, "trainer_class", lambda: kind)
+        with pytest.raises(common.TrainError, match="Try micro_batch: 3 .* run the command again"):
+            world.run("dpo", tmp_path / "cut", **more)
+    world.run("dpo", tmp_path / "cut", **more | {"micro_batch": 3})
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.allclose(whole[n], cut[n], atol=1e-5) for n in whole)
+    record = json.loads((tmp_path / "cut/training.json").read_text())
+    assert record["bucket"] == 6 and record["result"]["steps"] == 4
+
+
+def test_a_measured_micro_batch_is_halved_where_memory_runs_out(tmp_path):
+    class Trainer:
+        class args:
+            per_device_train_batch_size, device = 12, torch.device("cpu")
+
+        stage = sft_stage.SftConfig.model_validate(
+            {
+                "model": "m",
+                "out": str(tmp_path),
+                "micro_batch": "auto",
+                "data": {"sources": [{"files": "x"}]},
+            }
+        )
+
+        def is_world_process_zero():
+            return True
+
+    record = {"fitted": {"micro_batch": 12, "gradient_checkpointing": False}}
+    told = loop._smaller_next_time(Trainer, Trainer.stage, record)
+    assert told.startswith("Run the same command again: it goes on with micro_batch 6.")
+    assert json.loads((tmp_path / "training.json").read_text())["fitted"]["micro_batch"] == 6
 
 
 def test_trackers_get_every_log_of_a_stage(world, tmp_path, monkeypatch):
