@@ -85,6 +85,22 @@ def default_device() -> str:
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
+def unused_gpu(devices: Path = Path("/dev")) -> list[str]:
+    """A note where a machine has an NVIDIA GPU that torch does not use, with the reason."""
+    if default_device() != "cpu" or not (devices / "nvidia0").exists():
+        return []
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is a build for CPUs"
+    elif hidden is not None and not hidden.strip(" -1"):
+        why = f"CUDA_VISIBLE_DEVICES is {hidden!r}"
+    else:
+        why = "torch cannot use it; `prefab doctor` looks at the driver"
+    return [f"training on the CPU though there is a GPU: {why}"]
+
+
 def attention_for(wanted: Attention, device: str) -> str:
     """The attention implementation: on a CPU `eager` trains about twice as fast as `sdpa`, whose
     backward is slow there.

@@ -197,3 +197,18 @@ def test_memory_and_disk_that_run_out_say_what_to_turn_down(tmp_path):
             raise error
     with pytest.raises(RuntimeError, match="something else"), common.translate_errors(tmp_path):
         raise RuntimeError("something else")
+
+
+def test_a_gpu_that_is_not_used_is_told_with_the_reason(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(common, "default_device", lambda: "cpu")
+    assert common.unused_gpu(tmp_path) == []
+    (tmp_path / "nvidia0").write_text("")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is a build for CPUs" in common.unused_gpu(tmp_path)[0]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert common.unused_gpu(tmp_path)[0].endswith("a GPU: CUDA_VISIBLE_DEVICES is ''")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "prefab doctor" in common.unused_gpu(tmp_path)[0]

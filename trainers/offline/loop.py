@@ -47,6 +47,7 @@ from prefab.trainers.common import (
     remove_old,
     seed_everything,
     translate_errors,
+    unused_gpu,
     write_ends,
     write_json,
 )
@@ -642,7 +643,7 @@ def fit(
         _trackers(config, main, begun) as trackers,
     ):
         fit_to_memory(trainer, config, record)
-        for note in found.notes if main and not quiet else ():
+        for note in [*found.notes, *unused_gpu()] if main and not quiet else ():
             warn(note)
         _callbacks(trainer, config, stage, quiet or not main, trackers)
         try:
@@ -722,15 +723,13 @@ def _begin(trainer: Any, config: StageConfig, stage: str, found: Rows) -> dict[s
     Raises: ConfigError where the folder holds an unfinished training on other data, or the
     configuration cannot be carried out on several devices.
     """
-    out, record = (
-        Path(config.out),
-        {
-            "identity": _identity(config, stage),
-            "data": data_digest(trainer.train_dataset),
-            "lineage": found.lineage,
-            "notes": found.notes,
-        },
-    )
+    out = Path(config.out)
+    record: dict[str, Any] = {
+        "identity": _identity(config, stage),
+        "data": data_digest(trainer.train_dataset),
+        "lineage": found.lineage,
+        "notes": found.notes,
+    }
     file = out / RECORD
     if config.lora and config.lora.bits and config.merge_lora:
         raise ConfigError(
