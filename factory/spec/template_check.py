@@ -29,6 +29,7 @@ MAX_NODES = 10_000  # of its syntax tree
 MAX_DEPTH = 40  # of tags and expressions, one within the other
 MAX_LOOPS = 2  # one within the other
 MAX_TURNS = 10_000  # of all loops of one message together
+MAX_READ = 50_000_000  # characters that filters, tests and operators read in its loops
 MAX_RANGE = 100
 MAX_TEXT = 4_000_000  # characters that a filter gives, or all messages of one rendering
 MAX_GROWTH = 64  # how many texts a variable of {% set %} may be made of
@@ -48,6 +49,7 @@ MAPPING_METHODS = frozenset(("items", "keys", "values", "get"))
 FILTERS = _words("""
     capitalize count d default first indent int float join last length list lower max min replace
     reverse sort string title tojson trim truncate upper wordcount""")
+READ_NOTHING = _words("count d default first last length string")  # whatever a text's length
 TESTS = _words("""
     boolean defined divisibleby eq equalto even false float ge gt in integer iterable le lower lt
     mapping ne none number odd sequence string true undefined upper == != > >= < <=""")
@@ -125,6 +127,19 @@ def _counted(context: Context, items: Any) -> Any:
     return found
 
 
+@jinja2.pass_context
+def _read(context: Context, value: Any) -> Any:
+    """What a filter, a test or an operator in a loop reads, counted against what one message may
+    read: ten thousand turns over a long text take minutes.
+    """
+    left = context.parent["loop turns"]
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    left[1] -= sum(len(item) for item in items if isinstance(item, str))
+    if left[1] < 0:
+        raise ValueError(f"its loops read more than {MAX_READ:,} characters")
+    return value
+
+
 def _method(value: Any, name: str, *args: Any) -> Any:
     """`value.name(*args)` for the few methods that a template may call."""
     if isinstance(value, jinja2.Undefined):
@@ -161,6 +176,7 @@ ENV.filters = {
     "indent": _indent,
     "the turns of a loop": _counted,
     "a method": _method,
+    "what is read": _read,
 }
 ENV.tests = {name: test for name, test in ENV.tests.items() if name in TESTS}
 ENV.globals = {"range": _range}
@@ -319,20 +335,58 @@ class _Growth:
 
 
 class _Guards(NodeTransformer):
-    """Has loops counted, and methods called by `_method`."""
+    """Has loops counted, with what is read in them, and methods called by `_method`."""
+
+    def __init__(self) -> None:
+        self._loops = 0
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         """A loop whose turns are counted."""
+        self._loops += 1
         self.generic_visit(node)
+        self._loops -= 1
         node.iter = _filter(node.iter, "the turns of a loop", [])
         return node
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:
+        """A filter whose text is counted where it is in a loop."""
+        self.generic_visit(node)
+        if self._loops and node.node is not None and node.name not in READ_NOTHING:
+            node.node = _filter(node.node, "what is read", [])
+        return node
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Test:
+        """As a filter."""
+        self.generic_visit(node)
+        if self._loops and node.name in ("lower", "upper", "in"):
+            node.node = _filter(node.node, "what is read", [])
+        return node
+
+    def visit_Operand(self, node: nodes.Operand) -> nodes.Operand:
+        """A text in which another one is looked for."""
+        self.generic_visit(node)
+        if self._loops and node.op in ("in", "notin"):
+            node.expr = _filter(node.expr, "what is read", [])
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+        """The text that is put together in a loop."""
+        self.generic_visit(node)
+        return _filter(node, "what is read", []) if self._loops else node
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Expr:
+        """As `visit_Concat`."""
+        self.generic_visit(node)
+        return _filter(node, "what is read", []) if self._loops else node
 
     def visit_Call(self, node: nodes.Call) -> nodes.Expr:
         """A call of `range` as it is; that of a method by `_method`."""
         self.generic_visit(node)
         if not isinstance(node.node, nodes.Getattr):
             return node
-        return _filter(node.node.node, "a method", [nodes.Const(node.node.attr), *node.args])
+        value = node.node.node
+        value = _filter(value, "what is read", []) if self._loops else value
+        return _filter(value, "a method", [nodes.Const(node.node.attr), *node.args])
 
 
 def _filter(node: nodes.Node, name: str, args: list[nodes.Expr]) -> nodes.Filter:

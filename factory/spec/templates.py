@@ -94,7 +94,7 @@ class Template:
             ConfigError: It cannot be filled in: a variable that it uses was not given, an example
                 lacks a field, or it makes too much text. Names the file and the line.
         """
-        variables["loop turns"] = [template_check.MAX_TURNS]
+        variables["loop turns"] = [template_check.MAX_TURNS, template_check.MAX_READ]
         context = self._new_context(variables)
         join = "".join if self._ours else _joined
         messages, total = [], 0

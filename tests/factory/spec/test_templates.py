@@ -240,6 +240,38 @@ def test_a_template_is_tried_on_sample_values(tmp_path, body, says):
         load_template(file, "listwise")
 
 
+READS = [
+    "{% set x = question|upper %}",
+    "{% set x = question ~ question %}",
+    "{% set x = question + question %}",
+    "{% if 'zz' in question %}x{% endif %}",
+    "{% if question is upper %}x{% endif %}",
+    "{% if question.split() %}{% endif %}",
+    "{% if answers|join %}{% endif %}",
+]
+
+
+@pytest.mark.parametrize("body", READS)
+def test_loops_read_long_texts_a_bounded_number_of_times(tmp_path, body):
+    """On sample values they take less than a second; on a long text they would take minutes."""
+    file = tmp_path / "mine.jinja"
+    loops = "{% for i in range(5) %}{% for j in range(50) %}"
+    file.write_text(with_body(loops + body + "{% endfor %}{% endfor %}"))
+    template = load_template(file, "listwise")
+    text = "a word " * 60_000
+    with pytest.raises(ConfigError, match="its loops read more than 50,000,000 characters"):
+        template.render(**given_to("listwise") | {"question": text, "answers": [text]})
+
+
+def test_what_reads_nothing_may_stand_in_loops_over_long_texts(tmp_path):
+    file = tmp_path / "mine.jinja"
+    body = "{% if question is defined and question|length > 1 and question != 'b' %}.{% endif %}"
+    file.write_text(with_body("{% for i in range(100) %}" + body + "{% endfor %}"))
+    values = given_to("listwise") | {"question": "a word " * 200_000}
+    (message,) = load_template(file, "listwise").render(**values)
+    assert "." * 100 in message.content
+
+
 def test_a_template_may_do_what_prompts_need(tmp_path):
     file = tmp_path / "mine.jinja"
     body = """{% set short = question[:200].strip()|upper %}
