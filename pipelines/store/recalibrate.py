@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RECALIBRATE = "calibrate"  # of a prompt in `work` whose answers did not change
 FIRST_BATCH = 64  # prompts; later batches have about VERDICTS verdicts
-VERDICTS = 16_384
+VERDICTS = 65_536  # 30 MB; each batch scans the tables
 _VERDICTS = """SELECT p.preference, p.prompt, p.a, p.b, p.outcome, p.p_a, p.escalation,
   v.verdict, v.principle, v.judge, v.p_a
 FROM preferences p JOIN verdicts v USING (run, prompt, a, b)
