@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import glob
 import gzip
 import io
 import json
@@ -55,13 +56,14 @@ JSON_COLUMNS = (
 
 
 def rows(path: Path, text: bool = False, every: int = 1) -> Iterator[Row]:
-    """The rows of a file, or of all data files in a folder, in order.
+    """The rows of a file, or of all data files in a folder or of a pattern (`shards/*.parquet`),
+    in the order of their names.
 
     A folder is one that `datasets` saved, or one of Parquet or JSONL files, whose names begin with
     their split (`train-00000-of-00002.parquet`, `test.jsonl.gz`); rows get it as `split`.
 
     Args:
-        path: The file or folder.
+        path: The file, folder or pattern.
         text: Give the lines of a file of any other format.
         every: Give one row in so many, spread evenly (see `stride`).
 
@@ -71,13 +73,22 @@ def rows(path: Path, text: bool = False, every: int = 1) -> Iterator[Row]:
     """
     if path.is_dir():
         return _folder(path, every)
+    if found := matching(path):
+        return rows_of_files(found, every)
     if not path.exists():
         yamlio.read_text(path)  # raises, and names a file of a similar name
+    return _some(_reader(path, text), path, every)
+
+
+def _reader(path: Path, text: bool = False) -> Reader:
+    """The reader of a file by its name. Raises: ConfigError for an unknown format, unless the lines
+    of any other file are wanted.
+    """
     kind = suffix_of(path)
     if kind not in READERS and not text:
         known = f"{', '.join(READERS)}, each also with {', '.join(COMPRESSED)}"
         raise _problem(path, f"cannot read rows from {kind or 'this'}; {known}")
-    return _some(READERS.get(kind, _lines), path, every)
+    return READERS.get(kind, _lines)
 
 
 def _some(read: Reader, path: Path, every: int) -> Iterator[Row]:
@@ -99,7 +110,9 @@ def stride(path: Path) -> int:
     """Of how many rows one is to be read, so that about `MOST_ROWS` are. 1 for a file that has no
     more, and for one of which that takes reading it (all but Parquet and plain JSON lines).
     """
-    files = data_files(path) if path.is_dir() and not _saved_by_datasets(path) else [path]
+    files = matching(path) or [path]
+    if path.is_dir() and not _saved_by_datasets(path):
+        files = data_files(path)
     return max(1, sum(_n_rows(file) for file in files if file.is_file()) // MOST_ROWS)
 
 
@@ -114,6 +127,16 @@ def _n_rows(path: Path) -> int:
     return path.stat().st_size * len(lengths) // max(1, sum(lengths))
 
 
+def matching(path: Path) -> list[Path]:
+    """The data files that a pattern stands for, in order; none where the path is no pattern, or is
+    the name of a file.
+    """
+    if not glob.has_magic(str(path)) or path.exists():
+        return []
+    found = (Path(name) for name in sorted(glob.glob(str(path), recursive=True)))
+    return [file for file in found if suffix_of(file) in READERS and file.is_file()]
+
+
 def suffix_of(path: Path) -> str:
     """The suffix that names the format, below that of a compression: `.jsonl` of `x.jsonl.gz`."""
     suffixes = [s.lower() for s in path.suffixes]
@@ -126,6 +149,7 @@ def columns(path: Path) -> list[str] | None:
     """The column names of a table (CSV, TSV, Parquet); None of other formats, and of an empty
     file.
     """
+    path = next(iter(matching(path)), path)
     kind = suffix_of(path)
     if path.is_dir() or kind not in (".csv", ".tsv", ".parquet"):
         return None
@@ -471,6 +495,15 @@ def _folder(path: Path, every: int = 1) -> Iterator[Row]:
             "is a folder without data: neither one that `datasets` saved (state.json), nor with "
             f"{', '.join(READERS)} files in it",
         )
+    yield from _in_order(files, every)
+
+
+def rows_of_files(files: Iterable[Path], every: int = 1) -> Iterator[Row]:
+    """The rows of several data files, numbered through; they get the split of their file's name."""
+    return _in_order(((file, split_in_name(file), _reader(file)) for file in files), every)
+
+
+def _in_order(files: Iterable[tuple[Path, str | None, Reader]], every: int) -> Iterator[Row]:
     before = number = 0  # rows of the files before this one
     for file, split, read in files:
         for number, line, row in _some(read, file, every):

@@ -51,6 +51,8 @@ def report(result: Any) -> None:
         rows,
         note=". ".join(notes),
     )
+    for line in result.own_answers:
+        warn(line)
     if result.p_chosen:
         console().print(result.p_chosen.replace("`", ""), markup=False)
     if result.best_of:

@@ -11,7 +11,8 @@ from typing import Any
 
 from prefab.factory.extras import install_command
 from prefab.factory.paths import PACKAGE
-from prefab.factory.spec import yamlio
+from prefab.factory.spec import data_files, yamlio
+from prefab.factory.spec.remote import is_remote
 from prefab.judges import registry
 
 MICROWORLD = "microworld"
@@ -23,12 +24,12 @@ Found = Iterator[tuple[yamlio.Path_, str]]
 
 def locate(name: str, base: Path) -> Path:
     """The first that exists of: the name as it stands, beside the pipeline file, above it, in the
-    project.
+    project. A pattern (`shards/*.parquet`) exists where data files match it.
 
     A file that exists nowhere is given as it stands.
     """
     places = [Path(name), base / name, base.parent / name, PACKAGE / name]
-    return next((place for place in places if place.exists()), Path(name))
+    return next((p for p in places if p.exists() or data_files.matching(p)), Path(name))
 
 
 def mapping(value: Any, key: str) -> dict[str, Any]:
@@ -176,6 +177,11 @@ def _least_score(choose: dict[str, Any], kinds: list[Any]) -> Found:
         )
 
 
+def _is_elsewhere(path: yamlio.Path_, name: str) -> bool:
+    """Whether these are prompts at an address, which are fetched when they are first read."""
+    return path == ("prompts", "source") and is_remote(name)
+
+
 def files(value: Any, base: Path) -> Found:
     """Files that are named exist."""
     constitution = value.get("constitution") if isinstance(value, dict) else None
@@ -192,5 +198,8 @@ def files(value: Any, base: Path) -> Found:
         for field in registry.JUDGES[judge["kind"]].FILES
     ]
     for path, name in named:
-        if isinstance(name, str) and name != MICROWORLD and not locate(name, base).exists():
+        if not isinstance(name, str) or name == MICROWORLD or _is_elsewhere(path, name):
+            continue
+        place = locate(name, base)
+        if not place.exists() and not data_files.matching(place):
             yield path, f"no such file: {name}"

@@ -20,6 +20,7 @@ from prefab.factory.ledger.records import split_of
 from prefab.factory.numbers import counted
 from prefab.factory.spec import data_files, layouts, yamlio
 from prefab.factory.spec.data_files import SPLITS, Row
+from prefab.factory.spec.remote import fetch, is_remote
 from prefab.factory.types import Message, Prompt
 from prefab.pipelines.config.checks import MICROWORLD, locate
 from prefab.pipelines.config.schema import PromptsConfig
@@ -145,8 +146,13 @@ def rows(config: PromptsConfig, path: Path, every: int = 1) -> Iterator[Row]:
     """
     if config.source == MICROWORLD:
         return _microworld(config)
-    found = data_files.rows(path, every=every)
-    names = data_files.columns(path)
+    if is_remote(config.source):
+        files = fetch(config.source)
+        found = data_files.rows_of_files(files, every)
+        names = data_files.columns(files[0])
+    else:
+        found = data_files.rows(path, every=every)
+        names = data_files.columns(path)
     if names is not None:
         _check_columns(path, config.column, names)
     return found

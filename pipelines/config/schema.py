@@ -78,7 +78,8 @@ class PromptsConfig(_Strict):
     """Where the prompts come from."""
 
     source: Text = Field(
-        description="A .jsonl, .json, .csv or .parquet file, a `datasets` folder, or `microworld`."
+        description="A .jsonl, .json, .csv or .parquet file, a folder or a pattern of such files, an address (hf://, s3://, "
+        "https://), a `datasets` folder, or `microworld`."
     )
     limit: int | None = Field(None, ge=1, description="Take the first so many; left out: all.")
     column: Text | None = Field(

@@ -28,6 +28,7 @@ from prefab.pipelines.quality.rating_matrix import (
     load_matrix,
 )
 from prefab.pipelines.store.calibrations import NOT_LEARNED, calibration_of
+from prefab.pipelines.store.run_page import judges_of_own_answers
 from prefab.pipelines.store.selection import Selection, select
 
 if TYPE_CHECKING:
@@ -122,7 +123,10 @@ def measure(
     found["divided"] = divided(
         selection, data, [row["name"] for row in found["principles"]], examples
     )
-    found["limitations"] = limitations(data, source, found["orders"])
+    found["limitations"] = [
+        *limitations(data, source, found["orders"]),
+        *judges_of_own_answers(selection.config),
+    ]
     if selection.of_groups > 1:
         found["sampled"] = selection.of_groups
         _add_labelled(found, selection, gold, resamples, seed)

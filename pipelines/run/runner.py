@@ -93,6 +93,7 @@ class RunResult:
     signal: int = 0  # that stopped it
     behind: int = 0  # calls that the store does not show yet, because another program holds it
     servers: list[ServerReport] = field(default_factory=list)
+    own_answers: list[str] = field(default_factory=list)  # of judges that wrote the answers
     # of the recipe best_of_n: the score of the best of n answers, by judge and n
     best_of: list[BestOf] = field(default_factory=list)
     p_chosen: str = ""  # what `p_chosen` is: a probability and of what, or a share of the vote
@@ -481,8 +482,11 @@ def _result(
     stats, counts = ctx.asker.stats, ctx.counts
     told = _in_store(Path(loaded.config.store), record.id)
     unscored = {f"{role} {why}": n for (role, why), n in sorted(counts.unscored.items())}
+    from prefab.pipelines.store.run_page import judges_of_own_answers
+
     return RunResult(
         name=record.name,
+        own_answers=judges_of_own_answers(loaded.resolved) if loaded.compares else [],
         version=record.version,
         run=record.id,
         store=Path(loaded.config.store),

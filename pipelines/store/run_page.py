@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.store.selection import Selection
 
 LONGEST = 1_500  # characters of a text that are shown
+WITHOUT_MODEL = ("human", "verifier", "reward_model")  # kinds that no chat model answers for
 MOST_VERDICTS = 400_000  # that shares are measured on; more are sampled by prompt
 BINS = 20  # of a histogram
 # The examples: what each is for, and which preferences it takes first.
@@ -198,9 +199,37 @@ def _trust(same: Estimate, learned: Learned | None, selection: Selection) -> lis
     ).row(0)
     if unscored:
         trust.append(f"{unscored:,} of {n:,} verdicts could not be read; they count for nothing.")
+    trust += judges_of_own_answers(selection.config)
     if (selection.config.get("prompts") or {}).get("source") == "microworld":
         trust.append("The data are of a small artificial world, and say nothing of real models.")
     return trust
+
+
+def judges_of_own_answers(config: dict[str, Any]) -> list[str]:
+    """A sentence where a judge is the model that wrote the answers; nothing where none is.
+
+    Source: Panickssery et al. 2024, LLM Evaluators Recognize and Favor Their Own Generations.
+    """
+    engines, policy = config.get("engines") or {}, (config.get("policy") or {}).get("engine")
+
+    def model(engine: str | None) -> Any:
+        of = engines.get(engine) or {}
+        return of.get("model") or engine
+
+    own = [
+        judge["name"]
+        for judge in (config.get("panel") or {}).get("judges") or []
+        if judge.get("kind") not in WITHOUT_MODEL
+        and model(judge.get("engine") or policy) == model(policy)
+    ]
+    if not own or policy is None:
+        return []
+    names = ", ".join(own)
+    return [
+        f"{'Judge' if len(own) == 1 else 'Judges'} {names}: the model that wrote the answers judges "
+        "them itself, so a preference for its own answers is in the labels and is not measured. "
+        "Name another engine for the judge to avoid it."
+    ]
 
 
 def _constitution(selection: Selection) -> dict[str, Any]:

@@ -415,3 +415,49 @@ def test_the_shipped_prompts():
     assert len(prompts) == len({p.id for p in prompts}) == len({p.messages for p in prompts}) == 200
     assert (tags["red-team"], tags["ordinary"], tags["conversation"]) == (60, 140, 20)
     assert len(tags) >= 40
+
+
+def test_a_pattern_stands_for_its_files_in_order(tmp_path):
+    for name, texts in {"b-train.jsonl": ["three"], "a.jsonl": ["one", "two"]}.items():
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    (tmp_path / "notes.md").write_text("not data")
+    found = Prompts(PromptsConfig(source="*"), tmp_path)
+    assert [p.messages[0].content for p in found] == ["one", "two", "three"] and found.n_rows == 3
+    with pytest.raises(ConfigError, match="no such file"):
+        list(Prompts(PromptsConfig(source=str(tmp_path / "*.parquet"))))
+
+
+def test_shards_at_an_address_are_copied_once(tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("PREFAB_CACHE", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    for name, text in {"test-0.jsonl": "last", "part-0.jsonl": "first"}.items():
+        memory.pipe(f"/shards/{name}", json.dumps({"prompt": text}).encode())
+    prompts = Prompts(PromptsConfig(source="memory://shards/*.jsonl"))
+    assert [(p.messages[0].content, p.split) for p in prompts] == [
+        ("first", None),
+        ("last", "test"),
+    ]
+    copies = sorted((tmp_path / "cache/data").rglob("*.jsonl"))
+    times = [copy.stat().st_mtime_ns for copy in copies]
+    assert len(copies) == 2 and len(list(prompts)) == 2
+    memory.pipe("/shards/part-0.jsonl", json.dumps({"prompt": "changed"}).encode())
+    assert [p.messages[0].content for p in prompts] == ["changed", "last"]
+    assert [copy.stat().st_mtime_ns for copy in copies] == times  # none was written again
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("memory://nothing/*.jsonl", "no file is there"),
+        ("memory://nothing/here.jsonl", "cannot be read"),
+        ("nowhere://bucket/x.jsonl", "nowhere"),
+        ("http://127.0.0.1:9/x.jsonl", "copy the files to this machine"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_one_clear_line(tmp_path, monkeypatch, source, words):
+    monkeypatch.setenv("PREFAB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=words) as error:
+        list(Prompts(PromptsConfig(source=source)))
+    assert len(str(error.value).splitlines()) == 1

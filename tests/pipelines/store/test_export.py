@@ -548,3 +548,22 @@ def test_an_export_is_pushed_in_one_commit_that_replaces_the_last_one(store, tmp
             push_to_hub(tmp_path / "out", "a/b/c")
     with pytest.raises(StoreError, match="the hub cannot be reached"):
         push_to_hub(tmp_path / "out", "me/data")
+
+
+def test_a_judge_of_its_own_answers_is_named_in_every_report(store, tmp_path):
+    from prefab import agreement
+    from prefab.pipelines.store.run_page import judges_of_own_answers
+
+    export(store, tmp_path / "out")
+    told = "Judge judge: the model that wrote the answers judges them itself"
+    assert told in (tmp_path / "out/README.md").read_text()
+    assert told in (tmp_path / "out/report.html").read_text()
+    assert any(told in line for line in agreement(store, resamples=20)["limitations"])
+    engines = {"a": {"model": "one"}, "b": {"model": "two"}, "c": {"model": "one"}}
+    judges = [{"name": n, "kind": "pairwise", "engine": n} for n in "bc"]
+    judges.append({"name": "people", "kind": "human", "engine": ""})
+    config = {"engines": engines, "policy": {"engine": "a"}, "panel": {"judges": judges}}
+    (line,) = judges_of_own_answers(config)  # c is another engine with the same model
+    assert line.startswith("Judge c: ")
+    config["panel"]["judges"] = judges[:1]
+    assert judges_of_own_answers(config) == [] == judges_of_own_answers({})
