@@ -4,6 +4,7 @@ project that has folders of the same names as Prefab's own."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,31 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = root.glob("*.whl")
     call(*PIP, "install", "--no-deps", "--target", root / "site", wheel, cwd=root, PYTHONPATH="")
     return root / "site"
+
+
+def test_the_version_is_the_same_everywhere():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert (ROOT / "CHANGELOG.md").read_text().split("## ")[1].split("\n")[0] == version
+
+
+def test_each_environment_variable_is_documented():
+    names = set()
+    for folder in ("factory", "judges", "pipelines", "trainers"):
+        for path in (ROOT / folder).rglob("*.py"):
+            names |= set(re.findall(r'"(PREFAB_[A-Z_]+)"', path.read_text()))
+    internal = {"PREFAB_KILL_AT", "PREFAB_SERVER_KEY", "PREFAB_SERVER_USED"}
+    documented = set(
+        re.findall(r"^\| `(PREFAB_[A-Z_]+)`", (ROOT / "docs/runs.md").read_text(), re.M)
+    )
+    assert names - internal == documented
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("docker") is None, reason="docker is not installed")
+def test_the_image_runs_the_check(tmp_path):
+    call("docker", "build", "-t", "prefab-test", ROOT, cwd=tmp_path)
+    call("docker", "run", "--rm", "prefab-test", "check", "/src/constitutions", cwd=tmp_path)
 
 
 def test_it_adds_one_name_with_every_file(installed):

@@ -1,0 +1,27 @@
+# Prefab with vLLM and the training packages, for a CPU or for NVIDIA GPUs.
+#
+#   docker build -t prefab --build-arg PIP_EXTRA_INDEX_URL=ADDRESS .      # PyTorch's index of CPU builds (README, Set-up)
+#   docker run --rm -v "$PWD:/data" prefab demo
+#
+#   docker build -t prefab-cuda --build-arg REQUIREMENTS=requirements-gpu.txt .
+#   docker run --rm --gpus all -v "$PWD:/data" prefab-cuda demo
+#
+# The packages for GPUs bring CUDA's libraries; the host needs its driver (580 or newer) and the NVIDIA container toolkit.
+FROM python:3.12-slim
+
+# vLLM compiles the models that it serves.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 && rm -rf /var/lib/apt/lists/*
+
+ARG REQUIREMENTS=requirements.txt
+ARG PIP_EXTRA_INDEX_URL=
+WORKDIR /src
+COPY requirements.txt requirements-gpu.txt overrides-cpu.txt ./
+RUN pip install --no-cache-dir --no-deps -r ${REQUIREMENTS}
+COPY . .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . && useradd --create-home prefab
+
+USER prefab
+ENV VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 PREFAB_CACHE=/home/prefab/.cache/prefab
+WORKDIR /data
+ENTRYPOINT ["prefab"]
+CMD ["--help"]
