@@ -99,6 +99,7 @@ NOT_RUN_BECAUSE = {
     "prefab eval policy": "samples from trained models",
     "prefab serve ": "starts vLLM, or needs a GPU",
     "prefab run demo": "starts vLLM",
+    "prefab run best-of-n": "starts vLLM",
     "prefab run real": "needs a GPU",
     "prefab run pipeline.yaml --set engines.local.model": "starts vLLM",
     "prefab run pipeline.yaml --set 'engines.local={engine: openai, model: gpt-5-mini": "below",
