@@ -21,7 +21,7 @@ COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . && useradd --create-home prefab
 
 USER prefab
-ENV VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 PREFAB_CACHE=/home/prefab/.cache/prefab
+ENV VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 WORKDIR /data
 ENTRYPOINT ["prefab"]
 CMD ["--help"]
