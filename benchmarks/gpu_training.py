@@ -80,8 +80,8 @@ CASES = [
     ("dpo", "0.5B", 8, ("ours, fp32", "ours, tf32")),
 ]
 QUICK = [
-    ("dpo", "tiny", 2, ("ours, fp32", "ours, bf16_weights", "trl")),
-    ("reward", "tiny", 2, ("ours, fp32", "trl")),
+    ("dpo", "tiny", 2, ("ours, fp32", "trl")),
+    ("reward", "tiny", 2, ("ours, bf16_weights",)),
 ]
 REFERENCE = ("fp32", "tf32", "bf16")
 

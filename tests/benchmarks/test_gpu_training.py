@@ -54,12 +54,11 @@ def test_a_quick_look_takes_the_same_steps_on_all_sides(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_training, "write", lambda *_, **__: None)
     results = gpu_training.main(["--quick"])
     assert json.loads((tmp_path / "gpu_training.json").read_text()) == results
-    assert [(f["stage"], len(f["contenders"])) for f in results] == [("dpo", 3), ("reward", 2)]
+    assert [(f["stage"], len(f["contenders"])) for f in results] == [("dpo", 2), ("reward", 1)]
     for found in results:
         assert not found["errors"] and not found["left_out"] and "error" not in found
-        exact, *_, trl = (f["losses"] for f in found["contenders"])
-        assert exact == pytest.approx(trl, abs=1e-5)
-        assert found["losses_differ_by_at_most"] < 0.02  # weights in bf16
+        assert found["losses_differ_by_at_most"] < 1e-5
+        assert all(0 < loss < 2 for f in found["contenders"] for loss in f["losses"])
     assert results[0]["reference"]["fp32"]["difference"] == 0.0
 
 
