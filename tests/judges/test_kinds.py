@@ -185,6 +185,17 @@ def test_a_label_in_a_form_is_read_where_it_is_asked_for(said, finish, winner, r
     assert PAIRWISE.config.model_dump().keys().isdisjoint({"answer_tokens"})
 
 
+@pytest.mark.parametrize("judge", [PAIRWISE, POINTWISE, LISTWISE], ids=lambda judge: judge.name)
+@pytest.mark.parametrize("repeats", [None, (0, 1, 2)])
+def test_a_judge_makes_as_many_calls_as_it_says(judge, repeats):
+    context = replace(CONTEXT, repeats=repeats)
+    asked = [
+        ask for role in judge.passes for ask in judge.requests(role, [(PAIR, [RULE])], context, [])
+    ]
+    assert len(asked) == judge.n_calls([(PAIR, [RULE])], context) > 0
+    assert len({use for _, use in asked}) == len(asked)
+
+
 def test_two_tokens_are_room_for_a_form_and_one_is_not():
     hard = Completion("**A**", "length", None, "hard")
     for tokens, winner in ((1, None), (2, "a")):

@@ -227,6 +227,15 @@ def test_too_long_is_a_fact_until_a_larger_context_is_served(tmp_path):
     assert (len(short.asked), len(wider.asked), len(widest.asked)) == (1, 1, 1)
 
 
+def test_too_long_without_a_known_limit_is_not_asked_again(tmp_path):
+    unknown = Engine(lambda text: Completion("", "context", limit=0))
+    unknown.max_model_len = None
+    for _ in range(2):
+        said = using(tmp_path, lambda ledger: ledger.ask(request("long"), use(), unknown))
+        assert (said.finish, said.limit) == ("context", 0)
+    assert unknown.asked == ["long"]
+
+
 def test_odd_answers_survive(tmp_path):
     odd = {
         "inf": Completion("a\0b", "length", {"A": float("-inf"), "null": -1.0}, "bounds", 1, 2),
