@@ -95,7 +95,7 @@ def _some(read: Reader, path: Path, every: int) -> Iterator[Row]:
     if every == 1:
         return read(path)
     if read in (_parquet, jsonl_rows):  # which skip rows without decoding them
-        return read(path, every)  # type: ignore[call-arg]  # these two take it
+        return read(path, every)
     return (row for row in read(path) if _chosen(row[0], every))
 
 
