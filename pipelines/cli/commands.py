@@ -81,6 +81,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "store": (KEEP, ()),
     "store info": (KEEP, ("prefab store info --store store",)),
     "store rebuild": (KEEP, ("prefab store rebuild --store store",)),
+    "store merge": (KEEP, ("prefab store merge store whole-store",)),
     "store verify": (KEEP, ("prefab store verify store --recover new-store",)),
     "store backup": (KEEP, ("prefab store backup store backup",)),
     "store forget": (KEEP, ("prefab store forget --store store --reason parse --dry-run",)),
