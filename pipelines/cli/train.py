@@ -169,9 +169,12 @@ def grpo(config: StageFile, sets: Sets = [], as_json: Json = False) -> None:
 def _policy_gradient(stage: str, path: Path, sets: list[str], as_json: bool) -> None:
     from prefab.pipelines.training.stages import show_gold
     from prefab.pipelines.training.train import train
+    from prefab.trainers.distributed import is_main
 
     with resumable(CHECKPOINTS):
         done = train(stage, path, sets, as_json)
+    if not is_main():
+        raise typer.Exit(1 if done["stopped"] else 0)
     if as_json:
         print_json(done)
     else:

@@ -31,6 +31,7 @@ from prefab.judges.kinds import verifier
 from prefab.pipelines.config.loader import ResolvedPipeline, resolve_pipeline
 from prefab.pipelines.run import judging
 from prefab.pipelines.run.asking import AskingSession, asking_session, engine_for
+from prefab.trainers.distributed import is_main
 from prefab.trainers.rl import rewards, rollout
 from prefab.trainers.rl.rewards import Reward, RewardConfig, Source
 
@@ -86,6 +87,10 @@ def opened(
     `engines` by name stand in for those that a pipeline would start. Raises: ConfigError,
     EngineError.
     """
+    if not is_main():  # the main process asks, and tells the others
+        gold = rewards.elsewhere(config.gold) if config.gold else None
+        yield tuple(map(rewards.elsewhere, config.rewards)), gold
+        return
     with ExitStack() as stack:
         made: list[Background] = []
 

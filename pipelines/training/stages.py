@@ -111,7 +111,7 @@ def _fit_to_rewards(name: str, stage: Stage, config: RlConfig, quiet: bool) -> d
             int(last.name.rpartition("-")[2]) if last else 0,
         ) as trackers,
         opened(config, quiet) as (sources, gold),
-        Progress(name, config.steps, quiet, "steps") as progress,
+        Progress(name, config.steps, quiet or not distributed.is_main(), "steps") as progress,
     ):
 
         def show(metrics: dict[str, Any]) -> None:
@@ -124,6 +124,8 @@ def _fit_to_rewards(name: str, stage: Stage, config: RlConfig, quiet: bool) -> d
             trackers.log(metrics["step"], metrics)
 
         state = stage.run(config, sources=sources, gold=gold, on_step=show)
+        if not distributed.is_main():
+            return {"stage": name, "stopped": state.stopped}
         evaluations = _evaluations(out)
         files = drawn(out, name, evaluations)
         for file in files:

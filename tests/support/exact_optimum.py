@@ -35,9 +35,10 @@ def run_one(
     start: int,
     steps: int | None = None,
     rate: float = LEARNING_RATE,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Train one policy; its total variation from the method's optimum at start and end, the largest
-    over all states."""
+    over all states. `changes` are those of the configuration."""
     from prefab.trainers.common import load_policy
 
     world, began = aw.World(length=length, draw=DRAW), time.monotonic()
@@ -45,7 +46,7 @@ def run_one(
     reference = aw.build(folder / "reference", REFERENCE, spread=SPREAD)
     first = aw.build(folder / f"start-{start}", start, spread=SPREAD)
     out = folder / f"{method}-{length}-{beta}-{start}-{steps}".replace(" ", "-")
-    _train(method, world, beta, str(first), str(reference), str(out), steps, rate)
+    _train(method, world, beta, str(first), str(reference), str(out), steps, rate, **changes)
     p_ref = aw.table(world, load_policy(str(reference)))
     optimum = optimum_of(method, world, p_ref, beta)
     tv = {
@@ -102,6 +103,7 @@ def _train(
     out: str,
     steps: int,
     rate: float,
+    **changes: Any,
 ) -> None:
     from prefab.trainers.rl import grpo, ppo, rewards
 
@@ -121,6 +123,7 @@ def _train(
         "unfinished_score": None,
         "threads": 1,
         "save_every": 10_000,
+        **changes,
     }
     if method == "ppo":
         ppo.run(

@@ -28,6 +28,8 @@ from prefab.trainers.common import (
     write_ends,
 )
 from prefab.trainers.model_card import reward_chart, write_card
+from prefab.trainers.rl import processes
+from prefab.trainers.rl.config import PpoConfig
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
 from prefab.trainers.rl.state import PpoRun, Run, State
 
@@ -50,6 +52,10 @@ def save(t: PpoRun) -> Path:
     """Write all that the run is into `out`/checkpoint-STEP, and remove older ones once it is
     whole.
     """
+    return processes.on_main(lambda: _save(t))
+
+
+def _save(t: PpoRun) -> Path:
     import torch
 
     out = Path(t.config.out)
@@ -78,7 +84,8 @@ def restore(t: PpoRun) -> None:
     folder = claim(t)
     if folder is not None:
         _restore(t, folder)
-    forget_after(Path(t.config.out) / METRICS, t.state.step if folder else -1)
+    kept = t.state.step if folder else -1
+    processes.on_main(lambda: forget_after(Path(t.config.out) / METRICS, kept))
 
 
 def claim(t: Run) -> Path | None:
@@ -87,6 +94,10 @@ def claim(t: Run) -> Path | None:
 
     Raises: ConfigError when the folder holds a run of another configuration or other prompts.
     """
+    return processes.on_main(lambda: _claim(t))
+
+
+def _claim(t: Run) -> Path | None:
     out = Path(t.config.out)
     out.mkdir(parents=True, exist_ok=True)
     origin, now = out / "origin.json", orjson.dumps(_origin(t))
@@ -163,6 +174,8 @@ def _origin(t: Run) -> dict[str, Any]:
     """
     digest = hashlib.sha256(orjson.dumps(t.prompt_ids)).hexdigest()
     config = {k: v for k, v in t.config.model_dump(mode="json").items() if k not in (*FREE, "out")}
+    if isinstance(t.config, PpoConfig):
+        config["sampler"] = t.config.chosen_sampler()
     return {**config, "the prompts": digest, "the rewards": [s.name for s in t.sources]}
 
 
@@ -172,6 +185,10 @@ def record(t: Run, metrics: dict[str, Any], name: str) -> None:
 
     Without times a step repeated after a kill is the same object, which the store records once.
     """
+    processes.on_main(lambda: _record(t, metrics, name))
+
+
+def _record(t: Run, metrics: dict[str, Any], name: str) -> None:
     with open(Path(t.config.out) / METRICS, "ab") as file:
         file.write(orjson.dumps(metrics, option=orjson.OPT_APPEND_NEWLINE))
     kept = {key: value for key, value in metrics.items() if key != "times"}
@@ -198,6 +215,10 @@ def write_policy(t: Run, folder: Path) -> None:
     """The policy as an ordinary checkpoint with its tokenizer; adapters are merged into the
     weights.
     """
+    processes.on_main(lambda: _write_policy(t, folder))
+
+
+def _write_policy(t: Run, folder: Path) -> None:
     model = t.policy
     if t.config.lora is not None:
         model = copy.deepcopy(model).merge_and_unload()
@@ -215,6 +236,10 @@ def write_policy(t: Run, folder: Path) -> None:
 
 def finish(t: Run, stage: str) -> None:
     """Leave the policy in `out`/policy, with its card."""
+    processes.on_main(lambda: _finish(t, stage))
+
+
+def _finish(t: Run, stage: str) -> None:
     folder = Path(t.config.out) / "policy"
     write_policy(t, folder)
     steps = read_metrics(folder.parent / METRICS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from prefab.factory.engines.vllm_process import has_gpu
 from prefab.trainers.common import Attention, Lora, Strict
 from prefab.trainers.data import DataConfig
 from prefab.trainers.rl.rewards import RewardConfig
@@ -20,6 +22,12 @@ class VllmSettings(Strict):
     )
     tensor_parallel: int = Field(1, ge=1)
     kv_cache_gib: float = Field(1.0, gt=0, description="On a CPU.")
+    sleep: bool = Field(
+        False,
+        exclude_if=lambda value: not value,
+        description="Give the server's GPU memory back while the policy is updated (vLLM's sleep "
+        "mode); not with sample_ahead.",
+    )
     args: list[str] = Field([], description="Added to vLLM's command line as they are.")
 
 
@@ -109,12 +117,26 @@ class PpoConfig(RlConfig):
 
     minibatches: int = Field(2, ge=1)
     epochs: int = Field(4, ge=1)
-    sampler: Literal["transformers", "vllm"] = Field(
-        "transformers",
+    sampler: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
         description="vllm: a server of its own, to which the weights are pushed after each update. "
-        "Answers of the reference, and those that gold scores, are sampled by transformers.",
+        "Answers of the reference, and those that gold scores, are sampled by transformers. auto: "
+        "vllm where there are a GPU and vLLM.",
     )
     vllm: VllmSettings = VllmSettings()
+    sample_ahead: bool = Field(
+        False,
+        exclude_if=lambda value: not value,
+        description="Sample the next step's answers, by the weights before the update, while this "
+        "step is updated. Each token's advantage is weighted by how much more likely the updated "
+        "policy makes it, at most importance_cap. The step after a checkpoint is sampled anew.",
+    )
+    importance_cap: float = Field(
+        2.0,
+        gt=0,
+        exclude_if=lambda value: value == 2.0,
+        description="Of sample_ahead. 2: the cap of TRL's correction too.",
+    )
 
     value_learning_rate: float = Field(1e-5, gt=0)
     gamma: float = Field(1.0, ge=0, le=1)
@@ -150,6 +172,18 @@ class PpoConfig(RlConfig):
         description="The run ends after so many updates in a row whose loss is not a finite "
         "number.",
     )
+
+    @model_validator(mode="after")
+    def _awake(self) -> PpoConfig:
+        if self.sample_ahead and self.vllm.sleep:
+            raise ValueError("sample_ahead needs a server that is awake: leave vllm.sleep out")
+        return self
+
+    def chosen_sampler(self) -> str:
+        """The sampler that `sampler` stands for on this machine."""
+        if self.sampler != "auto":
+            return self.sampler
+        return "vllm" if has_gpu() and find_spec("vllm") is not None else "transformers"
 
 
 class GrpoConfig(RlConfig):

@@ -22,6 +22,7 @@ from typing import Any
 
 import orjson
 
+from prefab.factory.errors import ConfigError
 from prefab.trainers import distributed
 from prefab.trainers.chat import dialect
 from prefab.trainers.common import (
@@ -34,11 +35,12 @@ from prefab.trainers.common import (
     translate_errors,
 )
 from prefab.trainers.registry import Stage
-from prefab.trainers.rl import checkpoint, evaluation, rewards, rollout
+from prefab.trainers.rl import checkpoint, evaluation, processes, rewards, rollout
 from prefab.trainers.rl.config import GrpoConfig
 from prefab.trainers.rl.models import (
     check_inputs,
     encoded_for_gold,
+    policy_sampler,
     prompts_for,
     rewards_for,
     room_for_prompt,
@@ -63,7 +65,10 @@ def run(
     Raises: ConfigError for what cannot be trained from, TrainError when training cannot go on;
     checkpoints are kept.
     """
-    with translate_errors(Path(config.out), "micro_batch or batch_size"):
+    with (
+        translate_errors(Path(config.out), "micro_batch or batch_size"),
+        processes.others_watched(),
+    ):
         prompts, eval_prompts = prompts_for(config, prompts, eval_prompts)
         sources, gold = rewards_for(config, sources, gold)
         t = prepare_run(config, prompts, sources)
@@ -91,7 +96,9 @@ def _restore(t: GrpoRun) -> Path | None:
         t.state = checkpoint.restored_state(orjson.loads((last / STATE).read_bytes()))
     elif t.config.normalise == "reference":
         t.state.scales = evaluation.calibrate(t)
-    checkpoint.forget_after(Path(t.config.out) / checkpoint.METRICS, t.state.step if last else -1)
+    kept = t.state.step if last else -1
+    metrics = Path(t.config.out) / checkpoint.METRICS
+    processes.on_main(lambda: checkpoint.forget_after(metrics, kept))
     return last
 
 
@@ -101,9 +108,16 @@ def prepare_run(
     """The models and encoded prompts; there is no value function, and TRL's trainer has the
     optimizer.
 
-    Raises: ConfigError for no prompts, no rewards, a model that does not load.
+    Raises: ConfigError for no prompts, no rewards, a model that does not load, a batch that does
+    not divide among the processes.
     """
     check_inputs(config.method.upper(), prompts, sources)
+    n = distributed.world_size()
+    if config.batch_size % (config.micro_batch * n):
+        raise ConfigError(
+            f"batch_size ({config.batch_size}) must be a multiple of micro_batch ({config.micro_batch}) "
+            f"times the processes ({n})"
+        )
     checkpoint.seed_step(config.seed, 0, "load", config.threads)
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
     # TRL ends answers at the tokenizer's EOS alone
@@ -124,7 +138,7 @@ def prepare_run(
         room=room,
         prompts=prompts,
         prompt_ids=rollout.encode(tokenizer, prompts, room, config.template_kwargs),
-        sources=sources,
+        sources=processes.asked_once(sources),
         state=State(beta=config.beta),
     )
 
@@ -141,7 +155,7 @@ def _trainer(t: GrpoRun, callback: Any) -> Any:
         "output_dir": c.out,
         "max_steps": c.steps,
         "per_device_train_batch_size": c.micro_batch,
-        "gradient_accumulation_steps": c.batch_size // c.micro_batch,
+        "gradient_accumulation_steps": c.batch_size // c.micro_batch // distributed.world_size(),
         "num_generations": c.group,
         "num_iterations": c.epochs,
         "max_completion_length": c.max_new_tokens,
@@ -188,7 +202,8 @@ def _trainer(t: GrpoRun, callback: Any) -> Any:
         for step in range(c.steps)
         for i in evaluation.rows_of(c.seed, len(turns), step, need)
     ]
-    trainer = (GRPOTrainer if c.method == "grpo" else RLOOTrainer)(
+    base = GRPOTrainer if c.method == "grpo" else RLOOTrainer
+    trainer = _sampling_by_place(t, base, c.method == "grpo")(
         model=t.policy,
         reward_funcs=reward_for(t),
         args=args,
@@ -208,6 +223,28 @@ def _trainer(t: GrpoRun, callback: Any) -> Any:
     return trainer
 
 
+def _sampling_by_place(t: GrpoRun, base: Any, with_logps: bool) -> Any:
+    """TRL's trainer, which samples by our sampler: an answer is a function of seed, step and its
+    place among the answers of all processes. Models that the launcher shards are sampled by TRL.
+    """
+
+    class Sampling(base):  # type: ignore[misc]  # a class that is known only here
+        def _generate_single_turn(
+            self, prompt_ids: list[list[int]], *rest: Any, **more: Any
+        ) -> Any:
+            if processes.is_sharded(self.accelerator):
+                return super()._generate_single_turn(prompt_ids, *rest, **more)
+            t.accelerator = self.accelerator
+            seed = checkpoint.seed_step(t.config.seed, self.state.global_step, "sample")
+            n, first = len(prompt_ids), processes.rank() * len(prompt_ids)
+            seeds = rollout.row_seeds(seed, n * distributed.world_size())[first : first + n]
+            answers = policy_sampler(t, t.policy).sample_rows(prompt_ids, seeds)
+            ids = [answer.ids for answer in answers]
+            return (ids, None) if with_logps else ids
+
+    return Sampling
+
+
 def reward_for(t: GrpoRun) -> Callable[..., list[float | None]]:
     """The sources as one reward function of TRL: scaled, summed, a fixed score for answers without
     an end.
@@ -217,11 +254,14 @@ def reward_for(t: GrpoRun) -> Callable[..., list[float | None]]:
         prompts: Any, completions: Any, completion_ids: Any, log_metric: Any = None, **_: Any
     ) -> list[float | None]:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        ended = [ids[-1] in t.ends for ids in completion_ids]
+        rows = processes.concatenated(list(zip(prompts, texts, ended, strict=True)))
+        all_prompts, all_texts, all_ended = zip(*rows, strict=True)
         totals, found = rewards.score_ended(
             t.sources,
-            prompts,
-            texts,
-            [ids[-1] in t.ends for ids in completion_ids],
+            all_prompts,
+            all_texts,
+            all_ended,
             t.config.unfinished_score,
             t.state.scales,
         )
@@ -231,7 +271,8 @@ def reward_for(t: GrpoRun) -> Callable[..., list[float | None]]:
             known = [x for x in raw if x is not None]
             if log_metric and known:
                 log_metric(f"reward/{name}", fmean(known))
-        return totals
+        first = processes.rank() * len(texts)
+        return totals[first : first + len(texts)]
 
     return reward
 
@@ -283,8 +324,13 @@ def watch(
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(c.out) / f"checkpoint-{state.global_step}"
-            (folder / STATE).write_bytes(orjson.dumps(asdict(t.state)))
-            mark_complete(folder)
+
+            def mark() -> None:
+                (folder / STATE).write_bytes(orjson.dumps(asdict(t.state)))
+                mark_complete(folder)
+
+            processes.concatenated([state.global_step])  # all have written their part
+            processes.on_main(mark)
 
     return Watch()
 

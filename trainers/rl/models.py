@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prefab.factory.errors import ConfigError
 from prefab.trainers import distributed
 from prefab.trainers.common import Lora, load_policy, load_tokenizer, with_lora
-from prefab.trainers.rl import checkpoint, rewards, rollout
+from prefab.trainers.rl import checkpoint, processes, rewards, rollout
 from prefab.trainers.rl.config import PpoConfig, RlConfig
 from prefab.trainers.rl.rewards import Source
 from prefab.trainers.rl.rollout import Packed, Prompt, SampledAnswer, TransformersSampler
@@ -24,15 +24,12 @@ if TYPE_CHECKING:
 def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[Source]) -> PpoRun:
     """Models, optimizer and encoded prompts, with nothing trained yet.
 
-    Raises: ConfigError for no prompts, no rewards, several processes, a model that does not load.
+    Raises: ConfigError for no prompts, no rewards, sharded models, a model that does not load.
     """
     check_inputs("PPO", prompts, sources)
     checkpoint.seed_step(config.seed, 0, "load", config.threads)
     accelerator = distributed.accelerator_for(config.precision)
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            "PPO runs in one process; start it with `prefab train ppo`, not with accelerate launch"
-        )
+    processes.check_kind(accelerator)
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
     policy, reference, trunk = _load_models(config, accelerator.device.type)
     critic = _critic(trunk, policy.config.hidden_size).to(accelerator.device)
@@ -48,7 +45,7 @@ def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[
         room=room,
         prompts=prompts,
         prompt_ids=rollout.encode(tokenizer, prompts, room, config.template_kwargs),
-        sources=sources,
+        sources=processes.asked_once(sources),
         state=State(beta=config.beta),
         critic=critic,
         optimizer=_optimizer(config, policy, critic),
@@ -73,7 +70,7 @@ def rewards_for(
         sources = rewards.build(config.rewards)
     if gold is None and config.gold:
         gold = rewards.build([config.gold])[0]
-    return sources, gold
+    return sources, processes.asked_once([gold])[0] if gold else None
 
 
 def encoded_for_gold(t: Run, gold: Source | None, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -194,17 +191,20 @@ def policy_kl(
     import torch
 
     T = max(len(a.ids) for a in answers)
-    mask = torch.zeros(len(answers), T, dtype=torch.bool, device=t.accelerator.device)
+    lengths = torch.tensor([len(a.ids) for a in answers], device=t.accelerator.device)
+    mask = torch.arange(T, device=t.accelerator.device)[None] < lengths[:, None]
     logps, reference_logps, entropy, values = (
         torch.zeros_like(mask, dtype=torch.float32) for _ in range(4)
     )
     with torch.no_grad(), t.accelerator.autocast():
         for rows in rollout.in_batches(
-            answers, range(len(answers)), t.config.micro_batch, t.accelerator.device
+            answers,
+            processes.share(range(len(answers))),
+            t.config.micro_batch,
+            t.accelerator.device,
         ):
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
             n = packed.mask_BT.shape[1]
-            mask[rows, :n] = packed.mask_BT
             logps[rows, :n], entropy_BT, states = rollout.forward(
                 t.policy, packed, t.config.temperature, "trunk" not in t.critic, entropy=True
             )
@@ -215,6 +215,7 @@ def policy_kl(
                 reference_logps[rows, :n] = rollout.forward(
                     reference, packed, t.config.temperature
                 )[0]
+    processes.add_up(logps, reference_logps, entropy, values)
     return mask, logps, reference_logps, entropy, values
 
 
@@ -222,13 +223,17 @@ def reference_logps(t: Run, answers: Sequence[SampledAnswer]) -> list[float]:
     """Log-probability of each whole answer to the model that KL is charged to, in nats."""
     import torch
 
-    found = [0.0] * len(answers)
+    found_B = torch.zeros(len(answers), dtype=torch.float64, device=t.accelerator.device)
     with torch.no_grad(), t.accelerator.autocast(), as_reference(t) as reference:
         for rows in rollout.in_batches(
-            answers, range(len(answers)), t.config.micro_batch, t.accelerator.device
+            answers,
+            processes.share(range(len(answers))),
+            t.config.micro_batch,
+            t.accelerator.device,
         ):
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
             logps = rollout.forward(reference, packed, t.config.temperature)[0].double()
-            for b, sum_ in zip(rows, (logps * packed.mask_BT).sum(-1).tolist(), strict=True):
-                found[b] = sum_
+            found_B[rows] = (logps * packed.mask_BT).sum(-1)
+    processes.add_up(found_B)
+    found: list[float] = found_B.tolist()
     return found

@@ -128,6 +128,17 @@ def policy_loss(
     ).sum()
 
 
+def importance_weights(logps_BT: Tensor, sampled_BT: Tensor, mask_BT: Tensor, cap: float) -> Tensor:
+    """How much more likely the policy makes each token than the one that sampled it, at most `cap`;
+    0 outside the mask.
+
+    Source: truncated importance sampling, Ionides 2008; for tokens that an older policy sampled, Fu
+    et al. 2025 (AReaL), whose clipped ratio is to the policy before the update, as here.
+    """
+    ratio_BT = (logps_BT - sampled_BT).masked_fill(~mask_BT, 0.0).exp().clamp(max=cap)
+    return ratio_BT.masked_fill(~mask_BT, 0.0)
+
+
 def value_loss(
     values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,17 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
+from prefab.trainers import distributed
 from prefab.trainers.common import TrainError, translate_errors
 from prefab.trainers.registry import Stage
-from prefab.trainers.rl import checkpoint, overoptimization, rewards, rollout, rollout_vllm
+from prefab.trainers.rl import (
+    checkpoint,
+    overoptimization,
+    processes,
+    rewards,
+    rollout,
+    rollout_vllm,
+)
 from prefab.trainers.rl import policy_gradient as pg
 from prefab.trainers.rl.config import PpoConfig
 from prefab.trainers.rl.evaluation import calibrate, due, evaluate, rows_of, start, texts_of
@@ -67,7 +75,10 @@ def run(
     Raises: ConfigError for what cannot be trained from, TrainError when training cannot go on,
     EngineError where vLLM does not start; what is saved is kept.
     """
-    with translate_errors(Path(config.out), "micro_batch or batch_size"):
+    with (
+        translate_errors(Path(config.out), "micro_batch or batch_size"),
+        processes.others_watched(),
+    ):
         prompts, eval_prompts = prompts_for(config, prompts, eval_prompts)
         sources, gold = rewards_for(config, sources, gold)
         t = prepare_run(config, prompts, sources)
@@ -110,10 +121,26 @@ def _steps(
 
 
 def sample(t: PpoRun, ids: Sequence[list[int]]) -> tuple[list[SampledAnswer], list[str]]:
-    """Answers to prompts in the current step, by the policy as it is now, and their texts."""
+    """Answers to prompts in the current step, and their texts: those sampled ahead, else by the
+    policy as it is now.
+    """
     seed = checkpoint.seed_step(t.config.seed, t.state.step, "sample")
-    answers = t.sampler.sample(ids, seed)
+    answers = t.ahead() if t.ahead else None
+    t.off_policy = answers is not None
+    t.ahead = None
+    answers = t.sampler.sample(ids, seed) if answers is None else answers
     return answers, texts_of(t, answers)
+
+
+def sample_ahead(t: PpoRun) -> None:
+    """Begin to sample the next step's answers. Not after the last step, and not where a checkpoint
+    lies between: a run that goes on from it has no such answers.
+    """
+    c, later = t.config, t.state.step + 1
+    if c.sample_ahead and later < c.steps and later % c.save_every:
+        rows = rows_of(c.seed, len(t.prompts), later, c.batch_size)
+        seed = checkpoint.seed_step(c.seed, later, "sample")
+        t.ahead = t.sampler.ahead([t.prompt_ids[i] for i in rows], seed)
 
 
 def step(t: PpoRun) -> dict[str, Any]:
@@ -148,6 +175,7 @@ def step(t: PpoRun) -> dict[str, Any]:
             "Raise max_new_tokens, or lower learning_rate"
         )
     else:
+        sample_ahead(t)
         metrics |= update(t, batch)
         if c.kl == "adaptive":
             t.state.beta = pg.adapt_beta(t.state.beta, kl, c.kl_target, len(answers), c.kl_horizon)
@@ -230,7 +258,8 @@ def estimate(
     rewarded = pg.penalised_rewards(torch.tensor(scores, device=k1.device), k1, mask, t.state.beta)
     advantages, returns = pg.gae(rewarded, values, mask, t.config.gamma, t.config.lam)
     gap, largest = rollout.sampler_gap(answers, logps, mask)
-    t.sampler.check(gap)
+    if not t.off_policy:  # else the gap is that of an update
+        t.sampler.check(gap)
     metrics |= {
         "kl": kl,
         "kl_k3": float(pg.masked_sum(k3, mask)) / len(answers),
@@ -243,6 +272,14 @@ def estimate(
     }
     if t.config.whiten_advantages:
         advantages = pg.whiten(advantages, mask)
+    if t.off_policy:
+        sampled = torch.zeros_like(logps)
+        sampled[mask] = torch.tensor(
+            [x for a in answers for x in a.sampler_logps], device=logps.device
+        )
+        weights = pg.importance_weights(logps, sampled, mask, t.config.importance_cap)
+        advantages = advantages * weights
+        metrics["importance"] = float(pg.masked_mean(weights, mask))
     return Batch(answers, mask, logps, values, advantages, returns), kl
 
 
@@ -284,6 +321,19 @@ def update(t: PpoRun, batch: Batch) -> dict[str, Any]:
     }
 
 
+def _add_up(t: PpoRun, sums: dict[str, float]) -> None:
+    """Replace gradients and sums by those of all processes. A number that is not finite in one
+    process is so in all, which then all leave the update out.
+    """
+    import torch
+
+    if distributed.world_size() > 1:
+        processes.add_up_gradients(p for group in t.optimizer.param_groups for p in group["params"])
+        told = torch.tensor(list(sums.values()), dtype=torch.float64, device=t.accelerator.device)
+        processes.add_up(told)
+        sums.update(zip(sums, told.tolist(), strict=True))
+
+
 def _minibatch(t: PpoRun, batch: Batch, rows: list[int]) -> dict[str, float]:
     """One optimizer step on these rows; nothing, and no step, where the loss or the gradient is no
     number.
@@ -298,7 +348,8 @@ def _minibatch(t: PpoRun, batch: Batch, rows: list[int]) -> dict[str, float]:
     )
     tokens = int(batch.mask[rows].sum())
     t.optimizer.zero_grad(set_to_none=True)
-    for some in rollout.in_batches(batch.answers, rows, c.micro_batch, t.accelerator.device):
+    mine = processes.share(rows)
+    for some in rollout.in_batches(batch.answers, mine, c.micro_batch, t.accelerator.device):
         packed = rollout.pack([batch.answers[b] for b in some], t.accelerator.device)
         mask, n = packed.mask_BT, packed.mask_BT.shape[1]
         old, old_values, advantages, returns = (
@@ -318,6 +369,7 @@ def _minibatch(t: PpoRun, batch: Batch, rows: list[int]) -> dict[str, float]:
             sums, (policy_loss, value_loss, clipped, value_clipped, shift), strict=True
         ):
             sums[name] += float(x.detach()) / tokens
+    _add_up(t, sums)
     norms = {
         name: float(torch.nn.utils.clip_grad_norm_(group["params"], c.max_grad_norm))
         for name, group in zip(

@@ -255,6 +255,18 @@ def build(configs: Sequence[RewardConfig], makers: Mapping[str, Maker] = {}) -> 
     )
 
 
+def elsewhere(config: RewardConfig) -> Source:
+    """The source of a process that does not ask it: the main process does (`rl.processes`)."""
+
+    def unasked(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
+        raise TrainError(f"reward {config.name}: is asked by the main process alone")
+
+    several = config.kind in ("model", "file")
+    n = sum(len(members_of(p)) if config.kind == "model" else 1 for p in config.paths)
+    members = (unasked,) * (n if several else 1)
+    return Source(config.name, members, config.weight, config.combine, config.lam)
+
+
 def _members(config: RewardConfig, makers: Mapping[str, Maker]) -> list[Reward]:
     if config.kind == "oracle":
         return [oracle]

@@ -18,6 +18,7 @@ from prefab.trainers import data
 from prefab.trainers.chat import Turn, chat_text, check_tools, dialect, ids_of, shown
 from prefab.trainers.data import DataConfig
 from prefab.trainers.rl import policy_gradient as pg
+from prefab.trainers.rl import processes
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -42,11 +43,18 @@ class SampledAnswer:
     ended: bool
 
 
+# Waits for answers that are being sampled; None where that failed, and they must be asked anew.
+Ahead = Callable[[], "list[SampledAnswer] | None"]
+
+
 class Sampler(Protocol):
     """What samples the answers that PPO trains on: transformers in this process, or a server."""
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[SampledAnswer]:
         """One answer to each prompt by the policy as it is now, in the order of the prompts."""
+
+    def ahead(self, prompts: Sequence[list[int]], seed: int) -> Ahead:
+        """As `sample`, by the policy as it is now even if it changes while this goes on."""
 
     def check(self, gap: float) -> None:
         """Raises: TrainError for a mean gap (nats a token, see `sampler_gap`) that rounding does
@@ -73,18 +81,33 @@ class TransformersSampler:
         self, prompts: Sequence[list[int]], seed: int, former: Sequence[list[int]] = ()
     ) -> list[SampledAnswer]:
         """See `Sampler.sample`; `former` as in the function `sample`."""
+        mine = processes.share(prompts), processes.share(row_seeds(seed, len(prompts)))
+        return processes.gather(self.sample_rows(*mine, processes.share(former)))
+
+    def sample_rows(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        former: Sequence[list[int]] = (),
+    ) -> list[SampledAnswer]:
+        """One answer to each prompt, drawn with its own seed, in this process alone."""
         with self.autocast():
-            return sample(
+            return _sample(
                 self.model,
                 prompts,
                 self.max_new_tokens,
                 self.temperature,
                 self.ends,
-                seed,
+                seeds,
                 self.batch,
                 former,
                 self.micro_batch,
             )
+
+    def ahead(self, prompts: Sequence[list[int]], seed: int) -> Ahead:
+        """See `Sampler.ahead`. Sampled at once: these are the weights that change."""
+        answers = self.sample(prompts, seed)
+        return lambda: answers
 
     def check(self, gap: float) -> None:
         """Nothing to check: these are the weights that train."""
@@ -198,11 +221,36 @@ def sample(
     `former` are answers drawn with the same seed, by a policy like this one: those that come again
     are found by one forward, `micro_batch` at a time, and the others alone drawn token by token.
     """
+    seeds = row_seeds(seed, len(prompts))
+    return _sample(
+        model, prompts, max_new_tokens, temperature, ends, seeds, batch, former, micro_batch
+    )
+
+
+def row_seeds(seed: int, n: int) -> list[int]:
+    """A seed for each of n rows, a function of the seed and the row's place."""
     import torch
 
-    seeds = torch.randint(
-        2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed)
+    drawn: list[int] = torch.randint(
+        2**62, (n,), generator=torch.Generator().manual_seed(seed)
     ).tolist()
+    return drawn
+
+
+def _sample(
+    model: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    ends: Sequence[int],
+    seeds: Sequence[int],
+    batch: int,
+    former: Sequence[list[int]],
+    micro_batch: int,
+) -> list[SampledAnswer]:
+    """As `sample`, with a seed for each prompt."""
+    import torch
+
     answers: list[Any] = [None] * len(prompts)
     with torch.no_grad():
         for i, answer in (

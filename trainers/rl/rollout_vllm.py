@@ -15,9 +15,10 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
+from threading import Thread
 from typing import Any, NoReturn
 
 import orjson
@@ -30,10 +31,11 @@ from prefab.factory.engines.supervisor import GRACE_S
 from prefab.factory.engines.vllm_process import VllmProcess, free_port, has_gpu
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.numbers import counted
+from prefab.trainers import distributed
 from prefab.trainers.common import TrainError
-from prefab.trainers.rl import checkpoint
+from prefab.trainers.rl import checkpoint, processes
 from prefab.trainers.rl.config import PpoConfig
-from prefab.trainers.rl.rollout import SampledAnswer, Sampler
+from prefab.trainers.rl.rollout import Ahead, SampledAnswer, Sampler
 from prefab.trainers.rl.state import PpoRun
 
 # Nats a token, mean of a step. In fp32 on a CPU a server with the right weights was 3e-7 away
@@ -58,6 +60,7 @@ class VllmSampler:
         self.ran, self.failures = False, 0
         self.patience_s = GRACE_S + 4.0
         self.served_step = -1  # whose weights the server has
+        self.asleep = False
         exact = t.config.precision == "fp32"
         self.config = engine_config(t.config, self.folder, max(map(len, t.prompt_ids)), exact)
         self.most_gap = (GAP_GPU if has_gpu() else GAP_CPU) if exact else GAP_BF16
@@ -86,6 +89,29 @@ class VllmSampler:
                     f"vLLM failed {_at(self.t)} and is started once more: {why}",
                     stderr=True,
                 )
+
+    def ahead(self, prompts: Sequence[list[int]], seed: int) -> Ahead:
+        """As `sample`, in a thread, once the server has the weights of now. A failure gives None;
+        `sample` then starts the server again.
+        """
+        found: list[list[SampledAnswer]] = []
+        try:
+            asyncio.run(self._sample([], seed))  # the weights of now, before they change
+        except EngineError:
+            return lambda: None
+
+        def ask() -> None:
+            with suppress(EngineError):
+                found.append(asyncio.run(self._sample(prompts, seed, self.served_step)))
+
+        thread = Thread(target=ask, name="sample ahead", daemon=True)
+        thread.start()
+
+        def wait() -> list[SampledAnswer] | None:
+            thread.join()
+            return found[0] if found else None
+
+        return wait
 
     def check(self, gap: float) -> None:
         """Raises: TrainError for a mean gap (nats a token, see `rollout.sampler_gap`) that rounding
@@ -124,8 +150,11 @@ class VllmSampler:
             time.sleep(0.1)
         return None
 
-    async def _sample(self, prompts: Sequence[list[int]], seed: int) -> list[SampledAnswer]:
-        fresh = self.served_step != self.t.state.step
+    async def _sample(
+        self, prompts: Sequence[list[int]], seed: int, step: int | None = None
+    ) -> list[SampledAnswer]:
+        """Answers by the weights of `step`, which the server has; without it, by those of now."""
+        fresh = step is None and self.served_step != self.t.state.step
         if fresh:
             checkpoint.write_policy(self.t, self.folder)
         if started := self.process is None:
@@ -133,9 +162,11 @@ class VllmSampler:
         server = Http(f"http://127.0.0.1:{self.process.port}", self.config, key=self.process.key)
         server.why_down = self.process.why_dead
         try:
-            if fresh and not started:
-                await push(server)
-            self.served_step = self.t.state.step
+            if (fresh or self.asleep) and not started:
+                await push(server, self.asleep)
+                self.asleep = False
+            if step is None:
+                self.served_step = self.t.state.step
             draw = random.Random(seed)
             bodies = [
                 body_of(
@@ -146,6 +177,9 @@ class VllmSampler:
             replies = await asyncio.gather(
                 *(server.post("/v1/completions", body) for body in bodies)
             )
+            if self.t.config.vllm.sleep and bodies:
+                await server.post("/sleep?level=2", b"")  # the weights are read again anyway
+                self.asleep = True
         except Rejected as error:
             self.give_up(f"vLLM refused {_at(self.t)}: HTTP {error.status} {error.message}")
         finally:
@@ -167,18 +201,21 @@ class VllmSampler:
         except BaseException:
             await process.stop()
             raise
-        self.process, self.ran = process, True
+        self.process, self.ran, self.asleep = process, True, False
 
 
 @contextmanager
 def sampler(t: PpoRun) -> Iterator[Sampler]:
     """The sampler that the configuration names; a server ends with the block."""
-    if t.config.sampler == "transformers":
+    if t.config.chosen_sampler() == "transformers":
         yield t.sampler
+        return
+    if not distributed.is_main():
+        yield processes.MainSampler(None)
         return
     found = VllmSampler(t)
     try:
-        yield found
+        yield processes.MainSampler(found) if distributed.world_size() > 1 else found
     finally:
         found.stop()
         shutil.rmtree(found.folder, ignore_errors=True)
@@ -195,6 +232,8 @@ def engine_config(config: PpoConfig, folder: Path, longest: int, exact: bool) ->
         "--worker-extension-cls",
         "prefab.trainers.rl.vllm_worker.Extension",
     ]
+    if s.sleep:
+        args.append("--enable-sleep-mode")
     if not gpu:
         args.append(
             "--enforce-eager"
@@ -212,13 +251,17 @@ def engine_config(config: PpoConfig, folder: Path, longest: int, exact: bool) ->
     )  # dev mode: /collective_rpc and /reset_prefix_cache
 
 
-async def push(server: Http) -> None:
+async def push(server: Http, asleep: bool = False) -> None:
     """Have the server read the policy's folder again, and forget what it computed with the old
-    weights.
+    weights. One that is asleep is woken: first room for the weights, then for the cache.
 
     Raises: TransportError, Rejected.
     """
+    if asleep:
+        await server.post("/wake_up?tags=weights", b"")
     await server.post("/collective_rpc", orjson.dumps({"method": "take_policy"}))
+    if asleep:
+        await server.post("/wake_up?tags=kv_cache", b"")
     done = await server.post("/reset_prefix_cache", b"")
     if not done.get("success"):
         raise TransportError(

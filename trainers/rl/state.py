@@ -9,7 +9,7 @@ from typing import Any
 from prefab.trainers.rl.config import GrpoConfig, PpoConfig, RlConfig
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
 from prefab.trainers.rl.rewards import Scales, Source
-from prefab.trainers.rl.rollout import Prompt, Sampler
+from prefab.trainers.rl.rollout import Ahead, Prompt, Sampler
 
 
 @dataclass(slots=True)
@@ -52,6 +52,8 @@ class PpoRun(Run):
     critic: Any
     optimizer: Any
     sampler: Sampler
+    ahead: Ahead | None = None  # the next step's answers, where they are sampled already
+    off_policy: bool = False  # this step's were
 
 
 @dataclass(slots=True, kw_only=True)

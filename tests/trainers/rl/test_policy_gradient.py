@@ -253,3 +253,10 @@ def test_the_controller_by_hand():
     assert isclose(pg.adapt_beta(0.1, 6.6, 6.0, 256, 1000), 0.1 * (1 + 0.1 * 0.256))
     assert isclose(pg.adapt_beta(0.1, 60.0, 6.0, 500, 1000), 0.1 * 1.1)
     assert isclose(pg.adapt_beta(0.1, 0.0, 6.0, 500, 1000), 0.1 * 0.9)
+
+
+def test_importance_weights_are_cut_off_above_and_nothing_outside_the_mask():
+    logps, sampled = torch.tensor([[-1.0, -1.0, -1.0, 9.0]]), torch.tensor([[-1.0, -3.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    found = pg.importance_weights(logps, sampled, mask, cap=2.0)
+    assert found.tolist() == [pytest.approx([1.0, 2.0, exp(-1.0), 0.0])]

@@ -78,6 +78,31 @@ def test_ppo_ends_at_its_exact_optimum(tmp_path, length, steps, rate):
     assert length == 1 or others["grpo reverse, beta as it stands"] > 0.06
 
 
+def test_answers_sampled_by_the_policy_before_the_update_lead_to_the_same_optimum(tmp_path):
+    row = exact_optimum.run_one(tmp_path, "ppo", 1, 0.5, 1, 60, 1e-2, sample_ahead=True)
+    assert row["tv_end"] <= exact_optimum.GOAL < 0.3 < row["tv_start"]
+    (out,) = tmp_path.glob("ppo-*")
+    steps = checkpoint.read_metrics(out / checkpoint.METRICS)
+    assert "importance" not in steps[0]  # nothing was sampled before it
+    assert all(0.8 < m["importance"] < 1.2 for m in steps[1:])
+    assert len({m["importance"] for m in steps[1:]}) > 50
+
+
+def test_answers_sampled_ahead_are_of_the_old_policy_and_stop_at_checkpoints(make, tmp_path):
+    """A run that is gone on with from a checkpoint ends as one that was not stopped."""
+    settings = {"steps": 6, "save_every": 3, "sample_ahead": True, "schedule": "constant"}
+    _, seen = train(make(tmp_path / "whole", **settings))
+    assert [step["step"] for step in seen if "importance" in step] == [2, 3, 5, 6]
+    # what differs is an update, not rounding
+    assert all((step["sampler_gap"] > 1e-4) == ("importance" in step) for step in seen)
+    train(make(tmp_path / "cut", **{**settings, "steps": 3}))
+    _, later = train(make(tmp_path / "cut", **settings))
+    assert [step["step"] for step in later] == [4, 5, 6]
+    assert same(weights(tmp_path / "cut/policy"), weights(tmp_path / "whole/policy"))
+    train(make(tmp_path / "now", **{**settings, "sample_ahead": False}))
+    assert not same(weights(tmp_path / "now/policy"), weights(tmp_path / "whole/policy"))
+
+
 def test_the_closed_forms_are_optima():
     """Against brute force: no policy nearby has more reward minus beta KL; the forward form
     balances its own gradient."""

@@ -81,7 +81,7 @@ class Scripted:
             if self.left < 0:
                 return 0, {}
         self.script.heard.append((path, body))
-        if path == "/collective_rpc":
+        if path == "/collective_rpc" or path.startswith(("/sleep", "/wake_up")):
             return 200, {"results": [None]}
         if path == "/reset_prefix_cache":
             return 200, {"success": self.script.emptied}
@@ -375,3 +375,53 @@ def test_the_served_policy_is_the_trained_one(tmp_path, lora):
             for name, p in t.policy.named_parameters():
                 p.copy_(old[name])
         assert gap() > 0.05
+
+
+def test_answers_are_sampled_ahead_by_the_weights_before_the_update(make):
+    """The weights are pushed before anything is asked, and are not pushed again for the answers."""
+    script = Script(None)
+    t = make(script)
+    t.sampler.sample(IDS, 0)
+    shift(t)
+    wait = t.sampler.ahead(IDS, 5)
+    served = t.sampler.folder
+    assert same_weights(t.policy, served)
+    shift(t)  # the update, at once: the server keeps what it has
+    found = wait()
+    assert found is not None and [a.prompt for a in found] == IDS
+    assert not same_weights(t.policy, served)
+    paths = [path for path, _ in script.heard]
+    asked = paths.index("/collective_rpc"), paths.index("/reset_prefix_cache")
+    assert paths.count("/collective_rpc") == 1 and asked == (3, 4) and len(paths) == 8
+    t.sampler.sample(IDS, 6)
+    assert same_weights(t.policy, served)
+    t.sampler.stop()
+
+
+def test_a_server_that_dies_while_it_samples_ahead_is_begun_again_by_the_next_sample(make):
+    script = Script(5, None)  # three answers, then the two requests of a push
+    t = make(script)
+    t.sampler.sample(IDS, 0)
+    shift(t)
+    assert t.sampler.ahead(IDS, 5)() is None and script.started == 1
+    assert [a.prompt for a in t.sampler.sample(IDS, 5)] == IDS and script.started == 2
+    t.sampler.stop()
+
+
+def test_a_server_sleeps_while_the_policy_is_updated(make):
+    script = Script(None)
+    t = make(script, vllm={"sleep": True})
+    assert "--enable-sleep-mode" in t.sampler.config.args
+    t.sampler.sample(IDS, 0)
+    shift(t)
+    t.sampler.sample(IDS, 1)
+    paths = [path for path, _ in script.heard if path != "/v1/completions"]
+    assert paths == [
+        "/sleep?level=2",
+        "/wake_up?tags=weights",
+        "/collective_rpc",
+        "/wake_up?tags=kv_cache",
+        "/reset_prefix_cache",
+        "/sleep?level=2",
+    ]
+    t.sampler.stop()

@@ -1,0 +1,118 @@
+"""A small PPO, GRPO or RLOO in two processes (gloo), forks of one so that a try costs little.
+
+`python two_ppo_driver.py FOLDER JOBS`, a JSON list of `{out, kills, changes}`: each is killed with
+SIGKILL at so many random moments and begun again, until it gets to the end. `changes` are those of
+the configuration (with `method`: of GRPO's); `fault` among them is what process 1 does at the
+third step: nan, die or raise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+
+from prefab.factory.engines.vllm_process import free_port
+from prefab.factory.errors import PrefabError
+from prefab.trainers import distributed
+from prefab.trainers.rl import grpo, ppo, rewards
+from tests.support import kill_ppo_driver
+from tests.support.killer import at_random, until_done
+
+PROMPTS = list(kill_ppo_driver.WORLD.prompts) * 5
+
+
+def train(folder: Path, out: str, changes: dict) -> None:
+    """One try; goes on from the last checkpoint."""
+    if changes.get("method"):
+        settings = grpo_config(folder, out, **changes)
+        grpo.run(settings, PROMPTS, rewards.single(kill_ppo_driver.WORLD.reward))
+        return
+    fault = changes.get("fault", "")
+    rest = {name: value for name, value in changes.items() if name != "fault"}
+    config = kill_ppo_driver.config(folder, out, **rest)
+    gold = rewards.Source("gold", (kill_ppo_driver.WORLD.reward,))
+    if fault and not distributed.is_main():
+        ppo.estimate = broken(ppo.estimate, fault)
+    ppo.run(config, PROMPTS, rewards.single(kill_ppo_driver.noisy), gold, PROMPTS)
+
+
+def grpo_config(folder: Path, out: str, **changes) -> grpo.GrpoConfig:
+    """GRPO or RLOO of a few tokens, by `method`."""
+    settings = {
+        "model": str(folder / "policy"),
+        "out": str(folder / out),
+        "steps": 3,
+        "batch_size": 16,
+        "micro_batch": 4,
+        "group": 4,
+        "max_new_tokens": 3,
+        "learning_rate": 5e-3,
+        "reference_samples": 16,
+        "save_every": 2,
+        "threads": 1,
+    }
+    return grpo.GrpoConfig(**(settings | changes))
+
+
+def broken(estimate, fault: str):
+    """`ppo.estimate` with a fault from the third step on."""
+
+    def estimated(t, *rest):
+        batch, kl = estimate(t, *rest)
+        if t.state.step >= 2 and fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if t.state.step >= 2 and fault == "raise":
+            raise MemoryError("out of memory")
+        if t.state.step >= 2:
+            batch.advantages[:] = float("nan")
+        return batch, kl
+
+    return estimated
+
+
+def in_two(folder: Path, out: str, changes: dict) -> None:
+    """One try in two processes: this one is the main one, and the other its child, which ends when
+    it does."""
+    os.environ |= {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    other = os.fork()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(other == 0))
+    distributed.end_with_launcher()
+    code = 0
+    try:
+        train(folder, out, changes)
+    except PrefabError as error:
+        print(f"process {os.environ['RANK']}: {error}", flush=True)
+        code = 1
+    if other == 0:
+        os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+    print(f"ended with {code} and {status}", flush=True)
+    sys.exit(code or status)
+
+
+if __name__ == "__main__":
+    import accelerate  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from prefab.trainers import model_card  # noqa: F401
+
+    for job in json.loads(sys.argv[2]):
+        print(f"job {job['out']}", flush=True)
+        once = partial(in_two, Path(sys.argv[1]), job["out"], job.get("changes", {}))
+        if "fault" not in job.get("changes", {}):
+            until_done(once, at_random(job.get("kills", 0), 5, 3.0))
+        elif os.fork() == 0:
+            once()
+        else:
+            os.wait()
