@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefab.trainers import collate, data
 from prefab.trainers.offline import loop, losses
@@ -45,10 +45,24 @@ class DpoConfig(StageConfig):
     sft_weight: float = Field(
         0.0, ge=0, description="Of the chosen answer's own log-likelihood, a token (RPO)."
     )
+    length_penalty: float = Field(
+        0.0,
+        exclude_if=lambda value: value == 0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="What a token costs in implied reward (R-DPO): pairs whose chosen answer is "
+        "longer teach less. Not with simpo, whose reward is a mean over tokens.",
+    )
     reference: str | None = Field(None, description="Left out: `model`.")
     reference_cache: str | None = Field(
         None, description="A folder; left out: reference/ beside the output folder's runs."
     )
+
+    @model_validator(mode="after")
+    def _penalty_has_effect(self) -> DpoConfig:
+        if self.length_penalty and self.loss == "simpo":
+            raise ValueError("length_penalty has no effect on simpo, which has no reference")
+        return self
 
 
 def trainer_class() -> Any:
@@ -63,10 +77,10 @@ def trainer_class() -> Any:
         def losses(self, model: Any, batch: Any, _: Any) -> tuple[Any, dict[str, Any]]:
             """The pair loss by name, expected under each pair's target."""
             logps, tokens = collate.answer_logps(model, batch, next(model.parameters()).dtype)
-            B = len(batch["rows"])
+            B, rate = len(batch["rows"]), self.stage.length_penalty / self.stage.beta
             refs = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])
             chosen, rejected = (
-                losses.Side(logps[s], ref, tokens[s])
+                losses.Side(logps[s], losses.penalised(ref, tokens[s], rate), tokens[s])
                 for s, ref in zip((slice(0, B), slice(B, 2 * B)), refs, strict=True)
             )
             c = self.stage

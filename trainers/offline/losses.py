@@ -47,6 +47,15 @@ class Side(NamedTuple):
         return self.ratio_B / self.tokens_B.clamp(min=1)
 
 
+def penalised(ref_logps_B: Tensor, tokens_B: Tensor, rate: float) -> Tensor:
+    """The reference's log-probabilities less `rate` a token, so that beta times the log-ratio is
+    the reward of an optimal policy that pays beta `rate` for each token.
+
+    Source: Park et al. 2024 (2403.19159), eq. 9: R-DPO, with alpha = beta rate.
+    """
+    return ref_logps_B - rate * tokens_B if rate else ref_logps_B
+
+
 def bradley_terry(
     chosen_B: Tensor,
     rejected_B: Tensor,

@@ -62,11 +62,11 @@ def test_a_file_becomes_a_model(folder):
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_presets_are_valid_and_take_overrides(stage):
+@pytest.mark.parametrize(("stage", "preset"), [*((s, s) for s in STAGES), ("dpo", "simpo")])
+def test_presets_are_valid_and_take_overrides(stage, preset):
     config = STAGES[stage].config
     loaded = load_config(
-        Path(stage), config, ["seed=7", "data.sources.0.store=elsewhere", "lora={rank: 8}"]
+        Path(preset), config, ["seed=7", "data.sources.0.store=elsewhere", "lora={rank: 8}"]
     )
     assert (loaded.seed, loaded.data.sources[0].store, loaded.lora.rank) == (7, "elsewhere", 8)
 

@@ -243,10 +243,13 @@ def plain_logps(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
 
 def test_dpo_with_sft_weight_also_raises_the_chosen_answer(world, tmp_path):
     """The loss is DPO's plus `sft_weight` times the chosen answer's mean negative log-probability,
-    as `rpo_alpha` of Pang et al. 2024, and it is what is trained on."""
+    as `rpo_alpha` of Pang et al. 2024, and it is what is trained on. With a length penalty each
+    answer's implied reward has it for each of its tokens (Park et al. 2024)."""
     from prefab.trainers.offline import dpo
 
-    trainer, rows, batch = moved_batch(dpo, world.config("dpo", tmp_path / "a", sft_weight=0.7))
+    more = {"sft_weight": 0.7, "length_penalty": 0.03}
+    trainer, rows, batch = moved_batch(dpo, world.config("dpo", tmp_path / "a", **more))
+    assert any(len(row["chosen_ids"]) != len(row["rejected_ids"]) for row in rows)
     with torch.no_grad():
         loss, _ = trainer.losses(trainer.model.eval(), batch, None)
         total = 0.0
@@ -255,9 +258,10 @@ def test_dpo_with_sft_weight_also_raises_the_chosen_answer(world, tmp_path):
                 plain_logps(trainer.model, row["prompt_ids"], row[f"{side}_ids"])
                 for side in ("chosen", "rejected")
             )
-            apart = won - row["ref_chosen_logps"] - lost + row["ref_rejected_logps"]
+            apart = 0.1 * (won - row["ref_chosen_logps"] - lost + row["ref_rejected_logps"])
+            apart += 0.03 * (len(row["chosen_ids"]) - len(row["rejected_ids"]))
             p = row["target"]
-            dpo_loss = -p * (0.1 * apart).sigmoid().log() - (1 - p) * (-0.1 * apart).sigmoid().log()
+            dpo_loss = -p * apart.sigmoid().log() - (1 - p) * (-apart).sigmoid().log()
             total += row["weight"] * (dpo_loss - 0.7 * won / len(row["chosen_ids"]))
     assert loss.item() == pytest.approx(float(total) / 12, abs=1e-4)
 

@@ -84,7 +84,7 @@ def test_answers_sampled_by_the_policy_before_the_update_lead_to_the_same_optimu
     (out,) = tmp_path.glob("ppo-*")
     steps = checkpoint.read_metrics(out / checkpoint.METRICS)
     assert "importance" not in steps[0]  # nothing was sampled before it
-    assert all(0.8 < m["importance"] < 1.2 for m in steps[1:])
+    assert all(0.5 < m["importance"] < 1.5 for m in steps[1:])
     assert len({m["importance"] for m in steps[1:]}) > 50
 
 

@@ -18,8 +18,8 @@ from prefab.trainers.rl import checkpoint, grpo, processes, rewards
 from tests.support import kill_ppo_driver, two_ppo_driver
 
 DRIVER = Path(__file__).resolve().parents[2] / "support/two_ppo_driver.py"
-# counts of tokens: one that is clipped or not by the last digit
-COUNTED = ("clip_fraction", "value_clip_fraction", "times")
+# counts of tokens (one is clipped or not by the last digit), times, and texts
+COUNTED = ("clip_fraction", "value_clip_fraction", "times", "eval/samples")
 SMALL = {"steps": 4, "batch_size": 8, "minibatches": 1, "save_every": 2, "reference_samples": 8}
 
 
