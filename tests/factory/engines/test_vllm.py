@@ -795,3 +795,16 @@ def test_a_prompts_calls_meet_one_replica_and_all_replicas_work():
     assert sum(len(at) == 1 for at in homes.values()) >= 45
     assert all(sum(at == {i} for at in homes.values()) >= 5 for i in range(3))
     assert router.pick([Message("user", "x")], [0, 0, 0], [2]) == 2
+
+
+@pytest.mark.parametrize(
+    "args", [["--api-server-count", "4"], ["--data-parallel-size=8"], ["--seed", "1"]]
+)
+def test_several_api_servers_are_started_by_the_command_that_can(args):
+    config = VllmConfig(model="prefab-nano", args=args)
+    words = command_line(VllmProcess(config, "prefab-nano", 1, "local", None))
+    alone = args[0] == "--seed"
+    start = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    assert words[1:4] == (start if alone else ["-m", "vllm.entrypoints.cli.main", "serve"])
+    assert words[4] == "prefab-nano" and words[-len(args) :] == args
+    assert ("--model" in words) == alone

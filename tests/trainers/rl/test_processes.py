@@ -43,7 +43,7 @@ def told(models):
         [
             {"out": "two", "changes": SMALL},
             {"out": "killed", "kills": 1, "changes": SMALL},
-            {"out": "nan", "changes": {**SMALL, "fault": "nan"}},
+            {"out": "nan", "changes": {**SMALL, "fault": "nan", "max_bad": 2}},
             {"out": "two-grpo", "changes": {"method": "grpo"}},
         ],
     )
@@ -99,7 +99,7 @@ def check_ended(told, models, fault, codes):
 
 
 def test_a_number_that_is_none_in_one_process_ends_both_with_the_reason(told, models):
-    words = "process {}: the loss was not finite in 3 updates in a row"
+    words = "process {}: the loss was not finite in 2 updates in a row"
     assert all(words.format(k) in told["nan"] for k in (0, 1))
     check_ended(told, models, "nan", "1 and 1")
 
