@@ -228,7 +228,7 @@ def _sampling_by_place(t: GrpoRun, base: Any, with_logps: bool) -> Any:
     place among the answers of all processes. Models that the launcher shards are sampled by TRL.
     """
 
-    class Sampling(base):  # type: ignore[misc]  # a class that is known only here
+    class Sampling(base):
         def _generate_single_turn(
             self, prompt_ids: list[list[int]], *rest: Any, **more: Any
         ) -> Any:
