@@ -138,7 +138,7 @@ def prepare_run(
         room=room,
         prompts=prompts,
         prompt_ids=rollout.encode(tokenizer, prompts, room, config.template_kwargs),
-        sources=processes.asked_once(sources),
+        sources=rewards.asked_once(sources),
         state=State(beta=config.beta),
     )
 

@@ -45,7 +45,7 @@ def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[
         room=room,
         prompts=prompts,
         prompt_ids=rollout.encode(tokenizer, prompts, room, config.template_kwargs),
-        sources=processes.asked_once(sources),
+        sources=rewards.asked_once(sources),
         state=State(beta=config.beta),
         critic=critic,
         optimizer=_optimizer(config, policy, critic),
@@ -70,7 +70,7 @@ def rewards_for(
         sources = rewards.build(config.rewards)
     if gold is None and config.gold:
         gold = rewards.build([config.gold])[0]
-    return sources, processes.asked_once([gold])[0] if gold else None
+    return sources, rewards.asked_once([gold])[0] if gold else None
 
 
 def encoded_for_gold(t: Run, gold: Source | None, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -11,7 +11,6 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefab.factory.errors import ConfigError
@@ -20,8 +19,6 @@ from prefab.trainers.distributed import is_main, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from prefab.trainers.rl.rewards import Reward, Source
 
 T = TypeVar("T")
 BUCKET = 2**24  # gradients are added up in parts of so many numbers
@@ -143,17 +140,6 @@ def _sendable(error: Exception) -> Exception:
     except Exception:
         return TrainError(f"{type(error).__name__}: {error}")
     return error
-
-
-def asked_once(sources: Sequence[Source]) -> tuple[Source, ...]:
-    """The rewards, so that the main process asks each and all get its values."""
-
-    def once(reward: Reward) -> Reward:
-        return lambda prompts, completions: on_main(lambda: list(reward(prompts, completions)))
-
-    if world_size() == 1:
-        return tuple(sources)
-    return tuple(replace(s, members=tuple(map(once, s.members))) for s in sources)
 
 
 class MainSampler:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import runpy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -20,9 +20,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from prefab.factory.errors import ConfigError
+from prefab.trainers import distributed
 from prefab.trainers.common import Strict, TrainError
 from prefab.trainers.offline import reward as reward_model
 from prefab.trainers.offline.reward import Combine, combine
+from prefab.trainers.rl import processes
 from prefab.trainers.rl.rollout import Prompt
 
 Reward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float | None]]
@@ -87,6 +89,19 @@ class Scores:
 def single(reward: Reward, name: str = "reward") -> tuple[Source, ...]:
     """One plain reward as the only source."""
     return (Source(name, (reward,)),)
+
+
+def asked_once(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The rewards, so that the main process asks each and all get its values."""
+
+    def once(reward: Reward) -> Reward:
+        return lambda prompts, completions: processes.on_main(
+            lambda: list(reward(prompts, completions))
+        )
+
+    if distributed.world_size() == 1:
+        return tuple(sources)
+    return tuple(replace(s, members=tuple(map(once, s.members))) for s in sources)
 
 
 def score(
