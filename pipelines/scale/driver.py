@@ -11,10 +11,11 @@ import queue
 import re
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from prefab.pipelines.store.calibrations import CALIBRATION
 from prefab.pipelines.store.catalogue import update_ledger
 
 CALLS_A_SHARD = 1_000_000
+WAIT_S = 30.0  # after which it is told that a worker does not start
+LOOK_S = 5.0  # between two looks at how many workers there is room for
 SHARDS_A_WORKER = 8  # so that the last ones end at nearly the same time
 
 
@@ -63,15 +66,16 @@ class Scaled:
 
 def run_on(on: str, source: str | Path, sets: Iterable[str] = (), quiet: bool = True) -> RunResult:
     """Make the preference data of a pipeline where `on` says: `local:N`, N processes of this
-    machine; without N, as many as `scale.workers` says, or two.
+    machine (without N, as many as `scale.workers` says, or two); `ray` or `ray:ADDRESS`, a cluster.
 
-    Raises: ConfigError for any other place; else as `run_local`.
+    Raises: ConfigError for any other place; else as `run_local` and `run_ray`.
     """
-    place, _, number = on.partition(":")
-    if place != "local" or (number and not re.fullmatch("[1-9][0-9]{0,3}", number)):
-        raise ConfigError(f"--on {on}: write local:N, such as local:4")
-    workers = int(number) if number else None
-    return run_local(source, sets, workers, quiet)
+    place, _, rest = on.partition(":")
+    if place == "ray":
+        return run_ray(source, sets, rest, quiet)
+    if place != "local" or (rest and not re.fullmatch("[1-9][0-9]{0,3}", rest)):
+        raise ConfigError(f"--on {on}: write local:N, such as local:4, or ray, or ray:ADDRESS")
+    return run_local(source, sets, int(rest) if rest else None, quiet)
 
 
 def run_local(
@@ -101,6 +105,41 @@ def run_local(
     with exclusive(scaled.shared):
         texts = models(kept_engines(scaled.loaded))
         return Driver(scaled, LocalLauncher(scaled.setup), quiet).run(texts)
+
+
+def run_ray(
+    source: str | Path | dict[str, Any],
+    sets: Iterable[str] = (),
+    address: str = "",
+    quiet: bool = True,
+) -> RunResult:
+    """As `run_local`, with actors of a Ray cluster as workers: as many as `scale.workers` says, or
+    as there is room for.
+
+    Args:
+        source: As for `prefab.run`; the machines of the cluster read the same files.
+        sets: Overrides of fields.
+        address: HOST:PORT of the cluster; empty: the one that runs on this machine.
+        quiet: Do not show progress.
+
+    Returns:
+        As `run_local`.
+
+    Raises:
+        ConfigError: A mistake in the pipeline; Ray is not installed, or the cluster runs another
+            version.
+        EngineError: There is no cluster.
+    """
+    from prefab.pipelines.scale.on_ray import RayLauncher, connected, gpus_of
+
+    with connected(address, quiet):
+        scaled = prepare(source, sets, 1, quiet)
+        launcher = RayLauncher(scaled.setup, gpus_of(scaled.loaded))
+        scaled.workers = scaled.loaded.config.scale_settings().workers or launcher.capacity()
+        launcher.setup = replace(scaled.setup, workers=scaled.workers)
+        with exclusive(scaled.shared):
+            texts = models(kept_engines(scaled.loaded))
+            return Driver(scaled, launcher, quiet).run(texts)
 
 
 def prepare(
@@ -206,7 +245,11 @@ class Driver:
         self.counts: dict[int, dict[str, Any]] = {}  # of the shards that ended now
         self.reason, self.signal, self.told = "", 0, 0
         self.derive = False
-        self._began = time.monotonic()
+        # whether workers join and leave as the launcher has room for them
+        self.grows = not scaled.loaded.config.scale_settings().workers and launcher.capacity() > 0
+        self._began = self._asked_at = self._looked = time.monotonic()
+        self._told_waiting = self._was_ready = False
+        self._starts_failed = 0  # since a worker was ready
 
     def run(self, models: dict[str, str]) -> RunResult:
         """All shards of the run that are not done. `models`: the engines' identities, as texts."""
@@ -280,10 +323,18 @@ class Driver:
 
     def _staff(self) -> None:
         """Start workers for the shards that wait."""
+        now = time.monotonic()
+        if self.grows and now > self._looked + LOOK_S:
+            self._looked = now
+            self.scaled.workers = max(self.launcher.capacity(), 1)
+        if self.starting and not self._told_waiting and now > self._asked_at + WAIT_S:
+            self._told_waiting = True
+            warn(f"waiting: {self.launcher.waiting()}")
         there = len(self.idle) + len(self.busy) + len(self.starting)
         wanted = min(self.scaled.workers, len(self.pending) + len(self.busy))
         for _ in range(0 if self.reason else wanted - there):
             self.starting.add(self.launcher.start())
+            self._asked_at, self._told_waiting = now, False
 
     def _hand_out(self) -> None:
         while self.idle and self.pending and not self.reason:
@@ -315,6 +366,7 @@ class Driver:
     def _ready(self, worker: int, _: dict[str, Any]) -> None:
         self.starting.discard(worker)
         self.idle.append(worker)
+        self._was_ready, self._starts_failed = True, 0
 
     def _progress(self, worker: int, data: dict[str, Any]) -> None:
         if worker in self.busy:
@@ -332,14 +384,24 @@ class Driver:
         if data["fatal"]:
             raise ConfigError(data["message"])
         if worker in self.starting:
-            raise EngineError(data["message"])
+            self._not_started(worker, data["message"], fatal=not self._was_ready)
         self._lost(worker, data["message"])
         self.launcher.kill(worker)
 
     def _gone(self, worker: int, data: dict[str, Any]) -> None:
         if worker in self.starting:
-            raise EngineError(f"a worker ended before it was ready ({data['why']})")
+            self._not_started(worker, f"a worker ended before it was ready ({data['why']})")
         self._lost(worker, f"its process ended ({data['why']})")
+
+    def _not_started(self, worker: int, why: str, fatal: bool = False) -> None:
+        """A worker could not begin: its machine may be going. Raises: EngineError when that happens
+        again and again.
+        """
+        self.starting.discard(worker)
+        self._starts_failed += 1
+        if fatal or self._starts_failed >= self.scaled.retries:
+            raise EngineError(why)
+        warn(f"{why}; another one is started")
 
     def _lost(self, worker: int, why: str) -> None:
         if worker in self.idle:
@@ -428,7 +490,8 @@ class Driver:
                 raise Interrupted(number, "what is published is kept")
             self.told = number  # a handler may come in the middle of a message to a worker
 
-        before = {number: signal.signal(number, told) for number in heeded()}
+        main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, told) for number in heeded()} if main else {}
         try:
             yield
         finally:

@@ -43,6 +43,12 @@ class Launcher(Protocol):
     def kill(self, worker: int) -> None:
         """End a worker at once."""
 
+    def capacity(self) -> int:
+        """For how many workers there is room now; 0: as many as were asked for."""
+
+    def waiting(self) -> str:
+        """What a worker that does not start waits for."""
+
     def close(self) -> None:
         """End all workers, in order."""
 
@@ -95,6 +101,14 @@ class LocalLauncher:
     def kill(self, worker: int) -> None:
         """End a worker at once."""
         self.processes[worker].kill()
+
+    def capacity(self) -> int:
+        """As many as were asked for."""
+        return 0
+
+    def waiting(self) -> str:
+        """What a process that does not start waits for."""
+        return "a worker is still starting"
 
     def close(self) -> None:
         """End all workers; those that do not end by themselves are killed."""

@@ -2,7 +2,7 @@
 
 As a process (`python -m prefab.pipelines.scale.worker`) it reads messages from stdin and writes
 events to stdout, a JSON object a line. When stdin ends, whoever gave it work is gone: it asks
-nothing more and ends within two seconds.
+nothing more, keeps what is answered meanwhile, and ends within two seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from prefab.pipelines.config.loader import (
     models,
     resolve_pipeline,
 )
-from prefab.pipelines.run.interrupts import Interrupted
 from prefab.pipelines.run.runner import in_event_loop
 from prefab.pipelines.scale.shard import ShardJob, ShardRun
 from prefab.pipelines.scale.sharding import ShardPrompts
@@ -87,7 +86,7 @@ class Worker:
 
     async def main(self) -> None:
         """Work until told to end: `{"do": {...}}` is a `ShardJob`, `{"stop": true}` drains the one
-        in work, `{"end": true}` ends when none is, and None drops it.
+        in work, and `{"end": true}` or None drains it and ends.
         """
         try:
             os.chdir(self.setup.folder)
@@ -108,9 +107,8 @@ class Worker:
             self._failed(None, error)
         finally:
             if self._job is not None:
-                if self.run is not None and self.run.ctx is not None:
-                    self.run.ctx.hurry = self.run.ctx.stopping = True
-                self._job.cancel()
+                if self.run is not None:
+                    self.run.stop()  # what is in flight is still kept
                 await asyncio.gather(self._job, return_exceptions=True)
             await end_engines(self._engines)
 
@@ -136,8 +134,6 @@ class Worker:
             self.emit({"event": "done", **result})
         except (PrefabError, OSError) as error:
             self._failed(job.shard, error)
-        except Interrupted:
-            pass  # the driver is gone
         finally:
             ticking.cancel()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
 import threading
 from pathlib import Path
@@ -65,6 +66,12 @@ class ThreadLauncher:
         one, loop, _ = self.workers[worker]
         loop.call_soon_threadsafe(one.inbox.put_nowait, None)
 
+    def capacity(self) -> int:
+        return 0
+
+    def waiting(self) -> str:
+        return "a thread"
+
     def close(self) -> None:
         for _, loop, thread in self.workers.values():
             if thread.is_alive():
@@ -98,3 +105,9 @@ def same_rows(one: Path, other: Path, but: tuple[str, ...] = ()) -> None:
     ours, theirs = rows(one), rows(other)
     for table in ours.keys() - set(but):
         assert ours[table] == theirs[table], table
+
+
+def published_calls(folder: Path) -> int:
+    """How many calls the segments of a shared folder have."""
+    manifests = [json.loads(path.read_bytes()) for path in folder.glob("segments/*/[0-9]*.json")]
+    return sum(one["tables"].get("calls", {"rows": 0})["rows"] for one in manifests)

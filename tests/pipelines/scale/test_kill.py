@@ -16,6 +16,7 @@ import pytest
 
 from prefab.factory.paths import IMPORT_ROOT
 from tests.support import project
+from tests.support.scripted_process import scripted_server
 
 IN_FLIGHT = 8
 PROMPTS, CALLS = 24, 24 * 15  # 3 samples, and 3 pairs in 2 orders under 2 principles
@@ -26,12 +27,8 @@ RUN = "from prefab.pipelines.cli.main import main; main()"
 @pytest.fixture
 def server():
     """The address of a server that takes 20 ms for an answer and counts."""
-    command = [sys.executable, "-m", "prefab.factory.engines.scripted", "--delay-ms", "20"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
-    assert process.stdout
-    yield process.stdout.readline().strip()
-    process.kill()
-    process.wait()
+    with scripted_server(delay_ms=20) as url:
+        yield url
 
 
 def environment():
@@ -48,8 +45,11 @@ def start(folder, url):
     if not (folder / "pipeline.yaml").exists():
         value = project.pipeline(folder, PROMPTS)
         value["engines"]["local"] = {
-            **{"engine": "openai", "model": "scripted", "base_url": url + "/v1"},
-            **{"max_in_flight": IN_FLIGHT, "canary_every": 0},  # canaries are asked again and again
+            "engine": "openai",
+            "model": "scripted",
+            "base_url": url + "/v1",
+            "max_in_flight": IN_FLIGHT,
+            "canary_every": 0,  # canaries are asked again and again
         }
         value["scale"] = {"shards": 4, "local": str(folder / "local"), "publish_s": 0.2}
         project.write(folder, value)

@@ -1,0 +1,124 @@
+"""The same run on a Ray cluster of several raylets on this machine: the rows of one process, after
+the kill of a node with its disk, of a worker and of the driver. The server counts."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'prefab-rlaif[scale]'")
+
+from ray.cluster_utils import Cluster  # after the skip
+
+from prefab import run
+from prefab.factory.errors import ConfigError, EngineError
+from prefab.pipelines.scale.driver import run_ray
+from tests.pipelines.scale.test_kill import RUN, counts, environment, until_asked
+from tests.support import project
+from tests.support.scripted_process import scripted_server
+from tests.support.sharded import published_calls, same_rows
+
+pytestmark = pytest.mark.slow
+IN_FLIGHT = 8
+PATIENCE_S = 180
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without CPUs, and two nodes of one CPU."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        made.add_node(num_cpus=1)
+    made.wait_for_nodes()
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def server():
+    with scripted_server(delay_ms=20) as url:
+        yield url
+
+
+def pipeline(folder, url, prompts):
+    engine = {"engine": "openai", "model": "scripted", "base_url": url + "/v1", "canary_every": 0}
+    value = project.pipeline(folder, prompts)
+    value["engines"] = {"local": {**engine, "max_in_flight": IN_FLIGHT}}
+    value["scale"] = {"shards": 4, "local": str(folder / "local"), "publish_s": 0.2}
+    return value
+
+
+def test_a_node_is_killed_with_its_disk_and_another_joins(cluster, server, tmp_path):
+    value = pipeline(tmp_path, server, prompts=40)
+    seen = {}
+    with ThreadPoolExecutor(1) as pool:  # nodes are added in the main thread alone
+        running = pool.submit(run_ray, value, address=cluster.address)
+        while counts(server)["asked"] < 150 and not running.done():
+            time.sleep(0.05)
+        node = sorted(cluster.worker_nodes, key=lambda one: one.node_id)[0]
+        seen["published"] = published_calls(tmp_path / "store")
+        cluster.remove_node(node, allow_graceful=False)
+        seen["asked"] = counts(server)["asked"]
+        shutil.rmtree(tmp_path / "local" / node.node_id[:8], ignore_errors=True)
+        cluster.add_node(num_cpus=1)
+        result = running.result()
+    assert result.state == "done"
+    told = counts(server)
+    assert told["distinct"] == 40 * 15
+    assert told["repeated"] <= seen["asked"] - seen["published"]
+    sharded = tmp_path / "sharded"
+    shutil.move(tmp_path / "store", sharded)
+    run(value)
+    shutil.move(tmp_path / "store", tmp_path / "single")
+    shutil.move(sharded, tmp_path / "store")
+    same_rows(tmp_path / "single", tmp_path / "store")
+
+
+def test_nobody_asks_after_the_driver_was_killed(cluster, server, tmp_path):
+    value = pipeline(tmp_path, server, prompts=30)
+    file = project.write(tmp_path, value)
+    command = ["run", str(file), "--on", f"ray:{cluster.address}", "--json", "--quiet"]
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+
+    process = start()
+    until_asked(server, 150, process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + PATIENCE_S
+    while any("RayActor" in " ".join(one.info["cmdline"] or ()) for one in _processes()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    asked = counts(server)["asked"]
+    assert asked < 30 * 15
+    process = start()
+    said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, said
+    told = counts(server)
+    assert told["distinct"] == 30 * 15
+    assert told["repeated"] <= 2 * IN_FLIGHT
+
+
+def _processes():
+    return psutil.process_iter(["cmdline"])
+
+
+def test_bad_input(cluster, tmp_path):
+    value = project.pipeline(tmp_path)
+    with pytest.raises(ConfigError, match="ray:// is for interactive use"):
+        run_ray(value, address="ray://127.0.0.1:10001")
+    with pytest.raises(EngineError, match="no Ray cluster at 127.0.0.1:1"):
+        run_ray(value, address="127.0.0.1:1")
