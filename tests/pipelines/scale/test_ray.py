@@ -102,14 +102,15 @@ def test_nobody_asks_after_the_driver_was_killed(cluster, server, tmp_path):
     while any("RayActor" in " ".join(one.info["cmdline"] or ()) for one in _processes()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    asked = counts(server)["asked"]
+    asked, published = counts(server)["asked"], published_calls(tmp_path / "store")
     assert asked < 30 * 15
     process = start()
     said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     told = counts(server)
     assert told["distinct"] == 30 * 15
-    assert told["repeated"] <= 2 * IN_FLIGHT
+    # a shard may go to another node, which has what was published of it
+    assert told["repeated"] <= asked - published
 
 
 def _processes():
