@@ -10,6 +10,7 @@ the disk of the machine that works on it. The shared folder holds what is publis
     tables/samples/00017-ID.parquet   the rows of a shard
     head.json                    calibrations and labels, which all shards need
     states/00017.json            how far a shard is, and which files hold its rows
+    places/00017                 where a shard was worked on last
     ledger.sqlite, prefab.duckdb the catalogue: labels, evaluations, and views of the tables
 
 Files are written under another name and renamed, so that a reader sees a whole file or none.
@@ -184,6 +185,18 @@ class SharedFolder:
                 return {}
             found[table] = path
         return found
+
+    def place(self, shard: int) -> str:
+        """Where a shard was worked on last; empty where it was not."""
+        try:
+            return (self.folder / "places" / name_of(shard)).read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
+    def write_place(self, shard: int, place: str) -> None:
+        """Record where a shard is worked on."""
+        if self.place(shard) != place:
+            write_whole(self.folder / "places" / name_of(shard), place.encode())
 
     def drop_rows(self, shard: int, kept: Sequence[Mapping[str, tuple[str, int]]]) -> None:
         """Remove the files of a shard's rows but those that are `kept`: the newest, and those that

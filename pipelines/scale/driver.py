@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import re
 import signal
+import statistics
 import tempfile
 import threading
 import time
@@ -40,6 +41,9 @@ from prefab.pipelines.store.catalogue import update_ledger
 CALLS_A_SHARD = 1_000_000
 WAIT_S = 30.0  # after which it is told that a worker does not start
 LOOK_S = 5.0  # between two looks at how many workers there is room for
+MOVE_S = 10.0  # that it takes to move a shard: stopping, publishing, restoring
+LOOK_AT = 256  # shards that wait, among which the next one is chosen
+ASKED = ("asked", "prompt_tokens", "completion_tokens")
 SHARDS_A_WORKER = 8  # so that the last ones end at nearly the same time
 
 
@@ -50,6 +54,17 @@ class Busy:
     shard: int
     began: float
     counts: dict[str, int] = field(default_factory=dict)
+    moved: bool = False  # it was told to stop, so that another worker goes on
+
+
+def is_straggler(elapsed_s: float, done: int, total: int, usual_per_s: float) -> bool:
+    """Whether a shard should go to another worker: at the speed of shards that ended (prompts a
+    second) it would end much sooner there, the move included.
+    """
+    if elapsed_s < MOVE_S or done >= total:
+        return False
+    left_s = elapsed_s * (total - done) / max(done, 1)
+    return left_s > 2 * ((total - done) / usual_per_s + MOVE_S)
 
 
 @dataclass(slots=True)
@@ -241,6 +256,11 @@ class Driver:
         self.idle: list[int] = []
         self.busy: dict[int, Busy] = {}
         self.starting: set[int] = set()
+        self.places: dict[int, str] = {}  # by worker, where its ledgers are
+        self.slow: set[int] = set()  # workers from which a shard was moved
+        self.moved: dict[int, dict[str, int]] = {}  # by shard, what was asked before it was moved
+        self.straggles = is_straggler
+        self.speeds: list[float] = []  # of shards that ended, in prompts a second
         self.failures: dict[int, list[str]] = {}  # by shard, why its workers ended
         self.counts: dict[int, dict[str, Any]] = {}  # of the shards that ended now
         self.reason, self.signal, self.told = "", 0, 0
@@ -316,6 +336,7 @@ class Driver:
             while self.busy or (self.pending and not self.reason):
                 self._staff()
                 self._hand_out()
+                self._move_straggler()
                 self._receive()
                 self._heed()
                 self._check_budget()
@@ -337,11 +358,52 @@ class Driver:
             self._asked_at, self._told_waiting = now, False
 
     def _hand_out(self) -> None:
-        while self.idle and self.pending and not self.reason:
-            worker, shard = self.idle.pop(), self.pending.pop()
+        while self.pending and not self.reason and (worker := self._next_idle()):
+            self.idle.remove(worker)
+            shard = self._next_shard(worker)
+            self.pending.remove(shard)
+            self.scaled.shared.write_place(shard, self.places[worker])
             self.busy[worker] = Busy(shard, time.monotonic())
             job = {"shard": shard, "run": self.run_id, "derive": self.derive}
             self.launcher.send(worker, {"do": job, "models": self.models})
+
+    def _next_idle(self) -> int:
+        """An idle worker; a slow one only where there are no others. 0: none."""
+        fast = [worker for worker in self.idle if worker not in self.slow]
+        if fast:
+            return fast[-1]
+        others = (self.busy.keys() | self.starting) - self.slow
+        return self.idle[-1] if self.idle and not others else 0
+
+    def _next_shard(self, worker: int) -> int:
+        """The largest shard that waits: of those whose ledger is where this worker is, else of
+        those whose ledger is with no other worker.
+        """
+        shared, here = self.scaled.shared, self.places[worker]
+        there = {place for other, place in self.places.items() if other in self._living()} - {here}
+        places = {shard: shared.place(shard) for shard in self.pending[-LOOK_AT:]}
+        mine = [shard for shard, place in places.items() if place == here]
+        free = [shard for shard, place in places.items() if place not in there]
+        return (mine or free or self.pending)[-1]
+
+    def _living(self) -> set[int]:
+        return {*self.idle, *self.busy, *self.starting}
+
+    def _move_straggler(self) -> None:
+        """Where a worker is idle and no shard waits: stop the shard that another worker would end
+        much sooner. It is given out again, and what was answered is kept.
+        """
+        fast = [worker for worker in self.idle if worker not in self.slow]
+        if not fast or self.pending or self.reason or self.derive or not self.speeds:
+            return
+        usual, now = statistics.median(self.speeds), time.monotonic()
+        for worker, busy in self.busy.items():
+            total = self.scaled.prompts.counts[busy.shard]
+            done = busy.counts.get("prompts", 0)
+            if not busy.moved and self.straggles(now - busy.began, done, total, usual):
+                busy.moved = True
+                self.slow.add(worker)
+                self.launcher.send(worker, {"stop": True})
 
     def _receive(self) -> None:
         """Take in what workers told, waiting for a moment for the first of it."""
@@ -363,8 +425,9 @@ class Driver:
         }
         handlers[event.event](event.worker, event.data)
 
-    def _ready(self, worker: int, _: dict[str, Any]) -> None:
+    def _ready(self, worker: int, data: dict[str, Any]) -> None:
         self.starting.discard(worker)
+        self.places[worker] = data["place"]
         self.idle.append(worker)
         self._was_ready, self._starts_failed = True, 0
 
@@ -373,11 +436,23 @@ class Driver:
             self.busy[worker].counts = data["counts"]
 
     def _done(self, worker: int, data: dict[str, Any]) -> None:
-        shard = self.busy.pop(worker).shard
+        busy = self.busy.pop(worker)
+        shard, counts = busy.shard, data["counts"]
         self.idle.append(worker)
         if not self.derive:
-            self.counts[shard] = data["counts"]
+            # what was asked before the shard was moved here was asked now, too
+            before = self.moved.pop(shard, dict.fromkeys(ASKED, 0))
+            for name in ASKED:
+                counts[name] += before[name]
+            counts["reused"] -= before["asked"]
+            self.counts[shard] = counts
         self.states[shard] = record_result(self.scaled, shard, self.run_id, data)
+        if busy.moved and data["state"] == "stopped" and not self.reason:
+            self.moved[shard] = {name: counts[name] for name in ASKED}
+            del self.counts[shard]
+            self.pending.append(shard)
+        elif not self.derive and counts["asked"]:
+            self.speeds.append(counts["prompts"] / max(time.monotonic() - busy.began, 1e-3))
 
     def _failed(self, worker: int, data: dict[str, Any]) -> None:
         """A worker could not do its shard, or could not begin. It is replaced."""

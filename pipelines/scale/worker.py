@@ -93,7 +93,8 @@ class Worker:
             shared = self._shared()
             loaded = resolve_pipeline(self.setup.source, self.setup.sets)
             self._engines = kept_engines(loaded, self.setup.workers)
-            self.emit({"event": "ready", "pid": os.getpid(), "models": models(self._engines)})
+            place = f"{os.uname().nodename} {self.setup.local}"
+            self.emit({"event": "ready", "place": place, "models": models(self._engines)})
             while (message := await self.inbox.get()) is not None:
                 if "do" in message:
                     self._job = asyncio.create_task(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import queue
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,19 @@ WHEN = {
 
 
 class ThreadLauncher:
-    """Workers as threads. `lose` has the shards at whose beginning a worker is lost, once each."""
+    """Workers as threads. `lose` has the shards at whose beginning a worker is lost, once each;
+    `sets` the overrides of single workers. So many workers are ready `together`.
+    """
 
-    def __init__(self, setup: Any, lose: tuple[int, ...] = ()) -> None:
-        self.setup, self.lose = setup, list(lose)
+    def __init__(
+        self,
+        setup: Any,
+        lose: tuple[int, ...] = (),
+        sets: dict[int, list[str]] | None = None,
+        together: int = 0,
+    ) -> None:
+        self.setup, self.lose, self.sets, self.together = setup, list(lose), sets or {}, together
+        self.ready: list[WorkerEvent] = []
         self.events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
         self.workers: dict[int, tuple[Worker, asyncio.AbstractEventLoop, threading.Thread]] = {}
         self.given: list[int] = []  # shards, in the order in which they were given out
@@ -38,10 +48,17 @@ class ThreadLauncher:
         number, ready = len(self.workers) + 1, threading.Event()
 
         def emit(data: dict[str, Any]) -> None:
-            self.events.put(WorkerEvent(number, data["event"], data))
+            event = WorkerEvent(number, data["event"], data)
+            if data["event"] == "ready" and len(self.ready) < self.together:
+                self.ready.append(event)
+                for one in self.ready if len(self.ready) == self.together else ():
+                    self.events.put(one)
+            else:
+                self.events.put(event)
 
         async def work() -> None:
-            worker = Worker(self.setup, emit)
+            sets = self.setup.sets + self.sets.get(number, [])
+            worker = Worker(replace(self.setup, sets=sets), emit)
             self.workers[number] = (worker, asyncio.get_running_loop(), thread)
             ready.set()
             await worker.main()

@@ -11,12 +11,15 @@ import pytest
 from prefab import run
 from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.store.shared import SharedFolder
+from prefab.pipelines.config.loader import models
 from prefab.pipelines.scale.array import run_task
+from prefab.pipelines.scale.driver import Driver, is_straggler, prepare
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.merge import merge
+from prefab.pipelines.scale.worker import kept_engines
 from prefab.pipelines.store.fill import query, rebuild
 from tests.support import project
-from tests.support.sharded import run_sharded, same_rows
+from tests.support.sharded import ThreadLauncher, run_sharded, same_rows
 
 # a repeated prompt, one under another id, and a group whose first prompt decides its split
 EXTRA = (
@@ -182,6 +185,26 @@ def test_a_lease_of_a_process_that_ended_is_taken_over(tmp_path):
     assert Lease(tmp_path / "lease").owner()  # not heard of for less than a minute
     os.utime(tmp_path / "lease", (0, 0))
     assert Lease(tmp_path / "lease").take() == ""
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "done", "straggler"),
+    [(100, 10, True), (100, 80, False), (100, 100, False), (5, 0, False), (300, 0, True)],
+)
+def test_a_shard_goes_elsewhere_where_it_would_end_much_sooner(elapsed_s, done, straggler):
+    assert is_straggler(elapsed_s, done, total=100, usual_per_s=2.0) is straggler
+
+
+def test_a_straggler_is_moved_and_nothing_is_asked_twice(made, tmp_path):
+    """The second worker needs two minutes for a shard, one call after the other."""
+    scaled = prepare(pipeline(tmp_path), (), 2, True)
+    slow = ["engines.local={engine: scripted, delay_s: 2.0, max_in_flight: 1}"]
+    launcher = ThreadLauncher(scaled.setup, sets={2: slow}, together=2)
+    driver = Driver(scaled, launcher)
+    driver.straggles = lambda elapsed_s, done, total, usual_per_s: True
+    result = driver.run(models(kept_engines(scaled.loaded)))
+    assert result.state == "done" and 2 in driver.slow
+    assert (result.asked, result.outcomes) == (made[2].asked, made[2].outcomes)
 
 
 def test_bad_input(made, tmp_path):

@@ -1,0 +1,153 @@
+"""A run over shards beside the same run in one process: CPU seconds a call, bytes a call, and the
+catalogue of many shards.
+
+    python -m benchmarks.scale        (about 10 minutes on two cores)
+
+The engine is the scripted one, in the workers' processes, so that what is measured is Prefab.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from prefab.factory.paths import IMPORT_ROOT
+from prefab.factory.store.shared import ShardState, SharedFolder, name_of
+from prefab.pipelines.store.fill import query
+
+RUN = "from prefab.pipelines.cli.main import main; main()"
+CONSTITUTION = """
+id: bench
+title: Bench
+licence: CC0-1.0
+selection: all
+principles:
+  - {id: kind, title: Kind, compare: "Which answer is kinder?", critique: Name what is unkind.,
+     revise: Make it kind., criterion: The answer is unkind.}
+  - {id: brief, title: Brief, compare: "Which answer is briefer?", critique: Name what is long.,
+     revise: Make it brief., criterion: The answer is long.}
+"""
+
+
+def pipeline(folder: Path, prompts: int) -> Path:
+    """A pipeline of 4 samples a prompt, and 6 pairs in 2 orders under 2 principles: 28 calls."""
+    folder.mkdir(parents=True)
+    (folder / "bench.yaml").write_text(CONSTITUTION)
+    rows = [
+        {"prompt": f"Question {i}: what is to be done about {i * 7919}?"} for i in range(prompts)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    value = {
+        "recipe": "rlaif",
+        "name": "bench",
+        "store": str(folder / "store"),
+        "constitution": "bench.yaml",
+        "prompts": {"source": "prompts.jsonl"},
+        "engines": {"local": {"engine": "scripted"}},
+        "policy": {"engine": "local", "samples": 4, "max_tokens": 64},
+        "panel": {"judges": [{"name": "judge", "kind": "pairwise"}]},
+        "budget": {"unscored": 1.0},
+        "scale": {"shards": 8, "local": str(folder / "local"), "publish_s": 5.0},
+    }
+    (folder / "pipeline.yaml").write_text(json.dumps(value))
+    return folder / "pipeline.yaml"
+
+
+def timed(file: Path, *options: str) -> dict[str, Any]:
+    """Run a pipeline in a process of its own. Gives its calls, the seconds, and the CPU seconds of
+    all its processes.
+    """
+    began = time.perf_counter()
+    read, write = os.pipe()
+    pid = os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-c", RUN, "run", str(file), "--quiet", "--json", *options],
+        {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)},
+        file_actions=[(os.POSIX_SPAWN_DUP2, write, 1), (os.POSIX_SPAWN_CLOSE, read)],
+    )
+    os.close(write)
+    with open(read) as out:
+        told = out.read()
+    _, status, used = os.wait4(pid, 0)
+    if status:
+        raise SystemExit(f"prefab run {file} ended with {status}: {told}")
+    seconds = time.perf_counter() - began
+    return {
+        "calls": json.loads(told)["asked"],
+        "seconds": round(seconds, 2),
+        "cpu_s": round(used.ru_utime + used.ru_stime, 2),
+    }
+
+
+def catalogue(folder: Path, store: Path, shards: int) -> dict[str, Any]:
+    """Seconds to open a catalogue of so many shards, made of links to the files of one shard."""
+    whole = next(state for state in SharedFolder(store).states() if state.tables)
+    shared = SharedFolder.create(folder, shards)
+    for path in (store / "runs").glob("*.json"):
+        (folder / "runs").mkdir(exist_ok=True)
+        shutil.copy(path, folder / "runs" / path.name)
+    shared.start_run(1)
+    for shard in range(shards):
+        tables = {}
+        for table, (name, size) in whole.tables.items():
+            to = folder / "tables" / table / f"{name_of(shard)}-copy.parquet"
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.hardlink_to(store / "tables" / table / name)
+            tables[table] = (to.name, size)
+        shared.write_state(ShardState(shard, whole.runs, tables))
+    found: dict[str, Any] = {"shards": shards}
+    for what in ("first", "again"):
+        began = time.perf_counter()
+        found["verdicts"] = query(folder, "SELECT count(*) FROM verdicts").item()
+        found[f"seconds, {what}"] = round(time.perf_counter() - began, 2)
+    return found
+
+
+def bytes_of(folder: Path) -> int:
+    """The size of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    """Measure, print, and record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=2000)
+    parser.add_argument("--shards", type=int, default=1024, help="of the catalogue")
+    parser.add_argument("--quick", action="store_true", help="400 prompts, 128 shards")
+    args = parser.parse_args()
+    if args.quick:
+        args.prompts, args.shards = 400, 128
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name)
+        found: dict[str, Any] = {"prompts": args.prompts}
+        for what, options in (
+            ("one process", ()),
+            ("one worker", ("--on", "local:1")),
+            ("two workers", ("--on", "local:2")),
+        ):
+            file = pipeline(base / what.replace(" ", "-"), args.prompts)
+            found[what] = timed(file, *options)
+            print(what, found[what], flush=True)
+            found[what]["the same command again"] = timed(file, *options)
+        store = base / "two-workers" / "store"
+        calls = found["two workers"]["calls"]
+        found["bytes a call"] = {
+            "segments": round(bytes_of(store / "segments") / calls, 1),
+            "rows": round(bytes_of(store / "tables") / calls, 1),
+            "a ledger": round(bytes_of(base / "two-workers" / "local") / calls, 1),
+        }
+        found["catalogue"] = catalogue(base / "catalogue", store, args.shards)
+    print(json.dumps(found, indent=2))
+    common.write("scale", args.quick, **found)
+
+
+if __name__ == "__main__":
+    main()
