@@ -53,12 +53,28 @@ def plan(
     if as_json:
         return print_json(found.data())
     _show_plan(str(pipeline), found)
+    _show_shards(pipeline, sets, found)
     hint_command("run", pipeline, *(word for text in sets for word in ("--set", text)))
 
 
 def _read(found: Plan) -> str:
     every = found.read_one_in
     return f"about: one row in {every:,} was read, --sample 0 reads all; " if every > 1 else ""
+
+
+def _show_shards(pipeline: Path, sets: list[str], found: Plan) -> None:
+    """How a run over shards would be divided, where the pipeline has a section `scale`."""
+    from prefab.pipelines.config.loader import resolve_pipeline
+    from prefab.pipelines.scale.driver import SEGMENT_BYTES, number_of_shards
+
+    loaded = resolve_pipeline(pipeline, sets)
+    if (scale := loaded.config.scale) is not None and found.prompts:
+        shards = scale.shards or number_of_shards(loaded, scale.workers or 2, found.prompts)
+        size = found.ask * SEGMENT_BYTES / 1e6
+        say(
+            f"with --on or --shard: {shards:,} shards of about {found.ask / shards:,.0f} new calls; "
+            f"about {size:,.1f} MB are published"
+        )
 
 
 def _show_plan(name: str, found: Plan) -> None:

@@ -44,6 +44,7 @@ LOOK_S = 5.0  # between two looks at how many workers there is room for
 MOVE_S = 10.0  # that it takes to move a shard: stopping, publishing, restoring
 LOOK_AT = 256  # shards that wait, among which the next one is chosen
 ASKED = ("asked", "prompt_tokens", "completion_tokens")
+SEGMENT_BYTES = 130  # that a call takes once published, with short texts (benchmarks/scale.py)
 SHARDS_A_WORKER = 8  # so that the last ones end at nearly the same time
 
 
@@ -167,7 +168,7 @@ def prepare(
     scale = config.scale_settings()
     workers = workers or scale.workers or 2
     folder = Path(scale.shared or config.store).absolute()
-    shared = SharedFolder.create(folder, scale.shards or _number_of_shards(loaded, workers))
+    shared = SharedFolder.create(folder, scale.shards or number_of_shards(loaded, workers))
     if scale.shards and scale.shards != shared.shards:
         raise ConfigError(
             f"scale.shards: {folder} has {shared.shards:,} shards, and their number cannot change. "
@@ -189,7 +190,7 @@ def prepare(
     return Scaled(loaded, shared, prompts, setup, workers, scale.retries)
 
 
-def _number_of_shards(loaded: ResolvedPipeline, workers: int) -> int:
+def number_of_shards(loaded: ResolvedPipeline, workers: int, n_prompts: int | None = None) -> int:
     """Some shards a worker, and no more than `CALLS_A_SHARD` calls in each, as far as a prompt's
     calls can be told: its samples, and each pair in both orders under each principle.
     """
@@ -198,7 +199,7 @@ def _number_of_shards(loaded: ResolvedPipeline, workers: int) -> int:
     principles = max(1, len(loaded.constitution.principles))
     a_prompt = samples * (1 + principles * loaded.revises)
     a_prompt += samples * (samples - 1) * principles * len(loaded.judges)
-    n_prompts = sum(1 for _ in loaded.prompts)
+    n_prompts = sum(1 for _ in loaded.prompts) if n_prompts is None else n_prompts
     by_calls = -(-n_prompts * a_prompt // CALLS_A_SHARD)
     return max(1, min(n_prompts, max(by_calls, SHARDS_A_WORKER * workers)))
 

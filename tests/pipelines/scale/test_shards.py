@@ -7,10 +7,12 @@ import os
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
 from prefab import run
 from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.store.shared import SharedFolder
+from prefab.pipelines.cli.main import app
 from prefab.pipelines.config.loader import models
 from prefab.pipelines.scale.array import run_task
 from prefab.pipelines.scale.driver import Driver, is_straggler, prepare
@@ -205,6 +207,12 @@ def test_a_straggler_is_moved_and_nothing_is_asked_twice(made, tmp_path):
     result = driver.run(models(kept_engines(scaled.loaded)))
     assert result.state == "done" and 2 in driver.slow
     assert (result.asked, result.outcomes) == (made[2].asked, made[2].outcomes)
+
+
+def test_a_plan_tells_the_shards(tmp_path):
+    file = project.write(tmp_path, pipeline(tmp_path))
+    said = CliRunner().invoke(app, ["plan", str(file)]).output
+    assert "3 shards of about 54 new calls" in " ".join(said.split())
 
 
 def test_bad_input(made, tmp_path):
