@@ -30,6 +30,7 @@ MAY_SKIP = re.compile(
     r"limits only: .*"  # no user namespaces: the sandbox has limits of resources alone
     r"|no package index: .*"  # said loudly at the end
     r"|no Chromium: .*"  # said loudly at the end
+    r"|no Ray: .*"  # said loudly at the end
     r"|there is a GPU"
     r"|no C compiler"  # tests/torture records file operations with a small library
     r"|/proc and subreapers"  # not Linux
@@ -95,6 +96,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
     if any("no Chromium" in reason for reason in skipped):
         line = "NOT TESTED in a browser: pip install playwright, and apt-get install chromium"
+        terminalreporter.write_sep("!", line, red=True, bold=True)
+    if any("no Ray" in reason for reason in skipped):
+        line = "NOT TESTED on a Ray cluster: pip install 'prefab-rlaif[scale]'"
         terminalreporter.write_sep("!", line, red=True, bold=True)
     without = sum("no package index" in reason for reason in skipped)
     if without:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'prefab-rlaif[scale]'")
+ray = pytest.importorskip("ray", reason="no Ray: pip install 'prefab-rlaif[scale]'")
 
 from ray.cluster_utils import Cluster  # after the skip
 
