@@ -101,6 +101,13 @@ def _label_studio_labels(row: Any) -> Iterator[FileLabel]:
         yield FileLabel(name, "skip" if annotation.get("was_cancelled") else said, person)
 
 
+def _label_studio_min_labels(row: Any) -> Iterator[FileLabel]:
+    """The choice of one annotation: JSON-MIN has a row for each, and none for those cancelled."""
+    said = row.get(LABEL) or ""
+    said = said["choices"][0] if isinstance(said, Mapping) else said
+    yield FileLabel(row["comparison"], said, str(row.get("annotator", "")))
+
+
 @dataclass(frozen=True, slots=True)
 class LabelFormat:
     """A format of files.
@@ -130,6 +137,16 @@ FORMATS = {
     ),
     "prefab": LabelFormat(_queue_row, _queue_labels, "id", ROW),
 }
+
+# Formats that are only read; looked for first, since their rows have an `id` too.
+READ_ONLY = (
+    LabelFormat(
+        _label_studio_row,
+        _label_studio_min_labels,
+        "annotation_id",
+        "each row has comparison and label, as Label Studio writes JSON-MIN",
+    ),
+)
 
 
 def write_queue(
@@ -173,7 +190,7 @@ def read_answers(session: LabelingSession, file: str | Path) -> Report:
         session: An open session. Labels without a person, or all of a file with one person, are
             its annotator's.
         file: A queue file with `label` filled in (`a`, `b`, `tie`, `skip`, or empty for no label),
-            the records that Argilla wrote, or the tasks that Label Studio exported as JSON.
+            the records that Argilla wrote, or what Label Studio exported as JSON or JSON-MIN.
 
     Raises:
         ConfigError: Every mistake with its line; nothing is recorded then.
@@ -230,7 +247,8 @@ class _Answers:
     def take(self, row: Any, number: int) -> Iterator[str]:
         """Take a row's labels; gives what is wrong with it, if anything."""
         is_object = isinstance(row, Mapping)
-        kind = next((f for f in FORMATS.values() if is_object and f.mark in row), None)
+        formats = (*READ_ONLY, *FORMATS.values())
+        kind = next((one for one in formats if is_object and one.mark in row), None)
         try:
             labels = list((kind or FORMATS["prefab"]).read(row))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):

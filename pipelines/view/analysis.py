@@ -254,7 +254,8 @@ def training(view: View, parameters: Parameters) -> Page:
         if name in ("ppo", "grpo", "rloo", "reinforce") or (
             "@" in subject and "step" in value.get("metrics", {})
         ):
-            online.setdefault(f"{name} {subject.rpartition('@')[0]}", []).append(value["metrics"])
+            words = dict.fromkeys((name, subject.rpartition("@")[0]))  # often the same
+            online.setdefault(" ".join(words), []).append(value["metrics"])
         elif name.startswith("train "):
             offline.append(value)
         elif name == "eval policy":

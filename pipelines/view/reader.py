@@ -28,7 +28,7 @@ IDLE_S = 0.25  # how long the file stays open after the last query
 PATIENCE_S = 2.0  # how long a query waits while another program writes
 LONGEST_S = 20.0  # after which a query is stopped
 THREADS = 2
-MEMORY_MB = 96  # what does not fit goes to files beside the store while the query runs
+MEMORY_MB = 80  # what does not fit goes to files beside the store while the query runs
 FILL = (
     "import sys; from prefab.factory.errors import PrefabError\n"
     "from prefab.pipelines.store.fill import fill\n"

@@ -305,6 +305,23 @@ def label_studio_of(rows: list[dict], labels: dict[str, list]) -> None:
                 )
 
 
+def json_min_of(rows: list[dict]) -> list[dict]:
+    """Annotated tasks as Label Studio's JSON-MIN: a row for each annotation that was submitted."""
+    return [
+        {
+            **row["data"],
+            "id": row["id"],
+            "label": annotation["result"][0]["value"]["choices"][0],
+            "annotator": annotation["completed_by"]["email"],
+            "annotation_id": 10 * row["id"] + number,
+            "lead_time": 3.2,
+        }
+        for row in rows
+        for number, annotation in enumerate(row["annotations"])
+        if not annotation["was_cancelled"]
+    ]
+
+
 @pytest.mark.parametrize("form, fill", [("argilla", argilla_of), ("label-studio", label_studio_of)])
 def test_labels_go_to_other_programs_and_come_back_once(store, tmp_path, form, fill):
     file = tmp_path / "tasks.json"
@@ -340,6 +357,14 @@ def test_labels_go_to_other_programs_and_come_back_once(store, tmp_path, form, f
     with labeling.open_session(store, "", "ann") as session:
         again = label_files.read_answers(session, file)  # the same file once more
     assert (again.known, again.said, len(labeling.recorded(store))) == (7, {}, n)
+    if form == "label-studio":
+        file.write_text(json.dumps(json_min_of(rows)))
+        with labeling.open_session(store, "", "ann") as session:
+            again = label_files.read_answers(session, file)
+        assert (again.known, again.said) == (6, {})  # all but the skip
+        file.write_text(json.dumps([{**json_min_of(rows)[0], "annotator": "dan@x.org"}]))
+        with labeling.open_session(store, "", "ann") as session:
+            assert label_files.read_answers(session, file).said == {"a": 1}
     rows[0].pop("responses", None)
     rows[0].get("data", {}).pop("comparison", None)
     file.write_text(json.dumps(rows))
