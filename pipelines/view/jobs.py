@@ -150,6 +150,11 @@ class Jobs:
             if job and not job.running:
                 del self._jobs[name]
 
+    def drop(self, job: Job) -> None:
+        """Let go of a result that was used. It is still in its file, where it is kept."""
+        with self._lock:
+            self._jobs = {name: one for name, one in self._jobs.items() if one is not job}
+
     def end(self) -> None:
         """Stop what is running."""
         with self._lock:

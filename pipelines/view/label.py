@@ -83,7 +83,8 @@ def _tasks(view: View, about: Row, who: str, first: First, principle: str) -> li
         raise ChoosingError(job)
     if job.error:
         raise ConfigError(job.error)
-    return [task_of(dict(value), who) for value in job.result]
+    view.jobs.drop(job)
+    return [task_of(value, who) for value in job.result]
 
 
 def label(view: View, parameters: Parameters) -> Page:

@@ -64,6 +64,15 @@ class StoreReader:
 
         Raises: FillingError while the store is filled, ConfigError when the query takes too long.
         """
+        try:
+            return self._rows(sql, values)
+        except store.MemoryLimitError:
+            if self._kept:
+                raise
+            self.close()  # what other queries left in its memory goes
+            return self._rows(sql, values)
+
+    def _rows(self, sql: str, values: Mapping[str, Any] | None) -> list[Row]:
         with self._answer(sql, values) as result:
             names = [column[0] for column in result.description]
             return [dict(zip(names, row, strict=True)) for row in result.fetchall()]

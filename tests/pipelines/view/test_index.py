@@ -6,6 +6,7 @@ from __future__ import annotations
 import duckdb
 import pytest
 
+from prefab.factory.store.store import MemoryLimitError
 from prefab.judges.kinds import human
 from prefab.pipelines.quality.labeling import tasks
 from prefab.pipelines.store.fill import fill
@@ -14,6 +15,7 @@ from prefab.pipelines.view.filters import SORTS
 from prefab.pipelines.view.index import Indexes
 from prefab.pipelines.view.index_build import main
 from prefab.pipelines.view.label import _SESSIONS
+from prefab.pipelines.view.reader import StoreReader
 from tests.pipelines.view.conftest import OWN, client_of, ready
 
 ADDRESSES = (
@@ -153,3 +155,18 @@ def test_what_people_may_label_of_a_large_run_is_read_by_a_process_and_kept(stor
     kept = list((indexes.out / "figures").glob("*.json"))
     assert len(kept) >= 1
     _SESSIONS.clear()
+
+
+def test_a_query_for_which_memory_was_short_is_asked_again_with_fresh_memory(made):
+    reader = StoreReader(made)
+    first, tried = reader._rows, []
+
+    def short_at_first(sql, values):
+        tried.append(sql)
+        if len(tried) == 1:
+            raise MemoryLimitError("out of memory")
+        return first(sql, values)
+
+    reader._rows = short_at_first
+    assert reader.rows("SELECT 1 AS x") == [{"x": 1}] and len(tried) == 2
+    reader.end()
