@@ -514,6 +514,14 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_policy(make, tmp_path
     assert same(weights(tmp_path / "out/policy"), weights(config.model))
 
 
+def test_three_bad_updates_in_a_row_are_the_last(make, monkeypatch):
+    tried = []
+    monkeypatch.setattr(ppo, "_minibatch", lambda *_: tried.append(1) or {})
+    with pytest.raises(TrainError, match="3 updates in a row"):
+        train(make())
+    assert len(tried) == 3
+
+
 def test_a_single_bad_update_is_skipped_and_counted(make):
     calls = iter([1.0, 1e300, 1.0, 1.0])
     config = make(normalise="none", epochs=1, steps=4)
