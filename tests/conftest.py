@@ -46,6 +46,8 @@ LONGEST = {
     "trainers/offline/test_stages.py": 45,
     "trainers/rl/test_ppo.py": 40,
     "torture/test_torture.py": 30,
+    "trainers/rl/test_processes.py": 40,
+    "pipelines/scale/test_shards.py": 30,
     "trainers/test_accelerate.py": 28,
     "pipelines/training/test_online.py": 28,
     "trainers/rl/test_grpo.py": 25,

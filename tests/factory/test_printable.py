@@ -111,6 +111,7 @@ def test_nothing_prints_past_the_console() -> None:
         "factory/engines/scripted.py",  # a server for tests: prints its own address
         "pipelines/cli/options.py",  # JSON, made printable
         "factory/engines/server_keeper.py",  # its stdout is a pipe to the command that started it
+        "pipelines/view/label_tasks.py",  # its stdout is a pipe to the pages' server
         "judges/sandbox/timeout_worker.py",  # its stdout is a pipe to its parent
         "judges/sandbox/candidate.py",
         "judges/sandbox/test_runner.py",

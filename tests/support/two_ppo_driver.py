@@ -1,9 +1,9 @@
 """A small PPO, GRPO or RLOO in two processes (gloo), forks of one so that a try costs little.
 
-`python two_ppo_driver.py FOLDER JOBS`, a JSON list of `{out, kills, changes}`: each is killed with
-SIGKILL at so many random moments and begun again, until it gets to the end. `changes` are those of
-the configuration (with `method`: of GRPO's); `fault` among them is what process 1 does at the
-third step: nan, die or raise.
+`python two_ppo_driver.py FOLDER JOBS`, a JSON list of `{out, changes}`, one after the other.
+`changes` are those of the configuration (with `method`: of GRPO's); `fault` among them is what
+happens at the third step: process 1 does nan, die or raise, or the main process is killed once, and
+the training is begun again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prefab.factory.errors import PrefabError
 from prefab.trainers import distributed
 from prefab.trainers.rl import grpo, ppo, rewards
 from tests.support import kill_ppo_driver
-from tests.support.killer import at_random, until_done
+from tests.support.killer import until_done
 
 PROMPTS = list(kill_ppo_driver.WORLD.prompts) * 5
 
@@ -37,8 +37,8 @@ def train(folder: Path, out: str, changes: dict) -> None:
     rest = {name: value for name, value in changes.items() if name != "fault"}
     config = kill_ppo_driver.config(folder, out, **rest)
     gold = rewards.Source("gold", (kill_ppo_driver.WORLD.reward,))
-    if fault and not distributed.is_main():
-        ppo.estimate = broken(ppo.estimate, fault)
+    if fault and distributed.is_main() == (fault == "killed"):
+        ppo.estimate = broken(ppo.estimate, fault, folder / f"{out}.killed")
     ppo.run(config, PROMPTS, rewards.single(kill_ppo_driver.noisy), gold, PROMPTS)
 
 
@@ -60,10 +60,15 @@ def grpo_config(folder: Path, out: str, **changes) -> grpo.GrpoConfig:
     return grpo.GrpoConfig(**(settings | changes))
 
 
-def broken(estimate, fault: str):
-    """`ppo.estimate` with a fault from the third step on."""
+def broken(estimate, fault: str, killed: Path):
+    """`ppo.estimate` with a fault from the third step on; `killed` is made by the first kill."""
 
     def estimated(t, *rest):
+        if fault == "killed":
+            if t.state.step >= 2 and not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return estimate(t, *rest)
         batch, kl = estimate(t, *rest)
         if t.state.step >= 2 and fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -110,8 +115,8 @@ if __name__ == "__main__":
     for job in json.loads(sys.argv[2]):
         print(f"job {job['out']}", flush=True)
         once = partial(in_two, Path(sys.argv[1]), job["out"], job.get("changes", {}))
-        if "fault" not in job.get("changes", {}):
-            until_done(once, at_random(job.get("kills", 0), 5, 3.0))
+        if job.get("changes", {}).get("fault", "killed") == "killed":
+            until_done(once)
         elif os.fork() == 0:
             once()
         else:

@@ -161,7 +161,7 @@ def test_the_command_exits_with_1_when_a_test_fails(
     file = written(tmp_path, a_test(BAD, GOOD, "a"))
     project.write(tmp_path, project.pipeline(tmp_path))
     done = CliRunner().invoke(app, ["test", str(file), "--junit", "out.xml"])
-    assert done.exit_code == 1 and "0 of 1 tests passed" in done.output, done.output
+    assert done.exit_code == 1 and "0 of 1 test passed" in done.output, done.output
     assert ElementTree.parse(tmp_path / "out.xml").getroot().attrib["tests"] == "1"
 
 

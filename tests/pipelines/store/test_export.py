@@ -111,7 +111,7 @@ def test_answers_cut_off_are_left_out_and_counted(tmp_path):
         sum(left.counts["preference"].values()) == 10
         and sum(kept.counts["preference"].values()) == 30
     )
-    assert any("10 answers were cut off" in note for note in left.notes)
+    assert any("10 answers cut off by length" in note for note in left.notes)
 
 
 def test_parquet_gives_the_tables(store, tmp_path):

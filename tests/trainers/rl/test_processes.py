@@ -42,7 +42,7 @@ def told(models):
         models,
         [
             {"out": "two", "changes": SMALL},
-            {"out": "killed", "kills": 1, "changes": SMALL},
+            {"out": "killed", "changes": {**SMALL, "fault": "killed"}},
             {"out": "nan", "changes": {**SMALL, "fault": "nan", "max_bad": 2}},
             {"out": "two-grpo", "changes": {"method": "grpo"}},
         ],
