@@ -19,6 +19,7 @@ Files are written under another name and renamed, so that a reader sees a whole 
 from __future__ import annotations
 
 import os
+import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from typing import Any
 
 import orjson
 
-from prefab.factory.errors import StoreError
+from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import Deciding
 
@@ -47,6 +48,15 @@ COPIED = ("models", "failures", "evals")
 def is_shared(folder: Path) -> bool:
     """Whether the store in this folder is one that many processes fill."""
     return (folder / MARKER).exists()
+
+
+def refuse_shards(folder: Path) -> None:
+    """Raises: ConfigError for a store in shards, whose answers are not in one ledger."""
+    if is_shared(folder):
+        raise ConfigError(
+            f"{folder}: this store is in shards (docs/scale.md), and this command needs all answers "
+            f"in one ledger. Make an ordinary store of it: prefab store merge {shlex.quote(str(folder))} NEW"
+        )
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -368,6 +368,11 @@ def _told(file: Path, error: duckdb.Error) -> StoreError | None:
 
     text = str(error)
     first = text.splitlines()[0][:300]
+    if isinstance(error, duckdb.BinderException) and '"rowid"' in first and is_shared(file.parent):
+        return StoreError(
+            f"{file}: the rows of this store in shards are too many for this command. Make an "
+            "ordinary store of it with `prefab store merge`"
+        )
     if told := _of_the_system(file, error, text):
         return told
     damaging = (

@@ -79,8 +79,10 @@ def verify(
     prefab.duckdb with it. Nothing is changed.
     """
     from prefab.factory.ledger.verify import recover_ledger, verify_ledger
+    from prefab.factory.store.shared import refuse_shards
     from prefab.pipelines.store.compare import compare
 
+    refuse_shards(store)
     file = existing_store(store) / "ledger.sqlite"
     found = recover_ledger(file, recover / "ledger.sqlite") if recover else verify_ledger(file)
     differences = compare(store) if found.whole and not found.unverified else []
@@ -127,7 +129,9 @@ def backup(
     the file lacks what SQLite has not moved into it yet.)
     """
     from prefab.factory.ledger.verify import back_up_ledger
+    from prefab.factory.store.shared import refuse_shards
 
+    refuse_shards(store)
     made = back_up_ledger(existing_store(store) / "ledger.sqlite", to / "ledger.sqlite")
     counts = {name: intact for name, intact, _, _ in made.rows()}
     if as_json:

@@ -342,7 +342,7 @@ def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport, memo
         if not store.get_meta(con):
             store.set_meta(con, versions(ledger))
             if is_shared(folder):
-                catalogue.make_views(con, folder)
+                catalogue.bring_rows(con, folder)
         names = Names(ledger)
         uses = _find_work(con, ledger)
         records = recorded.runs(

@@ -18,6 +18,7 @@ import orjson
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger import db, records
+from prefab.factory.store.shared import refuse_shards
 from prefab.pipelines.store.fill import query
 
 ANY_REASON = "unscored"
@@ -63,6 +64,7 @@ def select_answers(folder: Path, wanted: AnswerFilter) -> list[int]:
     Raises: ConfigError for a filter without a condition, or a run, role, model or server that is
     not in the ledger.
     """
+    refuse_shards(folder)
     if not wanted.given():
         raise ConfigError("no condition is given: name a run, role, reason, time, model or replica")
     with closing(db.connect(folder / db.FILE, readonly=True)) as con:

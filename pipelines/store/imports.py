@@ -24,6 +24,7 @@ from prefab.factory.keys import digest
 from prefab.factory.numbers import counted
 from prefab.factory.spec import data_files, layouts
 from prefab.factory.store import store
+from prefab.factory.store.shared import refuse_shards
 from prefab.factory.tool_calls import messages_of, stored_text
 from prefab.factory.types import Prompt
 from prefab.pipelines.config import prompts
@@ -134,6 +135,7 @@ def import_files(
         StoreError: The store is damaged.
     """
     folder, paths = Path(folder), [Path(file) for file in files]
+    refuse_shards(folder)
     import asyncio
 
     from prefab.factory.ledger.ledger import Ledger

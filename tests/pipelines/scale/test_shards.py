@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pytest
+from datasets import load_dataset
 from typer.testing import CliRunner
 
 from prefab import run
@@ -14,11 +15,14 @@ from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.store.shared import SharedFolder
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.config.loader import models
+from prefab.pipelines.quality.why import why
 from prefab.pipelines.scale.array import run_task
 from prefab.pipelines.scale.driver import Driver, is_straggler, prepare
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.merge import merge
 from prefab.pipelines.scale.worker import kept_engines
+from prefab.pipelines.store import catalogue
+from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import query, rebuild
 from tests.support import project
 from tests.support.sharded import ThreadLauncher, run_sharded, same_rows
@@ -119,6 +123,40 @@ def test_damaged_rows_are_made_anew_and_a_damaged_segment_is_asked_again(made, t
     of_shard = shared.state(shard).runs["1"]["counts"]
     assert 0 < result.asked == of_shard["asked"]
     same_rows(made[0] / "single", tmp_path / "store")
+
+
+def test_commands_read_copied_rows_as_those_of_one_process(made, tmp_path):
+    folder, *_ = made
+    files = {}
+    for name in ("single", "store"):
+        export(folder / name, tmp_path / name)
+        found = load_dataset(str(tmp_path / name), "preference", split="train").to_list()
+        files[name] = sorted(map(repr, found))
+    assert len(files["single"]) > 5 and files["single"] == files["store"]
+    (preference,) = query(folder / "store", "SELECT min(preference) FROM preferences").row(0)
+    assert why(folder / "store", preference).outcome == why(folder / "single", preference).outcome
+
+
+def test_many_rows_are_views_and_what_needs_row_ids_says_so(made, tmp_path, monkeypatch):
+    copy_of(made, tmp_path, local=False)
+    monkeypatch.setattr(catalogue, "COPY_MOST", 0)
+    rebuild(tmp_path / "store")
+    same_rows(made[0] / "single", tmp_path / "store")
+    with pytest.raises(StoreError, match="prefab store merge"):
+        export(tmp_path / "store", tmp_path / "out")
+
+
+def test_what_needs_one_ledger_says_so(made):
+    store = str(made[0] / "store")
+    for command in (
+        ["store", "verify", store],
+        ["store", "backup", store, "copy"],
+        ["store", "forget", "--store", store, "--role", "judge"],
+        ["import-preferences", "--store", store, __file__],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert isinstance(done.exception, ConfigError), command
+        assert "prefab store merge" in str(done.exception)
 
 
 def test_more_prompts_are_asked_in_the_shards_that_have_them(made, tmp_path):
