@@ -76,17 +76,7 @@ def bring_rows(con: duckdb.DuckDBPyConnection, folder: Path) -> None:
     `COPY_MOST`, or a file cannot be read, views of the files stand in the place of large tables. A
     shard whose files are missing or damaged is left out, which is told.
     """
-    shared = SharedFolder(folder.resolve())  # views name whole paths
-    files: dict[str, list[str]] = {table: [] for table in (*VIEWED, *COPIED)}
-    for state in shared.states():
-        found = shared.rows_files(state)
-        if state.tables and not found:
-            warn(
-                f"shard {state.shard}: its rows in {folder / 'tables'} are missing or damaged. It is "
-                "left out; the same `prefab run` makes them anew, and asks nothing"
-            )
-        for table, path in found.items():
-            files[table].append(str(path))
+    files = _files_of_rows(folder)
     size = sum(os.path.getsize(path) for table in VIEWED for path in files[table])
     for table in VIEWED:
         if files[table] and not (size <= COPY_MOST and _copied(con, table, files[table])):
@@ -98,6 +88,22 @@ def bring_rows(con: duckdb.DuckDBPyConnection, folder: Path) -> None:
             # calibrations are of the catalogue's own ledger, from which shards have them
             ours = f"WHERE name <> '{CALIBRATION}'" if table == "evals" else ""
             con.execute(f"INSERT INTO {table} SELECT {once} * FROM {_rows_of(files[table])} {ours}")
+
+
+def _files_of_rows(folder: Path) -> dict[str, list[str]]:
+    """By table, the files of all shards' rows."""
+    shared = SharedFolder(folder.resolve())  # views name whole paths
+    files: dict[str, list[str]] = {table: [] for table in (*VIEWED, *COPIED)}
+    for state in shared.states():
+        found = shared.rows_files(state)
+        if state.tables and not found:
+            warn(
+                f"shard {state.shard}: its rows in {folder / 'tables'} are missing or damaged. It is "
+                "left out; the same `prefab run` makes them anew, and asks nothing"
+            )
+        for table, path in found.items():
+            files[table].append(str(path))
+    return files
 
 
 def _copied(con: duckdb.DuckDBPyConnection, table: str, files: list[str]) -> bool:
