@@ -130,7 +130,9 @@ def test_an_edit_is_checked_as_prefab_check_does(client):
     told = html.unescape(re.search(r'id="tried".*?</main>', page, re.S)[0])
     assert re.search(r"line:\d+:\d+ principles\[0\].compair: unknown field", told), told
     fields["text"] = source
-    assert "No problems." in ready(client, "/constitution", "POST", data=fields, headers=OWN).text
+    page = ready(client, "/constitution", "POST", data=fields, headers=OWN).text
+    told = html.unescape(re.search(r'id="tried".*?</main>', page, re.S)[0])
+    assert "No problems." in told, told
 
 
 def test_an_edit_is_tried_on_comparisons_and_saved_as_a_file(store):
