@@ -178,7 +178,7 @@ class Publisher:
         name = f"{state.next_number:06d}-{self.token}"
         files = {table: self._write(name, table, rows) for table, rows in found.items()}
         manifest = {"format": FORMAT, "tables": files}
-        _write(self.folder / f"{name}.json", orjson.dumps(manifest))
+        write_whole(self.folder / f"{name}.json", orjson.dumps(manifest))
         db.kill_point("published")
         state.marks |= {table: rows[-1][0] for table, rows in found.items()}
         state.segments.append(name)
@@ -201,7 +201,7 @@ class Publisher:
         pq.write_table(pa.table(arrays, schema=schema), sink, compression="zstd")
         data = sink.getvalue().to_pybytes()
         file = f"{name}-{table}.parquet"
-        _write(self.folder / file, data)
+        write_whole(self.folder / file, data)
         self.bytes += len(data)
         self.rows += len(rows)
         return {
@@ -212,10 +212,10 @@ class Publisher:
         }
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file under another name, to disk, and rename it."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that others see all of it or none, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with open(part, "wb") as file:
         file.write(data)
         file.flush()

@@ -32,6 +32,7 @@ import orjson
 from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import Deciding
+from prefab.factory.ledger.segments import write_whole
 
 FORMAT = 1
 MARKER = "shards.json"
@@ -57,17 +58,6 @@ def refuse_shards(folder: Path) -> None:
             f"{folder}: this store is in shards (docs/scale.md), and this command needs all answers "
             f"in one ledger. Make an ordinary store of it: prefab store merge {shlex.quote(str(folder))} NEW"
         )
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that others see all of it or none, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def create_whole(path: Path, data: bytes) -> bool:
