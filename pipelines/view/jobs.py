@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 import orjson
 
@@ -167,8 +168,13 @@ class Jobs:
 
 
 def written(folder: Path, text: str, name: str) -> Path:
-    """The text in a file of this name in a folder that is made."""
+    """The file of this name in a folder that is made, with the text. A file that is there stays:
+    the name says the text, and a job may be reading it while a page asks again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text(text, encoding="utf-8")
+    if not path.exists():
+        part = folder / f".{uuid4().hex}"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
     return path

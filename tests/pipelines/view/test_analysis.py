@@ -4,6 +4,7 @@ say."""
 from __future__ import annotations
 
 import html
+import os
 import re
 
 import duckdb
@@ -17,6 +18,7 @@ from prefab.pipelines.quality.labeling import tasks
 from prefab.pipelines.store.fill import query
 from prefab.pipelines.store.labels import recorded
 from prefab.pipelines.view.analysis import curves
+from prefab.pipelines.view.jobs import written
 from prefab.pipelines.view.label import _SESSIONS
 from tests.pipelines.view.conftest import OWN, client_of, ready
 
@@ -133,6 +135,15 @@ def test_an_edit_is_checked_as_prefab_check_does(client):
     page = ready(client, "/constitution", "POST", data=fields, headers=OWN).text
     told = html.unescape(re.search(r'id="tried".*?</main>', page, re.S)[0])
     assert "No problems." in told, told
+
+
+def test_the_file_of_a_check_that_runs_is_not_written_again(tmp_path):
+    """A page asks again twice a second while the check reads the file."""
+    file = written(tmp_path, "id: one", "edited-1.yaml")
+    assert file.read_text() == "id: one" and os.listdir(tmp_path) == [file.name]
+    os.utime(file, (1, 1))
+    written(tmp_path, "id: one", "edited-1.yaml")
+    assert file.stat().st_mtime == 1
 
 
 def test_an_edit_is_tried_on_comparisons_and_saved_as_a_file(store):
