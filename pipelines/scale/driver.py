@@ -271,6 +271,7 @@ class Driver:
         self._began = self._asked_at = self._looked = time.monotonic()
         self._told_waiting = self._was_ready = False
         self._starts_failed = 0  # since a worker was ready
+        self._answered = False  # whether any worker has got an answer
 
     def run(self, models: dict[str, str]) -> RunResult:
         """All shards of the run that are not done. `models`: the engines' identities, as texts."""
@@ -435,10 +436,12 @@ class Driver:
     def _progress(self, worker: int, data: dict[str, Any]) -> None:
         if worker in self.busy:
             self.busy[worker].counts = data["counts"]
+            self._answered |= bool(data["counts"].get("asked"))
 
     def _done(self, worker: int, data: dict[str, Any]) -> None:
         busy = self.busy.pop(worker)
         shard, counts = busy.shard, data["counts"]
+        self._answered = True
         self.idle.append(worker)
         if not self.derive:
             # what was asked before the shard was moved here was asked now, too
@@ -456,13 +459,18 @@ class Driver:
             self.speeds.append(counts["prompts"] / max(time.monotonic() - busy.began, 1e-3))
 
     def _failed(self, worker: int, data: dict[str, Any]) -> None:
-        """A worker could not do its shard, or could not begin. It is replaced."""
+        """A worker could not do its shard, or could not begin. It is replaced.
+
+        Raises: EngineError when a shard is set aside before any engine has answered.
+        """
         if data["fatal"]:
             raise ConfigError(data["message"])
         if worker in self.starting:
             self._not_started(worker, data["message"], fatal=not self._was_ready)
         self._lost(worker, data["message"])
         self.launcher.kill(worker)
+        if data["error"] == "EngineError" and not self._answered and self._set_aside():
+            raise EngineError(f"{data['message']}. No shard has an answer, so the run ends")
 
     def _gone(self, worker: int, data: dict[str, Any]) -> None:
         if worker in self.starting:
@@ -492,6 +500,10 @@ class Driver:
             self.pending.append(shard)
         else:
             warn(f"shard {shard} is set aside after {len(reasons)} workers were lost")
+
+    def _set_aside(self) -> list[int]:
+        """The shards that are not given out again."""
+        return sorted(s for s, why in self.failures.items() if len(why) >= self.scaled.retries)
 
     def _check_budget(self) -> None:
         """Stop all workers when a budget is passed, summed over what is done and in work."""
@@ -611,12 +623,11 @@ class Driver:
         result = sum_counts(ended, record, shared.folder)
         result.malformed = self.scaled.prompts.malformed
         result.seconds = time.monotonic() - self._began
-        aside = sorted(s for s, why in self.failures.items() if len(why) >= self.scaled.retries)
         if self.signal:
             result.state, result.reason, result.signal = "stopped", self.reason, self.signal
         elif self.reason:
             result.state, result.reason = "budget", self.reason
-        elif aside:
+        elif aside := self._set_aside():
             names = ", ".join(map(str, aside[:10]))
             last = self.failures[aside[0]][-1]
             raise EngineError(

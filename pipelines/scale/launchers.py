@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
@@ -120,7 +121,8 @@ class LocalLauncher:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            _stream(process.stdin).close()
+            with suppress(BrokenPipeError):  # what one that has ended did not read
+                _stream(process.stdin).close()
 
 
 def _stream(stream: IO[bytes] | None) -> IO[bytes]:

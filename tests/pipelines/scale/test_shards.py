@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 from datasets import load_dataset
@@ -18,6 +19,7 @@ from prefab.pipelines.config.loader import models
 from prefab.pipelines.quality.why import why
 from prefab.pipelines.scale.array import run_task
 from prefab.pipelines.scale.driver import Driver, is_straggler, prepare
+from prefab.pipelines.scale.launchers import LocalLauncher
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.merge import merge
 from prefab.pipelines.scale.worker import kept_engines
@@ -191,6 +193,26 @@ def test_a_shard_that_loses_its_workers_is_set_aside_and_named(tmp_path):
     result, launcher = run_sharded(value)
     assert result.state == "done" and launcher.given[0] == 2
     assert (launcher.given.count(0), launcher.given.count(1)) == (1, 1)  # for the calibration
+
+
+def test_a_run_whose_engine_answers_nothing_ends_with_the_first_shard(tmp_path):
+    value = pipeline(tmp_path)
+    value["engines"] = {"local": {"engine": "scripted", "fail_every": 1}}
+    scaled = prepare(value, (), 1, True)
+    launcher = ThreadLauncher(scaled.setup)
+    with pytest.raises(
+        EngineError, match=r"none of \d+ calls was answered.*No shard has an answer"
+    ):
+        Driver(scaled, launcher).run(models(kept_engines(scaled.loaded)))
+    assert len(launcher.given) == scaled.retries and len(set(launcher.given)) == 1
+
+
+def test_a_worker_that_has_ended_does_not_disturb_the_end(tmp_path):
+    launcher = LocalLauncher(prepare(pipeline(tmp_path), (), 1, True).setup)
+    launcher.processes[1] = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    launcher.processes[1].wait()
+    launcher.send(1, {"stop": True})
+    launcher.close()
 
 
 def test_tasks_of_an_array_share_the_shards(made, tmp_path):
