@@ -61,8 +61,12 @@ types: setup     ## mypy over all product code
 screenshots: setup ## docs/images, in a real Chromium
 	PYTHONPATH=. $(PY) docs/screenshots.py
 
-reference: setup ## docs/reference.md, from docstrings
+reference: setup ## the pages of the reference in docs/, from the code
 	PYTHONPATH=. $(PY) docs/reference.py
+
+docs: setup      ## the documentation as a site, in site/; it needs no other server
+	@$(BIN)/zensical --version >/dev/null 2>&1 || $(PY) -m pip install -q --no-build-isolation -e '.[docs]'
+	NO_COLOR=1 $(BIN)/zensical build --strict --clean
 
 world: setup     ## build the embedded world's models from nothing (about an hour)
 	$(PY) -m prefab.factory.microworld.builder.build
@@ -98,4 +102,4 @@ clean:           ## caches and build leavings; never a store
 distclean: clean ## the environment too
 	rm -rf .venv
 
-.PHONY: help setup demo real test test-slow test-all coverage kill-test torture fuzz mutants lint types reference screenshots world world-eval bench peers-venvs requirements clean distclean
+.PHONY: help setup demo real test test-slow test-all coverage kill-test torture fuzz mutants lint types reference docs screenshots world world-eval bench peers-venvs requirements clean distclean

@@ -1,6 +1,7 @@
-"""Write docs/reference.md, the reference of the Python API, from signatures and docstrings.
+"""Write the pages of the reference from the code: reference.md (the Python API), commands.md,
+configuration.md and store-schema.md.
 
-`make reference` runs it; a test fails where the page is not up to date.
+`make reference` runs it; a test fails where a page is not up to date.
 """
 
 from __future__ import annotations
@@ -10,15 +11,23 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import duckdb
+import yaml
+from typer.main import get_command
 
 import prefab
 from prefab.factory import errors
 from prefab.factory.engines import base as engines
+from prefab.factory.store import store
 from prefab.judges import base as judges
+from prefab.pipelines.cli import main as cli
+from prefab.pipelines.cli.commands import COMMANDS
 from prefab.pipelines.store.export import base as exports
 
-PAGE = Path(__file__).with_name("reference.md")
+DOCS = Path(__file__).parent
 GROUPS = {
     "Projects": [
         "init",
@@ -51,21 +60,145 @@ GROUPS = {
 }
 PROTOCOLS = [judges.Judge, engines.Engine, exports.ExportFormat]
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Shapes|Units|Source):[ \t]*(.*)$")
-INTRODUCTION = """\
+PYTHON_PAGE = """\
 # Reference of the Python API
 
 Made from docstrings by `make reference`; do not edit. [Using Prefab from Python](python.md) has examples.
 """
 
 
+# Options that are described once, at the top of the page.
+EVERYWHERE = ("as_json", "output_format", "intervals")
+COMMANDS_PAGE = """\
+# Commands
+
+Made from the code by `make reference`; do not edit. `prefab COMMAND --help` prints the same for one command. An option without a
+value in its first column is a switch. Most commands also take
+
+- `--json`: print the result as one JSON object;
+- `--format csv`, `md` or `json`: print tables as CSV or Markdown, or the result as JSON;
+- `--intervals`: show both bounds of each interval, not ±;
+- `-h`, `--help`: print what this page says of the command.
+
+Exit codes: {codes} [Runs](runs.md#exit-codes) says what each means for a run.
+"""
+STORE_PAGE = """\
+# Tables of the store
+
+Made from `factory/store/schema.sql` by `make reference`; do not edit. `prefab sql` reads these tables and views of
+`prefab.duckdb`; all of them are computed from `ledger.sqlite`, and [the store](store.md) says how they are kept.
+"""
+
+
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(render(), encoding="utf-8")
+    """Write the pages."""
+    for name, page in render().items():
+        (DOCS / name).write_text(page, encoding="utf-8")
 
 
-def render() -> str:
-    """The whole page."""
-    parts = [INTRODUCTION]
+def render() -> dict[str, str]:
+    """Each page by the name of its file."""
+    return {
+        "reference.md": python_page(),
+        "commands.md": commands_page(),
+        "store-schema.md": store_page(),
+    }
+
+
+def commands_page() -> str:
+    """Every command with its arguments, options and examples, in the order of `prefab --help`."""
+    codes = re.search(r"Exit codes:\s+(.*?\))\.", inspect.getdoc(cli) or "", re.S)
+    parts = [COMMANDS_PAGE.format(codes=" ".join(codes[1].split()) + "." if codes else "")]
+    group = None
+    for name, command in commands(get_command(cli.app), ""):
+        title, examples = COMMANDS.get(name) or (group, ())
+        if title != group:
+            group = title
+            parts.append(f"## {title}\n")
+        parts.append(f"### prefab {name}\n")
+        parts.append(" ".join((command.help or "").split()) + "\n")
+        shown = [p for p in command.params if not p.hidden]
+        rows = [_parameter_row(p) for p in shown if p.name not in EVERYWHERE]
+        parts.append(
+            "| argument or option | default | meaning |\n|---|---|---|\n" + "\n".join(rows)
+        )
+        also = [f"`{p.opts[0]}`" for p in shown if p.name in EVERYWHERE]
+        parts += [f"Also {', '.join(also)}.\n"] if also else []
+        if examples:
+            parts.append("```text\n" + "\n".join(examples) + "\n```\n")
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The name and the object of each command below one, in the order of the groups of `--help`."""
+    order = {word: position for position, word in enumerate(COMMANDS)}
+    inner: dict[str, Any] = getattr(command, "commands", {})
+    for word in sorted(inner, key=lambda word: order.get(f"{name} {word}".strip(), len(order))):
+        yield from commands(inner[word], f"{name} {word}".strip())
+    if not inner and not command.hidden:
+        yield name, command
+
+
+def _parameter_row(parameter: Any) -> str:
+    kind = _value_type(parameter.type_descriptor.annotation)
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    if parameter.param_type_name == "argument":
+        words = [parameter.metavar or parameter.name.upper()]
+    else:
+        words = [*parameter.opts, *parameter.secondary_opts]
+        named = parameter.opts[0].lstrip("-").upper() if choices else kind.__name__.upper()
+        words[0] += "" if parameter.is_bool_flag else f" {parameter.metavar or named}"
+    default = parameter.default
+    shown = "" if default in (None, False, "", [], ()) else f"`{default}`"
+    shown = "required" if parameter.required else "on" if default is True else shown
+    meaning = parameter.help or ""
+    if choices:
+        meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
+    return f"| {', '.join(f'`{cell(word)}`' for word in words)} | {shown} | {cell(meaning)} |"
+
+
+def _value_type(annotation: Any) -> Any:
+    """The type of one value: of a list's items, and without None."""
+    inner = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return annotation if get_origin(annotation) is Literal or not inner else _value_type(inner[0])
+
+
+def cell(words: str) -> str:
+    """Words that stand in one cell of a table."""
+    return " ".join(words.split()).replace("|", "\\|")
+
+
+def store_page() -> str:
+    """Every table and view of the store, with its columns, their types and what the schema says."""
+    sql = store.SCHEMA.read_text(encoding="utf-8")
+    created = r"((?:^--.*\n)*)^CREATE (TABLE|VIEW) (\w+) [^;]*;(?:  +(--.*))?"
+    described = {
+        name: " ".join(re.sub(r"^-- ?", "", f"{before}{after}", flags=re.M).split())
+        + (" A view." if kind == "VIEW" else "")
+        for before, kind, name, after in re.findall(created, sql, re.M)
+    }
+    with duckdb.connect() as connection:
+        connection.execute(sql)
+        columns = connection.execute(
+            "SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE NOT internal "
+            "ORDER BY table_oid, column_index"
+        ).fetchall()
+    meanings = yaml.safe_load((DOCS / "columns.yaml").read_text(encoding="utf-8"))
+    parts = [STORE_PAGE]
+    for name, words in described.items():
+        parts += [f"## {name}\n"] + ([f"{words.strip()}\n"] if words else [])
+        rows = [
+            f"| `{column}` | {type} | {meanings.get(f'{name}.{column}') or meanings[column]} |"
+            for table, column, type in columns
+            if table == name
+        ]
+        parts.append("| column | type | meaning |\n|---|---|---|\n" + "\n".join(rows))
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def python_page() -> str:
+    """The reference of the Python API."""
+    parts = [PYTHON_PAGE]
     results: dict[type, None] = {}
     for title, names in GROUPS.items():
         parts.append(f"## {title}\n")

@@ -14,12 +14,15 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
+import sys
 from itertools import groupby
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 from typer.main import get_command
 
 import prefab
@@ -36,15 +39,13 @@ from tests.support.family_server import family_server
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.M | re.S)
 WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text())]
 # Pages without commands, and pages whose commands all need a model or a GPU.
 NOT_RUN = {
-    *("design", "exports", "log", "microworld", "models", "panels", "ppo", "reference", "training"),
-    "judge-server",
-    "reliability",
-    "verifiers",
+    *("commands", "design", "exports", "index", "judge-server", "log", "microworld", "models"),
+    *("panels", "ppo", "reference", "reliability", "store-schema", "training", "verifiers"),
     "view",
 }
 
@@ -203,18 +204,85 @@ def test_public_functions_describe_each_parameter(name):
     assert not inspect.signature(function).parameters.keys() - described
 
 
-def test_the_reference_is_up_to_date():
-    render = runpy.run_path(str(DOCS / "reference.py"))["render"]
-    assert (DOCS / "reference.md").read_text() == render(), "run `make reference`"
+GENERATED = runpy.run_path(str(DOCS / "reference.py"))["render"]()
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_page_of_the_reference_is_up_to_date(name):
+    assert (DOCS / name).read_text() == GENERATED[name], "run `make reference`"
+
+
+def test_each_meaning_of_a_column_is_that_of_a_column_that_exists():
+    rows = re.findall(r"^## (\w+)|^\| `(\w+)` \| [A-Z]", GENERATED["store-schema.md"], re.M)
+    table, there = "", set()
+    for heading, column in rows:
+        table = heading or table
+        there |= {column, f"{table}.{column}"}
+    assert not yaml.safe_load((DOCS / "columns.yaml").read_text()).keys() - there
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    bare = re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", bare, re.M):
+        words = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower())
+        found.append(re.sub(r" +", "-", words.strip()))
+    return set(found)
 
 
 def test_links_lead_somewhere():
+    """Each leads to a file, and to a heading of it; pages of the site lead only to one another."""
     lost = []
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            if not (page.parent / link).exists():
+        bare = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+        for link, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", bare):
+            target = page.parent / link if link else page
+            inside = DOCS not in page.parents or DOCS in target.resolve().parents
+            if not (target.exists() and inside):
                 lost.append(f"{page.name}: {link}")
+            elif anchor and anchor not in anchors(target.read_text()):
+                lost.append(f"{page.name}: {link}#{anchor}")
     assert not lost
+
+
+def nav_files(nav: list[object]) -> list[str]:
+    """The files that a navigation names."""
+    files = []
+    for entry in nav:
+        for value in entry.values() if isinstance(entry, dict) else [entry]:
+            files += nav_files(value) if isinstance(value, list) else [value]
+    return files
+
+
+def test_the_navigation_of_the_site_has_each_page_once():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    assert sorted(nav_files(site["nav"])) == sorted(pages)
+
+
+ZENSICAL = Path(sys.executable).with_name("zensical")
+
+
+@pytest.mark.skipif(not ZENSICAL.exists(), reason="no Zensical: `make docs` installs it")
+def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_path):
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    command = [ZENSICAL, "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    pages = {page.name: page.read_text() for page in (tmp_path / "site").rglob("*.html")}
+    assert len(pages) > len(list(DOCS.rglob("*.md")))  # and 404.html
+    loads = r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=\"?((?:https?:)?//[^\" >]+)"
+    assert not {name: found for name, text in pages.items() if (found := re.findall(loads, text))}
+
+
+def test_paths_of_the_repository_that_pages_name_exist():
+    """In backticks: `benchmarks/results/leash.json`, `SECURITY.md`."""
+    top = "benchmarks|constitutions|docs|examples|factory|judges|pipelines|prompts|tests|trainers"
+    for page in PAGES:
+        for path in re.findall(rf"`((?:{top})/[\w./-]*|[A-Z]+\.md)`", page.read_text()):
+            assert "NAME" in path or (ROOT / path).exists(), f"{page.name}: {path}"
 
 
 def test_no_figure_is_left_open():
