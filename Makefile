@@ -47,9 +47,9 @@ MINUTES ?= 10
 fuzz: setup      ## random inputs for parsers, readers, constitutions and templates: make fuzz MINUTES=60
 	$(PY) -m tests.fuzz --minutes $(MINUTES) --keep
 
-COUNT ?= 300
-mutants: setup   ## changes one place of the critical code at a time; the nearest tests must notice: make mutants COUNT=50
-	$(PY) -m tests.mutants --count $(COUNT)
+COUNT ?= 25
+mutants: setup   ## changes one place of the critical code at a time; the nearest tests must notice: make mutants COUNT=10
+	$(PY) -m tests.mutants --count $(COUNT) $(if $(OUT),--out $(OUT))
 
 lint: setup      ## ruff: rules and format
 	$(BIN)/ruff check .

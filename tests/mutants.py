@@ -4,7 +4,8 @@ the nearest tests fail.
 `python -m tests.mutants` takes the named changes of `mutants.yaml`, then a seeded sample of all
 changes of `changes`. A change that no test notices is printed. One that cannot be noticed is listed
 in `mutants.yaml` with the reason. The exit status is 1 when a named change lives, or when more than
-a tenth of the sample does and is not listed.
+a tenth of a file's sample does and is not listed. `--out FILE` adds the counts of each file to a
+JSON file.
 
 Each change is made in a copy of the tree, and its tests run in a fork of a process that has
 imported the libraries; the tools mutmut and cosmic-ray start Python once a change, which here takes
@@ -17,7 +18,9 @@ import argparse
 import ast
 import contextlib
 import copy
+import datetime
 import importlib
+import json
 import os
 import random
 import resource
@@ -29,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".yaml")
-LIVING = 0.1  # of a sample, at most
+LIVING = 0.1  # of a file's sample, at most
 LIBRARIES = (
     *("numpy", "scipy.stats", "polars", "duckdb", "pyarrow.parquet", "orjson", "pydantic", "typer"),
     *("rich.console", "jinja2", "aiohttp", "uvloop", "yaml", "pytest", "hypothesis", "rensa"),
@@ -94,9 +97,10 @@ NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 @dataclass(frozen=True)
 class Change:
-    """One place of a file, as text before and after."""
+    """One place of a file, as text before and after; `text` is the whole file before."""
 
     file: str
+    text: bytes = field(repr=False)
     start: int
     end: int
     new: str
@@ -104,12 +108,11 @@ class Change:
 
     def source(self) -> bytes:
         """The whole file with the change."""
-        text = (ROOT / self.file).read_bytes()
-        return text[: self.start] + self.new.encode() + text[self.end :]
+        return self.text[: self.start] + self.new.encode() + self.text[self.end :]
 
     def place(self) -> dict[str, str]:
         """The changed lines before and after, as `mutants.yaml` lists them."""
-        text = (ROOT / self.file).read_bytes()
+        text = self.text
         first = text.rfind(b"\n", 0, self.start) + 1
         last = text.find(b"\n", self.end)
         old = text[first:last].decode()
@@ -117,7 +120,7 @@ class Change:
         return {"file": self.file, "old": " ".join(old.split()), "new": " ".join(new.split())}
 
     def __str__(self) -> str:
-        line = (ROOT / self.file).read_bytes()[: self.start].count(b"\n") + 1
+        line = self.text[: self.start].count(b"\n") + 1
         place = self.place()
         return f"{self.file}:{line}\n  - {place['old']}\n  + {place['new']}"
 
@@ -159,12 +162,12 @@ def places(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes that may be changed: no annotations, decorators, strings, or what only an error's
     message needs, and no default of an argument `_`, which is never read.
     """
-    for name, field in ast.iter_fields(tree):
+    for name, below in ast.iter_fields(tree):
         if name in ("annotation", "returns", "decorator_list"):
             continue
         if name == "defaults" and [arg.arg for arg in tree.args[-1:]] == ["_"]:  # type: ignore[attr-defined]
             continue
-        for node in field if isinstance(field, list) else [field]:
+        for node in below if isinstance(below, list) else [below]:
             if isinstance(node, ast.AST) and not isinstance(node, ast.Raise | ast.JoinedStr):
                 yield node
                 yield from places(node)
@@ -188,7 +191,7 @@ def changes(file: str) -> list[Change]:
                 text = f"({text})"
             start = starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
             end = starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
-            found.append(Change(file, start, end, text, NEAREST[file]))
+            found.append(Change(file, source, start, end, text, NEAREST[file]))
     return found
 
 
@@ -199,12 +202,12 @@ def named(row: dict[str, Any]) -> Change:
     if source.count(old) != 1:
         raise ValueError(f"{row['file']}: {source.count(old)} times, not once: {row['old']}")
     start = source.index(old)
-    return Change(row["file"], start, start + len(old), row["new"], tuple(row["tests"]))
+    return Change(row["file"], source, start, start + len(old), row["new"], tuple(row["tests"]))
 
 
-def sample(files: list[str], count: int, seed: int) -> list[Change]:
-    """So many changes of these files, in the order of the files."""
-    every = [change for file in files for change in changes(file)]
+def sample(file: str, count: int, seed: int) -> list[Change]:
+    """So many changes of a file, in its order."""
+    every = changes(file)
     drawn = random.Random(seed).sample(range(len(every)), min(count, len(every)))
     return [every[i] for i in sorted(drawn)]
 
@@ -259,7 +262,7 @@ class Copy:
 
     def restore(self, change: Change) -> None:
         """Undo a change."""
-        shutil.copy2(ROOT / change.file, self.folder / change.file)
+        (self.folder / change.file).write_bytes(change.text)
 
 
 def wait(pid: int, limit_s: float) -> bool:
@@ -306,37 +309,56 @@ def living(tree: Copy, some: list[Change], verbose: bool = False) -> list[Change
     return found
 
 
-def main() -> int:
-    """See the module."""
+def commit() -> str:
+    """The commit of the tree, with a + where files differ from it."""
+    words = ["git", "describe", "--always", "--abbrev=8", "--dirty=+", "--exclude=*"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def add_counts(out: Path, counts: dict[str, dict[str, Any]]) -> None:
+    """Add the counts of files to a JSON file; those of other files stay."""
+    known = json.loads(out.read_text()) if out.exists() else {}
+    today = {"date": datetime.date.today().isoformat(), "commit": commit()}
+    known |= {name: today | found for name, found in counts.items()}
+    out.write_text(json.dumps({name: known[name] for name in sorted(known)}, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    """The words of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="*", help="files to change; left out: all of NEAREST")
-    parser.add_argument("--count", type=int, default=300, help="changes that are drawn")
+    parser.add_argument("--count", type=int, default=25, help="changes that are drawn of each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("named", "drawn"), help="one of the two parts")
     parser.add_argument("--verbose", action="store_true", help="print killed changes, too")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="a JSON file; the counts are added to it")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """See the module."""
+    args = arguments()
     table = yaml.safe_load(TABLE.read_text())
+    listed = [{name: row[name] for name in ("file", "old", "new")} for row in table["equivalent"]]
     for library in LIBRARIES:
         importlib.import_module(library)
-    status = 0
+    some = {}
+    if args.only != "drawn" and not args.files:
+        some["named"] = [named(row) for row in table["named"]]
+    if args.only != "named":
+        some |= {file: sample(file, args.count, args.seed) for file in args.files or NEAREST}
+    counts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="prefab-mutants-") as folder:
         tree = Copy(Path(folder))
-        if args.only != "drawn" and not args.files:
-            some = [named(row) for row in table["named"]]
-            left = living(tree, some, args.verbose)
-            print(f"named: {len(some) - len(left)} of {len(some)} killed")
-            status |= bool(left)
-        if args.only != "named":
-            some = sample(args.files or list(NEAREST), args.count, args.seed)
-            listed = [
-                {name: row[name] for name in ("file", "old", "new")} for row in table["equivalent"]
-            ]
-            some = [change for change in some if change.place() not in listed]
-            left = living(tree, some, args.verbose)
-            share = len(left) / max(len(some), 1)
-            print(f"drawn: {len(left)} of {len(some)} live ({share:.1%}); at most {LIVING:.0%} may")
-            status |= share > LIVING
-    return status
+        for name, drawn in some.items():
+            tried = [change for change in drawn if change.place() not in listed]
+            left = living(tree, tried, args.verbose)
+            counts[name] = {"tried": len(tried), "equivalent": len(drawn) - len(tried)}
+            counts[name] |= {"live": len(left), "seed": args.seed}
+            print(f"{name}: {len(left)} of {len(tried)} live", flush=True)
+    if args.out:
+        add_counts(args.out, counts)
+    return int(any(row["live"] > LIVING * row["tried"] for row in counts.values()))
 
 
 if __name__ == "__main__":

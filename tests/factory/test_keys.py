@@ -179,7 +179,7 @@ def test_splits_have_the_stated_proportions():
 
 
 def test_a_folders_identity_follows_what_decides_its_answers(tmp_path, monkeypatch):
-    monkeypatch.setenv("PREFAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PREFAB_CACHE", str(tmp_path / "new" / "cache"))
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "model.safetensors").write_bytes(b"w" * (2 << 20))
@@ -192,7 +192,7 @@ def test_a_folders_identity_follows_what_decides_its_answers(tmp_path, monkeypat
     assert keys.model_identity(first) == keys.model_identity(second)
     (tmp_path / "two" / "chat_template.jinja").write_text("x")
     assert keys.model_identity(first) != keys.model_identity(second)
-    cached = json.loads((tmp_path / "cache" / "digests.json").read_text())
+    cached = json.loads((tmp_path / "new" / "cache" / "digests.json").read_text())
     assert len(cached) == 2 and all("model.safetensors" in place for place in cached)
 
 

@@ -87,6 +87,8 @@ def test_an_answer_is_asked_once_and_kept_as_it_came(tmp_path):
     assert again == first and len(engine.asked) == 50
     assert first[7] == answered("q7")
     assert count(tmp_path, "calls") == 50 and count(tmp_path, "uses") == 300
+    with closing(connect(tmp_path / "ledger.sqlite", readonly=True)) as con:
+        assert con.execute("SELECT DISTINCT limit_tokens FROM calls").fetchall() == [(0,)]
 
 
 def test_what_was_digested_is_kept_beside_the_answer(tmp_path):
@@ -187,6 +189,7 @@ def test_a_transport_failure_is_counted_returned_and_tried_by_the_next_run(tmp_p
         assert good.text == "ok" and isinstance(bad, TransportError) and ledger.stats.failed == 1
         with pytest.raises(TransportError):
             await ledger.ask(*asks[1], broken)
+        assert [window.uncommitted for window in ledger._windows.values()] == [0]
 
     using(tmp_path, work)
     assert count(tmp_path, "failures") == 2 and count(tmp_path, "calls") == 1
@@ -203,6 +206,53 @@ def test_an_engine_that_fails_for_good_stops_who_asked(tmp_path):
         return await ledger.ask(request("q"), use(), Engine())
 
     assert using(tmp_path, work).text == "re q"
+
+
+class Unreadable(Engine):
+    """An engine whose length cannot be read."""
+
+    @property
+    def max_model_len(self):
+        raise ValueError("no length")
+
+
+def test_a_question_that_a_defect_dropped_can_be_asked_again(tmp_path):
+    async def work(ledger):
+        engine = Engine()
+        tasks = [
+            asyncio.ensure_future(ledger.ask(request("q"), use(), engine)),
+            asyncio.ensure_future(ledger.ask(request("r"), use(1), Unreadable())),
+        ]
+        for task in tasks:
+            with pytest.raises(StoreError, match="no length"):
+                await task
+        assert engine.asked == []
+        return await asyncio.wait_for(ledger.ask(request("q"), use(), engine), 120)
+
+    assert using(tmp_path, work).text == "re q"
+
+
+def test_a_quarantine_takes_what_is_not_yet_written_and_the_reader_cannot_write(tmp_path):
+    found = []
+
+    async def work(ledger):
+        def answer(text):
+            if text == "late":
+                found.append(ledger.quarantine("sick", 0.0))
+            return Completion(text, "stop", replica="sick")
+
+        engine = Engine(answer, held=True)
+        asks = [(request("early"), use(0)), (request("late"), use(1))]
+        task = asyncio.ensure_future(ledger.ask_many(asks, engine))
+        while engine.now < 2:
+            await asyncio.sleep(0)
+        engine.released.set()  # both answer in one turn of the event loop
+        await task
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            ledger._reader.execute("DELETE FROM calls")
+
+    using(tmp_path, work)
+    assert found == [1]
 
 
 def test_too_long_is_a_fact_until_a_larger_context_is_served(tmp_path):

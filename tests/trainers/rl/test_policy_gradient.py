@@ -240,6 +240,9 @@ def test_explained_variance():
     assert isclose(pg.explained_variance(torch.zeros(1, 4), returns, mask), 0.0, abs_tol=1e-12)
     assert isclose(pg.explained_variance(-returns, returns, mask), -3.0, abs_tol=1e-12)
     assert pg.explained_variance(returns, torch.ones(1, 4), mask) is None
+    two, one = (torch.arange(4)[None] < n for n in (2, 1))
+    assert pg.explained_variance(returns, returns, two) == 1.0
+    assert pg.explained_variance(returns, returns, one) is None
 
 
 @given(st.floats(0.01, 1), st.floats(0, 100), st.floats(0.1, 20), st.integers(1, 512))
