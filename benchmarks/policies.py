@@ -14,10 +14,11 @@ by prefab-nano).
    of what principles say, their log-odds added up, and these made hard. With
    --online, PPO of SFT and of base and GRPO of base against that reward model, and DPO of base at a
    smaller beta, for the gold of each method at equal KL.
-3. everything on prompts of the test split, 2,000 answers a figure, intervals over seeds and groups;
-   reward models on fresh test pairs against the oracle. Learning rate, beta and margin are
-   arguments: choose them with `--split val`, then measure once with `--split test`. Everything is
-   kept below --folder: answers in the ledger, models beside it, so a stopped run goes on."""
+3. everything on prompts of topics that no training here saw (`grammar.prompts("held", ...)`: the
+   test split and a third of the topics of train), intervals over seeds and groups; reward models on
+   new pairs of the same topics against the oracle. Learning rate, beta and margin are arguments:
+   choose them with `--split val`, then measure once. Everything is kept below --folder: answers in
+   the ledger, models beside it, so a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -115,8 +116,8 @@ def pipeline(
 
 
 def prompts_files(args: argparse.Namespace) -> None:
-    """Prompts of train and val with their splits, every eleventh of val; the test split is never
-    written here.
+    """Prompts of train and val with their splits, every eleventh of val; topics that are measured
+    on are never written here.
 
     `more.jsonl` goes on where `prompts.jsonl` ends.
     """
@@ -125,7 +126,7 @@ def prompts_files(args: argparse.Namespace) -> None:
     from prefab.factory.microworld import grammar
 
     train, val = (
-        grammar.prompts("train", args.prompts + args.more, 7),
+        grammar.prompts("seen", args.prompts + args.more, 7),
         grammar.prompts("val", max(4, args.prompts // 10) + max(4, args.more // 10), 7),
     )
     middle = max(4, args.prompts // 10)
@@ -159,10 +160,11 @@ def data(args: argparse.Namespace) -> None:
     from prefab.pipelines.run.runner import run
 
     prompts_files(args)
-    more = pipeline(args, MORE, BASE, False, "log_odds")
-    more["prompts"]["source"] = str(args.folder / "more.jsonl")
-    done = run(more, quiet=False)
-    assert done.state == "done", done.reason
+    if not args.brief:
+        more = pipeline(args, MORE, BASE, False, "log_odds")
+        more["prompts"]["source"] = str(args.folder / "more.jsonl")
+        done = run(more, quiet=False)
+        assert done.state == "done", done.reason
     for judge in (BASE, "prefab-nano") if args.ablation else (BASE,):
         for end, combine in (("-odds", "log_odds"), ("", "mean")):  # the second asks nothing again
             done = run(
@@ -361,8 +363,9 @@ def online(args: argparse.Namespace, method: str, start: str, reward: str, seed:
 def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, Any]:
     """Every policy on the same held-out prompts. A method is its seeds: intervals are over another
     seed and another group of prompts (`over_seeds`)."""
+    from prefab.factory.microworld import grammar
     from prefab.pipelines.evaluation import policy_metrics
-    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
+    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, sample_all
 
     flat = {"base": BASE} | {
         f"{name} #{k}": folder
@@ -372,13 +375,12 @@ def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[
     config = PolicyEvalConfig.model_validate(
         {
             "policies": flat,
-            "prompts": {"source": "microworld", "split": args.split, "limit": args.test},
             "samples": args.answers,
             "store": str(args.folder / "store"),
             "threads": args.threads,
         }
     )
-    prompts = held_out(config)
+    prompts = grammar.prompts(args.split, args.test)
     found = sample_all(config, prompts)
     harmful = ["harmful" in p.tags for p in prompts]
     made: dict[str, Any] = {}
@@ -477,9 +479,10 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
     accuracy and ECE."""
     import numpy as np
 
+    from prefab.factory.microworld import grammar
     from prefab.factory.stats import over_seeds
     from prefab.judges.stats.calibration import calibration_error
-    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
+    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, sample_all
     from prefab.trainers.offline.reward import scorer
 
     config = PolicyEvalConfig.model_validate(
@@ -488,15 +491,9 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
             "samples": 2,
             "seed": 99,
             "threads": args.threads,
-            "prompts": {
-                "source": "microworld",
-                "split": args.split,
-                "limit": args.test * 2,
-                "seed": 5,
-            },
         }
     )
-    prompts = held_out(config)
+    prompts = grammar.prompts(args.split, args.test * 2, 5)
     answers = sample_all(config, prompts)["base"]
     pairs = [
         (a, b)
@@ -615,7 +612,7 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--split", default="test", choices=["test", "val"])
+    parser.add_argument("--split", default="held", choices=["held", "test", "val"])
     parser.add_argument("--test", type=int, default=500, help="Held-out prompts.")
     parser.add_argument(
         "--answers", type=int, default=4, help="To each of them, a policy and seed."

@@ -398,15 +398,34 @@ def inventory() -> dict[str, tuple[str, str, str]]:
     return table
 
 
+def _number(verb: str, obj: str) -> int:
+    """A number from 0 to 9 that a digest gives to a combination."""
+    digest = hashlib.sha256(f"microworld {verb} {obj} 2".encode()).digest()
+    return int.from_bytes(digest[:4], "big") % 10
+
+
 def split_of(verb: str, obj: str) -> str:
     """The split of a combination: about 80% train, 10% val, 10% test, fixed by a digest, each verb
     and object in train.
     """
-    value = (
-        int.from_bytes(hashlib.sha256(f"microworld {verb} {obj} 2".encode()).digest()[:4], "big")
-        % 10
-    )
-    return "test" if value == 0 else "val" if value == 1 else "train"
+    return {0: "test", 1: "val"}.get(_number(verb, obj), "train")
+
+
+def _in_split(verb: str, obj: str, split: str) -> bool:
+    """Whether a combination belongs to a split, or to one of the two divisions for training
+    policies.
+
+    `seen` is train without about a third of its topics; `held` is these and test. The embedded
+    models were trained on all of train, so `held` tests what a policy's own training adds.
+    """
+    reserved = 2 <= _number(verb, obj) <= 4
+    own = split_of(verb, obj)
+    divisions = {
+        "all": True,
+        "seen": own == "train" and not reserved,
+        "held": own == "test" or reserved,
+    }
+    return divisions.get(split, own == split)
 
 
 def situation(rng: random.Random, split: str = "train") -> Situation:
@@ -430,17 +449,19 @@ def situation(rng: random.Random, split: str = "train") -> Situation:
     tags = ("harmful" if verb in HARMFUL else "harmless",) + (
         ("multi-turn",) if len(messages) > 1 else ()
     )
-    return Situation(Prompt(name, messages, tags, f"{verb} {obj}", split), verb, obj)
+    named = {"seen": "train", "held": "test"}.get(split, split)
+    return Situation(Prompt(name, messages, tags, f"{verb} {obj}", named), verb, obj)
 
 
 @lru_cache(maxsize=8)
 def _combinations(split: str, harmful: bool) -> list[tuple[str, str]]:
     verbs = HARMFUL if harmful else HARMLESS
-    return [(v, o) for v in verbs for o in OBJECTS if split in ("all", split_of(v, o))]
+    return [(v, o) for v in verbs for o in OBJECTS if _in_split(v, o, split)]
 
 
 def prompts(split: str, n: int, seed: int = 0) -> list[Prompt]:
-    """n different prompts of a split (train, val, test, or all).
+    """n different prompts of a split: train, val, test or all; or of `seen` or `held`, the topics
+    for training policies and for testing them (their prompts name train or test as their split).
 
     Raises:
         ValueError: the world has fewer different prompts than n in that split.

@@ -137,6 +137,21 @@ def test_splits_are_by_combination_and_every_word_is_in_training():
         assert all(tuple(p.group.split(" ", 1)) in combos[split] for p in g.prompts(split, 50))
 
 
+def test_the_topics_for_testing_policies_are_none_of_those_they_train_on():
+    """`seen` and `held` part the topics of train and test; prompts name train or test, so that a
+    training refuses what it is to be tested on."""
+    topics = {
+        s: {p.group for p in g.prompts(s, 1000)} for s in ("train", "val", "test", "seen", "held")
+    }
+    assert len(topics["held"]) >= 40 and topics["test"] < topics["held"]
+    assert not topics["seen"] & topics["held"] and not topics["val"] & topics["held"]
+    assert topics["seen"] | topics["held"] == topics["train"] | topics["test"]
+    assert {p.split for s in ("held", "seen") for p in g.prompts(s, 50)} == {"train", "test"}
+    assert {p.split for p in g.prompts("held", 50)} == {"test"}
+    for words in zip(*(t.split(" ") for t in topics["seen"]), strict=True):
+        assert set(words) in (set(g.VERBS), set(g.OBJECTS))
+
+
 def test_prompts_are_seeded_different_and_some_are_conversations():
     found = g.prompts("test", 400, 3)
     assert found == g.prompts("test", 400, 3) != g.prompts("test", 400, 4)
