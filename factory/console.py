@@ -23,6 +23,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from prefab.factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
+from prefab.factory.logs import LOG, ON_SCREEN
 from prefab.factory.numbers import cell
 from prefab.factory.printable import printable
 from prefab.factory.tables import as_csv, as_markdown, fitted, wrap
@@ -158,6 +159,7 @@ def _remedy(error: PrefabError) -> str:
 
 def warn(message: str) -> None:
     """Print a warning to stderr."""
+    LOG.warning(message, extra=ON_SCREEN)
     say(f" {message}", "note", "yellow", stderr=True)
 
 

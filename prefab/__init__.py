@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from prefab.factory.ledger.verify import back_up_ledger, recover_ledger, verify_ledger
     from prefab.factory.spec.constitution import load_constitution
     from prefab.factory.spec.constitution_imports import import_constitution
@@ -171,10 +172,26 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module 'prefab' has no attribute {name!r}")
     module, attribute = _HOME[name].split(":")
     return getattr(import_module(f"prefab.{module}"), attribute)
+
+
+def _version() -> str:
+    """The installed version; that of pyproject.toml in a clone that was not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("prefab-rlaif")
+    except PackageNotFoundError:
+        import tomllib
+        from pathlib import Path
+
+        project = Path(__file__).parents[1] / "pyproject.toml"
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
 import re
@@ -29,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.redaction import add_secret, redact_bytes
 
+LOG = logging.getLogger("prefab.servers")
 LIMITED = 429  # the only status that slows all requests down; it costs time, no retries
 # worth asking again: besides the standard ones, those of nginx, Cloudflare (52x) and proxies
 HEALS = frozenset({408, 409, 425, 500, 502, 503, 504, 507, *range(520, 530), 598})
@@ -145,6 +147,8 @@ class Health:
         """A response came, good or bad: the server is up."""
         if self.failures:
             self.comebacks += self.down
+            if self.down:
+                LOG.info("a server answers again after %d failures", self.failures)
             self.failures, self.down, self.pause_s = 0, False, FIRST_PAUSE_S
 
     def failed(self, reason: str) -> None:
@@ -158,6 +162,7 @@ class Health:
 
     def fall(self) -> None:
         """The server is down from now on."""
+        LOG.info("a server is down after %d failures: %s", self.failures, self.reason)
         self.down, self.retry_at = True, self.clock() + self.pause_s
 
 
@@ -315,6 +320,7 @@ class HttpClient:
         self.health_path = "/models"
         # path and body of a question that costs one token, where the engine knows one
         self.small_question: Callable[[], tuple[str, bytes]] | None = None
+        self.retries = 0  # of all questions
         self._check: asyncio.Task[bool] | None = None
         self._urls: dict[str, Any] = {}
         self._timeouts: dict[float, Any] = {}
@@ -409,10 +415,14 @@ class HttpClient:
             if died := self.why_down():
                 raise TransportError(died)
             failures += 1
+            self.retries += 1
             if wait_s is None:
                 wait_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2**failures))
             late = time.monotonic() + wait_s >= deadline
             spared = await self._try_again(call, reason, failures, late, spared)
+            LOG.debug(
+                "%s%s: try %d in %.1f s: %s", self.url, call.path, 1 + failures, wait_s, reason
+            )
             await asyncio.sleep(wait_s)
             if self.starts != starts and call.pace is not None:  # its engine asks again, in turn
                 raise ServerDown(f"{self.url}{call.path}: {reason}", asked=True)
@@ -653,6 +663,8 @@ class HttpClient:
         return target
 
     def _limited(self, began: float, message: str, wait_s: float | None) -> None:
+        self.retries += 1
+        LOG.debug("%s limits the rate: %s", self.url, message[:160])
         if self.throttle.limit == inf:
             self.tell(
                 f"{self.url} limits the rate: requests wait, and fewer are sent at once ({message[:160]})"

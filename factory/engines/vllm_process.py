@@ -9,10 +9,12 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import re
 import secrets
+import shlex
 import socket
 import stat
 import subprocess
@@ -32,6 +34,7 @@ from prefab.factory.extras import install_command
 from prefab.factory.paths import IMPORT_ROOT, cache_folder
 from prefab.factory.redaction import add_secret
 
+LOG = logging.getLogger("prefab.servers")
 TELL_EVERY_S = 4.0
 FEW_CORES = 8  # up to so many, servers share them as the system sees fit
 LAST_LINES, LINE = 8, 240  # of a log, shown when its server failed
@@ -96,6 +99,8 @@ class VllmProcess:
                 env=environment(self),
                 start_new_session=True,
             )
+        words = shlex.join(command[3:])
+        LOG.info("starting vLLM, process %d, log %s: %s", self.supervisor.pid, self.log_file, words)
         await self._wait_until_ready()
 
     async def _wait_until_ready(self) -> None:
@@ -112,6 +117,7 @@ class VllmProcess:
                 told = now
                 self.progress(f"vLLM: {self._stage()} {self.config.model}, {now - began:.0f} s")
             await asyncio.sleep(0.3)
+        LOG.info("vLLM answers on port %d after %.0f s", self.port, time.monotonic() - began)
         self.progress(
             f"vLLM: serving {self.config.model} on port {self.port} after {time.monotonic() - began:.0f} s"
         )
@@ -131,6 +137,7 @@ class VllmProcess:
     def _told(self, what: str) -> str:
         """The message with the log's last lines and its path; the log is kept from now on."""
         self._failed = True
+        LOG.info("port %d: %s", self.port, what)
         last = [line[:LINE] for line in tail(self.log_file).splitlines() if line.strip()][
             -LAST_LINES:
         ]
@@ -141,6 +148,7 @@ class VllmProcess:
         self._stopping = True
         if self.supervisor is None:
             return
+        LOG.info("stopping vLLM on port %d", self.port)
         well = self.supervisor.poll() is None and not self._failed
         if self.supervisor.stdin is not None:
             self.supervisor.stdin.close()  # tells the supervisor to end the server

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -32,6 +33,7 @@ from prefab.factory.ledger import db, records
 from prefab.factory.ledger.checksums import VERIFY
 from prefab.factory.ledger.db import POLL_S, AnswerRow, Claim, Commit, Failure, Writer
 from prefab.factory.ledger.records import Run
+from prefab.factory.telemetry import observed_call, observers
 from prefab.factory.types import Completion, Engine, Prompt, Request
 from prefab.factory.uses import Use
 
@@ -160,6 +162,7 @@ class Ledger:
         self._unprobed = False
         self._probing: asyncio.Task[None] | None = None
         self._closed = False
+        self._context = copy_context()  # of the stage that the calls belong to
 
     @classmethod
     def open(cls, folder: Path, retry_refused: bool = False) -> Ledger:
@@ -452,7 +455,7 @@ class Ledger:
         try:
             if self._unprobed:
                 await self._probe()
-            completion = _clean(await flight.window.engine.complete(flight.key, flight.request))
+            completion = _clean(await self._asked(flight))
             self._post(AnswerRow(flight.key, flight.body, flight.request.model, completion, flight))
             flight.window.uncommitted += 1
         except TransportError as error:
@@ -468,6 +471,15 @@ class Ledger:
             flight.fail(error)
         finally:
             self.stats.in_flight -= 1
+
+    async def _asked(self, flight: _Flight) -> Completion:
+        """What the engine answers. Raises: as the engine."""
+        engine = flight.window.engine
+        if not observers:
+            return await engine.complete(flight.key, flight.request)
+        batch, i = flight.waiters[0]
+        use = batch.asks[i][1]
+        return await observed_call(engine, flight.key, flight.request, use, self._context)
 
     async def _probe(self) -> None:
         """Probe the engines, once for all questions that wait. Raises: as `Engine.probe`."""

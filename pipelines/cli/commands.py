@@ -7,15 +7,23 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from traceback import walk_tb
 from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 
+import prefab
 from prefab.factory.console import OutputStyle, output_style
-from prefab.factory.errors import ConfigError, InstallationError
+from prefab.factory.errors import ConfigError, InstallationError, PrefabError
+from prefab.factory.logs import FILE_VARIABLE, LEVEL_VARIABLE, LOG, ON_SCREEN, logging_to
+from prefab.factory.telemetry import stage
 
 START, DATA, RULES = "Start here", "Make and look at data", "Work on a constitution"
 LABELS, TRAIN, KEEP = "Check labels and judges", "Train and evaluate", "Stores and servers"
@@ -95,6 +103,43 @@ Intervals = Annotated[
     bool, typer.Option("--intervals", help="Show both bounds of each interval, not ±.")
 ]
 
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        envvar=LEVEL_VARIABLE,
+        help="Print a log to stderr: calls, retries, servers. -vv: with the texts of questions and "
+        "answers.",
+    ),
+]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", envvar=FILE_VARIABLE, help="Add the log to a file. With -vv: with texts."
+    ),
+]
+# What the options before the command say.
+_LOG_SETTINGS: ContextVar[tuple[int, Path | None]] = ContextVar("log_settings", default=(0, None))
+# Both are options of `prefab`; each command takes them too, without a place in its help.
+_LOG_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "verbose": (
+        Annotated[int, typer.Option("--verbose", "-v", count=True, hidden=True)],
+        0,
+    ),
+    "log_file": (Annotated[Path | None, typer.Option("--log-file", hidden=True)], None),
+}
+_STYLE_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "output_format": (Format, None),
+    "intervals": (Intervals, False),
+}
+
+
+def log_as(verbose: int, log_file: Path | None) -> None:
+    """Log the command that follows so (see `logging_to`)."""
+    _LOG_SETTINGS.set((verbose, log_file))
+
 
 class OrderedGroup(typer.core.TyperGroup):
     """A group that lists its commands in the order of `COMMANDS`."""
@@ -133,8 +178,8 @@ def damaged_bytecode(error: BaseException) -> str:
 
 
 def dress(app: typer.Typer) -> None:
-    """Give every command of an app its group and examples in `--help`; to those that print a
-    result (they have `--json`) also `--format` and `--intervals`.
+    """Give every command of an app its group and examples in `--help`, and the options of the log;
+    to those that print a result (they have `--json`) also `--format` and `--intervals`.
     """
     for words, info in _all_commands(app):
         panel, examples = COMMANDS.get(words, (None, ()))
@@ -143,7 +188,7 @@ def dress(app: typer.Typer) -> None:
         info.epilog = "\n\n".join([heading, *examples]) if examples else None
         assert info.callback is not None
         info.short_help = _first_sentence(info.callback.__doc__ or "")
-        info.callback = _with_output_style(info.callback)
+        info.callback = _with_common_options(info.callback, words)
     for group in _named_groups(app):
         group.rich_help_panel = COMMANDS.get(str(group.name), (None, ()))[0]
 
@@ -175,36 +220,68 @@ def _all_commands(app: typer.Typer, before: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _with_output_style(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with the options of `OutputStyle`, where it has `as_json` and no `--format`."""
+def _with_common_options(command: Callable[..., Any], words: str) -> Callable[..., Any]:
+    """The command with the options of the log and, where it has `as_json`, those of `OutputStyle`
+    (but `--format` where it has one of its own).
+    """
     signature = inspect.signature(command, eval_str=True)
-    if "as_json" not in signature.parameters:
-        return command
-    has_format = "format" in signature.parameters
+    prints = "as_json" in signature.parameters
+    more = dict(_LOG_OPTIONS)
+    if prints:
+        more |= _STYLE_OPTIONS
+    if "format" in signature.parameters:
+        more.pop("output_format", None)
 
     @functools.wraps(command)
-    def styled(*args: Any, **given: Any) -> Any:
-        form = None if has_format else given.pop("output_format")
-        intervals = given.pop("intervals")
-        if form == "json" or given["as_json"]:
-            if form not in (None, "json"):
-                raise ConfigError(f"--json and --format {form}: give only one of them")
-            given["as_json"], form = True, None
-        with output_style(OutputStyle(form or "", intervals)):
-            return command(*args, **given)
+    def with_options(*args: Any, **given: Any) -> Any:
+        with _logged(words, given.pop("verbose"), given.pop("log_file")):
+            if not prints:
+                return command(*args, **given)
+            form = given.pop("output_format", None)
+            intervals = given.pop("intervals")
+            if form == "json" or given["as_json"]:
+                if form not in (None, "json"):
+                    raise ConfigError(f"--json and --format {form}: give only one of them")
+                given["as_json"], form = True, None
+            with output_style(OutputStyle(form or "", intervals)):
+                return command(*args, **given)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    more = (
-        []
-        if has_format
-        else [inspect.Parameter("output_format", keyword, default=None, annotation=Format)]
+    added = [
+        inspect.Parameter(name, keyword, default=default, annotation=kind)
+        for name, (kind, default) in more.items()
+    ]
+    with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]  # as `inspect` reads it
+        parameters=[*signature.parameters.values(), *added]
     )
-    more.append(inspect.Parameter("intervals", keyword, default=False, annotation=Intervals))
-    styled.__signature__ = signature.replace(  # type: ignore[attr-defined]  # as `inspect` reads it
-        parameters=[*signature.parameters.values(), *more]
-    )
-    styled.__annotations__ = {
+    with_options.__annotations__ = {
         name: one.annotation
-        for name, one in styled.__signature__.parameters.items()  # type: ignore[attr-defined]
+        for name, one in with_options.__signature__.parameters.items()  # type: ignore[attr-defined]
     }
-    return styled
+    return with_options
+
+
+@contextmanager
+def _logged(words: str, verbose: int, log_file: Path | None) -> Iterator[None]:
+    """A command with its log: also as the options before the command say. An error is written to
+    the log; a bug with its traceback.
+    """
+    before = _LOG_SETTINGS.get()
+    with ExitStack() as stack:
+        stack.enter_context(logging_to(verbose + before[0], log_file or before[1]))
+        LOG.info("prefab %s: %s", prefab.__version__, shlex.join(sys.argv[1:]))
+        ending: BaseException | None = None
+        with stage(f"prefab {words}"):
+            try:
+                yield
+            except (typer.Exit, typer.Abort) as error:
+                ending = error  # no failure of the stage
+            except PrefabError as error:
+                LOG.error("%s: %s", type(error).__name__, error, extra=ON_SCREEN)
+                raise
+            except Exception:
+                LOG.exception("a bug", extra=ON_SCREEN)
+                raise
+        LOG.info("exit code %d", getattr(ending, "exit_code", 0))
+        if ending is not None:
+            raise ending

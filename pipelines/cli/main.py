@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import prefab
 from prefab.factory.console import console, fail, hint, say, table, warn
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
 from prefab.factory.extras import EXTRA_OF, missing_package
@@ -28,7 +29,7 @@ from prefab.pipelines.cli import report as cli_report
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli import view as cli_view
-from prefab.pipelines.cli.commands import COMMANDS, OrderedGroup, dress
+from prefab.pipelines.cli.commands import COMMANDS, LogFile, OrderedGroup, Verbose, dress, log_as
 from prefab.pipelines.cli.options import (
     Json,
     Map,
@@ -71,24 +72,25 @@ COMPLETE = "_PREFAB_COMPLETE"  # set by the shell that asks for completions
 def _print_version(wanted: bool) -> None:
     """Print the version and where Prefab lies, then exit."""
     if wanted:
-        from importlib.metadata import version
-
         from prefab.factory.paths import IMPORT_ROOT
 
-        say(f"prefab {version('prefab-rlaif')} ({IMPORT_ROOT})")
+        say(f"prefab {prefab.__version__} ({IMPORT_ROOT})")
         raise typer.Exit
 
 
 @app.callback()
-def version_option(
+def common_options(
     version: Annotated[
         bool,
         typer.Option(
             "--version", is_eager=True, callback=_print_version, help="Print the version."
         ),
     ] = False,
+    verbose: Verbose = 0,
+    log_file: LogFile = None,
 ) -> None:
     """Make preference data with AI judges (RLAIF, Constitutional AI), and train on it."""
+    log_as(verbose, log_file)
 
 
 def main() -> None:

@@ -23,9 +23,11 @@ from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.errors import BudgetError, ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
+from prefab.factory.logs import LOG
 from prefab.factory.numbers import counted
 from prefab.factory.store.shared import is_shared
 from prefab.factory.store.store import HeldError, read_frame
+from prefab.factory.telemetry import stage
 from prefab.factory.types import Engine, Prompt, ServerReport
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
@@ -225,6 +227,14 @@ async def run_async(
             f"{config.store}: this store is in shards (docs/scale.md). Add `--on local:N` to "
             "`prefab run`, or make an ordinary store of it with `prefab store merge`"
         )
+    with stage("run", name=config.name, store=config.store):
+        return await _run_in_stages(loaded, quiet, engines, retry_refused)
+
+
+async def _run_in_stages(
+    loaded: ResolvedPipeline, quiet: bool, engines: dict[str, Engine] | None, retry_refused: bool
+) -> RunResult:
+    config = loaded.config
     total = count_prompts(loaded, quiet)
     ledger, ctx = Ledger.open(Path(config.store), retry_refused), None
     try:
@@ -238,7 +248,9 @@ async def run_async(
             ctx = Context.of(loaded, record.id, ledger, made)
             before = {name: engine.starting_s for name, engine in made.items()}
             began = time.monotonic()
-            state, reason = await _work(loaded, ctx, total, quiet)
+            LOG.info("run %s@%d, prompts: %s", record.name, record.version, total)
+            with stage("ask"):
+                state, reason = await _work(loaded, ctx, total, quiet)
             started = (engine.starting_s - before[name] for name, engine in made.items())
             seconds = time.monotonic() - began - max(started, default=0.0)
     finally:
@@ -249,7 +261,8 @@ async def run_async(
     if ctx.hurry:
         raise Interrupted(ctx.stopped_by, kept)
     try:
-        behind = fill_store(Path(config.store), quiet)
+        with stage("fill store"):
+            behind = fill_store(Path(config.store), quiet)
         result = _result(loaded, ctx, record, state, reason, seconds, behind)
         learns = loaded.take_over is None and state == "done"
         if learns and (result.outcomes.get("a") or result.outcomes.get("b")):
@@ -261,6 +274,9 @@ async def run_async(
         raise Interrupted(
             number, f"{kept}; the DuckDB file is filled by the next command"
         ) from None
+    LOG.info(
+        "%s: %s asked, %s reused, %s failed", state, result.asked, result.reused, result.failed
+    )
     return result
 
 

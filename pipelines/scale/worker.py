@@ -22,6 +22,7 @@ import orjson
 
 from prefab.factory.engines.lifecycle import KeptEngine
 from prefab.factory.errors import ConfigError, EngineError, PrefabError
+from prefab.factory.logs import logging_by_environment
 from prefab.factory.store.shared import SharedFolder, is_shared
 from prefab.factory.types import Engine
 from prefab.pipelines.config.loader import (
@@ -187,7 +188,8 @@ def main() -> None:
         threading.Thread(target=_read, args=(messages, worker, loop), daemon=True).start()
         await worker.main()
 
-    in_event_loop(work())
+    with logging_by_environment():
+        in_event_loop(work())
     events.put(None)
     writer.join(END_S)
 
