@@ -8,6 +8,7 @@ and emoji codes in it mean nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import time
@@ -23,11 +24,12 @@ from rich.segment import Segment
 from rich.text import Text
 
 from prefab.factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
-from prefab.factory.logs import LOG, ON_SCREEN
 from prefab.factory.numbers import cell
 from prefab.factory.printable import printable
 from prefab.factory.tables import as_csv, as_markdown, fitted, wrap
 
+LOG = logging.getLogger("prefab")  # what goes where: `logs`
+ON_SCREEN = {"on_screen": True}  # `extra` of a line that the terminal has already
 T = TypeVar("T")
 MIN_WIDTH = 40  # narrower terminals get lines of this width
 PLAIN_EVERY_S = 5.0  # seconds between progress lines where stderr is not a terminal

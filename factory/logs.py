@@ -15,15 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefab.factory import telemetry
+from prefab.factory.console import LOG, say
 from prefab.factory.errors import ConfigError
 from prefab.factory.printable import printable
 from prefab.factory.telemetry import CallEvent, Value
 from prefab.factory.types import Completion
 
-LOG = logging.getLogger("prefab")
 CALLS = logging.getLogger("prefab.calls")
 STAGES = logging.getLogger("prefab.stages")
-ON_SCREEN = {"on_screen": True}  # `extra` of a line that the terminal has already
 LEVEL_VARIABLE, FILE_VARIABLE = "PREFAB_VERBOSE", "PREFAB_LOG_FILE"
 TEXTS = 2  # the verbosity with texts
 LOG.addHandler(logging.NullHandler())  # else Python prints warnings to stderr by itself
@@ -50,8 +49,6 @@ class ScreenHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a line that is not on the screen already."""
-        from prefab.factory.console import say
-
         if not getattr(record, "on_screen", False):
             say(self.format(record), stderr=True)
 

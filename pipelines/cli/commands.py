@@ -20,9 +20,9 @@ import typer
 import typer.core
 
 import prefab
-from prefab.factory.console import OutputStyle, output_style
+from prefab.factory.console import LOG, ON_SCREEN, OutputStyle, output_style
 from prefab.factory.errors import ConfigError, InstallationError, PrefabError
-from prefab.factory.logs import FILE_VARIABLE, LEVEL_VARIABLE, LOG, ON_SCREEN, logging_to
+from prefab.factory.logs import FILE_VARIABLE, LEVEL_VARIABLE, logging_to
 from prefab.factory.telemetry import stage
 
 START, DATA, RULES = "Start here", "Make and look at data", "Work on a constitution"

@@ -18,12 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prefab.factory.console import Progress, warn
+from prefab.factory.console import LOG, Progress, warn
 from prefab.factory.engines.lifecycle import started_engines
 from prefab.factory.errors import BudgetError, ConfigError
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
-from prefab.factory.logs import LOG
 from prefab.factory.numbers import counted
 from prefab.factory.store.shared import is_shared
 from prefab.factory.store.store import HeldError, read_frame

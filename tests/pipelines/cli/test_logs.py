@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import prefab
 from prefab.factory import redaction, telemetry
-from prefab.factory.console import EXIT_FAILED, EXIT_USAGE
+from prefab.factory.console import EXIT_FAILED, EXIT_USAGE, LOG
 from prefab.factory.engines.http import HttpClient, HttpConfig, Throttle
-from prefab.factory.logs import LOG, logging_by_environment, logging_to
+from prefab.factory.logs import logging_by_environment, logging_to
 from prefab.pipelines.cli.main import app, main
 from prefab.pipelines.run.interrupts import SIGNALS
 from tests.support import project
