@@ -29,7 +29,6 @@ from prefab.trainers.common import (
 )
 from prefab.trainers.model_card import reward_chart, write_card
 from prefab.trainers.rl import processes
-from prefab.trainers.rl.config import PpoConfig
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
 from prefab.trainers.rl.state import PpoRun, Run, State
 
@@ -102,7 +101,9 @@ def _claim(t: Run) -> Path | None:
     out.mkdir(parents=True, exist_ok=True)
     origin, now = out / "origin.json", orjson.dumps(_origin(t))
     if origin.exists():
-        saved, now_ = orjson.loads(origin.read_bytes()), orjson.loads(now)
+        # a GRPO run of an earlier version could only sample with transformers
+        saved = {"sampler": "transformers", **orjson.loads(origin.read_bytes())}
+        now_ = orjson.loads(now)
         more = now_["schedule"] == "constant" and now_["steps"] > saved.get("steps", now_["steps"])
         other = sorted(
             name
@@ -174,8 +175,7 @@ def _origin(t: Run) -> dict[str, Any]:
     """
     digest = hashlib.sha256(orjson.dumps(t.prompt_ids)).hexdigest()
     config = {k: v for k, v in t.config.model_dump(mode="json").items() if k not in (*FREE, "out")}
-    if isinstance(t.config, PpoConfig):
-        config["sampler"] = t.config.chosen_sampler()
+    config["sampler"] = t.config.chosen_sampler()
     return {**config, "the prompts": digest, "the rewards": [s.name for s in t.sources]}
 
 

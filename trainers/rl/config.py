@@ -66,6 +66,27 @@ class RlConfig(Strict):
         1.0, gt=0, le=10, description="In sampling and in log-probabilities alike."
     )
 
+    sampler: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
+        description="vllm: a server of its own, to which the weights are pushed after each update. "
+        "Answers of the reference, and those that gold scores, are sampled by transformers. auto: "
+        "vllm where there are a GPU and vLLM.",
+    )
+    vllm: VllmSettings = VllmSettings()
+    sample_ahead: bool = Field(
+        False,
+        exclude_if=lambda value: not value,
+        description="Sample the next step's answers, by the weights before the update, while this "
+        "step is updated. Each token's advantage is weighted by how much more likely the updated "
+        "policy makes it, at most importance_cap. The step after a checkpoint is sampled anew.",
+    )
+    importance_cap: float = Field(
+        2.0,
+        gt=0,
+        exclude_if=lambda value: value == 2.0,
+        description="Of sample_ahead.",
+    )
+
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Literal["linear", "constant"] = Field(
         "linear", description="linear: to 0 at the last step."
@@ -109,6 +130,18 @@ class RlConfig(Strict):
         [], description="Where metrics are also sent; nothing is sent anywhere unless named here."
     )
 
+    @model_validator(mode="after")
+    def _awake(self) -> RlConfig:
+        if self.sample_ahead and self.vllm.sleep:
+            raise ValueError("sample_ahead needs a server that is awake: leave vllm.sleep out")
+        return self
+
+    def chosen_sampler(self) -> str:
+        """The sampler that `sampler` stands for on this machine."""
+        if self.sampler != "auto":
+            return self.sampler
+        return "vllm" if has_gpu() and find_spec("vllm") is not None else "transformers"
+
 
 class PpoConfig(RlConfig):
     """A PPO run, resolved. Names of metrics and defaults follow Huang et al. 2024 where they have
@@ -117,27 +150,6 @@ class PpoConfig(RlConfig):
 
     minibatches: int = Field(2, ge=1)
     epochs: int = Field(4, ge=1)
-    sampler: Literal["auto", "transformers", "vllm"] = Field(
-        "auto",
-        description="vllm: a server of its own, to which the weights are pushed after each update. "
-        "Answers of the reference, and those that gold scores, are sampled by transformers. auto: "
-        "vllm where there are a GPU and vLLM.",
-    )
-    vllm: VllmSettings = VllmSettings()
-    sample_ahead: bool = Field(
-        False,
-        exclude_if=lambda value: not value,
-        description="Sample the next step's answers, by the weights before the update, while this "
-        "step is updated. Each token's advantage is weighted by how much more likely the updated "
-        "policy makes it, at most importance_cap. The step after a checkpoint is sampled anew.",
-    )
-    importance_cap: float = Field(
-        2.0,
-        gt=0,
-        exclude_if=lambda value: value == 2.0,
-        description="Of sample_ahead. 2: the cap of TRL's correction too.",
-    )
-
     value_learning_rate: float = Field(1e-5, gt=0)
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
@@ -173,18 +185,6 @@ class PpoConfig(RlConfig):
         "number.",
     )
 
-    @model_validator(mode="after")
-    def _awake(self) -> PpoConfig:
-        if self.sample_ahead and self.vllm.sleep:
-            raise ValueError("sample_ahead needs a server that is awake: leave vllm.sleep out")
-        return self
-
-    def chosen_sampler(self) -> str:
-        """The sampler that `sampler` stands for on this machine."""
-        if self.sampler != "auto":
-            return self.sampler
-        return "vllm" if has_gpu() and find_spec("vllm") is not None else "transformers"
-
 
 class GrpoConfig(RlConfig):
     """A GRPO or RLOO run, resolved."""
@@ -195,7 +195,6 @@ class GrpoConfig(RlConfig):
     )
     batch_size: int = Field(64, ge=2, description="Answers an update.")
     group: int = Field(8, ge=2, description="Answers a prompt.")
-    sample_batch: int = Field(64, ge=1, description="Prompts answered together in evaluations.")
     scale_rewards: Literal["none", "group", "batch"] = Field(
         "none", description="GRPO: what advantages are divided by."
     )

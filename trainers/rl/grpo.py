@@ -27,6 +27,7 @@ from prefab.trainers import distributed
 from prefab.trainers.chat import dialect
 from prefab.trainers.common import (
     TrainError,
+    checkpoints,
     default_device,
     load_policy,
     load_tokenizer,
@@ -35,7 +36,15 @@ from prefab.trainers.common import (
     translate_errors,
 )
 from prefab.trainers.registry import Stage
-from prefab.trainers.rl import checkpoint, evaluation, processes, rewards, rollout
+from prefab.trainers.rl import (
+    checkpoint,
+    evaluation,
+    processes,
+    rewards,
+    rollout,
+    sampling,
+)
+from prefab.trainers.rl import policy_gradient as pg
 from prefab.trainers.rl.config import GrpoConfig
 from prefab.trainers.rl.models import (
     check_inputs,
@@ -44,9 +53,10 @@ from prefab.trainers.rl.models import (
     prompts_for,
     rewards_for,
     room_for_prompt,
+    transformers_sampler,
 )
 from prefab.trainers.rl.rewards import Source
-from prefab.trainers.rl.rollout import Prompt
+from prefab.trainers.rl.rollout import Prompt, SampledAnswer, TransformersSampler
 from prefab.trainers.rl.state import GrpoRun, State
 
 STATE = "prefab-state.json"  # beside TRL's own state in a checkpoint
@@ -77,7 +87,8 @@ def run(
         if t.state.step == 0:
             evaluation.start(t, gold, eval_prompts, eval_ids, config.method)
         trainer = _trainer(t, watch(t, gold, eval_prompts, eval_ids, on_step))
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with sampling.running_sampler(t, lambda: _save(t, trainer)):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
         checkpoint.finish(t, "grpo")
         return t.state
 
@@ -118,6 +129,12 @@ def prepare_run(
             f"batch_size ({config.batch_size}) must be a multiple of micro_batch ({config.micro_batch}) "
             f"times the processes ({n})"
         )
+    accelerator = distributed.accelerator_for(config.precision)
+    if processes.is_sharded(accelerator) and (config.sampler == "vllm" or config.sample_ahead):
+        raise ConfigError(
+            "sampler: vllm and sample_ahead need the whole model in each process, and the launcher shards "
+            "it: leave them out (TRL then samples), or launch with trainers/accelerate/cpu.yaml"
+        )
     checkpoint.seed_step(config.seed, 0, "load", config.threads)
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
     # TRL ends answers at the tokenizer's EOS alone
@@ -127,19 +144,20 @@ def prepare_run(
     if config.lora is None:
         reference = load_policy(config.reference or config.model, config.attention)
         reference = reference.eval().requires_grad_(False)
-    room = room_for_prompt(policy, config)
+    room, ends = room_for_prompt(policy, config), rollout.end_ids(policy, tokenizer)
     return GrpoRun(
         config=config,
         policy=policy,
         reference=reference,
         tokenizer=tokenizer,
-        accelerator=distributed.accelerator_for(config.precision),
-        ends=rollout.end_ids(policy, tokenizer),
+        accelerator=accelerator,
+        ends=ends,
         room=room,
         prompts=prompts,
         prompt_ids=rollout.encode(tokenizer, prompts, room, config.template_kwargs),
         sources=rewards.asked_once(sources),
         state=State(beta=config.beta),
+        sampler=transformers_sampler(config, policy, ends, accelerator),
     )
 
 
@@ -203,7 +221,7 @@ def _trainer(t: GrpoRun, callback: Any) -> Any:
         for i in evaluation.rows_of(c.seed, len(turns), step, need)
     ]
     base = GRPOTrainer if c.method == "grpo" else RLOOTrainer
-    trainer = _sampling_by_place(t, base, c.method == "grpo")(
+    trainer = _with_our_sampler(t, base)(
         model=t.policy,
         reward_funcs=reward_for(t),
         args=args,
@@ -214,6 +232,8 @@ def _trainer(t: GrpoRun, callback: Any) -> Any:
     )
     if c.lora is not None:
         t.policy, t.reference = trainer.model, None
+    t.accelerator = trainer.accelerator
+    t.sampler = policy_sampler(t, t.policy)
     trainer.remove_callback(PrinterCallback)
     if (
         t.reference is not None and c.beta > 0
@@ -223,26 +243,79 @@ def _trainer(t: GrpoRun, callback: Any) -> Any:
     return trainer
 
 
-def _sampling_by_place(t: GrpoRun, base: Any, with_logps: bool) -> Any:
-    """TRL's trainer, which samples by our sampler: an answer is a function of seed, step and its
-    place among the answers of all processes. Models that the launcher shards are sampled by TRL.
+def _with_our_sampler(t: GrpoRun, base: Any) -> Any:
+    """TRL's trainer, which samples by the run's sampler: an answer is a function of seed, step and
+    its place among the answers of all processes. Models that the launcher shards are sampled by
+    TRL.
     """
+    c = t.config
 
     class Sampling(base):
+        """Answers by our sampler, and what their being another policy's changes."""
+
+        sampled: list[SampledAnswer]  # of this process, in the step's order
+
         def _generate_single_turn(
             self, prompt_ids: list[list[int]], *rest: Any, **more: Any
         ) -> Any:
             if processes.is_sharded(self.accelerator):
                 return super()._generate_single_turn(prompt_ids, *rest, **more)
-            t.accelerator = self.accelerator
-            seed = checkpoint.seed_step(t.config.seed, self.state.global_step, "sample")
-            n, first = len(prompt_ids), processes.rank() * len(prompt_ids)
-            seeds = rollout.row_seeds(seed, n * distributed.world_size())[first : first + n]
-            answers = policy_sampler(t, t.policy).sample_rows(prompt_ids, seeds)
-            ids = [answer.ids for answer in answers]
-            return (ids, None) if with_logps else ids
+            step, n = self.state.global_step, len(prompt_ids)
+            answers = sampling.step_answers(t, processes.concatenated(prompt_ids), step)
+            later, need = step + c.epochs, c.batch_size // c.group
+            rows = evaluation.rows_of(c.seed, len(t.prompts), later // c.epochs, need)
+            sampling.begin_ahead(
+                t, [t.prompt_ids[i] for i in rows for _ in range(c.group)], step, later
+            )
+            self.sampled = answers[processes.rank() * n : (processes.rank() + 1) * n]
+            ids = [answer.ids for answer in self.sampled]
+            return (ids, None) if c.method == "grpo" else ids
+
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            if t.off_policy or not isinstance(t.sampler, TransformersSampler):
+                self._metrics["train"] |= _compared(t, self, batch)
+            return batch
 
     return Sampling
+
+
+def _compared(t: GrpoRun, trainer: Any, batch: dict[str, Any]) -> dict[str, list[float]]:
+    """Metrics of how far the sampler's log-probabilities are from training's. Answers that were
+    sampled ahead have their advantages weighted: each token in GRPO, each answer in RLOO, whose
+    ratio is that of whole answers.
+
+    Raises: TrainError for a gap that rounding does not explain.
+    """
+    import torch
+
+    parts = ("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask")
+    ids, attention = (torch.cat([batch[name] for name in names], 1) for names in parts)
+    mask = batch["completion_mask"].bool()
+    with torch.no_grad():
+        logps = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, attention, mask.shape[1], t.config.micro_batch
+        )[0].float()
+    gap, largest = rollout.sampler_gap(trainer.sampled, logps, mask)
+    told = processes.concatenated([(gap, largest, int(mask.sum()))])
+    gap = sum(mean * n for mean, _, n in told) / sum(n for *_, n in told)
+    found = {"sampler_gap": gap, "sampler_gap_largest": max(most for _, most, _ in told)}
+    if not t.off_policy:  # else the gap is that of an update
+        t.sampler.check(gap)
+    else:
+        sampled, of_rows = (
+            rollout.sampler_logps(trainer.sampled, mask).to(logps),
+            batch["advantages"],
+        )
+        if t.config.method == "rloo":
+            logps, sampled = ((x * mask).sum(1, keepdim=True) for x in (logps, sampled))
+            mask = mask.any(1, keepdim=True)
+        weights = pg.importance_weights(logps, sampled, mask, t.config.importance_cap)
+        batch["advantages"] = of_rows[:, None] * weights
+        if t.config.method == "rloo":
+            batch["advantages"] = batch["advantages"][:, 0]
+        found["importance"] = float(pg.masked_mean(weights, mask))
+    return {name: [value] for name, value in found.items()}
 
 
 def reward_for(t: GrpoRun) -> Callable[..., list[float | None]]:
@@ -275,6 +348,21 @@ def reward_for(t: GrpoRun) -> Callable[..., list[float | None]]:
         return totals[first : first + len(texts)]
 
     return reward
+
+
+def _save(t: GrpoRun, trainer: Any) -> Path:
+    """Write a checkpoint of the run as it is between two steps."""
+    folder = Path(t.config.out) / f"checkpoint-{t.state.step}"
+    if folder not in checkpoints(folder.parent):
+        trainer._save_checkpoint(trainer.model, trial=None)
+        _mark(t, folder)
+    return folder
+
+
+def _mark(t: GrpoRun, folder: Path) -> None:
+    """TRL's checkpoint with our state, which is whole from now on."""
+    (folder / STATE).write_bytes(orjson.dumps(asdict(t.state)))
+    mark_complete(folder)
 
 
 def watch(
@@ -324,13 +412,8 @@ def watch(
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(c.out) / f"checkpoint-{state.global_step}"
-
-            def mark() -> None:
-                (folder / STATE).write_bytes(orjson.dumps(asdict(t.state)))
-                mark_complete(folder)
-
             processes.concatenated([state.global_step])  # all have written their part
-            processes.on_main(mark)
+            processes.on_main(lambda: _mark(t, folder))
 
     return Watch()
 
@@ -350,5 +433,6 @@ def measured(logs: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": "learning_rate",
     }
     found = {ours: logs[theirs] for theirs, ours in named.items() if theirs in logs}
-    apart = {name: value for name, value in logs.items() if name.startswith("reward/")}
+    same = ("reward/", "sampler_gap", "importance")
+    apart = {name: value for name, value in logs.items() if name.startswith(same)}
     return found | apart | {"kl": logs.get("kl", 0.0) * length, "length": length}

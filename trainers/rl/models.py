@@ -49,7 +49,7 @@ def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[
         state=State(beta=config.beta),
         critic=critic,
         optimizer=_optimizer(config, policy, critic),
-        sampler=_sampler(config, policy, ends, accelerator),
+        sampler=transformers_sampler(config, policy, ends, accelerator),
     )
 
 
@@ -125,12 +125,13 @@ def _optimizer(config: PpoConfig, policy: Any, critic: Any) -> Any:
 
 def policy_sampler(t: Run, model: Any) -> TransformersSampler:
     """What samples answers of this model in the run's way."""
-    return _sampler(t.config, model, t.ends, t.accelerator)
+    return transformers_sampler(t.config, model, t.ends, t.accelerator)
 
 
-def _sampler(
+def transformers_sampler(
     config: RlConfig, model: Any, ends: list[int], accelerator: Any
 ) -> TransformersSampler:
+    """What samples a model's answers in the way of this configuration; `ends` end an answer."""
     return TransformersSampler(
         model,
         config.max_new_tokens,

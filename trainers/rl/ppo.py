@@ -26,7 +26,7 @@ from prefab.trainers.rl import (
     processes,
     rewards,
     rollout,
-    rollout_vllm,
+    sampling,
 )
 from prefab.trainers.rl import policy_gradient as pg
 from prefab.trainers.rl.config import PpoConfig
@@ -89,7 +89,7 @@ def run(
         if t.state.step == 0:
             start(t, gold, eval_prompts, eval_ids, "ppo")
             checkpoint.save(t)  # where a stop by KL at the second step goes back to
-        with rollout_vllm.sampler(t) as t.sampler:
+        with sampling.running_sampler(t, lambda: checkpoint.save(t)):
             _steps(t, gold, eval_prompts, eval_ids, on_step)
         checkpoint.finish(t, "ppo")
         return t.state
@@ -120,34 +120,19 @@ def _steps(
             on_step(metrics)
 
 
-def sample(t: PpoRun, ids: Sequence[list[int]]) -> tuple[list[SampledAnswer], list[str]]:
-    """Answers to prompts in the current step, and their texts: those sampled ahead, else by the
-    policy as it is now.
-    """
-    seed = checkpoint.seed_step(t.config.seed, t.state.step, "sample")
-    answers = t.ahead() if t.ahead else None
-    t.off_policy = answers is not None
-    t.ahead = None
-    answers = t.sampler.sample(ids, seed) if answers is None else answers
-    return answers, texts_of(t, answers)
-
-
 def sample_ahead(t: PpoRun) -> None:
-    """Begin to sample the next step's answers. Not after the last step, and not where a checkpoint
-    lies between: a run that goes on from it has no such answers.
-    """
+    """Begin to sample the next step's answers, where that is wanted."""
     c, later = t.config, t.state.step + 1
-    if c.sample_ahead and later < c.steps and later % c.save_every:
-        rows = rows_of(c.seed, len(t.prompts), later, c.batch_size)
-        seed = checkpoint.seed_step(c.seed, later, "sample")
-        t.ahead = t.sampler.ahead([t.prompt_ids[i] for i in rows], seed)
+    rows = rows_of(c.seed, len(t.prompts), later, c.batch_size)
+    sampling.begin_ahead(t, [t.prompt_ids[i] for i in rows], t.state.step, later)
 
 
 def step(t: PpoRun) -> dict[str, Any]:
     """One step: sample, score, estimate, update. Its metrics."""
     started, c = time.monotonic(), t.config
     rows = rows_of(c.seed, len(t.prompts), t.state.step, c.batch_size)
-    answers, texts = sample(t, [t.prompt_ids[i] for i in rows])
+    answers = sampling.step_answers(t, [t.prompt_ids[i] for i in rows], t.state.step)
+    texts = texts_of(t, answers)
     sampled_s = time.monotonic() - started
     answers, texts, scores, metrics = score(t, [t.prompts[i] for i in rows], answers, texts)
     scored_s = time.monotonic() - started
@@ -273,10 +258,7 @@ def estimate(
     if t.config.whiten_advantages:
         advantages = pg.whiten(advantages, mask)
     if t.off_policy:
-        sampled = torch.zeros_like(logps)
-        sampled[mask] = torch.tensor(
-            [x for a in answers for x in a.sampler_logps], device=logps.device
-        )
+        sampled = rollout.sampler_logps(answers, mask).to(logps)
         weights = pg.importance_weights(logps, sampled, mask, t.config.importance_cap)
         advantages = advantages * weights
         metrics["importance"] = float(pg.masked_mean(weights, mask))

@@ -48,7 +48,7 @@ Ahead = Callable[[], "list[SampledAnswer] | None"]
 
 
 class Sampler(Protocol):
-    """What samples the answers that PPO trains on: transformers in this process, or a server."""
+    """What samples the answers to train on: transformers in this process, or a server."""
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[SampledAnswer]:
         """One answer to each prompt by the policy as it is now, in the order of the prompts."""
@@ -487,8 +487,16 @@ def sampler_gap(
     """(mean, largest) absolute difference of the sampler's log-probabilities from training's, a
     token.
     """
+    gap = (sampler_logps(answers, mask_BT) - logps_BT)[mask_BT].abs()
+    return float(gap.mean()), float(gap.max())
+
+
+def sampler_logps(answers: Sequence[SampledAnswer], mask_BT: Tensor) -> Tensor:
+    """The sampler's log-probabilities in float64, B T left-aligned; 0 outside the mask."""
     import torch
 
-    sampler = torch.tensor([x for a in answers for x in a.sampler_logps], dtype=torch.float64)
-    gap = (sampler - logps_BT[mask_BT].double().cpu()).abs()
-    return float(gap.mean()), float(gap.max())
+    found_BT = torch.zeros(mask_BT.shape, dtype=torch.float64, device=mask_BT.device)
+    found_BT[mask_BT] = torch.tensor(
+        [x for a in answers for x in a.sampler_logps], dtype=torch.float64
+    ).to(found_BT)
+    return found_BT

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from threading import Thread
@@ -31,12 +30,11 @@ from prefab.factory.engines.supervisor import GRACE_S
 from prefab.factory.engines.vllm_process import VllmProcess, free_port, has_gpu
 from prefab.factory.errors import EngineError, TransportError
 from prefab.factory.numbers import counted
-from prefab.trainers import distributed
 from prefab.trainers.common import TrainError
-from prefab.trainers.rl import checkpoint, processes
-from prefab.trainers.rl.config import PpoConfig
-from prefab.trainers.rl.rollout import Ahead, SampledAnswer, Sampler
-from prefab.trainers.rl.state import PpoRun
+from prefab.trainers.rl import checkpoint
+from prefab.trainers.rl.config import RlConfig
+from prefab.trainers.rl.rollout import Ahead, SampledAnswer
+from prefab.trainers.rl.state import Run
 
 # Nats a token, mean of a step. In fp32 on a CPU a server with the right weights was 3e-7 away
 # (prefab-tiny); weights one update old were 0.03 away at a learning rate of 1e-4 and 0.004 at 1e-5,
@@ -53,8 +51,10 @@ class VllmSampler:
     run is saved and stops.
     """
 
-    def __init__(self, t: PpoRun, launch: Callable[..., Any] = VllmProcess) -> None:
-        self.t, self.launch = t, launch
+    def __init__(
+        self, t: Run, save: Callable[[], Path], launch: Callable[..., Any] = VllmProcess
+    ) -> None:
+        self.t, self.save, self.launch = t, save, launch
         self.folder = Path(t.config.out) / "served"
         self.process: Any = None
         self.ran, self.failures = False, 0
@@ -126,7 +126,7 @@ class VllmSampler:
 
     def give_up(self, reason: str) -> NoReturn:
         """Save the run, then Raises: TrainError."""
-        saved = checkpoint.save(self.t)
+        saved = self.save()
         raise TrainError(
             f"{reason}\nThe run is saved in {saved}; the same command goes on from there. "
             "`sampler: transformers` needs no server, in another folder"
@@ -204,24 +204,7 @@ class VllmSampler:
         self.process, self.ran, self.asleep = process, True, False
 
 
-@contextmanager
-def sampler(t: PpoRun) -> Iterator[Sampler]:
-    """The sampler that the configuration names; a server ends with the block."""
-    if t.config.chosen_sampler() == "transformers":
-        yield t.sampler
-        return
-    if not distributed.is_main():
-        yield processes.MainSampler(None)
-        return
-    found = VllmSampler(t)
-    try:
-        yield processes.MainSampler(found) if distributed.world_size() > 1 else found
-    finally:
-        found.stop()
-        shutil.rmtree(found.folder, ignore_errors=True)
-
-
-def engine_config(config: PpoConfig, folder: Path, longest: int, exact: bool) -> vllm.VllmConfig:
+def engine_config(config: RlConfig, folder: Path, longest: int, exact: bool) -> vllm.VllmConfig:
     """The server's settings. `longest`: tokens of the longest prompt. `exact`: training is in
     float32.
     """
@@ -270,7 +253,7 @@ async def push(server: Http, asleep: bool = False) -> None:
 
 
 def body_of(
-    prompt: list[int], config: PpoConfig, model: str, ends: Sequence[int], seed: int
+    prompt: list[int], config: RlConfig, model: str, ends: Sequence[int], seed: int
 ) -> bytes:
     """The request for one answer. Its ends are ours alone: what the model's configuration ends with
     may be another token.
@@ -336,5 +319,5 @@ def _tokens_of(reply: Mapping[str, Any]) -> tuple[list[int], list[float], str]:
     return ids, logps, str(choices[0].get("finish_reason"))
 
 
-def _at(t: PpoRun) -> str:
+def _at(t: Run) -> str:
     return f"at step {t.state.step + 1}"

@@ -42,22 +42,22 @@ class Run:
     prompt_ids: list[list[int]]
     sources: Sequence[Source]
     state: State
-
-
-@dataclass(slots=True, kw_only=True)
-class PpoRun(Run):
-    """A PPO run, with its value function, its optimizer and what samples answers to train on."""
-
-    config: PpoConfig
-    critic: Any
-    optimizer: Any
     sampler: Sampler
     ahead: Ahead | None = None  # the next step's answers, where they are sampled already
     off_policy: bool = False  # this step's were
 
 
 @dataclass(slots=True, kw_only=True)
+class PpoRun(Run):
+    """A PPO run, with its value function and its optimizer."""
+
+    config: PpoConfig
+    critic: Any
+    optimizer: Any
+
+
+@dataclass(slots=True, kw_only=True)
 class GrpoRun(Run):
-    """A GRPO or RLOO run; TRL's trainer has the optimizer and samples the answers."""
+    """A GRPO or RLOO run; TRL's trainer has the optimizer."""
 
     config: GrpoConfig

@@ -16,7 +16,7 @@ import itertools
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
-from prefab.trainers.rl import checkpoint, evaluation, ppo, rewards, rollout
+from prefab.trainers.rl import checkpoint, evaluation, ppo, rewards, rollout, sampling
 from prefab.trainers.rl import policy_gradient as pg
 from tests.support import answer_world as aw
 from tests.support import exact_optimum, kill_ppo_driver
@@ -270,9 +270,9 @@ def test_one_update_is_the_plain_gradient_step(make, tmp_path):
         lam=1.0,
     )
     t = ppo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
-    answers, texts = ppo.sample(
-        t, [t.prompt_ids[i] for i in ppo.rows_of(config.seed, len(PROMPTS), 0, 16)]
-    )
+    rows = ppo.rows_of(config.seed, len(PROMPTS), 0, 16)
+    answers = sampling.step_answers(t, [t.prompt_ids[i] for i in rows], 0)
+    texts = ppo.texts_of(t, answers)
     scores = WORLD.reward([aw.LETTERS[a.prompt[-1] - 2] for a in answers], texts)
     model, loss, tokens = load_policy(config.model), 0.0, sum(len(a.ids) for a in answers)
     for a, score in zip(
@@ -295,7 +295,8 @@ def test_one_update_is_the_plain_gradient_step(make, tmp_path):
 
 def drawn(t: ppo.PpoRun, n: int = 12):
     """Answers of the run's policy to its first prompts, and random doubles for each token place."""
-    answers, texts = ppo.sample(t, t.prompt_ids[:n])
+    answers = sampling.step_answers(t, t.prompt_ids[:n], 0)
+    texts = ppo.texts_of(t, answers)
     mask = torch.stack(
         [torch.arange(max(len(a.ids) for a in answers)) < len(a.ids) for a in answers]
     )

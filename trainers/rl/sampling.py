@@ -1,0 +1,58 @@
+"""The answers of a PPO or GRPO step, by the sampler that the configuration names: sampled when they
+are needed, or ahead, while the step before is updated.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefab.trainers import distributed
+from prefab.trainers.rl import checkpoint, processes
+from prefab.trainers.rl.rollout import SampledAnswer
+from prefab.trainers.rl.rollout_vllm import VllmSampler
+from prefab.trainers.rl.state import Run
+
+
+@contextmanager
+def running_sampler(t: Run, save: Callable[[], Path]) -> Iterator[None]:
+    """`t.sampler` is the one that the configuration names; a server ends with the block.
+
+    `save` writes a checkpoint of the run as it is, for the case that the server fails.
+    """
+    if t.config.chosen_sampler() == "transformers" or processes.is_sharded(t.accelerator):
+        yield
+        return
+    if not distributed.is_main():
+        t.sampler = processes.MainSampler(None)
+        yield
+        return
+    found = VllmSampler(t, save)
+    t.sampler = processes.MainSampler(found) if distributed.world_size() > 1 else found
+    try:
+        yield
+    finally:
+        found.stop()
+        shutil.rmtree(found.folder, ignore_errors=True)
+
+
+def step_answers(t: Run, prompts: Sequence[list[int]], step: int) -> list[SampledAnswer]:
+    """Answers to prompts in this step: those sampled ahead, else by the policy as it is now."""
+    answers = t.ahead() if t.ahead else None
+    if answers is not None and [a.prompt for a in answers] != list(prompts):
+        answers = None
+    t.off_policy, t.ahead = answers is not None, None
+    if answers is None:
+        answers = t.sampler.sample(prompts, checkpoint.seed_step(t.config.seed, step, "sample"))
+    return answers
+
+
+def begin_ahead(t: Run, prompts: Sequence[list[int]], step: int, later: int) -> None:
+    """Begin in this step to sample the answers of a `later` one. Not after the last step, and not
+    where a checkpoint lies between: a run that goes on from it has no such answers.
+    """
+    c = t.config
+    if c.sample_ahead and later < c.steps and step // c.save_every == later // c.save_every:
+        t.ahead = t.sampler.ahead(prompts, checkpoint.seed_step(c.seed, later, "sample"))
