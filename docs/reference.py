@@ -55,7 +55,7 @@ GROUPS = {
         "write_label_queue",
         "read_label_queue",
     ],
-    "Training and evaluation": ["train", "sweep", "eval_policy"],
+    "Training and evaluation": ["train", "sweep", "eval_policy", "weak_to_strong"],
     "The installation": ["doctor", "serve"],
 }
 PROTOCOLS = [judges.Judge, engines.Engine, exports.ExportFormat]

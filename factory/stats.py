@@ -309,6 +309,52 @@ def over_seeds_p(
     return float(2 * stdtr(df, -abs(values.mean()) / se)) if se > 0 else 1.0
 
 
+def ratio_over_seeds(
+    above: Sequence[float] | np.ndarray,
+    below: Sequence[float] | np.ndarray,
+    seeds: Sequence[Any] | np.ndarray,
+    clusters: Sequence[Any] | np.ndarray,
+    level: float = 0.95,
+) -> Estimate:
+    """The ratio of two means over the same policies and groups of prompts, for another seed and
+    another group.
+
+    The interval holds each ratio r for which the mean of above - r below, with the interval of
+    `over_seeds`, may be 0. Where the mean of `below` is not surely above 0 there is no such
+    interval, and the ratio is undefined.
+    Source: Fieller 1954.
+    """
+    from scipy.optimize import brentq
+
+    above, below = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+    whole = over_seeds(below, seeds, clusters, level)
+    if whole.value is None or whole.low is None or whole.low <= 0:
+        return undefined("the denominator may be 0", whole.n_items)
+    ratio = float(above.mean() / below.mean())
+
+    def outside(r: float) -> float:
+        """Below 0 where the ratio may be r: how far the mean is from 0, less its half width."""
+        left = over_seeds(above - r * below, seeds, clusters, level)
+        assert left.value is not None and left.low is not None
+        return abs(left.value) - (left.value - left.low)
+
+    if outside(ratio) >= 0:  # nothing varies
+        return Estimate(ratio, 0.0, ratio, ratio, whole.n_items, n_groups=whole.n_groups)
+    bounds = []
+    for side in (-1.0, 1.0):
+        step = abs(ratio) + 1.0
+        while outside(ratio + side * step) < 0:
+            step *= 2
+            if step > MOST_RATIO:
+                return undefined("the interval of the ratio has no end", whole.n_items)
+        bounds.append(float(brentq(outside, ratio, ratio + side * step, xtol=1e-6)))
+    low, high = bounds
+    return Estimate(ratio, None, low, high, whole.n_items, n_groups=whole.n_groups)
+
+
+MOST_RATIO = 1e6
+
+
 def _two_way(
     values: np.ndarray,
     seeds: Sequence[Any] | np.ndarray,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prefab.pipelines.config.loader import resolve_pipeline
     from prefab.pipelines.config.schema import load_pipeline
     from prefab.pipelines.evaluation.policy import run as eval_policy
+    from prefab.pipelines.evaluation.weak_to_strong import weak_to_strong
     from prefab.pipelines.quality.agreement import measure as agreement
     from prefab.pipelines.quality.constitution_lints import explain as explain_lint
     from prefab.pipelines.quality.constitution_lints import lint_constitution
@@ -104,6 +105,7 @@ _HOME = {
     "verify_ledger": "factory.ledger.verify:verify_ledger",
     "view": "pipelines.view.serve:view",
     "watch": "pipelines.run.watch:watch",
+    "weak_to_strong": "pipelines.evaluation.weak_to_strong:weak_to_strong",
     "why": "pipelines.quality.why:why",
     "write_label_queue": "pipelines.quality.label_files:write_queue",
     "constitution_text": "pipelines.quality.induction:constitution_text",
@@ -165,6 +167,7 @@ __all__ = [
     "verify_ledger",
     "view",
     "watch",
+    "weak_to_strong",
     "why",
     "write_label_queue",
 ]

@@ -31,6 +31,7 @@ from prefab.factory.spec.layouts import LAYOUTS
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.config.schema import _override
 from prefab.pipelines.evaluation.policy import PolicyEvalConfig
+from prefab.pipelines.evaluation.weak_to_strong import WeakToStrongConfig
 from prefab.pipelines.training import stages
 from prefab.pipelines.training.online import OnlineConfig
 from prefab.pipelines.training.sweep import SweepConfig
@@ -98,6 +99,7 @@ NOT_RUN_BECAUSE = {
     "prefab train ": "trains a model for minutes",
     "prefab sweep ": "trains models for minutes",
     "prefab eval policy": "samples from trained models",
+    "prefab eval weak-to-strong": "trains models for minutes",
     "prefab serve ": "starts vLLM, or needs a GPU",
     "prefab run demo": "starts vLLM",
     "prefab run best-of-n": "starts vLLM",
@@ -169,6 +171,7 @@ def test_a_console_command_that_is_not_run_has_words_and_fields_that_exist(comma
         "train online": OnlineConfig,
         "sweep": SweepConfig,
         "eval policy": PolicyEvalConfig,
+        "eval weak-to-strong": WeakToStrongConfig,
     }
     if name in models and str(given["config"]) != "CONFIG.yaml":
         file = given["config"]

@@ -64,6 +64,7 @@ MAY_IMPORT = {
         "pipelines/config",
         "pipelines/store*",
         "pipelines/run",
+        "pipelines/training",
     ],
     "pipelines/view": [
         "factory*",

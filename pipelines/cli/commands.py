@@ -83,6 +83,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         TRAIN,
         ("prefab eval policy --set 'policies={base: prefab-tiny, dpo: dpo}' --format md",),
     ),
+    "eval weak-to-strong": (TRAIN, ("prefab eval weak-to-strong weak-to-strong",)),
     "audit": (LABELS, ()),
     "judge": (KEEP, ()),
     "judge serve": (KEEP, ("prefab judge serve pipeline.yaml --port 8100",)),

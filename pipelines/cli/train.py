@@ -318,3 +318,39 @@ def eval_policy(
     show(report)
     if report.store:
         hint_command("view", report.store)
+
+
+@eval_app.command("weak-to-strong")
+def eval_weak_to_strong(
+    config: StageFile, sets: Sets = [], as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Train the same policy on labels of rising strength (a weak judge, a strong one, the ground
+    truth), and show how much of the gap to the strongest each recovers. The same command resumes.
+    """
+    from prefab.pipelines.evaluation.weak_to_strong import (
+        COLUMNS,
+        charted,
+        shown_figures,
+        table_rows,
+        weak_to_strong,
+    )
+
+    with resumable():
+        report = weak_to_strong(config, sets, quiet or as_json)
+    if as_json:
+        return print_json(report.data())
+    table(
+        f"The policy trained on each labels, {counted(report.seeds, 'seed')}, "
+        f"{counted(report.prompts, 'held-out prompt')}",
+        COLUMNS,
+        table_rows(report),
+        f"score: {charted(report.value)}; recovered: the gain as a share of the ceiling's",
+    )
+    table(
+        "Figures of the policies",
+        ("", *(r.name for r in report.results)),
+        shown_figures(report),
+        f"report, chart and card: {', '.join(report.files)}",
+    )
+    for note in report.notes:
+        warn(note)

@@ -150,7 +150,8 @@ def figures(
     Args:
         found: All answers of the policy.
         harmful: Of each prompt, whether it asks for something harmful; None where that is not
-            known. Refusal and compliance are read from gold where there is one, else by `REFUSES`.
+            known, so that refusals are told of all prompts together. Refusal and compliance are
+            read from gold where there is one, else by `REFUSES`.
         seed: Of the bootstrap.
 
     Units: kl and entropy in nats an answer; sampler_gap in nats a token (how far the sampler's
@@ -159,6 +160,7 @@ def figures(
     """
     made = {name: _mean(found, of, seed) for name, of in NUMBERS.items()}
     made |= {name: _mean(found, _gold(name), seed) for name in _gold_names(found)}
+    made["refuses"] = _mean(found, refuses, seed)
     if harmful is not None:
         bad, good = ([a for a in found if harmful[a.prompt] is side] for side in (True, False))
         made["refuses_harmless"] = _mean(good, refuses, seed)

@@ -31,6 +31,7 @@ SHOWN = (
     "sampler_gap",
     "words",
     "ended",
+    "refuses",
     "refuses_harmless",
     "complies_harmful",
     "flatters",
