@@ -351,11 +351,7 @@ def measured(
 
     Raises: ConfigError where nothing scores the answers.
     """
-    value = "gold" if all(a.gold for some in answers.values() for a in some) else "proxy"
-    if value == "proxy" and not config.reward:
-        raise ConfigError(
-            "these prompts have no ground truth: name a reward model that scores the answers (reward)"
-        )
+    value = _score_name(config, answers)
     ceiling, floor = list(config.labels)[-1], config.floor or BASE
     names = [BASE, *config.labels]
     scores = {
@@ -369,19 +365,13 @@ def measured(
     seeds = np.repeat(config.seeds, len(prompts))
     groups = [p.group or p.id for p in prompts] * len(config.seeds)
     gap = scores_S[ceiling] - scores_S[floor]
-    harmful = ["harmful" in p.tags for p in prompts]
     results = []
     for name in names:
         gain = scores_S[name] - scores_S[floor]
         recovered = undefined("not measured")
         if name not in (floor, ceiling):
             recovered = ratio_over_seeds(gain, gap, seeds, groups)
-        pooled = (
-            list(answers[BASE, 0])
-            if name == BASE
-            else [replace(a, seed=s) for s in config.seeds for a in answers[name, s]]
-        )
-        figures = policy_metrics.figures(pooled, harmful if any(harmful) else None, config.seed)
+        figures = _figures(config, name, prompts, answers)
         results.append(
             LabelResult(
                 name,
@@ -404,6 +394,35 @@ def measured(
         _notes(results, ceiling, floor, len(config.seeds)),
         [str(Path(config.out) / f"{RESULT}.{kind}") for kind in ("json", "html", "png")],
     )
+
+
+def _score_name(
+    config: WeakToStrongConfig, answers: Mapping[tuple[str, int], Sequence[PolicyAnswer]]
+) -> str:
+    """What scores the answers: gold, or else the proxy. Raises: ConfigError where neither does."""
+    if all(a.gold for some in answers.values() for a in some):
+        return "gold"
+    if config.reward:
+        return "proxy"
+    raise ConfigError(
+        "these prompts have no ground truth: name a reward model that scores the answers (reward)"
+    )
+
+
+def _figures(
+    config: WeakToStrongConfig,
+    name: str,
+    prompts: Sequence[Prompt],
+    answers: Mapping[tuple[str, int], Sequence[PolicyAnswer]],
+) -> dict[str, Estimate]:
+    """The figures of the policies trained on labels, all seeds together."""
+    harmful = ["harmful" in p.tags for p in prompts]
+    pooled = (
+        answers[BASE, 0]
+        if name == BASE
+        else [replace(a, seed=s) for s in config.seeds for a in answers[name, s]]
+    )
+    return policy_metrics.figures(pooled, harmful if any(harmful) else None, config.seed)
 
 
 def _by_prompt(answers: Sequence[PolicyAnswer], value: str) -> np.ndarray:
