@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support.fork_server import KINDS, ForkServer, fork_server
 
 for name, examples in (("prefab", 30), ("thorough", 500)):  # the second: `make test-slow`
     settings.register_profile(
@@ -25,6 +29,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):
 os.environ.pop("COLUMNS", None)
 
 HERE = Path(__file__).parent
+SERVERS = pytest.StashKey[dict[str, str]]()
 # What a machine may lack, or have: a test skipped for any other reason is a failure.
 MAY_SKIP = re.compile(
     r"limits only: .*"  # no user namespaces: the sandbox has limits of resources alone
@@ -78,6 +83,24 @@ def pytest_xdist_auto_num_workers() -> int:
     """
     affinity = getattr(os, "sched_getaffinity", None)
     return 1 + (len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """All processes of pytest-xdist share the servers that fork, which import when first used."""
+    servers = node.config.stash.setdefault(SERVERS, {})
+    for kind in KINDS:
+        if kind not in servers:
+            server = fork_server(kind)
+            servers[kind] = server.__enter__().address
+            node.config.add_cleanup(partial(server.__exit__, None, None, None))
+    node.workerinput["fork_servers"] = servers
+
+
+def fork_servers(config: pytest.Config, kind: str) -> AbstractContextManager[ForkServer]:
+    """The server of a kind that all processes share, or one of this process."""
+    shared = getattr(config, "workerinput", {}).get("fork_servers")
+    return nullcontext(ForkServer(shared[kind])) if shared else fork_server(kind)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,11 +158,16 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def forks():
+def forks(request):
     """Runs `prefab` and other programs without the time that their imports take."""
-    from tests.support.fork_server import fork_server
+    with fork_servers(request.config, "prefab") as server:
+        yield server
 
-    with fork_server() as server:
+
+@pytest.fixture(scope="session")
+def training_forks(request):
+    """Runs programs that train, without the time that the imports of torch and others take."""
+    with fork_servers(request.config, "training") as server:
         yield server
 
 

@@ -67,9 +67,9 @@ def script(page: str) -> str:
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
-def test_examples_run(page, tmp_path, forks):
+def test_examples_run(page, tmp_path, training_forks):
     done = subprocess.run(
-        ["bash", "-c", "set -ex\n" + forks.shell() + script(page.read_text())],
+        ["bash", "-c", "set -ex\n" + training_forks.shell() + script(page.read_text())],
         cwd=ROOT if page.name == "CONTRIBUTING.md" else tmp_path,
         text=True,
         capture_output=True,
@@ -128,7 +128,7 @@ def test_no_reason_is_left_over():
     ]
 
 
-def test_console_commands_run_on_a_scripted_project(tmp_path, forks):
+def test_console_commands_run_on_a_scripted_project(tmp_path, training_forks):
     commands = [command for command in CONSOLE_COMMANDS if is_run(command)]
     assert len(commands) >= 6
     project = (
@@ -142,7 +142,7 @@ def test_console_commands_run_on_a_scripted_project(tmp_path, forks):
         lines = [c.replace("http://localhost:8000", server.url) for c in commands]
         lines = [f"rm -rf out\n{c}" if " export out" in c else c for c in lines]
         done = subprocess.run(
-            ["bash", "-c", "set -ex\n" + forks.shell() + project + "\n".join(lines) + "\n" + ends],
+            ["bash", "-c", "\n".join(["set -ex", training_forks.shell(), project, *lines, ends])],
             cwd=tmp_path,
             text=True,
             capture_output=True,

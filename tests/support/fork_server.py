@@ -1,6 +1,7 @@
-"""Run Python programs in forks of a process that has imported what `prefab` imports.
+"""Run Python programs in forks of a process that has imported what `prefab` imports, or also what
+trainings import.
 
-A program then costs its own work, and not a second of imports. `ForkServer` takes the words that
+A program then costs its own work, and not the seconds of imports. `ForkServer` takes the words that
 follow `python` on a command line: `-m MODULE`, `-c CODE`, `-` or a script. A shell does the same by
 the functions of `ForkServer.shell`. What differs from processes of their own: all programs of a
 server share the seed of hashes, and most modules are imported before they begin.
@@ -24,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "prefab.pipelines.cli.main"  # is imported, and is not run a second time as a module
-MODULES = (
+PREFAB = (
     *("aiohttp", "duckdb", "jinja2", "numpy", "polars", "pyarrow.parquet", "uvloop", "yaml"),
     *("prefab", COMMAND, "prefab.pipelines.cli.project"),
     *("prefab.factory.engines.openai", "prefab.factory.engines.scripted"),
@@ -32,6 +33,13 @@ MODULES = (
     *("prefab.pipelines.run.plan", "prefab.pipelines.run.rlaif", "prefab.pipelines.run.runner"),
     *("prefab.pipelines.store.export", "prefab.pipelines.store.fill"),
 )
+TRAINING = (
+    *PREFAB,
+    *("torch", "accelerate", "datasets", "trl", "transformers.models.llama.modeling_llama"),
+    *("prefab.pipelines.training.online", "prefab.trainers.registry", "prefab.trainers.model_card"),
+    *("prefab.trainers.offline.loop", "prefab.trainers.rl.grpo", "prefab.trainers.rl.ppo"),
+)
+KINDS = {"prefab": PREFAB, "training": TRAINING}
 
 
 class Forked:
@@ -77,17 +85,10 @@ class Forked:
 
 
 class ForkServer:
-    """The process that forks, and its address."""
+    """A client of the process that forks, which listens at an address."""
 
-    def __init__(self, folder: Path) -> None:
-        self.address = str(folder / "forks")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.fork_server", self.address],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._process.stdout is not None and self._process.stdout.readline()
+    def __init__(self, address: str) -> None:
+        self.address = address
 
     def start(
         self, words: Sequence[object], *, cwd: Path = ROOT, env: dict[str, str] | None = None
@@ -130,13 +131,6 @@ class ForkServer:
         client = shlex.join([sys.executable, "-IS", __file__, self.address])
         return f'python() {{ {client} "$@"; }}\nprefab() {{ python -m {COMMAND} "$@"; }}\n'
 
-    def stop(self) -> None:
-        """End the server; programs that run go on to their end."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
 
 def job_of(words: Sequence[object], cwd: Path, env: dict[str, str] | None) -> dict[str, Any]:
     """What the server is asked to do."""
@@ -159,12 +153,11 @@ def ask(address: str, job: dict[str, Any], files: Sequence[int]) -> socket.socke
     return connection
 
 
-def serve(address: str) -> None:
-    """Fork for each connection, until stdin closes."""
+def serve(address: str, kind: str) -> None:
+    """Fork for each connection, until stdin closes. The first one waits for the imports."""
+    import gc
     import importlib
 
-    for name in MODULES:
-        importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -181,6 +174,10 @@ def serve(address: str) -> None:
         if 0 in readable:
             return
         connection, _ = listener.accept()
+        if not gc.get_freeze_count():
+            for name in KINDS[kind]:
+                importlib.import_module(name)
+            gc.freeze()  # a collection in a fork leaves these objects' pages shared
         if os.fork() == 0:
             listener.close()
             supervise(connection)
@@ -278,14 +275,17 @@ def execute(words: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def fork_server() -> Iterator[ForkServer]:
-    """A server for the time of the block."""
+def fork_server(kind: str) -> Iterator[ForkServer]:
+    """A server for the time of the block. Programs that run at its end go on to theirs."""
     with tempfile.TemporaryDirectory(prefix="prefab-forks-") as folder:
-        server = ForkServer(Path(folder))
-        try:
-            yield server
-        finally:
-            server.stop()
+        address = str(Path(folder) / kind)
+        command = [sys.executable, "-m", "tests.support.fork_server", "serve", address, kind]
+        with subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline()
+            yield ForkServer(address)
+            process.communicate()
 
 
 def client(address: str, words: list[str]) -> int:
@@ -297,8 +297,8 @@ def client(address: str, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        serve(sys.argv[1])
+    if sys.argv[1] == "serve":
+        serve(*sys.argv[2:])
     else:
         code = client(sys.argv[1], sys.argv[2:])
         sys.exit(code if code >= 0 else 128 - code)

@@ -48,11 +48,12 @@ def constitution(codes: tuple[int, ...] = (2,), **fields: object) -> Case:
     principle = {**CONSTITUTION["principles"][0]}  # type: ignore[dict-item]
     principle |= {name[2:]: v for name, v in fields.items() if name.startswith("p_")}
     top = {name: v for name, v in fields.items() if not name.startswith("p_")}
-    return text(
-        "small.yaml",
-        yaml.safe_dump({**CONSTITUTION, "principles": [principle], **top}),
-        codes=codes,
-    )
+
+    def write(folder: Path) -> None:
+        whole = {**CONSTITUTION, "principles": [principle], **top}
+        (folder / "small.yaml").write_text(yaml.safe_dump(whole))
+
+    return Case(write, codes=codes)
 
 
 def prompts(content: str | bytes, codes: tuple[int, ...] = (2,)) -> Case:

@@ -19,7 +19,7 @@ import torch
 
 from prefab.trainers.common import COMPLETE, checkpoints
 from prefab.trainers.registry import STAGES
-from tests.support import trained
+from tests.support import kill_two_driver, trained
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "trainers/accelerate").glob("*.yaml"))
@@ -109,7 +109,7 @@ def test_two_launched_processes_train_as_one(world, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", ["dpo", pytest.param("sft", marks=pytest.mark.slow)])
-def test_two_processes_killed_four_times_give_the_same_bits(world, tmp_path, stage):
+def test_two_processes_killed_four_times_give_the_same_bits(world, tmp_path, stage, training_forks):
     """At random moments, the first of them in all likelihood before any checkpoint; and those of
     one process, but for rounding. Forks stand in for the launcher."""
     store, model = world
@@ -122,12 +122,12 @@ def test_two_processes_killed_four_times_give_the_same_bits(world, tmp_path, sta
         "eval_every": 2,
         "threads": 1,
     }
-    driver = [sys.executable, str(ROOT / "tests/support/kill_two_driver.py"), stage, "1"]
+    driver = [kill_two_driver.__file__, stage, "1"]
     for name, kills in (("whole", 0), ("cut", 4)):
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps({**config, "out": str(tmp_path / name)}))
         driver.append(f"{file}:{kills}")
-    done = subprocess.run(driver, env=ENV, text=True, capture_output=True, timeout=900)
+    done = training_forks.run(driver, env=ENV, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-2:] == ["0 killed", "4 killed"]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")

@@ -4,8 +4,6 @@ mistakes."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -165,19 +163,13 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(whole):
 
 
 @pytest.mark.parametrize("seed", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_anywhere_it_ends_the_same(whole, tmp_path, seed):
+def test_killed_anywhere_it_ends_the_same(whole, tmp_path, seed, training_forks):
     """One process imports torch and forks, so that a try costs little; it is killed at random
     moments."""
     folder = tmp_path / "killed"
     folder.mkdir()
     file = project_in(folder)
-    done = subprocess.run(
-        [sys.executable, __file__, file, "3", str(seed)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    done = training_forks.run([__file__, file, "3", seed], timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert left(folder) == left(whole[0])
 

@@ -31,14 +31,14 @@ def config(tmp_path_factory):
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_training_that_is_told_to_stop(config, number, forks):
+def test_a_training_that_is_told_to_stop(config, number, training_forks):
     undisturbed, whole = config(f"whole-{number}")
-    finish(forks, "train", "sft", undisturbed, "-q")
+    finish(training_forks, "train", "sft", undisturbed, "-q")
     file, out = config(f"stopped-{number}")
-    told = stopped(forks.start([DRIVER, "training", "train", "sft", file, "-q"]), number)
+    told = stopped(training_forks.start([DRIVER, "training", "train", "sft", file, "-q"]), number)
     assert "the last checkpoint is kept" in told
     assert (out / "checkpoint-4").is_dir() and not (out / "model.safetensors").exists()
-    done = json.loads(finish(forks, "train", "sft", file, "--json").stdout)
+    done = json.loads(finish(training_forks, "train", "sft", file, "--json").stdout)
     assert done["steps"] == 12
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -53,7 +53,7 @@ def reward(prompts, completions):
 @pytest.mark.parametrize(
     ("stage", "number"), [("ppo", signal.SIGTERM), ("ppo", signal.SIGINT), ("grpo", signal.SIGTERM)]
 )
-def test_a_policy_gradient_that_is_told_to_stop(config, tmp_path, stage, number, forks):
+def test_a_policy_gradient_that_is_told_to_stop(config, tmp_path, stage, number, training_forks):
     """As above, for the trainings that sample."""
     (tmp_path / "reward.py").write_text(REWARD)
     rewards = [{"name": "length", "kind": "file", "paths": [str(tmp_path / "reward.py")]}]
@@ -77,12 +77,12 @@ def test_a_policy_gradient_that_is_told_to_stop(config, tmp_path, stage, number,
     for out in ("whole", "stopped"):
         file = tmp_path / f"{out}.yaml"
         file.write_text(json.dumps(settings | {"out": str(tmp_path / out)}))
-    finish(forks, "train", stage, tmp_path / "whole.yaml")
+    finish(training_forks, "train", stage, tmp_path / "whole.yaml")
     out, words = tmp_path / "stopped", ("train", stage, tmp_path / "stopped.yaml")
-    told = stopped(forks.start([DRIVER, "policy gradient", *words]), number)
+    told = stopped(training_forks.start([DRIVER, "policy gradient", *words]), number)
     assert "the last checkpoint is kept" in told
     assert list(out.glob("checkpoint-*")) and not (out / "policy").exists()
-    done = json.loads(finish(forks, *words, "--json").stdout)
+    done = json.loads(finish(training_forks, *words, "--json").stdout)
     assert done["steps"] == 8
     weights = "policy/model.safetensors"
     assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()

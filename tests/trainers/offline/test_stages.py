@@ -9,8 +9,6 @@ import json
 import math
 import shutil
 import sqlite3
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,7 +26,7 @@ from prefab.trainers.registry import STAGES
 from tests.support import trained
 
 OFFLINE = ("sft", "reward", "dpo", "kto")
-HERE = Path(__file__).resolve().parents[2] / "support"
+DRIVER = Path(__file__).resolve().parents[2] / "support/train_driver.py"
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +118,16 @@ def test_a_stage_learns_records_and_tells(world, tmp_path, stage):
         pytest.param("kto", {}, marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_run_again_the_weights_are_the_same_to_the_bit(world, stage, more):
+def test_killed_and_run_again_the_weights_are_the_same_to_the_bit(
+    world, stage, more, training_forks
+):
     root = world.folder / f"kill-{stage}"
     root.mkdir()
     for name in ("whole", "cut"):
         config = world.config(stage, root / name, max_steps=16, eval_every=2, keep="last", **more)
         (root / f"{name}.json").write_text(config.model_dump_json())
-    driver = [sys.executable, str(HERE / "train_driver.py"), stage, str(root / "whole.json")]
     cut = f"{root / 'cut.json'}:2,8"  # killed once the checkpoint of these steps is begun
-    done = subprocess.run([*driver, cut], capture_output=True, text=True, timeout=600)
+    done = training_forks.run([DRIVER, stage, root / "whole.json", cut], timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "2 killed"
     one, other = weights(root / "whole"), weights(root / "cut")
@@ -766,25 +765,17 @@ def test_other_weights_under_the_same_name_are_another_training(world, tmp_path)
         world.run("sft", tmp_path / "out", model=str(model), max_steps=2)
 
 
-def test_a_full_disk_is_told_and_the_last_checkpoint_stays(world, tmp_path):
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(world, tmp_path, training_forks):
     """A file system of 3 MB would need root; a limit on the size of a file makes the same call fail
     in the same place."""
     config = world.config("sft", tmp_path / "out", max_steps=8, eval_every=2)
     (tmp_path / "c.json").write_text(config.model_dump_json())
-    done = subprocess.run(
-        [
-            "bash",
-            "-c",
-            f"ulimit -f 60; {sys.executable} {HERE / 'train_driver.py'} sft {tmp_path / 'c.json'}",
-        ],
-        capture_output=True,
-        text=True,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(HERE.parent),
-            "PYTHONDONTWRITEBYTECODE": "1",  # a module cut off at the limit would stay for all
-        },
+    code = (
+        "import resource, runpy, sys; sys.dont_write_bytecode = True; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (61440, 61440)); "
+        f"runpy.run_path({str(DRIVER)!r}, run_name='__main__')"
     )
+    done = training_forks.run(["-c", code, "sft", tmp_path / "c.json"])
     assert done.returncode != 0 and "File too large" in done.stderr
     assert (
         common.last_checkpoint(tmp_path / "out") is None

@@ -3,8 +3,6 @@ kind of bad input."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -158,13 +156,8 @@ def test_the_closed_forms_are_optima():
 # --- exact resume
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bits(models):
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "support" / "kill_ppo_driver.py", models, "3", "5"],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+def test_killed_again_and_again_it_ends_with_the_same_bits(models, training_forks):
+    done = training_forks.run([kill_ppo_driver.__file__, models, "3", "5"], timeout=900)
     assert done.returncode == 0 and "3 killed" in done.stdout, done.stdout + done.stderr[-3000:]
     kill_ppo_driver.train(kill_ppo_driver.config(models, "whole"))
     killed, whole = models / "killed", models / "whole"

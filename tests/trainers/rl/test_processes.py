@@ -4,8 +4,6 @@ an end of both where one fails."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,28 +15,23 @@ from prefab.trainers.common import load_policy
 from prefab.trainers.rl import checkpoint, grpo, processes, rewards
 from tests.support import kill_ppo_driver, two_ppo_driver
 
-DRIVER = Path(__file__).resolve().parents[2] / "support/two_ppo_driver.py"
 # counts of tokens (one is clipped or not by the last digit), times, and texts
 COUNTED = ("clip_fraction", "value_clip_fraction", "times", "eval/samples")
 SMALL = {"steps": 4, "batch_size": 8, "minibatches": 1, "save_every": 2, "reference_samples": 8}
 
 
-def ran(models, jobs) -> dict[str, str]:
-    """What the driver printed of each job, in one process that imports torch once."""
-    done = subprocess.run(
-        [sys.executable, DRIVER, models, json.dumps(jobs)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+def ran(forks, models, jobs) -> dict[str, str]:
+    """What the driver printed of each job."""
+    done = forks.run([two_ppo_driver.__file__, models, json.dumps(jobs)], timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     parts = done.stdout.split("job ")[1:]
     return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
 
 
 @pytest.fixture(scope="module")
-def told(models):
+def told(models, training_forks):
     return ran(
+        training_forks,
         models,
         [
             {"out": "two", "changes": SMALL},
@@ -107,9 +100,10 @@ def test_a_number_that_is_none_in_one_process_ends_both_with_the_reason(told, mo
 
 
 @pytest.mark.slow
-def test_when_one_process_dies_the_other_ends(models):
+def test_when_one_process_dies_the_other_ends(models, training_forks):
     faults = {name: {**SMALL, "fault": name} for name in ("die", "raise")}
-    told = ran(models, [{"out": name, "changes": changes} for name, changes in faults.items()])
+    jobs = [{"out": name, "changes": changes} for name, changes in faults.items()]
+    told = ran(training_forks, models, jobs)
     assert all("process 0 ends because another one did" in told[name] for name in faults)
     assert "process 1: memory ran out" in told["raise"]
     check_ended(told, models, "die", "1 and -9")
