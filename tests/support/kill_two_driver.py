@@ -13,29 +13,18 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from prefab.factory.engines.vllm_process import free_port
-from prefab.trainers import distributed
 from prefab.trainers.registry import STAGES
-from tests.support.killer import at_random, until_done
+from tests.support.killer import at_random, fork_in_two, until_done
 
 
 def train_in_two(stage: str, file: Path) -> None:
-    """One try: this process is the main one, and the other is its child, which ends when it
-    does."""
-    os.environ |= {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    other = os.fork()
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(other == 0))
-    distributed.end_with_launcher()
+    """One try in two processes."""
+    second = fork_in_two()
     module = STAGES[stage]
     module.run(STAGES[stage].config.model_validate_json(file.read_text()), quiet=True)
-    if other == 0:
+    if second == 0:
         os._exit(0)
-    if os.waitpid(other, 0)[1]:
+    if os.waitpid(second, 0)[1]:
         sys.exit("the other process failed")
 
 

@@ -49,6 +49,25 @@ def until_done(work: Callable[[], object], dues: Iterable[Due] = ()) -> None:
             return
 
 
+def fork_in_two() -> int:
+    """Go on in two processes, each with the environment that a launcher gives: 0 in the second one,
+    which ends when the first does; the second's id in the first.
+    """
+    from prefab.factory.engines.vllm_process import free_port
+    from prefab.trainers import distributed
+
+    os.environ |= {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    second = os.fork()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(second == 0))
+    distributed.end_with_launcher()
+    return second
+
+
 def at_random(kills: int, seed: int, most_s: float) -> list[Due]:
     """After at most `most_s` seconds of CPU, drawn from the seed."""
     draw = random.Random(seed)

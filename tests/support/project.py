@@ -94,22 +94,14 @@ def answer(request: Request) -> Completion:
     if kind == "revise":
         return Completion("mended " + text.split("draft ")[1][0], "stop", None, "exact", 9, 2)
     first, second = (int(part[0]) for part in text.split("draft ")[1:3])
-    a = 0.8 if first < second else 0.3
-    return Completion(
-        "A",
-        "length",
-        {
-            "A": log(a),
-            " A": log(1e-3),
-            "B": log(0.95 - a),
-            " B": log(1e-3),
-            "T": log(0.04),
-            " T": log(1e-3),
-        },
-        "exact",
-        20,
-        1,
-    )
+    return judgment(0.8 if first < second else 0.3)
+
+
+def judgment(a: float) -> Completion:
+    """A comparison that gives the first slot this probability, and a tie 0.04."""
+    masses = {"A": a, " A": 1e-3, "B": 0.95 - a, " B": 1e-3, "T": 0.04, " T": 1e-3}
+    logps = {label: log(mass) for label, mass in masses.items()}
+    return Completion("A", "length", logps, "exact", 20, 1)
 
 
 def engine(**config: Any) -> dict[str, Scripted]:

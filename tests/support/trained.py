@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,7 @@ def answer(request: Request) -> Completion:
         + 0.04 * (int(re.search(r"Question (\d+)", text).group(1)) % 5)
         + 0.1 * ("kinder" in text)
     )
-    a = 0.475 + sure if first < second else 0.475 - sure
-    return Completion(
-        "A",
-        "length",
-        {
-            "A": log(a),
-            " A": log(1e-3),
-            "B": log(0.95 - a),
-            " B": log(1e-3),
-            "T": log(0.04),
-            " T": log(1e-3),
-        },
-        "exact",
-        20,
-        1,
-    )
+    return project.judgment(0.475 + sure if first < second else 0.475 - sure)
 
 
 def make_store(

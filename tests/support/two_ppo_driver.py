@@ -17,12 +17,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from prefab.factory.engines.vllm_process import free_port
 from prefab.factory.errors import PrefabError
 from prefab.trainers import distributed
 from prefab.trainers.rl import grpo, ppo, rewards
 from tests.support import kill_ppo_driver
-from tests.support.killer import until_done
+from tests.support.killer import fork_in_two, until_done
 
 PROMPTS = list(kill_ppo_driver.WORLD.prompts) * 5
 
@@ -82,26 +81,17 @@ def broken(estimate, fault: str, killed: Path):
 
 
 def in_two(folder: Path, out: str, changes: dict) -> None:
-    """One try in two processes: this one is the main one, and the other its child, which ends when
-    it does."""
-    os.environ |= {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    other = os.fork()
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(other == 0))
-    distributed.end_with_launcher()
+    """One try in two processes."""
+    second = fork_in_two()
     code = 0
     try:
         train(folder, out, changes)
     except PrefabError as error:
         print(f"process {os.environ['RANK']}: {error}", flush=True)
         code = 1
-    if other == 0:
+    if second == 0:
         os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
     print(f"ended with {code} and {status}", flush=True)
     sys.exit(code or status)
 
