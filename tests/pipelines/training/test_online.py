@@ -169,7 +169,7 @@ def test_killed_anywhere_it_ends_the_same(whole, tmp_path, seed, training_forks)
     folder = tmp_path / "killed"
     folder.mkdir()
     file = project_in(folder)
-    done = training_forks.run([__file__, file, "3", seed], timeout=1800)
+    done = training_forks.run([__file__, file, "2", seed], timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert left(folder) == left(whole[0])
 
