@@ -18,7 +18,9 @@ EXTRA_OF = {
     **dict.fromkeys(("safetensors", "tokenizers", "transformers", "trl"), "train"),
     **dict.fromkeys(("starlette", "uvicorn"), "view"),
     **dict.fromkeys(("fsspec", "huggingface_hub"), "hub"),
+    **dict.fromkeys(("opentelemetry", "prometheus_client"), "telemetry"),
     "gguf": "real",
+    "ray": "scale",
     "vllm": "serve",
 }
 

@@ -24,6 +24,7 @@ class CallEvent:
     """A call of an engine that has ended.
 
     Attributes:
+        engine: What was asked, below its wrappers.
         key: The digest of the question.
         request: The question.
         use: What the first to ask it asked it for.
@@ -32,6 +33,7 @@ class CallEvent:
         ended_ns: Nanoseconds since 1970.
     """
 
+    engine: Engine
     key: bytes
     request: Request
     use: Use
@@ -82,7 +84,9 @@ async def observed_call(
         raise
     finally:
         if outcome is not None:
-            event = CallEvent(key, request, use, outcome, began, time.time_ns())
+            while isinstance(inner := getattr(engine, "engine", None), Engine):
+                engine = inner
+            event = CallEvent(engine, key, request, use, outcome, began, time.time_ns())
             for observer in observers:
                 context.run(observer.call, event)
 

@@ -269,6 +269,7 @@ class ServerReport:
     failures: int
     hedged: int
     state: str
+    retries: int = 0  # tries beyond the first, waits for a rate limit among them
 
 
 class Engine(ABC):

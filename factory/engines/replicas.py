@@ -71,7 +71,9 @@ class Replica:
             state = f"left out: {self.reason}"
         elif self.slowness >= SLOW:
             state = f"{self.slowness:.1f} times slower than the others"
-        return ServerReport(self.server.url, self.calls, self.failures, self.hedged, state)
+        return ServerReport(
+            self.server.url, self.calls, self.failures, self.hedged, state, self.server.retries
+        )
 
 
 class Replicas:

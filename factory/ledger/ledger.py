@@ -203,6 +203,11 @@ class Ledger:
         """
         return self._writer.run(lambda con: records.begin_run(con, name, config, texts, deciding))
 
+    @property
+    def queued(self) -> int:
+        """How many questions wait for a place."""
+        return sum(len(window.queue) for window in list(self._windows.values()))
+
     def add_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Record prompts and their splits, a thousand a transaction.
 

@@ -24,6 +24,7 @@ from prefab.factory.console import LOG, ON_SCREEN, OutputStyle, output_style
 from prefab.factory.errors import ConfigError, InstallationError, PrefabError
 from prefab.factory.logs import FILE_VARIABLE, LEVEL_VARIABLE, logging_to
 from prefab.factory.telemetry import stage
+from prefab.factory.tracing import tracing_by_environment
 
 START, DATA, RULES = "Start here", "Make and look at data", "Work on a constitution"
 LABELS, TRAIN, KEEP = "Check labels and judges", "Train and evaluate", "Stores and servers"
@@ -270,6 +271,7 @@ def _logged(words: str, verbose: int, log_file: Path | None) -> Iterator[None]:
     before = _LOG_SETTINGS.get()
     with ExitStack() as stack:
         stack.enter_context(logging_to(verbose + before[0], log_file or before[1]))
+        stack.enter_context(tracing_by_environment())
         LOG.info("prefab %s: %s", prefab.__version__, shlex.join(sys.argv[1:]))
         ending: BaseException | None = None
         with stage(f"prefab {words}"):

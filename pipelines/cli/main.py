@@ -257,21 +257,34 @@ def run(
             help="Work as task I of N of an array job on the same store, such as 17/64.",
         ),
     ] = "",
+    metrics: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="Serve metrics for Prometheus at this port of this machine (docs/runs.md).",
+        ),
+    ] = None,
 ) -> None:
     """Make preference data. The same command continues a run that was interrupted."""
     from prefab.pipelines.run.runner import run as run_pipeline
 
     again = _run_command(pipeline, sets, on, shard)
     if on or shard:
-        if (on and shard) or reask or retry_refused:
-            raise ConfigError("--on, --shard, and --reask or --retry-refused exclude one another")
+        if (on and shard) or reask or retry_refused or metrics is not None:
+            raise ConfigError(
+                "--on, --shard, and --reask, --retry-refused or --metrics exclude one another"
+            )
         with resumable("all answers so far are in the ledgers", again):
             result = _run_shards(pipeline, sets, quiet or as_json, on, shard)
     else:
         if reask:
             _forget_first(pipeline, sets, reask)
         with resumable("all answers so far are in the ledger", again):
-            result = run_pipeline(pipeline, sets, quiet, retry_refused=retry_refused)
+            result = run_pipeline(
+                pipeline, sets, quiet, metrics_port=metrics, retry_refused=retry_refused
+            )
     if as_json:
         print_json(result.summary())
     else:

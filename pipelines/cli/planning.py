@@ -19,6 +19,7 @@ from prefab.pipelines.cli.options import (
     print_json,
     resumable,
 )
+from prefab.pipelines.cli.run_report import say_roles
 
 if TYPE_CHECKING:
     from prefab.pipelines.run.dry_run import Row
@@ -104,8 +105,7 @@ def _show_plan(name: str, found: Plan) -> None:
                 for p in found.principles
             ],
         )
-    for role in found.roles:
-        say(f"  {role.role}: {role.model or role.engine}{f' ({role.note})' if role.note else ''}")
+    say_roles(found.roles)
     for line in _summary(found):
         say(line)
 

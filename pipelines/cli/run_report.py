@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from prefab.factory.console import EXIT_FAILED, console, duration, fail, hint, table, warn
+from prefab.factory.console import EXIT_FAILED, console, duration, fail, hint, say, table, warn
 from prefab.factory.errors import BudgetError
 from prefab.factory.numbers import counted
+
+if TYPE_CHECKING:
+    from prefab.pipelines.run.roles import Role
 
 
 def report(result: Any) -> None:
@@ -51,6 +55,7 @@ def report(result: Any) -> None:
         rows,
         note=". ".join(notes),
     )
+    say_roles(result.roles)
     for line in result.own_answers:
         warn(line)
     if result.p_chosen:
@@ -67,6 +72,12 @@ def report(result: Any) -> None:
             "gain by another judge",
         )
     _tell_servers(result)
+
+
+def say_roles(roles: Sequence[Role]) -> None:
+    """Print each role with its model, and where it is the policy's."""
+    for role in roles:
+        say(f"  {role.role}: {role.model or role.engine}{f' ({role.note})' if role.note else ''}")
 
 
 def _tell_servers(result: Any) -> None:

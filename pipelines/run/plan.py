@@ -42,6 +42,7 @@ from prefab.pipelines.config.prompts import Prompts
 from prefab.pipelines.config.registries import RECIPES
 from prefab.pipelines.run.context import Context, Counts
 from prefab.pipelines.run.dry_run import ChangeReasons, DryRunLedger, Row, asked_before
+from prefab.pipelines.run.roles import Role, roles_of
 
 ALL_CALLS = 80_000  # if all prompts make no more, all are counted, which takes about 4 s
 MOST_CALLS = 30_000  # else so many are counted, which takes 1.5 s
@@ -50,16 +51,6 @@ PILOT = 8  # prompts that tell how many calls a prompt needs
 LEAST = 30  # prompts counted of each stratum
 RATE_FROM = 20_000  # the last so many calls tell how fast a server answered
 LONGEST_PAUSE_S = 600.0  # between two answers of one process; more is idle time
-
-
-@dataclass(slots=True)
-class Role:
-    """Who does what: the engine of a role, its model, and what is to be known of it."""
-
-    role: str
-    engine: str
-    model: str
-    note: str = ""
 
 
 @dataclass(slots=True)
@@ -234,7 +225,7 @@ def _totalled(
         resumes=resumes,
         changes=[text for _, _, text in counted.changes],
         models={name: engine.identity for name, engine in engines.items()},
-        roles=_roles(loaded, engines),
+        roles=roles_of(loaded, engines),
         principles=_principles(loaded, dry_run, rows, counted.changes),
         constitution=loaded.constitution.id,
         constitution_digest=constitution_digest(loaded.constitution),
@@ -335,27 +326,6 @@ def _width(loaded: ResolvedPipeline) -> int:
     if loaded.revise is None or loaded.revise.select == "draw":
         return 1
     return sum(principle.enabled for principle in loaded.constitution.principles)
-
-
-def _roles(loaded: ResolvedPipeline, engines: Mapping[str, Engine]) -> list[Role]:
-    """Each role with its engine. A role that names none has the policy's."""
-    policy = loaded.config.policy.engine
-    config = loaded.config
-
-    def role(name: str, engine: str, same: str) -> Role:
-        model = config.engines.get(engine, {}).get("model", "")
-        shared = engine != policy and engine in engines and policy in engines
-        shared = shared and engines[engine].identity == engines[policy].identity
-        return Role(name, engine, str(model or engine), same if shared or engine == policy else "")
-
-    found = [role("policy", policy, "")]
-    if loaded.revises:
-        found.append(
-            role("critic", str(loaded.critic.engine), "the policy criticises its own answers")
-        )
-    for judge in loaded.judges if loaded.compares else ():
-        found.append(role(f"judge {judge.name}", judge.engine, "the policy judges its own answers"))
-    return found
 
 
 def _principles(

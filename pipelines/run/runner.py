@@ -27,6 +27,7 @@ from prefab.factory.numbers import counted
 from prefab.factory.store.shared import is_shared
 from prefab.factory.store.store import HeldError, read_frame
 from prefab.factory.telemetry import stage
+from prefab.factory.tracing import tracing_by_environment
 from prefab.factory.types import Engine, Prompt, ServerReport
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
@@ -41,6 +42,8 @@ from prefab.pipelines.config.registries import RECIPES
 from prefab.pipelines.run.best_of_n import BestOf, curve
 from prefab.pipelines.run.context import Asker, Context, Failures, Stopped
 from prefab.pipelines.run.interrupts import Interrupted, heeded, name_of
+from prefab.pipelines.run.metrics import serving_metrics
+from prefab.pipelines.run.roles import Role, roles_of
 from prefab.pipelines.store.calibrate import calibrate_ended
 
 T = TypeVar("T")
@@ -94,6 +97,7 @@ class RunResult:
     signal: int = 0  # that stopped it
     behind: int = 0  # calls that the store does not show yet, because another program holds it
     servers: list[ServerReport] = field(default_factory=list)
+    roles: list[Role] = field(default_factory=list)  # the policy, the critic and each judge
     own_answers: list[str] = field(default_factory=list)  # of judges that wrote the answers
     # of the recipe best_of_n: the score of the best of n answers, by judge and n
     best_of: list[BestOf] = field(default_factory=list)
@@ -150,6 +154,7 @@ def run(
     quiet: bool = True,
     engines: dict[str, Engine] | None = None,
     retry_refused: bool = False,
+    metrics_port: int | None = None,
 ) -> RunResult:
     """Make the preference data of a pipeline. The same call continues a run that was interrupted.
 
@@ -159,6 +164,7 @@ def run(
         quiet: Do not show progress.
         engines: Engines to use in place of those that the pipeline would start, by name.
         retry_refused: Also ask again what a server has refused for good (HTTP 4xx).
+        metrics_port: Serve metrics for Prometheus at this port of this machine meanwhile.
 
     Returns:
         Counts, and the run's rows as polars frames. `state` is `done`, `budget` (a budget was
@@ -169,7 +175,8 @@ def run(
         EngineError: An engine does not start or fails.
         StoreError: The store is damaged.
     """
-    return run_loaded(resolve_pipeline(source, sets), quiet, engines, retry_refused)
+    loaded = resolve_pipeline(source, sets)
+    return run_loaded(loaded, quiet, engines, retry_refused, metrics_port)
 
 
 def run_loaded(
@@ -177,11 +184,12 @@ def run_loaded(
     quiet: bool = True,
     engines: dict[str, Engine] | None = None,
     retry_refused: bool = False,
+    metrics_port: int | None = None,
 ) -> RunResult:
     """As `run`, for a loaded pipeline."""
 
     def work() -> RunResult:
-        return in_event_loop(run_async(loaded, quiet, engines, retry_refused))
+        return in_event_loop(run_async(loaded, quiet, engines, retry_refused, metrics_port))
 
     return _in_thread(work) if _in_a_loop() else work()
 
@@ -218,6 +226,7 @@ async def run_async(
     quiet: bool = True,
     engines: dict[str, Engine] | None = None,
     retry_refused: bool = False,
+    metrics_port: int | None = None,
 ) -> RunResult:
     """As `run`, inside an event loop, for a loaded pipeline."""
     config = loaded.config
@@ -226,12 +235,16 @@ async def run_async(
             f"{config.store}: this store is in shards (docs/scale.md). Add `--on local:N` to "
             "`prefab run`, or make an ordinary store of it with `prefab store merge`"
         )
-    with stage("run", name=config.name, store=config.store):
-        return await _run_in_stages(loaded, quiet, engines, retry_refused)
+    with tracing_by_environment(), stage("run", name=config.name, store=config.store):
+        return await _run_in_stages(loaded, quiet, engines, retry_refused, metrics_port)
 
 
 async def _run_in_stages(
-    loaded: ResolvedPipeline, quiet: bool, engines: dict[str, Engine] | None, retry_refused: bool
+    loaded: ResolvedPipeline,
+    quiet: bool,
+    engines: dict[str, Engine] | None,
+    retry_refused: bool,
+    metrics_port: int | None,
 ) -> RunResult:
     config = loaded.config
     total = count_prompts(loaded, quiet)
@@ -248,7 +261,7 @@ async def _run_in_stages(
             before = {name: engine.starting_s for name, engine in made.items()}
             began = time.monotonic()
             LOG.info("run %s@%d, prompts: %s", record.name, record.version, total)
-            with stage("ask"):
+            with stage("ask"), serving_metrics(metrics_port, ctx, ledger, total, quiet):
                 state, reason = await _work(loaded, ctx, total, quiet)
             started = (engine.starting_s - before[name] for name, engine in made.items())
             seconds = time.monotonic() - began - max(started, default=0.0)
@@ -501,6 +514,7 @@ def _result(
 
     return RunResult(
         name=record.name,
+        roles=roles_of(loaded, ctx.engines),
         own_answers=judges_of_own_answers(loaded.resolved) if loaded.compares else [],
         version=record.version,
         run=record.id,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prefab.factory.errors import ConfigError, EngineError
+from prefab.factory.extras import missing_package
 from prefab.factory.paths import IMPORT_ROOT
 from prefab.pipelines.config.loader import ResolvedPipeline, make_engines
 from prefab.pipelines.run.runner import in_event_loop
@@ -27,9 +28,6 @@ from prefab.pipelines.scale.worker import Worker, WorkerSetup
 
 POLL_S = 1.0  # how long an actor waits for an event before it tells that there is none
 END_S = 30.0  # for an actor that ends: its servers are stopped
-INSTALL = (
-    "--on ray needs Ray 2.60 or later, which is not installed: pip install 'prefab-rlaif[scale]'"
-)
 
 
 class ActorWorker:
@@ -179,7 +177,7 @@ def connected(address: str, quiet: bool) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise ConfigError(INSTALL) from None
+        raise missing_package("ray", "--on ray") from None
     if address.startswith("ray://"):
         raise ConfigError(
             f"--on ray:{address}: ray:// is for interactive use. Run prefab on a machine of the "

@@ -24,6 +24,7 @@ from prefab.factory.engines.lifecycle import KeptEngine
 from prefab.factory.errors import ConfigError, EngineError, PrefabError
 from prefab.factory.logs import logging_by_environment
 from prefab.factory.store.shared import SharedFolder, is_shared
+from prefab.factory.tracing import tracing_by_environment
 from prefab.factory.types import Engine
 from prefab.pipelines.config.loader import (
     ResolvedPipeline,
@@ -188,7 +189,7 @@ def main() -> None:
         threading.Thread(target=_read, args=(messages, worker, loop), daemon=True).start()
         await worker.main()
 
-    with logging_by_environment():
+    with logging_by_environment(), tracing_by_environment():
         in_event_loop(work())
     events.put(None)
     writer.join(END_S)

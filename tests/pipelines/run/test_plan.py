@@ -161,6 +161,8 @@ def test_roles_tell_who_judges_its_own_answers(tmp_path):
         "judge judge": "the policy judges its own answers",
         "judge far": "",
     }
+    engines = {**project.engine(), "other": project.engine()["local"]}
+    assert [role.role for role in run(value, engines=engines).roles] == list(notes)
 
 
 def test_of_a_large_file_some_rows_are_read_and_the_rest_is_extrapolated(tmp_path, monkeypatch):
