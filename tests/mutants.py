@@ -66,6 +66,7 @@ NEAREST = {
     ),
     "judges/kinds/pairwise.py": ("factory/test_label_text.py", "judges/test_kinds.py"),
     "pipelines/store/verdicts.py": (
+        "pipelines/store/test_verdicts.py",
         "pipelines/store/test_store.py",
         "pipelines/run/test_recipes.py",
         "pipelines/run/test_panel_kinds.py",

@@ -63,12 +63,12 @@ class Rules:
     rule: decision.Rule
     weights: dict[str, float]
     positions: dict[str, int]
-    strong: tuple[str, ...] = ()
-    joined: bool = False
-    fit: str = ""
-    learned: Learned | None = None
-    critique_labels: tuple[str, ...] = ()
-    critique_mass: float = 0.5
+    strong: tuple[str, ...]
+    joined: bool
+    fit: str
+    learned: Learned | None
+    critique_labels: tuple[str, ...]
+    critique_mass: float
 
 
 @dataclass(slots=True)

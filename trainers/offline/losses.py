@@ -116,7 +116,7 @@ def hinge(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
     return (1 - beta * (won.ratio_B - lost.ratio_B)).relu()
 
 
-def robust(won: Side, lost: Side, beta: float, flipped: float = 0.0) -> Tensor:
+def robust(won: Side, lost: Side, beta: float, flipped: float) -> Tensor:
     """`sigmoid` made unbiased for labels of which a share `flipped` is wrong. May be negative.
 
     Source: Chowdhury et al. 2024 (2403.00409), eq. 12.
@@ -125,7 +125,7 @@ def robust(won: Side, lost: Side, beta: float, flipped: float = 0.0) -> Tensor:
     return ((1 - flipped) * clean_B - flipped * noisy_B) / (1 - 2 * flipped)
 
 
-def simpo(won: Side, lost: Side, beta: float, gamma: float = 0.5) -> Tensor:
+def simpo(won: Side, lost: Side, beta: float, gamma: float) -> Tensor:
     """-log sigmoid(beta difference of log-probabilities a token - gamma); there is no reference.
 
     Source: Meng et al. 2024 (2405.14734), eq. 6; TRL's CPO trainer with `loss_type="simpo"`.
@@ -134,7 +134,7 @@ def simpo(won: Side, lost: Side, beta: float, gamma: float = 0.5) -> Tensor:
     return -logsigmoid(beta * (mean_won_B - mean_lost_B) - gamma)
 
 
-def exo_pair(won: Side, lost: Side, beta: float, smoothing: float = 1e-3) -> Tensor:
+def exo_pair(won: Side, lost: Side, beta: float, smoothing: float) -> Tensor:
     """KL from the policy's to the label's distribution over the two. Source: Ji et al. 2024
     (2402.00856), eq. 16.
     """
@@ -177,7 +177,7 @@ def apo_down(won: Side, lost: Side, beta: float, _: float = 0.0) -> Tensor:
     return (beta * won.ratio_B).sigmoid() + 1 - (beta * (won.ratio_B - lost.ratio_B)).sigmoid()
 
 
-def discopop(won: Side, lost: Side, beta: float, tau: float = 0.05) -> Tensor:
+def discopop(won: Side, lost: Side, beta: float, tau: float) -> Tensor:
     """A mixture of the logistic and the exponential loss, found by search. Source: 2406.08414, eq.
     5.
     """

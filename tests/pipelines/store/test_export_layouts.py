@@ -19,6 +19,7 @@ from prefab import run
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.config.registries import FORMATS
 from prefab.pipelines.store.export.base import export
+from prefab.pipelines.store.export.layouts import only_text, text
 from prefab.pipelines.store.fill import query
 from tests.support import project
 
@@ -116,6 +117,21 @@ def test_the_tables_name_each_format_and_the_version_that_read_it(page: str) -> 
         tool = format.removesuffix("_alpaca")
         version = PACKAGES[tool][0].split("==")[1] if tool in PACKAGES else ""
         assert version in line.rsplit("|", 2)[1]
+
+
+@pytest.mark.parametrize(
+    ("turn", "alone"),
+    [
+        ({"role": "assistant", "content": "yes"}, True),
+        ({"role": "tool", "content": "found"}, False),
+        ({"role": "assistant", "content": "", "tool_calls": [CALL]}, False),
+        ({"role": "assistant", "content": None}, False),
+    ],
+)
+def test_what_text_alone_is(turn: dict[str, Any], alone: bool) -> None:
+    assert only_text([*QUESTION, turn]) is alone
+    assert text([turn]) == ("yes" if alone else None)
+    assert text([turn, turn]) is None
 
 
 @pytest.mark.parametrize("format", HOLDS)

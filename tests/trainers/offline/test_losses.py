@@ -28,6 +28,12 @@ def side(ratio: torch.Tensor, tokens: int = 1) -> Side:
     return Side(ratio, torch.zeros_like(ratio), torch.full_like(ratio, tokens))
 
 
+def test_the_reference_pays_for_each_token():
+    logps, tokens = torch.tensor([-5.0, -2.0]), torch.tensor([3, 1])
+    assert losses.penalised(logps, tokens, 0.5).tolist() == [-6.5, -2.5]
+    assert losses.penalised(logps, tokens, 0.0).tolist() == [-5.0, -2.0]
+
+
 def test_bradley_terry_by_hand():
     chosen, rejected = one(LN3 + 1.0), one(1.0)
     loss = losses.bradley_terry(chosen, rejected)
