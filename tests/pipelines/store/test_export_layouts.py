@@ -18,8 +18,8 @@ from datasets import load_dataset
 from prefab import run
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.config.registries import FORMATS
+from prefab.pipelines.store.export import layouts
 from prefab.pipelines.store.export.base import export
-from prefab.pipelines.store.export.layouts import only_text, text
 from prefab.pipelines.store.fill import query
 from tests.support import project
 
@@ -129,9 +129,9 @@ def test_the_tables_name_each_format_and_the_version_that_read_it(page: str) -> 
     ],
 )
 def test_what_text_alone_is(turn: dict[str, Any], alone: bool) -> None:
-    assert only_text([*QUESTION, turn]) is alone
-    assert text([turn]) == ("yes" if alone else None)
-    assert text([turn, turn]) is None
+    assert layouts.only_text([*QUESTION, turn]) is alone
+    assert layouts.text([turn]) == ("yes" if alone else None)
+    assert layouts.text([turn, turn]) is None
 
 
 @pytest.mark.parametrize("format", HOLDS)

@@ -1,4 +1,4 @@
-"""From uses to verdicts and preferences, without a store: which answers count, and in what order."""
+"""From uses to verdicts and preferences, without a store: which answers count, in what order."""
 
 from __future__ import annotations
 
