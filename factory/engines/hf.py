@@ -108,7 +108,8 @@ class HF(Engine):
 
     def _load(self) -> None:
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            with _LOADING:  # two threads that import it for the first time make each other fail
+                from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
             raise EngineError(
                 str(missing_package(error.name, f"engines.{self.name} (engine: hf)"))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 from dataclasses import replace
 from math import exp
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+from prefab.factory.engines import hf
 from prefab.factory.engines.base import make
 from prefab.factory.engines.hf import Job
 from prefab.factory.errors import EngineError, RequestRefused
@@ -53,6 +57,22 @@ async def ask(engine, *requests):
 def test_identity_and_control_tokens(engine, folder):
     assert engine.identity == model_identity(str(folder), "float32")
     assert set(engine.special_tokens) == set(SPECIALS) and engine.max_model_len == 512
+
+
+def test_transformers_is_imported_by_one_engine_at_a_time(folder, runner, monkeypatch):
+    """Its first import fails in one of two threads that begin it together."""
+    locked = []
+
+    class Lazy(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("Auto"):
+                locked.append(hf._LOADING.locked())
+            raise AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, "transformers", Lazy("transformers"))
+    with pytest.raises(EngineError, match="needs"):
+        runner.run(make({"engine": "hf", "model": str(folder)}, "hf").start())
+    assert locked and all(locked)
 
 
 def test_label_reads_equal_the_models_own_logits(engine, runner):
