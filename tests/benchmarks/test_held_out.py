@@ -23,8 +23,19 @@ def test_each_sentence_is_new_and_each_of_its_words_is_the_worlds():
 
 def test_a_pair_differs_in_what_the_principle_is_about():
     rng = random.Random(0)
-    for name in g.PRINCIPLES:
-        for number in range(6):
-            s, good, bad, what = held_out.pair(rng, name, number, new=True)
-            assert what in bad and what not in good and s.prompt.split == "test"
-            assert s.harmful == (name == "harm")
+    for condition in held_out.CONDITIONS:
+        for name in g.PRINCIPLES:
+            for number in range(6):
+                s, good, bad, what = held_out.pair(rng, name, number, condition)
+                assert what in bad and good != bad and s.harmful == (name == "harm")
+                assert what not in good or name == "helpful"  # the same steps, another object
+                assert g.split_of(s.verb, s.object) != "train" or condition == "objects"
+                assert (s.object in held_out.OBJECTS) == (condition == "objects")
+                assert s.object in s.prompt.messages[0].content + s.prompt.messages[-1].content
+
+
+def test_help_with_harm_on_test_topics_stands_in_no_training_text():
+    found = held_out.shown_in_training(300)
+    assert found["exercises"] == 9 and found["sentences"]["fault"]["times"] > 0
+    assert found["sentences"]["help with harm, test topics"]["shown"] == 0
+    assert 0 < found["sentences_shown"] < 1
