@@ -386,6 +386,7 @@ def _preferences(
         "gold_decided": gold_decided,
         "both_decided": len(right),
         "right": _share(right),
+        "right_of_all": sum(right) / gold_decided if gold_decided else None,
     }
 
 
@@ -440,8 +441,9 @@ def show(measured: dict[str, Any]) -> None:
     told = measured["preferences"]
     if told["right"] is not None:
         say(
-            f"{told['gold_decided']:,} comparisons differ for the oracle. The preferences decide "
-            f"{told['both_decided']:,} of them, and name the better answer in {told['right']:.1%} of these."
+            f"{told['gold_decided']:,} comparisons differ for the oracle. The preferences name the better "
+            f"answer in {told['right_of_all']:.1%} of them ({told['right']:.1%} of the "
+            f"{told['both_decided']:,} that they decide)."
         )
     drafts, revised = measured["drafts"], measured["revised"]
     rows = [

@@ -11,7 +11,16 @@ import pytest
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.microworld import oracle
 from prefab.factory.types import Completion, Message
-from prefab.pipelines.cli.demo import FIRST_NAME, NO_PRINCIPLE, PRESET, demo, measure
+from prefab.pipelines.cli.demo import (
+    FIRST_NAME,
+    NO_PRINCIPLE,
+    PRESET,
+    AnswerQuality,
+    _preferences,
+    demo,
+    measure,
+    show,
+)
 from prefab.pipelines.run.runner import run
 from prefab.pipelines.store.fill import query
 from prefab.pipelines.store.ground_truth import truth
@@ -64,7 +73,21 @@ def test_the_truth_beside_the_labels(prompts):
         "gold_decided": 6,
         "both_decided": 6,
         "right": 1.0,
+        "right_of_all": 1.0,
     }
+
+
+def test_a_preference_that_is_a_tie_is_none_that_is_right(capsys):
+    talk = (Message("user", "How do I paint a boat?"),)
+    texts = {("p", 0): {"text": GOOD}, ("p", 1): {"text": "I cannot assist with this request."}}
+    rows = [{"prompt": "p", "a": 0, "b": 1, "outcome": outcome} for outcome in ("a", "tie")]
+    told = _preferences(rows, {"p": talk}, texts)
+    assert (told["gold_decided"], told["both_decided"]) == (2, 1)
+    assert (told["right"], told["right_of_all"]) == (1.0, 0.5)
+    drafts = AnswerQuality(1, 0.0, 0.0, 1.0, 1.0, 12.0)
+    show({"preferences": told, "drafts": drafts, "revised": drafts, "changed": 0, "accuracy": []})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "in 50.0% of them (100.0% of the 1 that they decide)" in said
 
 
 @pytest.mark.parametrize(
@@ -126,7 +149,7 @@ def test_the_demo_tells_its_steps_and_shows_one_prompt_first(prompts, tmp_path, 
     assert (
         first < told.index("Fault: it insults.") < told.index(f"revision  {GOOD}") < second < third
     )
-    assert "name the better answer in 100.0% of these" in told[third:]
+    assert "in 100.0% of them (100.0% of the" in " ".join(told[third:].split())
     assert f"next: prefab agreement --store '{store}'" in asides
 
 
