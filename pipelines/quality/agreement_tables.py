@@ -262,7 +262,8 @@ def _accuracy(found: dict[str, Any]) -> None:
         "Right, where gold decides",
         ("", "", "right", "decided", f"more than {found['best']}", ""),
         rows,
-        note=f"right: of the comparisons that both decide; gold decides {of:,}. The best judge was chosen on these same comparisons, which flatters it a little",
+        note=f"right: of the comparisons that both decide; gold decides {of:,}. The best judge was "
+        "chosen on these same comparisons, which flatters it a little",
     )
 
 
