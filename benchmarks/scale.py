@@ -55,7 +55,7 @@ def pipeline(folder: Path, prompts: int) -> Path:
         "policy": {"engine": "local", "samples": 4, "max_tokens": 64},
         "panel": {"judges": [{"name": "judge", "kind": "pairwise"}]},
         "budget": {"unscored": 1.0},
-        "scale": {"shards": 8, "local": str(folder / "local"), "publish_s": 5.0},
+        "scale": {"local": str(folder / "local"), "publish_s": 5.0},
     }
     (folder / "pipeline.yaml").write_text(json.dumps(value))
     return folder / "pipeline.yaml"

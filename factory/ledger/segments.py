@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from prefab.factory.arrow import arrow_array
 from prefab.factory.console import warn
 from prefab.factory.errors import StoreError
 from prefab.factory.ledger import db
@@ -194,9 +195,8 @@ class Publisher:
 
         schema = _schema(TABLES[table])
         columns = list(zip(*rows, strict=True))[1:]
-        arrays = [
-            pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)
-        ]
+        typed = zip(columns, schema.types, strict=True)
+        arrays = [arrow_array(column, kind) for column, kind in typed]
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(arrays, schema=schema), sink, compression="zstd")
         data = sink.getvalue().to_pybytes()

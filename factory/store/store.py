@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import orjson
 
+from prefab.factory.arrow import arrow_array
 from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.keys import digest
 from prefab.factory.store.shared import is_shared
@@ -25,7 +25,6 @@ from prefab.factory.store.shared import is_shared
 if TYPE_CHECKING:
     import duckdb
     import polars
-    import pyarrow as pa
 
 T = TypeVar("T")
 FILE = "prefab.duckdb"
@@ -456,39 +455,10 @@ def insert(con: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[A
 
     schema = con.sql(f"SELECT * FROM {table} LIMIT 0").to_arrow_table().schema
     columns = zip(zip(*rows, strict=True), schema.types, strict=True)
-    batch = pa.table([_arrow_array(column, kind) for column, kind in columns], schema=schema)
+    batch = pa.table([arrow_array(column, kind) for column, kind in columns], schema=schema)
     con.register("batch", batch)
     con.execute(f"INSERT INTO {table} SELECT * FROM batch")
     con.unregister("batch")
-
-
-def _arrow_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    """A column of strings, numbers, booleans or lists of them. It is made of buffers, because
-    `pyarrow.array` imports pandas, which takes 0.2 to 0.4 s.
-    """
-    import numpy as np
-    import pyarrow as pa
-
-    n = len(values)
-    there = np.fromiter((value is not None for value in values), bool, n)
-    nulls = None if there.all() else pa.py_buffer(np.packbits(there, bitorder="little"))
-    if pa.types.is_floating(kind) or pa.types.is_integer(kind):
-        numbers = [0 if value is None else value for value in values]
-        data = np.array(numbers, dtype=kind.to_pandas_dtype())
-        return pa.Array.from_buffers(kind, n, [nulls, pa.py_buffer(data)])
-    if pa.types.is_boolean(kind):
-        bits = np.packbits(np.fromiter(map(bool, values), bool, n), bitorder="little")
-        return pa.Array.from_buffers(kind, n, [nulls, pa.py_buffer(bits)])
-    starts = np.zeros(n + 1, dtype=np.int32)
-    if pa.types.is_string(kind):
-        texts = [value.encode() if value else b"" for value in values]
-        np.cumsum(np.fromiter(map(len, texts), np.int64, n), out=starts[1:])
-        buffers = [nulls, pa.py_buffer(starts), pa.py_buffer(b"".join(texts))]
-        return pa.Array.from_buffers(kind, n, buffers)
-    lists = [value or () for value in values]
-    np.cumsum(np.fromiter(map(len, lists), np.int64, n), out=starts[1:])
-    items = _arrow_array(list(chain.from_iterable(lists)), kind.value_type)
-    return pa.Array.from_buffers(kind, n, [nulls, pa.py_buffer(starts)], children=[items])
 
 
 def get_meta(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ LOOK_AT = 256  # shards that wait, among which the next one is chosen
 ASKED = ("asked", "prompt_tokens", "completion_tokens")
 SEGMENT_BYTES = 130  # that a call takes once published, with short texts (benchmarks/scale.py)
 SHARDS_A_WORKER = 8  # so that the last ones end at nearly the same time
+CALLS_WORTH_A_SHARD = 25_000  # 5 CPU s; a shard takes 0.4 CPU s by itself (benchmarks/scale.py)
 
 
 @dataclass(slots=True)
@@ -146,27 +147,31 @@ def run_ray(
             version.
         EngineError: There is no cluster.
     """
-    from prefab.pipelines.scale.on_ray import RayLauncher, connected, gpus_of
+    from prefab.pipelines.scale.on_ray import RayLauncher, connected, gpus_of, room_for
 
     with connected(address, quiet):
-        scaled = prepare(source, sets, 1, quiet)
+        scaled = prepare(source, sets, None, quiet, lambda loaded: room_for(gpus_of(loaded)))
         launcher = RayLauncher(scaled.setup, gpus_of(scaled.loaded))
-        scaled.workers = scaled.loaded.config.scale_settings().workers or launcher.capacity()
-        launcher.setup = replace(scaled.setup, workers=scaled.workers)
         with exclusive(scaled.shared):
             texts = models(kept_engines(scaled.loaded))
             return Driver(scaled, launcher, quiet).run(texts)
 
 
 def prepare(
-    source: str | Path | dict[str, Any], sets: Iterable[str], workers: int | None, quiet: bool
+    source: str | Path | dict[str, Any],
+    sets: Iterable[str],
+    workers: int | None,
+    quiet: bool,
+    room: Callable[[ResolvedPipeline], int] = lambda loaded: 2,
 ) -> Scaled:
-    """Read the pipeline, make the shared folder where there is none, and divide the prompts."""
+    """Read the pipeline, make the shared folder where there is none, and divide the prompts.
+    `room` gives the number of workers where neither `workers` nor `scale.workers` does.
+    """
     sets = list(sets)
     loaded = resolve_pipeline(source, sets)
     config = loaded.config
     scale = config.scale_settings()
-    workers = workers or scale.workers or 2
+    workers = workers or scale.workers or room(loaded)
     folder = Path(scale.shared or config.store).absolute()
     shared = SharedFolder.create(folder, scale.shards or number_of_shards(loaded, workers))
     if scale.shards and scale.shards != shared.shards:
@@ -191,8 +196,10 @@ def prepare(
 
 
 def number_of_shards(loaded: ResolvedPipeline, workers: int, n_prompts: int | None = None) -> int:
-    """Some shards a worker, and no more than `CALLS_A_SHARD` calls in each, as far as a prompt's
-    calls can be told: its samples, and each pair in both orders under each principle.
+    """The number of shards of a new store: one a worker at least; more where each has
+    `CALLS_WORTH_A_SHARD` calls, up to `SHARDS_A_WORKER` a worker; and no more than `CALLS_A_SHARD`
+    calls in each. A prompt's calls are its samples, and each pair in both orders under each
+    principle.
     """
     config = loaded.config
     samples = config.policy.samples
@@ -200,8 +207,9 @@ def number_of_shards(loaded: ResolvedPipeline, workers: int, n_prompts: int | No
     a_prompt = samples * (1 + principles * loaded.revises)
     a_prompt += samples * (samples - 1) * principles * len(loaded.judges)
     n_prompts = sum(1 for _ in loaded.prompts) if n_prompts is None else n_prompts
-    by_calls = -(-n_prompts * a_prompt // CALLS_A_SHARD)
-    return max(1, min(n_prompts, max(by_calls, SHARDS_A_WORKER * workers)))
+    calls = n_prompts * a_prompt
+    wanted = max(workers, min(SHARDS_A_WORKER * workers, calls // CALLS_WORTH_A_SHARD))
+    return max(1, min(n_prompts, max(wanted, -(-calls // CALLS_A_SHARD))))
 
 
 @contextmanager

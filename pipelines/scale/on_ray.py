@@ -82,6 +82,17 @@ def gpus_of(loaded: ResolvedPipeline) -> int:
     return total
 
 
+def room_for(gpus: int) -> int:
+    """For how many workers of so many GPUs there is room in the cluster now; at least one."""
+    import ray
+
+    resources = ray.cluster_resources()
+    room = resources.get("CPU", 0.0)
+    if gpus:
+        room = min(room, resources.get("GPU", 0.0) / gpus)
+    return max(1, int(room))
+
+
 class RayLauncher:
     """Workers as actors. `gpus` is what each of them takes."""
 
@@ -93,13 +104,7 @@ class RayLauncher:
 
     def capacity(self) -> int:
         """For how many workers there is room in the cluster, as it is now; at least one."""
-        import ray
-
-        resources = ray.cluster_resources()
-        room = resources.get("CPU", 0.0)
-        if self.gpus:
-            room = min(room, resources.get("GPU", 0.0) / self.gpus)
-        return max(1, int(room))
+        return room_for(self.gpus)
 
     def waiting(self) -> str:
         """What a worker that does not start waits for."""

@@ -15,10 +15,10 @@ from prefab import run
 from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.store.shared import SharedFolder
 from prefab.pipelines.cli.main import app
-from prefab.pipelines.config.loader import models
+from prefab.pipelines.config.loader import models, resolve_pipeline
 from prefab.pipelines.quality.why import why
 from prefab.pipelines.scale.array import run_task
-from prefab.pipelines.scale.driver import Driver, is_straggler, prepare
+from prefab.pipelines.scale.driver import Driver, is_straggler, number_of_shards, prepare
 from prefab.pipelines.scale.launchers import LocalLauncher
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.merge import merge
@@ -273,6 +273,14 @@ def test_a_plan_tells_the_shards(tmp_path):
     file = project.write(tmp_path, pipeline(tmp_path))
     said = CliRunner().invoke(app, ["plan", str(file)]).output
     assert "3 shards of about 54 new calls" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shards"), [(1, 1), (12, 2), (10_000, 6), (1_000_000, 16), (10_000_000, 150)]
+)
+def test_small_runs_have_few_shards(tmp_path, prompts, shards):
+    """For two workers; a prompt takes 15 calls."""
+    assert number_of_shards(resolve_pipeline(project.pipeline(tmp_path)), 2, prompts) == shards
 
 
 def test_bad_input(made, tmp_path):
