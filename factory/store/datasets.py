@@ -20,7 +20,7 @@ import orjson
 from prefab.factory import decision
 from prefab.factory.errors import ConfigError
 from prefab.factory.numbers import counted
-from prefab.factory.store.store import Read
+from prefab.factory.store.store import Read, each_shard
 from prefab.factory.tool_calls import (
     answer_turn,
     as_text,
@@ -249,11 +249,11 @@ def dataset_parts(
         _check_audit(read, record, without)
     if judges or principles:
         _check_readers(read, record, judges, principles)
-    tables = ("prompts", "preferences", "critiques", "strengths", "scores")
-    for prompts, rows in _prompts_in_parts(
-        read, run, (*tables, "verdicts") if judges or principles else tables
-    ):
-        yield part.frames(prompts, rows, judges, principles)
+    tables = ["prompts", "preferences", "critiques", "strengths", "scores"]
+    tables += ["verdicts"] if judges or principles else []
+    for _ in each_shard(read):
+        for prompts, rows in _prompts_in_parts(read, run, tables):
+            yield part.frames(prompts, rows, judges, principles)
     notes += part.left_out.notes(part.label, part.config, pairs)
 
 

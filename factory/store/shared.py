@@ -37,13 +37,11 @@ from prefab.factory.ledger.segments import write_whole
 FORMAT = 1
 MARKER = "shards.json"
 HEAD = "head.json"
-# Tables of the store that are views over the shards' files; what else shards have is small, and
-# copied into the catalogue.
-VIEWED = (
-    *("prompts", "samples", "critiques", "scores", "rankings", "verdicts", "preferences"),
-    *("strengths", "calls"),
-)
-COPIED = ("models", "failures", "evals")
+# Tables of the store that are views over the shards' files; what else shards have is copied into
+# the catalogue: it is small, or pages and searches need its row ids.
+VIEWED = ("prompts", "samples", "critiques", "scores", "rankings", "verdicts", "strengths", "calls")
+COPIED = ("preferences", "models", "failures", "evals")
+OF_PROMPTS = (*VIEWED, "preferences")  # whose rows belong to one prompt, and so to one shard
 
 
 def is_shared(folder: Path) -> bool:

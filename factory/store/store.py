@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -20,7 +19,7 @@ import orjson
 from prefab.factory.arrow import arrow_array
 from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.keys import digest
-from prefab.factory.store.shared import is_shared
+from prefab.factory.store.shared import OF_PROMPTS, SharedFolder, is_shared
 
 if TYPE_CHECKING:
     import duckdb
@@ -186,36 +185,79 @@ def read_store(folder: Path, work: Callable[[Read], T]) -> T:
     def within(memory_mb: int) -> T:
         con = _connect(folder, True, memory_mb)
         try:
-            return work(partial(_frame, con, folder / FILE))
+            return work(_OpenStore(con, folder))
         finally:
             con.close()
 
     return with_memory(folder, within)
 
 
-def _frame(
-    con: duckdb.DuckDBPyConnection,
-    file: Path,
-    sql: str,
-    parameters: Sequence[Any] | Mapping[str, Any] = (),
-) -> polars.DataFrame:
-    import duckdb
+class _OpenStore:
+    """`Read` over an open connection."""
 
-    try:
-        _refuse_all_but_select(con, sql)
-        if isinstance(parameters, Mapping):
-            named = {name for one in con.extract_statements(sql) for name in one.named_parameters}
-            parameters = {name: parameters[name] for name in named}
-        with translate_errors(file):
-            result = con.sql(sql, params=parameters) if parameters else con.sql(sql)
-            frame: polars.DataFrame = result.pl()
-        return frame
-    except duckdb.PermissionException as error:
-        raise ConfigError(
-            f"{str(error).splitlines()[0]}. A query reads the tables of the store only. {READ_ONLY}"
-        ) from error
-    except duckdb.Error as error:
-        raise ConfigError(f"{error}") from error
+    def __init__(self, con: duckdb.DuckDBPyConnection, folder: Path) -> None:
+        self.con, self.folder = con, folder
+        self.in_shard = False
+
+    def __call__(
+        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
+    ) -> polars.DataFrame:
+        import duckdb
+
+        con = self.con
+        try:
+            _refuse_all_but_select(con, sql)
+            if isinstance(parameters, Mapping):
+                statements = con.extract_statements(sql)
+                named = {name for one in statements for name in one.named_parameters}
+                parameters = {name: parameters[name] for name in named}
+            with translate_errors(self.folder / FILE):
+                result = con.sql(sql, params=parameters) if parameters else con.sql(sql)
+                frame: polars.DataFrame = result.pl()
+            return frame.drop("rowid", strict=False) if self.in_shard else frame
+        except duckdb.PermissionException as error:
+            told = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{told}. A query reads the tables of the store only. {READ_ONLY}"
+            ) from error
+        except duckdb.Error as error:
+            raise ConfigError(f"{error}") from error
+
+    def each_shard(self) -> Iterator[None]:
+        """As the function `each_shard`."""
+        if not is_shared(self.folder):
+            yield
+            return
+        shared = SharedFolder(self.folder)
+        try:
+            for state in shared.states():
+                if files := shared.rows_files(state):
+                    for table in OF_PROMPTS:
+                        self.con.execute(_view_of_shard(table, files.get(table)))
+                    self.in_shard = True
+                    yield
+        finally:
+            self.in_shard = False
+            for table in OF_PROMPTS:
+                self.con.execute(f"DROP VIEW IF EXISTS temp.{table}")
+
+
+def _view_of_shard(table: str, file: Path | None) -> str:
+    """A statement that lets the name of a table stand for its rows in one file, with their numbers
+    in it as `rowid`; without a file, for no rows.
+    """
+    rows = f"*, 0::BIGINT AS rowid FROM {Path(FILE).stem}.main.{table} WHERE false"
+    if file is not None:
+        name = str(file.resolve()).replace("'", "''")
+        rows = f"*, file_row_number AS rowid FROM read_parquet('{name}')"
+    return f"CREATE OR REPLACE TEMP VIEW {table} AS SELECT {rows}"
+
+
+def each_shard(read: Read) -> Iterator[None]:
+    """Once for each shard of a store in shards: its rows alone are then in the tables, with row
+    ids, which views of many files do not have. Once for a store that is not in shards.
+    """
+    return read.each_shard() if isinstance(read, _OpenStore) else iter((None,))
 
 
 # What a SELECT may not hold: since DuckDB 2.0 a WITH clause takes COPY, INSERT, UPDATE and DELETE,
@@ -367,11 +409,6 @@ def _told(file: Path, error: duckdb.Error) -> StoreError | None:
 
     text = str(error)
     first = text.splitlines()[0][:300]
-    if isinstance(error, duckdb.BinderException) and '"rowid"' in first and is_shared(file.parent):
-        return StoreError(
-            f"{file}: the rows of this store in shards are too many for this command. Make an "
-            "ordinary store of it with `prefab store merge`"
-        )
     if told := _of_the_system(file, error, text):
         return told
     damaging = (

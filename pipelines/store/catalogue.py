@@ -1,5 +1,5 @@
 """The catalogue of a store in shards: `prefab.duckdb` with the runs, labels and evaluations as
-tables, and the shards' rows as copies where they are small, else as views of their files.
+tables, and views of the shards' files.
 
 It is filled as any store is, from a `ledger.sqlite` of its own, which has the runs of the shared
 folder, and what people and audits add. When a shard has new rows, it is made anew.
@@ -7,7 +7,6 @@ folder, and what people and audits add. When a shard has new rows, it is made an
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from contextlib import closing
 from functools import partial
@@ -24,9 +23,6 @@ from prefab.pipelines.store.calibrations import CALIBRATION
 if TYPE_CHECKING:
     import duckdb
 
-COPY_MOST = (
-    256 << 20
-)  # bytes of Parquet in all: views have no row ids, which exports and pages need
 ID_OF = {"models": "model", "evals": "eval"}  # of what several shards have, one row is shown
 
 
@@ -72,14 +68,12 @@ def state_of_shards(ledger: sqlite3.Connection) -> str:
 
 
 def bring_rows(con: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Copy the shards' rows into the empty tables of the catalogue; where they are more than
-    `COPY_MOST`, or a file cannot be read, views of the files stand in the place of large tables. A
-    shard whose files are missing or damaged is left out, which is told.
+    """Put views of the shards' files in the place of the catalogue's large tables, and copy the
+    rows of the others. A shard whose files are missing or damaged is left out, which is told.
     """
     files = _files_of_rows(folder)
-    size = sum(os.path.getsize(path) for table in VIEWED for path in files[table])
     for table in VIEWED:
-        if files[table] and not (size <= COPY_MOST and _copied(con, table, files[table])):
+        if files[table]:
             con.execute(f"DROP TABLE {table}")
             con.execute(f"CREATE VIEW {table} AS SELECT * FROM {_rows_of(files[table])}")
     for table in COPIED:
@@ -104,19 +98,6 @@ def _files_of_rows(folder: Path) -> dict[str, list[str]]:
         for table, path in found.items():
             files[table].append(str(path))
     return files
-
-
-def _copied(con: duckdb.DuckDBPyConnection, table: str, files: list[str]) -> bool:
-    """Whether the rows of files could be copied into a table: a view tells at each query what is
-    wrong with a file.
-    """
-    import duckdb
-
-    try:
-        con.execute(f"INSERT INTO {table} SELECT * FROM {_rows_of(files)}")
-    except duckdb.Error:
-        return False
-    return True
 
 
 def _rows_of(files: list[str]) -> str:

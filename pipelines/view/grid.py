@@ -32,13 +32,12 @@ _COLUMNS = (
     "p.preference, p.prompt, p.a, p.b, p.outcome, p.p_chosen, p.p_a, p.spread, p.n_scored, p.n_readings, "
     "p.identical, p.escalation"
 )
-# The rows are found by their numbers, and only then are texts read: a quarter of the time.
 _TEXTS = """
-SELECT prompt, "index", substr(text, 1, 400) AS text FROM samples WHERE rowid IN (
-  SELECT rowid FROM samples WHERE run = $run AND prompt IN (SELECT unnest($prompts)))"""
+SELECT prompt, "index", substr(text, 1, 400) AS text FROM samples
+WHERE run = $run AND prompt IN (SELECT unnest($prompts))"""
 _QUESTIONS = """
-SELECT prompt, substr(text, 1, 400) AS text, tags FROM prompts WHERE rowid IN (
-  SELECT rowid FROM prompts WHERE prompt IN (SELECT unnest($prompts)))"""
+SELECT prompt, substr(text, 1, 400) AS text, tags FROM prompts
+WHERE prompt IN (SELECT unnest($prompts))"""
 
 
 class _MovedError(Exception):

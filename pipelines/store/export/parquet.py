@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prefab.factory.errors import ConfigError
-from prefab.factory.store.store import Read
+from prefab.factory.store.store import Read, each_shard
 from prefab.pipelines.store.export.base import ExportOptions, ExportSource
 
 if TYPE_CHECKING:
     import polars
 
-TABLES = ("samples", "critiques", "scores", "rankings", "verdicts", "preferences", "marks")
+TABLES = ("samples", "critiques", "scores", "rankings", "verdicts", "preferences")
 PAGE_BYTES = 16 << 20
 FIRST_ROWS, MOST_ROWS = 256, 1 << 17
 
@@ -33,12 +33,15 @@ class ParquetFormat:
                 "by joining that, or choose another format"
             )
         run = source.record["run"]
-        for name in TABLES:
-            for page in _pages(source.query, name, f"run = {run}"):
-                yield {name: page}
-        prompts = source.query(f"SELECT DISTINCT prompt FROM samples WHERE run = {run}")
-        for page in _pages(source.query, "prompts", "true"):
-            yield {"prompts": page.join(prompts, on="prompt", how="semi")}
+        for page in _pages(source.query, "marks", f"run = {run}"):
+            yield {"marks": page}
+        for _ in each_shard(source.query):
+            for name in TABLES:
+                for page in _pages(source.query, name, f"run = {run}"):
+                    yield {name: page}
+            prompts = source.query(f"SELECT DISTINCT prompt FROM samples WHERE run = {run}")
+            for page in _pages(source.query, "prompts", "true"):
+                yield {"prompts": page.join(prompts, on="prompt", how="semi")}
 
 
 def _pages(read: Read, table: str, where: str) -> Iterator[polars.DataFrame]:

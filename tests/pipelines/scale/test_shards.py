@@ -23,9 +23,10 @@ from prefab.pipelines.scale.launchers import LocalLauncher
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.merge import merge
 from prefab.pipelines.scale.worker import kept_engines
-from prefab.pipelines.store import catalogue
 from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import query, rebuild
+from prefab.pipelines.view.index_build import main as build_index
+from tests.pipelines.view.conftest import client_of
 from tests.support import project
 from tests.support.sharded import ThreadLauncher, run_sharded, same_rows
 
@@ -127,25 +128,23 @@ def test_damaged_rows_are_made_anew_and_a_damaged_segment_is_asked_again(made, t
     same_rows(made[0] / "single", tmp_path / "store")
 
 
-def test_commands_read_copied_rows_as_those_of_one_process(made, tmp_path):
+def test_commands_read_the_rows_of_shards_as_those_of_one_process(made, tmp_path):
     folder, *_ = made
-    files = {}
+    files, tables, grids = [], [], []
     for name in ("single", "store"):
         export(folder / name, tmp_path / name)
         found = load_dataset(str(tmp_path / name), "preference", split="train").to_list()
-        files[name] = sorted(map(repr, found))
-    assert len(files["single"]) > 5 and files["single"] == files["store"]
+        files.append(sorted(map(repr, found)))
+        tables.append(export(folder / name, tmp_path / name / "tables", "parquet").rows())
+        with client_of(folder / name) as client:
+            rows = client.get("/preferences?format=json&run=small").json()["rows"]
+        grids.append(sorted((row["preference"], row["text_a"], row["question"]) for row in rows))
+        build_index(folder / name, 1, tmp_path / "index" / name)
+    assert len(files[0]) > 5 and files[0] == files[1]
+    assert tables[0] == tables[1]
+    assert len(grids[0]) > 5 and grids[0] == grids[1]
     (preference,) = query(folder / "store", "SELECT min(preference) FROM preferences").row(0)
     assert why(folder / "store", preference).outcome == why(folder / "single", preference).outcome
-
-
-def test_many_rows_are_views_and_what_needs_row_ids_says_so(made, tmp_path, monkeypatch):
-    copy_of(made, tmp_path, local=False)
-    monkeypatch.setattr(catalogue, "COPY_MOST", 0)
-    rebuild(tmp_path / "store")
-    same_rows(made[0] / "single", tmp_path / "store")
-    with pytest.raises(StoreError, match="prefab store merge"):
-        export(tmp_path / "store", tmp_path / "out")
 
 
 def test_what_needs_one_ledger_says_so(made):
