@@ -285,6 +285,7 @@ class Engine(ABC):
     max_in_flight: int
     max_model_len: int | None = None  # tokens; known at the latest after `start`
     special_tokens: tuple[str, ...] = ()  # spellings of control tokens; texts must not contain them
+    in_batches: bool = False  # whether answers come hours later, many together
     owns_server: bool = False  # whether `start` starts a server
     log_folder: Path | None = None  # where the server's log goes; None: a temporary file
     starting_s: float = 0.0  # time that a start at the first question took

@@ -23,6 +23,7 @@ ENGINES = Registry(
     {
         "vllm": "prefab.factory.engines.vllm:VLLM",
         "openai": "prefab.factory.engines.openai:OpenAI",
+        "batch": "prefab.factory.engines.batch:BatchEngine",
         "hf": "prefab.factory.engines.hf:HF",
         "scripted": "prefab.factory.engines.scripted:Scripted",
     },

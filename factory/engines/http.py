@@ -533,7 +533,7 @@ class HttpClient:
 
         Raises: as `post`, when it is not.
         """
-        message, detail = _error_of(raw)
+        message, detail = error_of(raw)
         if status == 402 or NO_MONEY & {str(detail.get("code")), str(detail.get("type"))}:
             raise EngineError(f"{self.url}: {message}")
         wait_s = wait_hint(headers, message)
@@ -866,7 +866,7 @@ def _moment(text: str) -> float | None:
             return None
 
 
-def _error_of(raw: bytes) -> tuple[str, dict[str, Any]]:
+def error_of(raw: bytes) -> tuple[str, dict[str, Any]]:
     """The message of an error body and the object around it; servers differ in how deep they put
     it.
     """

@@ -253,6 +253,7 @@ def models(engines: dict[str, Engine]) -> dict[str, str]:
 INCIDENTAL = ("store", "budget", "export", "scale")
 INCIDENTAL_OF_ENGINE = (
     *("base_url", "url", "urls", "port", "api_key_env", "log_file", "start_timeout_s"),
+    *("gather_s", "poll_s"),
     *("max_in_flight", "batch", "timeout_s", "deadline_s", "retries", "down_after_s", "outage_s"),
     *("canary_every", "kv_cache_gib", "gpu_memory_utilization", "tensor_parallel", "threads"),
     *("device", "delay_s", "fail_every"),

@@ -488,6 +488,8 @@ _ASKS_NOTHING = (
     "base_url",
     "port",
     "timeout_s",
+    "gather_s",
+    "poll_s",
     "batch",
     "log_file",
     "threads",

@@ -49,6 +49,7 @@ from prefab.pipelines.store.calibrate import calibrate_ended
 T = TypeVar("T")
 
 MAX_AT_WORK = 2048  # prompts in work at once: bounds memory where a prompt asks one call
+IN_BATCHES = 32_768  # the same, where the answers of all come together hours later
 READ_AHEAD = 256  # prompts recorded in one transaction
 COUNT_UP_TO = (
     64 << 20
@@ -316,7 +317,8 @@ def at_work(loaded: ResolvedPipeline, engines: Mapping[str, Engine]) -> int:
     leanest moment, and as many prompts again cover those between two steps.
     """
     places = sum(engine.max_in_flight for engine in engines.values())
-    return max(2, min(MAX_AT_WORK, 2 * places // loaded.config.policy.samples + 2))
+    most = IN_BATCHES if any(engine.in_batches for engine in engines.values()) else MAX_AT_WORK
+    return max(2, min(most, 2 * places // loaded.config.policy.samples + 2))
 
 
 async def _work(

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -155,6 +155,13 @@ class Family:
                 message["content"] = f"<tool_call>\n{written}\n</tool_call>"
         return {"index": 0, "message": message, "finish_reason": finish, "logprobs": logprobs}
 
+    def routes(self) -> list[web.RouteDef]:
+        """What is served where."""
+        return [
+            web.post("/v1/chat/completions", self.chat),
+            web.get("/v1/models", self.models),
+        ]
+
     async def models(self, http: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "mock", "root": "mock", "max_model_len": 4096}]})
 
@@ -181,21 +188,25 @@ def unsupported(name: str, more: str = "") -> web.Response:
     return web.json_response({"error": found}, status=400)
 
 
+F = TypeVar("F", bound=Family)
+
+
 @contextlib.contextmanager
 def family_server(**behaviour: Any) -> Iterator[Family]:
     """A server that runs in a thread; `url` is its address."""
-    family = Family(**behaviour)
+    with serving(Family(**behaviour)) as family:
+        yield family
+
+
+@contextlib.contextmanager
+def serving(family: F) -> Iterator[F]:
+    """The server of this behaviour, which runs in a thread."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
 
     async def start() -> web.AppRunner:
         app = web.Application()
-        app.add_routes(
-            [
-                web.post("/v1/chat/completions", family.chat),
-                web.get("/v1/models", family.models),
-            ]
-        )
+        app.add_routes(family.routes())
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
