@@ -138,13 +138,13 @@ class OpenAIBatches:
         status, body = int(response.get("status_code") or 0), response.get("body") or {}
         if status == 200:
             return Line(name, "answered", body)
-        code = str(error.get("code") or "")
-        if "cancel" in code:
+        if "cancel" in str(error.get("code")):
             return Line(name, "cancelled", {}, reason="the batch was cancelled")
-        detail = body.get("error") if isinstance(body.get("error"), dict) else error
-        said = str((detail or {}).get("message") or code or "no answer")
+        told = body.get("error")
+        detail: dict[str, Any] = told if isinstance(told, dict) else error
+        said = str(detail.get("message") or detail.get("code") or "no answer")
         if 400 <= status < 500 and status not in (408, 409, 429):
-            return Line(name, "refused", dict(detail or {}), status, said)
+            return Line(name, "refused", dict(detail), status, said)
         return Line(name, "again", {}, reason=f"HTTP {status} {said}" if status else said)
 
 
