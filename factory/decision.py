@@ -153,7 +153,7 @@ def _added_up(principles: Sequence[tuple[float, float, float]]) -> float:
     return 1 / (1 + exp(-odds))
 
 
-def identical(prompt: str = "", a: int = 0, b: int = 1) -> Preference:
+def identical(prompt: str, a: int, b: int) -> Preference:
     """The preference between equal texts: a tie by definition, which no judge is asked about."""
     return Preference(prompt, a, b, "tie", 0.5, 0.5, 0.0, 0, 0)
 

@@ -52,6 +52,7 @@ NEAREST = {
     "factory/decision.py": ("judges/stats/test_aggregate.py", "judges/test_panel.py"),
     "factory/ledger/ledger.py": ("factory/ledger/test_ledger.py", "factory/ledger/test_claims.py"),
     "factory/ledger/db.py": (
+        "factory/ledger/test_db.py",
         "factory/ledger/test_ledger.py",
         "factory/ledger/test_claims.py",
         "factory/ledger/test_verify.py",

@@ -84,10 +84,20 @@ def test_objects_are_sorted_by_utf16_and_strings_escaped_as_rfc_8785_says():
 
 
 @pytest.mark.parametrize(
-    "bad", [float("nan"), float("inf"), "\ud800", 2**53, b"bytes", {1: 2}, object()]
+    ("bad", "story"),
+    [
+        (float("nan"), "nan is not a JSON number"),
+        (float("inf"), "inf is not a JSON number"),
+        (float("-inf"), "-inf is not a JSON number"),
+        ("\ud800", "surrogate"),
+        (2**53, "no exact JSON number"),
+        (b"bytes", "bytes is not a JSON type"),
+        ({1: 2}, "must be text"),
+        (object(), "object is not a JSON type"),
+    ],
 )
-def test_what_has_no_canonical_text_is_refused(bad):
-    with pytest.raises(ValueError):
+def test_what_has_no_canonical_text_is_refused(bad, story):
+    with pytest.raises(ValueError, match=story):
         keys.canonical([bad])
 
 
@@ -220,6 +230,15 @@ def test_a_hub_snapshot_is_known_by_its_blob_names(tmp_path):
         os.symlink("../../blobs/abc", tmp_path / "snapshots" / name / "config.json")
     one, other = (keys.model_identity(str(tmp_path / "snapshots" / name)) for name in ("a", "b"))
     assert one == other and one.startswith("folder:")
+    (tmp_path / "blobs" / "abd").write_text("{}")
+    (tmp_path / "plain").mkdir()
+    found = []
+    for name, file in (("c", "blobs/abd"), ("d", "plain/abc"), ("e", "plain/abd")):
+        (tmp_path / file).write_text("{}")
+        (tmp_path / "snapshots" / name).mkdir()
+        os.symlink(tmp_path / file, tmp_path / "snapshots" / name / "config.json")
+        found.append(keys.model_identity(str(tmp_path / "snapshots" / name)))
+    assert one != found[0] and found[1] == found[2]  # the last two by what the files hold
     assert keys.model_identity("Qwen/Qwen3-32B", revision="r1") != keys.model_identity(
         "Qwen/Qwen3-32B"
     )

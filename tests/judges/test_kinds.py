@@ -116,6 +116,10 @@ def test_clamp_keeps_the_winner():
     assert judge.parse(read(A=0.99), "ba").winner == "b"
     with pytest.raises(ValueError, match="clamp"):
         pairwise.PairwiseConfig(name="j", clamp=(0.6, 0.4))
+    for clamp in ((0.4, 1.2), (-0.1, 0.6), (0.1, 0.4)):
+        with pytest.raises(ValueError, match="clamp"):
+            pairwise.PairwiseConfig(name="j", clamp=clamp)
+    assert pairwise.PairwiseConfig(name="j", clamp=(0.0, 1.0)).clamp == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +285,12 @@ def test_reasoning_is_a_pass_of_its_own():
     assert judge.decode(use, text("B is", "length")).reason == "truncated"
     assert judge.decode(use, text("<think>never closed")).reason == "truncated"
     assert judge.decode(use, text("hm\n</think>\n\nB is rude.")) == Reasoning("B is rude.")
+    label = PairUse(0, "p1", "judge", 0, 1, "", "j", "ba")
+    assert judge.decode(label, read(A=0.9, B=0.1)).winner == "b"
+    shortest = pairwise.PairwiseConfig(name="j", reasoning_tokens=1)
+    assert shortest.reasoning_tokens == 1
+    with pytest.raises(ValueError, match="temperature"):
+        pairwise.PairwiseConfig(name="j", temperature=inf)
 
 
 # --- pointwise and rubric ---

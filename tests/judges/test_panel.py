@@ -9,9 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefab.factory.decision import Reading, Rule, combine_orders, decide, identical
-from prefab.factory.types import Principle, Verdict
-from prefab.judges.panel import applicable, draw, orders, pairs
+from prefab.factory.decision import (
+    AGGREGATION_VERSION,
+    Reading,
+    Rule,
+    combine_orders,
+    decide,
+    identical,
+    rule_of,
+)
+from prefab.factory.types import Preference, Principle, Verdict
+from prefab.judges.panel import _uniform, applicable, draw, orders, pairs
 
 
 def principle(name: str, **fields) -> Principle:
@@ -147,7 +155,15 @@ def test_a_principle_that_does_not_speak_silences_none_that_does():
 
 
 def test_identical_texts_are_a_tie_by_definition():
-    assert (identical().outcome, identical().p_chosen, identical().n_readings) == ("tie", 0.5, 0)
+    assert identical("q", 1, 3) == Preference("q", 1, 3, "tie", 0.5, 0.5, 0.0, 0, 0)
+
+
+def test_a_runs_rule_is_what_its_panel_says():
+    assert rule_of({}, "all") == Rule()
+    told = {"min_scored": 0.7, "tie_margin": 0.1, "combine": "log_odds", "selection": "weighted"}
+    assert rule_of(told, "lexicographic") == Rule(0.7, 0.1, False, True)
+    assert rule_of({}, "lexicographic").lexicographic
+    assert AGGREGATION_VERSION == 2  # a part of the ids of preferences
 
 
 def test_exactness_is_that_of_the_readings_that_count():
@@ -226,6 +242,10 @@ def test_shares_follow_the_weights():
     even = winners(PRINCIPLES, n=6000)
     assert all(abs(even.count(p.id) / 6000 - 1 / 8) < 0.022 for p in PRINCIPLES)
     assert draw([principle("x", weight=0.0)], "weighted", 0, "p") == []
+
+
+def test_the_number_of_a_text_has_not_moved():
+    assert _uniform("x") == 0.29246922768054995
 
 
 def test_one_draw_serves_both_orders_and_rounds_draw_afresh():

@@ -13,7 +13,7 @@ from prefab.factory import types
 from prefab.factory.errors import ConfigError, RequestRefused, StoreError, TransportError
 from prefab.factory.keys import request_bytes, request_key
 from prefab.factory.ledger import records as recorded
-from prefab.factory.ledger.db import connect, create
+from prefab.factory.ledger.db import connect, create, undo_forget
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.types import Completion, Message, Prompt, Request, Sampling
 from prefab.factory.uses import DraftUse, IdenticalUse
@@ -253,6 +253,28 @@ def test_a_quarantine_takes_what_is_not_yet_written_and_the_reader_cannot_write(
 
     using(tmp_path, work)
     assert found == [1]
+
+
+def test_the_first_answer_that_counts_stands(tmp_path):
+    def by(replica, text):
+        return Engine(lambda _: Completion(text, "stop", replica=replica))
+
+    async def work(ledger):
+        key = request_key(request("q"))
+        await ledger.ask(request("other"), use(), by("early", "x"))
+        for replica in ("late", "early", "third"):
+            await ledger.ask(request("q"), use(1), by(replica, replica))
+            ledger.quarantine(replica, 0.0)
+        found = [ledger.lookup([key])]
+        for forget in (2, 1, 0):  # undone from the last to the first
+            row = f"SELECT id FROM forgets WHERE undoes IS NULL ORDER BY id LIMIT 1 OFFSET {forget}"
+            ledger._writer.run(
+                lambda con, row=row: undo_forget(con, con.execute(row).fetchone()[0])
+            )
+            found.append(ledger.lookup([key])[key].text)
+        return found
+
+    assert using(tmp_path, work) == [{}, "third", "early", "late"]
 
 
 def test_too_long_is_a_fact_until_a_larger_context_is_served(tmp_path):
@@ -633,6 +655,19 @@ def test_damage_absence_and_strangers_are_told(tmp_path):
     assert (tmp_path / "ledger.sqlite").read_bytes() == before
     with pytest.raises(StoreError, match="no ledger here"):
         connect(tmp_path / "nowhere.sqlite", readonly=True)
+
+
+def test_a_closed_ledger_says_so_and_can_be_closed_again(tmp_path):
+    async def main():
+        ledger = Ledger.open(tmp_path)
+        await ledger.close()
+        await ledger.close()
+        with pytest.raises(StoreError, match="the ledger is closed"):
+            await ledger.ask(request("q"), use(), Engine())
+        with pytest.raises(StoreError, match="the ledger is closed"):
+            ledger.note(IdenticalUse(1, "p", 0, 1))
+
+    asyncio.run(main())
 
 
 def test_closing_leaves_one_file(tmp_path):
