@@ -1,5 +1,5 @@
-"""How good the embedded models are: every task on the test split, through a real vLLM, by the
-project's own judges.
+"""How good the embedded models are: every task on the test split, through a real vLLM (or
+`--engine hf`), by the project's own judges.
 
     make world-eval        (python -m benchmarks.world_eval --out
     benchmarks/results/world_eval.json)
@@ -345,15 +345,18 @@ def parts(ask: Asker, n: int) -> dict[str, Callable[[], Coroutine[Any, Any, dict
     }
 
 
-async def evaluate(name: str, n: int, wanted: Sequence[str] = (), log=print) -> dict:
-    """All of it, or the parts that are wanted, for one model."""
-    engine = make({"engine": "vllm", "model": name, "max_in_flight": 64}, name)
+async def evaluate(
+    name: str, n: int, wanted: Sequence[str] = (), served: str = "vllm", log=print
+) -> dict:
+    """All of it, or the parts that are wanted, for one model; each part says where and how it was
+    measured."""
+    engine = make({"engine": served, "model": name, "max_in_flight": 64}, name)
     await engine.start()
     try:
         out: dict[str, Any] = {"model": name}
         for part, work in parts(Asker(engine), n).items():
             if not wanted or part in wanted:
-                out[part] = await work()
+                out[part] = await work() | {"where": measured_on() | {"engine": served}}
                 log(
                     f"{name} {part}: {json.dumps({k: v for k, v in out[part].items() if not isinstance(v, dict)})}"
                 )
@@ -427,6 +430,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="*", default=[], choices=list(parts(None, 0)), help="these alone"
     )
+    parser.add_argument("--engine", default="vllm", choices=["vllm", "hf"])
     args = parser.parse_args()
     known = (
         {r["model"]: r for r in json.loads(args.out.read_text())}
@@ -434,8 +438,9 @@ def main() -> None:
         else {}
     )
     for name in args.models:
-        known[name] = known.get(name, {}) | asyncio.run(evaluate(name, args.n, args.parts))
-        known[name]["where"] = measured_on()
+        known[name] = known.get(name, {}) | asyncio.run(
+            evaluate(name, args.n, args.parts, args.engine)
+        )
     results = [known[name] for name in sorted(known, reverse=True)]
     print(table(results))
     if args.out:
