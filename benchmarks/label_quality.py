@@ -237,8 +237,8 @@ def fits(data: RatingMatrix) -> dict[str, np.ndarray]:
 
 def escalation(data: RatingMatrix, cheap: str, strong: str) -> tuple[list[Row], dict[str, float]]:
     """The cheap judge, with the strong one asked about a third of each prompt's readings: those
-    nearest to a half (as the panel's `escalate` does), those whose likeliest label is least
-    certain, or any."""
+    nearest to a half, those whose likeliest label is least certain (as the panel's `escalate`
+    does), or any."""
     few, many = data.judges.index(cheap), data.judges.index(strong)
     p, label = data.p.copy(), data.ratings()
     doubt = {
