@@ -180,6 +180,19 @@ def test_the_embedded_models():
     assert f"(`make world-eval`, at least {least:,} decided pairs)" in README
 
 
+def test_the_judge_on_new_sentences():
+    found = result("held_out")["new"]
+    assert {some["n_items"] for some in found["by_principle"].values()} == {48}
+    mean, low, high = (f"{found['all'][name]:.1%}" for name in ("value", "low", "high"))
+    worst = min(some["value"] for some in found["by_principle"].values())
+    text = " ".join(README.split())
+    assert f"on {found['all, over topics']['n_groups']} topics that it did not have" in text
+    assert (
+        f"right in {mean} of {found['all']['n_items']} pairs ({low} to {high}, over "
+        f"{found['all']['n_groups']} sentences; worst principle {worst:.1%};" in text
+    )
+
+
 def test_the_demo():
     """Each line of the README's example, and its duration, stand in the output of that run."""
     output = (ROOT / "benchmarks/results/demo.txt").read_text()
