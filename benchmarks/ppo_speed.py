@@ -3,7 +3,7 @@ steps and precision (fp32).
 
     make peers-venvs                              # TRL 1.9 in an environment of its own
     python -m benchmarks.ppo_speed
-    python -m benchmarks.ppo_speed --quick        # a look
+    python -m benchmarks.ppo_speed --quick        # without TRL, in this process: does it work?
 
 Each contender is a process that does a step when told and then waits, in turns, so that whatever
 else the machine does falls on all alike. Tokens are those of the answers, up to and with their end;
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,21 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     )
 
 
-def ours(folder: Path) -> None:
-    """Our side: as benchmarks/peers/trl_ppo.py."""
+def ours(
+    folder: Path, turn: Callable[[dict[str, Any]], None], out: str = "ours", **more: Any
+) -> None:
+    """Our side: as benchmarks/peers/trl_ppo.py. `turn` gets the metrics of each step; `more`:
+    settings other than those in the folder.
+    """
     import torch
 
     from prefab.trainers.rl import ppo
 
-    s = json.loads((folder / "settings.json").read_text())
+    s = json.loads((folder / "settings.json").read_text()) | more
     torch.set_num_threads(s["threads"])
     config = ppo.PpoConfig(
         model=s["model"],
-        out=str(folder / "ours"),
+        out=str(folder / out),
         steps=s["steps"],
         batch_size=s["batch"],
         minibatches=s["minibatches"],
@@ -101,23 +106,39 @@ def ours(folder: Path) -> None:
         unfinished_stop=1.0,
         rewards=[{"name": "reward", "kind": "model", "paths": [s["reward"]], "batch": s["batch"]}],
     )
+    ppo.run(config, json.loads((folder / "turns.json").read_text()), on_step=turn)
+
+
+def in_turns(folder: Path) -> None:
+    """Our side as a process that does one step a line."""
 
     def turn(metrics: dict[str, Any]) -> None:
-        took = metrics["times"]["seconds"]
-        print(
-            "STEP "
-            + json.dumps(
-                {
-                    "generation_s": took * metrics["times"]["sampling_share"],
-                    "tokens": round(took * metrics["times"]["tokens_per_s"]),
-                }
-            ),
-            flush=True,
-        )
+        print("STEP " + json.dumps(step_figures(metrics)), flush=True)
         sys.stdin.readline()
 
     sys.stdin.readline()
-    ppo.run(config, json.loads((folder / "turns.json").read_text()), on_step=turn)
+    ours(folder, turn)
+
+
+def step_figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of generation, and tokens, of a step."""
+    took = metrics["times"]["seconds"]
+    return {
+        "generation_s": took * metrics["times"]["sampling_share"],
+        "tokens": round(took * metrics["times"]["tokens_per_s"]),
+    }
+
+
+def quick_look(folder: Path) -> dict[str, Any]:
+    """Ours with answers a forward as set and twice as many: the losses of each step."""
+    found: dict[str, Any] = {}
+    for name, times in (("ours", 1), ("ours, double", 2)):
+        micro, steps = json.loads((folder / "settings.json").read_text())["micro"], []
+        ours(folder, steps.append, name, micro=micro * times)
+        found[name] = figures([{"s": m["times"]["seconds"], **step_figures(m)} for m in steps]) | {
+            "losses": [[m["policy_loss"], m["value_loss"]] for m in steps]
+        }
+    return found
 
 
 class Contender:
@@ -157,21 +178,39 @@ class Contender:
         self.process.kill()
         self.process.wait()
 
-    def figures(self) -> dict[str, Any]:
-        """Tokens a second, the share of generation, and tokens a step, without the first step."""
-        kept = self.steps[1:]
-        seconds, tokens = sum(s["s"] for s in kept), sum(s["tokens"] for s in kept)
-        return {
-            "tokens_per_s": tokens / seconds,
-            "generation_share": sum(s["generation_s"] for s in kept) / seconds,
-            "tokens_a_step": tokens / len(kept),
-            "median_step_s": statistics.median(s["s"] for s in kept),
-            "steps": self.steps,
-        }
+
+def figures(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens a second, the share of generation, and tokens a step, without the first step."""
+    kept = steps[1:]
+    seconds, tokens = sum(s["s"] for s in kept), sum(s["tokens"] for s in kept)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "generation_share": sum(s["generation_s"] for s in kept) / seconds,
+        "tokens_a_step": tokens / len(kept),
+        "median_step_s": statistics.median(s["s"] for s in kept),
+        "steps": steps,
+    }
 
 
-def main() -> None:
-    """Prepare, take turns, print and write."""
+def both_in_turns(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The figures of ours and of TRL's, step by step in turns."""
+    python = args.venvs / "trl" / "bin" / "python"
+    if not python.exists():
+        sys.exit(f"no environment {args.venvs / 'trl'}: `make peers-venvs` makes it")
+    sides = [Contender(name, folder, python) for name in NAMES]
+    try:
+        for k in range(args.steps):
+            for side in sides[k % len(sides) :] + sides[: k % len(sides)]:
+                side.step()
+                time.sleep(0.2)  # what it still does after its line is its own
+    finally:
+        for side in sides:
+            side.stop()
+    return {side.name: figures(side.steps) for side in sides}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Prepare, take turns, print and write; the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="prefab-tiny")
     parser.add_argument("--venvs", type=Path, default=Path("peers-venvs"))
@@ -190,35 +229,27 @@ def main() -> None:
     )
     parser.add_argument("--beta", type=float, default=0.05)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--quick", action="store_true", help="A look: 3 steps of 8 answers.")
+    parser.add_argument("--quick", action="store_true", help="Ours alone: 2 steps of 8 answers.")
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.ours:
-        return ours(args.ours)
+        in_turns(args.ours)
+        return {}
     if args.quick:
-        args.steps, args.batch, args.micro, args.prompts, args.epochs = 3, 8, 4, 64, 2
-    python = args.venvs / "trl" / "bin" / "python"
-    if not python.exists():
-        sys.exit(f"no environment {args.venvs / 'trl'}: `make peers-venvs` makes it")
-    folder = Path(tempfile.mkdtemp(prefix="ppo-speed-"))
-    prepare(args, folder)
-    sides = [Contender(name, folder, python) for name in NAMES]
-    try:
-        for k in range(args.steps):
-            for side in sides[k % len(sides) :] + sides[: k % len(sides)]:
-                side.step()
-                time.sleep(0.2)  # what it still does after its line is its own
-    finally:
-        for side in sides:
-            side.stop()
-    found = {side.name: side.figures() for side in sides}
+        args.steps, args.batch, args.micro, args.prompts, args.epochs = 2, 8, 4, 64, 2
+        args.model, args.max_new_tokens, args.threads = "prefab-nano", 32, 1
+    with tempfile.TemporaryDirectory(prefix="ppo-speed-") as place:
+        folder = Path(place)
+        prepare(args, folder)
+        found = quick_look(folder) if args.quick else both_in_turns(args, folder)
+    other = list(found)[-1]
     table(
-        ["PPO", "tokens/s", "times TRL", "generation's share", "tokens a step"],
+        ["PPO", "tokens/s", f"times {other}", "generation's share", "tokens a step"],
         [
             [
                 name,
                 f["tokens_per_s"],
-                f["tokens_per_s"] / found["trl"]["tokens_per_s"],
+                f["tokens_per_s"] / found[other]["tokens_per_s"],
                 f["generation_share"],
                 f["tokens_a_step"],
             ]
@@ -231,6 +262,7 @@ def main() -> None:
         arguments={k: str(v) for k, v in vars(args).items() if k not in ("ours", "venvs")},
         results=found,
     )
+    return found
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -255,16 +256,21 @@ def _cpu(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(
-    stage: str, folder: Path, model: str, steps: int, batch: int, rounds: int
+    stage: str,
+    folder: Path,
+    model: str,
+    steps: int,
+    batch: int,
+    rounds: int,
+    names: Sequence[str],
 ) -> dict[str, Any]:
     """All contenders step by step in turn, so that whatever else the machine does falls on all
     alike."""
     token_rows(stage, folder, model, steps, batch)
-    sides: dict[str, list[Contender]] = {name: [] for name in CONTENDERS[stage]}
+    sides: dict[str, list[Contender]] = {name: [] for name in names}
     for r in range(rounds):
         made = {
-            name: contender(stage, name, folder, model, steps, batch)
-            for name in reversed(CONTENDERS[stage])
+            name: contender(stage, name, folder, model, steps, batch) for name in reversed(names)
         }
         for k in range(steps):
             for name in sorted(made, key=lambda n: random.Random(f"{r} {k} {n}").random()):
@@ -335,8 +341,8 @@ def peak_mb(
     return float(out.strip().splitlines()[-1])
 
 
-def main() -> None:
-    """Compare, print, and write."""
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Compare, print, and write; the results."""
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -346,30 +352,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--stages", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
-    parser.add_argument("--quick", action="store_true", help="A look: 3 steps of 8 pairs.")
+    parser.add_argument(
+        "--quick", action="store_true", help="A look: 3 steps of 8 pairs, two contenders."
+    )
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--peak", nargs=2, metavar=("STAGE", "NAME"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     if args.quick:
-        args.steps, args.batch, args.rounds = 3, 8, 1
+        args.steps, args.batch, args.rounds, args.model = 3, 8, 1, "prefab-nano"
     if args.peak:
         side = contender(*args.peak, args.folder, args.model, args.steps, args.batch)
         for k in range(args.steps):
             side.step(k)
-        return print(peak_here_mb())
+        print(peak_here_mb())
+        return []
     folder = Path(tempfile.mkdtemp())
     pairs_file(folder, int(args.steps * args.batch * 1.2) + 64)
     results = []
     for stage in args.stages:
-        found = compare(stage, folder, args.model, args.steps, args.batch, args.rounds)
+        names = ("trl", "ours") if args.quick else CONTENDERS[stage]
+        found = compare(stage, folder, args.model, args.steps, args.batch, args.rounds, names)
         found["peak_mb"] = {
             name: peak_mb(stage, name, folder, args.model, args.steps, args.batch, args.threads)
-            for name in CONTENDERS[stage]
+            for name in (() if args.quick else names)  # each is a process of its own
         }
         results.append(found)
         print(json.dumps(found, indent=1), flush=True)
     write("train_speed", args.quick, threads=args.threads, model=args.model, results=results)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The GPU benchmark counts what it says, refuses to be run without a GPU, and its quick look
-compares the same steps."""
+"""The benchmarks of training: what they count, that those for a GPU refuse to run without one, and
+that their quick looks compare the same steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from benchmarks import gpu_training
+from benchmarks import gpu_training, ppo_speed, train_speed
 from benchmarks.gpu_training import flops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +60,26 @@ def test_a_quick_look_takes_the_same_steps_on_all_sides(monkeypatch, tmp_path):
         assert found["losses_differ_by_at_most"] < 1e-5
         assert all(0 < loss < 2 for f in found["contenders"] for loss in f["losses"])
     assert results[0]["reference"]["fp32"]["difference"] == 0.0
+
+
+def test_a_quick_look_at_training_has_the_losses_of_trl(monkeypatch):
+    monkeypatch.setattr(train_speed, "write", lambda *_, **__: None)
+    for found in train_speed.main(["--quick", "--threads", "1"]):
+        assert 0 < found["losses_differ_by_at_most"] < 1e-5
+        assert found["last_loss"] != found["first_loss"]  # it trains
+        assert found["times_trl"].keys() == found["seconds"].keys() == {"trl", "ours"}
+
+
+def test_a_quick_look_at_ppo_has_the_same_losses_however_many_answers_a_forward(monkeypatch):
+    monkeypatch.setattr(ppo_speed, "write", lambda *_, **__: None)
+    found = ppo_speed.main(["--quick"])
+    assert found.keys() == {"ours", "ours, double"}
+    one, two = (f.pop("losses") for f in found.values())
+    assert len(one) == 2 and torch.allclose(torch.tensor(one), torch.tensor(two), atol=1e-5)
+    assert all(loss for step in one for loss in step)
+    for figures in found.values():
+        assert figures["tokens_a_step"] > 8 and 0 < figures["generation_share"] < 1
+        assert len(figures["steps"]) == 2
 
 
 def test_what_the_time_does_not_allow_is_left_out(monkeypatch, tmp_path):

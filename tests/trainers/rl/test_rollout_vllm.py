@@ -475,6 +475,43 @@ def test_the_served_policy_is_the_trained_one(tmp_path, lora):
         assert gap() > 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_grpo_is_served_by_vllm_with_the_weights_that_train(tmp_path):
+    """Updates so large that the gap of one policy before (.05 and more) would stop the run."""
+    pytest.importorskip("vllm")
+    from prefab.factory.microworld import grammar
+
+    prompts = [
+        [{"role": m.role, "content": m.content} for m in p.messages]
+        for p in grammar.prompts("train", 16, 3)
+    ]
+    config = grpo.GrpoConfig(
+        model="prefab-nano",
+        out=str(tmp_path / "out"),
+        sampler="vllm",
+        sample_ahead=True,
+        save_every=2,
+        steps=4,
+        batch_size=16,
+        group=4,
+        max_new_tokens=24,
+        temperature=0.8,
+        learning_rate=3e-3,
+        schedule="constant",
+        kl_stop=None,
+        normalise="none",
+        threads=1,
+        vllm={"kv_cache_gib": 0.1, "args": ["--enforce-eager"]},
+    )
+    seen = []
+    length = rewards.single(lambda prompts, texts: [float(len(text)) for text in texts])
+    grpo.run(config, prompts, length, on_step=seen.append)
+    gaps = [m["sampler_gap"] for m in seen]
+    assert ["importance" in m for m in seen] == [False, True, False, True]
+    assert max(gaps[0], gaps[2]) < 1e-3 and min(gaps[1], gaps[3]) > 0.01
+
+
 def test_answers_are_sampled_ahead_by_the_weights_before_the_update(make):
     """The weights are pushed before anything is asked, and are not pushed again for the answers."""
     script = Script(None)
