@@ -8,6 +8,8 @@ them is called. The loader's code is the tool's own.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -100,6 +102,63 @@ def axolotl(out: Path, tokenizer: Any) -> dict[str, Any]:
     return found
 
 
+def launched(script: Path, **variables: str) -> list[str]:
+    """What a launch script hands to its trainer, with a stand-in for `python3`."""
+    stand_in = script.parents[1] / "stand-in/python3"
+    stand_in.parent.mkdir(exist_ok=True)
+    stand_in.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    stand_in.chmod(0o755)
+    path = f"{stand_in.parent}:{os.environ['PATH']}"
+    given = {"MODEL": "model", "PREFAB_JUDGE_KEY": "k", "GPUS": "4", "BATCH": "32", **variables}
+    env = {"PATH": path, "HOME": os.environ.get("HOME", "/"), **given}
+    done = subprocess.run([script], env=env, capture_output=True, text=True, check=True)
+    return list(json.loads(done.stdout))
+
+
+def openrlhf_arguments(words: list[str]) -> dict[str, Any]:
+    """The arguments as `openrlhf.cli.train_ppo_ray` parses and checks them, without its imports."""
+    import argparse
+    import ast
+    import datetime
+    from importlib.util import find_spec
+
+    found = find_spec("openrlhf.cli")
+    assert found and found.submodule_search_locations
+    source = Path(found.submodule_search_locations[0], "train_ppo_ray.py").read_text()
+    (main,) = (n for n in ast.parse(source).body if isinstance(n, ast.If))
+    parsed: list[Any] = []
+    sys.argv = ["train_ppo_ray", *words]
+    code = compile(ast.Module(main.body, []), "train_ppo_ray.py", "exec")
+    exec(
+        code, {"argparse": argparse, "os": os, "sys": sys, "train": parsed.append} | vars(datetime)
+    )
+    (args,) = parsed
+    return {
+        "prompts": args.data.prompt_dataset,
+        "model": args.actor.model_name_or_path,
+        "reward": args.reward.remote_url or args.reward.model_name_or_path,
+        "samples": args.train.batch_size,
+        "critic": args.critic.model_name_or_path,
+    }
+
+
+def verl_configuration(words: list[str]) -> dict[str, Any]:
+    """The overrides in verl's own configuration, which refuses unknown fields, after its checks."""
+    from hydra import compose, initialize_config_module
+    from verl.utils.config import validate_config
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=words)
+    validate_config(config, use_reference_policy=True, use_critic=False)
+    return {
+        "prompts": config.data.train_files,
+        "val": config.data.val_files,
+        "model": config.actor_rollout_ref.model.path,
+        "reward": config.reward.custom_reward_function.path,
+        "batch": config.actor_rollout_ref.actor.ppo_mini_batch_size,
+    }
+
+
 def openrlhf(out: Path, tokenizer: Any) -> dict[str, Any]:
     from openrlhf.datasets import prompts_dataset, reward_dataset, sft_dataset
 
@@ -118,6 +177,10 @@ def openrlhf(out: Path, tokenizer: Any) -> dict[str, Any]:
         "prompts": [
             prompts_dataset.preprocess_data(row, apply_chat_template=template)[0]
             for row in lines(out / "prompts/train.jsonl")
+        ],
+        "launch": [
+            openrlhf_arguments(launched(out / "openrlhf.sh", **more)[2:])
+            for more in ({}, {"REWARD_MODEL": "rewarder"})
         ],
     }
 
@@ -156,6 +219,7 @@ def verl(out: Path, tokenizer: Any) -> dict[str, Any]:
         return str(tokenizer.decode([token for token, mask in pairs if mask]))
 
     return {
+        "launch": verl_configuration(launched(out / "verl.sh")[2:]),
         "prompts": [prompts[i]["raw_prompt"] for i in range(len(prompts))],
         "sft": [trained(sft[i]) for i in range(len(sft))],
         "reward": [

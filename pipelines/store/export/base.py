@@ -238,6 +238,8 @@ def _write_datasets(
     if settings and stage:
         for name, text in settings(report.files).items():
             (stage / name).write_text(text, encoding="utf-8")
+            if text.startswith("#!"):
+                (stage / name).chmod(0o755)
 
 
 def _check_report(report: ExportReport, options: ExportOptions) -> None:

@@ -22,6 +22,7 @@ from prefab.pipelines.store.export import layouts
 from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import query
 from tests.support import project
+from tests.support.trainer_loaders import launched
 
 ROOT = Path(__file__).parents[3]
 TOOL = {
@@ -168,6 +169,19 @@ def test_exports_of_two_formats_take_each_others_place(store: Path, tmp_path: Pa
     assert (tmp_path / "dataset_info.json").is_file()
 
 
+def test_launch_scripts_name_the_prompts_and_want_a_policy(store: Path, tmp_path: Path) -> None:
+    for format, prompts in (("verl", "prompts/train.parquet"), ("openrlhf", "prompts/train.jsonl")):
+        export(store, tmp_path / format, format)
+        script = tmp_path / format / f"{format}.sh"
+        words = launched(script)
+        assert any(word.endswith(prompts) for word in words) and words[0] == "-m"
+        refused = subprocess.run([script], env={"PATH": os.defpath}, capture_output=True, text=True)
+        assert refused.returncode and "the policy to begin with" in refused.stderr
+    reward = ROOT / "pipelines/store/export/verl_reward.py"
+    assert (tmp_path / "verl/verl_reward.py").read_text() == reward.read_text()
+    assert any("key=k&unscored=-1" in word for word in words)
+
+
 def test_no_cell_of_a_table_is_a_formula(store: Path, tmp_path: Path) -> None:
     export(store, tmp_path, "csv")
     rows = pl.read_csv(tmp_path / "prompts/train.csv").to_dicts()
@@ -183,7 +197,12 @@ PACKAGES = {
     "llama_factory": ("llamafactory==0.9.5",),
     "openrlhf": ("openrlhf==0.11.2",),
     "torchtune": ("torchtune==0.6.1", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3"),
-    "verl": ("verl==0.9.1", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3"),
+    "verl": (
+        "verl==0.9.1",
+        "hydra-core==1.3.2",
+        "omegaconf==2.3.0",
+        "antlr4-python3-runtime==4.9.3",
+    ),
 }
 
 
@@ -284,6 +303,9 @@ def test_openrlhf_reads_it(store: Path, whole: Any, tmp_path: Path) -> None:
     for row, (_, answer) in zip(rows_of(whole, "openrlhf", "sft"), found["sft"], strict=True):
         assert answer == f"{content(row, 'completion')}<|im_end|>\n"
     assert len(found["prompts"]) == len(rows_of(whole, "openrlhf", "prompts"))
+    shared = {"prompts": "prompts/train.jsonl", "model": "model", "samples": 256, "critic": None}
+    judge = ["http://127.0.0.1:8100/get_reward?key=k&unscored=-1"]
+    assert found["launch"] == [{**shared, "reward": judge}, {**shared, "reward": "rewarder"}]
 
 
 @pytest.mark.slow
@@ -320,6 +342,10 @@ def test_torchtune_reads_it(store: Path, whole: Any, tmp_path: Path) -> None:
 def test_verl_reads_it(store: Path, whole: Any, tmp_path: Path) -> None:
     export(store, tmp_path / "out", "verl")
     found = read_by("verl", tmp_path / "out", tmp_path)
+    launch = found["launch"]
+    assert launch.pop("reward") == str(tmp_path / "out/verl_reward.py")
+    prompts = "prompts/train.parquet"
+    assert launch == {"prompts": prompts, "val": prompts, "model": "model", "batch": 32}
     assert found["prompts"] == [turns(row) for row in rows_of(whole, "verl", "prompts")]
     for row, read in zip(rows_of(whole, "verl", "sft"), found["sft"], strict=True):
         assert read.endswith(f"{content(row, 'completion')}<|im_end|>\n")

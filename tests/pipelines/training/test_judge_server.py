@@ -173,10 +173,10 @@ def test_no_judge_of_single_answers_is_a_mistake(tmp_path: Path) -> None:
 
 
 def client(name: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A file of examples/rewards, told where the server is."""
+    """A file with a client, told where the server is."""
     monkeypatch.setenv("PREFAB_JUDGE_URL", served.address)
     monkeypatch.setenv("PREFAB_JUDGE_KEY", KEY)
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/rewards/{name}.py")
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -184,7 +184,7 @@ def client(name: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_client_for_trl(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    reward = client("trl_reward", served, monkeypatch).judge_reward
+    reward = client("examples/rewards/trl_reward.py", served, monkeypatch).judge_reward
     turns = [[{"role": "user", "content": "Why?"}]] * 3
     answers = [[{"role": "assistant", "content": text}] for text in ("Because.", "bad", "odd")]
     found = reward(prompts=turns, completions=answers, completion_ids=[[1]] * 3, trainer_state=None)
@@ -195,7 +195,7 @@ def test_the_client_for_trl(served: Served, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_client_for_verl(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
-    score = client("verl_reward", served, monkeypatch).compute_score
+    score = client("pipelines/store/export/verl_reward.py", served, monkeypatch).compute_score
     # Parquet gives lists of structs as arrays of dictionaries
     prompt = np.array([{"role": "user", "content": "Why?"}], dtype=object)
     row = {"data_source": "prefab/x", "ground_truth": "", "extra_info": {"prompt": prompt}}

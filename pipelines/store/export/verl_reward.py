@@ -1,21 +1,24 @@
 """A judge that `prefab judge serve` serves, as a custom reward function of verl.
 
-    custom_reward_function.path=examples/rewards/verl_reward.py
-    custom_reward_function.name=compute_score
+    reward.custom_reward_function.path=verl_reward.py
+    reward.custom_reward_function.name=compute_score
 
-The rows are those of `prefab export --format verl`, which carry the prompt in `extra_info`. It
-needs no package beside Python's own. PREFAB_JUDGE_KEY holds the server's key, PREFAB_JUDGE_URL its
-address.
+`prefab export --format verl` writes this file beside the rows, which carry the prompt in
+`extra_info`. It needs no package beside Python's own. PREFAB_JUDGE_KEY holds the server's key,
+PREFAB_JUDGE_URL its address.
 """
 
 import json
 import os
+from typing import Any
 from urllib.request import Request, urlopen
 
 UNSCORED = -1.0  # the reward of an answer that the judge could not score
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **options):
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **options: Any
+) -> dict[str, Any]:
     """The reward of one answer, and what verl logs beside it."""
     prompt = [dict(turn) for turn in extra_info["prompt"]]
     request = Request(
