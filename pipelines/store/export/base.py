@@ -234,12 +234,17 @@ def _write_datasets(
         report.counts.setdefault(name, {})[split] = file.rows
         report.files[f"{name}/{split}"] = file.finish()
     _check_report(report, source.options)
+    if stage:
+        _write_settings(writer, stage, report)
+
+
+def _write_settings(writer: ExportFormat, stage: Path, report: ExportReport) -> None:
+    """Write the files that the format has beside its data; scripts can be run."""
     settings = getattr(writer, "settings", None)
-    if settings and stage:
-        for name, text in settings(report.files).items():
-            (stage / name).write_text(text, encoding="utf-8")
-            if text.startswith("#!"):
-                (stage / name).chmod(0o755)
+    for name, text in settings(report.files).items() if settings else ():
+        (stage / name).write_text(text, encoding="utf-8")
+        if text.startswith("#!"):
+            (stage / name).chmod(0o755)
 
 
 def _check_report(report: ExportReport, options: ExportOptions) -> None:
