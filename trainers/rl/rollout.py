@@ -8,6 +8,7 @@ would be wrong from the first step.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from prefab.trainers.rl import processes
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-# Columns that the overhead of a forward is worth: measured on a CPU, elsewhere a guess (a GPU
-# computes thousands of columns in the time it takes to launch a small model's kernels).
-CALL_CPU, CALL = 64, 2048
+# Columns that the overhead of a forward is worth. On a CPU a constant, so that a run has the same
+# bits every time; on a GPU, which computes thousands of columns in the time that launching a small
+# model's kernels takes, it is measured (`measured_call`), and MOST_CALL bounds it.
+CALL_CPU, CALL, MOST_CALL = 64, 2048, 65_536
 
 # One user turn, or a conversation that waits for the assistant.
 Prompt = str | Sequence[Turn]
@@ -294,7 +296,7 @@ def _drawn_again(
         SampledAnswer(prompt, ids, [], ids[-1] in ends)
         for prompt, ids in zip(prompts, former, strict=True)
     ]
-    for rows in in_batches(answers, range(len(answers)), batch, device):
+    for rows in in_batches(answers, range(len(answers)), batch, default_call(device)):
         all_BTV, _ = _predicted(model, pack([answers[i] for i in rows], device), temperature)
         for i, padded_TV in zip(rows, all_BTV, strict=True):
             ids_T = torch.tensor(former[i], device=device)
@@ -452,16 +454,53 @@ def _predicted(
     return (out.logits.float() / temperature).log_softmax(-1), out.hidden_states
 
 
+def default_call(device: Any) -> int:
+    """The columns that a forward's overhead is worth where nothing was measured."""
+    return CALL_CPU if device.type == "cpu" else CALL
+
+
+def measured_call(model: Any, device: Any) -> int:
+    """The columns that a forward's overhead is worth for this model on this GPU."""
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(rows: int, columns: int) -> float:
+        ids = torch.zeros(rows, columns, dtype=torch.long, device=device)
+        took = []
+        for _ in range(4):  # the first one warms up
+            wait()
+            began = time.perf_counter()
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            wait()
+            took.append(time.perf_counter() - began)
+        return min(took[1:])
+
+    with torch.no_grad():
+        return call_of_times(seconds(1, 16), seconds(32, 256), seconds(64, 256), 32 * 256)
+
+
+def call_of_times(least_s: float, some_s: float, more_s: float, columns: int) -> int:
+    """The columns that take as long as the overhead: `least_s` of a forward of hardly any columns,
+    `more_s` of one with `columns` more than that of `some_s`.
+    """
+    a_column_s = (more_s - some_s) / columns
+    if a_column_s * MOST_CALL <= least_s:  # also where it is not positive
+        return MOST_CALL
+    return max(CALL_CPU, round(least_s / a_column_s))
+
+
 def in_batches(
-    answers: Sequence[SampledAnswer], rows: Sequence[int], batch: int, device: Any
+    answers: Sequence[SampledAnswer], rows: Sequence[int], batch: int, call: int
 ) -> list[list[int]]:
     """`rows` (places in `answers`) in batches of at most `batch`, the longest first: what does not
     fit fails at once.
 
     Rows of like length are together, cut where all is cheapest: columns, padding too, and the
-    overhead of each forward.
+    overhead of each forward, worth `call` columns.
     """
-    call = CALL_CPU if device.type == "cpu" else CALL
     order = sorted(rows, key=lambda i: -len(answers[i].prompt) - len(answers[i].ids))
     length = [len(answers[i].prompt) + len(answers[i].ids) for i in order]
     cheapest = [

@@ -25,6 +25,7 @@ class State:
     evaluations: list[Evaluation] = field(default_factory=list)
     seen: list[CachedEval] = field(default_factory=list)
     stopped: str = ""
+    call: int = 0  # columns that a forward's overhead is worth; 0: not measured (a CPU)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from prefab.factory.engines.vllm_process import (
     command_line,
     environment,
     free_port,
+    gpus_hidden,
     has_gpu,
     reason,
 )
@@ -635,6 +636,11 @@ def test_a_fraction_of_a_gib_is_asked_for_in_bytes(monkeypatch):
     assert environment(VllmProcess(more, "m", 1, "local", None))["VLLM_CPU_KVCACHE_SPACE"] == "2"
     with pytest.raises(ValueError, match="finite"):
         VllmConfig(model="m", kv_cache_gib=float("inf"))
+
+
+def test_gpus_that_the_environment_hides_are_no_gpus():
+    assert gpus_hidden({"CUDA_VISIBLE_DEVICES": ""}) and gpus_hidden({"HIP_VISIBLE_DEVICES": "-1"})
+    assert not gpus_hidden({"CUDA_VISIBLE_DEVICES": "0,1"}) and not gpus_hidden({})
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")

@@ -14,7 +14,7 @@ import itertools
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
-from prefab.trainers.rl import checkpoint, evaluation, ppo, rewards, rollout, sampling
+from prefab.trainers.rl import checkpoint, evaluation, models, ppo, rewards, rollout, sampling
 from prefab.trainers.rl import policy_gradient as pg
 from tests.support import answer_world as aw
 from tests.support import exact_optimum, kill_ppo_driver
@@ -207,6 +207,17 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(make, tmp_path):
         3,
         4,
     ]
+
+
+def test_what_was_measured_of_forwards_goes_on_with_the_run(make):
+    t = ppo.prepare_run(make(), PROMPTS, rewards.single(WORLD.reward))
+    checkpoint.restore(t)
+    assert models.call_of(t) == rollout.CALL_CPU
+    t.state.call = 500
+    checkpoint.save(t)
+    again = ppo.prepare_run(make(), PROMPTS, rewards.single(WORLD.reward))
+    checkpoint.restore(again)
+    assert models.call_of(again) == 500
 
 
 def test_another_configuration_does_not_go_on_from_this_one(make):

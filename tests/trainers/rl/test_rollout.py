@@ -20,7 +20,7 @@ from prefab.trainers.rl import rollout
 from tests.support.tinymodel import build_tokenizer
 
 torch.set_num_threads(1)
-END, CPU = 2, torch.device("cpu")
+END, CALL = 2, rollout.CALL_CPU
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_samplers_log_probabilities_are_those_of_a_plain_forward(model):
 
 def test_training_forward_is_a_plain_forward_whatever_the_batch(model):
     done = answers(model)
-    for rows in rollout.in_batches(done, range(len(done)), 4, CPU):
+    for rows in rollout.in_batches(done, range(len(done)), 4, CALL):
         packed = rollout.pack([done[i] for i in rows], None)
         with torch.no_grad():
             logps, entropy, states = rollout.forward(model, packed, 0.7, hidden=True, entropy=True)
@@ -98,7 +98,7 @@ def test_training_forward_is_a_plain_forward_whatever_the_batch(model):
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=9), st.integers(1, 4))
 def test_batches_hold_every_row_and_no_way_to_cut_them_is_cheaper(lengths, most):
     done = [rollout.SampledAnswer([1], [2] * n, [], True) for n in lengths]
-    batches = rollout.in_batches(done, range(len(done)), most, CPU)
+    batches = rollout.in_batches(done, range(len(done)), most, CALL)
     assert sorted(i for rows in batches for i in rows) == list(range(len(done)))
     assert max(map(len, batches)) <= most
     order = [i for rows in batches for i in rows]
@@ -119,6 +119,16 @@ def test_batches_hold_every_row_and_no_way_to_cut_them_is_cheaper(lengths, most)
         )
 
     assert cost([len(rows) for rows in batches]) == min(map(cost, ways(len(done))))
+
+
+def test_a_forwards_overhead_by_hand(model):
+    """8,192 columns more take 20 ms more, so the overhead of 10 ms is worth 4,096 of them."""
+    assert rollout.call_of_times(0.01, 0.05, 0.07, 8192) == 4096
+    assert rollout.call_of_times(1e-6, 0.05, 0.07, 8192) == rollout.CALL_CPU
+    assert rollout.call_of_times(0.5, 0.05, 0.07, 8192) == rollout.MOST_CALL
+    assert rollout.call_of_times(0.01, 0.07, 0.05, 8192) == rollout.MOST_CALL  # only noise
+    measured = rollout.measured_call(model, torch.device("cpu"))
+    assert rollout.CALL_CPU <= measured <= rollout.MOST_CALL
 
 
 def test_the_gap_is_measured(model):
@@ -184,7 +194,7 @@ def test_answers_found_by_one_forward_are_those_drawn_token_by_token(model, shif
     ]
     for one, other in zip(found, drawn, strict=True):
         assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=2e-5)
-    assert (len(calls) == len(rollout.in_batches(before, range(len(before)), 50, CPU))) == (
+    assert (len(calls) == len(rollout.in_batches(before, range(len(before)), 50, CALL))) == (
         shift == 0
     ), calls
 
