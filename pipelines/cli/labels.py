@@ -294,6 +294,8 @@ def audit_judge(
             audit.rows(report),
             note=audit.notes(report),
         )
+        for line in report.own_answers:
+            warn(line)
         hint_command("agreement", "--store", store or loaded.config.store)
     raise typer.Exit(audit.print_report(report, max_flips, probe))
 

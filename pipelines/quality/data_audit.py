@@ -21,6 +21,7 @@ from prefab.factory.spec import data_files
 from prefab.factory.store.datasets import audited
 from prefab.pipelines.quality import data_rules
 from prefab.pipelines.store.export.base import find_run
+from prefab.pipelines.store.run_page import judges_of_own_answers
 
 if TYPE_CHECKING:
     import polars
@@ -130,6 +131,7 @@ def audit(
         if evaluation
         else ["contamination was not checked: name the files that you evaluate on with --eval FILE"]
     )
+    notes += judges_of_own_answers(json.loads(record["config"] or "{}"))
     result = Audit(
         f"{record['name']}@{record['version']}",
         data.pairs.height,

@@ -37,6 +37,7 @@ from prefab.pipelines.run.asking import (
     kinds_with_engine,
     record_evaluation,
 )
+from prefab.pipelines.store.run_page import judges_of_own_answers
 
 
 @dataclass(slots=True)
@@ -55,6 +56,7 @@ class Report:
     findings: list[bias_probes.Finding] = field(default_factory=list)
     asked: int = 0
     reused: int = 0
+    own_answers: list[str] = field(default_factory=list)  # where it judges its own model's answers
 
     def data(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -113,7 +115,9 @@ def audit(
     folder = Path(store or loaded.config.store)
     plan = cases(loaded, config, chosen, n, store, run, seed)
     engine = engine_for(loaded, config, engines)
-    return asyncio.run(_audit(loaded, config, plan, folder, engine, quiet))
+    report = asyncio.run(_audit(loaded, config, plan, folder, engine, quiet))
+    report.own_answers = judges_of_own_answers(loaded.resolved, report.judge)
+    return report
 
 
 def find_probes(names: Sequence[str | bias_probes.Probe]) -> list[bias_probes.Probe]:

@@ -205,8 +205,9 @@ def _trust(same: Estimate, learned: Learned | None, selection: Selection) -> lis
     return trust
 
 
-def judges_of_own_answers(config: dict[str, Any]) -> list[str]:
-    """A sentence where a judge is the model that wrote the answers; nothing where none is.
+def judges_of_own_answers(config: dict[str, Any], name: str = "") -> list[str]:
+    """A sentence where a judge (of this name, if one is given) is the model that wrote the answers;
+    nothing where none is.
 
     Source: Panickssery et al. 2024, LLM Evaluators Recognize and Favor Their Own Generations.
     """
@@ -220,6 +221,7 @@ def judges_of_own_answers(config: dict[str, Any]) -> list[str]:
         judge["name"]
         for judge in (config.get("panel") or {}).get("judges") or []
         if judge.get("kind") not in WITHOUT_MODEL
+        and name in ("", judge["name"])
         and model(judge.get("engine") or policy) == model(policy)
     ]
     if not own or policy is None:

@@ -105,6 +105,8 @@ def test_a_pull_to_the_first_slot_is_found_by_the_swap_alone(tmp_path):
 def test_a_second_audit_asks_nothing_and_another_judge_does(tmp_path):
     engines = engine()
     first = judge_audit.audit(world(tmp_path), n=11, engines=engines)
+    (own,) = first.own_answers
+    assert own.startswith(f"Judge {first.judge}: the model that wrote the answers judges them")
     asked = engines["local"].total
     assert first.asked == asked > 300
     again = judge_audit.audit(world(tmp_path), n=11, engines=engines)

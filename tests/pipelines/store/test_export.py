@@ -551,7 +551,7 @@ def test_an_export_is_pushed_in_one_commit_that_replaces_the_last_one(store, tmp
 
 
 def test_a_judge_of_its_own_answers_is_named_in_every_report(store, tmp_path):
-    from prefab import agreement
+    from prefab import agreement, audit_data
     from prefab.pipelines.store.run_page import judges_of_own_answers
 
     export(store, tmp_path / "out")
@@ -559,6 +559,7 @@ def test_a_judge_of_its_own_answers_is_named_in_every_report(store, tmp_path):
     assert told in (tmp_path / "out/README.md").read_text()
     assert told in (tmp_path / "out/report.html").read_text()
     assert any(told in line for line in agreement(store, resamples=20)["limitations"])
+    assert any(told in line for line in audit_data(store).notes)
     engines = {"a": {"model": "one"}, "b": {"model": "two"}, "c": {"model": "one"}}
     judges = [{"name": n, "kind": "pairwise", "engine": n} for n in "bc"]
     judges.append({"name": "people", "kind": "human", "engine": ""})
