@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import common
 from prefab.factory.paths import IMPORT_ROOT
 from prefab.factory.store.shared import ShardState, SharedFolder, name_of
-from prefab.pipelines.store.fill import query
+from prefab.pipelines.store.catalogue import update_ledger
 
 RUN = "from prefab.pipelines.cli.main import main; main()"
 CONSTITUTION = """
@@ -61,15 +61,15 @@ def pipeline(folder: Path, prompts: int) -> Path:
     return folder / "pipeline.yaml"
 
 
-def timed(file: Path, *options: str) -> dict[str, Any]:
-    """Run a pipeline in a process of its own. Gives its calls, the seconds, and the CPU seconds of
-    all its processes.
+def command(*words: str) -> dict[str, Any]:
+    """Run a command of Prefab in a process of its own. Gives its output, the seconds, and the CPU
+    seconds and greatest memory of all its processes.
     """
     began = time.perf_counter()
     read, write = os.pipe()
     pid = os.posix_spawn(
         sys.executable,
-        [sys.executable, "-c", RUN, "run", str(file), "--quiet", "--json", *options],
+        [sys.executable, "-c", RUN, *words, "--json"],
         {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)},
         file_actions=[(os.POSIX_SPAWN_DUP2, write, 1), (os.POSIX_SPAWN_CLOSE, read)],
     )
@@ -78,36 +78,56 @@ def timed(file: Path, *options: str) -> dict[str, Any]:
         told = out.read()
     _, status, used = os.wait4(pid, 0)
     if status:
-        raise SystemExit(f"prefab run {file} ended with {status}: {told}")
-    seconds = time.perf_counter() - began
+        raise SystemExit(f"prefab {' '.join(words)} ended with {status}: {told}")
     return {
-        "calls": json.loads(told)["asked"],
-        "seconds": round(seconds, 2),
+        "told": json.loads(told),
+        "seconds": round(time.perf_counter() - began, 2),
         "cpu_s": round(used.ru_utime + used.ru_stime, 2),
+        "memory_mb": used.ru_maxrss >> 10,
     }
 
 
+def timed(file: Path, *options: str) -> dict[str, Any]:
+    """Run a pipeline. Gives its calls, the seconds, and the CPU seconds of all its processes."""
+    found = command("run", str(file), "--quiet", *options)
+    return {"calls": found.pop("told")["asked"], **found}
+
+
 def catalogue(folder: Path, store: Path, shards: int) -> dict[str, Any]:
-    """Seconds to open a catalogue of so many shards, made of links to the files of one shard."""
+    """Measure a catalogue of so many shards, each with the rows of one shard under other names of
+    prompts and preferences: the first query, each further one, and `prefab agreement`.
+    """
+    import duckdb
+
     whole = next(state for state in SharedFolder(store).states() if state.tables)
     shared = SharedFolder.create(folder, shards)
-    for path in (store / "runs").glob("*.json"):
-        (folder / "runs").mkdir(exist_ok=True)
-        shutil.copy(path, folder / "runs" / path.name)
+    shutil.copytree(store / "runs", folder / "runs")
     shared.start_run(1)
+    con = duckdb.connect(config={"threads": 1})
+    for table, (name, _) in whole.tables.items():
+        (folder / "tables" / table).mkdir(parents=True)
+        con.execute(f"CREATE TABLE {table} AS FROM '{store / 'tables' / table / name}'")
     for shard in range(shards):
         tables = {}
-        for table, (name, size) in whole.tables.items():
+        for table in whole.tables:
             to = folder / "tables" / table / f"{name_of(shard)}-copy.parquet"
-            to.parent.mkdir(parents=True, exist_ok=True)
-            to.hardlink_to(store / "tables" / table / name)
-            tables[table] = (to.name, size)
+            names = {name for name, *_ in con.execute(f"DESCRIBE {table}").fetchall()}
+            other = ", ".join(
+                f"{name} || '-{shard}' AS {name}" for name in names & {"prompt", "preference"}
+            )
+            rows = f"SELECT * {f'REPLACE ({other})' if other else ''} FROM {table}"
+            con.execute(f"COPY ({rows}) TO '{to}' (FORMAT parquet, COMPRESSION zstd)")
+            tables[table] = (to.name, to.stat().st_size)
         shared.write_state(ShardState(shard, whole.runs, tables))
+    con.close()
+    update_ledger(folder)
     found: dict[str, Any] = {"shards": shards}
-    for what in ("first", "again"):
-        began = time.perf_counter()
-        found["verdicts"] = query(folder, "SELECT count(*) FROM verdicts").item()
-        found[f"seconds, {what}"] = round(time.perf_counter() - began, 2)
+    for what in ("the first query", "another query"):
+        one = command("sql", "SELECT count(*) AS n FROM verdicts", "--store", str(folder))
+        found["verdicts"] = one.pop("told")[0]["n"]
+        found[what] = one
+    found["agreement"] = command("agreement", "--store", str(folder))
+    del found["agreement"]["told"]
     return found
 
 

@@ -368,31 +368,39 @@ class Driver:
             self._asked_at, self._told_waiting = now, False
 
     def _hand_out(self) -> None:
-        while self.pending and not self.reason and (worker := self._next_idle()):
+        while self.pending and not self.reason:
+            found = ((worker, self.next_shard(worker)) for worker in self._free_workers())
+            worker, shard = next((pair for pair in found if pair[1] is not None), (0, None))
+            if shard is None:
+                return
             self.idle.remove(worker)
-            shard = self._next_shard(worker)
             self.pending.remove(shard)
             self.scaled.shared.write_place(shard, self.places[worker])
             self.busy[worker] = Busy(shard, time.monotonic())
             job = {"shard": shard, "run": self.run_id, "derive": self.derive}
             self.launcher.send(worker, {"do": job, "models": self.models})
 
-    def _next_idle(self) -> int:
-        """An idle worker; a slow one only where there are no others. 0: none."""
-        fast = [worker for worker in self.idle if worker not in self.slow]
-        if fast:
-            return fast[-1]
+    def _free_workers(self) -> list[int]:
+        """The idle workers, the last one first; a slow one only where there are no others."""
+        fast = [worker for worker in reversed(self.idle) if worker not in self.slow]
         others = (self.busy.keys() | self.starting) - self.slow
-        return self.idle[-1] if self.idle and not others else 0
+        return fast or ([] if others else self.idle[-1:])
 
-    def _next_shard(self, worker: int) -> int:
+    def next_shard(self, worker: int) -> int | None:
         """The largest shard that waits: of those whose ledger is where this worker is, else of
         those whose ledger is with no other worker.
+
+        Returns:
+            None while workers start that may be where the ledgers of all these are. A ledger has
+            what its worker had not published when it ended.
         """
         shared, here = self.scaled.shared, self.places[worker]
         there = {place for other, place in self.places.items() if other in self._living()} - {here}
         places = {shard: shared.place(shard) for shard in self.pending[-LOOK_AT:]}
         mine = [shard for shard, place in places.items() if place == here]
+        if not mine and self.starting and time.monotonic() < self._asked_at + MOVE_S:
+            new = [shard for shard, place in places.items() if not place]
+            return new[-1] if new else None
         free = [shard for shard, place in places.items() if place not in there]
         return (mine or free or self.pending)[-1]
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 from datasets import load_dataset
@@ -266,6 +267,21 @@ def test_a_straggler_is_moved_and_nothing_is_asked_twice(made, tmp_path):
     result = driver.run(models(kept_engines(scaled.loaded)))
     assert result.state == "done" and 2 in driver.slow
     assert (result.asked, result.outcomes) == (made[2].asked, made[2].outcomes)
+
+
+def test_a_shard_waits_for_the_worker_that_may_be_where_its_ledger_is(tmp_path):
+    scaled = prepare(pipeline(tmp_path), (), 2, True)
+    driver = Driver(scaled, ThreadLauncher(scaled.setup))
+    driver.pending, driver.idle, driver.starting, driver.places = [0, 1, 2], [1], {2}, {1: "here"}
+    assert driver.next_shard(1) == 2  # none was worked on before
+    scaled.shared.write_place(0, "elsewhere")
+    scaled.shared.write_place(2, "here")
+    assert driver.next_shard(1) == 2
+    driver.pending = [0]
+    driver._asked_at = time.monotonic() + 100
+    assert driver.next_shard(1) is None
+    driver._asked_at -= 1000  # the other worker does not come
+    assert driver.next_shard(1) == 0
 
 
 def test_a_plan_tells_the_shards(tmp_path):
