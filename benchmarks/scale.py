@@ -1,7 +1,7 @@
 """A run over shards beside the same run in one process: CPU seconds a call, bytes a call, and the
 catalogue of many shards.
 
-    python -m benchmarks.scale        (about 10 minutes on two cores)
+    python -m benchmarks.scale        (4 to 5 minutes on two idle cores)
 
 The engine is the scripted one, in the workers' processes, so that what is measured is Prefab.
 """
@@ -139,7 +139,7 @@ def bytes_of(folder: Path) -> int:
 def main() -> None:
     """Measure, print, and record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=2000)
+    parser.add_argument("--prompts", type=int, default=4000)
     parser.add_argument("--shards", type=int, default=1024, help="of the catalogue")
     parser.add_argument("--quick", action="store_true", help="400 prompts, 128 shards")
     args = parser.parse_args()
@@ -157,6 +157,11 @@ def main() -> None:
             found[what] = timed(file, *options)
             print(what, found[what], flush=True)
             found[what]["the same command again"] = timed(file, *options)
+        single, sharded, two = (found[x] for x in ("one process", "one worker", "two workers"))
+        found["CPU of one worker / one process"] = round(sharded["cpu_s"] / single["cpu_s"], 3)
+        found["calls a second of two workers / one process"] = round(
+            single["seconds"] / two["seconds"], 3
+        )
         store = base / "two-workers" / "store"
         calls = found["two workers"]["calls"]
         found["bytes a call"] = {
