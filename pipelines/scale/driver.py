@@ -395,14 +395,14 @@ class Driver:
             what its worker had not published when it ended.
         """
         shared, here = self.scaled.shared, self.places[worker]
-        there = {place for other, place in self.places.items() if other in self._living()} - {here}
         places = {shard: shared.place(shard) for shard in self.pending[-LOOK_AT:]}
-        mine = [shard for shard, place in places.items() if place == here]
-        if not mine and self.starting and time.monotonic() < self._asked_at + MOVE_S:
-            new = [shard for shard, place in places.items() if not place]
-            return new[-1] if new else None
+        if mine := [shard for shard, place in places.items() if place == here]:
+            return mine[-1]
+        if self.starting and time.monotonic() < self._asked_at + MOVE_S:
+            return next((shard for shard in reversed(places) if not places[shard]), None)
+        there = {self.places[other] for other in self._living() & self.places.keys()}
         free = [shard for shard, place in places.items() if place not in there]
-        return (mine or free or self.pending)[-1]
+        return (free or self.pending)[-1]
 
     def _living(self) -> set[int]:
         return {*self.idle, *self.busy, *self.starting}
