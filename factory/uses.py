@@ -94,6 +94,20 @@ class ScoreUse:
 
 
 @dataclass(frozen=True, slots=True)
+class StepUse:
+    """What a judge says of one step of an answer, by the step's number from 0."""
+
+    run: int
+    prompt: str
+    sample: int
+    step: int
+    principle: str
+    judge: str
+    repeat: int = 0
+    role: ClassVar[str] = "step"
+
+
+@dataclass(frozen=True, slots=True)
 class RankUse:
     """A judge's order of all answers. `shown` has the samples' indices as they were shown, in the
     permutation of this number.
@@ -174,6 +188,7 @@ Use = (
     | RevisionUse
     | PairUse
     | ScoreUse
+    | StepUse
     | RankUse
     | IdenticalUse
     | ComparisonUse
@@ -209,6 +224,9 @@ def columns_of(use: Use) -> UseColumns:
         case ScoreUse():
             about, rubric = (use.sample, -1, use.line, use.principle), use.rubric
             return UseColumns(role, *about, judge, rubric, use.repeat)
+        case StepUse():
+            at = (use.sample, use.step, 0, use.principle)
+            return UseColumns(role, *at, judge, repeat=use.repeat)
         case RankUse():
             shown = ",".join(map(str, use.shown))
             return UseColumns(
@@ -232,6 +250,8 @@ def use_of(run: int, prompt: str, c: UseColumns) -> Use:
         case "score":
             place = (c.sample, c.principle, c.judge, c.round, c.order, c.repeat)
             return ScoreUse(run, prompt, *place)
+        case "step":
+            return StepUse(run, prompt, c.sample, c.other, c.principle, c.judge, c.repeat)
         case "rank":
             shown = tuple(map(int, c.order.split(",")))
             return RankUse(run, prompt, c.principle, c.judge, c.round, shown, c.repeat)

@@ -40,6 +40,12 @@ CREATE TABLE calls (call VARCHAR, model VARCHAR, finish VARCHAR, exactness VARCH
 CREATE TABLE scores (score VARCHAR, run INTEGER, prompt VARCHAR, "index" INTEGER, principle VARCHAR, judge VARCHAR,
     repeat INTEGER, criterion VARCHAR, points DOUBLE, value DOUBLE, reason VARCHAR, mass DOUBLE, exactness VARCHAR,
     call VARCHAR);
+-- What a judge says of one step (a line or paragraph) of an answer; `step` counts from 0. `p_right` is the probability that
+-- the step is right, from `value`, which is on the judge's own scale; both NULL, with a `reason`, when it could not be read.
+-- `text` is the step's, NULL where the answer is not known.
+CREATE TABLE steps (score VARCHAR, run INTEGER, prompt VARCHAR, "index" INTEGER, step INTEGER, text VARCHAR,
+    principle VARCHAR, judge VARCHAR, repeat INTEGER, p_right DOUBLE, value DOUBLE, reason VARCHAR, mass DOUBLE,
+    exactness VARCHAR, call VARCHAR);
 -- All answers ordered at once: their indices as they were shown and from best to worst; NULL, with a `reason`: unread.
 CREATE TABLE rankings (ranking VARCHAR, run INTEGER, prompt VARCHAR, principle VARCHAR, judge VARCHAR, repeat INTEGER,
     permutation INTEGER, shown INTEGER[], ranked INTEGER[], reason VARCHAR, call VARCHAR);
@@ -101,6 +107,8 @@ CREATE VIEW unscored AS
 SELECT run, 'judge' AS role, reason, count(*) AS n FROM verdicts WHERE reason IS NOT NULL AND "order" <> '-' GROUP BY ALL
 UNION ALL
 SELECT run, 'score', reason, count(*) FROM scores WHERE reason IS NOT NULL GROUP BY ALL
+UNION ALL
+SELECT run, 'step', reason, count(*) FROM steps WHERE reason IS NOT NULL GROUP BY ALL
 UNION ALL
 SELECT run, 'rank', reason, count(*) FROM rankings WHERE reason IS NOT NULL GROUP BY ALL
 UNION ALL

@@ -39,7 +39,10 @@ MARKER = "shards.json"
 HEAD = "head.json"
 # Tables of the store that are views over the shards' files; what else shards have is copied into
 # the catalogue: it is small, or pages and searches need its row ids.
-VIEWED = ("prompts", "samples", "critiques", "scores", "rankings", "verdicts", "strengths", "calls")
+VIEWED = (
+    *("prompts", "samples", "critiques", "scores", "steps", "rankings", "verdicts"),
+    *("strengths", "calls"),
+)
 COPIED = ("preferences", "models", "failures", "evals")
 OF_PROMPTS = (*VIEWED, "preferences")  # whose rows belong to one prompt, and so to one shard
 

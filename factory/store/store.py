@@ -50,7 +50,10 @@ GUARD = {
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
 }
-DERIVED = ("samples", "critiques", "scores", "rankings", "verdicts", "preferences", "strengths")
+DERIVED = (
+    *("samples", "critiques", "scores", "steps", "rankings", "verdicts", "preferences"),
+    "strengths",
+)
 TABLES = (
     "runs",
     "models",

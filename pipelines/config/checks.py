@@ -4,7 +4,7 @@ files that are not there. Each check gives the place and the words of every mist
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,14 +145,7 @@ def best_of_n(value: Any) -> Found:
     found = list(judges(value))
     if not found:
         yield ("panel",), "best_of_n needs judges that score answers: name one under panel.judges"
-    for index, judge in found:
-        kind = str(judge.get("kind"))
-        if kind in registry.JUDGES and registry.JUDGES[kind].shows != "one":
-            yield (
-                ("panel", "judges", index, "kind"),
-                f"best_of_n asks about one answer at a time, and {kind} judges do not score one; "
-                "pointwise, rubric, verifier and reward_model do",
-            )
+    yield from _score_one(found, recipe)
     if mapping(value, "policy").get("samples") == 1:
         yield ("policy", "samples"), "best_of_n chooses among several answers: at least 2"
     unused: list[yamlio.Path_] = [
@@ -163,6 +156,48 @@ def best_of_n(value: Any) -> Found:
     for path in unused:
         yield path, "has no meaning in best_of_n, which compares the best answer with the worst"
     yield from _least_score(mapping(value, "choose"), [judge.get("kind") for _, judge in found])
+
+
+def _score_one(
+    found: Iterable[tuple[int, dict[str, Any]]],
+    recipe: str,
+    kinds: str = "pointwise, rubric, verifier and reward_model",
+) -> Found:
+    """Judges of a recipe that asks about one answer at a time."""
+    for index, judge in found:
+        kind = str(judge.get("kind"))
+        if kind in registry.JUDGES and registry.JUDGES[kind].shows != "one":
+            yield (
+                ("panel", "judges", index, "kind"),
+                f"{recipe} asks about one answer at a time, and {kind} judges do not score one; "
+                f"{kinds} do",
+            )
+
+
+def process(value: Any) -> Found:
+    """The steps of answers need judges that score one text at a time."""
+    recipe = value.get("recipe") if isinstance(value, dict) else None
+    if recipe != "process":
+        if isinstance(value, dict) and value.get("steps") is not None:
+            yield ("steps",), "is for the recipe process alone"
+        return
+    found = list(judges(value))
+    if not found:
+        yield ("panel",), "process needs judges that score steps: name one under panel.judges"
+    for index, judge in found:
+        if judge.get("kind") == "reward_model":
+            yield (
+                ("panel", "judges", index, "kind"),
+                "a reward is no probability that a step is right",
+            )
+    yield from _score_one(found, "process", "pointwise, rubric and verifier")
+    unused: list[yamlio.Path_] = [
+        (name,) for name in ("revise", "pairs", "choose") if value.get(name) is not None
+    ]
+    if mapping(value, "panel").get("escalate") is not None:
+        unused.append(("panel", "escalate"))
+    for path in unused:
+        yield path, "has no meaning in process, which compares no answers"
 
 
 def _least_score(choose: dict[str, Any], kinds: list[Any]) -> Found:

@@ -26,6 +26,7 @@ RECIPES = Registry(
         "rlaif": "prefab.pipelines.run.rlaif:pipeline",
         "cai": "prefab.pipelines.run.cai:pipeline",
         "best_of_n": "prefab.pipelines.run.best_of_n:pipeline",
+        "process": "prefab.pipelines.run.process:pipeline",
     },
 )
 # Each keeps the protocol ExportFormat in pipelines/store/export/base.py.

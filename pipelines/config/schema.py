@@ -27,6 +27,7 @@ from prefab.factory.engines.base import ENGINES
 from prefab.factory.errors import Problem
 from prefab.factory.paths import PACKAGE
 from prefab.factory.spec import yamlio
+from prefab.factory.steps import Separator
 from prefab.judges import registry
 from prefab.judges.base import JudgeConfig
 from prefab.judges.kinds.critique import CritiqueConfig
@@ -128,6 +129,15 @@ class ReviseConfig(_Strict):
         exclude_if=lambda value: value == 0.0,
         description="A fault that is less probable at the critique's first word is not revised; one "
         "without a probability always is.",
+    )
+
+
+class StepsConfig(_Strict):
+    """What a step of an answer is, and what a judge is shown of it."""
+
+    by: Separator = Field("line", description="line: each line; paragraph: parted by blank lines.")
+    shows: Literal["prefix", "step"] = Field(
+        "prefix", description="prefix: the answer up to the end of the step; step: that alone."
     )
 
 
@@ -304,6 +314,11 @@ class PipelineConfig(_Strict):
         None, description="Left out: no revisions, but for the recipe cai one sweep."
     )
     panel: PanelConfig | None = None
+    steps: StepsConfig | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Of the recipe process: the steps of an answer that are judged; left out: lines.",
+    )
     pairs: Literal["all", "best_worst", "adjacent", "tournament"] = Field(
         "all",
         description="Which answers are compared: every two (all, best_worst), each with the next (adjacent), or "
@@ -334,6 +349,10 @@ class PipelineConfig(_Strict):
     def panel_settings(self) -> PanelConfig:
         """The panel; without one, no judge and the default settings."""
         return self.panel or PanelConfig.model_construct(judges=[])
+
+    def steps_settings(self) -> StepsConfig:
+        """What a step is; without the section, the default settings."""
+        return self.steps or StepsConfig()
 
     def scale_settings(self) -> ScaleConfig:
         """How the run is divided; without the section, the default settings."""
@@ -391,6 +410,7 @@ def _validate(
         checks.rankings,
         checks.fits,
         checks.best_of_n,
+        checks.process,
         checks.engine_names,
         lambda value: checks.files(value, base),
     ]

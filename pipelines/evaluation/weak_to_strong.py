@@ -298,13 +298,18 @@ def _labelled(source: Mapping[str, Any], config: WeakToStrongConfig) -> Labelled
 
 def _evaluation(config: WeakToStrongConfig, policies: dict[str, str]) -> PolicyEvalConfig:
     """The evaluation of some policies, with KL from the untrained one."""
-    same = ("samples", "max_new_tokens", "seed", "batch", "threads", "reward", "constitution")
     return PolicyEvalConfig(
         policies=policies,
         reference=config.train["model"],
         prompts=config.prompts,
+        samples=config.samples,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        batch=config.batch,
+        threads=config.threads,
+        reward=config.reward,
+        constitution=config.constitution,
         template_kwargs=config.template_kwargs,
-        **{name: getattr(config, name) for name in same},
     )
 
 

@@ -48,6 +48,7 @@ ABOVE = {
     "reason": ("sample",),
     "judge": ("sample", "reason"),
     "score": ("sample",),
+    "step": ("sample",),
     "rank": ("sample",),
 }
 Place = tuple[str, str, str]  # role, principle, judge
@@ -304,7 +305,7 @@ class DryRunLedger:
         return min(longest, known.hits / known.total)
 
 
-ROLES = ("sample", "critique", "revise", "reason", "judge", "score", "rank")
+ROLES = ("sample", "critique", "revise", "reason", "judge", "score", "step", "rank")
 
 
 class ChangeReasons:
@@ -329,7 +330,10 @@ class ChangeReasons:
 
 # What a change to a role touches: `judge` stands for all of a panel's calls, `compare` for those
 # that show several answers.
-TOUCHES = {"judge": ("judge", "reason", "score", "rank"), "compare": ("judge", "reason", "rank")}
+TOUCHES = {
+    "judge": ("judge", "reason", "score", "step", "rank"),
+    "compare": ("judge", "reason", "rank"),
+}
 
 
 def asked_before(con: sqlite3.Connection | None, run: int | None, prompt: str) -> bool:

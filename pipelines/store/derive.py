@@ -17,11 +17,20 @@ from prefab.factory import decision
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import RunRecord
 from prefab.factory.spec.templates import critique_labels
+from prefab.factory.steps import step_spans
 from prefab.factory.thinking import policy_answer, split_thinking
 from prefab.factory.types import LONGEST_TEXT, Completion, Constitution, Preference
-from prefab.factory.uses import CritiqueUse, DraftUse, IdenticalUse, RankUse, RevisionUse, ScoreUse
+from prefab.factory.uses import (
+    CritiqueUse,
+    DraftUse,
+    IdenticalUse,
+    RankUse,
+    RevisionUse,
+    ScoreUse,
+    StepUse,
+)
 from prefab.judges import registry
-from prefab.judges.base import Decoded, Pair, Ranking, RubricLines, Score
+from prefab.judges.base import Decoded, Judge, Pair, Ranking, RubricLines, Score
 from prefab.judges.kinds import critique
 from prefab.pipelines.store import verdicts
 from prefab.pipelines.store.calibrations import Learned
@@ -53,6 +62,7 @@ class Derived:
     samples: list[Row] = field(default_factory=list)
     critiques: list[Row] = field(default_factory=list)
     scores: list[Row] = field(default_factory=list)
+    steps: list[Row] = field(default_factory=list)
     rankings: list[Row] = field(default_factory=list)
     verdicts: list[Row] = field(default_factory=list)
     preferences: list[Row] = field(default_factory=list)
@@ -68,11 +78,7 @@ def rules(
     """
     config = record.config
     settings = config.get("panel") or {}
-    judges = {
-        judge["name"]: registry.judge_of(registry.JUDGES[kind].Config.model_validate(judge))
-        for judge in settings.get("judges", ())
-        if (kind := judge.get("kind", "pairwise")) in registry.JUDGES
-    }
+    judges = _judges(settings)
     readers = {name: canonical(judge.reading()).decode() for name, judge in judges.items()}
     rule = decision.rule_of(settings, constitution.selection if constitution else "all")
     principles = constitution.principles if constitution else ()
@@ -92,7 +98,17 @@ def rules(
         learned if learned is not None and learned.fitted else None,
         critique_labels(record.texts.get("template critique", "")),
         (config.get("critic") or {}).get("min_label_mass", 0.5),
+        (config.get("steps") or {}).get("by", "line"),
     )
+
+
+def _judges(panel: Mapping[str, Any]) -> dict[str, Judge[Any]]:
+    """The judges of a panel by name; those of other packages that are not here are left out."""
+    return {
+        judge["name"]: registry.judge_of(registry.JUDGES[kind].Config.model_validate(judge))
+        for judge in panel.get("judges", ())
+        if (kind := judge.get("kind", "pairwise")) in registry.JUDGES
+    }
 
 
 def derive(
@@ -124,6 +140,7 @@ def derive(
             derived.rankings.append(_ranking(use, call, value, rules))
     heard = verdicts.gather(decoded)
     _scores(prompt, heard, rules, rubrics, derived)
+    _steps(decoded, rules, derived)
     identical = _identical(prompt, decoded, derived, rules)
     for pair in heard.principles:
         if pair in identical:
@@ -289,6 +306,43 @@ def _scores(
                     one.call,
                 )
             )
+
+
+def _steps(decoded: Iterable[Decoded], rules: Rules, derived: Derived) -> None:
+    """What the judges say of each step of the answers."""
+    texts = {row[_INDEX]: row[_TEXT] for row in derived.samples}
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for one in decoded:
+        use, read = one.use, one.value
+        if not (isinstance(use, StepUse) and isinstance(read, Score)):
+            continue
+        text = texts.get(use.sample) or ""
+        if use.sample not in spans:
+            spans[use.sample] = step_spans(text, rules.steps)
+        span = next(iter(spans[use.sample][use.step : use.step + 1]), None)
+        judge = rules.judges[use.judge]
+        reward = judge.reward(read)
+        place = (use.prompt, str(use.sample), str(use.step), use.principle, use.judge)
+        read_by = (rules.readers[use.judge], str(judge.PARSER_VERSION))
+        derived.steps.append(
+            (
+                digest("step", *place, str(use.repeat), one.call, *read_by),
+                rules.run,
+                use.prompt,
+                use.sample,
+                use.step,
+                text[slice(*span)] if span else None,
+                use.principle,
+                use.judge,
+                use.repeat,
+                None if reward is None else (reward + 1.0) / 2.0,
+                read.value,
+                read.reason,
+                read.mass,
+                read.exactness,
+                one.call,
+            )
+        )
 
 
 def _compare(

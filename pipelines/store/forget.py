@@ -23,7 +23,7 @@ from prefab.pipelines.store.fill import query
 
 ANY_REASON = "unscored"
 EMPTY = "empty"
-_REASONS = ("samples", "critiques", "scores", "rankings", "verdicts")
+_REASONS = ("samples", "critiques", "scores", "steps", "rankings", "verdicts")
 
 
 @dataclass(frozen=True, slots=True)

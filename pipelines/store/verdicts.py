@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from prefab.factory import decision
 from prefab.factory.keys import digest
+from prefab.factory.steps import Separator
 from prefab.factory.types import Preference, Verdict
 from prefab.factory.uses import (
     NO_ESCALATION,
@@ -50,7 +51,7 @@ class Rules:
     """What a run's configuration says about reading its answers. `strong`: judges asked about some
     comparisons only; `joined` says that the others' readings count beside theirs. `fit`: how
     answers' strengths are found, if at all. `learned`: how readings become a probability, where
-    that was learned from known outcomes.
+    that was learned from known outcomes. `steps`: what a step of an answer is.
     """
 
     run: int
@@ -69,6 +70,7 @@ class Rules:
     learned: Learned | None
     critique_labels: tuple[str, ...]
     critique_mass: float
+    steps: Separator
 
 
 @dataclass(slots=True)

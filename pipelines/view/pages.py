@@ -241,6 +241,7 @@ WITH used AS (
   UNION SELECT call, 'critique' FROM critiques WHERE run = $run
   UNION SELECT call, 'judge' FROM verdicts WHERE run = $run
   UNION SELECT call, 'score' FROM scores WHERE run = $run
+  UNION SELECT call, 'step' FROM steps WHERE run = $run
   UNION SELECT call, 'rank' FROM rankings WHERE run = $run)
 SELECT u.role, m.name AS model, count(*) AS calls, sum(c.prompt_tokens) AS prompt_tokens,
   sum(c.completion_tokens) AS completion_tokens, min(c.answered_at) AS first, max(c.answered_at) AS last

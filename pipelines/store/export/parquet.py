@@ -12,7 +12,7 @@ from prefab.pipelines.store.export.base import ExportOptions, ExportSource
 if TYPE_CHECKING:
     import polars
 
-TABLES = ("samples", "critiques", "scores", "rankings", "verdicts", "preferences")
+TABLES = ("samples", "critiques", "scores", "steps", "rankings", "verdicts", "preferences")
 PAGE_BYTES = 16 << 20
 FIRST_ROWS, MOST_ROWS = 256, 1 << 17
 
