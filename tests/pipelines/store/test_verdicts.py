@@ -32,6 +32,7 @@ def rules(strong: tuple[str, ...] = (), joined: bool = False, learned: Any = Non
         learned=learned,
         critique_labels=(),
         critique_mass=0.5,
+        steps="line",
     )
 
 
