@@ -83,6 +83,22 @@ def lay_out(
     return _stacked(columns, scored, pad, flat, multiple)
 
 
+def rows_with_places(
+    rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]], pad: int, multiple: int = 1
+) -> dict[str, Any]:
+    """Token rows as a batch in which these places of each row are scored: see `lay_out`. `answer`
+    is the row of a place.
+    """
+    columns, scored = _columns(), []
+    for r, (ids, at) in enumerate(zip(rows, places, strict=True)):
+        line: dict[str, list[int]] = {name: [] for name in PLACES}
+        _put(line, ids, 0, 0, 0)
+        scored += [(r, place, ids[place], r) for place in at]
+        for name in PLACES:
+            columns[name].append(line[name])
+    return _stacked(columns, scored, pad, multiple=multiple)
+
+
 def _columns() -> dict[str, list[list[int]]]:
     return {name: [] for name in PLACES}
 

@@ -12,7 +12,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,13 +45,14 @@ if TYPE_CHECKING:
 USED = """
 WITH used AS (
     SELECT 'verdicts' AS source, run, call FROM verdicts UNION ALL SELECT 'scores', run, call FROM scores
+    UNION ALL SELECT 'steps', run, call FROM steps
     UNION ALL SELECT 'rankings', run, call FROM rankings UNION ALL SELECT 'samples', run, call FROM samples
     UNION ALL SELECT 'critiques', run, call FROM critiques)
 SELECT DISTINCT c.model, coalesce(m.name, c.model) FROM used JOIN calls c USING (call) LEFT JOIN models m ON m.model = c.model
 WHERE used.run = ? AND used.source IN {} ORDER BY 1
 """
 # `reward` has pairs as `preference`, and also those whose answers follow different turns
-Kind = Literal["preference", "reward", "unpaired", "sft", "prompts"]
+Kind = Literal["preference", "reward", "unpaired", "sft", "prompts", "process"]
 DATASETS = {"reward": ("preference", "conversations")}  # of an export; of other kinds: the kind's
 Encoder = Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]]
 
@@ -310,7 +311,9 @@ def _from_store(kind: Kind, source: Source, found: Rows, taken: _Taken, number: 
 def _lineage(folder: Path, read: store.Read, record: dict[str, Any]) -> dict[str, Any]:
     """Where the rows of a run come from."""
     run = (record["run"],)
-    labellers = dict(read(USED.format("('verdicts', 'scores', 'rankings')"), run).iter_rows())
+    labellers = dict(
+        read(USED.format("('verdicts', 'scores', 'steps', 'rankings')"), run).iter_rows()
+    )
     models = labellers | dict(read(USED.format("('samples', 'critiques')"), run).iter_rows())
     return {
         "store": str(folder),
@@ -327,6 +330,11 @@ def _stored(
     kind: Kind, source: Source, read: store.Read, record: dict[str, Any], notes: list[str]
 ) -> Iterator[Row]:
     """The rows of a run whose split is train or val, part by part."""
+    if kind == "process":
+        labelled = (source.truncated, source.judges, source.principles)
+        steps = datasets.step_rows(read, record, notes, *labelled)
+        yield from (row for row in steps if row["split"] in ("train", "val"))
+        return
     select = {"all": "draw", "last": "sweep", "": ""}[source.revisions]
     readers = source.judges, source.principles, select
     for part in datasets.dataset_parts(
@@ -464,6 +472,7 @@ NEEDED = {
     "unpaired": "prompt, completion, label",
     "sft": "prompt and completion, messages, or chosen",
     "prompts": "prompt or messages",
+    "process": "prompt, completions (the steps) and labels",
 }
 
 
@@ -473,9 +482,11 @@ def rows_of(kind: Kind, value: Any, names: Mapping[str, str]) -> list[Row]:
     """
     if isinstance(value, ValueError):
         raise value
-    record = layouts.parse(value, names)
     columns = value if isinstance(value, Mapping) else {}
     split = str(columns.get("split") or "")
+    if kind == "process":
+        return [_stepwise(columns, names, data_files.split_in_name(Path(split)) or split)]
+    record = layouts.parse(value, names)
     base: Row = {name: columns[name] for name in KEPT if columns.get(name) is not None}
     base["split"] = data_files.split_in_name(Path(split)) or split
     if record.tools:
@@ -487,6 +498,30 @@ def rows_of(kind: Kind, value: Any, names: Mapping[str, str]) -> list[Row]:
             f"are: {', '.join(map(str, columns))}"
         )
     return made
+
+
+def _stepwise(columns: Mapping[str, Any], names: Mapping[str, str], split: str) -> Row:
+    """A row of TRL's stepwise supervision: the steps are joined by line breaks. Raises: ValueError
+    where it is none.
+    """
+    prompt, steps, labels = (
+        columns.get(names.get(name, name)) for name in ("prompt", "completions", "labels")
+    )
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    texts_ok = isinstance(steps, list) and all(isinstance(s, str) and s.strip() for s in steps)
+    if not turns or not steps or not texts_ok or not isinstance(labels, list):
+        raise ValueError(f"is no process row: these need {NEEDED['process']}")
+    if len(labels) != len(steps) or not all(
+        isinstance(p, bool | int | float) and 0 <= p <= 1 for p in labels
+    ):
+        raise ValueError("labels: one for each step, true or false, or a probability")
+    ends = list(accumulate(len(step) + 1 for step in steps))
+    return {
+        "prompt": layouts.turns_of(turns),
+        "completion": "\n".join(steps),
+        "steps": [[end - 1, float(p)] for end, p in zip(ends, labels, strict=True)],
+        "split": split,
+    }
 
 
 def _pairs(record: layouts.Record, base: Row) -> Iterator[Row]:
@@ -690,12 +725,18 @@ def _arrow_dataset(items: Iterable[dict[str, Any]]) -> Dataset | None:
     from datasets.fingerprint import generate_random_fingerprint
     from datasets.table import InMemoryTable
 
-    kinds = {list: pa.list_(pa.int64()), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    kinds = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, list):
+            return pa.list_(kinds[type(value[0])] if value else pa.int64())
+        return kinds[type(value)]
+
     items = iter(items)
     first = next(items, None)
     if first is None:
         return None
-    schema = pa.schema([(name, kinds[type(value)]) for name, value in first.items()])
+    schema = pa.schema([(name, kind(value)) for name, value in first.items()])
     rest = chain([first], items)
     with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
         with pa.ipc.new_stream(file, schema) as writer:

@@ -38,6 +38,7 @@ STAGES = Registry(
     {
         "sft": "prefab.trainers.offline.sft:STAGE",
         "reward": "prefab.trainers.offline.reward:STAGE",
+        "process": "prefab.trainers.offline.process:STAGE",
         "dpo": "prefab.trainers.offline.dpo:STAGE",
         "kto": "prefab.trainers.offline.kto:STAGE",
         "ppo": "prefab.trainers.rl.ppo:STAGE",

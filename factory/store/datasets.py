@@ -20,6 +20,7 @@ import orjson
 from prefab.factory import decision
 from prefab.factory.errors import ConfigError
 from prefab.factory.numbers import counted
+from prefab.factory.steps import step_spans
 from prefab.factory.store.store import Read, each_shard
 from prefab.factory.tool_calls import (
     answer_turn,
@@ -255,6 +256,67 @@ def dataset_parts(
         for prompts, rows in _prompts_in_parts(read, run, tables):
             yield part.frames(prompts, rows, judges, principles)
     notes += part.left_out.notes(part.label, part.config, pairs)
+
+
+# The steps of a run's answers that have a label, in their order; each label is the mean over judges
+# and principles.
+_STEPS = """
+WITH labelled AS (
+    SELECT prompt, "index", step, avg(p_right) AS p FROM steps
+    WHERE run = $run AND p_right IS NOT NULL
+        AND (len($judges::VARCHAR[]) = 0 OR list_contains($judges::VARCHAR[], judge))
+        AND (len($principles::VARCHAR[]) = 0 OR list_contains($principles::VARCHAR[], principle))
+    GROUP BY ALL)
+SELECT q.messages, s.text, s.sample, s.finish, s.prompt, q.split, list(l.step ORDER BY l.step) AS steps,
+    list(l.p ORDER BY l.step) AS labels
+FROM labelled l JOIN prompts q ON q.prompt = l.prompt
+JOIN samples s ON s.run = $run AND s.prompt = l.prompt AND s."index" = l."index"
+WHERE s.text IS NOT NULL GROUP BY ALL ORDER BY s.prompt, s.sample"""
+
+
+def step_rows(
+    read: Read,
+    record: dict[str, Any],
+    notes: list[str],
+    truncated: bool = False,
+    judges: Sequence[str] = (),
+    principles: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """The answers of a run of the recipe process, each with its steps as [end in characters,
+    P(right)]. Steps that could not be read have no label.
+
+    Args:
+        read: Of one open connection.
+        record: The run, as a row of the table `runs`.
+        notes: Takes a line about answers that are left out.
+        truncated: Keep answers that were cut off by length.
+        judges: Labels of these alone.
+        principles: Likewise.
+    """
+    by = (json.loads(record["config"]).get("steps") or {}).get("by", "line")
+    values = {"run": record["run"], "judges": list(judges), "principles": list(principles)}
+    cut_off = 0
+    for row in read(_STEPS, values).iter_rows(named=True):
+        if row["finish"] == "length" and not truncated:
+            cut_off += 1
+            continue
+        ends = [end for _, end in step_spans(row["text"], by)]
+        yield {
+            "prompt": [message_turn(m) for m in stored_messages(row["messages"])],
+            "completion": row["text"],
+            "steps": [
+                [ends[step], p]
+                for step, p in zip(row["steps"], row["labels"], strict=True)
+                if step < len(ends)
+            ],
+            "sample": row["sample"],
+            "prompt_id": row["prompt"],
+            "split": row["split"],
+        }
+    if cut_off:
+        notes.append(
+            f"{counted(cut_off, 'answer')} cut off by length left out (`truncated` keeps such answers)"
+        )
 
 
 Range = tuple[int, int]

@@ -73,6 +73,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": (TRAIN, ()),
     "train sft": (TRAIN, ("prefab train sft sft --set data.sources.0.store=store --set out=sft",)),
     "train reward": (TRAIN, ("prefab train reward reward --set data.sources.0.store=store",)),
+    "train process": (TRAIN, ("prefab train process process --set out=trained/process",)),
     "train dpo": (TRAIN, ("prefab train dpo dpo --set data.sources.0.store=store --set out=dpo",)),
     "train kto": (TRAIN, ("prefab train kto kto --set data.sources.0.store=store",)),
     "train ppo": (TRAIN, ("prefab train ppo ppo --set data.sources.0.store=store",)),

@@ -68,6 +68,17 @@ def reward(
 
 
 @train_app.command()
+def process(
+    config: StageFile,
+    sets: Sets = [],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a process reward model: the probability that each step of an answer is right."""
+    _offline("process", config, sets, as_json, quiet)
+
+
+@train_app.command()
 def dpo(
     config: StageFile,
     sets: Sets = [],
@@ -145,6 +156,9 @@ def _offline(stage: str, path: Path, sets: list[str], as_json: bool, quiet: bool
     )
     if stage == "reward":
         hint_command("train", "ppo", "ppo", "--set", f"rewards.0.paths=[{done['model']}]")
+    elif stage == "process":
+        rewards = f"rewards=[{{name: steps, kind: process, paths: [{done['model']}]}}]"
+        hint_command("train", "ppo", "ppo", "--set", rewards)
     else:
         base = f"base: {done['base']}, " if done.get("base") else ""
         policies = ("--set", f"policies={{{base}trained: {done['model']}}}")

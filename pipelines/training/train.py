@@ -19,8 +19,8 @@ def train(
     that has ended.
 
     Args:
-        stage: `sft`, `reward`, `dpo`, `kto`, `ppo`, `grpo`, or `online` for rounds of sampling,
-            judging and training.
+        stage: `sft`, `reward`, `process`, `dpo`, `kto`, `ppo`, `grpo`, or `online` for rounds of
+            sampling, judging and training.
         config: A configuration file, or the name of a preset in `trainers/presets/`.
         sets: Overrides of fields, for example `["epochs=1", "out=trained/sft"]`.
         quiet: Do not show progress.

@@ -84,6 +84,23 @@ def penalised_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: fl
     )
 
 
+def place_step_rewards(
+    rewards_BT: Tensor, steps: Sequence[Sequence[tuple[int, float]]], mask_BT: Tensor
+) -> Tensor:
+    """The rewards with those of steps moved from the last real token to the tokens that end the
+    steps. The sum of each row stays, and so does the optimum where gamma is 1.
+
+    `steps`: of each row, (token, reward). Source: Uesato et al. 2022, process-based feedback.
+    """
+    moved_BT = rewards_BT.clone()
+    last_B = mask_BT.sum(-1) - 1
+    for b, of_row in enumerate(steps):
+        for token, reward in of_row:
+            moved_BT[b, token] += reward
+            moved_BT[b, last_B[b]] -= reward
+    return moved_BT
+
+
 def gae(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:

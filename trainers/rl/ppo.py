@@ -44,6 +44,7 @@ from prefab.trainers.rl.models import (
 from prefab.trainers.rl.rewards import Source
 from prefab.trainers.rl.rollout import Prompt, SampledAnswer
 from prefab.trainers.rl.state import PpoRun, State
+from prefab.trainers.steps import step_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -232,6 +233,18 @@ def _reward_metrics(sources: Sequence[Source], found: rewards.Scores) -> dict[st
     return metrics
 
 
+def _step_rewards(
+    t: PpoRun, answers: Sequence[SampledAnswer], scores: Sequence[float]
+) -> list[list[tuple[int, float]]]:
+    """Of each answer, (token, reward) of the steps that have rewards of their own."""
+    found = []
+    for answer, score in zip(answers, scores, strict=True):
+        steps = score.steps if isinstance(score, rewards.StepRewards) else ()
+        tokens = step_tokens(t.tokenizer, answer.ids, [end for end, _ in steps])
+        found.append([(at, value) for at, (_, value) in zip(tokens, steps, strict=True)])
+    return found
+
+
 def estimate(
     t: PpoRun, answers: list[SampledAnswer], scores: list[float], metrics: dict[str, Any]
 ) -> tuple[Batch, float]:
@@ -244,6 +257,8 @@ def estimate(
     k1, k3 = (pg.kl_estimate(logps, reference_logps, form) for form in ("k1", "k3"))
     kl = float(pg.masked_sum(k1, mask)) / len(answers)
     rewarded = pg.penalised_rewards(torch.tensor(scores, device=k1.device), k1, mask, t.state.beta)
+    if any(isinstance(score, rewards.StepRewards) for score in scores):
+        rewarded = pg.place_step_rewards(rewarded, _step_rewards(t, answers, scores), mask)
     advantages, returns = pg.gae(rewarded, values, mask, t.config.gamma, t.config.lam)
     gap, largest = rollout.sampler_gap(answers, logps, mask)
     if not t.off_policy:  # else the gap is that of an update

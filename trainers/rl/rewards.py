@@ -23,6 +23,7 @@ from prefab.factory.errors import ConfigError
 from prefab.trainers import distributed
 from prefab.trainers.common import Strict, TrainError
 from prefab.trainers.offline import reward as reward_model
+from prefab.trainers.offline.process import step_scorer
 from prefab.trainers.offline.reward import Combine, combine
 from prefab.trainers.rl import processes
 from prefab.trainers.rl.rollout import Prompt
@@ -34,17 +35,38 @@ Scales = dict[
 ]  # of a source: (mean, deviation) of each member, then of the whole
 
 
+class StepRewards(float):
+    """The reward of an answer as the sum of rewards of its steps. As a number it is the whole.
+
+    Attributes:
+        steps: Where a step ends in the answer's text, in characters, and its reward.
+    """
+
+    steps: tuple[tuple[int, float], ...]
+
+    def __new__(cls, steps: Sequence[tuple[int, float]], total: float | None = None) -> StepRewards:
+        """`total`, where other rewards of the whole answer are in it."""
+        made = super().__new__(cls, sum(v for _, v in steps) if total is None else total)
+        made.steps = tuple(steps)
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """As processes send it to one another."""
+        return self.steps, float(self)
+
+
 class RewardConfig(Strict):
     """One source of reward. Several `paths`, or a folder with several members, are an ensemble.
 
     `model`: reward models. `file`: a Python file with a function `reward(prompts, completions)`.
     `judge`: a pointwise judge of the pipeline file in `paths` (direct RLAIF). `verifier`: a program
-    that checks the answer. `oracle`: the embedded world's truth, to measure with; a policy trained
-    on it proves nothing.
+    that checks the answer. `process`: a process reward model, whose reward of a step is
+    2 P(right) - 1, over the number of steps; PPO gets it at the step's last token. `oracle`: the
+    embedded world's truth, to measure with; a policy trained on it proves nothing.
     """
 
     name: str = Field(min_length=1)
-    kind: Literal["model", "file", "judge", "verifier", "oracle"] = "model"
+    kind: Literal["model", "file", "judge", "verifier", "process", "oracle"] = "model"
     paths: list[str] = []
     judge: str = Field(
         "", description="Of judge: its name in the pipeline; left out: the first pointwise one."
@@ -117,10 +139,15 @@ def score(
     no number.
     """
     found = Scores(completions, [0.0] * len(completions), {}, {})
+    steps: dict[int, list[tuple[int, float]]] = {}
     for source in sources if completions else ():
         rows = [call(source, member, prompts, completions) for member in source.members]
         scale = (scales or {}).get(source.name) or [(0.0, 1.0)] * (len(rows) + 1)
         scaled = [_scaled(row, one) for row, one in zip(rows, scale, strict=False)]
+        unit = source.weight / scale[0][1] / scale[-1][1]
+        for b, value in enumerate(rows[0] if len(rows) == 1 else ()):
+            if isinstance(value, StepRewards):
+                steps.setdefault(b, []).extend((end, unit * v) for end, v in value.steps)
         columns = list(zip(*scaled, strict=True))
         found.raw[source.name] = [combine(column, "mean") for column in zip(*rows, strict=True)]
         found.disagreement[source.name] = _deviations(columns)
@@ -129,6 +156,9 @@ def score(
             None if old is None or new is None else old + source.weight * new
             for old, new in zip(found.total, whole, strict=True)
         ]
+    for b, of_answer in steps.items():
+        total = found.total[b]
+        found.total[b] = None if total is None else StepRewards(of_answer, total)
     return found
 
 
@@ -251,6 +281,13 @@ def _number(name: str, value: Any, text: str) -> float | None:
         raise TrainError(
             f"reward {name}: gave {number} for the answer {text[:60]!r}. Give None where it cannot score"
         )
+    if isinstance(value, StepRewards):
+        if not all(isfinite(v) and 0 < end <= len(text) for end, v in value.steps):
+            raise TrainError(
+                f"reward {name}: a step of the answer {text[:60]!r} has no finite reward, or ends "
+                "outside of the answer"
+            )
+        return value
     return number
 
 
@@ -276,7 +313,7 @@ def elsewhere(config: RewardConfig) -> Source:
     def unasked(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
         raise TrainError(f"reward {config.name}: is asked by the main process alone")
 
-    several = config.kind in ("model", "file")
+    several = config.kind in ("model", "file", "process")
     n = sum(len(members_of(p)) if config.kind == "model" else 1 for p in config.paths)
     members = (unasked,) * (n if several else 1)
     return Source(config.name, members, config.weight, config.combine, config.lam)
@@ -296,6 +333,8 @@ def _members(config: RewardConfig, makers: Mapping[str, Maker]) -> list[Reward]:
         raise ConfigError(f"rewards: {config.name}: name at least one {config.kind} in paths")
     if config.kind == "file":
         return [from_file(path) for path in config.paths]
+    if config.kind == "process":
+        return [from_process_model(path, config.batch) for path in config.paths]
     return [
         from_model(member, config.batch) for path in config.paths for member in members_of(path)
     ]
@@ -357,6 +396,24 @@ def from_model(folder: str, batch: int = 32) -> Reward:
         ]
         values: list[float] = scored(talks).tolist()
         return values
+
+    return reward
+
+
+def from_process_model(folder: str, batch: int = 32) -> Reward:
+    """A process reward model as a reward: of each step 2 P(right) - 1, over the number of the
+    answer's steps, so that more steps are no better. None for an answer without a step.
+
+    Raises: ConfigError where it is no process reward model.
+    """
+    scored = step_scorer(folder, batch)
+
+    def reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
+        found = scored([turns(prompt) for prompt in prompts], completions)
+        return [
+            StepRewards([(end, (2 * p - 1) / len(steps)) for end, p in steps]) if steps else None
+            for steps in found
+        ]
 
     return reward
 

@@ -263,3 +263,33 @@ def test_importance_weights_are_cut_off_above_and_nothing_outside_the_mask():
     mask = torch.tensor([[True, True, True, False]])
     found = pg.importance_weights(logps, sampled, mask, cap=2.0)
     assert found.tolist() == [pytest.approx([1.0, 2.0, exp(-1.0), 0.0])]
+
+
+def test_rewards_of_steps_have_the_gradient_of_their_sum():
+    """Over all answers of two tokens, enumerated: the expected gradient with the rewards of steps
+    at their tokens is that with the sum at the end, KL penalty included, so the optimum is the
+    same."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)  # after nothing, and 0 to 2
+    pairs = [(a, b) for a in range(3) for b in range(3)]
+    first, second = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    logps = logits.log_softmax(-1)
+    logps_BT = torch.stack([logps[0, first], logps[1 + first, second]], dim=1)
+    mask = torch.ones(9, 2, dtype=torch.bool)
+    of_steps = torch.randn(9, 2, dtype=torch.float64)
+    of_steps[:, 0] = torch.randn(3, dtype=torch.float64)[first]
+    kl = (logps_BT + log(3)).detach()
+
+    def gradient(rewards_BT):
+        _, returns = pg.gae(rewards_BT, torch.zeros_like(rewards_BT), mask, 1.0, 1.0)
+        weight_B = logps_BT.detach().sum(-1).exp()
+        return torch.autograd.grad(
+            (weight_B[:, None] * returns * logps_BT).sum(), logits, retain_graph=True
+        )[0]
+
+    whole = pg.penalised_rewards(of_steps.sum(-1), kl, mask, 0.3)
+    steps = [[(0, float(r[0])), (1, float(r[1]))] for r in of_steps]
+    placed = pg.place_step_rewards(whole, steps, mask)
+    assert torch.allclose(placed, of_steps - 0.3 * kl)
+    assert torch.allclose(placed.sum(-1), whole.sum(-1)) and not torch.allclose(placed, whole)
+    assert torch.allclose(gradient(placed), gradient(whole), atol=1e-12)

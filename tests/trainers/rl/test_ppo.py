@@ -16,6 +16,7 @@ from prefab.factory.errors import ConfigError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
 from prefab.trainers.rl import checkpoint, evaluation, models, ppo, rewards, rollout, sampling
 from prefab.trainers.rl import policy_gradient as pg
+from prefab.trainers.steps import step_tokens
 from tests.support import answer_world as aw
 from tests.support import exact_optimum, kill_ppo_driver
 
@@ -360,6 +361,22 @@ def test_the_penalty_is_that_of_the_controllers_beta(make, beta):
     batch, kl = ppo.estimate(t, answers, scores, {})
     assert ratio.abs().max() > 0.1 and kl == pytest.approx(float(ratio.mean()), abs=1e-5)
     assert torch.allclose(batch.returns[:, 0], torch.tensor(scores) - beta * ratio, atol=1e-4)
+
+
+def test_the_reward_of_a_step_stands_at_its_last_token(make):
+    """The return of a token is all that comes at it and later: a step's reward is not in the
+    returns after the step."""
+    t = ppo.prepare_run(make(gamma=1.0, lam=1.0), PROMPTS, rewards.single(WORLD.reward))
+    answers, texts, _, _ = drawn(t)
+    t.state.beta = 0.0
+    scores = [rewards.StepRewards([(1, 2.0)], 5.0) if text else 5.0 for text in texts]
+    batch, _ = ppo.estimate(t, answers, scores, {})
+    assert any(texts)
+    for b, (answer, text) in enumerate(zip(answers, texts, strict=True)):
+        n = len(answer.ids)
+        steps = step_tokens(t.tokenizer, answer.ids, [1]) if text else []
+        wanted = [5.0 - 2.0 * any(i > at for at in steps) for i in range(n)]
+        assert batch.returns[b, :n].tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_unfinished_answers_do_not_set_the_scale_of_rewards(make):
