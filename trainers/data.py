@@ -500,6 +500,11 @@ def rows_of(kind: Kind, value: Any, names: Mapping[str, str]) -> list[Row]:
     return made
 
 
+def _all_of(values: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether it is a list with something in it, and that of this kind."""
+    return isinstance(values, list) and bool(values) and all(isinstance(v, kind) for v in values)
+
+
 def _stepwise(columns: Mapping[str, Any], names: Mapping[str, str], split: str) -> Row:
     """A row of TRL's stepwise supervision: the steps are joined by line breaks. Raises: ValueError
     where it is none.
@@ -508,12 +513,12 @@ def _stepwise(columns: Mapping[str, Any], names: Mapping[str, str], split: str) 
         columns.get(names.get(name, name)) for name in ("prompt", "completions", "labels")
     )
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    texts_ok = isinstance(steps, list) and all(isinstance(s, str) and s.strip() for s in steps)
-    if not turns or not steps or not texts_ok or not isinstance(labels, list):
+    if not turns or not _all_of(steps, str) or not isinstance(labels, list):
         raise ValueError(f"is no process row: these need {NEEDED['process']}")
-    if len(labels) != len(steps) or not all(
-        isinstance(p, bool | int | float) and 0 <= p <= 1 for p in labels
-    ):
+    if not all(step.strip() for step in steps):
+        raise ValueError("is no process row: a step is empty")
+    known = _all_of(labels, (bool, int, float)) and all(0 <= p <= 1 for p in labels)
+    if len(labels) != len(steps) or not known:
         raise ValueError("labels: one for each step, true or false, or a probability")
     ends = list(accumulate(len(step) + 1 for step in steps))
     return {

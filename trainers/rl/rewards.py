@@ -144,10 +144,8 @@ def score(
         rows = [call(source, member, prompts, completions) for member in source.members]
         scale = (scales or {}).get(source.name) or [(0.0, 1.0)] * (len(rows) + 1)
         scaled = [_scaled(row, one) for row, one in zip(rows, scale, strict=False)]
-        unit = source.weight / scale[0][1] / scale[-1][1]
-        for b, value in enumerate(rows[0] if len(rows) == 1 else ()):
-            if isinstance(value, StepRewards):
-                steps.setdefault(b, []).extend((end, unit * v) for end, v in value.steps)
+        if len(rows) == 1:
+            _add_steps(steps, rows[0], source.weight / scale[0][1] / scale[-1][1])
         columns = list(zip(*scaled, strict=True))
         found.raw[source.name] = [combine(column, "mean") for column in zip(*rows, strict=True)]
         found.disagreement[source.name] = _deviations(columns)
@@ -160,6 +158,15 @@ def score(
         total = found.total[b]
         found.total[b] = None if total is None else StepRewards(of_answer, total)
     return found
+
+
+def _add_steps(
+    steps: dict[int, list[tuple[int, float]]], values: Sequence[float | None], unit: float
+) -> None:
+    """Add the rewards of the answers' steps, times `unit`, by the answer's place."""
+    for b, value in enumerate(values):
+        if isinstance(value, StepRewards):
+            steps.setdefault(b, []).extend((end, unit * v) for end, v in value.steps)
 
 
 def _deviations(columns: Sequence[Sequence[float | None]]) -> list[float]:
