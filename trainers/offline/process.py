@@ -20,7 +20,7 @@ from prefab.factory.errors import ConfigError
 from prefab.factory.steps import Separator, step_spans
 from prefab.trainers import collate, data, distributed
 from prefab.trainers.chat import Turns, answered, shown, turn_of
-from prefab.trainers.common import load_reward, load_tokenizer, write_json
+from prefab.trainers.common import FLASH, load_reward, load_tokenizer, write_json
 from prefab.trainers.offline import loop, losses
 from prefab.trainers.offline.loop import StageConfig
 from prefab.trainers.registry import Stage
@@ -130,7 +130,7 @@ def prepare(config: ProcessTrainingConfig) -> tuple[Any, data.Rows, Any]:
     """The trainer, ready to train, with its rows and its tokenizer."""
     from trl import RewardConfig
 
-    if config.attention in loop.FLASH:
+    if config.attention in FLASH:
         raise ConfigError("attention: this stage has padded rows; write sdpa or eager")
     tokenizer, found = loop.read_data(config, "process")
     _check_steps(config, found)
