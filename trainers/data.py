@@ -500,6 +500,9 @@ def rows_of(kind: Kind, value: Any, names: Mapping[str, str]) -> list[Row]:
     return made
 
 
+STEPWISE = ("prompt", "completions", "labels")
+
+
 def _all_of(values: Any, kind: type | tuple[type, ...]) -> bool:
     """Whether it is a list with something in it, and that of this kind."""
     return isinstance(values, list) and bool(values) and all(isinstance(v, kind) for v in values)
@@ -509,9 +512,10 @@ def _stepwise(columns: Mapping[str, Any], names: Mapping[str, str], split: str) 
     """A row of TRL's stepwise supervision: the steps are joined by line breaks. Raises: ValueError
     where it is none.
     """
-    prompt, steps, labels = (
-        columns.get(names.get(name, name)) for name in ("prompt", "completions", "labels")
-    )
+    named = {name: columns.get(names.get(name, name)) for name in STEPWISE}
+    prompt: Any = named["prompt"]
+    steps: Any = named["completions"]
+    labels: Any = named["labels"]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not turns or not _all_of(steps, str) or not isinstance(labels, list):
         raise ValueError(f"is no process row: these need {NEEDED['process']}")
