@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,18 +17,33 @@ from typing import Any, Literal, get_args, get_origin
 
 import duckdb
 import yaml
+from pydantic import BaseModel
 from typer.main import get_command
 
 import prefab
 from prefab.factory import errors
 from prefab.factory.engines import base as engines
+from prefab.factory.engines.base import ENGINES
+from prefab.factory.spec import constitution
 from prefab.factory.store import store
 from prefab.judges import base as judges
+from prefab.judges.kinds.critique import CritiqueConfig
+from prefab.judges.registry import JUDGES
 from prefab.pipelines.cli import main as cli
 from prefab.pipelines.cli.commands import COMMANDS
+from prefab.pipelines.config import schema
+from prefab.pipelines.evaluation.policy import HeldOut, PolicyEvalConfig
 from prefab.pipelines.store.export import base as exports
+from prefab.pipelines.training.online import OnlineConfig
+from prefab.pipelines.training.sweep import SweepConfig
+from prefab.trainers.common import Lora
+from prefab.trainers.data import DataConfig, Source
+from prefab.trainers.registry import STAGES
+from prefab.trainers.rl.config import VllmSettings
+from prefab.trainers.rl.rewards import RewardConfig
 
 DOCS = Path(__file__).parent
+UNKNOWN = "?"  # a test finds it: give the field a description, or the column one in columns.yaml
 GROUPS = {
     "Projects": [
         "init",
@@ -82,6 +98,13 @@ value in its first column is a switch. Most commands also take
 
 Exit codes: {codes} [Runs](runs.md#exit-codes) says what each means for a run.
 """
+CONFIGURATION_PAGE = """\
+# Configuration
+
+Made from the code by `make reference`; do not edit. Every file is YAML and read strictly: an unknown field is an error that names
+the nearest one. `--set a.b=value` overrides a field on the command line. `pipelines/pipeline.schema.json` and
+`constitutions/constitution.schema.json` let editors complete and check.
+"""
 STORE_PAGE = """\
 # Tables of the store
 
@@ -101,6 +124,7 @@ def render() -> dict[str, str]:
     return {
         "reference.md": python_page(),
         "commands.md": commands_page(),
+        "configuration.md": configuration_page(),
         "store-schema.md": store_page(),
     }
 
@@ -188,12 +212,108 @@ def store_page() -> str:
     for name, words in described.items():
         parts += [f"## {name}\n"] + ([f"{words.strip()}\n"] if words else [])
         rows = [
-            f"| `{column}` | {type} | {meanings.get(f'{name}.{column}') or meanings[column]} |"
+            f"| `{column}` | {type} | {meanings.get(f'{name}.{column}') or meanings.get(column, UNKNOWN)} |"
             for table, column, type in columns
             if table == name
         ]
         parts.append("| column | type | meaning |\n|---|---|---|\n" + "\n".join(rows))
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def configuration_page() -> str:
+    """Every configuration class with its fields, in the order of a pipeline's life."""
+    known = yaml.safe_load((DOCS / "fields.yaml").read_text(encoding="utf-8"))
+    parts = [CONFIGURATION_PAGE]
+    for title, sections in configurations().items():
+        parts.append(f"## {title}\n")
+        for name, config in sections.items():
+            parts += [f"### {name}\n", _description(config) + "\n"]
+            properties = config.model_json_schema(by_alias=True)["properties"]
+            rows = [
+                f"| `{field.alias or key}` | {_kind(properties[field.alias or key])} | {_default(field)} | "
+                f"{_meaning(known, config, key)} |"
+                for key, field in config.model_fields.items()
+            ]
+            parts.append(
+                "| field | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
+            )
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def configurations() -> dict[str, dict[str, type[BaseModel]]]:
+    """The configuration classes: group, then what the class configures, then the class."""
+    whole = schema.PipelineConfig
+    sections: dict[str, type[BaseModel]] = {"The file": whole}
+    for key, field in [*whole.model_fields.items(), *schema.PanelConfig.model_fields.items()]:
+        (inner, *_) = [_model(kind) for kind in (field.annotation, *get_args(field.annotation))]
+        inner = inner or next(filter(None, map(_model, get_args(field.annotation))), None)
+        if inner:
+            sections[f"`{key}:`" if key in whole.model_fields else f"`panel.{key}:`"] = inner
+    sections["`panel.escalate.when:`"] = schema.WhenConfig
+    sections["`critic:`"] = CritiqueConfig
+    stages = {f"`prefab train {name}`": stage.config for name, stage in STAGES.items()}
+    return {
+        "Pipeline files": sections,
+        "Engines": {f"`engine: {name}`": engine.Config for name, engine in ENGINES.items()},
+        "Judges": {f"`kind: {name}`": judge.Config for name, judge in JUDGES.items()},
+        "Constitutions": {
+            "The constitution": constitution.ConstitutionModel,
+            "A principle": constitution.PrincipleModel,
+            "`applies_when:`": constitution.AppliesWhen,
+            "A few-shot example": constitution.Example,
+            "A test": constitution.TestCase,
+            "`override:`": constitution.Override,
+        },
+        "Training and evaluation": {
+            **stages,
+            "`prefab train online`": OnlineConfig,
+            "`prefab sweep`": SweepConfig,
+            "`prefab eval policy`": PolicyEvalConfig,
+            "`prompts:` of an evaluation": HeldOut,
+            "`data:` of a training": DataConfig,
+            "`data.sources:`": Source,
+            "`lora:`": Lora,
+            "`rewards:`": RewardConfig,
+            "`vllm:` of PPO": VllmSettings,
+        },
+    }
+
+
+def _model(kind: Any) -> type[BaseModel] | None:
+    return kind if inspect.isclass(kind) and issubclass(kind, BaseModel) else None
+
+
+def _meaning(known: dict[str, str], config: type[BaseModel], key: str) -> str:
+    words = config.model_fields[key].description
+    words = words or known.get(f"{config.__name__}.{key}") or known.get(key, UNKNOWN)
+    return cell(words[0].upper() + words[1:] + "." * (not words.endswith(".")))
+
+
+def _description(config: type[BaseModel]) -> str:
+    return " ".join(line for line in (inspect.getdoc(config) or "").splitlines())
+
+
+def _kind(found: dict[str, Any]) -> str:
+    """What a field holds, in words, from its JSON schema."""
+    if "const" in found or "enum" in found:
+        return ", ".join(f"`{value}`" for value in found.get("enum", [found.get("const")]))
+    if "anyOf" in found or "oneOf" in found:
+        inner = (_kind(one) for one in found.get("anyOf", found.get("oneOf")))
+        return " or ".join(dict.fromkeys(kind for kind in inner if kind))
+    if found.get("type") == "array":
+        return f"list of {_kind(found['items'])}" if found.get("items") else "list"
+    words = {"string": "text", "integer": "whole number", "boolean": "true or false"}
+    words |= {"object": "mapping", "null": "null", "number": "number"}
+    return words.get(found.get("type", ""), "mapping")
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "its own defaults"
+    return f"`{cell(json.dumps(value, default=str, ensure_ascii=False))}`"
 
 
 def python_page() -> str:

@@ -2,10 +2,10 @@
 documented; links lead to files.
 
 A block fenced ```sh or ```python is run, in the order of the page, in an empty folder
-(CONTRIBUTING.md: at the top of the repository). Python blocks with no ```sh block between them
-share one process. Of a block fenced ```console each command is run in a project with a scripted
-engine, or stands in NOT_RUN_BECAUSE with the reason; then its words and its configuration are
-checked. What needs a server or a GPU is fenced ```py."""
+(CONTRIBUTING.md: at the top of the repository; an example: in a copy of its folder). Python blocks
+with no ```sh block between them share one process. Of a block fenced ```console each command is run
+in a project with a scripted engine, or stands in NOT_RUN_BECAUSE with the reason; then its words
+and its configuration are checked. What needs a server or a GPU is fenced ```py."""
 
 from __future__ import annotations
 
@@ -40,12 +40,26 @@ from tests.support.family_server import family_server
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+EXAMPLES = ROOT / "examples"
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *(page for folder in (DOCS, EXAMPLES) for page in sorted(folder.rglob("*.md"))),
+]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.M | re.S)
 WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text())]
 # Pages without commands, and pages whose commands all need a model or a GPU.
 NOT_RUN = {
-    *("commands", "design", "exports", "index", "judge-server", "log", "microworld", "models"),
+    *(
+        "commands",
+        "configuration",
+        "design",
+        "exports",
+        "index",
+        "judge-server",
+        "log",
+        "microworld",
+        "models",
+    ),
     *("panels", "ppo", "reference", "reliability", "store-schema", "training", "verifiers"),
     "view",
 }
@@ -66,8 +80,10 @@ def script(page: str) -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_examples_run(page, tmp_path, training_forks):
+    if EXAMPLES in page.parents:
+        shutil.copytree(page.parent, tmp_path, dirs_exist_ok=True)
     done = subprocess.run(
         ["bash", "-c", "set -ex\n" + training_forks.shell() + script(page.read_text())],
         cwd=ROOT if page.name == "CONTRIBUTING.md" else tmp_path,
@@ -207,21 +223,38 @@ def test_public_functions_describe_each_parameter(name):
     assert not inspect.signature(function).parameters.keys() - described
 
 
-GENERATED = runpy.run_path(str(DOCS / "reference.py"))["render"]()
+@pytest.fixture(scope="module")
+def reference():
+    """docs/reference.py, and the pages that it writes."""
+    module = runpy.run_path(str(DOCS / "reference.py"))
+    return module, module["render"]()
 
 
-@pytest.mark.parametrize("name", GENERATED)
-def test_a_page_of_the_reference_is_up_to_date(name):
-    assert (DOCS / name).read_text() == GENERATED[name], "run `make reference`"
+@pytest.mark.parametrize(
+    "name", ["reference.md", "commands.md", "configuration.md", "store-schema.md"]
+)
+def test_a_page_of_the_reference_is_up_to_date(name, reference):
+    _, pages = reference
+    assert (DOCS / name).read_text() == pages[name], "run `make reference`"
+    assert not re.findall(r"^.*\| \?\.? \|$", pages[name], re.M), "without a meaning"
 
 
-def test_each_meaning_of_a_column_is_that_of_a_column_that_exists():
-    rows = re.findall(r"^## (\w+)|^\| `(\w+)` \| [A-Z]", GENERATED["store-schema.md"], re.M)
+def test_each_meaning_of_a_column_is_that_of_a_column_that_exists(reference):
+    rows = re.findall(r"^## (\w+)|^\| `(\w+)` \| [A-Z]", reference[1]["store-schema.md"], re.M)
     table, there = "", set()
     for heading, column in rows:
         table = heading or table
         there |= {column, f"{table}.{column}"}
     assert not yaml.safe_load((DOCS / "columns.yaml").read_text()).keys() - there
+
+
+def test_each_meaning_of_a_field_is_that_of_a_field_without_a_description(reference):
+    there = set()
+    for sections in reference[0]["configurations"]().values():
+        for config in sections.values():
+            bare = [key for key, field in config.model_fields.items() if not field.description]
+            there |= {*bare, *(f"{config.__name__}.{key}" for key in bare)}
+    assert not yaml.safe_load((DOCS / "fields.yaml").read_text()).keys() - there
 
 
 def anchors(page: str) -> set[str]:
