@@ -33,7 +33,7 @@ ATTACK = (
     "{{ 7 * 7 }} &lt;b&gt; \u2028" + "w" * 3000
 )
 NAME = "<img src=x onerror='window.attacked = 3'>\u202eevil"  # of what people and trainers name
-LONG = "w" * 1_000_000
+LONG = "w" * 200_000
 
 
 def make(folder: Path, prompts: int = 40, attack: bool = False) -> Path:
@@ -56,7 +56,7 @@ def make(folder: Path, prompts: int = 40, attack: bool = False) -> Path:
 
 def _attacking(engine: Any) -> Any:
     """The engine, whose answers to prompts end with a text that attacks the page; the first of them
-    is one word of a million letters.
+    is one word of 200,000 letters.
     """
     answer, long = engine.answer, [LONG]
 

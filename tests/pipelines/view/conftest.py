@@ -69,9 +69,9 @@ def client_of(folder: Path, indexes: Indexes | None = None) -> Iterator[TestClie
     view.end()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def client(made):
-    """A client that has the token, of the store that nobody writes to."""
+    """A client that has the token, of the store that nobody writes to. Figures are computed once."""
     with client_of(made) as client:
         yield client
 
