@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -103,6 +104,7 @@ def opened(folder: Path, memory_mb: int = MEMORY_MB) -> Iterator[duckdb.DuckDBPy
     Raises: HeldError when another program has it open, DamagedError when it is damaged,
     MemoryLimitError when `memory_mb` are too little.
     """
+    _close_kept(folder)
     con = _connect(folder, False, memory_mb)
     try:
         with translate_errors(folder / FILE):
@@ -186,13 +188,58 @@ def read_store(folder: Path, work: Callable[[Read], T]) -> T:
         )
 
     def within(memory_mb: int) -> T:
-        con = _connect(folder, True, memory_mb)
+        con, well = _reading(folder, memory_mb), False
         try:
-            return work(_OpenStore(con, folder))
+            result = work(_OpenStore(con, folder))
+            well = True
+            return result
         finally:
-            con.close()
+            if _KEPT.get() is None:
+                con.close()
+            elif not well:
+                _close_kept(folder)
 
     return with_memory(folder, within)
+
+
+# by folder: the connection that reads within a block of `one_connection`, and its memory in MB
+_KEPT: ContextVar[dict[Path, tuple[duckdb.DuckDBPyConnection, int]] | None] = ContextVar(
+    "kept", default=None
+)
+
+
+@contextmanager
+def one_connection() -> Iterator[None]:
+    """Within the block (or the function, as a decorator) all reads of a store share one connection:
+    DuckDB takes longer to open a file than to answer most queries. What opens the store for writing
+    closes it, and the next read opens it again.
+    """
+    if _KEPT.get() is not None:
+        yield
+        return
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        for folder in list(_KEPT.get() or ()):
+            _close_kept(folder)
+        _KEPT.reset(token)
+
+
+def _reading(folder: Path, memory_mb: int) -> duckdb.DuckDBPyConnection:
+    """The connection of the block with this memory, or a new one outside a block."""
+    kept, place = _KEPT.get(), Path(folder).resolve()
+    if kept is None:
+        return _connect(folder, True, memory_mb)
+    if kept.get(place, (None, 0))[1] != memory_mb:
+        _close_kept(folder)
+        kept[place] = _connect(folder, True, memory_mb), memory_mb
+    return kept[place][0]
+
+
+def _close_kept(folder: Path) -> None:
+    if found := (_KEPT.get() or {}).pop(Path(folder).resolve(), None):
+        found[0].close()
 
 
 class _OpenStore:
@@ -476,6 +523,7 @@ def set_aside(folder: Path) -> list[Path]:
 
 def delete(folder: Path) -> None:
     """Remove the store's files; they can be made again from the ledger."""
+    _close_kept(folder)
     for name in (FILE, WAL):
         (Path(folder) / name).unlink(missing_ok=True)
 

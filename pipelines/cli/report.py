@@ -41,14 +41,16 @@ def report(
     """Write a run as one HTML file: how far to trust it, the constitution, charts, examples, and
     what was trained. It needs no other file and no network.
     """
+    from prefab.factory.store.store import one_connection
     from prefab.pipelines.store.export.base import find_run
     from prefab.pipelines.store.run_page import run_page, write_run_page
 
     folder = existing_store(store)
-    record = find_run(folder, run)
-    page = run_page(folder, record, examples)
-    biases = _probes(folder)
-    page.sections = [*_agreement(folder, page), *([biases] if biases else []), *_training(folder)]
+    with one_connection():
+        record = find_run(folder, run)
+        page = run_page(folder, record, examples)
+        biases = _probes(folder)
+        page.sections = _agreement(folder, page) + ([biases] if biases else []) + _training(folder)
     out = out or Path(f"{page.name.replace('@', '-')}-report.html")
     write_run_page(out, page, record["started_at"])
     size = out.stat().st_size

@@ -19,6 +19,7 @@ import numpy as np
 
 from prefab.factory.errors import PrefabError
 from prefab.factory.stats import Estimate, bootstrap, bounded, paired_difference, undefined
+from prefab.factory.store.store import one_connection
 from prefab.judges.stats import agreement, calibration, judge_metrics
 from prefab.judges.stats.aggregate import dawid_skene, majority, mean_probability
 from prefab.judges.stats.rating_table import group
@@ -48,6 +49,7 @@ class UnscoredError(PrefabError):
     """There are verdicts, and not one of them could be read."""
 
 
+@one_connection()
 def measure(
     folder: str | Path,
     run: str = "",

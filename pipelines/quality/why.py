@@ -16,6 +16,7 @@ from typing import Any
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import sampling_object
 from prefab.factory.ledger import db, records
+from prefab.factory.store.store import one_connection
 from prefab.factory.types import Sampling
 from prefab.pipelines.store.fill import query
 
@@ -90,6 +91,7 @@ _PRINCIPLES = "SELECT principle, title, digest FROM principles WHERE constitutio
 Read = Callable[[str, Mapping[str, Any]], list[dict[str, Any]]]
 
 
+@one_connection()
 def why(store: str | Path, preference: str, run: str = "", read: Read | None = None) -> Why:
     """How a preference came about.
 

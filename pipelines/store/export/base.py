@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefab.factory.errors import ConfigError
 from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.store import datasets
-from prefab.factory.store.store import Read
+from prefab.factory.store.store import Read, one_connection
 from prefab.pipelines.config.registries import FORMATS
 from prefab.pipelines.store.export.card import BESIDE, PAGE_EXAMPLES, ExportReport, write_beside
 from prefab.pipelines.store.export.files import (
@@ -112,6 +112,7 @@ class ExportFormat(Protocol):
         """
 
 
+@one_connection()
 def export(
     folder: str | Path,
     out: str | Path,

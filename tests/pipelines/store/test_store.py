@@ -262,6 +262,31 @@ def test_a_store_that_is_current_is_not_filled_again(tmp_path):
         holder.wait(10)
 
 
+def test_reads_of_one_block_share_a_connection_which_a_filling_closes(tmp_path, monkeypatch):
+    asyncio.run(run(tmp_path, 2, MiniEngine()))
+    opened, connect_to = [], duckdb.connect
+
+    def counted(*arguments, **named):
+        opened.append(named["read_only"])
+        return connect_to(*arguments, **named)
+
+    monkeypatch.setattr(duckdb, "connect", counted)
+    fill(tmp_path)
+    opened.clear()
+    sql = "SELECT count(*) FROM prompts"
+    with store.one_connection():
+        assert [only(tmp_path, sql) for _ in range(3)] == [2, 2, 2] and opened == [True]
+        asyncio.run(run(tmp_path, 3, MiniEngine()))
+        assert [only(tmp_path, sql) for _ in range(3)] == [3, 3, 3]
+        assert opened.count(True) == 2 and opened.count(False) > 0
+        rebuild(tmp_path)
+        with pytest.raises(ConfigError):
+            only(tmp_path, "SELECT nothing FROM prompts")
+        assert only(tmp_path, sql) == 3 and opened.count(True) == 4
+    with store.opened(tmp_path):
+        pass  # nothing in this process reads it any more
+
+
 def test_absence_and_damage_are_told(tmp_path):
     with pytest.raises(StoreError, match="no ledger here"):
         fill(tmp_path)

@@ -71,7 +71,7 @@ def client_of(folder: Path, indexes: Indexes | None = None) -> Iterator[TestClie
 
 @pytest.fixture(scope="session")
 def client(made):
-    """A client that has the token, of the store that nobody writes to. Figures are computed once."""
+    """A client that has the token, of the store that nobody writes to; it computes figures once."""
     with client_of(made) as client:
         yield client
 
