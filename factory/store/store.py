@@ -194,9 +194,8 @@ def read_store(folder: Path, work: Callable[[Read], T]) -> T:
             well = True
             return result
         finally:
-            if _KEPT.get() is None:
-                con.close()
-            elif not well:
+            con.close()
+            if not well:
                 _close_kept(folder)
 
     return with_memory(folder, within)
@@ -210,9 +209,9 @@ _KEPT: ContextVar[dict[Path, tuple[duckdb.DuckDBPyConnection, int]] | None] = Co
 
 @contextmanager
 def one_connection() -> Iterator[None]:
-    """Within the block (or the function, as a decorator) all reads of a store share one connection:
-    DuckDB takes longer to open a file than to answer most queries. What opens the store for writing
-    closes it, and the next read opens it again.
+    """Within the block (or the function, as a decorator) a store that is read stays open: DuckDB
+    takes longer to open a file than to answer most queries. What opens the store for writing closes
+    it, and the next read opens it again.
     """
     if _KEPT.get() is not None:
         yield
@@ -227,14 +226,16 @@ def one_connection() -> Iterator[None]:
 
 
 def _reading(folder: Path, memory_mb: int) -> duckdb.DuckDBPyConnection:
-    """The connection of the block with this memory, or a new one outside a block."""
+    """A connection with views of its own: of the database that the block has open with this memory,
+    or outside a block of one that is opened for it.
+    """
     kept, place = _KEPT.get(), Path(folder).resolve()
     if kept is None:
         return _connect(folder, True, memory_mb)
     if kept.get(place, (None, 0))[1] != memory_mb:
         _close_kept(folder)
         kept[place] = _connect(folder, True, memory_mb), memory_mb
-    return kept[place][0]
+    return kept[place][0].cursor()
 
 
 def _close_kept(folder: Path) -> None:
