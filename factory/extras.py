@@ -13,7 +13,7 @@ from prefab.factory.paths import IMPORT_ROOT
 NAME = "prefab-rlaif"
 # By module: the extra in pyproject.toml that brings it.
 EXTRA_OF = {
-    **dict.fromkeys(("evalica", "numpy", "rensa", "scipy"), "stats"),
+    **dict.fromkeys(("evalica", "rensa"), "stats"),
     **dict.fromkeys(("accelerate", "datasets", "matplotlib", "peft", "torch"), "train"),
     **dict.fromkeys(("safetensors", "tokenizers", "transformers", "trl"), "train"),
     **dict.fromkeys(("starlette", "uvicorn"), "view"),

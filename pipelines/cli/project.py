@@ -16,6 +16,8 @@ from prefab.factory.spec.templates import TEMPLATES, VARIABLES, load_template
 from prefab.pipelines.config.schema import PromptsConfig, json_schema
 
 SKIPPED = {".git", ".venv", "__pycache__", "node_modules", "store", "out"}
+# What marks a folder as a store, a store in shards, or an export: their files are no input.
+MADE_BY_PREFAB = {"ledger.sqlite", "shards.json", "prefab-export.json"}
 
 PIPELINE = """\
 # yaml-language-server: $schema=.schemas/pipeline.schema.json
@@ -129,6 +131,9 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
             for folder, folders, names in os.walk(path):
+                if not MADE_BY_PREFAB.isdisjoint(names) and Path(folder) != path:
+                    folders.clear()
+                    continue
                 folders[:] = sorted(
                     name for name in folders if name not in SKIPPED and not name.startswith(".")
                 )

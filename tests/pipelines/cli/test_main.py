@@ -25,6 +25,7 @@ from prefab.factory.console import fail
 from prefab.factory.errors import BudgetError
 from prefab.factory.store.store import read_frame as store_read
 from prefab.pipelines.cli.main import app, main
+from prefab.pipelines.cli.project import check_paths, init_project
 from prefab.pipelines.store.fill import query as ask
 from tests.support import project
 
@@ -96,6 +97,18 @@ def test_init_check_plan(tmp_path, monkeypatch, capsys):
     assert value["recipe"] == "rlaif"
     code, _, err = inside(monkeypatch, capsys, "init", str(tmp_path / "mine"))
     assert code == 2 and "not empty" in err
+
+
+@pytest.mark.parametrize("marker", ["ledger.sqlite", "shards.json", "prefab-export.json"])
+def test_check_leaves_out_what_prefab_made(tmp_path, marker):
+    init_project(tmp_path / "project")
+    made = tmp_path / "project" / "results" / "prompts"
+    made.mkdir(parents=True)
+    (made / "0.jsonl").write_text("[1]\n")
+    assert check_paths([tmp_path / "project"])[1]
+    (made.parent / marker).touch()
+    assert not check_paths([tmp_path / "project"])[1]
+    assert check_paths([made])[1]  # a folder that is named is checked
 
 
 def test_check_tells_all_problems_at_once_with_their_places(tmp_path, monkeypatch, capsys):
