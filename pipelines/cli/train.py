@@ -354,7 +354,7 @@ def eval_weak_to_strong(
     if as_json:
         return print_json(report.data())
     table(
-        f"The policy trained on each labels, {counted(report.seeds, 'seed')}, "
+        f"The policy trained on each set of labels, {counted(report.seeds, 'seed')}, "
         f"{counted(report.prompts, 'held-out prompt')}",
         COLUMNS,
         table_rows(report),

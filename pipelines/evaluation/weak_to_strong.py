@@ -96,7 +96,9 @@ class WeakToStrongConfig(Strict):
     train: dict[str, Any] = Field(
         description="Fields of the stage but for out, seed, store and data.sources."
     )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="Trainings with each labels.")
+    seeds: list[int] = Field(
+        [0, 1, 2], min_length=1, description="Trainings with each set of labels."
+    )
     out: str = Field(description="The folder of all policies, of the report and of its card.")
     prompts: HeldOut = HeldOut()
     samples: int = Field(4, ge=1, le=64)
@@ -351,7 +353,7 @@ def measured(
     Args:
         config: The configuration.
         prompts: The held-out prompts.
-        rows: The pairs of each labels.
+        rows: The pairs of each set of labels.
         answers: By labels and seed; of the untrained policy with seed 0.
 
     Raises: ConfigError where nothing scores the answers.
@@ -505,7 +507,7 @@ def write(config: WeakToStrongConfig, report: WeakToStrong) -> None:
     chart = _chart(report)
     charts.draw([chart]).savefig(out / f"{RESULT}.png", dpi=150)
     told = (
-        f"{config.train['model']} trained by {config.stage} on each labels with "
+        f"{config.train['model']} trained by {config.stage} on each set of labels with "
         f"{counted(report.seeds, 'seed')}, measured on {counted(report.prompts, 'held-out prompt')} in "
         f"{counted(report.groups, 'group')}, {counted(config.samples, 'answer')} each. Score: "
         f"{charted(report.value)}. Intervals of 95%, for another seed and another group."
@@ -580,7 +582,7 @@ def _chart(report: WeakToStrong) -> charts.Chart:
         if r.score.value is not None
     ]
     return charts.Chart(
-        "Score of the policy trained on each labels, 95% intervals",
+        "Score of the policy trained on each set of labels, 95% intervals",
         "labels, from the weakest",
         charted(report.value),
         [charts.Series("score", points)],
