@@ -65,7 +65,7 @@ def install_command(
         return f"`pipx install --force '{wanted}'`"
     if "uv" in parts and "tools" in parts:
         return f"`uv tool install --force '{wanted}'`"
-    if "uv" in parts:  # an environment in uv's cache, which uvx made
+    if "archive-v0" in parts:  # an environment in uv's cache, which uvx made
         return f"`uvx --from '{wanted}' prefab`"
     by_uv = (installed.read_text("INSTALLER") or "").strip() == "uv"
     return f"`{'uv ' if by_uv else ''}pip install '{wanted}'`"

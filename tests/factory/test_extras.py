@@ -56,7 +56,7 @@ GIT = {"url": "https://git.example/prefab", "vcs_info": {"vcs": "git", "commit_i
         (
             {"url": WHEEL},
             "uv",
-            "/people/me/.cache/uv/archive-v0/x1",
+            "/scratch/cache/archive-v0/x1",  # UV_CACHE_DIR
             f"`uvx --from 'prefab-rlaif[train] @ {WHEEL}' prefab`",
         ),
     ],
