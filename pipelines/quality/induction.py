@@ -192,8 +192,7 @@ def induce(
     """
     if len(pairs) < LEAST_PAIRS:
         raise ConfigError(
-            f"{len(pairs):,} labelled pairs are too few to find principles; give {LEAST_PAIRS} or "
-            "more"
+            f"too few labelled pairs to find principles: {len(pairs):,}; give {LEAST_PAIRS} or more"
         )
     loaded = resolve_pipeline(pipeline, sets)
     asked = find_judge(loaded, judge, kinds_with_engine("pair"))

@@ -103,15 +103,12 @@ def test_each_command_that_needs_an_extra_says_which(tmp_path: Path) -> None:
     row = {"prompt": "Why?", "chosen": "Because.", "rejected": "So.", "completion": "Because."}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     commands = [
-        ["agreement"],
         ["audit", "data"],
-        ["principles"],
         ["view", "store"],
         ["train", "dpo", "dpo", "--set", FILES, "--set", "out=dpo"],
         ["train", "sft", "sft", "--set", FILES, "--set", "out=sft"],
         ["eval", "policy", "--set", "policies={base: prefab-tiny}"],
         ["sweep", "sweep"],
-        ["induce", "demo", "--pairs", "pairs.jsonl", "--out", "new.yaml"],
         ["serve", "prefab-tiny"],
     ]
     done = subprocess.run(

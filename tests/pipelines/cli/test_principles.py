@@ -60,7 +60,7 @@ def test_induce_refuses_what_it_cannot_use(made, tmp_path):
     (tmp_path / "few.jsonl").write_text('{"prompt": "P", "chosen": "a", "rejected": "b"}\n')
     (tmp_path / "there.yaml").write_text("id: x\n")
     for words, why in (
-        (("--pairs", tmp_path / "few.jsonl"), "1 labelled pairs are too few"),
+        (("--pairs", tmp_path / "few.jsonl"), "too few labelled pairs to find principles: 1"),
         (("--pairs", tmp_path / "few.jsonl", "--run", "small"), "leave --run and --against out"),
         (("--store", made / "store"), "nobody labelled a pair"),
         (("--out", tmp_path / "there.yaml"), "exists already"),

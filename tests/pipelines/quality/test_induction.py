@@ -200,5 +200,5 @@ def test_rules_are_read_and_near_repetitions_merged():
 
 
 def test_too_few_pairs(tmp_path):
-    with pytest.raises(ConfigError, match="3 labelled pairs are too few"):
+    with pytest.raises(ConfigError, match="too few labelled pairs to find principles: 3"):
         induce(marked_pairs(("red",), 3), project.pipeline(tmp_path), engines=engine())
