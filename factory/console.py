@@ -161,7 +161,7 @@ def _remedy(error: PrefabError) -> str:
 
 def warn(message: str) -> None:
     """Print a warning to stderr."""
-    LOG.warning(message, extra=ON_SCREEN)
+    LOG.warning(printable(message), extra=ON_SCREEN)
     say(f" {message}", "note", "yellow", stderr=True)
 
 

@@ -23,6 +23,7 @@ import prefab
 from prefab.factory.console import LOG, ON_SCREEN, OutputStyle, output_style
 from prefab.factory.errors import ConfigError, InstallationError, PrefabError
 from prefab.factory.logs import FILE_VARIABLE, LEVEL_VARIABLE, logging_to
+from prefab.factory.printable import printable
 from prefab.factory.telemetry import stage
 from prefab.factory.tracing import tracing_by_environment
 
@@ -281,7 +282,7 @@ def _logged(words: str, verbose: int, log_file: Path | None) -> Iterator[None]:
             except (typer.Exit, typer.Abort) as error:
                 ending = error  # no failure of the stage
             except PrefabError as error:
-                LOG.error("%s: %s", type(error).__name__, error, extra=ON_SCREEN)
+                LOG.error("%s: %s", type(error).__name__, printable(str(error)), extra=ON_SCREEN)
                 raise
             except Exception:
                 LOG.exception("a bug", extra=ON_SCREEN)
