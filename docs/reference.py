@@ -1,5 +1,5 @@
 """Write the pages of the reference from the code: reference.md (the Python API), commands.md,
-configuration.md and store-schema.md.
+configuration.md and store-schema.md; and output.schema.json, what commands print with --json.
 
 `make reference` runs it; a test fails where a page is not up to date.
 """
@@ -31,6 +31,7 @@ from prefab.judges.kinds.critique import CritiqueConfig
 from prefab.judges.registry import JUDGES
 from prefab.pipelines.cli import main as cli
 from prefab.pipelines.cli.commands import COMMANDS
+from prefab.pipelines.cli.outputs import output_schema
 from prefab.pipelines.config import schema
 from prefab.pipelines.evaluation.policy import HeldOut, PolicyEvalConfig
 from prefab.pipelines.store.export import base as exports
@@ -91,7 +92,8 @@ COMMANDS_PAGE = """\
 Made from the code by `make reference`; do not edit. `prefab COMMAND --help` prints the same for one command. An option without a
 value in its first column is a switch. Most commands also take
 
-- `--json`: print the result as one JSON object;
+- `--json`: print the result as JSON. [output.schema.json](output.schema.json) is the schema: that of `prefab store info` is
+  `#/$defs/store-info`, and that of a mistake, which has exit code 1 or 2, `#/$defs/error`. A number that is not finite is null;
 - `--format csv`, `md` or `json`: print tables as CSV or Markdown, or the result as JSON;
 - `--intervals`: show both bounds of each interval, not ±;
 - `-h`, `--help`: print what this page says of the command.
@@ -126,6 +128,7 @@ def render() -> dict[str, str]:
         "commands.md": commands_page(),
         "configuration.md": configuration_page(),
         "store-schema.md": store_page(),
+        "output.schema.json": json.dumps(output_schema(), indent=2, ensure_ascii=False) + "\n",
     }
 
 

@@ -231,7 +231,8 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    "name", ["reference.md", "commands.md", "configuration.md", "store-schema.md"]
+    "name",
+    ["reference.md", "commands.md", "configuration.md", "store-schema.md", "output.schema.json"],
 )
 def test_a_page_of_the_reference_is_up_to_date(name, reference):
     _, pages = reference
