@@ -61,6 +61,28 @@ class World:
         return self.reward([LETTERS[state[1] - 2]], [text])[0]
 
 
+class StepWorld(World):
+    """The same world with a reward, as large as that of the whole answer, for each letter of it.
+    The answer's reward stays what it is, and so does the optimum."""
+
+    def reward(self, prompts: Any, completions: Any, **_: Any) -> list[float]:
+        """The rewards of `World`, with steps: each ends with a letter."""
+        from prefab.trainers.rl.rewards import StepRewards
+
+        return [
+            StepRewards(
+                [
+                    (end, self.scale * _uniform(f"step|{self.draw}|{_text(p)}|{c[:end]}"))
+                    for end in range(1, len(c) + 1, 2)
+                ],
+                total,
+            )
+            for p, c, total in zip(
+                prompts, completions, World.reward(self, prompts, completions), strict=True
+            )
+        ]
+
+
 def _text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 

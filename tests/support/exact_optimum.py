@@ -35,13 +35,14 @@ def run_one(
     start: int,
     steps: int | None = None,
     rate: float = LEARNING_RATE,
+    kind: type[aw.World] = aw.World,
     **changes: Any,
 ) -> dict[str, Any]:
     """Train one policy; its total variation from the method's optimum at start and end, the largest
     over all states. `changes` are those of the configuration."""
     from prefab.trainers.common import load_policy
 
-    world, began = aw.World(length=length, draw=DRAW), time.monotonic()
+    world, began = kind(length=length, draw=DRAW), time.monotonic()
     steps = steps or STEPS[method][length]
     reference = aw.build(folder / "reference", REFERENCE, spread=SPREAD)
     first = aw.build(folder / f"start-{start}", start, spread=SPREAD)

@@ -56,17 +56,18 @@ def same(a, b, tolerance=0.0):
 
 
 @pytest.mark.parametrize(
-    ("length", "steps", "rate"),
+    ("length", "steps", "rate", "world"),
     [
-        (2, 120, 1e-2),
+        (2, 120, 1e-2, aw.World),
+        pytest.param(2, 120, 1e-2, aw.StepWorld, marks=pytest.mark.slow),
         *(
-            pytest.param(n, None, exact_optimum.LEARNING_RATE, marks=pytest.mark.slow)
+            pytest.param(n, None, exact_optimum.LEARNING_RATE, aw.World, marks=pytest.mark.slow)
             for n in (1, 2)
         ),
     ],
 )
-def test_ppo_ends_at_its_exact_optimum(tmp_path, length, steps, rate):
-    row = exact_optimum.run_one(tmp_path, "ppo", length, 0.5, 1, steps, rate)
+def test_ppo_ends_at_its_exact_optimum(tmp_path, length, steps, rate, world):
+    row = exact_optimum.run_one(tmp_path, "ppo", length, 0.5, 1, steps, rate, world)
     assert (
         row["tv_end"] <= exact_optimum.GOAL < 0.3 < row["tv_start"]
     )  # the largest over all states
@@ -377,6 +378,27 @@ def test_the_reward_of_a_step_stands_at_its_last_token(make):
         steps = step_tokens(t.tokenizer, answer.ids, [1]) if text else []
         wanted = [5.0 - 2.0 * any(i > at for at in steps) for i in range(n)]
         assert batch.returns[b, :n].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_an_advantage_is_weighted_by_how_much_likelier_the_update_made_its_token(make):
+    """Of tokens that the policy makes 1.5, 0.5 and 4 times as likely as the one that sampled them,
+    the advantages are times 1.5, 0.5 and 2, the cap. Returns are not weighted."""
+    t = ppo.prepare_run(make(importance_cap=2.0), PROMPTS, rewards.single(WORLD.reward))
+    answers, _, mask, _ = drawn(t)
+    scores, metrics = [float(b) for b in range(len(answers))], {}
+    plain, _ = ppo.estimate(t, answers, scores, {})
+    turn = (torch.arange(mask.shape[0])[:, None] + torch.arange(mask.shape[1])) % 3
+    ratios = torch.tensor([1.5, 0.5, 4.0])[turn]
+    for b, answer in enumerate(answers):
+        n = len(answer.ids)
+        answer.sampler_logps[:] = (plain.logps - ratios.log())[b, :n].tolist()
+    t.off_policy = True
+    batch, _ = ppo.estimate(t, answers, scores, metrics)
+    weights = torch.tensor([1.5, 0.5, 2.0])[turn] * mask
+    assert plain.advantages[mask].abs().min() > 1e-3
+    assert torch.allclose(batch.advantages, plain.advantages * weights, atol=1e-4)
+    assert torch.equal(batch.returns, plain.returns)
+    assert metrics["importance"] == pytest.approx(float(weights.sum() / mask.sum()), abs=1e-4)
 
 
 def test_unfinished_answers_do_not_set_the_scale_of_rewards(make):
