@@ -103,7 +103,7 @@ def measure(
         "run": selection.name,
         "gold": source,
         "orders": (selection.config.get("panel") or {}).get("orders", "both"),
-        "comparisons": len({*data.items.select("prompt", "a", "b").iter_rows()}),
+        "comparisons": data.items.select("prompt", "a", "b").n_unique(),
         "items": data.items.height,
         "prompts": int(data.prompts.max()) + 1,
         "groups": len(np.unique(data.groups)),
@@ -187,7 +187,8 @@ def judge_rows(
     mass.
     """
     masses = {row["judge"]: row for row in selection.masses().iter_rows(named=True)}
-    again, ratings = selection.again(), data.ratings()
+    repeated = any(mass["repeats"] > 1 for mass in masses.values())
+    again, ratings = selection.again() if repeated else None, data.ratings()
     return [
         _judge_row(data, j, ratings[:, j], masses[name], unscored, again)
         for j, name in enumerate(data.judges)
@@ -200,7 +201,7 @@ def _judge_row(
     ratings: np.ndarray,
     mass: dict[str, Any],
     unscored: polars.DataFrame,
-    again: polars.DataFrame,
+    again: polars.DataFrame | None,
 ) -> dict[str, Any]:
     import polars as pl
 
@@ -223,7 +224,7 @@ def _judge_row(
         "exact": judge_metrics.exact(ratings, data.gold, data.groups),
         **_position(data, j, mass["unordered"]),
         "stability": _stability(again.filter(pl.col("judge") == name))
-        if mass["repeats"] > 1
+        if again is not None and mass["repeats"] > 1
         else undefined("asked once (panel.repeats asks again)"),
     }
 
@@ -451,9 +452,7 @@ def group_rows(data: RatingMatrix, unscored: polars.DataFrame, by: str) -> list[
     import polars as pl
 
     column = data.items["principle"] if by == "principle" else data.items["tags"]
-    names = sorted(
-        set(column.to_list() if by == "principle" else column.explode().drop_nulls().to_list())
-    )
+    names = sorted((column if by == "principle" else column.explode()).unique().drop_nulls())
     rows = []
     for name in names:
         mask = (column == name if by == "principle" else column.list.contains(name)).to_numpy()
@@ -501,9 +500,9 @@ def divided(
     judge, or where they all say the same, those whose two orders differ most.
     """
     spread = _distance(data)
-    names, found = data.items["principle"].to_numpy(), []
+    names, found = data.items["principle"], []
     for principle in principles:
-        rows = np.flatnonzero((names == principle) & (spread > 0))
+        rows = np.flatnonzero((names == principle).to_numpy() & (spread > 0))
         rows = rows[np.argsort(-spread[rows], kind="stable")][:n]
         found += [
             {"principle": principle, "spread": float(spread[row]), **_said(data, int(row))}

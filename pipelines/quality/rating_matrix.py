@@ -8,9 +8,11 @@ readings too, without a position.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from prefab.pipelines.store.fill import read_filled
 from prefab.pipelines.store.ground_truth import find_gold
 from prefab.pipelines.store.selection import WHERE, Selection
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     import polars
 
 RATINGS = (0.0, 0.5, 1.0)  # b, tie, a
-_SIDE = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _EPS = 1e-12
 
 
@@ -27,10 +28,10 @@ _EPS = 1e-12
 class RatingMatrix:
     """Shapes (N comparisons under a principle, J judges): `p` the probability that a is better,
     `tie` the share of the mass on tie, NaN where unscored or not asked (`asked` tells them apart);
-    by order `won_ab` and `won_ba` the winner (1 a, 0 b, 0.5 neither) and `p_ab` and `p_ba` the
-    probability, NaN where there is none; `gold` N as a winner; `prompts` and `groups` N, as
-    numbers. `items` has the columns prompt, a, b, principle, tags (the prompt's and the
-    principle's).
+    `won_ab` and `won_ba` the winner by order (1 a, 0 b, 0.5 neither), NaN where there is none;
+    `gold` N as a winner; `prompts` and `groups` N, as numbers. `items` has the columns prompt, a,
+    b, principle, tags (the prompt's and the principle's), the names as categories: a number for
+    each comparison, and each name once.
     """
 
     items: polars.DataFrame
@@ -41,8 +42,6 @@ class RatingMatrix:
     asked: np.ndarray
     won_ab: np.ndarray
     won_ba: np.ndarray
-    p_ab: np.ndarray
-    p_ba: np.ndarray
     prompts: np.ndarray
     groups: np.ndarray
     gold: np.ndarray
@@ -70,8 +69,6 @@ class RatingMatrix:
                 "asked",
                 "won_ab",
                 "won_ba",
-                "p_ab",
-                "p_ba",
                 "prompts",
                 "groups",
                 "gold",
@@ -80,16 +77,30 @@ class RatingMatrix:
         return replace(self, items=self.items.filter(pl.Series(kept)), **some)
 
 
+def _won(order: str) -> str:
+    """The winner in an order as a number, in SQL."""
+    winner = f"max(winner) FILTER (WHERE \"order\" = '{order}' AND repeat = 0)"
+    return f"CASE {winner} WHEN 'a' THEN 1 WHEN 'tie' THEN 0.5 WHEN 'b' THEN 0 END::FLOAT"
+
+
+_PROMPTS = f"""
+SELECT prompt, first(p.tags) AS tags, coalesce(first(nullif(p."group", '')), prompt) AS "group"
+FROM (SELECT DISTINCT prompt FROM verdicts WHERE {WHERE}) LEFT JOIN prompts p USING (prompt)
+GROUP BY prompt ORDER BY prompt"""
+
+# Names as their place in the order of all: texts would take most of the time and memory.
 _READINGS = f"""
-SELECT prompt, a, b, principle, judge,
+WITH v AS (SELECT * FROM verdicts WHERE {WHERE} AND NOT list_contains($people::VARCHAR[], judge)),
+  place AS (SELECT prompt, row_number() OVER (ORDER BY prompt) - 1 AS place
+            FROM (SELECT DISTINCT prompt FROM verdicts WHERE {WHERE}))
+SELECT place::UINTEGER AS prompt, a, b,
+  (list_position($of_principles::VARCHAR[], principle) - 1)::UINTEGER AS principle,
+  (list_position($of_judges::VARCHAR[], judge) - 1)::UINTEGER AS judge,
   CASE WHEN count(*) = count(p_a) THEN avg(p_a) END AS p,
   CASE WHEN count(*) = count(p_a) THEN avg(coalesce(CASE WHEN mass > 0 THEN tie_mass / mass ELSE tie_mass END, 0)) END
     AS tie,
-  max(winner) FILTER (WHERE "order" = 'ab' AND repeat = 0) AS won_ab,
-  max(winner) FILTER (WHERE "order" = 'ba' AND repeat = 0) AS won_ba,
-  max(p_a) FILTER (WHERE "order" = 'ab' AND repeat = 0) AS p_ab,
-  max(p_a) FILTER (WHERE "order" = 'ba' AND repeat = 0) AS p_ba
-FROM verdicts WHERE {WHERE} GROUP BY ALL ORDER BY prompt, a, b, principle, judge"""
+  {_won("ab")} AS won_ab, {_won("ba")} AS won_ba
+FROM v JOIN place USING (prompt) GROUP BY ALL ORDER BY 1, 2, 3, 4, 5"""
 
 
 def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix, str]:
@@ -105,71 +116,99 @@ def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix,
     people = [
         judge["name"] for judge in panel.get("judges", ()) if judge.get("kind") == "human"
     ]  # they are gold
-    rows = selection.query(_READINGS).filter(~pl.col("judge").is_in(people))
-    place = ["prompt", "a", "b", "principle"]
-    items = rows.select(place).unique(maintain_order=True).with_row_index("i")
-    judges = tuple(rows["judge"].unique().sort())
-    rows = rows.join(items, on=place).with_columns(
-        pl.col("judge")
-        .replace_strict(list(judges), list(range(len(judges))), return_dtype=pl.Int32)
-        .alias("j")
+    names, prompts, rows = read_filled(
+        selection.folder, lambda read: _read(replace(selection, read=read), people)
     )
-    i, j = rows["i"].to_numpy(), rows["j"].to_numpy()
+    judges = tuple(names["judge"].unique().sort())
+    place = rows.select("prompt", "a", "b", "principle")
+    new = np.ones(rows.height, dtype=bool)  # rows are sorted: one that is unlike the last is new
+    new[1:] = place.select(pl.any_horizontal(pl.all() != pl.all().shift())).to_series()[1:]
+    i, j = new.cumsum(dtype=np.int32) - 1, rows["judge"].to_numpy()
+    shape = int(new.sum()), len(judges)
 
-    def matrix(column: pl.Series) -> np.ndarray:
-        found = np.full((items.height, len(judges)), np.nan)
-        found[i, j] = column.cast(pl.Float64).fill_null(np.nan).to_numpy()
+    def matrix(name: str) -> np.ndarray:
+        column = rows[name]
+        found = np.full(shape, np.nan, dtype=np.float32 if name.startswith("won") else float)
+        found[i, j] = column.fill_null(np.nan).to_numpy()
         return found
 
-    asked = np.zeros((items.height, len(judges)), dtype=bool)
+    asked = np.zeros(shape, dtype=bool)
     asked[i, j] = True
-    won = {
-        name: rows[name].replace_strict(
-            list(_SIDE), list(_SIDE.values()), default=None, return_dtype=pl.Float64
-        )
-        for name in ("won_ab", "won_ba")
-    }
-    items = _tagged(items.drop("i"), selection)
+    of_prompt = place["prompt"].filter(pl.Series(new)).to_numpy()
+    groups = prompts["group"].rank("dense").to_numpy() - 1
+    items = _items(place.filter(pl.Series(new)), prompts, names, selection)
     weight = {judge["name"]: float(judge.get("weight", 1.0)) for judge in panel.get("judges", ())}
     known, source = find_gold(selection, items, gold)
     readings = RatingMatrix(
-        items.drop("group"),
+        items,
         judges,
         np.array([weight.get(name, 1.0) for name in judges]),
-        matrix(rows["p"]),
-        matrix(rows["tie"]),
+        matrix("p"),
+        matrix("tie"),
         asked,
-        matrix(won["won_ab"]),
-        matrix(won["won_ba"]),
-        matrix(rows["p_ab"]),
-        matrix(rows["p_ba"]),
-        np.unique(items["prompt"].to_numpy(), return_inverse=True)[1],
-        np.unique(items["group"].to_numpy(), return_inverse=True)[1],
+        matrix("won_ab"),
+        matrix("won_ba"),
+        _numbered(of_prompt),
+        _numbered(groups[of_prompt]),
         known,
         float(panel.get("tie_margin", 0.02)),
     )
     return readings, source
 
 
-def _tagged(items: polars.DataFrame, selection: Selection) -> polars.DataFrame:
-    """With the tags of prompt and principle together, and the prompt's group (its own where it has
-    none).
+def _read(
+    selection: Selection, people: Sequence[str]
+) -> tuple[polars.DataFrame, polars.DataFrame, polars.DataFrame]:
+    """Principles and judges that are in the readings, prompts with tags and group, and readings,
+    which name all three by their place in the order of names.
     """
     import polars as pl
 
-    prompts = selection.query(
-        'SELECT prompt, tags AS ptags, coalesce(nullif("group", \'\'), prompt) AS "group" FROM prompts'
+    names = selection.unscored().filter(~pl.col("judge").is_in(people))
+    known = {f"of_{name}s": sorted(set(names[name])) for name in ("principle", "judge")}
+    rows = selection.query(_READINGS, {"people": people, **known})
+    return names, selection.query(_PROMPTS), rows
+
+
+def _numbered(codes: np.ndarray) -> np.ndarray:
+    """Numbers from 0 without gaps, in the order of the given ones."""
+    import numpy as np
+
+    there = np.zeros(int(codes.max(initial=0)) + 1, dtype=np.int32)
+    there[codes] = 1
+    result: np.ndarray = (there.cumsum(dtype=np.int32) - 1)[codes]
+    return result
+
+
+def _items(
+    place: polars.DataFrame,
+    prompts: polars.DataFrame,
+    names: polars.DataFrame,
+    selection: Selection,
+) -> polars.DataFrame:
+    """The comparisons with names in the place of numbers, and the tags of prompt and principle
+    together.
+    """
+    import polars as pl
+
+    tags = selection.query(
+        "SELECT principle, tags FROM principles WHERE constitution = $constitution"
     )
-    principles = selection.query(
-        "SELECT principle, tags AS qtags FROM principles WHERE constitution = $constitution"
+    principles = names.select(pl.col("principle").unique().sort()).join(
+        tags, on="principle", how="left", maintain_order="left"
     )
     empty = pl.lit([], dtype=pl.List(pl.String))
-    joined = items.join(prompts, on="prompt", how="left", maintain_order="left").join(
-        principles, on="principle", how="left", maintain_order="left"
-    )
-    tags = pl.concat_list(
-        pl.col("ptags").fill_null(empty), pl.col("qtags").fill_null(empty)
-    ).list.unique()
-    return joined.select(
-        *items.columns, tags.alias("tags"), pl.col("group").fill_null(pl.col("prompt"))
+    of = {
+        name: known.select(pl.col(name).cast(pl.Categorical), pl.col("tags").fill_null(empty))[
+            place[name]
+        ]
+        for name, known in (("prompt", prompts), ("principle", principles))
+    }
+    both = pl.DataFrame([of[name]["tags"].alias(name) for name in of])
+    return place.select(
+        of["prompt"]["prompt"],
+        "a",
+        "b",
+        of["principle"]["principle"],
+        both.select(pl.concat_list(pl.all()).list.unique()).to_series().alias("tags"),
     )
