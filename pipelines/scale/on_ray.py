@@ -11,6 +11,8 @@ import asyncio
 import os
 import platform
 import queue
+import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +30,7 @@ from prefab.pipelines.scale.worker import Worker, WorkerSetup
 
 POLL_S = 1.0  # how long an actor waits for an event before it tells that there is none
 END_S = 30.0  # for an actor that ends: its servers are stopped
+CONNECT_S = 10.0  # for a cluster to take a connection; Ray itself tries for minutes
 
 
 class ActorWorker:
@@ -171,6 +174,17 @@ class RayActor(ActorWorker):
         super().__init__(setup, ray.get_runtime_context().get_node_id()[:8])
 
 
+def check_address(address: str) -> None:
+    """Raises: EngineError where an address is HOST:PORT and nothing takes a connection there."""
+    found = re.fullmatch(r"(.+):(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(f"no Ray cluster at {address}: {error}") from error
+
+
 @contextmanager
 def connected(address: str, quiet: bool) -> Iterator[None]:
     """While connected to a cluster: that of the address, else the one that runs here or that
@@ -188,6 +202,7 @@ def connected(address: str, quiet: bool) -> Iterator[None]:
             f"--on ray:{address}: ray:// is for interactive use. Run prefab on a machine of the "
             "cluster (`--on ray`), or submit it as a job (`ray job submit -- prefab run ...`)"
         )
+    check_address(address)
     paths = os.pathsep.join(filter(None, (str(IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
     mine = not ray.is_initialized()
     try:

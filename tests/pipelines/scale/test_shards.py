@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
 
@@ -23,6 +24,7 @@ from prefab.pipelines.scale.driver import Driver, is_straggler, number_of_shards
 from prefab.pipelines.scale.launchers import LocalLauncher
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.merge import merge
+from prefab.pipelines.scale.on_ray import check_address
 from prefab.pipelines.scale.worker import kept_engines
 from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import query, rebuild
@@ -296,6 +298,17 @@ def test_a_plan_tells_the_shards(tmp_path):
 def test_small_runs_have_few_shards(tmp_path, prompts, shards):
     """For two workers; a prompt takes 15 calls."""
     assert number_of_shards(resolve_pipeline(project.pipeline(tmp_path)), 2, prompts) == shards
+
+
+def test_an_address_of_a_cluster_that_is_not_there_is_told_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        check_address(address)
+    for nowhere in (address, "127.0.0.1:99999"):
+        with pytest.raises(EngineError, match=f"no Ray cluster at {nowhere}"):
+            check_address(nowhere)
+    for named in ("", "auto", "local"):
+        check_address(named)
 
 
 def test_bad_input(made, tmp_path):
