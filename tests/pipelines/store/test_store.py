@@ -45,7 +45,16 @@ def test_a_run_fills_every_table(tmp_path):
         tables[t]
         for t in store.TABLES
         if t
-        not in ("failures", "human_labels", "evals", "scores", "rankings", "strengths", "marks")
+        not in (
+            "failures",
+            "human_labels",
+            "evals",
+            "scores",
+            "steps",
+            "rankings",
+            "strengths",
+            "marks",
+        )
     )
     assert fill(tmp_path).rows == {} or not any(
         fill(tmp_path).rows.get(t) for t in ("calls", "prompts")
