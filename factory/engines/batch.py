@@ -44,8 +44,8 @@ from prefab.factory.engines.http import (
     loads,
     wait_hint,
 )
+from prefab.factory.engines.openai import api_identity
 from prefab.factory.errors import EngineError, TransportError
-from prefab.factory.keys import canonical, model_identity
 from prefab.factory.paths import cache_folder
 from prefab.factory.spec.control_tokens import KNOWN_SPECIALS
 from prefab.factory.types import Completion, Engine, Request
@@ -435,8 +435,7 @@ class BatchEngine(Engine):
 
     def __init__(self, config: BatchConfig, name: str = "batch") -> None:
         self.config, self.name, self.max_in_flight = config, name, config.max_in_flight
-        extra = canonical(config.extra_body).decode() if config.extra_body else ""
-        self.identity = model_identity(config.model, revision=config.revision + extra)
+        self.identity = api_identity(config.model, config.revision, config.extra_body)
         self.special_tokens, self.max_model_len = KNOWN_SPECIALS, config.max_model_len
         self.in_batches, self._muted = True, False
         self._chat: Chat | None = None

@@ -46,6 +46,12 @@ class OpenAIConfig(HttpConfig):
     extra_body: dict[str, Any] = {}
 
 
+def api_identity(model: str, revision: str, extra_body: Mapping[str, Any]) -> str:
+    """Which model an API serves. The engine `batch` has the same, so that both share answers."""
+    extra = canonical(extra_body).decode() if extra_body else ""
+    return model_identity(model, revision=revision + extra)
+
+
 class OpenAI(Engine):
     """An engine behind an OpenAI-compatible API."""
 
@@ -53,8 +59,7 @@ class OpenAI(Engine):
 
     def __init__(self, config: OpenAIConfig, name: str = "openai") -> None:
         self.config, self.name, self.max_in_flight = config, name, config.max_in_flight
-        extra = canonical(config.extra_body).decode() if config.extra_body else ""
-        self.identity = model_identity(config.model, revision=config.revision + extra)
+        self.identity = api_identity(config.model, config.revision, config.extra_body)
         self.special_tokens, self.max_model_len = KNOWN_SPECIALS, config.max_model_len
         server = HttpClient(config.base_url, config, config.api_key_env)
         self._chat = Chat(

@@ -18,31 +18,23 @@ from prefab.factory.stats import bon_kl
 from prefab.factory.store.store import read_frame
 from prefab.factory.types import Comparison, Prompt, Sample
 from prefab.factory.uses import ComparisonUse, IdenticalUse
-from prefab.judges import panel
 from prefab.judges.base import Decoded, Judge, Score
 from prefab.pipelines.run import cai
 from prefab.pipelines.run.context import Context
-from prefab.pipelines.run.judging import Responses, judge_all
+from prefab.pipelines.run.judging import Responses, draw_for_answers, judge_all
 
 
 async def pipeline(prompt: Prompt, ctx: Context) -> None:
     """Sample, score every answer, and record the best and the worst as a comparison."""
     drafts = await cai.sample(prompt, ctx)
-    settings = ctx.config.panel_settings()
-    drawn = panel.draw(
-        ctx.constitution.principles,
-        settings.selection or ctx.constitution.selection,
-        ctx.config.seed,
-        prompt.id,
-        (0,),  # one draw for all answers: their scores must be comparable
-        0,
-        prompt.tags,
-    )
+    drawn = draw_for_answers(prompt, ctx)
     # neighbours, so that every answer is in a comparison; each is scored once
     questions = [(Comparison(prompt, a, b), drawn) for a, b in pairwise(drafts)]
     heard = await judge_all(ctx.judges, questions, ctx)
     weights = {principle.id: principle.weight for principle in drawn}
-    totals = total_scores(prompt, drafts, ctx.judges, heard, weights, settings.min_scored)
+    totals = total_scores(
+        prompt, drafts, ctx.judges, heard, weights, ctx.config.panel_settings().min_scored
+    )
     if len(totals) < 2:
         return
     ranked = sorted(totals, key=lambda index: (-totals[index], index))

@@ -12,10 +12,27 @@ from typing import Any
 
 from prefab.factory.types import Completion, Principle, Prompt, Verdict
 from prefab.factory.uses import ComparisonUse
+from prefab.judges import panel
 from prefab.judges.base import Decoded, Judge, Question, RequestContext
 from prefab.pipelines.run.context import Context
 
 Responses = list[Decoded]
+
+
+def draw_for_answers(prompt: Prompt, ctx: Context) -> list[Principle]:
+    """The principles that all answers to a prompt are scored under: one draw, so that their scores
+    can be compared.
+    """
+    settings = ctx.config.panel_settings()
+    return panel.draw(
+        ctx.constitution.principles,
+        settings.selection or ctx.constitution.selection,
+        ctx.config.seed,
+        prompt.id,
+        (0,),
+        0,
+        prompt.tags,
+    )
 
 
 async def judge_all(

@@ -17,26 +17,16 @@ from typing import Any
 from prefab.factory.steps import step_spans, step_text
 from prefab.factory.types import Comparison, Completion, Principle, Prompt, Sample
 from prefab.factory.uses import StepUse
-from prefab.judges import panel
 from prefab.judges.base import Ask, Judge
 from prefab.pipelines.run import cai
 from prefab.pipelines.run.context import Context
-from prefab.pipelines.run.judging import request_context
+from prefab.pipelines.run.judging import draw_for_answers, request_context
 
 
 async def pipeline(prompt: Prompt, ctx: Context) -> None:
     """Sample, and put each step of each answer to every judge."""
     drafts = await cai.sample(prompt, ctx)
-    settings = ctx.config.panel_settings()
-    drawn = panel.draw(
-        ctx.constitution.principles,
-        settings.selection or ctx.constitution.selection,
-        ctx.config.seed,
-        prompt.id,
-        (0,),  # one draw for all answers: their steps must be comparable
-        0,
-        prompt.tags,
-    )
+    drawn = draw_for_answers(prompt, ctx)
     await asyncio.gather(*(_judge(judge, prompt, drafts, drawn, ctx) for judge in ctx.judges))
 
 

@@ -23,6 +23,7 @@ from prefab.trainers.chat import Turns, answered, shown, turn_of
 from prefab.trainers.common import FLASH, load_reward, load_tokenizer, write_json
 from prefab.trainers.offline import loop, losses
 from prefab.trainers.offline.loop import StageConfig
+from prefab.trainers.offline.reward import scoring_trainer
 from prefab.trainers.registry import Stage
 from prefab.trainers.steps import step_tokens
 
@@ -128,8 +129,6 @@ def encoded(
 
 def prepare(config: ProcessTrainingConfig) -> tuple[Any, data.Rows, Any]:
     """The trainer, ready to train, with its rows and its tokenizer."""
-    from trl import RewardConfig
-
     if config.attention in FLASH:
         raise ConfigError("attention: this stage has padded rows; write sdpa or eager")
     tokenizer, found = loop.read_data(config, "process")
@@ -151,29 +150,16 @@ def prepare(config: ProcessTrainingConfig) -> tuple[Any, data.Rows, Any]:
             "length": len(ids),
         }
 
-    train, val = loop.token_rows(config, found, encode)
-    fixed = {"max_length": None, "disable_dropout": False, "center_rewards_coefficient": None}
-    args = loop.arguments(config, RewardConfig, "eval_loss", False, **fixed)
-    loaded = load_reward(
-        config.model,
-        config.attention,
-        loop.weights_dtype(config),
-        new_head=True,
-        lora=config.lora,
-    )
-    loaded.config.pad_token_id = tokenizer.pad_token_id
-    model, _ = loop.ready_model(loaded, config)
-    trainer = loop.make_trainer(
+    collator = process_collator(tokenizer.pad_token_id, loop.padding(config)["multiple"])
+    trainer = scoring_trainer(
         trainer_class(),
         config,
-        "SEQ_CLS",
         found,
         tokenizer,
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=val,
-        data_collator=process_collator(tokenizer.pad_token_id, loop.padding(config)["multiple"]),
+        encode,
+        lambda _: collator,
+        metric="eval_loss",
+        greater=False,
     )
     return trainer, found, tokenizer
 

@@ -159,31 +159,47 @@ def _member(config: RewardTrainingConfig, quiet: bool) -> dict[str, Any]:
 STAGE = Stage(RewardTrainingConfig, run, "reward", writes=(FILE,))
 
 
-def prepare(config: RewardTrainingConfig) -> tuple[Any, data.Rows, Any]:
-    """The trainer, ready to train, with its rows and its tokenizer."""
+def scoring_trainer(
+    kind: Any,
+    config: StageConfig,
+    found: data.Rows,
+    tokenizer: Any,
+    encode: data.Encoder,
+    collator: Callable[[bool], collate.Collator],
+    metric: str,
+    greater: bool,
+    dropout: float | None = None,
+) -> Any:
+    """A trainer of a model with a new head of one score, ready to train.
+
+    Args:
+        kind: The class of the trainer.
+        config: The configuration of the stage.
+        found: The rows.
+        tokenizer: The tokenizer of the model.
+        encode: Makes token rows of a row.
+        collator: Given whether answers to one prompt share it, makes batches.
+        metric: Which validation metric chooses the best checkpoint.
+        greater: Whether a greater one is better.
+        dropout: Of the head.
+    """
     from trl import RewardConfig
 
-    tokenizer, found = loop.read_data(config, "reward")
-    encode = data.encoder("reward", tokenizer, found, config.data)
     train, val = loop.token_rows(config, found, encode)
-    fixed = {
-        "max_length": None,
-        "disable_dropout": False,
-        "center_rewards_coefficient": None,
-    }
-    args = loop.arguments(config, RewardConfig, "eval_accuracy", True, **fixed)
+    fixed = {"max_length": None, "disable_dropout": False, "center_rewards_coefficient": None}
+    args = loop.arguments(config, RewardConfig, metric, greater, **fixed)
     loaded = load_reward(
         config.model,
         config.attention,
         loop.weights_dtype(config),
         new_head=True,
-        dropout=config.dropout,
+        dropout=dropout,
         lora=config.lora,
     )
     loaded.config.pad_token_id = tokenizer.pad_token_id
     model, share = loop.ready_model(loaded, config)
-    trainer = loop.make_trainer(
-        trainer_class(),
+    return loop.make_trainer(
+        kind,
         config,
         "SEQ_CLS",
         found,
@@ -192,9 +208,26 @@ def prepare(config: RewardTrainingConfig) -> tuple[Any, data.Rows, Any]:
         args=args,
         train_dataset=train,
         eval_dataset=val,
-        data_collator=collate.reward_collator(
+        data_collator=collator(share),
+    )
+
+
+def prepare(config: RewardTrainingConfig) -> tuple[Any, data.Rows, Any]:
+    """The trainer, ready to train, with its rows and its tokenizer."""
+    tokenizer, found = loop.read_data(config, "reward")
+    encode = data.encoder("reward", tokenizer, found, config.data)
+    trainer = scoring_trainer(
+        trainer_class(),
+        config,
+        found,
+        tokenizer,
+        encode,
+        lambda share: collate.reward_collator(
             tokenizer.pad_token_id, share, **loop.padding(config)
         ),
+        metric="eval_accuracy",
+        greater=True,
+        dropout=config.dropout,
     )
     return trainer, found, tokenizer
 
