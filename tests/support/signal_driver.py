@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import signal
 import sys
 import time
 from pathlib import Path
@@ -82,6 +83,7 @@ def hold(phase: str) -> None:
 if __name__ == "__main__":
     from prefab.pipelines.cli.main import main
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under `nohup` ignore it, and so would we
     if sys.argv[1] != "-":
         hold(sys.argv[1])
     sys.argv = ["prefab", *sys.argv[2:]]
