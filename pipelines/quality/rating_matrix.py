@@ -28,7 +28,8 @@ _EPS = 1e-12
 class RatingMatrix:
     """Shapes (N comparisons under a principle, J judges): `p` the probability that a is better,
     `tie` the share of the mass on tie, NaN where unscored or not asked (`asked` tells them apart);
-    `won_ab` and `won_ba` the winner by order (1 a, 0 b, 0.5 neither), NaN where there is none;
+    by order `won_ab` and `won_ba` the winner (1 a, 0 b, 0.5 neither) and `p_ab` and `p_ba` the
+    probability that a is better, NaN where there is none;
     `gold` N as a winner; `prompts` and `groups` N, as numbers. `items` has the columns prompt, a,
     b, principle, tags (the prompt's and the principle's), the names as categories: a number for
     each comparison, and each name once.
@@ -42,6 +43,8 @@ class RatingMatrix:
     asked: np.ndarray
     won_ab: np.ndarray
     won_ba: np.ndarray
+    p_ab: np.ndarray
+    p_ba: np.ndarray
     prompts: np.ndarray
     groups: np.ndarray
     gold: np.ndarray
@@ -69,6 +72,8 @@ class RatingMatrix:
                 "asked",
                 "won_ab",
                 "won_ba",
+                "p_ab",
+                "p_ba",
                 "prompts",
                 "groups",
                 "gold",
@@ -99,7 +104,9 @@ SELECT place::UINTEGER AS prompt, a, b,
   CASE WHEN count(*) = count(p_a) THEN avg(p_a) END AS p,
   CASE WHEN count(*) = count(p_a) THEN avg(coalesce(CASE WHEN mass > 0 THEN tie_mass / mass ELSE tie_mass END, 0)) END
     AS tie,
-  {_won("ab")} AS won_ab, {_won("ba")} AS won_ba
+  {_won("ab")} AS won_ab, {_won("ba")} AS won_ba,
+  max(p_a) FILTER (WHERE "order" = 'ab' AND repeat = 0) AS p_ab,
+  max(p_a) FILTER (WHERE "order" = 'ba' AND repeat = 0) AS p_ba
 FROM v JOIN place USING (prompt) GROUP BY ALL ORDER BY 1, 2, 3, 4, 5"""
 
 
@@ -148,6 +155,8 @@ def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix,
         asked,
         matrix("won_ab"),
         matrix("won_ba"),
+        matrix("p_ab"),
+        matrix("p_ba"),
         _numbered(of_prompt),
         _numbered(groups[of_prompt]),
         known,
