@@ -75,6 +75,19 @@ def test_each_method_ends_at_its_own_optimum(tmp_path, method, length):
     assert row["tv_to_other_optima"]["no training"] > 0.1
 
 
+@pytest.mark.slow  # bf16 takes long on a CPU that has no instructions for it
+def test_a_second_run_of_another_precision_in_one_process_trains(make, tmp_path):
+    """TRL makes an accelerator of its own, and sets the precision for all later ones."""
+    for precision in ("bf16", "fp32"):
+        config = make(out=str(tmp_path / precision), precision=precision, steps=1, save_every=1)
+        state, (step,) = train(config)
+        assert state.step == 1 and step["loss"] == pytest.approx(step["loss"])  # a number
+    fresh = make(out=str(tmp_path / "fresh"), steps=1, save_every=1)
+    train(fresh)
+    first, again = (weights(tmp_path / name / "policy") for name in ("fp32", "fresh"))
+    assert same(first, again) and not same(weights(tmp_path / "bf16/policy"), first)
+
+
 def test_grpo_ends_at_the_optimum_of_a_world_of_one_token(tmp_path):
     row = exact_optimum.run_one(tmp_path, "grpo forward", 1, 0.6, 1, steps=50, rate=1e-2)
     assert row["tv_end"] <= exact_optimum.GOAL < 0.3 < row["tv_start"]

@@ -103,6 +103,31 @@ def test_answers_sampled_ahead_are_of_the_old_policy_and_stop_at_checkpoints(mak
     assert not same(weights(tmp_path / "now/policy"), weights(tmp_path / "whole/policy"))
 
 
+def test_one_process_trains_in_one_precision_after_another(make, tmp_path):
+    """accelerate keeps one precision a process and refuses a second, which a run forgets at its
+    start. In bf16 the sampler and the training forward round alike, so most tokens have no gap at
+    all; in fp32 the order of sums shows in some.
+    """
+    gaps, off = {}, {}
+    for k, precision in enumerate(["fp32", "bf16", "fp32"]):
+        t = ppo.prepare_run(
+            make(tmp_path / str(k), precision=precision, batch_size=60),
+            PROMPTS,
+            rewards.single(WORLD.reward),
+        )
+        assert t.accelerator.mixed_precision == {"fp32": "no"}.get(precision, precision)
+        answers = t.sampler.sample(t.prompt_ids, 1)
+        mask, logps, *_ = models.policy_kl(t, answers)
+        gaps[k] = (rollout.sampler_logps(answers, mask) - logps)[mask].abs()
+        with torch.no_grad():
+            packed = rollout.pack(answers, t.accelerator.device)
+            exact, _, _ = rollout.forward(t.policy, packed, t.config.temperature)
+        off[k] = (exact - logps)[mask].abs().max()
+    assert gaps[0].equal(gaps[2]) and 0 < gaps[0].max() < 1e-5
+    assert (gaps[1] == 0).float().mean() > 0.9
+    assert max(off[0], off[2]) < 1e-5 < 1e-4 < off[1]  # it did compute in bf16
+
+
 def test_the_closed_forms_are_optima():
     """Against brute force: no policy nearby has more reward minus beta KL; the forward form
     balances its own gradient."""
