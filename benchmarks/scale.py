@@ -1,7 +1,7 @@
 """A run over shards beside the same run in one process: CPU seconds a call, bytes a call, and the
 catalogue of many shards.
 
-    python -m benchmarks.scale        (4 to 5 minutes on two idle cores)
+    python -m benchmarks.scale        (5 to 6 minutes on two idle cores)
 
 The engine is the scripted one, in the workers' processes, so that what is measured is Prefab.
 """
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import common
 from prefab.factory.paths import IMPORT_ROOT
@@ -65,6 +65,20 @@ def command(*words: str) -> dict[str, Any]:
     """Run a command of Prefab in a process of its own. Gives its output, the seconds, and the CPU
     seconds and greatest memory of all its processes.
     """
+    return ended(start(*words))
+
+
+class Started(NamedTuple):
+    """A command that runs: its process, its output, and when it began."""
+
+    pid: int
+    out: int
+    began: float
+    words: tuple[str, ...]
+
+
+def start(*words: str) -> Started:
+    """Start a command of Prefab in a process of its own."""
     began = time.perf_counter()
     read, write = os.pipe()
     pid = os.posix_spawn(
@@ -74,14 +88,19 @@ def command(*words: str) -> dict[str, Any]:
         file_actions=[(os.POSIX_SPAWN_DUP2, write, 1), (os.POSIX_SPAWN_CLOSE, read)],
     )
     os.close(write)
-    with open(read) as out:
+    return Started(pid, read, began, words)
+
+
+def ended(one: Started) -> dict[str, Any]:
+    """Wait for the end of a command. Gives what `command` gives."""
+    with open(one.out) as out:
         told = out.read()
-    _, status, used = os.wait4(pid, 0)
+    _, status, used = os.wait4(one.pid, 0)
     if status:
-        raise SystemExit(f"prefab {' '.join(words)} ended with {status}: {told}")
+        raise SystemExit(f"prefab {' '.join(one.words)} ended with {status}: {told}")
     return {
         "told": json.loads(told),
-        "seconds": round(time.perf_counter() - began, 2),
+        "seconds": round(time.perf_counter() - one.began, 2),
         "cpu_s": round(used.ru_utime + used.ru_stime, 2),
         "memory_mb": used.ru_maxrss >> 10,
     }
@@ -91,6 +110,19 @@ def timed(file: Path, *options: str) -> dict[str, Any]:
     """Run a pipeline. Gives its calls, the seconds, and the CPU seconds of all its processes."""
     found = command("run", str(file), "--quiet", *options)
     return {"calls": found.pop("told")["asked"], **found}
+
+
+def floor(folder: Path, prompts: int) -> dict[str, Any]:
+    """Run two pipelines of half the prompts at once, each in one process and a store of its own:
+    what two cores of this machine can do.
+    """
+    files = [pipeline(folder / str(half), prompts // 2) for half in range(2)]
+    both = [ended(one) for one in [start("run", str(file), "--quiet") for file in files]]
+    return {
+        "calls": sum(one["told"]["asked"] for one in both),
+        "seconds": max(one["seconds"] for one in both),
+        "cpu_s": round(sum(one["cpu_s"] for one in both), 2),
+    }
 
 
 def catalogue(folder: Path, store: Path, shards: int) -> dict[str, Any]:
@@ -157,10 +189,15 @@ def main() -> None:
             found[what] = timed(file, *options)
             print(what, found[what], flush=True)
             found[what]["the same command again"] = timed(file, *options)
+        found["two single runs at once"] = best = floor(base / "floor", args.prompts)
+        print("two single runs at once", best, flush=True)
         single, sharded, two = (found[x] for x in ("one process", "one worker", "two workers"))
         found["CPU of one worker / one process"] = round(sharded["cpu_s"] / single["cpu_s"], 3)
         found["calls a second of two workers / one process"] = round(
             single["seconds"] / two["seconds"], 3
+        )
+        found["... of two single runs at once / one process"] = round(
+            single["seconds"] / best["seconds"], 3
         )
         store = base / "two-workers" / "store"
         calls = found["two workers"]["calls"]
