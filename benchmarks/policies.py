@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table, words, write
-from prefab.factory.keys import digest
-from prefab.factory.types import Completion, Engine, Request
+from prefab.factory.keys import digest, model_identity, prompt_id
+from prefab.factory.types import Completion, Engine, Prompt, Request
+from prefab.pipelines.evaluation.policy_metrics import PolicyAnswer
 from prefab.trainers.registry import STAGES
 
 BASE = "prefab-tiny"
@@ -360,28 +361,57 @@ def online(args: argparse.Namespace, method: str, start: str, reward: str, seed:
     return str(out / "policy")
 
 
+def numbered(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, str]:
+    """Every trained policy, by its name and seed."""
+    seeds = range(args.seeds) if args.only is None else [args.only]
+    return {
+        f"{name} #{seed}": folder
+        for name, folders in policies.items()
+        for seed, folder in zip(seeds, folders, strict=True)
+    }
+
+
+def answers(
+    args: argparse.Namespace, policies: dict[str, str], prompts: Sequence[Prompt]
+) -> dict[str, list[PolicyAnswer]]:
+    """Each policy's answers to the prompts, kept below --folder. The oracle reads them anew each
+    time, so a changed oracle asks no policy again."""
+    import orjson
+
+    from prefab.factory.engines.base import resolve_model
+    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, gold_of, sample_all
+
+    asked = [str(args.answers), *(prompt_id(p.messages) for p in prompts)]
+    found = {}
+    for name, folder in policies.items():
+        of = digest(model_identity(resolve_model(folder)), name, *asked)
+        kept = args.folder / "answers" / f"{of}.json"
+        if not kept.exists():
+            config = PolicyEvalConfig.model_validate(
+                {
+                    "policies": {name: folder},
+                    "reference": BASE,
+                    "samples": args.answers,
+                    "threads": args.threads,
+                }
+            )
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_bytes(orjson.dumps(sample_all(config, prompts)[name]))
+        found[name] = [
+            replace(a, gold=gold_of(prompts[a.prompt], a.text))
+            for a in (PolicyAnswer(**row) for row in orjson.loads(kept.read_bytes()))
+        ]
+    return found
+
+
 def evaluated(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[str, Any]:
     """Every policy on the same held-out prompts. A method is its seeds: intervals are over another
     seed and another group of prompts (`over_seeds`)."""
     from prefab.factory.microworld import grammar
     from prefab.pipelines.evaluation import policy_metrics
-    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, sample_all
 
-    flat = {"base": BASE} | {
-        f"{name} #{k}": folder
-        for name, folders in policies.items()
-        for k, folder in enumerate(folders)
-    }
-    config = PolicyEvalConfig.model_validate(
-        {
-            "policies": flat,
-            "samples": args.answers,
-            "store": str(args.folder / "store"),
-            "threads": args.threads,
-        }
-    )
     prompts = grammar.prompts(args.split, args.test)
-    found = sample_all(config, prompts)
+    found = answers(args, {"base": BASE} | numbered(args, policies), prompts)
     harmful = ["harmful" in p.tags for p in prompts]
     made: dict[str, Any] = {}
     for name, folders in {"base": [BASE], **policies}.items():
@@ -581,6 +611,8 @@ def labels_measured(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Data, training, measurement, tables."""
+    from prefab.factory.microworld import grammar
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--engine", default="vllm", choices=["vllm", "hf"])
@@ -599,7 +631,9 @@ def main() -> None:
     )
     parser.add_argument("--rl-steps", type=int, default=24)
     parser.add_argument("--rl-beta", type=float, default=0.3)
-    parser.add_argument("--only", type=int, help="Train this seed alone.")
+    parser.add_argument(
+        "--only", type=int, help="Train this seed alone, and sample its answers; no tables."
+    )
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument(
         "--more", type=int, default=500, help="Further prompts, for the reward model alone."
@@ -655,7 +689,9 @@ def main() -> None:
     if args.do == "data":
         return
     policies, rewards = train(args)
-    if args.do == "train":
+    if args.only is not None:
+        answers(args, numbered(args, policies), grammar.prompts(args.split, args.test))
+    if args.do == "train" or args.only is not None:
         return
     labels = labels_measured(args)
     found, scores = evaluated(args, policies), rewards_measured(args, rewards)
