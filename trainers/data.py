@@ -294,6 +294,8 @@ def _from_store(kind: Kind, source: Source, found: Rows, taken: _Taken, number: 
         taken.cut(before)  # what is there of a first try with less memory
         notes: list[str] = []
         record = datasets.find_run(folder, read, source.run)
+        if kind == "process" and record["recipe"] != "process":
+            raise ConfigError(_no_steps(folder, read, record, number))
         told: list[str] = []
         rows = _stored(kind, source, read, record, notes)
         taken.take(rows, source, number, str(folder), told)
@@ -306,6 +308,22 @@ def _from_store(kind: Kind, source: Source, found: Rows, taken: _Taken, number: 
     found.notes += notes
     found.lineage.append(line)
     found.template_kwargs.update((line["config"].get("policy") or {}).get("template_kwargs") or {})
+
+
+def _no_steps(folder: Path, read: store.Read, record: dict[str, Any], number: int) -> str:
+    """That a run has no labels of steps, and which runs have some or how to make one."""
+    there = read("SELECT name, version FROM runs WHERE recipe = 'process' ORDER BY last_start", ())
+    names = [f"{name}@{version}" for name, version in there.iter_rows()]
+    mend = (
+        f"Name one that has: set data.sources.{number}.run to {' or '.join(names)}"
+        if names
+        else "Make such a run with `prefab run process` (a preset), or with `recipe: process` in "
+        f"a pipeline file, and name its store in data.sources.{number}.store"
+    )
+    return (
+        f"{folder}: {record['name']}@{record['version']} is a run of the recipe {record['recipe']}, "
+        f"whose answers have no labels of their steps. {mend}"
+    )
 
 
 def _lineage(folder: Path, read: store.Read, record: dict[str, Any]) -> dict[str, Any]:

@@ -73,8 +73,12 @@ def process(
     sets: Sets = [],
     as_json: Json = False,
     quiet: Quiet = False,
+    dry_run: DryRun = False,
+    gpu: Gpu = None,
 ) -> None:
     """Train a process reward model: the probability that each step of an answer is right."""
+    if dry_run:
+        return _show_estimate("process", config, sets, gpu, as_json)
     _offline("process", config, sets, as_json, quiet)
 
 

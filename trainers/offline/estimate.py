@@ -19,7 +19,9 @@ from prefab.trainers.offline.gpus import GPUS, OF_BF16, data_sheet
 if TYPE_CHECKING:
     from prefab.trainers.offline.loop import StageConfig
 
-SEQUENCES = {"sft": 1, "reward": 2, "dpo": 2, "kto": 2}  # of max_length, for a row of the data
+# Sequences of max_length, for a row of the data
+SEQUENCES = {"sft": 1, "reward": 2, "process": 1, "dpo": 2, "kto": 2}
+SCORES = ("reward", "process")  # stages with a head of one score instead of the vocabulary's
 RESERVE = 0.92  # of a GPU's memory: the rest is the CUDA context and fragments
 REACHED = 0.35  # of the data sheet's FLOP/s; what large models and batches reach
 LORA_SHARE = 0.01  # of a model's weights that adapters have, about
@@ -82,7 +84,7 @@ def estimate(config: StageConfig, stage: str, gpu: str) -> Estimate:
     budget = RESERVE * gib * GIB
 
     def total(rows: int, twice: bool) -> float:
-        logits = 0 if stage == "reward" else rows * sequences * length * one.vocabulary
+        logits = 0 if stage in SCORES else rows * sequences * length * one.vocabulary
         kept = one.layer_inputs * rows + one.a_layer * rows if twice else one.activations * rows
         return fixed + kept + 12 * min(logits, LOGITS_AT_ONCE)
 
@@ -101,7 +103,7 @@ def estimate(config: StageConfig, stage: str, gpu: str) -> Estimate:
         micro = largest or 1
     needed = total(micro, twice)
     flops = one.flops * config.batch_size * (4 if twice else 3)
-    if stage != "reward":
+    if stage not in SCORES:
         tokens = sequences * length * config.batch_size
         flops += 6 * tokens * one.vocabulary * _width(config)
     return Estimate(

@@ -118,6 +118,22 @@ def test_a_dry_run_estimates_and_trains_nothing(tmp_path, monkeypatch):
     assert "nothing is trained" in done.stdout and not list(tmp_path.iterdir())
 
 
+def test_a_process_reward_model_takes_half_of_a_reward_models_memory(tmp_path, monkeypatch):
+    """A row is one answer, not two; neither has a vocabulary's head."""
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for stage in ("process", "reward"):
+        words = ["train", stage, stage, "--dry-run", "--gpu", "H100", "--json"]
+        done = CliRunner().invoke(app, [*words, "--set=micro_batch=8", "--set=batch_size=8"])
+        assert done.exit_code == 0, done.output
+        found[stage] = json.loads(done.stdout)
+    one, two = found["process"], found["reward"]
+    assert one["weights_gib"] == two["weights_gib"] and one["fits"]
+    assert one["activations_gib"] == pytest.approx(two["activations_gib"] / 2, rel=0.01)
+    assert one["step_s"] == pytest.approx(two["step_s"] / 2, rel=0.01)
+    assert one["tokens_a_step"] == 8 * 512
+
+
 def test_what_takes_less_memory_is_told_in_order():
     assert remedies(config()) == (
         "Try micro_batch: 1 (the result stays the same), precision: bf16, lora: {rank: 16}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ from prefab import run
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.store.fill import fill
-from prefab.trainers.common import TrainError, load_tokenizer
+from prefab.trainers.common import TrainError, last_checkpoint, load_tokenizer
 from prefab.trainers.offline import process
 from prefab.trainers.registry import STAGES
 from prefab.trainers.rl import rewards
 from prefab.trainers.rl.rewards import RewardConfig, StepRewards
 from prefab.trainers.steps import step_tokens
 from tests.pipelines.run import test_process as labels
-from tests.support import trained
+from tests.support import project, trained
+
+DRIVER = Path(__file__).resolve().parents[2] / "support/train_driver.py"
 
 
 def test_the_loss_is_that_of_two_classes_at_the_ends_of_steps():
@@ -125,6 +128,71 @@ def test_a_store_gives_the_labels_of_its_steps(model, tmp_path):
     assert len(made["so 3\n\nso x1\nso 4?"]) == 2  # the third could not be read
     with pytest.raises(ConfigError, match="labels by line; write by: line"):
         process.prepare(config(model, tmp_path / "out", source, by="paragraph", batch_size=1))
+
+
+def test_a_store_without_labels_of_steps_says_how_to_make_them(model, tmp_path):
+    engines = {"local": Scripted(ScriptedConfig(), labels.answer)}
+    assert (
+        run(
+            project.pipeline(tmp_path, prompts=2, name="pairs"),
+            engines={"local": Scripted(ScriptedConfig(), project.answer)},
+        ).state
+        == "done"
+    )
+    fill(tmp_path / "store")
+    source = {"store": str(tmp_path / "store")}
+    words = "pairs@1 is a run of the recipe rlaif.*`prefab run process` .*data.sources.0.store"
+    with pytest.raises(ConfigError, match=words):
+        process.prepare(config(model, tmp_path / "out", source))
+    value = labels.recipe(tmp_path, [labels.VERIFIER], steps={"shows": "step"}, name="steps")
+    assert run(value, engines=engines).state == "done"
+    fill(tmp_path / "store")
+    named = {**source, "run": "pairs"}
+    with pytest.raises(ConfigError, match="set data.sources.0.run to steps@1"):
+        process.prepare(config(model, tmp_path / "out", named))
+
+
+def saved(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_stopped_at_a_checkpoint_it_goes_on_to_the_same_bits(model, tmp_path, monkeypatch):
+    """The head, the optimiser, the order of rows and random numbers are all in the checkpoint."""
+    source = written(tmp_path, rows())
+    settings = {"max_steps": 7, "eval_every": 2, "batch_size": 4, "micro_batch": 2}
+    process.run(config(model, tmp_path / "whole", source, **settings), quiet=True)
+    kind = process.trainer_class()
+    inner, steps = kind.losses, []
+
+    def stops(self, *args):
+        steps.append(self.state.global_step)
+        if self.model.training and self.state.global_step == 5:
+            raise TrainError("stopped")
+        return inner(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "losses", stops)
+        patched.setattr(process, "trainer_class", lambda: kind)
+        with pytest.raises(TrainError, match="stopped"):
+            process.run(config(model, tmp_path / "cut", source, **settings), quiet=True)
+    assert last_checkpoint(tmp_path / "cut").name == "checkpoint-4"
+    process.run(config(model, tmp_path / "cut", source, **settings), quiet=True)
+    assert saved(tmp_path / "whole") == saved(tmp_path / "cut")
+    assert saved(tmp_path / "whole/checkpoint-6") != saved(tmp_path / "whole")  # each step counts
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_the_weights_are_the_same_to_the_bit(model, tmp_path, training_forks):
+    source = written(tmp_path, rows())
+    for name in ("whole", "cut"):
+        settings = config(model, tmp_path / name, source, max_steps=12, eval_every=2)
+        (tmp_path / f"{name}.json").write_text(settings.model_dump_json())
+    cut = f"{tmp_path / 'cut.json'}:2,8"  # killed once the checkpoint of these steps is begun
+    done = training_forks.run([DRIVER, "process", tmp_path / "whole.json", cut], timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "2 killed"
+    assert saved(tmp_path / "whole") == saved(tmp_path / "cut")
+    assert (tmp_path / "cut" / process.FILE).is_file()
 
 
 @pytest.mark.parametrize(
