@@ -85,7 +85,7 @@ Made from docstrings by `make reference`; do not edit. [Using Prefab from Python
 
 
 # Options that are described once, at the top of the page.
-EVERYWHERE = ("as_json", "output_format", "intervals")
+EVERYWHERE = ("as_json", "json_schema", "output_format", "intervals")
 COMMANDS_PAGE = """\
 # Commands
 
@@ -94,6 +94,7 @@ value in its first column is a switch. Most commands also take
 
 - `--json`: print the result as JSON. [output.schema.json](output.schema.json) is the schema: that of `prefab store info` is
   `#/$defs/store-info`, and that of a mistake, which has exit code 1 or 2, `#/$defs/error`. A number that is not finite is null;
+- `--json-schema`: print the schema of this command's output alone;
 - `--format csv`, `md` or `json`: print tables as CSV or Markdown, or the result as JSON;
 - `--intervals`: show both bounds of each interval, not ±;
 - `-h`, `--help`: print what this page says of the command.

@@ -184,6 +184,15 @@ def smollm() -> Path:
         pytest.skip(f"no package index: {error}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def json_outputs():
+    """What a command prints with `--json` is held to its schema, wherever a test runs one."""
+    from tests.support.json_output import checked
+
+    with checked():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def servers_of_one_test():
     """Ports of servers are given again: how a server of the last test was read is forgotten."""

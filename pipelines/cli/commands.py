@@ -140,6 +140,26 @@ _STYLE_OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
+def _schema_option(words: str) -> dict[str, tuple[Any, Any]]:
+    """`--json-schema` of a command."""
+
+    def print_schema(wanted: bool) -> None:
+        if wanted:
+            from prefab.pipelines.cli.options import print_json
+            from prefab.pipelines.cli.outputs import schema_of
+
+            print_json(schema_of(words))
+            raise typer.Exit
+
+    option = typer.Option(
+        "--json-schema",
+        is_eager=True,  # before missing arguments are noticed
+        callback=print_schema,
+        help="Print the JSON schema of what --json prints.",
+    )
+    return {"json_schema": (Annotated[bool, option], False)}
+
+
 def log_as(verbose: int, log_file: Path | None) -> None:
     """Log the command that follows so (see `logging_to`)."""
     _LOG_SETTINGS.set((verbose, log_file))
@@ -183,7 +203,8 @@ def damaged_bytecode(error: BaseException) -> str:
 
 def dress(app: typer.Typer) -> None:
     """Give every command of an app its group and examples in `--help`, and the options of the log;
-    to those that print a result (they have `--json`) also `--format` and `--intervals`.
+    to those that print a result (they have `--json`) also `--format`, `--intervals` and
+    `--json-schema`.
     """
     for words, info in _all_commands(app):
         panel, examples = COMMANDS.get(words, (None, ()))
@@ -226,13 +247,13 @@ def _all_commands(app: typer.Typer, before: str = "") -> list[tuple[str, Any]]:
 
 def _with_common_options(command: Callable[..., Any], words: str) -> Callable[..., Any]:
     """The command with the options of the log and, where it has `as_json`, those of `OutputStyle`
-    (but `--format` where it has one of its own).
+    (but `--format` where it has one of its own) and `--json-schema`.
     """
     signature = inspect.signature(command, eval_str=True)
     prints = "as_json" in signature.parameters
     more = dict(_LOG_OPTIONS)
     if prints:
-        more |= _STYLE_OPTIONS
+        more |= _STYLE_OPTIONS | _schema_option(words)
     if "format" in signature.parameters:
         more.pop("output_format", None)
 
@@ -243,6 +264,7 @@ def _with_common_options(command: Callable[..., Any], words: str) -> Callable[..
                 return command(*args, **given)
             form = given.pop("output_format", None)
             intervals = given.pop("intervals")
+            given.pop("json_schema")
             if form == "json" or given["as_json"]:
                 if form not in (None, "json"):
                     raise ConfigError(f"--json and --format {form}: give only one of them")

@@ -71,7 +71,7 @@ def demo_real(
     if result.state != "done":
         return next_command(result, shlex.join(["prefab", "demo", "--real", "--store", str(store)]))
     with every_table_notes(WORTH):
-        found = _after_run(store, result, as_json)
+        found = {"policies": None, "right": None} | _after_run(store, result, as_json)
         if train:
             try:
                 found |= train_and_evaluate(store, result, as_json)

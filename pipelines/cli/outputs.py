@@ -17,7 +17,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from prefab.factory.stats import Estimate
 from prefab.judges.benchmarks import adapters
 from prefab.judges.stats.preference_calibration import Calibration
-from prefab.pipelines.cli import doctor
+from prefab.pipelines.cli import demo, doctor
 from prefab.pipelines.cli.data_check import DataReport
 from prefab.pipelines.evaluation.policy import Report as PolicyReport
 from prefab.pipelines.evaluation.weak_to_strong import WeakToStrong
@@ -41,8 +41,7 @@ from prefab.trainers.offline.estimate import Estimate as StepEstimate
 
 Rows = list[dict[str, Any]]  # of a table whose columns depend on the data
 Counts = dict[str, int]
-# Commands whose output has no schema: a demonstration's summary is made for people.
-WITHOUT_SCHEMA = {"demo"}
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def _printed(name: str, result: type[Any], without: tuple[str, ...] = (), **more: Any) -> type[Any]:
@@ -298,10 +297,57 @@ _BENCHMARK = _printed(
     asked=int,
     reused=int,
 )
+
+
+@dataclass
+class DemoPreferences:
+    """The preferences of `prefab demo`, compared with the oracle's scores."""
+
+    outcomes: Counts
+    gold_decided: int
+    both_decided: int
+    right: float | None
+    right_of_all: float | None
+
+
 _VERSION = _printed("Version", ConstitutionVersion, date=str)
 _RUN = _printed("RunOutput", RunResult, store=str, best_of=Rows)
+_EXPORTED = _printed("ExportDone", ExportReport, ("examples",), out=str)
+
+
+@dataclass
+class DemoOutput:
+    """What `prefab demo` measured. `policies`, `ppo`: null without training."""
+
+    run: _RUN  # type: ignore[valid-type]  # made from the fields
+    drafts: demo.AnswerQuality
+    revised: demo.AnswerQuality
+    changed: int
+    accuracy: list[demo.Accuracy]
+    preferences: DemoPreferences
+    policies: PolicyReport | None
+    ppo: dict[str, Any] | None
+    seconds: dict[str, float]
+
+
+@dataclass
+class RealDemoOutput:
+    """What `prefab demo --real` measured. `right`: by policy, the share of right answers and their
+    number. `policies`, `right`: null without training.
+    """
+
+    run: _RUN  # type: ignore[valid-type]  # made from the fields
+    agreement: AgreementOutput
+    export: _EXPORTED  # type: ignore[valid-type]  # made from the fields
+    worth: str
+    seconds: dict[str, float]
+    policies: PolicyReport | None
+    right: dict[str, tuple[float, int]] | None
+
+
 # By command: the type of what it prints with --json.
 OUTPUTS: dict[str, Any] = {
+    "demo": DemoOutput | RealDemoOutput,
     "init": _object("InitOutput", folder=str, files=list[str]),
     "check": CheckOutput | DataCheckOutput,
     "doctor": _object("DoctorOutput", findings=list[doctor.Finding], ok=bool),
@@ -310,8 +356,7 @@ OUTPUTS: dict[str, Any] = {
     "sql": Rows,
     "why": Why,
     "report": _object("ReportOutput", file=str, bytes=int, run=str, headline=str),
-    "export": _printed("ExportDone", ExportReport, ("examples",), out=str)
-    | _printed("ExportTried", ExportReport, out=str),
+    "export": _EXPORTED | _printed("ExportTried", ExportReport, out=str),
     "import-preferences": _object("ImportOutput", store=str, imported=list[Imported]),
     "diff": DiffOutput,
     "test": _printed("TestOutput", TestReport, passed=int, failed=int) | AddedTest,
@@ -383,6 +428,13 @@ class _Printed(GenerateJsonSchema):
         return True
 
 
+def schema_of(command: str) -> dict[str, Any]:
+    """The JSON schema of what one command prints, for example of `store info`."""
+    kind: TypeAdapter[Any] = TypeAdapter(OUTPUTS[command])
+    found = kind.json_schema(mode="serialization", schema_generator=_Printed)
+    return {"$schema": DIALECT, "title": f"What prefab {command} prints with --json", **found}
+
+
 def output_schema() -> dict[str, Any]:
     """The JSON schema of all outputs: that of a command stands in `$defs` under the command's
     words with `-` between them (`store-info`), and what they share under the names of types.
@@ -394,7 +446,7 @@ def output_schema() -> dict[str, Any]:
     by_command, shared = TypeAdapter.json_schemas(wanted, schema_generator=_Printed)
     found: Mapping[str, Any] = {name: schema for (name, _), schema in by_command.items()}
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": DIALECT,
         "title": "What the commands of Prefab print with --json",
         "$defs": {**found, **cast("dict[str, Any]", shared.get("$defs", {}))},
     }

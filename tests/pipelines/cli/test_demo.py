@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from math import log
 
+import orjson
 import pytest
 
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
@@ -24,6 +25,7 @@ from prefab.pipelines.cli.demo import (
 from prefab.pipelines.run.runner import run
 from prefab.pipelines.store.fill import query
 from prefab.pipelines.store.ground_truth import truth
+from tests.support.json_output import check
 
 GOOD = "To paint the boat, sand the surface and add two thin coats."
 RUDE = "You are too slow to do this. "
@@ -151,6 +153,10 @@ def test_the_demo_tells_its_steps_and_shows_one_prompt_first(prompts, tmp_path, 
     )
     assert "in 100.0% of them (100.0% of the" in " ".join(told[third:].split())
     assert f"next: prefab agreement --store '{store}'" in asides
+    printed: list[dict] = []
+    assert demo(store, None, False, sets, False, True, printed.append, {"local": scripted}) == 0
+    check(["demo", "--json"], orjson.dumps(printed[0], default=str).decode())
+    assert printed[0]["preferences"]["right"] == 1.0
 
 
 async def _count(stopped):

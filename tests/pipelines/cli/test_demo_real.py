@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import orjson
 import pytest
 
 from prefab.factory import console
@@ -19,6 +20,7 @@ from prefab.pipelines.cli.demo_real import (
 )
 from prefab.pipelines.config.loader import resolve_pipeline
 from prefab.pipelines.run.runner import run
+from tests.support.json_output import check
 
 RULES = [
     {"match": "Reply with None", "text": "Fault: it is too long."},
@@ -43,6 +45,7 @@ def test_as_json_it_says_so_too(smollm, tmp_path):
     told: list[dict] = []
     engine = f"engines.local={json.dumps({'engine': 'scripted', 'rules': RULES})}"
     demo_real(tmp_path / "store", [engine, "prompts.limit=3"], False, True, told.append)
+    check(["demo", "--json"], orjson.dumps(told[0], default=str).decode())
     assert told[0]["worth"] == WORTH
     assert {row["judge"] for row in told[0]["agreement"]["judges"]} >= {"pairwise", "pointwise"}
 

@@ -28,6 +28,7 @@ from prefab.pipelines.cli.main import app, main
 from prefab.pipelines.cli.project import check_paths, init_project
 from prefab.pipelines.store.fill import query as ask
 from tests.support import project
+from tests.support.json_output import check
 
 ROOT = Path(__file__).resolve().parents[3]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
@@ -51,6 +52,7 @@ def inside(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main()
     out = capsys.readouterr()
+    check(words, out.out)
     return int(ended.value.code or 0), out.out, out.err
 
 

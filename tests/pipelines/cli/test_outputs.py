@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from prefab import run
 from prefab.pipelines.cli.main import app
-from prefab.pipelines.cli.outputs import OUTPUTS, WITHOUT_SCHEMA, output_schema
+from prefab.pipelines.cli.outputs import OUTPUTS, output_schema
 from prefab.pipelines.store.fill import query
 from tests.support import project
+from tests.support.json_output import check
 
 
 def with_json(command: Any, name: str = "") -> set[str]:
@@ -27,28 +28,16 @@ def with_json(command: Any, name: str = "") -> set[str]:
 
 
 def test_each_command_with_json_has_a_schema():
-    assert with_json(get_command(app)) == {*OUTPUTS, *WITHOUT_SCHEMA} - {"error"}
+    assert with_json(get_command(app)) == {*OUTPUTS} - {"error"}
 
 
-def closed(schema: Any) -> Any:
-    """The schema, of which objects with named properties take no others."""
-    if isinstance(schema, list):
-        return [closed(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {name: closed(value) for name, value in schema.items()}
-    return found | ({"additionalProperties": False} if found.get("properties") else {})
-
-
-@pytest.fixture(scope="module")
-def schema():
-    return closed(output_schema())
-
-
-def check(schema: dict[str, Any], name: str, printed: Any) -> None:
-    jsonschema.Draft202012Validator(
-        {**schema, "$ref": f"#/$defs/{name.replace(' ', '-')}"}
-    ).validate(printed)
+def test_a_command_prints_the_schema_of_its_output_alone():
+    done = CliRunner().invoke(app, ["why", "--json-schema"])  # without the argument it needs
+    told = json.loads(done.stdout)
+    assert done.exit_code == 0 and "outcome" in told["properties"]
+    assert {*told["$defs"]} < {*output_schema()["$defs"]} and "store-info" not in told["$defs"]
+    done = CliRunner().invoke(app, ["store", "info", "--json-schema"])
+    assert "runs" in json.loads(done.stdout)["properties"]
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +80,26 @@ TYPED = (
 
 
 @pytest.mark.parametrize(("name", "rest"), TYPED)
-def test_what_is_printed_keeps_to_the_schema(made, schema, monkeypatch, name, rest):
+def test_what_is_printed_keeps_to_the_schema(made, monkeypatch, name, rest):
     monkeypatch.chdir(made)
     if "PREFERENCE" in rest:
         rest = query("store", "SELECT max(preference) FROM preferences").item()
     done = CliRunner().invoke(app, [*name.split(), *shlex.split(rest), "--json"])
-    assert done.exit_code in (0, 1), done.output
-    check(schema, name, json.loads(done.stdout))
+    assert done.exit_code in (0, 1) and done.stdout, done.output
+    check([*name.split(), "--json"], done.stdout)
 
 
-def test_a_mistake_keeps_to_its_schema(schema, monkeypatch, capsys):
+def test_a_wrong_output_is_found():
+    with pytest.raises(jsonschema.ValidationError, match="'bytes' is a required property"):
+        check(["report", "--json"], '{"file": "a", "run": "b", "headline": "c"}')
+    with pytest.raises(jsonschema.ValidationError, match="'more' was unexpected"):
+        check(["store", "rebuild", "--json"], '{"store": "", "rows": {}, "seconds": 1, "more": 0}')
+
+
+def test_a_mistake_keeps_to_its_schema(monkeypatch, capsys):
     from prefab.pipelines.cli import main
 
     monkeypatch.setattr("sys.argv", ["prefab", "sql", "SELECT 1", "--store", "none", "--json"])
     with pytest.raises(SystemExit):
         main.main()
-    check(schema, "error", json.loads(capsys.readouterr().out))
+    check(["sql", "--json"], capsys.readouterr().out)

@@ -1,14 +1,19 @@
-"""Every preset runs from prompts to exported rows on the scripted engine, and names its source."""
+"""Every preset runs from prompts to exported rows, on the scripted engine and (slow) on vLLM with
+the embedded model and with a small real one, and names its source."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from prefab import export, load_pipeline, run
+from prefab.factory.engines import kept_server
+from prefab.factory.engines.vllm import VllmConfig
 from prefab.factory.spec import yamlio
 from prefab.pipelines.config import schema
+from prefab.pipelines.store.fill import query
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted(path.stem for path in (ROOT / "pipelines/presets").glob("*.yaml"))
@@ -42,3 +47,41 @@ def test_a_preset_of_a_paper_runs_from_prompts_to_exported_rows(name: str, tmp_p
     assert sum(export(tmp_path / "store", tmp_path / "out").counts["prompts"].values()) == 4
     text = (ROOT / f"pipelines/presets/{name}.yaml").read_text()
     assert "Deviations: " in text and "et al. 20" in text
+
+
+@pytest.fixture(scope="module", params=["prefab-tiny", "smollm2-135m"])
+def engine(request):
+    """The settings of an engine whose vLLM server stays up for all presets."""
+    pytest.importorskip("vllm")
+    if request.param == "smollm2-135m":
+        request.getfixturevalue("smollm")
+    settings = {
+        "engine": "vllm",
+        "model": request.param,
+        "max_model_len": 2048,
+        "args": ["--enforce-eager"],
+        "env": {"COVERAGE_PROCESS_CONFIG": ""},  # vLLM itself need not be measured
+    }
+    server = kept_server.keep(VllmConfig.model_validate(settings), 900.0, lambda line: None)
+    yield settings
+    kept_server.stop(server)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_runs_on_a_model(engine, name: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    sets = [
+        f"store={store}",
+        f"engines.local={json.dumps(engine)}",
+        "prompts.limit=3",
+        "policy.max_tokens=24",
+    ]
+    result = run(name, sets)
+    assert result.state == "done"
+    assert not any(reason.endswith(("program", "transport")) for reason in result.unscored)
+    (texts,) = query(store, "SELECT count(DISTINCT text) FROM samples").row(0)
+    assert texts >= 3
+    assert sum(export(store, tmp_path / "out").counts["prompts"].values()) == 3
+    print(name, engine["model"], result.summary())
