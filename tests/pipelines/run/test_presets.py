@@ -83,5 +83,5 @@ def test_a_preset_runs_on_a_model(engine, name: str, tmp_path: Path) -> None:
     assert not any(reason.endswith(("program", "transport")) for reason in result.unscored)
     (texts,) = query(store, "SELECT count(DISTINCT text) FROM samples").row(0)
     assert texts >= 3
-    assert sum(export(store, tmp_path / "out").counts["prompts"].values()) == 3
-    print(name, engine["model"], result.summary())
+    counts = export(store, tmp_path / "out", truncated=True).counts  # 24 tokens are few
+    assert sum(counts["prompts"].values()) == 3
