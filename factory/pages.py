@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.printable import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 # Threat: prompts and answers are written by others. All text is escaped, and the policy lets a
 # browser load and run nothing, should a mark slip through.
@@ -71,14 +75,19 @@ def write_page(path: Path, title: str, body: str, **values: Any) -> None:
     Raises:
         ConfigError: The file cannot be written.
     """
+    try:
+        path.write_text(_template(body).render(title=title, **values), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+@cache
+def _template(body: str) -> Template:
+    """The compiled template of a page: compiling one takes longer than rendering most pages."""
     from jinja2 import Environment, StrictUndefined
 
     def shown(value: Any) -> Any:
         return printable(value) if type(value) is str else value
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=shown)
-    template = environment.from_string(_PAGE.replace("BODY", body))
-    try:
-        path.write_text(template.render(title=title, **values), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    return environment.from_string(_PAGE.replace("BODY", body))

@@ -166,10 +166,18 @@ def _set_aside(folder: Path, error: store.DamagedError) -> None:
 def _make_current(
     folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_mb: int
 ) -> None:
-    if reason := _why_rebuild(folder, ledger, memory_mb):
+    with store.opened(folder, memory_mb) as con:
+        reason = _why_rebuild(con, ledger)
+        if not reason:
+            marks = _catch_up(con, folder, ledger, report)
+    if reason:
         report.rebuilt = reason
         store.delete(folder)
-    _catch_up(folder, ledger, report, memory_mb)
+        with store.opened(folder, memory_mb) as con:
+            marks = _catch_up(con, folder, ledger, report)
+    if memory_mb > store.MEMORY_MB:
+        marks["memory_mb"] = memory_mb
+    store.write_marks(folder, marks)
 
 
 def rebuild(folder: str | Path) -> FillReport:
@@ -287,18 +295,14 @@ def versions(ledger: sqlite3.Connection) -> dict[str, Any]:
     return found
 
 
-def _why_rebuild(folder: Path, ledger: sqlite3.Connection, memory_mb: int) -> str:
-    if not (folder / store.FILE).exists():
-        return ""
-    with store.opened(folder, memory_mb) as con:
-        meta, now = store.get_meta(con), versions(ledger)
-        changed = sorted(name for name in {*meta, *now} if meta.get(name) != now.get(name))
-        if meta and changed:
-            return f"made by another {', '.join(changed)}"
-        if any(
-            _last(ledger, source) < store.watermark(con, source) for source in ("calls", "uses")
-        ):
-            return "the ledger is older than the store"
+def _why_rebuild(con: duckdb.DuckDBPyConnection, ledger: sqlite3.Connection) -> str:
+    """Why an open store cannot be caught up; empty where it can, as one without rows."""
+    meta, now = store.get_meta(con), versions(ledger)
+    changed = sorted(name for name in {*meta, *now} if meta.get(name) != now.get(name))
+    if meta and changed:
+        return f"made by another {', '.join(changed)}"
+    if any(_last(ledger, source) < store.watermark(con, source) for source in ("calls", "uses")):
+        return "the ledger is older than the store"
     return ""
 
 
@@ -336,44 +340,46 @@ def _last(ledger: sqlite3.Connection, table: str) -> int:
     return int(ledger.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()[0])
 
 
-def _catch_up(folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_mb: int) -> None:
+def _catch_up(
+    con: duckdb.DuckDBPyConnection, folder: Path, ledger: sqlite3.Connection, report: FillReport
+) -> dict[str, Any]:
+    """Add what is new in the ledger to an open store. What is to be left beside it for the next
+    filling.
+    """
     state = _ledger_state(ledger)  # first: rows that come later are not taken for copied ones
-    with store.opened(folder, memory_mb) as con:
-        if not store.get_meta(con):
-            store.set_meta(con, versions(ledger))
-            if is_shared(folder):
-                catalogue.bring_rows(con, folder)
-        names = Names(ledger)
-        uses = _find_work(con, ledger)
-        records = recorded.runs(
-            ledger
-        )  # after the uses: each of those belongs to a run that is among these
-        # each run adds a constitution, so only those that are not in the store yet are read
-        shown = dict(con.execute("SELECT run, constitution FROM runs").fetchall())
-        read = {r.id: _constitution(r, report) for r in records if not shown.get(r.id)}
-        _runs(con, records, read, shown)
-        _copy_prompts(con, ledger, report)
-        _copy_calls(con, ledger, names, report)
-        imports.copy(con, ledger, report)
-        before = _calibrations(con)
-        _copy_rest(con, ledger, report)
-        learned = _calibrations(con)
-        todo = con.execute("SELECT DISTINCT run FROM work WHERE state <> 'open'").fetchall()
-        rules = {}
-        for r in (r for r in records if (r.id,) in todo):
-            constitution = read[r.id] if r.id in read else _constitution(r, report)
-            rules[r.id] = derive.rules(r, constitution, learned.get(r.id))
-        for run, of_run in rules.items():
-            report.add("preferences", recalibrate(con, names, of_run, before.get(run)))
-        _derive_work(con, ledger, names, rules, report)
-        db.kill_point("end")
-        con.execute("CHECKPOINT")
-        marks: dict[str, Any] = {"calls": store.watermark(con, "calls"), "uses": uses}
-        if not report.notes:  # they are told at each filling
-            marks["state"] = [state, _file_state(folder)]
-        if memory_mb > store.MEMORY_MB:
-            marks["memory_mb"] = memory_mb
-    store.write_marks(folder, marks)
+    if not store.get_meta(con):
+        store.set_meta(con, versions(ledger))
+        if is_shared(folder):
+            catalogue.bring_rows(con, folder)
+    names = Names(ledger)
+    uses = _find_work(con, ledger)
+    records = recorded.runs(
+        ledger
+    )  # after the uses: each of those belongs to a run that is among these
+    # each run adds a constitution, so only those that are not in the store yet are read
+    shown = dict(con.execute("SELECT run, constitution FROM runs").fetchall())
+    read = {r.id: _constitution(r, report) for r in records if not shown.get(r.id)}
+    _runs(con, records, read, shown)
+    _copy_prompts(con, ledger, report)
+    _copy_calls(con, ledger, names, report)
+    imports.copy(con, ledger, report)
+    before = _calibrations(con)
+    _copy_rest(con, ledger, report)
+    learned = _calibrations(con)
+    todo = con.execute("SELECT DISTINCT run FROM work WHERE state <> 'open'").fetchall()
+    rules = {}
+    for r in (r for r in records if (r.id,) in todo):
+        constitution = read[r.id] if r.id in read else _constitution(r, report)
+        rules[r.id] = derive.rules(r, constitution, learned.get(r.id))
+    for run, of_run in rules.items():
+        report.add("preferences", recalibrate(con, names, of_run, before.get(run)))
+    _derive_work(con, ledger, names, rules, report)
+    db.kill_point("end")
+    con.execute("CHECKPOINT")
+    marks: dict[str, Any] = {"calls": store.watermark(con, "calls"), "uses": uses}
+    if not report.notes:  # they are told at each filling
+        marks["state"] = [state, _file_state(folder)]
+    return marks
 
 
 class Names:

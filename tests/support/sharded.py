@@ -15,7 +15,7 @@ from prefab.pipelines.config.loader import models
 from prefab.pipelines.scale.driver import Driver, prepare
 from prefab.pipelines.scale.launchers import WorkerEvent
 from prefab.pipelines.scale.worker import Worker, kept_engines
-from prefab.pipelines.store.fill import query
+from prefab.pipelines.store.fill import read_filled
 
 # of a table's columns, those that tell when something was done
 WHEN = {
@@ -107,19 +107,26 @@ def run_sharded(
     return Driver(scaled, launcher).run(models(kept_engines(scaled.loaded))), launcher
 
 
-def rows(folder: Path) -> dict[str, list[Any]]:
+Rows = dict[str, list[Any]]
+
+
+def rows(folder: Path) -> Rows:
     """By table, the rows of a store without what tells when they were made, sorted."""
-    found = {}
-    for table in (*store.TABLES, "pairs", "readings", "unscored"):
-        left_out = ", ".join(WHEN.get(table, []))
-        columns = f"* EXCLUDE ({left_out})" if left_out else "*"
-        found[table] = sorted(query(folder, f"SELECT {columns} FROM {table}").rows(), key=repr)
-    return found
+
+    def of_tables(read: store.Read) -> Rows:
+        found = {}
+        for table in (*store.TABLES, "pairs", "readings", "unscored"):
+            left_out = ", ".join(WHEN.get(table, []))
+            columns = f"* EXCLUDE ({left_out})" if left_out else "*"
+            found[table] = sorted(read(f"SELECT {columns} FROM {table}").rows(), key=repr)
+        return found
+
+    return read_filled(folder, of_tables)
 
 
-def same_rows(one: Path, other: Path, but: tuple[str, ...] = ()) -> None:
-    """See that two stores hold the same rows in every table but some."""
-    ours, theirs = rows(one), rows(other)
+def same_rows(ours: Rows, other: Path, but: tuple[str, ...] = ()) -> None:
+    """See that a store holds these rows in every table but some."""
+    theirs = rows(other)
     for table in ours.keys() - set(but):
         assert ours[table] == theirs[table], table
 

@@ -214,6 +214,15 @@ def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, caps
     assert code == 2 and told in err and "Traceback" not in err, err
 
 
+@pytest.fixture(scope="module")
+def queried(made, tmp_path_factory):
+    """A copy of the store; the rows of its summary, the bytes of its ledger, its files' names."""
+    store = shutil.copytree(made / "store", tmp_path_factory.mktemp("queried") / "store")
+    rows = ask(store, "SELECT * FROM summary").rows()
+    names = sorted(path.name for path in store.iterdir())
+    return store, rows, (store / "ledger.sqlite").read_bytes(), names
+
+
 @pytest.mark.parametrize(
     ("query", "told"),
     [
@@ -253,13 +262,8 @@ def test_mistakes_are_told_without_a_traceback(made, tmp_path, monkeypatch, caps
         ("PIVOT runs ON name", "PIVOT t ON c IN"),
     ],
 )
-def test_sql_reads_the_store_and_nothing_else(made, tmp_path, monkeypatch, capsys, query, told):
-    store = shutil.copytree(made / "store", tmp_path / "store")
-    rows = ask(store, "SELECT * FROM summary").rows()
-    ledger, names = (
-        (store / "ledger.sqlite").read_bytes(),
-        sorted(path.name for path in store.iterdir()),
-    )
+def test_sql_reads_the_store_and_nothing_else(queried, monkeypatch, capsys, query, told):
+    store, rows, ledger, names = queried
     query = query.format(ledger=store / "ledger.sqlite", store=store)
     code, out, err = inside(monkeypatch, capsys, "sql", query, "--store", str(store), "--json")
     assert code == 2 and told in err and "Traceback" not in err, err

@@ -31,7 +31,7 @@ from prefab.pipelines.store.fill import query, rebuild
 from prefab.pipelines.view.index_build import main as build_index
 from tests.pipelines.view.conftest import client_of
 from tests.support import project
-from tests.support.sharded import ThreadLauncher, run_sharded, same_rows
+from tests.support.sharded import ThreadLauncher, rows, run_sharded, same_rows
 
 # a repeated prompt, one under another id, and a group whose first prompt decides its split
 EXTRA = (
@@ -64,14 +64,20 @@ def made(tmp_path_factory):
     return folder, value, single, *run_sharded(value, lose=(1,))
 
 
-def test_rows_and_calls_are_those_of_one_process(made):
-    folder, _, single, sharded, launcher = made
-    assert (sharded.state, sharded.prompts) == ("done", single.prompts)
-    assert (sharded.asked, sharded.reused) == (single.asked, single.reused)
-    assert (sharded.outcomes, sharded.p_chosen) == (single.outcomes, single.p_chosen)
+@pytest.fixture(scope="module")
+def single(made):
+    """The rows of the run of one process."""
+    return rows(made[0] / "single")
+
+
+def test_rows_and_calls_are_those_of_one_process(made, single):
+    folder, _, alone, sharded, launcher = made
+    assert (sharded.state, sharded.prompts) == ("done", alone.prompts)
+    assert (sharded.asked, sharded.reused) == (alone.asked, alone.reused)
+    assert (sharded.outcomes, sharded.p_chosen) == (alone.outcomes, alone.p_chosen)
     # each was asked and then derived with the calibration; the lost one was given out again
     assert sorted(launcher.given) == [0, 0, 1, 1, 1, 2, 2]
-    same_rows(folder / "single", folder / "store")
+    same_rows(single, folder / "store")
 
 
 def test_a_finished_run_starts_no_worker(made):
@@ -82,13 +88,13 @@ def test_a_finished_run_starts_no_worker(made):
     assert again.outcomes == single.outcomes
 
 
-def test_merged_shards_are_an_ordinary_store(made, tmp_path):
-    folder, value, single, _, _ = made
+def test_merged_shards_are_an_ordinary_store(made, single, tmp_path):
+    folder, value, alone, _, _ = made
     merged = merge(folder / "store", tmp_path / "merged")
-    assert merged.calls == single.asked
-    same_rows(folder / "single", tmp_path / "merged")
+    assert merged.calls == alone.asked
+    same_rows(single, tmp_path / "merged")
     rebuild(tmp_path / "merged")
-    same_rows(folder / "single", tmp_path / "merged")
+    same_rows(single, tmp_path / "merged")
     again = run({**value, "store": str(tmp_path / "merged")})
     assert (again.asked, again.version) == (0, 1)
 
@@ -105,16 +111,18 @@ def copy_of(made, tmp_path, local=True):
     return {**value, "store": str(tmp_path / "store"), "scale": scale}
 
 
-def test_another_machine_restores_what_is_published_and_asks_nothing(made, tmp_path):
+def test_another_machine_restores_what_is_published_and_asks_nothing(made, single, tmp_path):
     value = copy_of(made, tmp_path, local=False)
     shutil.rmtree(tmp_path / "store" / "states")
     result, _ = run_sharded(value)
     assert (result.state, result.asked) == ("done", 0)
     value["store"] = str(tmp_path / "store")
-    same_rows(made[0] / "single", tmp_path / "store")
+    same_rows(single, tmp_path / "store")
 
 
-def test_damaged_rows_are_made_anew_and_a_damaged_segment_is_asked_again(made, tmp_path, capsys):
+def test_damaged_rows_are_made_anew_and_a_damaged_segment_is_asked_again(
+    made, single, tmp_path, capsys
+):
     value = copy_of(made, tmp_path, local=False)
     shared = SharedFolder(tmp_path / "store")
     shard = next(state.shard for state in shared.states())
@@ -128,7 +136,7 @@ def test_damaged_rows_are_made_anew_and_a_damaged_segment_is_asked_again(made, t
     assert set(launcher.given) == {shard} and "checksum" in capsys.readouterr().err
     of_shard = shared.state(shard).runs["1"]["counts"]
     assert 0 < result.asked == of_shard["asked"]
-    same_rows(made[0] / "single", tmp_path / "store")
+    same_rows(single, tmp_path / "store")
 
 
 def test_commands_read_the_rows_of_shards_as_those_of_one_process(made, tmp_path):
@@ -163,6 +171,7 @@ def test_what_needs_one_ledger_says_so(made):
         assert "prefab store merge" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_more_prompts_are_asked_in_the_shards_that_have_them(made, tmp_path):
     value = copy_of(made, tmp_path)
     (tmp_path / "prompts.jsonl").write_text(
@@ -188,6 +197,7 @@ def test_a_budget_is_held_over_all_shards(made, tmp_path):
     assert rest.asked + result.asked == made[2].asked
 
 
+@pytest.mark.slow
 def test_a_shard_that_loses_its_workers_is_set_aside_and_named(tmp_path):
     value = pipeline(tmp_path)
     with pytest.raises(EngineError, match=r"1 of 3 shards were set aside \(2\)"):
@@ -217,7 +227,8 @@ def test_a_worker_that_has_ended_does_not_disturb_the_end(tmp_path):
     launcher.close()
 
 
-def test_tasks_of_an_array_share_the_shards(made, tmp_path):
+@pytest.mark.slow
+def test_tasks_of_an_array_share_the_shards(made, single, tmp_path):
     value = {**made[1], "store": str(tmp_path / "store")}
     value["scale"] = {**value["scale"], "local": str(tmp_path / "local")}
     held = Lease(tmp_path / "store" / "claims" / "00001")
@@ -235,7 +246,7 @@ def test_tasks_of_an_array_share_the_shards(made, tmp_path):
     second = run_task("2/2", value)
     assert first.asked + second.asked == made[2].asked
     assert second.p_chosen == made[2].p_chosen  # learned by the last one
-    same_rows(made[0] / "single", tmp_path / "store", but=("runs",))  # of another folder
+    same_rows(single, tmp_path / "store", but=("runs",))  # of another folder
 
 
 def test_a_lease_of_a_process_that_ended_is_taken_over(tmp_path):
@@ -259,6 +270,7 @@ def test_a_shard_goes_elsewhere_where_it_would_end_much_sooner(elapsed_s, done, 
     assert is_straggler(elapsed_s, done, total=100, usual_per_s=2.0) is straggler
 
 
+@pytest.mark.slow
 def test_a_straggler_is_moved_and_nothing_is_asked_twice(made, tmp_path):
     """The second worker needs two minutes for a shard, one call after the other."""
     scaled = prepare(pipeline(tmp_path), (), 2, True)

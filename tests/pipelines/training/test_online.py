@@ -162,7 +162,8 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(whole):
     constitution.write_text(text)
 
 
-@pytest.mark.parametrize("seed", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
 def test_killed_anywhere_it_ends_the_same(whole, tmp_path, seed, training_forks):
     """One process imports torch and forks, so that a try costs little; it is killed at random
     moments."""
