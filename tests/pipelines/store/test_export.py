@@ -40,15 +40,22 @@ def store(tmp_path_factory):
     return folder / "store"
 
 
-def test_four_datasets_in_splits_with_probabilities_and_lineage(store, tmp_path):
-    report = export(store, tmp_path / "out")
+@pytest.fixture(scope="module")
+def exported(store, tmp_path_factory):
+    """The folder of an export that nothing is written to, and its report."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    return out, export(store, out)
+
+
+def test_four_datasets_in_splits_with_probabilities_and_lineage(exported):
+    out, report = exported
     assert report.counts == {
         "preference": {"train": 60, "validation": 30, "test": 30},
         "prompts": {"train": 20, "validation": 10, "test": 10},
         "unpaired": {"train": 40, "validation": 20, "test": 20},
         "sft": {"train": 60, "validation": 30, "test": 30},
     }
-    rows = pl.read_parquet(tmp_path / "out/preference/train.parquet")
+    rows = pl.read_parquet(out / "preference/train.parquet")
     assert {
         "prompt",
         "chosen",
@@ -64,19 +71,19 @@ def test_four_datasets_in_splits_with_probabilities_and_lineage(store, tmp_path)
     first = rows.row(0, named=True)
     assert first["chosen"][0]["content"].startswith("draft ") and 0.5 < first["p_chosen"] <= 1
     assert first["prompt"][0]["role"] == "user" and first["chosen"] != first["rejected"]
-    unpaired = pl.read_parquet(tmp_path / "out/unpaired/train.parquet")
+    unpaired = pl.read_parquet(out / "unpaired/train.parquet")
     assert dict(unpaired["label"].value_counts().iter_rows()) == {
         True: 20,
         False: 20,
     }  # the middle draft is even
-    assert set(pl.read_parquet(tmp_path / "out/sft/train.parquet")["revised"]) == {True}
+    assert set(pl.read_parquet(out / "sft/train.parquet")["revised"]) == {True}
 
 
-def test_what_is_held_out_stands_in_no_train_file(store, tmp_path):
-    export(store, tmp_path / "out")
+def test_what_is_held_out_stands_in_no_train_file(exported):
+    out, _ = exported
     for name in ("preference", "unpaired", "prompts", "sft"):
         parts = {
-            split: set(pl.read_parquet(tmp_path / f"out/{name}/{split}.parquet")["prompt_id"])
+            split: set(pl.read_parquet(out / f"{name}/{split}.parquet")["prompt_id"])
             for split in ("train", "validation", "test")
         }
         assert not parts["train"] & (parts["test"] | parts["validation"])
@@ -343,51 +350,49 @@ def test_a_run_with_nothing_to_export_leaves_the_earlier_export(store, tmp_path)
     assert tree(tmp_path / "out") == before
 
 
-def test_datasets_reads_it_and_trl_trains_on_it(store, tmp_path):
-    datasets = pytest.importorskip("datasets")
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("DPO", "preference"),
+        pytest.param("SFT", "sft", marks=pytest.mark.slow),
+        pytest.param("KTO", "unpaired", marks=pytest.mark.slow),
+        pytest.param("Reward", "preference", marks=pytest.mark.slow),
+    ],
+)
+def test_datasets_reads_it_and_trl_trains_on_it(exported, tmp_path, method, name):
     trl = pytest.importorskip("trl")
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from tests.support import tinymodel
 
-    export(store, tmp_path / "out")
-    data = {
-        name: datasets.load_dataset(str(tmp_path / "out"), name, cache_dir=str(tmp_path / "cache"))
-        for name in ("preference", "unpaired", "prompts", "sft")
-    }
-    assert {name: set(parts) for name, parts in data.items()} == {
-        name: {"train", "validation", "test"} for name in data
-    }
+    cache = str(tmp_path / "cache")
+    for one in ("prompts", name):
+        data = load_dataset(str(exported[0]), one, cache_dir=cache)
+        assert set(data) == {"train", "validation", "test"}
     folder = tinymodel.build(tmp_path / "model", heads=2, hidden=32, layers=1, context=256)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def causal():
-        return AutoModelForCausalLM.from_pretrained(folder)
-
-    def train(trainer, config, model, name, **more):
-        args = config(
-            output_dir=str(tmp_path / name),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=1,
-            **more,
-        )
-        made = trainer(
-            model=model, args=args, train_dataset=data[name]["train"], processing_class=tokenizer
-        )
-        loss = made.train().training_loss
-        assert loss == loss and loss > 0, name
-
-    train(trl.SFTTrainer, trl.SFTConfig, causal(), "sft", max_length=128)
-    train(trl.DPOTrainer, trl.DPOConfig, causal(), "preference", max_length=128)
-    train(trl.KTOTrainer, trl.KTOConfig, causal(), "unpaired", max_length=128)
-    reward = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-    train(trl.RewardTrainer, trl.RewardConfig, reward, "preference", max_length=128)
+    if method == "Reward":
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    args = getattr(trl, f"{method}Config")(
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        max_length=128,
+    )
+    trainer = getattr(trl, f"{method}Trainer")(
+        model=model,
+        args=args,
+        train_dataset=data["train"],
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )
+    assert trainer.train().training_loss > 0  # not NaN either
 
 
 def test_a_pipeline_file_gives_the_defaults_of_export(tmp_path, monkeypatch):

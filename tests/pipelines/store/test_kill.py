@@ -1,7 +1,7 @@
 """SIGKILL at random moments and at every named point: nothing committed is asked again, and the
 store comes out equal.
 
-Fifteen kills in an ordinary test run (`PREFAB_KILLS` says otherwise), a hundred more in `make
+Six kills and more in an ordinary test run (`PREFAB_KILLS` says otherwise), a hundred more in `make
 kill-test`."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support.kill_driver import IN_FLIGHT, PROMPTS
 from tests.support.miniworld import MiniEngine, run
 
 DRIVER = str(Path(__file__).parents[2] / "support" / "kill_driver.py")
-KILLS = int(os.environ.get("PREFAB_KILLS", "15"))
+KILLS = int(os.environ.get("PREFAB_KILLS", "6"))
 TIMES = {
     "runs": ("started_at", "last_start"),
     "calls": ("answered_at",),

@@ -97,7 +97,9 @@ CHECK = """
 """
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+@pytest.mark.parametrize(
+    ("width", "dark"), [pytest.param(1280, False, marks=pytest.mark.slow), (390, True)]
+)
 def test_every_page_is_whole_readable_and_asks_nothing_elsewhere(chromium, address, width, dark):
     page, notes = browser.page_of(chromium, address, width, dark)
     own = address.split("?")[0]
@@ -144,6 +146,7 @@ def test_by_keys_alone_from_the_runs_to_a_call_behind_a_verdict_and_back(chromiu
     page.context.close()
 
 
+@pytest.mark.slow
 def test_dragging_over_a_histogram_filters(chromium, address):
     page, notes = browser.page_of(chromium, address)
     browser.ready(page, address.split("?")[0] + "preferences")
@@ -161,6 +164,7 @@ def test_dragging_over_a_histogram_filters(chromium, address):
     page.context.close()
 
 
+@pytest.mark.slow
 def test_rows_are_loaded_while_scrolling(chromium, address):
     page, notes = browser.page_of(chromium, address)
     browser.ready(page, address.split("?")[0] + "preferences?run=world&sort=stored")
@@ -174,6 +178,7 @@ def test_rows_are_loaded_while_scrolling(chromium, address):
     page.context.close()
 
 
+@pytest.mark.slow
 def test_labelling_by_keys(chromium, store):
     with browser.served(store) as address:
         page, notes = browser.page_of(chromium, address)
@@ -192,6 +197,7 @@ def test_labelling_by_keys(chromium, store):
         page.context.close()
 
 
+@pytest.mark.slow
 def test_an_edit_is_checked_in_the_page(chromium, address):
     page, notes = browser.page_of(chromium, address)
     browser.ready(page, address.split("?")[0] + "constitution")
@@ -203,6 +209,7 @@ def test_an_edit_is_checked_in_the_page(chromium, address):
     page.context.close()
 
 
+@pytest.mark.slow
 def test_texts_that_attack_run_nothing(chromium, attacked, tmp_path):
     """On each page, as files of `--bundle`, and in a run's report."""
     pages, report = tmp_path / "pages", tmp_path / "report.html"
@@ -250,6 +257,7 @@ STEAL = """async (own) => {
 }"""
 
 
+@pytest.mark.slow
 def test_another_page_reads_and_changes_nothing(chromium, store, tmp_path):
     """A page of another port of this machine, and of a name that resolves to it, in a browser that
     has the cookie.
