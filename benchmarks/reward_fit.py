@@ -4,11 +4,12 @@ what best-of-n makes of each.
     python -m benchmarks.reward_fit --store demo-store            # half an hour on two cores
     python -m benchmarks.reward_fit --store demo-store --quick    # the machinery
 
-Every reward model reads the same answers of the base policy to prompts of the test split: how often
-it agrees with the oracle on two answers to one prompt, how far its probabilities are off, and the
-gold score of the answer that it likes best of n. Best-of-n is the simplest over-optimisation: the
-harder one selects, the more a reward model's mistakes count. Intervals are for another seed (each
-has pairs of its own) and another group of prompts."""
+Every reward model reads the same answers of the base policy to held-out prompts: how often it
+agrees with the oracle on two answers to one prompt, how far its probabilities are off, and the gold
+score of the answer that it likes best of n. Best-of-n is the simplest over-optimisation: the harder
+one selects, the more a reward model's mistakes count. Intervals are for another seed (each has
+pairs of its own) and another group of prompts. `--split held` asks about 75 topics in place of 20,
+for a run whose prompts are of other topics, as those of benchmarks.policies are."""
 
 from __future__ import annotations
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--split", default="test", choices=["test", "held"], help="Of prompts.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
@@ -115,18 +117,18 @@ def trained(args: argparse.Namespace, epochs: int, seed: int) -> str:
 
 
 def base_answers(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The base policy's answers to prompts of the test split, with gold."""
-    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, held_out, sample_all
+    """The base policy's answers to held-out prompts, with gold."""
+    from prefab.factory.microworld import grammar
+    from prefab.pipelines.evaluation.policy import PolicyEvalConfig, sample_all
 
     config = PolicyEvalConfig.model_validate(
         {
             "policies": {"base": "prefab-tiny"},
             "samples": args.samples,
             "threads": args.threads,
-            "prompts": {"source": "microworld", "split": "test", "limit": args.prompts, "seed": 11},
         }
     )
-    prompts = held_out(config)
+    prompts = grammar.prompts(args.split, args.prompts, 11)
     return prompts, sample_all(config, prompts)["base"]
 
 
