@@ -237,8 +237,9 @@ def _by_judge(
     quiet: bool,
 ) -> None:
     """Into the report: each policy's first answers against the baseline's, compared by a judge."""
-    from prefab.pipelines.evaluation.win_rate import judge_pairs
+    from prefab.pipelines.evaluation.win_rate import judge_pairs, own_answers_note
 
+    report.notes += own_answers_note(str(config.judge), config.policies)
     folder = Path(config.store or tempfile.mkdtemp(prefix="prefab-")) / "eval"
     labelled = [i for path in config.policies.values() for i in labelled_by(model_folder(path))]
 

@@ -8,14 +8,16 @@ are kept in a ledger of their own, so an evaluation that was stopped goes on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefab.factory import decision
 from prefab.factory.console import Progress
+from prefab.factory.engines.base import resolve_model
 from prefab.factory.errors import ConfigError
+from prefab.factory.keys import model_identity
 from prefab.factory.types import Comparison, Engine, Prompt, Sample
 from prefab.judges import panel
 from prefab.judges.base import Judge
@@ -68,6 +70,29 @@ def judge_pairs(
             "own pupil. Name another model"
         )
     return judge.name, asyncio.run(_ask(loaded, judge, pairs, folder, engine, quiet))
+
+
+def own_answers_note(pipeline: str, policies: Mapping[str, str]) -> list[str]:
+    """A sentence where the judge of a pipeline file is one of the policies that it compares;
+    nothing where it is none of them.
+
+    Args:
+        pipeline: The file, whose first judge compares.
+        policies: By name: a folder, an embedded model or a hub name.
+    """
+    loaded = resolve_pipeline(Path(pipeline), ())
+    judge = find_judge(loaded, "", kinds_with_engine("pair", "one", "all"))
+    engine = loaded.config.engines[judge.engine]
+    model = engine.get("model")
+    if not model or engine.get("adapter"):
+        return []
+    asked = model_identity(resolve_model(model))
+    own = [name for name, path in policies.items() if model_identity(resolve_model(path)) == asked]
+    return [
+        f"{judge.name} of {pipeline} is the model of {name}: it judges its own answers, so a "
+        "preference for them is in its win rates and is not measured. Name another model to avoid it"
+        for name in own
+    ]
 
 
 async def _ask(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sqlite3
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from prefab.factory.engines.base import resolve_model
 from prefab.factory.engines.chat import Drawn
 from prefab.factory.errors import ConfigError
 from prefab.factory.types import Engine, Message, Prompt
@@ -442,3 +444,30 @@ def test_a_judge_that_took_no_part_compares_too(tmp_path):
         list(zip(found, other, strict=True)), [0.0 if h.tie else h.p_a - 0.5 for h in heard]
     )
     assert a.decided.value == pytest.approx(2 / 3) and a.win_rate.value == 0.5
+
+
+def test_a_judge_that_is_one_of_the_policies_is_said_to_judge_its_own_answers(
+    tmp_path, monkeypatch
+):
+    from prefab.pipelines.evaluation import policy, win_rate
+    from tests.support import project
+
+    copied = shutil.copytree(resolve_model("prefab-nano"), tmp_path / "copy")
+    engines = {"local": {"engine": "vllm", "model": "prefab-nano"}}
+    file = str(project.write(tmp_path, project.pipeline(tmp_path, engines=engines)))
+    policies = {"base": "prefab-tiny", "trained": str(copied)}
+    (note,) = win_rate.own_answers_note(file, policies)
+    assert "is the model of trained: it judges its own answers" in note
+    assert not win_rate.own_answers_note(file, {"base": "prefab-tiny"})
+    # the report of an evaluation has it
+    monkeypatch.setattr(
+        win_rate, "judge_pairs", lambda *_: ("judge", [win_rate.PairVerdict(0.9, False)])
+    )
+    config = PolicyEvalConfig.model_validate(
+        {"policies": policies, "judge": file, "store": str(tmp_path / "store"), "samples": 1}
+    )
+    report = policy.Report("base", 1, 1, 1)
+    answers = {"base": [made(0, "one")], "trained": [made(0, "another")]}
+    prompt = Prompt("p", (Message("user", "Why?"),), (), None, "test")
+    policy._by_judge(config, report, [prompt], answers, True)
+    assert report.notes == [note] and report.against["trained, by judge"].win_rate.value == 1.0
