@@ -7,6 +7,7 @@
 #   docker run --rm --gpus all -v "$PWD:/data" prefab-cuda demo
 #
 # The packages for GPUs bring CUDA's libraries; the host needs its driver (580 or newer) and the NVIDIA container toolkit.
+# The program runs as the user UID (1000), which must be able to write to the folder at /data: --build-arg UID=$(id -u).
 FROM python:3.12-slim
 
 # vLLM compiles the models that it serves.
@@ -16,9 +17,11 @@ ARG REQUIREMENTS=requirements.txt
 ARG PIP_EXTRA_INDEX_URL=
 WORKDIR /src
 COPY requirements.txt requirements-gpu.txt overrides-cpu.txt ./
-RUN pip install --no-cache-dir --no-deps -r ${REQUIREMENTS}
+RUN pip install --no-cache-dir --no-deps -r "${REQUIREMENTS}"
 COPY . .
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . && useradd --create-home prefab
+ARG UID=1000
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
+    && useradd --create-home --uid "${UID}" prefab && install -d -o prefab -g prefab /data
 
 USER prefab
 ENV VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
