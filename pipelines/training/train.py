@@ -26,10 +26,10 @@ def train(
         quiet: Do not show progress.
 
     Returns:
-        A dictionary with the trained model's folder and its figures. `sft`, `reward`, `dpo` and
-        `kto`: `model`, `steps`, `train` and `val` (rows), `metrics`. `ppo` and `grpo`: `policy`,
+        A dictionary with the trained model's folder and its figures. Of `ppo` and `grpo`: `policy`,
         `steps`, `stopped` (why it ended early, or None), `first` and `last` (metrics of a step),
-        `evaluations`, `best`, `alarm`, `charts`. `online`: `policy`, `rounds`, `stopped`.
+        `evaluations`, `best`, `alarm`, `charts`. Of `online`: `policy`, `rounds`, `stopped`. Of
+        the others: `model`, `steps`, `train` and `val` (rows), `seconds`, `metrics`.
 
     Raises:
         ConfigError: There is no such stage, or a mistake in the configuration or the data.
