@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from prefab.trainers.common import TrainError
-from prefab.trainers.rl import checkpoint, overoptimization, rewards
+from prefab.trainers.rl import checkpoint, decoding, overoptimization, rewards
 from prefab.trainers.rl.config import RlConfig
 from prefab.trainers.rl.models import as_reference, policy_sampler, reference_logps
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
@@ -49,6 +49,8 @@ def calibrate(t: Run) -> rewards.Scales:
     seed = checkpoint.seed_step(t.config.seed, t.state.step, "calibrate")
     with as_reference(t) as reference:
         answers = policy_sampler(t, reference).sample([t.prompt_ids[i] for i in rows], seed)
+    if t.reference is not None:  # it is not sampled from again
+        decoding.forget(t.reference)
     texts = texts_of(t, answers)
     ended = [b for b, a in enumerate(answers) if a.ended or t.config.unfinished_score is None]
     if len(ended) < 2:

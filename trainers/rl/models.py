@@ -141,6 +141,7 @@ def transformers_sampler(
         config.sample_batch,
         config.micro_batch,
         accelerator.autocast,
+        config.compiles_sampling(accelerator.device.type),
     )
 
 

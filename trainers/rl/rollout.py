@@ -18,8 +18,8 @@ from prefab.factory.errors import ConfigError
 from prefab.trainers import data
 from prefab.trainers.chat import Turn, chat_text, check_tools, dialect, ids_of, shown
 from prefab.trainers.data import DataConfig
+from prefab.trainers.rl import decoding, processes
 from prefab.trainers.rl import policy_gradient as pg
-from prefab.trainers.rl import processes
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # bits every time; on a GPU, which computes thousands of columns in the time that launching a small
 # model's kernels takes, it is measured (`measured_call`), and MOST_CALL bounds it.
 CALL_CPU, CALL, MOST_CALL = 64, 2048, 65_536
+
+# Tokens after which the compiled sampler looks whether all rows have ended.
+LOOK = 16
 
 # One user turn, or a conversation that waits for the assistant.
 Prompt = str | Sequence[Turn]
@@ -69,6 +72,7 @@ class TransformersSampler:
     """Samples with transformers, in this process; the policy is always the current one.
 
     `batch` prompts are answered together, and `micro_batch` former answers checked together.
+    `compiled`: with a cache of fixed size and a compiled forward, where the model has them.
     """
 
     model: Any
@@ -78,6 +82,7 @@ class TransformersSampler:
     batch: int
     micro_batch: int
     autocast: Callable[[], AbstractContextManager[None]]
+    compiled: bool = False
 
     def sample(
         self, prompts: Sequence[list[int]], seed: int, former: Sequence[list[int]] = ()
@@ -92,19 +97,27 @@ class TransformersSampler:
         seeds: Sequence[int],
         former: Sequence[list[int]] = (),
     ) -> list[SampledAnswer]:
-        """One answer to each prompt, drawn with its own seed, in this process alone."""
-        with self.autocast():
-            return _sample(
-                self.model,
-                prompts,
-                self.max_new_tokens,
-                self.temperature,
-                self.ends,
-                seeds,
-                self.batch,
-                former,
-                self.micro_batch,
-            )
+        """One answer to each prompt, drawn with its own seed, in this process alone. In evaluation
+        mode: layers with gradient checkpointing drop the cache while they train.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.autocast():
+                return _sample(
+                    self.model,
+                    prompts,
+                    self.max_new_tokens,
+                    self.temperature,
+                    self.ends,
+                    seeds,
+                    self.batch,
+                    former,
+                    self.micro_batch,
+                    decoding.decoder_of(self.model) if self.compiled else None,
+                )
+        finally:
+            self.model.train(training)
 
     def ahead(self, prompts: Sequence[list[int]], seed: int) -> Ahead:
         """See `Sampler.ahead`. Sampled at once: these are the weights that change."""
@@ -249,8 +262,9 @@ def _sample(
     batch: int,
     former: Sequence[list[int]],
     micro_batch: int,
+    decoder: decoding.StaticDecoder | None = None,
 ) -> list[SampledAnswer]:
-    """As `sample`, with a seed for each prompt."""
+    """As `sample`, with a seed for each prompt, and with `decoder` where there is one."""
     import torch
 
     answers: list[Any] = [None] * len(prompts)
@@ -264,15 +278,19 @@ def _sample(
         order = sorted(
             (i for i, a in enumerate(answers) if a is None), key=lambda i: len(prompts[i])
         )
+        if decoder and order:
+            longest = len(prompts[order[-1]]) + max_new_tokens
+            decoder.reserve(model, min(batch, len(order)), longest)
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            done = _sample_batch(
+            done = _answer_rows(
                 model,
+                decoder,
                 [prompts[i] for i in rows],
+                [seeds[i] for i in rows],
                 max_new_tokens,
                 temperature,
                 list(ends),
-                [seeds[i] for i in rows],
             )
             for i, answer in zip(rows, done, strict=True):
                 answers[i] = answer
@@ -322,13 +340,31 @@ def _draw(logps: Tensor, noise: Tensor) -> Tensor:
     return (logps.exp() / noise).argmax(-1)
 
 
-def _sample_batch(
+def _answer_rows(
     model: Any,
+    decoder: decoding.StaticDecoder | None,
     prompts: list[list[int]],
+    seeds: Sequence[int],
     most: int,
     temperature: float,
     ends: list[int],
+) -> list[SampledAnswer]:
+    """Answers to one batch of prompts, by the decoder where there is one that works."""
+    if decoder and not decoder.failed:
+        try:
+            return _sample_static(model, decoder, prompts, seeds, most, temperature, ends)
+        except decoding.CannotCompile as error:
+            decoder.give_up(error)
+    return _sample_batch(model, prompts, seeds, most, temperature, ends)
+
+
+def _sample_batch(
+    model: Any,
+    prompts: list[list[int]],
     seeds: Sequence[int],
+    most: int,
+    temperature: float,
+    ends: list[int],
 ) -> list[SampledAnswer]:
     """Token by token with a cache. `alive` are the rows still in the batch, by their place in
     `prompts`.
@@ -370,11 +406,54 @@ def _sample_batch(
             draws = [draws[b] for b in keep.tolist()]
         ids, positions = tokens, positions[:, -1:] + 1
         attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
-    mask_BT, ended_B = pg.answer_mask(new_BT[:, : t + 1], ends)
+    return _answers(prompts, new_BT[:, : t + 1], logps_BT, ends)
+
+
+def _sample_static(
+    model: Any,
+    decoder: decoding.StaticDecoder,
+    prompts: list[list[int]],
+    seeds: Sequence[int],
+    most: int,
+    temperature: float,
+    ends: list[int],
+) -> list[SampledAnswer]:
+    """As `_sample_batch`, with the decoder's cache and its number of rows. Rows that have ended
+    stay in the batch; whether all have is asked now and then, since it waits for the device.
+
+    Raises: CannotCompile.
+    """
+    import torch
+
+    device, more = next(model.parameters()).device, decoder.rows - len(prompts)
+    draws = [torch.Generator(device).manual_seed(seed) for seed in [*seeds, *[0] * more]]
+    ids, attention, positions = _left_padded([*prompts, *[prompts[0]] * more], device)
+    stops, before = torch.tensor(ends, device=device), ids.shape[1]
+    new_BT = torch.zeros(decoder.rows, most, dtype=torch.long, device=device)
+    logps_BT = torch.zeros(decoder.rows, most, device=device)
+    ended_B = torch.arange(decoder.rows, device=device) >= len(prompts)
+    logits_BV, mask = decoder.prefill(model, ids, attention, positions)
+    for t in range(most):
+        all_BV = (logits_BV.float() / temperature).log_softmax(-1)
+        ids = _draw(all_BV, _noise(draws, all_BV.shape[1]))[:, None]
+        new_BT[:, t], logps_BT[:, t] = ids[:, 0], all_BV.gather(1, ids)[:, 0]
+        ended_B |= torch.isin(ids[:, 0], stops)
+        if t + 1 == most or (t % LOOK == LOOK - 1 and bool(ended_B.all())):
+            break
+        positions = positions[:, -1:] + 1
+        logits_BV = decoder.decode(model, ids, mask, positions, before + t)
+    return _answers(prompts, new_BT[:, : t + 1], logps_BT, ends)
+
+
+def _answers(
+    prompts: list[list[int]], new_BT: Tensor, logps_BT: Tensor, ends: list[int]
+) -> list[SampledAnswer]:
+    """The drawn tokens of each prompt's row up to their first end."""
+    mask_BT, ended_B = pg.answer_mask(new_BT, ends)
     lengths, new, logps = mask_BT.sum(-1).tolist(), new_BT.tolist(), logps_BT.tolist()
     return [
         SampledAnswer(prompt, new[b][: lengths[b]], logps[b][: lengths[b]], ended)
-        for b, (prompt, ended) in enumerate(zip(prompts, ended_B.tolist(), strict=True))
+        for b, (prompt, ended) in enumerate(zip(prompts, ended_B.tolist(), strict=False))
     ]
 
 

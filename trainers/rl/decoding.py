@@ -1,0 +1,211 @@
+"""Answers drawn token by token with a cache of fixed size, through one compiled forward.
+
+A cache that grows makes every token's forward another one, which no compiler and no CUDA graph can
+keep. Here the cache has room for the longest prompt and answer from the start, and batches with
+fewer rows are filled up, so that one compiled forward serves a whole run. Weights are read where
+they stand: an update in place changes what the compiled forward computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from prefab.factory.console import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLUMNS = 128  # a cache has a multiple of so many
+GROWTH = 1.5  # by which a cache that is too short becomes longer at least
+RECOMPILES = 16  # sizes and states of one model; torch's own 8 are those of all models together
+BACKEND = "inductor"  # of torch.compile
+ATTENTION = ("eager", "sdpa")  # those that take a mask of a fixed size
+
+
+class CannotCompile(Exception):
+    """The forward cannot be compiled on this machine; the message says why."""
+
+
+class StaticDecoder:
+    """The cache of one model, and the compiled forward that uses it."""
+
+    def __init__(self, backend: str | Callable[..., Any] | None) -> None:
+        """`backend` is torch.compile's; None: not compiled."""
+        self.rows = self.columns = 0
+        self.failed = False
+        self.autocast = False  # the type of what the cache holds follows from it
+        self.cache: Any = None
+        self.forward: Callable[..., Any] = _next_logits
+        if backend is not None:
+            import torch
+
+            # CUDA graphs, which need the mode, are inductor's alone
+            mode = "reduce-overhead" if backend == "inductor" else None
+            compiler: Any = torch.compile  # its overloads lack the last two arguments
+            self.forward = compiler(
+                _next_logits,
+                dynamic=False,
+                backend=backend,
+                mode=mode,
+                recompile_limit=RECOMPILES,
+                isolate_recompiles=True,
+            )
+
+    def reserve(self, model: Any, rows: int, columns: int) -> None:
+        """Make room for so many rows of so many tokens, prompt and answer together. The room never
+        shrinks: another size would be compiled anew.
+        """
+        import torch
+
+        autocast = torch.is_autocast_enabled(next(model.parameters()).device.type)
+        if rows <= self.rows and columns <= self.columns and autocast == self.autocast:
+            return
+        if columns > self.columns:
+            least = max(columns, int(self.columns * GROWTH))
+            self.columns = -(-least // COLUMNS) * COLUMNS
+        self.autocast = autocast
+        self.rows = max(self.rows, 1 << (rows - 1).bit_length())
+        self.cache = _static_cache(model, self.columns)
+
+    def prefill(
+        self, model: Any, ids_BP: Tensor, attention_BP: Tensor, positions_BP: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(logits after each prompt B V; the mask of the tokens to come, B 1 1 columns, for
+        `decode`). The forward of prompts is not compiled: their lengths differ.
+        """
+        import torch
+
+        self.cache.reset()
+        out = model(
+            input_ids=ids_BP,
+            attention_mask=attention_BP,
+            position_ids=positions_BP,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        mask_BC = torch.zeros(
+            len(ids_BP), self.columns, dtype=torch.bool, device=attention_BP.device
+        )
+        mask_BC[:, : attention_BP.shape[1]] = attention_BP.bool()
+        if _plain(model).config._attn_implementation == "eager":  # adds its mask
+            lowest = torch.finfo(torch.float32).min
+            return out.logits[:, -1], torch.where(mask_BC, 0.0, lowest)[:, None, None]
+        return out.logits[:, -1], mask_BC[:, None, None]
+
+    def decode(
+        self, model: Any, ids_B1: Tensor, mask_B11C: Tensor, positions_B1: Tensor, column: int
+    ) -> Tensor:
+        """The logits after one more token of each row, B V; `column` is its place in the cache,
+        which the mask shows from now on. They hold until the next call.
+
+        Raises: CannotCompile.
+        """
+        import torch
+        from torch._dynamo.exc import TorchDynamoException
+
+        mask_B11C[..., column] = mask_B11C.dtype == torch.bool  # else 0.0 is what is added
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            found: Tensor = self.forward(model, self.cache, ids_B1, mask_B11C, positions_B1)
+        except TorchDynamoException as error:
+            raise CannotCompile(" ".join(str(error).split())[:200]) from error
+        return found
+
+    def give_up(self, error: CannotCompile) -> None:
+        """Be used no more, and say why."""
+        self.failed, self.cache = True, None
+        _say_without(str(error))
+
+
+_decoders: WeakKeyDictionary[Any, StaticDecoder | None] = WeakKeyDictionary()
+
+
+def decoder_of(model: Any) -> StaticDecoder | None:
+    """The decoder of this model, made once; None where it cannot have one, which is said once."""
+    if model not in _decoders:
+        why = why_not(model)
+        _decoders[model] = None if why else StaticDecoder(BACKEND)
+        if why:
+            _say_without(why)
+    found = _decoders[model]
+    return None if found is None or found.failed else found
+
+
+def _say_without(why: str) -> None:
+    say(f"sampling without compiled decoding (compile_sampling: false): {why}", stderr=True)
+
+
+def forget(model: Any) -> None:
+    """Free the memory of a model's cache."""
+    _decoders.pop(model, None)
+
+
+def why_not(model: Any) -> str | None:
+    """Why this model cannot decode with a cache of fixed size, compiled; None where it can."""
+    plain = _plain(model)
+    name, attention = type(plain).__name__, plain.config._attn_implementation
+    if not getattr(plain, "_can_compile_fullgraph", False):
+        return f"transformers does not compile {name}"
+    if attention not in ATTENTION:
+        return f"attention: {attention} takes no mask of a fixed size; sdpa does"
+    quantizer = getattr(plain, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        return "weights quantised in this way are not compiled"
+    if any(type(layer) is not _layer_class() for layer in _static_cache(model, 1).layers):
+        return f"{name} has layers that do not attend to all tokens"
+    return None
+
+
+def _plain(model: Any) -> Any:
+    """The model without its adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _next_logits(
+    model: Any, cache: Any, ids_B1: Tensor, mask_B11C: Tensor, positions_B1: Tensor
+) -> Any:
+    return model(
+        input_ids=ids_B1,
+        attention_mask=mask_B11C,
+        position_ids=positions_B1,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+
+
+def _static_cache(model: Any, columns: int) -> Any:
+    """A cache of fixed size for this model."""
+    from transformers.cache_utils import StaticCache, StaticLayer
+
+    found = StaticCache(_plain(model).config, columns)
+    found.layers = [
+        _layer_class()(columns) if type(layer) is StaticLayer else layer for layer in found.layers
+    ]
+    return found
+
+
+@cache
+def _layer_class() -> Any:
+    """transformers' layer with keys and values in one type: under autocast keys come in fp32, since
+    they are rotated, and attention computes with them in the values' type.
+    """
+    from transformers.cache_utils import StaticLayer
+
+    class Layer(StaticLayer):
+        """A cache's layer of fixed size."""
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **more: Any
+        ) -> tuple[Tensor, Tensor]:
+            """Write keys and values of new tokens; gives all that are held."""
+            found: tuple[Tensor, Tensor] = super().update(
+                key_states.to(value_states.dtype), value_states, *args, **more
+            )
+            return found
+
+    return Layer
