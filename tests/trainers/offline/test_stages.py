@@ -124,9 +124,9 @@ def test_killed_and_run_again_the_weights_are_the_same_to_the_bit(
     root = world.folder / f"kill-{stage}"
     root.mkdir()
     for name in ("whole", "cut"):
-        config = world.config(stage, root / name, max_steps=16, eval_every=2, keep="last", **more)
+        config = world.config(stage, root / name, max_steps=8, eval_every=2, keep="last", **more)
         (root / f"{name}.json").write_text(config.model_dump_json())
-    cut = f"{root / 'cut.json'}:2,8"  # killed once the checkpoint of these steps is begun
+    cut = f"{root / 'cut.json'}:2,4"  # killed once the checkpoint of these steps is begun
     done = training_forks.run([DRIVER, stage, root / "whole.json", cut], timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "2 killed"
@@ -356,6 +356,7 @@ def policy_over_answers(folder: str) -> np.ndarray:
     return np.exp(logps - logps.max()) / np.exp(logps - logps.max()).sum()
 
 
+@pytest.mark.slow
 def test_dpo_ends_at_its_exact_optimum(world, tmp_path):
     """A real model through the whole stage: among the answers it ends at pi_ref exp(r / beta) / Z.
     (Where its mass outside of them goes is not said by pairs, so probabilities are compared among
@@ -392,6 +393,7 @@ def test_dpo_ends_at_its_exact_optimum(world, tmp_path):
     assert 0.5 * np.abs(before - wanted).sum() > 0.2  # it had somewhere to go
 
 
+@pytest.mark.slow
 def test_the_reward_model_recovers_the_reward_up_to_a_constant(world, tmp_path):
     data = {"sources": [{"files": str(world_file(tmp_path))}], "val_share": 0.2}
     world.run(

@@ -29,12 +29,17 @@ def ran(forks, models, jobs) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def told(models, training_forks):
+def two(models, training_forks):
+    """PPO in two processes, in the folder `two`."""
+    return ran(training_forks, models, [{"out": "two", "changes": SMALL}])
+
+
+@pytest.fixture(scope="module")
+def told(two, models, training_forks):
     return ran(
         training_forks,
         models,
         [
-            {"out": "two", "changes": SMALL},
             {"out": "killed", "changes": {**SMALL, "fault": "killed"}},
             {"out": "nan", "changes": {**SMALL, "fault": "nan", "max_bad": 2}},
             {"out": "two-grpo", "changes": {"method": "grpo"}},
@@ -53,7 +58,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_policy(str(folder / "policy")).named_parameters())
 
 
-def test_two_processes_train_as_one(told, models):
+def test_two_processes_train_as_one(two, models):
     kill_ppo_driver.train(kill_ppo_driver.config(models, "one", **SMALL))
     one, two = steps(models / "one"), steps(models / "two")
     assert [row["step"] for row in two] == list(range(5))
@@ -66,6 +71,7 @@ def test_two_processes_train_as_one(told, models):
     assert any(not torch.allclose(a[name], start[name], atol=1e-3) for name in a)  # it did train
 
 
+@pytest.mark.slow
 def test_two_processes_that_were_killed_give_the_same_bits(told, models):
     assert "1 killed" in told["killed"] and steps(models / "killed") == steps(models / "two")
     for name in ("policy", "best"):
@@ -73,6 +79,7 @@ def test_two_processes_that_were_killed_give_the_same_bits(told, models):
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_train_grpo_as_one(told, models):
     """Which takes other turns through TRL's trainer: sampled by place, scored together."""
     settings = two_ppo_driver.grpo_config(models, "one-grpo", method="grpo")
@@ -93,6 +100,7 @@ def check_ended(told, models, fault, codes):
     assert len(steps(models / fault)) == 3  # of the start and two steps: it can go on from there
 
 
+@pytest.mark.slow
 def test_a_number_that_is_none_in_one_process_ends_both_with_the_reason(told, models):
     words = "process {}: the loss was not finite in 2 updates in a row"
     assert all(words.format(k) in told["nan"] for k in (0, 1))

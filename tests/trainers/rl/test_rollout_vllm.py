@@ -420,6 +420,7 @@ def test_stale_weights_stop_grpo_before_its_update(models, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("lora", [None, Lora(rank=8)])
 def test_the_served_policy_is_the_trained_one(tmp_path, lora):
@@ -475,6 +476,7 @@ def test_the_served_policy_is_the_trained_one(tmp_path, lora):
         assert gap() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_grpo_is_served_by_vllm_with_the_weights_that_train(tmp_path):
