@@ -393,16 +393,16 @@ def returned(function: Callable[..., Any]) -> Iterator[type]:
 def text(docstring: str | None) -> str:
     """A Google-style docstring as Markdown: sections in bold, their entries as lists."""
     lines: list[str] = []
-    in_section = False
+    in_section, entries = False, False  # what is returned is prose
     for line in inspect.cleandoc(docstring or "").splitlines():
         heading = SECTION.match(line)
         if heading:
             title = "Parameters" if heading[1] == "Args" else heading[1]
             lines += [f"**{title}:** {heading[2]}".rstrip()]
-            in_section = not heading[2]
+            in_section, entries = not heading[2], heading[1] not in ("Returns", "Yields")
             lines += [""] if in_section else []
         elif in_section and re.match(r" {4}\S", line):
-            entry = re.match(r" {4}([\w, ]+|`[\w`, ]+`): (.*)", line)
+            entry = entries and re.match(r" {4}([\w, ]+|`[\w`, ]+`): (.*)", line)
             lines.append(f"- `{entry[1].strip('`')}`: {entry[2]}" if entry else line[4:])
         elif in_section and line.startswith(" " * 8):
             lines.append(f"  {line.strip()}")
