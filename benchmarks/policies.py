@@ -515,6 +515,9 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, sample_all
     from prefab.trainers.offline.reward import scorer
 
+    if not rewards:
+        return {}
+
     config = PolicyEvalConfig.model_validate(
         {
             "policies": {"base": BASE},
