@@ -371,6 +371,17 @@ def numbered(args: argparse.Namespace, policies: dict[str, list[str]]) -> dict[s
     }
 
 
+def answers_file(
+    args: argparse.Namespace, name: str, folder: str, prompts: Sequence[Prompt]
+) -> Path:
+    """Where a policy's answers to the prompts are kept: another file for other weights."""
+    from prefab.factory.engines.base import resolve_model
+
+    asked = [str(args.answers), *(prompt_id(p.messages) for p in prompts)]
+    of = digest(model_identity(resolve_model(folder)), name, *asked)
+    return Path(args.folder / "answers" / f"{of}.json")
+
+
 def answers(
     args: argparse.Namespace, policies: dict[str, str], prompts: Sequence[Prompt]
 ) -> dict[str, list[PolicyAnswer]]:
@@ -378,14 +389,11 @@ def answers(
     time, so a changed oracle asks no policy again."""
     import orjson
 
-    from prefab.factory.engines.base import resolve_model
     from prefab.pipelines.evaluation.policy import PolicyEvalConfig, gold_of, sample_all
 
-    asked = [str(args.answers), *(prompt_id(p.messages) for p in prompts)]
     found = {}
     for name, folder in policies.items():
-        of = digest(model_identity(resolve_model(folder)), name, *asked)
-        kept = args.folder / "answers" / f"{of}.json"
+        kept = answers_file(args, name, folder, prompts)
         if not kept.exists():
             config = PolicyEvalConfig.model_validate(
                 {
