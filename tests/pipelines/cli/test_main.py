@@ -343,6 +343,7 @@ def answers(ledger: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_drains_says_how_to_go_on_and_exits_130(tmp_path):
     value = project.pipeline(tmp_path, prompts=400)
     value["engines"]["local"] |= {"delay_s": 0.2, "max_in_flight": 8}

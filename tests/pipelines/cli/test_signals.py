@@ -42,11 +42,16 @@ def project(tmp_path):
     [
         ("opening", signal.SIGTERM, "all answers so far are in the ledger"),
         ("asking", signal.SIGINT, "all answers so far are kept"),
-        ("asking", signal.SIGTERM, "all answers so far are kept"),
-        ("asking", signal.SIGHUP, "all answers so far are kept"),
-        ("filling", signal.SIGINT, "answers of this run are in the ledger"),
-        ("filling", signal.SIGTERM, "answers of this run are in the ledger"),
         ("filling", signal.SIGHUP, "answers of this run are in the ledger"),
+        *(
+            pytest.param(phase, number, kept, marks=pytest.mark.slow)
+            for phase, number, kept in (
+                ("asking", signal.SIGTERM, "all answers so far are kept"),
+                ("asking", signal.SIGHUP, "all answers so far are kept"),
+                ("filling", signal.SIGINT, "answers of this run are in the ledger"),
+                ("filling", signal.SIGTERM, "answers of this run are in the ledger"),
+            )
+        ),
     ],
 )
 def test_a_run_that_is_told_to_stop(project, phase, number, kept, forks):
@@ -69,7 +74,9 @@ def test_the_other_commands(project, tmp_path, forks):
     finish(forks, "store", "info", *store)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_second_signal_ends_the_process_at_once(project, number, forks):
     process = forks.start([DRIVER, "stuck", "run", project, "-q"])
     for _ in range(2):

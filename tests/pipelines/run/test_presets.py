@@ -18,8 +18,11 @@ from prefab.pipelines.store.fill import query
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted(path.stem for path in (ROOT / "pipelines/presets").glob("*.yaml"))
 PAPERS = (
-    *("direct-rlaif", "ultrafeedback", "helpsteer", "rubrics", "self-rewarding", "online-dpo"),
-    *("rlvr", "safety", "length-controlled"),
+    *("direct-rlaif", "rubrics", "online-dpo", "rlvr"),  # a judge of each kind
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("ultrafeedback", "helpsteer", "self-rewarding", "safety", "length-controlled")
+    ),
 )
 
 

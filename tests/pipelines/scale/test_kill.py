@@ -21,7 +21,7 @@ from tests.support.scripted_process import scripted_server
 
 IN_FLIGHT = 8
 PROMPTS, CALLS = 24, 24 * 15  # 3 samples, and 3 pairs in 2 orders under 2 principles
-PATIENCE_S = 120
+PATIENCE_S = 600
 RUN = "from prefab.pipelines.cli.main import main; main()"
 
 
@@ -73,6 +73,7 @@ def until_asked(url, number, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_kill_a_worker_then_the_driver(tmp_path, server):
     process = start(tmp_path, server)
     until_asked(server, 60, process)

@@ -46,7 +46,7 @@ def rows(store: Path) -> list[tuple]:
     return query(store, sql).rows()
 
 
-@pytest.mark.parametrize("size", ["900k", "2300k"])
+@pytest.mark.parametrize("size", ["900k", pytest.param("2300k", marks=pytest.mark.slow)])
 def test_a_run_ends_in_words_and_goes_on(tmp_path, size):
     """Full while the ledger is written, or at the run's end."""
     project = write(tmp_path, pipeline(tmp_path, prompts=40, budget={"unscored": None}))
@@ -65,11 +65,11 @@ def test_a_run_ends_in_words_and_goes_on(tmp_path, size):
     assert [code for code, _ in done[2:]] == [0, 0, 0, 0], done
     other = tmp_path / "other"
     other.mkdir()
-    undisturbed = write(other, pipeline(other, prompts=40, budget={"unscored": None}))
-    subprocess.run(f"{PREFAB} run {undisturbed}", shell=True, check=True, capture_output=True)
+    run(pipeline(other, prompts=40, budget={"unscored": None}))
     assert rows(kept) == rows(other / "store")
 
 
+@pytest.mark.slow
 def test_an_export_ends_in_words_and_the_earlier_one_stays(tmp_path):
     settings = pipeline(tmp_path, prompts=40)
     run(settings, engines=engine())
@@ -90,6 +90,7 @@ def test_an_export_ends_in_words_and_the_earlier_one_stays(tmp_path):
     assert pl.read_parquet(kept / "preference/*.parquet").height > 0
 
 
+@pytest.mark.slow
 def test_a_rebuild_ends_in_words_and_goes_on(tmp_path):
     """There is room for the ledger, and none for the DuckDB file that is made from it."""
     run(pipeline(tmp_path, prompts=40), engines=engine())

@@ -147,7 +147,7 @@ def test_without_the_pipelines_such_a_reward_is_refused():
         rewards.build([RewardConfig(name="r", kind="judge", paths=["x"])])
 
 
-@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+@pytest.mark.parametrize("stage", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_training_from_a_judge_and_a_verifier(judged, tmp_path, stage):
     """From a file, by the command: the scripted judge's own server stands in for a model."""
     pytest.importorskip("torch")
