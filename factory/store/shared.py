@@ -18,6 +18,7 @@ Files are written under another name and renamed, so that a reader sees a whole 
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import time
@@ -62,7 +63,10 @@ def refuse_shards(folder: Path) -> None:
 
 
 def create_whole(path: Path, data: bytes) -> bool:
-    """As `write_whole`, where there is no such file. Returns: whether this call made it."""
+    """As `write_whole`, where there is no such file. Returns: whether this call made it.
+
+    Raises: StoreError where the file system has no hard links.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     part.write_bytes(data)
@@ -70,6 +74,13 @@ def create_whole(path: Path, data: bytes) -> bool:
         os.link(part, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise StoreError(
+            f"{path.parent}: its file system makes no hard links ({error.strerror}), by which one of "
+            "several processes gets a file. Name a folder on NFS, Lustre or a local disk"
+        ) from error
     finally:
         part.unlink()
     return True
@@ -187,17 +198,17 @@ class SharedFolder:
             found[table] = path
         return found
 
-    def place(self, shard: int) -> str:
-        """Where a shard was worked on last; empty where it was not."""
+    def place(self, part: str) -> str:
+        """Where a shard, or a part of one, was worked on last; empty where it was not."""
         try:
-            return (self.folder / "places" / name_of(shard)).read_text(encoding="utf-8")
+            return (self.folder / "places" / part).read_text(encoding="utf-8")
         except OSError:
             return ""
 
-    def write_place(self, shard: int, place: str) -> None:
-        """Record where a shard is worked on."""
-        if self.place(shard) != place:
-            write_whole(self.folder / "places" / name_of(shard), place.encode())
+    def write_place(self, part: str, place: str) -> None:
+        """Record where it is worked on."""
+        if self.place(part) != place:
+            write_whole(self.folder / "places" / part, place.encode())
 
     def drop_rows(self, shard: int, kept: Sequence[Mapping[str, tuple[str, int]]]) -> None:
         """Remove the files of a shard's rows but those that are `kept`: the newest, and those that

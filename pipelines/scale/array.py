@@ -89,9 +89,8 @@ async def _work(
             with _claimed(scaled, shard) as mine:
                 if not mine or is_done(scaled, shared.state(shard), run):
                     continue
-                one = ShardRun(
-                    loaded, shared, Path(scaled.setup.local), ShardJob(shard, run), budget=True
-                )
+                job = ShardJob(shard, run, digest=scaled.prompts.digests[shard])
+                one = ShardRun(loaded, shared, Path(scaled.setup.local), job, budget=True)
                 told = await one.run(engines, scaled.prompts.source(shard), scaled.setup.publish_s)
                 record_result(scaled, shard, run, told)
                 counts.append(told["counts"])

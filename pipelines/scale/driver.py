@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,19 @@ from prefab.pipelines.config.loader import ResolvedPipeline, deciding, models, r
 from prefab.pipelines.run.context import BUDGET_FROM
 from prefab.pipelines.run.interrupts import Interrupted, heeded, name_of
 from prefab.pipelines.run.runner import RunResult, fill_store, in_event_loop
+from prefab.pipelines.scale.dividing import (
+    ASKED,
+    DRAIN_S,
+    MOVE_S,
+    Busy,
+    Divided,
+    Pace,
+    is_worth_dividing,
+)
 from prefab.pipelines.scale.launchers import Launcher, LocalLauncher, WorkerEvent
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.results import sum_counts
-from prefab.pipelines.scale.sharding import ShardedPrompts, shard_prompts
+from prefab.pipelines.scale.sharding import Part, ShardedPrompts, shard_prompts
 from prefab.pipelines.scale.worker import WorkerSetup, kept_engines
 from prefab.pipelines.store.calibrate import calibrate_ended
 from prefab.pipelines.store.calibrations import CALIBRATION
@@ -41,32 +50,10 @@ from prefab.pipelines.store.catalogue import update_ledger
 CALLS_A_SHARD = 1_000_000
 WAIT_S = 30.0  # after which it is told that a worker does not start
 LOOK_S = 5.0  # between two looks at how many workers there is room for
-MOVE_S = 10.0  # that it takes to move a shard: stopping, publishing, restoring
 LOOK_AT = 256  # shards that wait, among which the next one is chosen
-ASKED = ("asked", "prompt_tokens", "completion_tokens")
 SEGMENT_BYTES = 130  # that a call takes once published, with short texts (benchmarks/scale.py)
 SHARDS_A_WORKER = 8  # so that the last ones end at nearly the same time
 CALLS_WORTH_A_SHARD = 25_000  # 5 CPU s; a shard takes 0.4 CPU s by itself (benchmarks/scale.py)
-
-
-@dataclass(slots=True)
-class Busy:
-    """A worker's shard: when it began, and what it has done so far."""
-
-    shard: int
-    began: float
-    counts: dict[str, int] = field(default_factory=dict)
-    moved: bool = False  # it was told to stop, so that another worker goes on
-
-
-def is_straggler(elapsed_s: float, done: int, total: int, usual_per_s: float) -> bool:
-    """Whether a shard should go to another worker: at the speed of shards that ended (prompts a
-    second) it would end much sooner there, the move included.
-    """
-    if elapsed_s < MOVE_S or done >= total:
-        return False
-    left_s = elapsed_s * (total - done) / max(done, 1)
-    return left_s > 2 * ((total - done) / usual_per_s + MOVE_S)
 
 
 @dataclass(slots=True)
@@ -172,7 +159,7 @@ def prepare(
     config = loaded.config
     scale = config.scale_settings()
     workers = workers or scale.workers or room(loaded)
-    folder = Path(scale.shared or config.store).absolute()
+    folder = _shared_folder(scale.shared or config.store)
     shared = SharedFolder.create(folder, scale.shards or number_of_shards(loaded, workers))
     if scale.shards and scale.shards != shared.shards:
         raise ConfigError(
@@ -193,6 +180,17 @@ def prepare(
         workers=workers,
     )
     return Scaled(loaded, shared, prompts, setup, workers, scale.retries)
+
+
+def _shared_folder(name: str) -> Path:
+    """Raises: ConfigError for the address of an object store."""
+    if "://" in name:
+        raise ConfigError(
+            f"scale.shared: {name} is an address, and must be the path of a folder that all machines "
+            "mount (NFS, Lustre). Object stores are not supported: there, no file can be made under "
+            "a name that only one of several processes gets"
+        )
+    return Path(name).absolute()
 
 
 def number_of_shards(loaded: ResolvedPipeline, workers: int, n_prompts: int | None = None) -> int:
@@ -256,19 +254,27 @@ def record_result(scaled: Scaled, shard: int, run: int, data: dict[str, Any]) ->
 class Driver:
     """One run over all shards. `launcher` starts the workers."""
 
-    def __init__(self, scaled: Scaled, launcher: Launcher, quiet: bool = True) -> None:
+    def __init__(
+        self,
+        scaled: Scaled,
+        launcher: Launcher,
+        quiet: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
         self.scaled, self.launcher, self.quiet = scaled, launcher, quiet
         self.run_id = 0
         self.models: dict[str, str] = {}
         self.states: dict[int, ShardState] = {}
-        self.pending: list[int] = []
+        self.pending: list[Part] = []
         self.idle: list[int] = []
         self.busy: dict[int, Busy] = {}
         self.starting: set[int] = set()
         self.places: dict[int, str] = {}  # by worker, where its ledgers are
-        self.slow: set[int] = set()  # workers from which a shard was moved
-        self.moved: dict[int, dict[str, int]] = {}  # by shard, what was asked before it was moved
-        self.straggles = is_straggler
+        self.slow: set[int] = set()  # workers that took more than twice the usual time
+        self.killed: set[int] = set()  # workers that did not stop in time
+        self.divided: dict[int, Divided] = {}  # by shard
+        self.is_worth_dividing = is_worth_dividing
         self.speeds: list[float] = []  # of shards that ended, in prompts a second
         self.failures: dict[int, list[str]] = {}  # by shard, why its workers ended
         self.counts: dict[int, dict[str, Any]] = {}  # of the shards that ended now
@@ -276,7 +282,7 @@ class Driver:
         self.derive = False
         # whether workers join and leave as the launcher has room for them
         self.grows = not scaled.loaded.config.scale_settings().workers and launcher.capacity() > 0
-        self._began = self._asked_at = self._looked = time.monotonic()
+        self._began = self._asked_at = self._looked = clock()
         self._told_waiting = self._was_ready = False
         self._starts_failed = 0  # since a worker was ready
         self._answered = False  # whether any worker has got an answer
@@ -305,7 +311,7 @@ class Driver:
         finally:
             self.launcher.close()
         fill_store(shared.folder, self.quiet)
-        result.seconds = time.monotonic() - self._began
+        result.seconds = self.clock() - self._began
         return result
 
     def _publish_head(self) -> None:
@@ -337,7 +343,8 @@ class Driver:
     def _work(self, shards: Iterable[int]) -> None:
         """Give these shards to workers until all are done or the run is to stop."""
         # the largest shard last: it is the first to be taken
-        self.pending = sorted(shards, key=lambda shard: self.scaled.prompts.counts[shard])
+        by_size = sorted(shards, key=lambda shard: self.scaled.prompts.counts[shard])
+        self.pending = [Part(shard) for shard in by_size]
         if not self.pending:
             return
         total = sum(self.scaled.prompts.counts)
@@ -346,7 +353,7 @@ class Driver:
             while self.busy or (self.pending and not self.reason):
                 self._staff()
                 self._hand_out()
-                self._move_straggler()
+                self._divide()
                 self._receive()
                 self._heed()
                 self._check_budget()
@@ -354,7 +361,7 @@ class Driver:
 
     def _staff(self) -> None:
         """Start workers for the shards that wait."""
-        now = time.monotonic()
+        now = self.clock()
         if self.grows and now > self._looked + LOOK_S:
             self._looked = now
             self.scaled.workers = max(self.launcher.capacity(), 1)
@@ -369,15 +376,16 @@ class Driver:
 
     def _hand_out(self) -> None:
         while self.pending and not self.reason:
-            found = ((worker, self.next_shard(worker)) for worker in self._free_workers())
-            worker, shard = next((pair for pair in found if pair[1] is not None), (0, None))
-            if shard is None:
+            found = ((worker, self.next_part(worker)) for worker in self._free_workers())
+            worker, part = next((pair for pair in found if pair[1] is not None), (0, None))
+            if part is None:
                 return
             self.idle.remove(worker)
-            self.pending.remove(shard)
-            self.scaled.shared.write_place(shard, self.places[worker])
-            self.busy[worker] = Busy(shard, time.monotonic())
-            job = {"shard": shard, "run": self.run_id, "derive": self.derive}
+            self.pending.remove(part)
+            self.scaled.shared.write_place(part.name, self.places[worker])
+            self.busy[worker] = Busy(part, self.clock())
+            digest = self.scaled.prompts.digests[part.shard]
+            job = asdict(part) | {"run": self.run_id, "derive": self.derive, "digest": digest}
             self.launcher.send(worker, {"do": job, "models": self.models})
 
     def _free_workers(self) -> list[int]:
@@ -386,8 +394,8 @@ class Driver:
         others = (self.busy.keys() | self.starting) - self.slow
         return fast or ([] if others else self.idle[-1:])
 
-    def next_shard(self, worker: int) -> int | None:
-        """The largest shard that waits: of those whose ledger is where this worker is, else of
+    def next_part(self, worker: int) -> Part | None:
+        """The largest part that waits: of those whose ledger is where this worker is, else of
         those whose ledger is with no other worker.
 
         Returns:
@@ -395,33 +403,66 @@ class Driver:
             what its worker had not published when it ended.
         """
         shared, here = self.scaled.shared, self.places[worker]
-        places = {shard: shared.place(shard) for shard in self.pending[-LOOK_AT:]}
-        if mine := [shard for shard, place in places.items() if place == here]:
+        places = {part: shared.place(part.name) for part in self.pending[-LOOK_AT:]}
+        if mine := [part for part, place in places.items() if place == here]:
             return mine[-1]
-        if self.starting and time.monotonic() < self._asked_at + MOVE_S:
-            return next((shard for shard in reversed(places) if not places[shard]), None)
+        if self.starting and self.clock() < self._asked_at + MOVE_S:
+            return next((part for part in reversed(places) if not places[part]), None)
         there = {self.places[other] for other in self._living() & self.places.keys()}
-        free = [shard for shard, place in places.items() if place not in there]
+        free = [part for part, place in places.items() if place not in there]
         return (free or self.pending)[-1]
 
     def _living(self) -> set[int]:
         return {*self.idle, *self.busy, *self.starting}
 
-    def _move_straggler(self) -> None:
-        """Where a worker is idle and no shard waits: stop the shard that another worker would end
-        much sooner. It is given out again, and what was answered is kept.
+    def _divide(self) -> None:
+        """Where a worker is idle and no shard waits: stop the part in work that would take longest,
+        so that idle workers go on with it. A worker that does not stop is killed.
         """
-        fast = [worker for worker in self.idle if worker not in self.slow]
-        if not fast or self.pending or self.reason or self.derive or not self.speeds:
+        now = self.clock()
+        helpers = sum(worker not in self.slow for worker in self.idle)
+        if (
+            self._wait_for_stopped(now)
+            or not helpers
+            or not self.busy
+            or self.pending
+            or self.reason
+            or self.derive
+        ):
             return
-        usual, now = statistics.median(self.speeds), time.monotonic()
-        for worker, busy in self.busy.items():
-            total = self.scaled.prompts.counts[busy.shard]
-            done = busy.counts.get("prompts", 0)
-            if not busy.moved and self.straggles(now - busy.began, done, total, usual):
-                busy.moved = True
+        worker = max(self.busy, key=lambda worker: self._pace(worker).left_s)
+        pace = self._pace(worker)
+        usual = statistics.median(self.speeds) if self.speeds else pace.per_s
+        is_slow = pace.per_s < usual / 2
+        if self.is_worth_dividing(pace, usual, helpers + (not is_slow)):
+            self.busy[worker].stopped = now
+            if is_slow:
                 self.slow.add(worker)
-                self.launcher.send(worker, {"stop": True})
+            self.launcher.send(worker, {"stop": True, "divided": True})
+
+    def _wait_for_stopped(self, now: float) -> bool:
+        """Whether a worker was told to stop and works yet; after `DRAIN_S` it is killed."""
+        stopped = [worker for worker, busy in self.busy.items() if busy.stopped is not None]
+        for worker in stopped:
+            if now > (self.busy[worker].stopped or 0.0) + DRAIN_S and worker not in self.killed:
+                self.killed.add(worker)
+                self.launcher.kill(worker)
+        return bool(stopped)
+
+    def _pace(self, worker: int) -> Pace:
+        busy = self.busy[worker]
+        return busy.pace(self.clock(), self.scaled.prompts.counts[busy.part.shard])
+
+    def _go_on(self, busy: Busy) -> None:
+        """Give out again what a worker was told to stop: a part for each worker that is free."""
+        part = busy.part
+        left = max(1, busy.pace(self.clock(), self.scaled.prompts.counts[part.shard]).left)
+        free = sum(worker not in self.slow for worker in self.idle)
+        parts = part.split(max(1, min(free, left)))
+        divided = self.divided.setdefault(part.shard, Divided())
+        if len(parts) > 1 or not part.is_whole:
+            divided.open += len(parts) - (not part.is_whole)
+        self.pending += parts
 
     def _receive(self) -> None:
         """Take in what workers told, waiting for a moment for the first of it."""
@@ -456,23 +497,40 @@ class Driver:
 
     def _done(self, worker: int, data: dict[str, Any]) -> None:
         busy = self.busy.pop(worker)
-        shard, counts = busy.shard, data["counts"]
+        part, counts = busy.part, data["counts"]
         self._answered = True
         self.idle.append(worker)
-        if not self.derive:
-            # what was asked before the shard was moved here was asked now, too
-            before = self.moved.pop(shard, dict.fromkeys(ASKED, 0))
-            for name in ASKED:
-                counts[name] += before[name]
-            counts["reused"] -= before["asked"]
-            self.counts[shard] = counts
-        self.states[shard] = record_result(self.scaled, shard, self.run_id, data)
-        if busy.moved and data["state"] == "stopped" and not self.reason:
-            self.moved[shard] = {name: counts[name] for name in ASKED}
-            del self.counts[shard]
-            self.pending.append(shard)
-        elif not self.derive and counts["asked"]:
-            self.speeds.append(counts["prompts"] / max(time.monotonic() - busy.began, 1e-3))
+        if data["rows"]:
+            self.states[part.shard] = record_result(self.scaled, part.shard, self.run_id, data)
+        if self.derive:
+            return
+        self._count(part, counts, whole=data["rows"])
+        if data["state"] == "stopped" and not self.reason:
+            self._go_on(busy)
+        elif not part.is_whole:
+            divided = self.divided[part.shard]
+            divided.open -= 1
+            if not divided.open and part.shard not in self._set_aside():
+                self.pending.append(Part(part.shard))
+        elif counts["asked"] and part.shard not in self.divided:
+            self.speeds.append(counts["prompts"] / max(self.clock() - busy.began, 1e-3))
+
+    def _count(self, part: Part, counts: dict[str, Any], whole: bool) -> None:
+        """Take in the counts of a part that ended. What was asked before the shard was divided was
+        asked in this run, too.
+        """
+        divided = self.divided.get(part.shard, Divided())
+        if not part.is_whole:
+            divided.parts.append(counts)
+            return
+        before = divided.asked()
+        for name in ASKED:
+            counts[name] += before[name]
+        counts["reused"] -= before["asked"]
+        if whole:
+            self.counts[part.shard] = counts
+        else:
+            self.divided[part.shard] = Divided(counts)
 
     def _failed(self, worker: int, data: dict[str, Any]) -> None:
         """A worker could not do its shard, or could not begin. It is replaced.
@@ -508,13 +566,18 @@ class Driver:
             self.idle.remove(worker)
         if worker not in self.busy:
             return
-        shard = self.busy.pop(worker).shard
+        busy = self.busy.pop(worker)
+        if busy.stopped is not None:  # it was ended, or died, while others waited for it
+            self._go_on(busy)
+            return
+        shard = busy.part.shard
         reasons = self.failures.setdefault(shard, [])
         reasons.append(why)
         warn(f"shard {shard}: its worker was lost: {why}")
         if len(reasons) < self.scaled.retries:
-            self.pending.append(shard)
+            self.pending.append(busy.part)
         else:
+            self.pending = [part for part in self.pending if part.shard != shard]
             warn(f"shard {shard} is set aside after {len(reasons)} workers were lost")
 
     def _set_aside(self) -> list[int]:
@@ -547,6 +610,11 @@ class Driver:
         for counts in [busy.counts for busy in self.busy.values()]:
             for name in total:
                 total[name] += counts.get(name, 0)
+        for shard, divided in self.divided.items():
+            if shard not in self.counts:
+                before = divided.asked()
+                total["asked"] += before["asked"]
+                total["tokens"] += before["prompt_tokens"] + before["completion_tokens"]
         for ended in self.counts.values():
             total["prompts"] += ended["prompts"]
             total["asked"] += ended["asked"]
@@ -609,7 +677,7 @@ class Driver:
             for shard in self.states
             if shard not in self.counts and self._was_done(shard)
         )
-        seconds = time.monotonic() - self._began
+        seconds = self.clock() - self._began
         rate = {"calls/s": round(total["asked"] / seconds)} if total["asked"] else {}
         failed = {"failed": total["failed"]} if total["failed"] else {}
         facts: dict[str, Any] = {
@@ -621,8 +689,9 @@ class Driver:
         progress.advance(done + total["prompts"] - progress.done, **facts, workers=len(self.busy))
 
     def _was_done(self, shard: int) -> bool:
-        busy = {busy.shard for busy in self.busy.values()}
-        return shard not in busy and shard not in self.pending and shard not in self.failures
+        working = [busy.part for busy in self.busy.values()]
+        known = {part.shard for part in [*working, *self.pending]}
+        return shard not in known | self.failures.keys() | self.divided.keys()
 
     def _result(self, record: dict[str, Any]) -> RunResult:
         """The sum of all shards: those that ended now as they were, those of before as reused."""
@@ -632,13 +701,15 @@ class Driver:
             run = state.runs.get(str(self.run_id))
             if shard in self.counts:
                 ended.append(self.counts[shard])
+            elif shard in self.divided:
+                ended += self.divided[shard].counts()
             elif run is not None:
                 counts = dict(run["counts"])
                 counts["reused"] += counts["asked"]
                 ended.append({**counts, "asked": 0, "prompt_tokens": 0, "completion_tokens": 0})
         result = sum_counts(ended, record, shared.folder)
         result.malformed = self.scaled.prompts.malformed
-        result.seconds = time.monotonic() - self._began
+        result.seconds = self.clock() - self._began
         if self.signal:
             result.state, result.reason, result.signal = "stopped", self.reason, self.signal
         elif self.reason:

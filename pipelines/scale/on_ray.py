@@ -1,7 +1,9 @@
 """Workers as actors of a Ray cluster.
 
-An actor is a worker like any other, with its event loop in a thread for its whole life. The driver
-owns the actors: when it ends, in whatever way, Ray ends them. An actor that serves a model itself
+An actor is a worker like any other, with its event loop in a thread for its whole life. Ray kills
+the actors that a driver owns when it ends, in whatever way. So that a worker still publishes what
+is answered, workers are detached; the driver owns one actor, a `Beacon`, whose death tells them
+that they must end. An actor that serves a model itself
 asks for as many GPUs as that takes, and Ray shows it these alone.
 """
 
@@ -14,6 +16,8 @@ import queue
 import re
 import socket
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -26,11 +30,21 @@ from prefab.factory.paths import IMPORT_ROOT
 from prefab.pipelines.config.loader import ResolvedPipeline, make_engines
 from prefab.pipelines.run.runner import in_event_loop
 from prefab.pipelines.scale.launchers import WorkerEvent
-from prefab.pipelines.scale.worker import Worker, WorkerSetup
+from prefab.pipelines.scale.worker import Worker, WorkerSetup, end_without_driver
 
 POLL_S = 1.0  # how long an actor waits for an event before it tells that there is none
 END_S = 30.0  # for an actor that ends: its servers are stopped
+WORKERS = 10_000  # that wait for one beacon at most
+WATCH_S = 0.5  # until a beacon that could not be reached is asked again
 CONNECT_S = 10.0  # for a cluster to take a connection; Ray itself tries for minutes
+
+
+class Beacon:
+    """An actor that lives as long as its driver, on the same machine."""
+
+    async def wait(self) -> None:
+        """Never end."""
+        await asyncio.Event().wait()
 
 
 class ActorWorker:
@@ -44,7 +58,8 @@ class ActorWorker:
         self._ready = threading.Event()
         self._worker: Worker | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        threading.Thread(target=self._run, args=(made,), daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(made,), daemon=True)
+        self._thread.start()
         self._ready.wait()
 
     def _run(self, setup: WorkerSetup) -> None:
@@ -73,6 +88,13 @@ class ActorWorker:
         if self._loop is not None and self._worker is not None:
             with suppress(RuntimeError):  # its loop has ended
                 self._loop.call_soon_threadsafe(self._worker.inbox.put_nowait, message)
+
+    def end_without_driver(self) -> None:
+        """End this process: what is answered is published first."""
+        if self._loop is not None and self._worker is not None:
+            end_without_driver(self._worker, self._loop)
+        self._thread.join()
+        os._exit(0)
 
 
 def gpus_of(loaded: ResolvedPipeline) -> int:
@@ -104,6 +126,18 @@ class RayLauncher:
         self.events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
         self.actors: dict[int, Any] = {}
         self._threads: dict[int, threading.Thread] = {}
+        self._name = f"prefab-{setup.id}-{uuid.uuid4().hex[:8]}"
+        self._beacon = self._make_beacon()
+
+    @staticmethod
+    def _make_beacon() -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        beacon = ray.remote(Beacon)
+        options = {"num_cpus": 0, "max_concurrency": WORKERS, "scheduling_strategy": here}
+        return beacon.options(**options).remote()
 
     def capacity(self) -> int:
         """For how many workers there is room in the cluster, as it is now; at least one."""
@@ -120,8 +154,15 @@ class RayLauncher:
 
         worker = len(self.actors) + 1
         actor_class = ray.remote(RayActor)
-        options = {"num_cpus": 1, "num_gpus": self.gpus, "max_restarts": 0, "max_concurrency": 4}
-        actor = actor_class.options(**options).remote(asdict(self.setup))
+        options = {
+            "num_cpus": 1,
+            "num_gpus": self.gpus,
+            "max_restarts": 0,
+            "max_concurrency": 4,
+            "lifetime": "detached",
+            "name": f"{self._name}-{worker}",
+        }
+        actor = actor_class.options(**options).remote(asdict(self.setup), self._beacon)
         self.actors[worker] = actor
         thread = threading.Thread(target=self._read, args=(worker, actor), daemon=True)
         self._threads[worker] = thread
@@ -167,11 +208,25 @@ class RayLauncher:
 class RayActor(ActorWorker):
     """The actor: a worker whose ledgers are in a folder of the node's own."""
 
-    def __init__(self, setup: dict[str, Any]) -> None:
-        """As the driver's `WorkerSetup`."""
+    def __init__(self, setup: dict[str, Any], beacon: Any) -> None:
+        """`setup` is the driver's `WorkerSetup`, and `beacon` its `Beacon`."""
         import ray
 
         super().__init__(setup, ray.get_runtime_context().get_node_id()[:8])
+        threading.Thread(target=self._watch, args=(beacon,), daemon=True).start()
+
+    def _watch(self, beacon: Any) -> None:
+        """End when the beacon does; one that cannot be reached for a moment is not dead."""
+        import ray
+
+        while True:
+            try:
+                ray.get(beacon.wait.remote())
+            except ray.exceptions.ActorUnavailableError:
+                time.sleep(WATCH_S)
+            except ray.exceptions.RayError:
+                break
+        self.end_without_driver()
 
 
 def check_address(address: str) -> None:

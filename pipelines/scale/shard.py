@@ -8,6 +8,7 @@ import asyncio
 import fcntl
 import os
 import resource
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -33,20 +34,32 @@ from prefab.pipelines.config.registries import RECIPES
 from prefab.pipelines.config.schema import BudgetConfig
 from prefab.pipelines.run.context import Context
 from prefab.pipelines.run.runner import RunResult, run_async
-from prefab.pipelines.scale.sharding import ShardPrompts
+from prefab.pipelines.scale.sharding import POSITIONS, Part, ShardPrompts
 from prefab.pipelines.store.catalogue import add_runs
 from prefab.pipelines.store.fill import fill
+
+Tables = dict[str, tuple[str, int]]  # by table, a file of the shared folder and its size
 
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
     """What a worker does with a shard: ask all its prompts' questions in run number `run`, or,
-    with `derive`, only make its rows anew.
+    with `derive`, only make its rows anew. With other positions than the shard's first and last, it
+    asks and publishes the questions of these prompts, and makes no rows. `digest` is that of the
+    file of the shard's prompts.
     """
 
     shard: int
     run: int
     derive: bool = False
+    first: int = 0
+    end: int = POSITIONS
+    digest: str = ""
+
+    @property
+    def part(self) -> Part:
+        """The shard, or what is asked of it."""
+        return Part(self.shard, self.first, self.end)
 
 
 class ShardRun:
@@ -64,9 +77,9 @@ class ShardRun:
         pipeline's budget by itself, not by a driver over all shards together.
         """
         self.loaded, self.shared, self.job = loaded, shared, job
-        self.folder = local / name_of(job.shard)
+        self.folder = local / job.part.name
         self.ctx: Context | None = None
-        self._stopped, self._budget = False, budget
+        self._stopped, self._budget, self._divided = False, budget, False
         self._ticker: asyncio.Task[None] | None = None
         self._publisher = segments.Publisher(self.folder / db.FILE, shared.segments(job.shard))
 
@@ -85,11 +98,18 @@ class ShardRun:
             "failed": counts.failed,
         }
 
-    def stop(self) -> None:
-        """Ask nothing new; what is in flight is kept."""
-        self._stopped = True
+    def stop(self, divided: bool = False) -> None:
+        """Ask nothing new; what is in flight is kept. `divided`: other workers go on, so that the
+        rows are not made here.
+        """
+        self._stopped, self._divided = True, self._divided or divided
         if self.ctx is not None:
             self.ctx.stopping = True
+
+    def publish(self) -> None:
+        """Publish what is answered; from any thread. Raises: StoreError, OSError."""
+        if self.ctx is not None:
+            self._publisher.publish()
 
     async def run(
         self, engines: Mapping[str, Engine], prompts: ShardPrompts, publish_s: float
@@ -99,6 +119,7 @@ class ShardRun:
         Raises: PrefabError as `prefab.run` does; OSError when nothing can be published.
         """
         began, used = time.monotonic(), _cpu_s()
+        await asyncio.to_thread(prompts.check, self.job.digest)
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder):
             file = self.folder / db.FILE
@@ -113,14 +134,21 @@ class ShardRun:
                 result = await self._ask(dict(engines), prompts, publish_s)
             await asyncio.to_thread(self._publisher.publish)
             filling = time.monotonic()
-            await asyncio.to_thread(fill, self.folder)
-            tables, waiting = await asyncio.to_thread(
-                write_tables, self.folder, self.shared.folder, self.job.shard
-            )
+            state = result.state if result else "derived"
+            whole = self.job.part.is_whole and not (self._divided and state == "stopped")
+            tables, waiting = Tables(), 0
+            if whole:
+                await asyncio.to_thread(fill, self.folder)
+                tables, waiting = await asyncio.to_thread(
+                    write_tables, self.folder, self.shared.folder, self.job.shard
+                )
+        if not self.job.part.is_whole:  # all is published, and nobody works on this part again
+            shutil.rmtree(self.folder, ignore_errors=True)
         return {
             "shard": self.job.shard,
-            "state": result.state if result else "derived",
+            "state": state,
             "counts": _plain(result.summary()) if result else {},
+            "rows": whole,
             "tables": tables,
             "head": head,
             "waiting": waiting,
@@ -200,9 +228,6 @@ def seed(con: Connection, shared: SharedFolder) -> None:
     for table, values in shared.read_head().items():
         for value in values:
             records.add_object(con, table, orjson.loads(value))
-
-
-Tables = dict[str, tuple[str, int]]
 
 
 def write_tables(folder: Path, shared: Path, shard: int) -> tuple[Tables, int]:

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import orjson
 
 from prefab.factory import keys
 from prefab.factory.console import warn
-from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.errors import ConfigError, Problem, StoreError
 from prefab.factory.ledger.records import split_of
 from prefab.factory.store.shared import FORMAT, SharedFolder, name_of, read_json
 from prefab.factory.tool_calls import stored_messages, stored_text
@@ -27,11 +28,47 @@ from prefab.pipelines.config.loader import ResolvedPipeline
 
 BUFFER_BYTES = 64 << 20  # of prompts in memory before they are written to their shards' files
 SPLIT = "split.json"
+POSITIONS = 1 << 16  # by which the prompts of a shard can be divided further
 
 
 def shard_of(messages: tuple[Message, ...], shards: int) -> int:
     """The shard of a prompt, from 0 to `shards` - 1."""
     return int(keys.prompt_id(messages)[:13], 16) * shards >> 52
+
+
+def position_of(messages: tuple[Message, ...]) -> int:
+    """Where a prompt is within its shard, from 0 to `POSITIONS` - 1; by its text alone."""
+    return int(keys.prompt_id(messages)[13:17], 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The prompts of a shard at the positions from `first` to `end` - 1: by default all."""
+
+    shard: int
+    first: int = 0
+    end: int = POSITIONS
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all prompts of the shard."""
+        return (self.first, self.end) == (0, POSITIONS)
+
+    @property
+    def name(self) -> str:
+        """How the part is called in the names of files."""
+        whole = name_of(self.shard)
+        return whole if self.is_whole else f"{whole}-{self.first}-{self.end}"
+
+    def share_of(self, prompts: int) -> int:
+        """About how many of the shard's prompts these are; at least one."""
+        return max(1, round(prompts * (self.end - self.first) / POSITIONS))
+
+    def split(self, n: int) -> list[Part]:
+        """It, as at most `n` parts of the same size."""
+        width = self.end - self.first
+        ends = sorted({self.first + width * i // n for i in range(n + 1)})
+        return [Part(self.shard, *pair) for pair in pairwise(ends)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +88,11 @@ class ShardedPrompts:
 
 
 class ShardPrompts:
-    """The prompts of one shard, as a `PromptSource`."""
+    """The prompts of one shard, or of a part of it, as a `PromptSource`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: Part | None = None) -> None:
         self.path = path
+        self.part = None if part is None or part.is_whole else part
         self.n_malformed = 0
         self.problems: list[Problem] = []
 
@@ -64,7 +102,18 @@ class ShardPrompts:
             for line in file:
                 name, messages, tags, group, split, rubric = orjson.loads(line)
                 rubric = tuple((text, points) for text, points in rubric)
-                yield Prompt(name, stored_messages(messages), tuple(tags), group, split, rubric)
+                said = stored_messages(messages)
+                part = self.part
+                if part is None or part.first <= position_of(said) < part.end:
+                    yield Prompt(name, said, tuple(tags), group, split, rubric)
+
+    def check(self, digest: str) -> None:
+        """Raises: StoreError where the file is not the one with this digest."""
+        if digest and _digest(self.path) != digest:
+            raise StoreError(
+                f"{self.path}: damaged, or not there. Remove its folder: the same command divides the "
+                "prompts again"
+            )
 
     def summary(self) -> str:
         """Nothing: what was malformed was told when the prompts were divided."""

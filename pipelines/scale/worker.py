@@ -2,7 +2,7 @@
 
 As a process (`python -m prefab.pipelines.scale.worker`) it reads messages from stdin and writes
 events to stdout, a JSON object a line. When stdin ends, whoever gave it work is gone: it asks
-nothing more, keeps what is answered meanwhile, and ends within two seconds.
+nothing more, keeps what is answered within two seconds, publishes it and ends.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import orjson
 from prefab.factory.engines.lifecycle import KeptEngine
 from prefab.factory.errors import ConfigError, EngineError, PrefabError
 from prefab.factory.logs import logging_by_environment
-from prefab.factory.store.shared import SharedFolder, is_shared
+from prefab.factory.store.shared import SharedFolder, is_shared, name_of
 from prefab.factory.tracing import tracing_by_environment
 from prefab.factory.types import Engine
 from prefab.pipelines.config.loader import (
@@ -36,7 +39,8 @@ from prefab.pipelines.run.runner import in_event_loop
 from prefab.pipelines.scale.shard import ShardJob, ShardRun
 from prefab.pipelines.scale.sharding import ShardPrompts
 
-END_S = 1.5  # after which a worker whose driver is gone ends, whatever it does
+END_S = 1.5  # after which a worker whose driver is gone waits for no answer
+PUBLISH_S = 30.0  # that it then has to publish
 TICK_S = 0.5  # between two events that tell how far a shard is
 Emit = Callable[[dict[str, Any]], None]
 WITH_ADDRESS = ("url", "urls", "base_url")
@@ -88,7 +92,8 @@ class Worker:
 
     async def main(self) -> None:
         """Work until told to end: `{"do": {...}}` is a `ShardJob`, `{"stop": true}` drains the one
-        in work, and `{"end": true}` or None drains it and ends.
+        in work (with `"divided": true` others go on with it), and `{"end": true}` or None drains it
+        and ends.
         """
         try:
             os.chdir(self.setup.folder)
@@ -105,7 +110,7 @@ class Worker:
                 elif "end" in message:
                     break
                 elif self.run is not None:
-                    self.run.stop()
+                    self.run.stop(message.get("divided", False))
         except (PrefabError, OSError) as error:
             self._failed(None, error)
         finally:
@@ -132,7 +137,8 @@ class Worker:
         try:
             self._check_models(known)
             self.run = ShardRun(loaded, shared, Path(self.setup.local), job)
-            prompts = ShardPrompts(Path(self.setup.prompts) / f"{job.shard:05d}.jsonl")
+            file = Path(self.setup.prompts) / f"{name_of(job.shard)}.jsonl"
+            prompts = ShardPrompts(file, job.part)
             result = await self.run.run(self._engines, prompts, self.setup.publish_s)
             self.emit({"event": "done", **result})
         except (PrefabError, OSError) as error:
@@ -208,10 +214,26 @@ def _read(messages: io.FileIO, worker: Worker, loop: asyncio.AbstractEventLoop) 
     """Hand over the messages of stdin. At its end the driver has ended, or was killed."""
     for line in messages:
         loop.call_soon_threadsafe(worker.inbox.put_nowait, orjson.loads(line))
-    timer = threading.Timer(END_S, os._exit, [1])
-    timer.daemon = True
-    timer.start()
-    loop.call_soon_threadsafe(worker.inbox.put_nowait, None)
+    end_without_driver(worker, loop)
+
+
+def end_without_driver(worker: Worker, loop: asyncio.AbstractEventLoop) -> None:
+    """Let a worker ask nothing more, and end its process soon: what is answered is published."""
+
+    def end() -> None:
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(time.sleep, PUBLISH_S)  # so that nothing is tried again
+        with suppress(PrefabError, OSError):
+            if worker.run is not None:
+                worker.run.publish()
+        os._exit(1)
+
+    for seconds, what in ((END_S, end), (END_S + PUBLISH_S, partial(os._exit, 1))):
+        timer = threading.Timer(seconds, what)
+        timer.daemon = True
+        timer.start()
+    with suppress(RuntimeError):  # its loop has ended
+        loop.call_soon_threadsafe(worker.inbox.put_nowait, None)
 
 
 def setup_line(setup: WorkerSetup) -> bytes:

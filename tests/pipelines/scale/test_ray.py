@@ -3,6 +3,7 @@ the kill of a node with its disk, of a worker and of the driver. The server coun
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,16 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="no Ray: pip install 'prefab-rlaif[scale]'")
 
-from ray.cluster_utils import Cluster  # after the skip
+from ray._common.usage import usage_constants as constants  # after the skip
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
 
 from prefab import run
 from prefab.factory.errors import ConfigError, EngineError
-from prefab.pipelines.scale.driver import run_ray
+from prefab.pipelines.config.loader import models
+from prefab.pipelines.scale.driver import Driver, prepare, run_ray
+from prefab.pipelines.scale.on_ray import RayLauncher, connected
+from prefab.pipelines.scale.worker import kept_engines
 from tests.pipelines.scale.test_kill import RUN, counts, environment, until_asked
 from tests.support import project
 from tests.support.scripted_process import scripted_server
@@ -26,7 +32,7 @@ from tests.support.sharded import published_calls, rows, same_rows
 
 pytestmark = pytest.mark.slow
 IN_FLIGHT = 8
-PATIENCE_S = 180
+PATIENCE_S = 600
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,7 @@ def test_a_node_is_killed_with_its_disk_and_another_joins(cluster, server, tmp_p
 
 def test_nobody_asks_after_the_driver_was_killed(cluster, server, tmp_path):
     value = pipeline(tmp_path, server, prompts=30)
+    value["scale"]["publish_s"] = 600  # so that a shard is published at its end alone
     file = project.write(tmp_path, value)
     command = ["run", str(file), "--on", f"ray:{cluster.address}", "--json", "--quiet"]
 
@@ -96,6 +103,7 @@ def test_nobody_asks_after_the_driver_was_killed(cluster, server, tmp_path):
 
     process = start()
     until_asked(server, 150, process)
+    before = published_calls(tmp_path / "store")
     process.kill()
     process.wait()
     deadline = time.monotonic() + PATIENCE_S
@@ -103,13 +111,13 @@ def test_nobody_asks_after_the_driver_was_killed(cluster, server, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     asked, published = counts(server)["asked"], published_calls(tmp_path / "store")
-    assert asked < 30 * 15
+    assert before < published <= asked < 30 * 15
     process = start()
     said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     told = counts(server)
     assert told["distinct"] == 30 * 15
-    # a shard may go to another node, which has what was published of it
+    # workers wait a moment for what is in flight, and publish it
     assert told["repeated"] <= asked - published
 
 
@@ -123,3 +131,32 @@ def test_bad_input(cluster, tmp_path):
         run_ray(value, address="ray://127.0.0.1:10001")
     with pytest.raises(EngineError, match="no Ray cluster at 127.0.0.1:1"):
         run_ray(value, address="127.0.0.1:1")
+
+
+def test_another_version_of_ray_on_the_cluster_is_refused(cluster, tmp_path):
+    client = GcsClient(address=cluster.address)
+    key, space = constants.CLUSTER_METADATA_KEY, b"cluster"
+    true = client.internal_kv_get(key, space)
+    try:
+        for changed in ({"ray_version": "2.1.0"}, {"python_version": "3.9.1"}):
+            told = json.dumps({**json.loads(true), **changed}).encode()
+            client.internal_kv_put(key, told, True, space)
+            with pytest.raises(ConfigError, match="another version of Ray or of Python") as refused:
+                run_ray(project.pipeline(tmp_path), address=cluster.address)
+            assert next(iter(changed.values())) in str(refused.value)
+    finally:
+        client.internal_kv_put(key, true, True, space)
+
+
+def test_a_worker_waits_for_a_gpu_and_says_so(cluster, tmp_path, capsys):
+    scaled = prepare(project.pipeline(tmp_path, 4), (), 1, True)
+    with connected(cluster.address, True), ThreadPoolExecutor(1) as pool:
+        driver = Driver(scaled, RayLauncher(scaled.setup, gpus=1))
+        running = pool.submit(driver.run, models(kept_engines(scaled.loaded)))
+        said = ""
+        while "a free CPU and 1 free GPU" not in said and not running.done():
+            said += capsys.readouterr().err
+            time.sleep(0.2)
+        assert not running.done()
+        cluster.add_node(num_cpus=1, num_gpus=1)
+        assert running.result().state == "done"

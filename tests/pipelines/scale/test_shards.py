@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import shutil
 import socket
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 from datasets import load_dataset
@@ -15,17 +18,20 @@ from typer.testing import CliRunner
 
 from prefab import run
 from prefab.factory.errors import ConfigError, EngineError, StoreError
+from prefab.factory.ledger.segments import restore
 from prefab.factory.store.shared import SharedFolder
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.config.loader import models, resolve_pipeline
 from prefab.pipelines.quality.why import why
 from prefab.pipelines.scale.array import run_task
-from prefab.pipelines.scale.driver import Driver, is_straggler, number_of_shards, prepare
+from prefab.pipelines.scale.dividing import Pace, is_worth_dividing
+from prefab.pipelines.scale.driver import Driver, exclusive, number_of_shards, prepare, run_local
 from prefab.pipelines.scale.launchers import LocalLauncher
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.merge import merge
 from prefab.pipelines.scale.on_ray import check_address
-from prefab.pipelines.scale.worker import kept_engines
+from prefab.pipelines.scale.sharding import Part
+from prefab.pipelines.scale.worker import Worker, kept_engines
 from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import query, rebuild
 from prefab.pipelines.view.index_build import main as build_index
@@ -263,39 +269,61 @@ def test_a_lease_of_a_process_that_ended_is_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("elapsed_s", "done", "straggler"),
-    [(100, 10, True), (100, 80, False), (100, 100, False), (5, 0, False), (300, 0, True)],
+    ("elapsed_s", "done", "workers", "worth"),
+    [
+        *((100, 10, 1, True), (100, 80, 1, False), (100, 100, 1, False), (5, 0, 1, False)),
+        *((300, 0, 1, True), (50, 50, 1, False), (50, 50, 5, True)),
+    ],
 )
-def test_a_shard_goes_elsewhere_where_it_would_end_much_sooner(elapsed_s, done, straggler):
-    assert is_straggler(elapsed_s, done, total=100, usual_per_s=2.0) is straggler
+def test_a_shard_is_divided_where_it_would_end_much_sooner(elapsed_s, done, workers, worth):
+    assert is_worth_dividing(Pace(elapsed_s, done, total=100), 2.0, workers) is worth
+
+
+def test_parts_of_a_shard_have_each_position_once():
+    parts = Part(7).split(3)
+    assert [part.first for part in parts[1:]] == [part.end for part in parts[:-1]]
+    assert (parts[0].first, parts[-1].end) == (0, 65536)
+    assert [Part(7).name, parts[0].name] == ["00007", "00007-0-21845"]
+    smallest = [Part(7, 5, 8), Part(7, 8, 10)]
+    assert [part.split(4) for part in smallest] == [
+        [Part(7, 5, 6), Part(7, 6, 7), Part(7, 7, 8)],
+        [Part(7, 8, 9), Part(7, 9, 10)],
+    ]
 
 
 @pytest.mark.slow
-def test_a_straggler_is_moved_and_nothing_is_asked_twice(made, tmp_path):
-    """The second worker needs two minutes for a shard, one call after the other."""
-    scaled = prepare(pipeline(tmp_path), (), 2, True)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_a_straggler_is_divided_and_nothing_is_asked_twice(made, single, tmp_path, workers):
+    """The second worker needs two minutes for a shard, one call after the other. With four workers
+    and three shards, one is idle from the beginning.
+    """
+    scaled = prepare(pipeline(tmp_path), (), workers, True)
     slow = ["engines.local={engine: scripted, delay_s: 2.0, max_in_flight: 1}"]
     launcher = ThreadLauncher(scaled.setup, sets={2: slow}, together=2)
     driver = Driver(scaled, launcher)
-    driver.straggles = lambda elapsed_s, done, total, usual_per_s: True
+    driver.is_worth_dividing = lambda pace, usual_per_s, workers: pace.elapsed_s > 0.7
     result = driver.run(models(kept_engines(scaled.loaded)))
-    assert result.state == "done" and 2 in driver.slow
+    assert result.state == "done" and 2 in driver.slow and driver.divided
     assert (result.asked, result.outcomes) == (made[2].asked, made[2].outcomes)
+    same_rows(single, tmp_path / "store", but=("runs",))
+    ledgers = [path.name for path in (tmp_path / "local").iterdir()]
+    assert sorted(ledgers) == ["00000", "00001", "00002"]  # those of parts are removed
 
 
 def test_a_shard_waits_for_the_worker_that_may_be_where_its_ledger_is(tmp_path):
     scaled = prepare(pipeline(tmp_path), (), 2, True)
     driver = Driver(scaled, ThreadLauncher(scaled.setup))
-    driver.pending, driver.idle, driver.starting, driver.places = [0, 1, 2], [1], {2}, {1: "here"}
-    assert driver.next_shard(1) == 2  # none was worked on before
-    scaled.shared.write_place(0, "elsewhere")
-    scaled.shared.write_place(2, "here")
-    assert driver.next_shard(1) == 2
-    driver.pending = [0]
+    driver.pending, driver.idle, driver.starting, driver.places = [], [1], {2}, {1: "here"}
+    driver.pending = [Part(0), Part(1), Part(2)]
+    assert driver.next_part(1) == Part(2)  # none was worked on before
+    scaled.shared.write_place("00000", "elsewhere")
+    scaled.shared.write_place("00002", "here")
+    assert driver.next_part(1) == Part(2)
+    driver.pending = [Part(0)]
     driver._asked_at = time.monotonic() + 100
-    assert driver.next_shard(1) is None
+    assert driver.next_part(1) is None
     driver._asked_at -= 1000  # the other worker does not come
-    assert driver.next_shard(1) == 0
+    assert driver.next_part(1) == Part(0)
 
 
 def test_a_plan_tells_the_shards(tmp_path):
@@ -334,3 +362,56 @@ def test_bad_input(made, tmp_path):
     (tmp_path / "shards.json").write_text('{"format": 2, "shards": 3, "id": "x"}')
     with pytest.raises(StoreError, match="newer version"):
         run_sharded({**value, "store": str(tmp_path)})
+    segment = tmp_path / "segments" / "000001-abc.json"
+    segment.parent.mkdir()
+    segment.write_text('{"format": 2, "tables": {}}')
+    with pytest.raises(StoreError, match=r"000001-abc.json: written by a newer version"):
+        restore(tmp_path / "ledger.sqlite", segment.parent)
+    with pytest.raises(ConfigError, match=r"s3://bucket/run is an address.*not supported"):
+        run_sharded(value, sets=("scale.shared=s3://bucket/run",))
+    with (
+        exclusive(SharedFolder(folder / "store")),
+        pytest.raises(StoreError, match=f"process {os.getpid()} on .* drives a run here"),
+    ):
+        run_local(value)
+
+
+def test_a_file_system_without_hard_links_is_told(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(StoreError, match="makes no hard links"):
+        SharedFolder.create(tmp_path, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clocks_of_machines_decide_nothing(tmp_path, monkeypatch):
+    """A lease is compared with the clock of the file system alone."""
+    there = Lease(tmp_path / "lease")
+    assert there.take() == ""
+    value = json.loads((tmp_path / "lease").read_bytes())
+    (tmp_path / "lease").write_text(json.dumps({**value, "boot": "elsewhere"}))
+    for wrong in (0.0, 1e11):
+        monkeypatch.setattr(time, "time", lambda wrong=wrong: wrong)
+        assert Lease(tmp_path / "lease").owner()
+
+
+def test_a_worker_refuses_a_folder_that_is_not_the_drivers(tmp_path):
+    setup = prepare(pipeline(tmp_path), (), 1, True).setup
+    for wrong in (replace(setup, id="another"), replace(setup, shared=str(tmp_path / "absent"))):
+        told = []
+        asyncio.run(Worker(wrong, told.append).main())
+        assert told[0]["fatal"] and "is not the folder that the driver sees" in told[0]["message"]
+
+
+@pytest.mark.slow
+def test_a_damaged_file_of_prompts_stops_its_shard_alone(tmp_path):
+    scaled = prepare(pipeline(tmp_path), (), 1, True)
+    (scaled.prompts.folder / "00001.jsonl").write_bytes(b"damaged")
+    launcher = ThreadLauncher(scaled.setup)
+    with pytest.raises(
+        EngineError, match=r"1 of 3 shards were set aside \(1\).*00001.jsonl: damaged"
+    ):
+        Driver(scaled, launcher).run(models(kept_engines(scaled.loaded)))
+    assert sorted(launcher.given) == [0, 1, 1, 1, 2]
