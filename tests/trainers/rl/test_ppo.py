@@ -3,6 +3,7 @@ kind of bad input."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -275,9 +276,32 @@ def test_small_batches_add_up_to_the_same_update(make, tmp_path):
     assert same(a, b, 2e-4) and not same(a, weights(make().model), 2e-3)
 
 
-def test_gradient_checkpointing_changes_nothing(make, tmp_path):
+def test_gradient_checkpointing_changes_nothing(make, tmp_path, monkeypatch):
+    """It works in training mode alone, which both models are in for updates, and the policy only
+    then.
+    """
+    modes, sampled, began = set(), set(), time.monotonic()
+    update, answers = ppo._minibatch, sampling.step_answers
+
+    def updated(t, *rest):
+        modes.add((t.policy.training, t.critic.training))
+        return update(t, *rest)
+
+    def sampled_of(t, *rest):
+        sampled.add(t.policy.training)
+        return answers(t, *rest)
+
     train(make(out=tmp_path / "a"))
-    train(make(out=tmp_path / "b", gradient_checkpointing=True))
+    with monkeypatch.context() as patched:
+        patched.setattr(ppo, "_minibatch", updated)
+        patched.setattr(sampling, "step_answers", sampled_of)
+        _, seen = train(make(out=tmp_path / "b", gradient_checkpointing=True))
+    assert modes == {(True, True)} and sampled == {False}
+    for step in seen:  # shares of the step's time, which the update has the rest of
+        times, tokens = step["times"], step["length"] * make().batch_size
+        assert min(times.values()) > 0 and times["sampling_share"] + times["scoring_share"] < 1
+        assert times["tokens_per_s"] * times["seconds"] == pytest.approx(tokens)
+    assert sum(step["times"]["seconds"] for step in seen) <= time.monotonic() - began
     assert same(weights(tmp_path / "a/policy"), weights(tmp_path / "b/policy"), 1e-5)
 
 
