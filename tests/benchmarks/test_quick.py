@@ -13,5 +13,5 @@ SLOW = ("editing", "rerun", "view")
 )
 def test_a_quick_form_runs(name, forks, tmp_path):
     more = ["--store", tmp_path / "store"] if name in STORE else []
-    done = forks.run(["-m", f"benchmarks.{name}", "--quick", *more], timeout=600)
+    done = forks.run(["-m", f"benchmarks.{name}", "--quick", *more], timeout=1800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

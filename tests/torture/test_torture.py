@@ -42,6 +42,7 @@ def well(results):
     return results
 
 
+@pytest.mark.slow
 def test_kills_lose_no_answer_and_leave_the_same_store(here):
     assert all(result.killed for result in well(kills.named(here, POINTS)))
     well(kills.at_random(here, 1, seed=1))
@@ -57,6 +58,7 @@ def test_crashes_and_power_cuts_lose_no_committed_answer(here):
     well(kills.at_operations(here, 2))
 
 
+@pytest.mark.slow
 def test_server_faults_invent_no_verdict_and_are_mended(here):
     well(server_faults.faults(here, FAULTS, ("middle",)))
 

@@ -108,7 +108,8 @@ def test_two_launched_processes_train_as_one(world, tmp_path, stage):
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
-@pytest.mark.parametrize("stage", ["dpo", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
 def test_two_processes_that_were_killed_give_the_same_bits(world, tmp_path, stage, training_forks):
     """At random moments, the first of them in all likelihood before any checkpoint; and those of
     one process, but for rounding. Forks stand in for the launcher."""

@@ -157,8 +157,15 @@ def moody(request):
     return Completion("A", "length", logps | dict.fromkeys((" A", " B", " T"), -9.0), "exact", 9, 1)
 
 
-@pytest.mark.parametrize("selection", ["all", "lexicographic"])
-@pytest.mark.parametrize("combine", ["mean", "log_odds"])
+@pytest.mark.parametrize(
+    ("combine", "selection"),
+    [
+        ("mean", "lexicographic"),
+        ("log_odds", "all"),
+        pytest.param("mean", "all", marks=pytest.mark.slow),
+        pytest.param("log_odds", "lexicographic", marks=pytest.mark.slow),
+    ],
+)
 def test_chosen_readings_decide_by_the_runs_own_rule(tmp_path, combine, selection):
     judges = [{"name": "x", "kind": "pairwise"}, {"name": "y", "kind": "pairwise", "weight": 3.0}]
     panel = {"judges": judges, "combine": combine, "selection": selection, "tie_margin": 0.01}

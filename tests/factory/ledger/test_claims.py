@@ -41,7 +41,8 @@ def asked(log: Path) -> Counter:
 def test_each_question_is_asked_once(tmp_path, runs, forks):
     command = ["-c", RUN, tmp_path / "store", tmp_path / "log"]
     processes = [forks.start(command) for _ in range(runs)]
-    assert [process.wait(timeout=120) for process in processes] == [0] * runs
+    for process in processes:
+        assert process.wait(timeout=120) == 0, process.communicate()[1]
     found = asked(tmp_path / "log")
     con = sqlite3.connect(tmp_path / "store" / "ledger.sqlite")
     answered = {key.hex() for (key,) in con.execute("SELECT key FROM calls")}

@@ -353,7 +353,6 @@ def test_a_pooling_server_is_asked_for_raw_rewards_of_the_conversation():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm_gives_the_same_rewards(folder):
     pytest.importorskip("vllm")

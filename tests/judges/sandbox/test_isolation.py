@@ -43,7 +43,9 @@ def test_no_attack_gets_through(name, isolated, outside):
 SEEN = {"": set(), "landlocked filtered": {"folders_of_people"}}
 
 
-@pytest.mark.parametrize("level", SEEN)
+@pytest.mark.parametrize(
+    "level", [pytest.param(level, marks=[pytest.mark.slow] if level else []) for level in SEEN]
+)
 def test_no_attack_of_an_ordinary_users_answer_gets_through(level, tmp_path_factory):
     """User namespaces or Landlock make the jail, and the files of the same user are near."""
     python, folder = "/usr/bin/python3", tmp_path_factory.mktemp("outside")

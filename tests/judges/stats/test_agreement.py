@@ -25,7 +25,7 @@ from prefab.judges.stats.rating_table import Table, category_weights, group, res
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 NAN = np.nan
-RANDOM_TABLES = 1000
+RANDOM_TABLES = 300
 BY_CHANCE = {
     name: partial(of, resamples=0)
     for name, of in {

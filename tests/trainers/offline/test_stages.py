@@ -704,6 +704,7 @@ def test_a_disk_that_fills_while_a_thread_writes_is_told(world, tmp_path, monkey
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_a_micro_batch_is_measured_without_a_trace(world, tmp_path, monkeypatch):
     """By the GPU's own path, with another measure of memory: 100 bytes a row, 10 with
     checkpointing."""

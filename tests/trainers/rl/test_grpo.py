@@ -88,6 +88,7 @@ def test_a_second_run_of_another_precision_in_one_process_trains(make, tmp_path)
     assert same(first, again) and not same(weights(tmp_path / "bf16/policy"), first)
 
 
+@pytest.mark.slow
 def test_grpo_ends_at_the_optimum_of_a_world_of_one_token(tmp_path):
     row = exact_optimum.run_one(tmp_path, "grpo forward", 1, 0.6, 1, steps=50, rate=1e-2)
     assert row["tv_end"] <= exact_optimum.GOAL < 0.3 < row["tv_start"]

@@ -60,13 +60,11 @@ def same(a, b, tolerance=0.0):
     ("length", "steps", "rate", "world"),
     [
         (2, 120, 1e-2, aw.World),
-        pytest.param(2, 120, 1e-2, aw.StepWorld, marks=pytest.mark.slow),
-        *(
-            pytest.param(n, None, exact_optimum.LEARNING_RATE, aw.World, marks=pytest.mark.slow)
-            for n in (1, 2)
-        ),
+        (2, 120, 1e-2, aw.StepWorld),
+        *((n, None, exact_optimum.LEARNING_RATE, aw.World) for n in (1, 2)),
     ],
 )
+@pytest.mark.slow
 def test_ppo_ends_at_its_exact_optimum(tmp_path, length, steps, rate, world):
     row = exact_optimum.run_one(tmp_path, "ppo", length, 0.5, 1, steps, rate, world)
     assert (
@@ -467,7 +465,7 @@ def test_unfinished_answers_do_not_set_the_scale_of_rewards(make):
 
 def test_the_first_answers_score_about_zero_with_deviation_one(make):
     _, seen = train(
-        make(batch_size=400, reference_samples=400, unfinished_score=None),
+        make(steps=1, batch_size=400, reference_samples=400, unfinished_score=None),
         lambda p, c: [70 + 9 * r for r in WORLD.reward(p, c)],
     )
     assert (
@@ -487,7 +485,7 @@ def test_lora_takes_the_policy_without_adapter_as_reference(make, tmp_path):
     )  # merged: an ordinary checkpoint
 
 
-@pytest.mark.parametrize("value", ["separate", "shared"])
+@pytest.mark.parametrize("value", ["separate", pytest.param("shared", marks=pytest.mark.slow)])
 def test_the_value_function_learns_what_is_to_be_expected(make, value):
     """The policy all but stands still: the value of every state ends near its expected reward,
     which is known."""
@@ -587,10 +585,10 @@ def test_bad_rewards_are_told(make, reward, words, normalise):
 
 def test_answers_without_a_score_are_left_out_and_counted(make):
     _, seen = train(
-        make(batch_size=256),
+        make(batch_size=64),
         lambda p, c: [None if "c" in x else r for x, r in zip(c, WORLD.reward(p, c), strict=True)],
     )
-    assert 0 < seen[0]["unscored"] < 128
+    assert 0 < seen[0]["unscored"] < 32
     with pytest.raises(TrainError, match="could not score"):
         train(
             make(batch_size=64, normalise="none", out=make().out + "2"),

@@ -373,6 +373,7 @@ def same_policies(a, b):
     )
 
 
+@pytest.mark.slow
 def test_grpo_has_the_same_sampler_and_goes_on_where_its_server_failed(models, tmp_path):
     script = Script(None)
     seen = Served(models, tmp_path / "whole", script, method="grpo").train()
@@ -389,7 +390,7 @@ def test_grpo_has_the_same_sampler_and_goes_on_where_its_server_failed(models, t
     assert same_policies(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("method", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_grpo_weights_answers_that_were_sampled_ahead(models, tmp_path, method):
     """By how much more likely the updated policy makes them, and goes on from a checkpoint."""
     settings = {"method": method, "sample_ahead": True, "save_every": 2, "schedule": "constant"}
@@ -419,7 +420,6 @@ def test_stale_weights_stop_grpo_before_its_update(models, tmp_path):
     assert again.last is not None and list(again.train()) == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("lora", [None, Lora(rank=8)])
@@ -476,7 +476,6 @@ def test_the_served_policy_is_the_trained_one(tmp_path, lora):
         assert gap() > 0.05
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_grpo_is_served_by_vllm_with_the_weights_that_train(tmp_path):
