@@ -90,11 +90,10 @@ def measure(
     if sample:
         selection = selection.sampled(sample)
     data, source = load_matrix(selection, gold)
-    unscored = selection.unscored()
     if np.isnan(data.p).all():
-        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in _totals(unscored).items())
+        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in _totals(data.reasons).items())
         raise UnscoredError(
-            f"{selection.name}: none of {unscored['n'].sum():,} verdicts could be read ({reasons}); there "
+            f"{selection.name}: none of {data.reasons['n'].sum():,} verdicts could be read ({reasons}); there "
             "is nothing to agree on"
         )
     several = len(data.judges) > 1
@@ -103,23 +102,23 @@ def measure(
         "run": selection.name,
         "gold": source,
         "orders": (selection.config.get("panel") or {}).get("orders", "both"),
-        "comparisons": data.items.select("prompt", "a", "b").n_unique(),
+        "comparisons": data.comparisons(),
         "items": data.items.height,
         "prompts": int(data.prompts.max()) + 1,
         "groups": len(np.unique(data.groups)),
         "resamples": resamples,
         "seed": seed,
         "sampled": None,
-        "judges": judge_rows(selection, data, unscored),
+        "judges": judge_rows(selection, data),
         "between": between(data) if several else None,
         "coefficients": coefficients(data, resamples, seed) if several else None,
         "accuracy": accuracies(data, resamples, seed) if source else None,
         "calibration": calibrations(data) if source else None,
         "learned": asdict(learned) if learned else None,
         "p_chosen": learned.sentence() if learned else NOT_LEARNED,
-        "principles": group_rows(data, unscored, "principle"),
+        "principles": group_rows(data, "principle"),
         "constitution": _constitution(selection),
-        "tags": group_rows(data, unscored, "tag"),
+        "tags": group_rows(data, "tag"),
         "critiques": selection.critiques().to_dicts(),
     }
     found["divided"] = divided(
@@ -150,11 +149,10 @@ def _add_labelled(
         "accuracy": accuracies(data, resamples, seed),
         "calibration": calibrations(data),
     }
-    unscored = selection.unscored()
     for rows, of, name in (
-        (found["judges"], judge_rows(selection, data, unscored), "judge"),
-        (found["principles"], group_rows(data, unscored, "principle"), "name"),
-        (found["tags"], group_rows(data, unscored, "tag"), "name"),
+        (found["judges"], judge_rows(selection, data), "judge"),
+        (found["principles"], group_rows(data, "principle"), "name"),
+        (found["tags"], group_rows(data, "tag"), "name"),
     ):
         known = {row[name]: row for row in of}
         for row in rows:
@@ -180,9 +178,7 @@ def _constitution(selection: Selection) -> dict[str, Any]:
     }
 
 
-def judge_rows(
-    selection: Selection, data: RatingMatrix, unscored: polars.DataFrame
-) -> list[dict[str, Any]]:
+def judge_rows(selection: Selection, data: RatingMatrix) -> list[dict[str, Any]]:
     """One row a judge: what it read, its accuracy, its pull to a slot, its stability, and its label
     mass.
     """
@@ -190,7 +186,7 @@ def judge_rows(
     repeated = any(mass["repeats"] > 1 for mass in masses.values())
     again, ratings = selection.again() if repeated else None, data.ratings()
     return [
-        _judge_row(data, j, ratings[:, j], masses[name], unscored, again)
+        _judge_row(data, j, ratings[:, j], masses[name], again)
         for j, name in enumerate(data.judges)
     ]
 
@@ -200,13 +196,12 @@ def _judge_row(
     j: int,
     ratings: np.ndarray,
     mass: dict[str, Any],
-    unscored: polars.DataFrame,
     again: polars.DataFrame | None,
 ) -> dict[str, Any]:
     import polars as pl
 
     name, p = data.judges[j], data.p[:, j]
-    reasons = _totals(unscored.filter(pl.col("judge") == name))
+    reasons = _totals(data.reasons.filter(pl.col("judge") == name))
     scored = ~np.isnan(ratings)
     return {
         "judge": name,
@@ -447,7 +442,7 @@ def _errors(p: np.ndarray, y: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
     }
 
 
-def group_rows(data: RatingMatrix, unscored: polars.DataFrame, by: str) -> list[dict[str, Any]]:
+def group_rows(data: RatingMatrix, by: str) -> list[dict[str, Any]]:
     """One row a principle or tag, what is least agreed on and least consistent first."""
     import polars as pl
 
@@ -456,7 +451,7 @@ def group_rows(data: RatingMatrix, unscored: polars.DataFrame, by: str) -> list[
     rows = []
     for name in names:
         mask = (column == name if by == "principle" else column.list.contains(name)).to_numpy()
-        counts = unscored.filter(pl.col("principle") == name) if by == "principle" else None
+        counts = data.reasons.filter(pl.col("principle") == name) if by == "principle" else None
         rows.append({"name": name, **_group_row(data.take(mask), counts)})
     return sorted(rows, key=lambda row: (row["worst"] is None, row["worst"], row["name"]))
 

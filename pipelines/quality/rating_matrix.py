@@ -32,10 +32,12 @@ class RatingMatrix:
     probability that a is better, NaN where there is none;
     `gold` N as a winner; `prompts` and `groups` N, as numbers. `items` has the columns prompt, a,
     b, principle, tags (the prompt's and the principle's), the names as categories: a number for
-    each comparison, and each name once.
+    each comparison, and each name once; it is sorted by all but the tags. `reasons`: the whole
+    selection's verdicts by principle, judge and reason (as `Selection.unscored`).
     """
 
     items: polars.DataFrame
+    reasons: polars.DataFrame
     judges: tuple[str, ...]
     weights: np.ndarray
     p: np.ndarray
@@ -49,6 +51,10 @@ class RatingMatrix:
     groups: np.ndarray
     gold: np.ndarray
     tie_margin: float
+
+    def comparisons(self) -> int:
+        """How many there are, one under several principles counted once."""
+        return int(changed(self.items.select("prompt", "a", "b")).sum())
 
     def ratings(self) -> np.ndarray:
         """Each reading as a label, 1 for a, 0 for b, 0.5 for a tie (by the panel's rule), NaN for
@@ -80,6 +86,16 @@ class RatingMatrix:
             )
         }
         return replace(self, items=self.items.filter(pl.Series(kept)), **some)
+
+
+def changed(rows: polars.DataFrame) -> np.ndarray:
+    """Whether each row is unlike the one before it. Shapes: as many as rows."""
+    import numpy as np
+    import polars as pl
+
+    new = np.ones(rows.height, dtype=bool)
+    new[1:] = rows.select(pl.any_horizontal(pl.all() != pl.all().shift())).to_series()[1:]
+    return new
 
 
 def _won(order: str) -> str:
@@ -123,13 +139,13 @@ def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix,
     people = [
         judge["name"] for judge in panel.get("judges", ()) if judge.get("kind") == "human"
     ]  # they are gold
-    names, prompts, rows = read_filled(
+    reasons, prompts, rows = read_filled(
         selection.folder, lambda read: _read(replace(selection, read=read), people)
     )
+    names = reasons.filter(~pl.col("judge").is_in(people))
     judges = tuple(names["judge"].unique().sort())
     place = rows.select("prompt", "a", "b", "principle")
-    new = np.ones(rows.height, dtype=bool)  # rows are sorted: one that is unlike the last is new
-    new[1:] = place.select(pl.any_horizontal(pl.all() != pl.all().shift())).to_series()[1:]
+    new = changed(place)
     i, j = new.cumsum(dtype=np.int32) - 1, rows["judge"].to_numpy()
     shape = int(new.sum()), len(judges)
 
@@ -148,6 +164,7 @@ def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix,
     known, source = find_gold(selection, items, gold)
     readings = RatingMatrix(
         items,
+        reasons,
         judges,
         np.array([weight.get(name, 1.0) for name in judges]),
         matrix("p"),
@@ -168,15 +185,16 @@ def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix,
 def _read(
     selection: Selection, people: Sequence[str]
 ) -> tuple[polars.DataFrame, polars.DataFrame, polars.DataFrame]:
-    """Principles and judges that are in the readings, prompts with tags and group, and readings,
-    which name all three by their place in the order of names.
+    """The selection's verdicts by reason, prompts with tags and group, and readings, which name
+    prompt, principle and judge by their place in the order of names.
     """
     import polars as pl
 
-    names = selection.unscored().filter(~pl.col("judge").is_in(people))
+    reasons = selection.unscored()
+    names = reasons.filter(~pl.col("judge").is_in(people))
     known = {f"of_{name}s": sorted(set(names[name])) for name in ("principle", "judge")}
     rows = selection.query(_READINGS, {"people": people, **known})
-    return names, selection.query(_PROMPTS), rows
+    return reasons, selection.query(_PROMPTS), rows
 
 
 def _numbered(codes: np.ndarray) -> np.ndarray:
