@@ -25,7 +25,7 @@ OWN = {"origin": f"http://127.0.0.1:{PORT}"}
 
 def ready(client, address: str, method: str = "GET", **more):
     """The page once its figures are computed."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while True:
         answer = client.request(method, address, **more)
         if answer.status_code != 202:

@@ -141,7 +141,7 @@ def test_what_people_may_label_of_a_large_run_is_read_by_a_process_and_kept(stor
     """The page says so until it is there; the labels are those of `prefab label`."""
     indexes = index_of(store, tmp_path)
     with client_of(store, indexes) as client:
-        assert client.get("/preferences?run=world").status_code == 200  # begins it
+        assert ready(client, "/preferences?run=world").status_code == 200  # begins it
         page = ready(client, "/label?run=world&annotator=fay")
         assert "a sample of the run" in page.text
         shown = client.get("/label?run=world&annotator=fay&format=json").json()

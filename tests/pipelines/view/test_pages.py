@@ -275,7 +275,7 @@ def shown_later(store, sql) -> int:
     return int(read_frame(store, sql)["n"][0])
 
 
-def wait_for(done: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(done: Callable[[], bool], seconds: float = 600) -> None:
     """Until it is so; the store may be held for a moment."""
     deadline = time.monotonic() + seconds
     while True:
