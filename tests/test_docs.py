@@ -161,6 +161,7 @@ NOT_RUN_BECAUSE = {
     "prefab test constitution.yaml": "the prompt's engine is the file's, vLLM",
     "prefab view store": "serves until it is ended",
     "prefab judge serve": "serves until it is ended",
+    "prefab sql 'SELECT step,": "after `prefab run process`",
     "prefab sql 'SELECT value FROM evals": "after `prefab train online`",
 }
 ALSO_RUN = ("prefab view store --bundle",)
