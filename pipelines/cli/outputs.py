@@ -242,7 +242,9 @@ class VerifyOutput:
 
 @dataclass
 class Trained:
-    """What a training on pairs, labels or demonstrations did."""
+    """What a training on pairs, labels or demonstrations did. `base`: the model that it began with.
+    `store`: where it is recorded.
+    """
 
     stage: str
     model: str
@@ -251,6 +253,17 @@ class Trained:
     val: int
     seconds: float
     metrics: dict[str, float]
+    notes: list[str]
+    base: str
+    store: str | None
+
+
+@dataclass
+class RewardTrained(Trained):
+    """What a training of a reward model did; the mean and deviation of its scores."""
+
+    reward_mean: float
+    reward_deviation: float
 
 
 @dataclass
@@ -385,10 +398,8 @@ OUTPUTS: dict[str, Any] = {
     "audit judge": JudgeAudit,
     "audit data": DataAuditOutput,
     "eval judge": _BENCHMARK,
-    **{
-        f"train {name}": Trained | StepEstimate
-        for name in ("sft", "reward", "process", "dpo", "kto")
-    },
+    **{f"train {name}": Trained | StepEstimate for name in ("sft", "process", "dpo", "kto")},
+    "train reward": RewardTrained | StepEstimate,
     **{f"train {name}": PolicyTrained for name in ("ppo", "grpo")},
     "train online": _object("OnlineOutput", rounds=Rows, policy=str, stopped=str | None, store=str),
     "sweep": _object(
