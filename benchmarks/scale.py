@@ -163,6 +163,16 @@ def catalogue(folder: Path, store: Path, shards: int) -> dict[str, Any]:
     return found
 
 
+def write_agreement(store: Path) -> None:
+    """Measure `prefab agreement` of a store that exists, and record it with what it counted."""
+    measured = command("agreement", "--store", str(store))
+    told = measured.pop("told")
+    counted = {name: told[name] for name in ("prompts", "comparisons", "items")}
+    counted["verdicts"] = sum(row["verdicts"] for row in told["judges"])
+    print(counted, measured)
+    common.write("scale_agreement", False, **counted, **measured)
+
+
 def bytes_of(folder: Path) -> int:
     """The size of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -174,7 +184,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4000)
     parser.add_argument("--shards", type=int, default=1024, help="of the catalogue")
     parser.add_argument("--quick", action="store_true", help="400 prompts, 128 shards")
+    parser.add_argument(
+        "--agreement", type=Path, metavar="STORE", help="only `prefab agreement` of this store"
+    )
     args = parser.parse_args()
+    if args.agreement:
+        write_agreement(args.agreement)
+        return
     if args.quick:
         args.prompts, args.shards = 400, 128
     with tempfile.TemporaryDirectory() as name:
