@@ -141,6 +141,7 @@ NOT_RUN_BECAUSE = {
     "make ": "minutes, or the environment itself",
     ". .venv/bin/activate": "the environment itself",
     "pre-commit install": "not installed, and it would write into .git",
+    "python -m benchmarks.policies": "trains models for hours",
     "python -m pytest": "the tests themselves",
     "export OPENAI_API_KEY": "a secret",
     "accelerate launch": "trains; tests/trainers/test_accelerate.py runs the same command line",
