@@ -187,8 +187,7 @@ def _shared_folder(name: str) -> Path:
     if "://" in name:
         raise ConfigError(
             f"scale.shared: {name} is an address, and must be the path of a folder that all machines "
-            "mount (NFS, Lustre). Object stores are not supported: there, no file can be made under "
-            "a name that only one of several processes gets"
+            "mount (NFS, Lustre). Prefab cannot claim shards in an object store yet"
         )
     return Path(name).absolute()
 

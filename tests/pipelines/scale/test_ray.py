@@ -38,11 +38,14 @@ PATIENCE_S = 600
 @pytest.fixture(scope="module")
 def cluster():
     """A head without CPUs, and two nodes of one CPU."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        made.add_node(num_cpus=1)
-    made.wait_for_nodes()
-    yield made
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_worker_niceness", "0")  # Ray's own 15 starves on a busy machine
+        head = {"num_cpus": 0, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            made.add_node(num_cpus=1)
+        made.wait_for_nodes()
+        yield made
     made.shutdown()
 
 
