@@ -367,7 +367,7 @@ def test_bad_input(made, tmp_path):
     segment.write_text('{"format": 2, "tables": {}}')
     with pytest.raises(StoreError, match=r"000001-abc.json: written by a newer version"):
         restore(tmp_path / "ledger.sqlite", segment.parent)
-    with pytest.raises(ConfigError, match=r"s3://bucket/run is an address.*not supported"):
+    with pytest.raises(ConfigError, match=r"s3://bucket/run is an address.*cannot claim shards"):
         run_sharded(value, sets=("scale.shared=s3://bucket/run",))
     with (
         exclusive(SharedFolder(folder / "store")),
