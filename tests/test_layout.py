@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +103,12 @@ def modules() -> list[Path]:
     return [p for p in tracked() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in PACKAGES]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A module's syntax tree, parsed once for all tests."""
+    return ast.parse(path.read_text())
+
+
 def imported(tree: ast.AST) -> set[str]:
     """Top-level names of every package imported anywhere below `tree`, inside functions too."""
     names: set[str] = set()
@@ -161,7 +168,7 @@ def test_imports_point_one_way():
         may = MAY_IMPORT[folder]
         wrong |= {
             f"{path.relative_to(ROOT)} imports {other}"
-            for other in folders_imported(ast.parse(path.read_text()))
+            for other in folders_imported(tree_of(path))
             if other != folder
             and other not in may
             and not any(
@@ -179,14 +186,10 @@ def test_no_module_is_imported_in_a_circle():
             "/", "."
         ).removesuffix(".__init__")
         graph[name] = {
-            f"{node.module}.{a.name}"
-            for node in ast.walk(ast.parse(path.read_text()))
+            module
+            for node in ast.walk(tree_of(path))
             if isinstance(node, ast.ImportFrom) and node.module
-            for a in node.names
-        } | {
-            node.module
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and node.module
+            for module in (node.module, *(f"{node.module}.{a.name}" for a in node.names))
         }
     graph = {name: imports & graph.keys() - {name} for name, imports in graph.items()}
     while free := [name for name, imports in graph.items() if not imports & graph.keys()]:
@@ -205,18 +208,18 @@ def test_heavy_packages_are_imported_where_they_are_used():
     for path in modules():
         if path.relative_to(ROOT).parts[:2] == ("factory", "microworld"):
             continue  # the builder trains: it is run, never imported by the commands
-        for node in at_import_time(ast.parse(path.read_text())):
+        for node in at_import_time(tree_of(path)):
             if isinstance(node, ast.Import | ast.ImportFrom) and imported(node) & HEAVY:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}")
     assert not wrong
 
 
 def test_no_function_is_too_complex():
-    from radon.complexity import cc_visit
+    from radon.complexity import cc_visit_ast
 
     found = set()
     for path in modules():
-        for block in cc_visit(path.read_text()):
+        for block in cc_visit_ast(tree_of(path)):
             for one in [block, *getattr(block, "methods", ())]:
                 if one.letter != "C" and one.complexity > 15:
                     found.add(f"{path.relative_to(ROOT)} {one.fullname}")
@@ -226,7 +229,7 @@ def test_no_function_is_too_complex():
 def test_public_functions_have_docstrings():
     bare = []
     for path in modules():
-        scopes: list[ast.AST] = [ast.parse(path.read_text())]
+        scopes: list[ast.AST] = [tree_of(path)]
         while scopes:
             for node in ast.iter_child_nodes(scopes.pop()):
                 if (
