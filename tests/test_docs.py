@@ -28,7 +28,7 @@ from typer.main import get_command
 import prefab
 from prefab.factory.spec import yamlio
 from prefab.factory.spec.layouts import LAYOUTS
-from prefab.pipelines.cli.main import app, app_for
+from prefab.pipelines.cli.main import app
 from prefab.pipelines.config.schema import _override
 from prefab.pipelines.evaluation.policy import PolicyEvalConfig
 from prefab.pipelines.evaluation.weak_to_strong import WeakToStrongConfig
@@ -250,17 +250,6 @@ def test_every_command_has_a_python_function():
     assert sorted(documented) == sorted(commands(get_command(app), "prefab"))
     functions = {name for _, row in table for name in re.findall(r"`(\w+)`", row)}
     assert functions == set(prefab.__all__)
-
-
-def test_one_command_is_built_as_among_all_of_them():
-    every = get_command(app)
-    for name, command in every.commands.items():
-        (alone,) = get_command(app_for([name, "--help"])).commands.values()
-        assert commands(alone, name) == commands(command, name)
-        options = [[p.opts for p in found.params] for found in (alone, command)]
-        assert options[0] == options[1] and alone.epilog == command.epilog
-    for words in ([], ["--version"], ["rum"]):
-        assert get_command(app_for(words)).commands.keys() == every.commands.keys()
 
 
 @pytest.mark.parametrize("name", prefab.__all__)

@@ -231,16 +231,13 @@ def _named_groups(app: typer.Typer) -> Iterator[Any]:
         yield from _named_groups(group.typer_instance)
 
 
-def command_name(info: Any) -> str:
-    """The word that calls a command of typer."""
-    return str(info.name or info.callback.__name__.replace("_", "-"))
-
-
 def _all_commands(app: typer.Typer, before: str = "") -> list[tuple[str, Any]]:
     """Each command of an app and of its groups, with the words that call it."""
     found = []
     for info in app.registered_commands:
-        found.append((f"{before} {command_name(info)}".strip(), info))
+        assert info.callback is not None
+        name = info.name or info.callback.__name__.replace("_", "-")
+        found.append((f"{before} {name}".strip(), info))
     for group in app.registered_groups:
         assert group.typer_instance is not None
         named = f"{before} {group.name or ''}".strip() if isinstance(group.name, str) else before

@@ -8,12 +8,10 @@ Large packages are imported inside the commands, so that `--help` and `check` st
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,15 +29,7 @@ from prefab.pipelines.cli import report as cli_report
 from prefab.pipelines.cli import store as cli_store
 from prefab.pipelines.cli import train as cli_train
 from prefab.pipelines.cli import view as cli_view
-from prefab.pipelines.cli.commands import (
-    COMMANDS,
-    LogFile,
-    OrderedGroup,
-    Verbose,
-    command_name,
-    dress,
-    log_as,
-)
+from prefab.pipelines.cli.commands import COMMANDS, LogFile, OrderedGroup, Verbose, dress, log_as
 from prefab.pipelines.cli.options import (
     Json,
     Map,
@@ -103,24 +93,6 @@ def common_options(
     log_as(verbose, log_file)
 
 
-def app_for(words: Sequence[str]) -> typer.Typer:
-    """The app with the command or group alone that the first word names; else the whole app, which
-    takes longer to build than many commands to run.
-    """
-    commands, groups = list(app.registered_commands), list(app.registered_groups)
-    for group in groups:  # of those without a name, the commands and groups stand at the top
-        if not isinstance(group.name, str) and group.typer_instance:
-            commands += group.typer_instance.registered_commands
-            groups += group.typer_instance.registered_groups
-    named = [info for info in commands if words and command_name(info) == words[0]]
-    named_groups = [group for group in groups if words and group.name == words[0]]
-    if len(named) + len(named_groups) != 1 or COMPLETE in os.environ:
-        return app
-    chosen = copy.copy(app)
-    chosen.registered_commands, chosen.registered_groups = named, named_groups
-    return chosen
-
-
 def main() -> None:
     """Run the command line. A user's mistake is printed without a traceback; a bug keeps it."""
     add_environment_secrets()
@@ -130,7 +102,7 @@ def main() -> None:
 
         completion_init()
     try:
-        app_for(sys.argv[1:])()
+        app()
     except PrefabError as error:
         sys.exit(_report_error(error))
     except ModuleNotFoundError as error:
