@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from prefab.pipelines.config.registries import FORMATS
 from prefab.pipelines.store.export import layouts
 from prefab.pipelines.store.export.base import export
 from prefab.pipelines.store.fill import query
-from tests.support import project
+from tests.support import project, trainer_loaders
 from tests.support.trainer_loaders import launched
 
 ROOT = Path(__file__).parents[3]
@@ -111,13 +112,35 @@ def test_every_format_is_in_these_tests() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/exports.md"])
-def test_the_tables_name_each_format_and_the_version_that_read_it(page: str) -> None:
+def test_the_tables_name_the_version_that_the_tests_install_of_each_loader(page: str) -> None:
+    """A tool of PACKAGES is installed by the test that reads with it; the others are pinned."""
     lines = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("| `")]
+    pinned = {
+        requirement.split("==")[0].replace("-", "").replace("_", "").lower(): requirement
+        for requirements in ((ROOT / "requirements.txt").read_text().split(), *PACKAGES.values())
+        for requirement in requirements
+        if "==" in requirement
+    }
     for format in FORMATS:
         (line,) = (line for line in lines if f"`{format}`" in line.split("|")[1])
+        cell = line.rsplit("|", 2)[1]
+        named = re.findall(r"`?([\w-]+)`? (\d+(?:\.\d+)+)", cell)
+        for name, version in named:
+            requirement = pinned[name.replace("-", "").lower()]
+            assert requirement.split("==")[1].split("+")[0] == version, f"{format}: {requirement}"
         tool = format.removesuffix("_alpaca")
-        version = PACKAGES[tool][0].split("==")[1] if tool in PACKAGES else ""
-        assert version in line.rsplit("|", 2)[1]
+        if tool in PACKAGES:
+            package = PACKAGES[tool][0].split("==")[0]
+            assert [name.replace("-", "").lower() for name, _ in named] == [package]
+            assert callable(getattr(trainer_loaders, tool))
+        else:
+            others = {
+                "trl": ["TRL", "datasets"],
+                "csv": ["datasets", "polars"],
+                "parquet": ["polars"],
+            }
+            expected = [] if tool == "nemo_rl" else others.get(tool, ["datasets"])
+            assert [name for name, _ in named] == expected, cell
 
 
 @pytest.mark.parametrize(
