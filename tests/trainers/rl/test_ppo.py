@@ -286,6 +286,8 @@ def test_gradient_checkpointing_changes_nothing(make, tmp_path, monkeypatch):
         return update(t, *rest)
 
     def sampled_of(t, *rest):
+        if not sampled:
+            time.sleep(0.5)  # the first sampling takes longer than its update
         sampled.add(t.policy.training)
         return answers(t, *rest)
 
