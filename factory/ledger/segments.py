@@ -9,7 +9,6 @@ segments of several ledgers can be put together; a row that is there already is 
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 import threading
 import time
@@ -27,6 +26,7 @@ from prefab.factory.console import warn
 from prefab.factory.errors import StoreError
 from prefab.factory.ledger import db
 from prefab.factory.ledger.checksums import add_row, next_id, row_crc
+from prefab.factory.shared_files import SharedFiles
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -146,9 +146,9 @@ class PublishedState:
 class Publisher:
     """Publishes one ledger's new rows. Any thread may publish; one at a time does."""
 
-    def __init__(self, ledger: Path, folder: Path) -> None:
-        """`ledger` is the file, `folder` where the segments go."""
-        self.ledger, self.folder = ledger, folder
+    def __init__(self, ledger: Path, files: SharedFiles) -> None:
+        """`ledger` is the file, `files` where the segments go."""
+        self.ledger, self.files = ledger, files
         self.token = uuid.uuid4().hex[:6]  # so that no two publishers give a segment one name
         self.bytes = self.rows = 0
         self.seconds = 0.0
@@ -179,7 +179,7 @@ class Publisher:
         name = f"{state.next_number:06d}-{self.token}"
         files = {table: self._write(name, table, rows) for table, rows in found.items()}
         manifest = {"format": FORMAT, "tables": files}
-        write_whole(self.folder / f"{name}.json", orjson.dumps(manifest))
+        self.files.write(f"{name}.json", orjson.dumps(manifest))
         db.kill_point("published")
         state.marks |= {table: rows[-1][0] for table, rows in found.items()}
         state.segments.append(name)
@@ -201,7 +201,7 @@ class Publisher:
         pq.write_table(pa.table(arrays, schema=schema), sink, compression="zstd")
         data = sink.getvalue().to_pybytes()
         file = f"{name}-{table}.parquet"
-        write_whole(self.folder / file, data)
+        self.files.write(file, data)
         self.bytes += len(data)
         self.rows += len(rows)
         return {
@@ -210,17 +210,6 @@ class Publisher:
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that others see all of it or none, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 @dataclass(slots=True)
@@ -233,20 +222,20 @@ class RestoreReport:
     damaged: list[str] = field(default_factory=list)
 
 
-def restore(ledger: Path, folder: Path) -> RestoreReport:
-    """Bring a ledger up to what is published in a folder, made where absent. Its own rows that are
-    not published yet are published first.
+def restore(ledger: Path, files: SharedFiles) -> RestoreReport:
+    """Bring a ledger up to the segments that are published, made where absent. Its own rows that
+    are not published yet are published first.
 
     Raises: StoreError when the ledger cannot be written, or a manifest is of a newer version.
     """
     report = RestoreReport()
-    names = published(folder)
+    names = published(files)
     if ledger.exists() and names:
         with closing(db.connect(ledger)) as con:
             known = PublishedState.of(con).segments
         if set(names) - set(known):
-            Publisher(ledger, folder).publish()
-            names = published(folder)
+            Publisher(ledger, files).publish()
+            names = published(files)
     if not names:
         return report
     ledger.parent.mkdir(parents=True, exist_ok=True)
@@ -254,24 +243,28 @@ def restore(ledger: Path, folder: Path) -> RestoreReport:
         state = PublishedState.of(con)
         for name in names:
             if name not in state.segments:
-                _restore_segment(con, folder, name, state, report)
+                _restore_segment(con, files, name, state, report)
     return report
 
 
-def published(folder: Path) -> list[str]:
-    """The segments of a folder, in their order."""
-    return sorted(path.stem for path in folder.glob("[0-9]*.json"))
+def published(files: SharedFiles) -> list[str]:
+    """The segments that are published, in their order."""
+    return [name.removesuffix(".json") for name in files.names() if name.endswith(".json")]
 
 
 def _restore_segment(
-    con: sqlite3.Connection, folder: Path, name: str, state: PublishedState, report: RestoreReport
+    con: sqlite3.Connection,
+    files: SharedFiles,
+    name: str,
+    state: PublishedState,
+    report: RestoreReport,
 ) -> None:
     """Insert the rows of one segment, and record that the ledger holds it."""
     try:
-        tables = _read_segment(folder, name)
+        tables = _read_segment(files, name)
     except (OSError, ValueError) as error:
         warn(
-            f"{folder / name}: damaged ({error}). It is left out, and its questions are asked again"
+            f"{files.address}/{name}: damaged ({error}). It is left out, and its questions are asked again"
         )
         report.damaged.append(f"{name}: {error}")
         return
@@ -288,19 +281,19 @@ def _restore_segment(
         raise
 
 
-def segments_of(folder: Path, report: RestoreReport) -> Iterator[dict[str, pa.Table]]:
-    """The segments of a folder in their order; damaged ones are told and left out."""
-    for name in published(folder):
+def segments_of(files: SharedFiles, report: RestoreReport) -> Iterator[dict[str, pa.Table]]:
+    """The segments that are published in their order; damaged ones are told and left out."""
+    for name in published(files):
         try:
-            tables = _read_segment(folder, name)
+            tables = _read_segment(files, name)
         except (OSError, ValueError) as error:
-            warn(f"{folder / name}: damaged ({error}). It is left out")
+            warn(f"{files.address}/{name}: damaged ({error}). It is left out")
             report.damaged.append(f"{name}: {error}")
             continue
         yield tables
 
 
-def _read_segment(folder: Path, name: str) -> dict[str, pa.Table]:
+def _read_segment(files: SharedFiles, name: str) -> dict[str, pa.Table]:
     """The tables of a segment, their checksums checked.
 
     Raises: StoreError when a newer version wrote it; OSError or ValueError when it is damaged.
@@ -308,15 +301,15 @@ def _read_segment(folder: Path, name: str) -> dict[str, pa.Table]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    manifest = orjson.loads((folder / f"{name}.json").read_bytes())
+    manifest = orjson.loads(files.read(f"{name}.json"))
     if manifest["format"] > FORMAT:
         raise StoreError(
-            f"{folder / name}.json: written by a newer version of Prefab (format "
+            f"{files.address}/{name}.json: written by a newer version of Prefab (format "
             f"{manifest['format']}; this one reads up to {FORMAT}). Use the same version everywhere"
         )
     tables = {}
     for table, told in manifest["tables"].items():
-        data = (folder / told["file"]).read_bytes()
+        data = files.read(told["file"])
         if hashlib.sha256(data).hexdigest() != told["sha256"]:
             raise ValueError(f"the checksum of {told['file']} is wrong")
         tables[table] = pq.read_table(pa.BufferReader(data))

@@ -18,12 +18,10 @@ Files are written under another name and renamed, so that a reader sees a whole 
 
 from __future__ import annotations
 
-import errno
-import os
 import shlex
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ import orjson
 from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger.records import Deciding
-from prefab.factory.ledger.segments import write_whole
+from prefab.factory.shared_files import LocalFiles, SharedFiles
 
 FORMAT = 1
 MARKER = "shards.json"
@@ -62,52 +60,31 @@ def refuse_shards(folder: Path) -> None:
         )
 
 
-def create_whole(path: Path, data: bytes) -> bool:
-    """As `write_whole`, where there is no such file. Returns: whether this call made it.
-
-    Raises: StoreError where the file system has no hard links.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    part.write_bytes(data)
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        raise StoreError(
-            f"{path.parent}: its file system makes no hard links ({error.strerror}), by which one of "
-            "several processes gets a file. Name a folder on NFS, Lustre or a local disk"
-        ) from error
-    finally:
-        part.unlink()
-    return True
-
-
-def read_json(path: Path) -> Any:
+def read_json(files: SharedFiles, name: str) -> Any:
     """The content of a JSON file of the shared folder; None where there is none.
 
     Raises: StoreError when it is damaged or of a newer version.
     """
+    return read_all_json(files, [name])[0]
+
+
+def read_all_json(files: SharedFiles, names: list[str]) -> list[Any]:
+    """As `read_json`, of many files."""
+    found = zip(names, files.read_all(names), strict=True)
+    return [None if data is None else _parsed(files, name, data) for name, data in found]
+
+
+def _parsed(files: SharedFiles, name: str, data: bytes) -> Any:
     try:
-        value = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        value = orjson.loads(data)
     except ValueError as error:
-        raise StoreError(f"{path}: damaged ({error})") from error
-    check_format(path, value)
-    return value
-
-
-def check_format(path: Path, value: Any) -> None:
-    """Raises: StoreError for a file that a newer version of Prefab wrote."""
+        raise StoreError(f"{files.address}/{name}: damaged ({error})") from error
     if isinstance(value, dict) and value.get("format", FORMAT) > FORMAT:
         raise StoreError(
-            f"{path}: written by a newer version of Prefab (format {value['format']}; this one "
-            f"reads up to {FORMAT}). Use the same version on all machines"
+            f"{files.address}/{name}: written by a newer version of Prefab (format "
+            f"{value['format']}; this one reads up to {FORMAT}). Use the same version on all machines"
         )
+    return value
 
 
 @dataclass(slots=True)
@@ -131,7 +108,8 @@ class SharedFolder:
     def __init__(self, folder: Path) -> None:
         """Raises: StoreError when there is no such store, or it is of a newer version."""
         self.folder = folder
-        found = read_json(folder / MARKER)
+        self.files: SharedFiles = LocalFiles(folder)
+        found = read_json(self.files, MARKER)
         if found is None:
             raise StoreError(f"{folder}: {MARKER} is missing, so this is no store in shards")
         self.shards: int = found["shards"]
@@ -150,74 +128,86 @@ class SharedFolder:
                 "folder with --set scale.shared=FOLDER"
             )
         value = {"format": FORMAT, "shards": shards, "id": uuid.uuid4().hex[:12]}
-        create_whole(folder / MARKER, orjson.dumps(value))
+        LocalFiles(folder).create(MARKER, orjson.dumps(value))
         return cls(folder)
 
-    def segments(self, shard: int) -> Path:
-        """The folder of a shard's published ledger."""
-        return self.folder / "segments" / name_of(shard)
+    def segments(self, shard: int) -> SharedFiles:
+        """The files of a shard's published ledger."""
+        return self.files.below(f"segments/{name_of(shard)}")
 
     def state(self, shard: int) -> ShardState:
         """What is known of a shard. Raises: StoreError."""
-        found = read_json(self.folder / "states" / f"{name_of(shard)}.json")
-        if found is None:
-            return ShardState(shard)
-        tables = {table: (name, size) for table, (name, size) in found["tables"].items()}
-        return ShardState(shard, found["runs"], tables, found["head"], found["waiting"])
+        return self.states_of([shard])[0]
+
+    def states_of(self, shards: Iterable[int]) -> list[ShardState]:
+        """What is known of these shards. Raises: StoreError."""
+        names = {shard: f"states/{name_of(shard)}.json" for shard in shards}
+        states = []
+        for shard, found in zip(names, read_all_json(self.files, [*names.values()]), strict=True):
+            if found is None:
+                states.append(ShardState(shard))
+                continue
+            tables = {table: (name, size) for table, (name, size) in found["tables"].items()}
+            state = ShardState(shard, found["runs"], tables, found["head"], found["waiting"])
+            states.append(state)
+        return states
 
     def write_state(self, state: ShardState) -> None:
         """Replace what is known of a shard."""
         value = {**asdict(state), "format": FORMAT}
-        write_whole(self.folder / "states" / f"{name_of(state.shard)}.json", orjson.dumps(value))
+        self.files.write(f"states/{name_of(state.shard)}.json", orjson.dumps(value))
 
-    def states(self) -> Iterator[ShardState]:
+    def states(self) -> list[ShardState]:
         """What is known of each shard that was worked on."""
-        for path in sorted((self.folder / "states").glob("[0-9]*.json")):
-            yield self.state(int(path.stem))
+        return self.states_of(int(name.removesuffix(".json")) for name in self._json("states"))
+
+    def _json(self, folder: str) -> list[str]:
+        """The names of the JSON files of a folder."""
+        return [name for name in self.files.names(folder) if name.endswith(".json")]
 
     def states_digest(self) -> str:
         """A digest of the states, by name, size and time: they are replaced, never changed."""
         found = []
-        for path in sorted((self.folder / "states").glob("[0-9]*.json")):
-            stat = path.stat()
-            found.append([path.name, stat.st_size, str(stat.st_mtime_ns), str(stat.st_ino)])
-        return digest(found, [path.name for path in sorted((self.folder / "runs").glob("*.json"))])
+        for name in self._json("states"):
+            stat = (self.folder / "states" / name).stat()
+            found.append([name, stat.st_size, str(stat.st_mtime_ns), str(stat.st_ino)])
+        return digest(found, self._json("runs"))
 
     def rows_files(self, state: ShardState) -> dict[str, Path]:
         """By table, the files of a shard's rows; nothing where one is missing or damaged, so that
         the shard's rows must be made anew.
         """
-        found = {}
-        for table, (name, size) in state.tables.items():
-            path = self.folder / "tables" / table / name
-            try:
-                if path.stat().st_size != size:
-                    return {}
-            except OSError:
-                return {}
-            found[table] = path
-        return found
+        if not self.has_rows(state):
+            return {}
+        folder = self.folder / "tables"
+        return {table: folder / table / name for table, (name, _) in state.tables.items()}
+
+    def has_rows(self, state: ShardState) -> bool:
+        """Whether a shard has rows, in files that have their sizes."""
+        names = [f"tables/{table}/{name}" for table, (name, _) in state.tables.items()]
+        return bool(names) and self.files.sizes(names) == [n for _, n in state.tables.values()]
 
     def place(self, part: str) -> str:
         """Where a shard, or a part of one, was worked on last; empty where it was not."""
         try:
-            return (self.folder / "places" / part).read_text(encoding="utf-8")
+            return self.files.read(f"places/{part}").decode()
         except OSError:
             return ""
 
     def write_place(self, part: str, place: str) -> None:
         """Record where it is worked on."""
         if self.place(part) != place:
-            write_whole(self.folder / "places" / part, place.encode())
+            self.files.write(f"places/{part}", place.encode())
 
     def drop_rows(self, shard: int, kept: Sequence[Mapping[str, tuple[str, int]]]) -> None:
         """Remove the files of a shard's rows but those that are `kept`: the newest, and those that
         a reader may have open.
         """
         names = {name for tables in kept for name, _ in tables.values()}
-        for path in (self.folder / "tables").glob(f"*/{name_of(shard)}-*.parquet"):
-            if path.name not in names:
-                path.unlink(missing_ok=True)
+        for table in (*VIEWED, *COPIED):
+            for name in self.files.names(f"tables/{table}", f"{name_of(shard)}-"):
+                if name not in names:
+                    self.files.remove(f"tables/{table}/{name}")
 
     def write_head(self, evals: Sequence[str], labels: Sequence[str]) -> None:
         """Publish what all shards need of the catalogue's own ledger: calibrations and people's
@@ -226,7 +216,7 @@ class SharedFolder:
         value = {"format": FORMAT, "evals": list(evals), "human_labels": list(labels)}
         data = orjson.dumps(value)
         if data != self._head():
-            write_whole(self.folder / HEAD, data)
+            self.files.write(HEAD, data)
 
     def read_head(self) -> dict[str, list[str]]:
         """What `write_head` wrote: by table, JSON texts."""
@@ -239,15 +229,14 @@ class SharedFolder:
         return digest(head) if any(head.values()) else ""
 
     def _head(self) -> bytes:
-        path = self.folder / HEAD
-        return path.read_bytes() if path.exists() else b""
+        return self.files.read_all([HEAD])[0] or b""
 
     def runs(self) -> list[dict[str, Any]]:
         """The runs in the order of their numbers, each with id, name, version, config, texts, at
         and starts.
         """
-        paths = sorted((self.folder / "runs").glob("[0-9]*.json"))
-        return [value for path in paths if (value := read_json(path)) is not None]
+        names = [f"runs/{name}" for name in self._json("runs")]
+        return [value for value in read_all_json(self.files, names) if value is not None]
 
     def begin_run(
         self, name: str, config: dict[str, Any], texts: dict[str, str], deciding: Deciding
@@ -272,25 +261,23 @@ class SharedFolder:
                 "texts": texts,
                 "at": time.time(),
             }
-            path = self.folder / "runs" / f"{run['id']:06d}.json"
-            if create_whole(path, orjson.dumps(run)):
+            if self.files.create(f"runs/{run['id']:06d}.json", orjson.dumps(run)):
                 return {**run, "resumed": False}
 
     def start_run(self, run: int) -> None:
         """Record that a run was started, unless it was the last one to be started."""
-        folder = self.folder / "starts"
         while True:
-            known = sorted(folder.glob("[0-9]*.json"))
-            if known and read_json(known[-1])["run"] == run:
+            known = self._json("starts")
+            if known and read_json(self.files, f"starts/{known[-1]}")["run"] == run:
                 return
             value = orjson.dumps({"format": FORMAT, "run": run, "at": time.time()})
-            if create_whole(folder / f"{len(known) + 1:06d}.json", value):
+            if self.files.create(f"starts/{len(known) + 1:06d}.json", value):
                 return
 
     def starts(self) -> Sequence[tuple[int, float]]:
         """The starts of runs in their order: number of the run, and time."""
-        paths = sorted((self.folder / "starts").glob("[0-9]*.json"))
-        return [(value["run"], value["at"]) for path in paths if (value := read_json(path))]
+        names = [f"starts/{name}" for name in self._json("starts")]
+        return [(value["run"], value["at"]) for value in read_all_json(self.files, names) if value]
 
 
 def name_of(shard: int) -> str:

@@ -19,6 +19,7 @@ from prefab.factory.errors import ConfigError, StoreError
 from prefab.pipelines.config.loader import deciding, models
 from prefab.pipelines.run.runner import RunResult, in_event_loop
 from prefab.pipelines.scale.driver import (
+    DRIVER,
     Driver,
     Scaled,
     exclusive,
@@ -30,6 +31,7 @@ from prefab.pipelines.scale.launchers import LocalLauncher
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.results import sum_counts
 from prefab.pipelines.scale.shard import ShardJob, ShardRun
+from prefab.pipelines.scale.sharding import prompts_of
 from prefab.pipelines.scale.worker import end_engines, kept_engines
 
 
@@ -90,8 +92,10 @@ async def _work(
                 if not mine or is_done(scaled, shared.state(shard), run):
                     continue
                 job = ShardJob(shard, run, digest=scaled.prompts.digests[shard])
-                one = ShardRun(loaded, shared, Path(scaled.setup.local), job, budget=True)
-                told = await one.run(engines, scaled.prompts.source(shard), scaled.setup.publish_s)
+                local = Path(scaled.setup.local)
+                one = ShardRun(loaded, shared, local, job, budget=True)
+                prompts = prompts_of(shared.files, scaled.prompts.folder, job.part, local)
+                told = await one.run(engines, prompts, scaled.setup.publish_s)
                 record_result(scaled, shard, run, told)
                 counts.append(told["counts"])
             if not quiet:
@@ -111,7 +115,7 @@ async def _work(
 @contextmanager
 def _claimed(scaled: Scaled, shard: int) -> Iterator[bool]:
     """Whether this task may work on a shard, inside it."""
-    lease = Lease(scaled.shared.folder / "claims" / f"{shard:05d}")
+    lease = Lease(scaled.shared.files, f"claims/{shard:05d}")
     mine = not lease.take()
     try:
         yield mine
@@ -122,8 +126,10 @@ def _claimed(scaled: Scaled, shard: int) -> Iterator[bool]:
 
 def _refuse_beside_driver(scaled: Scaled) -> None:
     """Raises: StoreError while a driver gives out shards."""
-    if owner := Lease(scaled.shared.folder / "driver.lease").owner():
-        raise StoreError(f"{scaled.shared.folder}: {owner} drives a run here. Stop it, or wait")
+    if owner := Lease(scaled.shared.files, DRIVER).owner():
+        raise StoreError(
+            f"{scaled.shared.files.address}: {owner} drives a run here. Stop it, or wait"
+        )
 
 
 def _finish(scaled: Scaled, result: RunResult, texts: dict[str, str]) -> RunResult:
@@ -134,6 +140,6 @@ def _finish(scaled: Scaled, result: RunResult, texts: dict[str, str]) -> RunResu
         with exclusive(scaled.shared):
             result.p_chosen = Driver(scaled, LocalLauncher(scaled.setup)).run(texts).p_chosen
     except StoreError:
-        if not Lease(scaled.shared.folder / "driver.lease").owner():
+        if not Lease(scaled.shared.files, DRIVER).owner():
             raise
     return result

@@ -47,6 +47,7 @@ from prefab.pipelines.store.calibrate import calibrate_ended
 from prefab.pipelines.store.calibrations import CALIBRATION
 from prefab.pipelines.store.catalogue import update_ledger
 
+DRIVER = "driver.lease"  # the file of whoever drives the shared folder
 CALLS_A_SHARD = 1_000_000
 WAIT_S = 30.0  # after which it is told that a worker does not start
 LOOK_S = 5.0  # between two looks at how many workers there is room for
@@ -175,7 +176,7 @@ def prepare(
         shared=str(folder),
         id=shared.id,
         local=str(Path(local).absolute()),
-        prompts=str(prompts.folder),
+        prompts=prompts.folder,
         publish_s=scale.publish_s,
         workers=workers,
     )
@@ -212,9 +213,11 @@ def number_of_shards(loaded: ResolvedPipeline, workers: int, n_prompts: int | No
 @contextmanager
 def exclusive(shared: SharedFolder) -> Iterator[None]:
     """While this process drives the shared folder. Raises: StoreError where another one does."""
-    lease = Lease(shared.folder / "driver.lease")
+    lease = Lease(shared.files, DRIVER)
     if owner := lease.take():
-        raise StoreError(f"{shared.folder}: {owner} drives a run here. Stop it, or wait for it")
+        raise StoreError(
+            f"{shared.files.address}: {owner} drives a run here. Stop it, or wait for it"
+        )
     try:
         yield
     finally:
@@ -227,7 +230,7 @@ def is_done(scaled: Scaled, state: ShardState, run: int) -> bool:
         return True
     ended = state.runs.get(str(run), {})
     same = ended.get("prompts") == scaled.prompts.digests[state.shard]
-    whole = bool(scaled.shared.rows_files(state))
+    whole = scaled.shared.has_rows(state)
     return ended.get("state") == "done" and same and whole and not ended.get("again")
 
 
@@ -294,7 +297,7 @@ class Driver:
         record = shared.begin_run(loaded.config.name, loaded.resolved, texts, deciding)
         shared.start_run(record["id"])
         self.run_id = record["id"]
-        self.states = {shard: shared.state(shard) for shard in range(shared.shards)}
+        self.states = dict(enumerate(shared.states_of(range(shared.shards))))
         self._publish_head()
         try:
             self._work(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import os
 import resource
 import shutil
 import time
@@ -26,6 +25,7 @@ from prefab.factory.errors import StoreError
 from prefab.factory.ledger import db, records, segments
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
+from prefab.factory.shared_files import SharedFiles
 from prefab.factory.store import store
 from prefab.factory.store.shared import COPIED, VIEWED, SharedFolder, name_of
 from prefab.factory.types import Engine, Prompt
@@ -140,7 +140,7 @@ class ShardRun:
             if whole:
                 await asyncio.to_thread(fill, self.folder)
                 tables, waiting = await asyncio.to_thread(
-                    write_tables, self.folder, self.shared.folder, self.job.shard
+                    write_tables, self.folder, self.shared.files, self.job.shard
                 )
         if not self.job.part.is_whole:  # all is published, and nobody works on this part again
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -199,7 +199,7 @@ class ShardRun:
             try:
                 await asyncio.to_thread(self._publisher.publish)
             except OSError as error:  # the last one, at the end, must succeed
-                warn(f"{self._publisher.folder}: cannot publish now ({error})")
+                warn(f"{self._publisher.files.address}: cannot publish now ({error})")
 
 
 def _plain(counts: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def seed(con: Connection, shared: SharedFolder) -> None:
             records.add_object(con, table, orjson.loads(value))
 
 
-def write_tables(folder: Path, shared: Path, shard: int) -> tuple[Tables, int]:
+def write_tables(folder: Path, files: SharedFiles, shard: int) -> tuple[Tables, int]:
     """Write the rows of a shard's store as Parquet files of the shared folder.
 
     Returns: By table with rows, the file's name and its size in bytes; and how many prompts wait
@@ -244,15 +244,12 @@ def write_tables(folder: Path, shared: Path, shard: int) -> tuple[Tables, int]:
             for table in (*VIEWED, *COPIED):
                 if con.execute(f"SELECT count(*) FROM {table}").fetchall() == [(0,)]:
                     continue
-                path = shared / "tables" / table / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f".{name}")
-                con.execute(
-                    f"COPY (SELECT * FROM {table}) TO '{_quoted(part)}' "
-                    "(FORMAT parquet, COMPRESSION zstd)"
-                )
-                os.replace(part, path)
-                found[table] = (name, path.stat().st_size)
+                with files.writing(f"tables/{table}/{name}") as path:
+                    con.execute(
+                        f"COPY (SELECT * FROM {table}) TO '{_quoted(path)}' "
+                        "(FORMAT parquet, COMPRESSION zstd)"
+                    )
+                    found[table] = (name, path.stat().st_size)
             waiting = con.execute("SELECT count(*) FROM work").fetchall()[0][0]
         return found, waiting
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import uuid
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,6 +21,7 @@ from prefab.factory import keys
 from prefab.factory.console import warn
 from prefab.factory.errors import ConfigError, Problem, StoreError
 from prefab.factory.ledger.records import split_of
+from prefab.factory.shared_files import SharedFiles
 from prefab.factory.store.shared import FORMAT, SharedFolder, name_of, read_json
 from prefab.factory.tool_calls import stored_messages, stored_text
 from prefab.factory.types import Message, Prompt
@@ -73,26 +74,32 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ShardedPrompts:
-    """The prompts of one source by shard: the folder of their files, and by shard the number of
-    prompts and the digest of the file. `malformed` rows of the source are in no shard.
+    """The prompts of one source by shard: the folder of their files in the shared folder, and by
+    shard the number of prompts and the digest of the file. `malformed` rows of the source are in
+    no shard.
     """
 
-    folder: Path
+    folder: str
     counts: list[int]
     digests: list[str]
     malformed: int
 
-    def source(self, shard: int) -> ShardPrompts:
-        """The prompts of a shard."""
-        return ShardPrompts(self.folder / f"{name_of(shard)}.jsonl")
+
+def prompts_of(files: SharedFiles, folder: str, part: Part, local: Path) -> ShardPrompts:
+    """The prompts of a shard, or of a part of it, from the shared folder. `local` is the folder of
+    this machine's ledgers.
+    """
+    name = f"{folder}/{name_of(part.shard)}.jsonl"
+    return ShardPrompts(files.local_path(name, local), part, f"{files.address}/{name}")
 
 
 class ShardPrompts:
     """The prompts of one shard, or of a part of it, as a `PromptSource`."""
 
-    def __init__(self, path: Path, part: Part | None = None) -> None:
-        self.path = path
-        self.part = None if part is None or part.is_whole else part
+    def __init__(self, path: Path, part: Part, address: str) -> None:
+        """`path` is the file on this machine, and `address` where it is from."""
+        self.path, self.address = path, address
+        self.part = None if part.is_whole else part
         self.n_malformed = 0
         self.problems: list[Problem] = []
 
@@ -111,7 +118,7 @@ class ShardPrompts:
         """Raises: StoreError where the file is not the one with this digest."""
         if digest and _digest(self.path) != digest:
             raise StoreError(
-                f"{self.path}: damaged, or not there. Remove its folder: the same command divides the "
+                f"{self.address}: damaged, or not there. Remove its folder: the same command divides the "
                 "prompts again"
             )
 
@@ -129,29 +136,26 @@ def shard_prompts(
     Raises: ConfigError where the source cannot be read, has no prompt, or puts a group on two
     sides.
     """
-    folder = shared.folder / "prompts" / _signature(loaded, shared.shards)
-    if (folder / SPLIT).exists():
-        return _read(folder)
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    part.mkdir(parents=True)
-    try:
-        counts = _divide(loaded.prompts, part, shared.shards)
-        digests = [_digest(part / f"{name_of(shard)}.jsonl") for shard in range(shared.shards)]
-        told = {"format": FORMAT, "counts": counts, "digests": digests}
-        malformed = loaded.prompts.n_malformed
-        (part / SPLIT).write_bytes(orjson.dumps({**told, "malformed": malformed}))
-        try:
-            part.rename(folder)
-        except OSError:
-            if not (folder / SPLIT).exists():
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # where another process was first
+    folder = f"prompts/{_signature(loaded, shared.shards)}"
+    if (known := _read(shared.files, folder)) is not None:
+        return known
+    with tempfile.TemporaryDirectory(prefix="prefab-prompts-") as temporary:
+        made = Path(temporary)
+        counts = _divide(loaded.prompts, made, shared.shards)
+        digests = [_digest(made / f"{name_of(shard)}.jsonl") for shard in range(shared.shards)]
+        for path in sorted(
+            made.iterdir()
+        ):  # another process may write the same, with these digests
+            with shared.files.writing(f"{folder}/{path.name}") as part:
+                shutil.copyfile(path, part)
+    malformed = loaded.prompts.n_malformed
+    told = {"format": FORMAT, "counts": counts, "digests": digests, "malformed": malformed}
+    shared.files.write(f"{folder}/{SPLIT}", orjson.dumps(told))
     if malformed and not quiet:
         for problem in loaded.prompts.problems[:3]:
             warn(str(problem))
         warn(loaded.prompts.summary())
-    return _read(folder)
+    return ShardedPrompts(folder, counts, digests, malformed)
 
 
 def _signature(loaded: ResolvedPipeline, shards: int) -> str:
@@ -162,8 +166,10 @@ def _signature(loaded: ResolvedPipeline, shards: int) -> str:
     return keys.digest(loaded.config.prompts.model_dump(mode="json"), of_file, shards)[:16]
 
 
-def _read(folder: Path) -> ShardedPrompts:
-    told = read_json(folder / SPLIT)
+def _read(files: SharedFiles, folder: str) -> ShardedPrompts | None:
+    told = read_json(files, f"{folder}/{SPLIT}")
+    if told is None:
+        return None
     return ShardedPrompts(folder, told["counts"], told["digests"], told["malformed"])
 
 

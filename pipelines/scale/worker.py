@@ -26,7 +26,7 @@ import orjson
 from prefab.factory.engines.lifecycle import KeptEngine
 from prefab.factory.errors import ConfigError, EngineError, PrefabError
 from prefab.factory.logs import logging_by_environment
-from prefab.factory.store.shared import SharedFolder, is_shared, name_of
+from prefab.factory.store.shared import SharedFolder, is_shared
 from prefab.factory.tracing import tracing_by_environment
 from prefab.factory.types import Engine
 from prefab.pipelines.config.loader import (
@@ -37,7 +37,7 @@ from prefab.pipelines.config.loader import (
 )
 from prefab.pipelines.run.runner import in_event_loop
 from prefab.pipelines.scale.shard import ShardJob, ShardRun
-from prefab.pipelines.scale.sharding import ShardPrompts
+from prefab.pipelines.scale.sharding import prompts_of
 
 END_S = 1.5  # after which a worker whose driver is gone waits for no answer
 PUBLISH_S = 30.0  # that it then has to publish
@@ -58,7 +58,7 @@ class WorkerSetup:
     shared: str
     id: str
     local: str
-    prompts: str  # the folder of the shards' prompts
+    prompts: str  # the folder of the shards' prompts in the shared folder
     publish_s: float
     workers: int
 
@@ -136,9 +136,11 @@ class Worker:
         ticking = asyncio.create_task(self._tick(job.shard))
         try:
             self._check_models(known)
-            self.run = ShardRun(loaded, shared, Path(self.setup.local), job)
-            file = Path(self.setup.prompts) / f"{name_of(job.shard)}.jsonl"
-            prompts = ShardPrompts(file, job.part)
+            local = Path(self.setup.local)
+            self.run = ShardRun(loaded, shared, local, job)
+            prompts = await asyncio.to_thread(
+                prompts_of, shared.files, self.setup.prompts, job.part, local
+            )
             result = await self.run.run(self._engines, prompts, self.setup.publish_s)
             self.emit({"event": "done", **result})
         except (PrefabError, OSError) as error:

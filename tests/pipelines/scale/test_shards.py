@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from prefab import run
 from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.ledger.segments import restore
+from prefab.factory.shared_files import LocalFiles
 from prefab.factory.store.shared import SharedFolder
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.config.loader import models, resolve_pipeline
@@ -136,7 +137,7 @@ def test_damaged_rows_are_made_anew_and_a_damaged_segment_is_asked_again(
         path.write_bytes(b"damaged")
     assert query(tmp_path / "store", "SELECT count(*) FROM calls").item() > 0
     assert f"shard {shard}: its rows" in capsys.readouterr().err
-    (segment,) = shared.segments(shard).glob("*-calls.parquet")
+    (segment,) = (tmp_path / "store" / "segments" / f"{shard:05d}").glob("*-calls.parquet")
     segment.write_bytes(segment.read_bytes()[:-1])
     result, launcher = run_sharded(value)
     assert set(launcher.given) == {shard} and "checksum" in capsys.readouterr().err
@@ -237,12 +238,13 @@ def test_a_worker_that_has_ended_does_not_disturb_the_end(tmp_path):
 def test_tasks_of_an_array_share_the_shards(made, single, tmp_path):
     value = {**made[1], "store": str(tmp_path / "store")}
     value["scale"] = {**value["scale"], "local": str(tmp_path / "local")}
-    held = Lease(tmp_path / "store" / "claims" / "00001")
+    files = LocalFiles(tmp_path / "store")
+    held = Lease(files, "claims/00001")
     assert not held.take()  # by another task
     first = run_task("1/2", value)
     assert first.state == "done" and 0 < first.asked < made[2].asked
     held.give_back()
-    waiting = Lease(tmp_path / "store" / "driver.lease")
+    waiting = Lease(files, "driver.lease")
     shared = SharedFolder(tmp_path / "store")
     assert {state.shard for state in shared.states()} == {0, 2}
     assert not waiting.take()
@@ -256,16 +258,17 @@ def test_tasks_of_an_array_share_the_shards(made, single, tmp_path):
 
 
 def test_a_lease_of_a_process_that_ended_is_taken_over(tmp_path):
-    gone = Lease(tmp_path / "lease")
+    files = LocalFiles(tmp_path)
+    gone = Lease(files, "lease")
     assert gone.take() == ""
-    assert Lease(tmp_path / "lease").take() == f"process {os.getpid()} on {os.uname().nodename}"
+    assert Lease(files, "lease").take() == f"process {os.getpid()} on {os.uname().nodename}"
     value = json.loads((tmp_path / "lease").read_bytes())
     (tmp_path / "lease").write_text(json.dumps({**value, "started": "1"}))  # another process
-    assert Lease(tmp_path / "lease").take() == ""
+    assert Lease(files, "lease").take() == ""
     (tmp_path / "lease").write_text(json.dumps({**value, "boot": "elsewhere"}))
-    assert Lease(tmp_path / "lease").owner()  # not heard of for less than a minute
+    assert Lease(files, "lease").owner()  # not heard of for less than a minute
     os.utime(tmp_path / "lease", (0, 0))
-    assert Lease(tmp_path / "lease").take() == ""
+    assert Lease(files, "lease").take() == ""
 
 
 @pytest.mark.parametrize(
@@ -366,7 +369,7 @@ def test_bad_input(made, tmp_path):
     segment.parent.mkdir()
     segment.write_text('{"format": 2, "tables": {}}')
     with pytest.raises(StoreError, match=r"000001-abc.json: written by a newer version"):
-        restore(tmp_path / "ledger.sqlite", segment.parent)
+        restore(tmp_path / "ledger.sqlite", LocalFiles(segment.parent))
     with pytest.raises(ConfigError, match=r"s3://bucket/run is an address.*cannot claim shards"):
         run_sharded(value, sets=("scale.shared=s3://bucket/run",))
     with (
@@ -388,13 +391,14 @@ def test_a_file_system_without_hard_links_is_told(tmp_path, monkeypatch):
 
 def test_clocks_of_machines_decide_nothing(tmp_path, monkeypatch):
     """A lease is compared with the clock of the file system alone."""
-    there = Lease(tmp_path / "lease")
+    files = LocalFiles(tmp_path)
+    there = Lease(files, "lease")
     assert there.take() == ""
     value = json.loads((tmp_path / "lease").read_bytes())
     (tmp_path / "lease").write_text(json.dumps({**value, "boot": "elsewhere"}))
     for wrong in (0.0, 1e11):
         monkeypatch.setattr(time, "time", lambda wrong=wrong: wrong)
-        assert Lease(tmp_path / "lease").owner()
+        assert Lease(files, "lease").owner()
 
 
 def test_a_worker_refuses_a_folder_that_is_not_the_drivers(tmp_path):
@@ -408,7 +412,7 @@ def test_a_worker_refuses_a_folder_that_is_not_the_drivers(tmp_path):
 @pytest.mark.slow
 def test_a_damaged_file_of_prompts_stops_its_shard_alone(tmp_path):
     scaled = prepare(pipeline(tmp_path), (), 1, True)
-    (scaled.prompts.folder / "00001.jsonl").write_bytes(b"damaged")
+    scaled.shared.files.write(f"{scaled.prompts.folder}/00001.jsonl", b"damaged")
     launcher = ThreadLauncher(scaled.setup)
     with pytest.raises(
         EngineError, match=r"1 of 3 shards were set aside \(1\).*00001.jsonl: damaged"
