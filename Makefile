@@ -7,6 +7,8 @@ PY = $(BIN)/python
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
+# Compiled modules are kept: tests start many processes, and each would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*##/  /' | column -t -l 2
