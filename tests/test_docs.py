@@ -3,9 +3,9 @@ documented; links lead to files.
 
 A block fenced ```sh or ```python is run, in the order of the page, in an empty folder
 (CONTRIBUTING.md: at the top of the repository; an example: in a copy of its folder). Python blocks
-with no ```sh block between them share one process. Of a block fenced ```console each command is run
-in a project with a scripted engine, or stands in NOT_RUN_BECAUSE with the reason; then its words
-and its configuration are checked. What needs a server or a GPU is fenced ```py."""
+with no ```sh block between them share one process. Of a block fenced ```console each command's
+words and configuration are checked, and a slow test runs it in a project with a scripted engine,
+unless NOT_RUN_BECAUSE has the reason why not. What needs a server or a GPU is fenced ```py."""
 
 from __future__ import annotations
 
@@ -128,13 +128,14 @@ def run_page(page: Path, tmp_path: Path, forks: ForkServer, trains: bool) -> Non
 
 
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
-CONSOLE_COMMANDS = sorted(
-    {
+# In the order of the pages: one command may need what an earlier one of its page wrote.
+CONSOLE_COMMANDS = list(
+    dict.fromkeys(
         shlex.join(shlex.split(command, comments=True))
         for page in PAGES
         for block in CONSOLE.findall(page.read_text())
         for command in re.findall(r"^\$ (.*)$", block.replace("\\\n", " "), re.M)
-    }
+    )
 )
 # The beginnings of the commands in ```console blocks that no test runs as they stand.
 NOT_RUN_BECAUSE = {
@@ -150,22 +151,28 @@ NOT_RUN_BECAUSE = {
     "prefab sweep ": "trains models for minutes",
     "prefab eval policy": "samples from trained models",
     "prefab eval weak-to-strong": "trains models for minutes",
-    "prefab serve ": "starts vLLM, or needs a GPU",
-    "prefab run demo": "starts vLLM",
-    "prefab run best-of-n": "starts vLLM",
-    "prefab run process": "starts vLLM",
-    "prefab run real": "needs a GPU",
-    "prefab run pipeline.yaml --set engines.local.model": "starts vLLM",
+    "prefab serve ": "starts vLLM; tests/factory/engines/test_kept_server.py does",
+    "prefab run best-of-n --set name=by-reward": "after `prefab train reward`",
     "prefab run pipeline.yaml --set 'engines.local={engine: openai, model: gpt-5-mini": "below",
-    "prefab diff mine.yaml --store world": "after `prefab run demo`",
-    "prefab watch": "waits for edits",
-    "prefab test constitution.yaml": "the prompt's engine is the file's, vLLM",
-    "prefab view store": "serves until it is ended",
-    "prefab judge serve": "serves until it is ended",
-    "prefab sql 'SELECT step,": "after `prefab run process`",
+    "prefab watch": "waits for edits; tests/pipelines/run/test_watch.py makes some",
+    "prefab view store": "serves until it is ended; tests/pipelines/view/test_browser.py starts it",
     "prefab sql 'SELECT value FROM evals": "after `prefab train online`",
+    "prefab judge serve": "serves until it is ended; tests/pipelines/training/test_judge_server.py starts it",
 }
 ALSO_RUN = ("prefab view store --bundle",)
+# What is written after commands that would start vLLM with their own settings.
+SCRIPTED = " --set 'engines.local={engine: scripted}'"
+SHORT = f"{SCRIPTED} --set prompts.limit=4 --set budget.unscored=1.0"
+WITH = {
+    "prefab run demo --set name=two-judges": f"{SHORT} --set 'engines.weak={{engine: scripted}}'",
+    "prefab run pipeline.yaml --set 'engines.local={engine: openai": "",
+    "prefab run": SHORT,
+    "prefab test constitution.yaml": f"{SCRIPTED} || test $? = 1",  # 1: a test of it fails
+}
+
+
+def as_run(command: str) -> str:
+    return command + next((text for start, text in WITH.items() if command.startswith(start)), "")
 
 
 def is_run(command: str) -> bool:
@@ -175,18 +182,24 @@ def is_run(command: str) -> bool:
 def test_no_reason_is_left_over():
     assert not [
         start
-        for start in NOT_RUN_BECAUSE
+        for start in (*NOT_RUN_BECAUSE, *WITH)
         if not any(command.startswith(start) for command in CONSOLE_COMMANDS)
     ]
 
 
+def test_the_tests_that_reasons_name_exist():
+    for reason in NOT_RUN_BECAUSE.values():
+        for path in re.findall(r"tests/[\w/.]+\.py", reason):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
 def test_console_commands_run_on_a_scripted_project(tmp_path, forks):
-    commands = [command for command in CONSOLE_COMMANDS if is_run(command)]
-    assert len(commands) >= 6
+    commands = [as_run(command) for command in CONSOLE_COMMANDS if is_run(command)]
+    assert len(commands) >= 20
     project = (
         "prefab init shop\ncd shop\nln -s $PYTHONPATH/constitutions\n"
         "prefab run pipeline.yaml --set 'engines.local={engine: scripted}' --set prompts.limit=8\n"
-        "prefab audit data\n"
     )
     # each edit of a file changes it, into one that has no mistake
     ends = "! cmp -s mine.yaml constitutions/microworld.yaml\nprefab check mine.yaml\n"
@@ -203,8 +216,8 @@ def test_console_commands_run_on_a_scripted_project(tmp_path, forks):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("command", [c for c in CONSOLE_COMMANDS if not is_run(c)])
-def test_a_console_command_that_is_not_run_has_words_and_fields_that_exist(command):
+@pytest.mark.parametrize("command", CONSOLE_COMMANDS)
+def test_a_console_command_has_words_and_fields_that_exist(command):
     program, *words = shlex.split(command)
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)

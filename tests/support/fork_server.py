@@ -172,6 +172,7 @@ def serve(address: str, kind: str) -> None:
             except ChildProcessError:
                 break
         if 0 in readable:
+            gc.unfreeze()  # else DuckDB's types outlive the interpreter, and it prints a list of them
             return
         connection, _ = listener.accept()
         if not gc.get_freeze_count():
