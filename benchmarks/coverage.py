@@ -83,6 +83,36 @@ def seeds(rng: np.random.Generator, n_seeds: int, m: int, seed_sd: float, group_
 
 
 @lru_cache
+def true_share(p: float, spread: float) -> float:
+    """The mean share where log-odds are normal around those of `p`."""
+    x, weight = np.polynomial.hermite_e.hermegauss(60)
+    return float((weight / weight.sum()) @ (1 / (1 + (1 - p) / p * np.exp(-spread * x))))
+
+
+FAULTY = (0.86, 0.71, 0.0, -0.14)  # gold scores of answers with a fault, equally likely here
+
+
+def trained_shares(
+    rng: np.random.Generator, n_seeds: int, m: int, each: int, p: float, seed_sd: float
+) -> Any:
+    """A share near 1, and a gold score that is 1 of such answers, of policies that were trained
+    with several seeds; their log-odds differ by `seed_sd`, those of groups by .5."""
+    seed, group = (x.ravel() for x in np.indices((n_seeds, m, each))[:2])
+    odds = p / (1 - p) * np.exp(seed_sd * rng.normal(size=n_seeds)[seed])
+    odds *= np.exp(0.5 * rng.normal(size=m)[group])
+    good = (rng.random(len(seed)) < odds / (1 + odds)).astype(float)
+    gold = np.where(good > 0, 1.0, rng.choice(FAULTY, size=len(good)))
+    truth = true_share(p, float(np.hypot(seed_sd, 0.5)))
+    return {
+        "share over seeds": (truth, over_seeds(good, seed, group, bounds=(0.0, 1.0))),
+        "gold over seeds": (
+            truth + (1 - truth) * float(np.mean(FAULTY)),
+            over_seeds(gold, seed, group, bounds=(-1.0, 1.0)),
+        ),
+    }
+
+
+@lru_cache
 def true_win_rate(effect: float) -> float:
     """The win rate at equal length, over groups whose skill differs by `effect`."""
     x, weight = np.polynomial.hermite_e.hermegauss(60)
@@ -225,6 +255,9 @@ SETTINGS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "3 seeds, 20 groups": (seeds, (3, 20, 0.05, 0.1)),
     "5 seeds, 20 groups, seeds differ more": (seeds, (5, 20, 0.1, 0.05)),
     "5 seeds, 60 groups, seeds alike": (seeds, (5, 60, 0.01, 0.1)),
+    "3 seeds, 20 groups of 2, p .95": (trained_shares, (3, 20, 2, 0.95, 0.5)),
+    "3 seeds that differ more, p .9": (trained_shares, (3, 20, 2, 0.9, 0.8)),
+    "5 seeds, 65 groups of 2, p .92": (trained_shares, (5, 65, 2, 0.92, 0.6)),
     "20 groups of 10": (win_rate, (20, (10,), 0.8)),
     "40 unequal groups": (win_rate, (40, MIXED, 0.8)),
     "80 single comparisons": (win_rate, (80, (1,), 0.0)),

@@ -568,6 +568,7 @@ def rewards_measured(args: argparse.Namespace, rewards: dict[str, list[str]]) ->
                 np.concatenate(right).astype(float),
                 np.repeat(np.arange(len(right)), len(pairs)),
                 [a.cluster for a, _ in pairs] * len(right),
+                bounds=(0.0, 1.0),
             ),
             "ece": errors,
             "pairs": len(pairs),

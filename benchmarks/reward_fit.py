@@ -56,7 +56,11 @@ def main() -> None:
     rows, told = [], {}
     for epochs, seeds in found.items():
         told[epochs] = {
-            name: asdict(over_both([s[name] for s in seeds], groups))
+            name: asdict(
+                over_both(
+                    [s[name] for s in seeds], groups, (0.0 if name == "accuracy" else -1.0, 1.0)
+                )
+            )
             for name in seeds[0]
             if name not in ("ece", "loss")
         }
@@ -78,15 +82,18 @@ def main() -> None:
     )
 
 
-def over_both(seeds: list[list[float]], groups: Sequence[str]) -> Estimate:
-    """The mean over seeds and prompts, for another seed and another group of prompts; a prompt of
-    which a figure says nothing is left out."""
+def over_both(
+    seeds: list[list[float]], groups: Sequence[str], bounds: tuple[float, float]
+) -> Estimate:
+    """The mean over seeds and prompts of values within `bounds`, for another seed and another group
+    of prompts; a prompt of which a figure says nothing is left out."""
     values = np.concatenate(seeds)
     known = ~np.isnan(values)
     return over_seeds(
         values[known],
         np.repeat(np.arange(len(seeds)), len(groups))[known],
         np.array(list(groups) * len(seeds))[known],
+        bounds=bounds,
     )
 
 

@@ -273,6 +273,7 @@ def over_seeds(
     seeds: Sequence[Any] | np.ndarray,
     clusters: Sequence[Any] | np.ndarray,
     level: float = 0.95,
+    bounds: tuple[float, float] | None = None,
 ) -> Estimate:
     """A mean over policies that were trained with several seeds and over groups of prompts that all
     of them answered, for another seed and another group: both are drawn, and both move the mean.
@@ -280,18 +281,44 @@ def over_seeds(
     The variance is that between seeds plus that between groups, less that between their cells,
     which both hold; never below either. Student's degrees of freedom are Satterthwaite's. Without a
     second seed it is `clustered_mean`. `n_items` counts seeds, `n_groups` groups.
+
+    `bounds` are the least and the greatest value that there can be, (0, 1) of a share. The interval
+    is then made in logits of the mean's place between them, and ends between them. A symmetric one
+    that is cut at its bounds holds a share near 1 too seldom (`benchmarks/coverage.py`). Where all
+    values are at one bound, nothing tells how seeds differ, and the interval is Wilson's for the
+    effective number of groups.
     Source: Cameron, Gelbach and Miller 2011, equation 2.13; Satterthwaite 1946.
     """
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         return undefined("no items")
-    if len(set(seeds)) < 2 or len(set(clusters)) < 2:
-        return clustered_mean(values, clusters, level=level)
+    n_seeds, n_groups = len(set(seeds)), len(set(clusters))
+    if n_seeds < 2 or n_groups < 2:
+        found = clustered_mean(values, clusters, level=level)
+        return found if bounds is None else bounded(found, *bounds)
     se, df = _two_way(values, seeds, clusters)
     value, half = float(values.mean()), t_quantile(0.5 + level / 2, df) * se
-    return Estimate(
-        value, se, value - half, value + half, len(set(seeds)), n_groups=len(set(clusters))
-    )
+    low, high = value - half, value + half
+    if bounds is not None:
+        independent = effective_clusters(_clusters(len(values), clusters)[1])
+        low, high = _between(value, half, bounds, independent, level)
+    return Estimate(value, se, low, high, n_seeds, n_groups=n_groups)
+
+
+def _between(
+    value: float, half: float, bounds: tuple[float, float], independent: float, level: float
+) -> tuple[float, float]:
+    """The interval of a mean of values within `bounds`, of half width `half` in its own units."""
+    least, width = bounds[0], bounds[1] - bounds[0]
+    place, edge = (value - least) / width, 1e-12
+    if edge < place < 1 - edge:
+        logit, step = log(place / (1 - place)), half / width / (place * (1 - place))
+        ends = _sigmoid(logit - step), _sigmoid(logit + step)
+    else:
+        share = wilson(round(place) * independent, independent, level)
+        assert share.low is not None and share.high is not None
+        ends = share.low, share.high
+    return least + width * ends[0], least + width * ends[1]
 
 
 def over_seeds_p(
@@ -500,11 +527,11 @@ def length_controlled_win_rate(
     return _read_at_zero(x, y, beta, level, clusters, seeds)
 
 
-def bounded(share: Estimate) -> Estimate:
-    """The estimate with its interval cut at 0 and 1."""
-    if share.low is None or share.high is None:
-        return share
-    return replace(share, low=max(0.0, share.low), high=min(1.0, share.high))
+def bounded(found: Estimate, least: float = 0.0, greatest: float = 1.0) -> Estimate:
+    """The estimate with its interval cut at the least and the greatest value that there can be."""
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(least, found.low), high=min(greatest, found.high))
 
 
 def _logistic_fit(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:

@@ -159,7 +159,9 @@ def figures(
     tokens and words a mean.
     """
     made = {name: _mean(found, of, seed) for name, of in NUMBERS.items()}
-    made |= {name: _mean(found, _gold(name), seed) for name in _gold_names(found)}
+    made |= {
+        name: _mean(found, _gold(name), seed, GOLD_BOUNDS.get(name)) for name in _gold_names(found)
+    }
     made["refuses"] = _mean(found, refuses, seed)
     if harmful is not None:
         bad, good = ([a for a in found if harmful[a.prompt] is side] for side in (True, False))
@@ -181,6 +183,7 @@ NUMBERS: dict[str, Callable[[PolicyAnswer], float | None]] = {
     ),
     "proxy": lambda a: a.proxy,
 }
+GOLD_BOUNDS = {"gold": (-1.0, 1.0), "faults": (0.0, 11.0)}  # of its figures that are no shares
 NOT_MEASURED = undefined("not measured on every answer")
 
 
@@ -193,7 +196,10 @@ def _gold_names(found: Sequence[PolicyAnswer]) -> list[str]:
 
 
 def _mean(
-    some: Sequence[PolicyAnswer], of: Callable[[PolicyAnswer], float | None], seed: int
+    some: Sequence[PolicyAnswer],
+    of: Callable[[PolicyAnswer], float | None],
+    seed: int,
+    bounds: tuple[float, float] | None = None,
 ) -> Estimate:
     """The mean, its interval over groups of prompts; NOT_MEASURED where an answer has no value."""
     known = [float(x) for a in some if (x := of(a)) is not None]
@@ -201,18 +207,25 @@ def _mean(
         return NOT_MEASURED
     if not known:
         return undefined("no such answers")
-    return _interval(known, some, seed)
+    return _interval(known, some, seed, bounds)
 
 
 def _interval(
-    values: Sequence[float] | np.ndarray, answers: Sequence[PolicyAnswer], seed: int
+    values: Sequence[float] | np.ndarray,
+    answers: Sequence[PolicyAnswer],
+    seed: int,
+    bounds: tuple[float, float] | None = None,
 ) -> Estimate:
-    """The mean over groups of prompts, and over training seeds where there are several."""
+    """The mean over groups of prompts, and over training seeds where there are several; within
+    `bounds`, where the values are (a share is within 0 and 1).
+    """
     groups, seeds = [a.cluster for a in answers], [a.seed for a in answers]
+    if np.isin(values, (0.0, 1.0)).all():
+        bounds = (0.0, 1.0)
     if len(set(seeds)) > 1:
-        found = over_seeds(values, seeds, groups)
-        return bounded(found) if np.isin(values, (0.0, 1.0)).all() else found
-    return bootstrap(values, groups, seed=seed)
+        return over_seeds(values, seeds, groups, bounds=bounds)
+    found = bootstrap(values, groups, seed=seed)
+    return found if bounds is None else bounded(found, *bounds)
 
 
 def refuses(answer: PolicyAnswer) -> bool:

@@ -225,6 +225,41 @@ def test_seeds_are_runs_and_not_more_answers_of_one():
     assert over_seeds(gains[seeds == 0], seeds[seeds == 0], groups[seeds == 0]) == only
 
 
+def test_an_interval_over_seeds_ends_within_its_bounds():
+    """By hand: the half width over p(1 - p) in logits; of a score from -1 to 1, of its place."""
+    seeds, groups = (x.ravel() for x in np.indices((3, 4, 10))[:2])
+    shares = (np.arange(120) % 10 < np.array([10, 9, 8])[seeds]).astype(float)
+    plain = over_seeds(shares, seeds, groups)
+    found = over_seeds(shares, seeds, groups, bounds=(0.0, 1.0))
+    assert plain.high > 1 and (found.value, found.se) == (plain.value, plain.se)
+    half = (plain.high - plain.value) / (0.9 * 0.1)
+    ends = [1 / (1 + np.exp(-(np.log(9) + step))) for step in (-half, half)]
+    assert (found.low, found.high) == pytest.approx(tuple(ends)) and ends[1] < 1
+    score = over_seeds(2 * shares - 1, seeds, groups, bounds=(-1.0, 1.0))
+    assert (score.low, score.high) == pytest.approx(tuple(2 * end - 1 for end in ends))
+    middle = over_seeds(
+        0.5 + (shares - 0.9) / 100, seeds, groups
+    )  # far from bounds nothing changes
+    same = over_seeds(0.5 + (shares - 0.9) / 100, seeds, groups, bounds=(0.0, 1.0))
+    assert (same.low, same.high) == pytest.approx((middle.low, middle.high), abs=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_values_that_are_all_at_a_bound_still_have_an_interval(sign):
+    seeds, groups = (x.ravel() for x in np.indices((3, 4, 10))[:2])
+    found = over_seeds(np.full(120, sign), seeds, groups, bounds=(-1.0, 1.0))
+    reach = 2 * wilson(4, 4).low - 1
+    expected = (reach, 1.0) if sign > 0 else (-1.0, -reach)
+    assert (found.low, found.high) == pytest.approx(expected)
+
+
+def test_one_seeds_interval_is_cut_at_its_bounds():
+    values, groups = np.array([1.0, 0.99, 0.4, 1.0]), np.arange(4)
+    plain = over_seeds(values, np.zeros(4), groups)
+    found = over_seeds(values, np.zeros(4), groups, bounds=(-1.0, 1.0))
+    assert plain.high > 1 and found.high == 1.0 and found.low == max(-1.0, plain.low)
+
+
 def test_groups_that_differ_widen_a_win_rate_at_equal_length():
     """Ten copies of each comparison tell nothing new where they are one group."""
     won, length_a, length_b = judged(np.random.default_rng(6), n=80)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -81,6 +82,16 @@ def test_an_older_ledger_keeps_its_rows_and_asks_nothing_again(tmp_path, name):
     assert rows(folder / f"ledger.schema-{schema}.sqlite") == before
     assert query(folder, "SELECT count(*) FROM calls").item() == len(before["calls"])
     assert sorted(p.name for p in folder.glob("*migrating*")) == []
+
+
+def test_an_older_ledger_gives_the_preferences_that_it_gave_then(tmp_path):
+    """The rows, ids included, that the version of schema 1 derived from this ledger."""
+    folder = store(tmp_path / "store", "schema-1")
+    columns = "preference, prompt, a, b, outcome, p_chosen, n_scored"
+    found = query(folder, f"SELECT {columns} FROM preferences ORDER BY prompt, a, b").rows()
+    expected = json.loads((LEDGERS / "schema-1.preferences.json").read_text())
+    for now, then in zip(found, expected, strict=True):
+        assert list(now) == [pytest.approx(x) if isinstance(x, float) else x for x in then]
 
 
 def test_a_reader_migrates_too_and_says_so_once(tmp_path, capsys):
