@@ -8,12 +8,14 @@ they stand: an update in place changes what the compiled forward computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from prefab.factory.console import say
+from prefab.trainers.rl import noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +41,7 @@ class StaticDecoder:
         self.autocast = False  # the type of what the cache holds follows from it
         self.cache: Any = None
         self.forward: Callable[..., Any] = _next_logits
+        self.next_hashed: Callable[..., Any] = noise.next_hashed
         if backend is not None:
             import torch
 
@@ -53,6 +56,7 @@ class StaticDecoder:
                 recompile_limit=RECOMPILES,
                 isolate_recompiles=True,
             )
+            self.next_hashed = compiler(noise.next_hashed, dynamic=False, backend=backend)
 
     def reserve(self, model: Any, rows: int, columns: int) -> None:
         """Make room for so many rows of so many tokens, prompt and answer together. The room never
@@ -105,20 +109,44 @@ class StaticDecoder:
         Raises: CannotCompile.
         """
         import torch
-        from torch._dynamo.exc import TorchDynamoException
 
         mask_B11C[..., column] = mask_B11C.dtype == torch.bool  # else 0.0 is what is added
         torch.compiler.cudagraph_mark_step_begin()
-        try:
+        with _cannot_compile():
             found: Tensor = self.forward(model, self.cache, ids_B1, mask_B11C, positions_B1)
-        except TorchDynamoException as error:
-            raise CannotCompile(" ".join(str(error).split())[:200]) from error
+        return found
+
+    def next_tokens(
+        self, logits_BV: Tensor, draws: noise.Noise, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """(token, its log-probability) of each row, each B.
+
+        Raises: CannotCompile.
+        """
+        if not isinstance(draws, noise.HashedNoise):
+            return noise.next_tokens(logits_BV, draws.rows(logits_BV.shape[1]), temperature)
+        with _cannot_compile():
+            found: tuple[Tensor, Tensor] = self.next_hashed(
+                logits_BV, draws.key_B2, draws.step, temperature
+            )
+        draws.step += 1
         return found
 
     def give_up(self, error: CannotCompile) -> None:
         """Be used no more, and say why."""
         self.failed, self.cache = True, None
         _say_without(str(error))
+
+
+@contextmanager
+def _cannot_compile() -> Iterator[None]:
+    """Raises: CannotCompile instead of an error of the compiler."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise CannotCompile(" ".join(str(error).split())[:200]) from error
 
 
 _decoders: WeakKeyDictionary[Any, StaticDecoder | None] = WeakKeyDictionary()

@@ -18,11 +18,11 @@ from prefab.factory.errors import ConfigError
 from prefab.trainers import data
 from prefab.trainers.chat import Turn, chat_text, check_tools, dialect, ids_of, shown
 from prefab.trainers.data import DataConfig
-from prefab.trainers.rl import decoding, processes
+from prefab.trainers.rl import decoding, noise, processes
 from prefab.trainers.rl import policy_gradient as pg
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
 # Columns that the overhead of a forward is worth. On a CPU a constant, so that a run has the same
 # bits every time; on a GPU, which computes thousands of columns in the time that launching a small
@@ -318,26 +318,11 @@ def _drawn_again(
         all_BTV, _ = _predicted(model, pack([answers[i] for i in rows], device), temperature)
         for i, padded_TV in zip(rows, all_BTV, strict=True):
             ids_T = torch.tensor(former[i], device=device)
-            all_TV, draw = padded_TV[-len(ids_T) :], torch.Generator(device).manual_seed(seeds[i])
-            noise_TV = torch.cat([_noise([draw], all_TV.shape[1]) for _ in ids_T])
-            if torch.equal(_draw(all_TV, noise_TV), ids_T):
+            all_TV, draws = padded_TV[-len(ids_T) :], noise.noise_for([seeds[i]], device)
+            noise_TV = torch.cat([draws.rows(all_TV.shape[1]) for _ in ids_T])
+            if torch.equal(noise.drawn(all_TV, noise_TV), ids_T):
                 logps = all_TV.gather(1, ids_T[:, None])[:, 0].tolist()
                 yield i, SampledAnswer(prompts[i], former[i], logps, answers[i].ended)
-
-
-def _noise(draws: Sequence[Generator], n: int) -> Tensor:
-    """Exponential noise, a row of `n` from each generator."""
-    import torch
-
-    noise = torch.empty(len(draws), n, device=draws[0].device)
-    for row, draw in zip(noise, draws, strict=True):
-        row.exponential_(generator=draw)
-    return noise
-
-
-def _draw(logps: Tensor, noise: Tensor) -> Tensor:
-    """Tokens with the probabilities e^logps, ... V to ...: the largest p / noise."""
-    return (logps.exp() / noise).argmax(-1)
 
 
 def _answer_rows(
@@ -372,7 +357,7 @@ def _sample_batch(
     import torch
 
     device, cache = next(model.parameters()).device, None
-    draws = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    draws = noise.noise_for(seeds, device)
     ids, attention, positions = _left_padded(prompts, device)
     stops, alive = torch.tensor(ends, device=device), torch.arange(len(prompts), device=device)
     new_BT = torch.zeros(len(prompts), most, dtype=torch.long, device=device)
@@ -388,10 +373,10 @@ def _sample_batch(
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        all_BV = (out.logits[:, -1].float() / temperature).log_softmax(-1)
-        tokens = _draw(all_BV, _noise(draws, all_BV.shape[1]))[:, None]
-        new_BT[alive, t], logps_BT[alive, t] = tokens[:, 0], all_BV.gather(1, tokens)[:, 0]
-        ended_B[alive] |= torch.isin(tokens[:, 0], stops)
+        logits = out.logits[:, -1]
+        tokens, logps = noise.next_tokens(logits, draws.rows(logits.shape[1]), temperature)
+        new_BT[alive, t], logps_BT[alive, t] = tokens, logps
+        ended_B[alive] |= torch.isin(tokens, stops)
         keep = (~ended_B[alive]).nonzero()[:, 0]
         if len(keep) == 0 or t + 1 == most:
             break
@@ -403,8 +388,8 @@ def _sample_batch(
                 attention[keep],
                 positions[keep],
             )
-            draws = [draws[b] for b in keep.tolist()]
-        ids, positions = tokens, positions[:, -1:] + 1
+            draws.keep(keep.tolist())
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
         attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
     return _answers(prompts, new_BT[:, : t + 1], logps_BT, ends)
 
@@ -426,7 +411,7 @@ def _sample_static(
     import torch
 
     device, more = next(model.parameters()).device, decoder.rows - len(prompts)
-    draws = [torch.Generator(device).manual_seed(seed) for seed in [*seeds, *[0] * more]]
+    draws = noise.noise_for([*seeds, *[0] * more], device)
     ids, attention, positions = _left_padded([*prompts, *[prompts[0]] * more], device)
     stops, before = torch.tensor(ends, device=device), ids.shape[1]
     new_BT = torch.zeros(decoder.rows, most, dtype=torch.long, device=device)
@@ -434,14 +419,13 @@ def _sample_static(
     ended_B = torch.arange(decoder.rows, device=device) >= len(prompts)
     logits_BV, mask = decoder.prefill(model, ids, attention, positions)
     for t in range(most):
-        all_BV = (logits_BV.float() / temperature).log_softmax(-1)
-        ids = _draw(all_BV, _noise(draws, all_BV.shape[1]))[:, None]
-        new_BT[:, t], logps_BT[:, t] = ids[:, 0], all_BV.gather(1, ids)[:, 0]
-        ended_B |= torch.isin(ids[:, 0], stops)
+        tokens, logps_BT[:, t] = decoder.next_tokens(logits_BV, draws, temperature)
+        new_BT[:, t] = tokens
+        ended_B |= torch.isin(tokens, stops)
         if t + 1 == most or (t % LOOK == LOOK - 1 and bool(ended_B.all())):
             break
         positions = positions[:, -1:] + 1
-        logits_BV = decoder.decode(model, ids, mask, positions, before + t)
+        logits_BV = decoder.decode(model, tokens[:, None], mask, positions, before + t)
     return _answers(prompts, new_BT[:, : t + 1], logps_BT, ends)
 
 

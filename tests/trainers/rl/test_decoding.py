@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from prefab.trainers.rl import decoding, rollout
+from prefab.trainers.rl import decoding, noise, rollout
 from prefab.trainers.rl.config import PpoConfig
 
 torch.set_num_threads(1)
@@ -83,9 +83,11 @@ def decoders():
         decoding.forget(model)
 
 
+@pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("attention", decoding.ATTENTION)
-def test_a_cache_of_fixed_size_changes_no_answer(decoders, attention):
+def test_a_cache_of_fixed_size_changes_no_answer(decoders, attention, hashed, monkeypatch):
     """Prompts padded at the left, rows that end early, a last batch that is not full."""
+    monkeypatch.setattr(noise, "HASHED", ("cpu",) if hashed else ())
     model = tiny(attention)
     decoder = decoders(model, None)
     plain, static = drawn(model, False), drawn(model, True)
@@ -107,6 +109,20 @@ def test_under_autocast_the_cache_holds_what_attention_computes_with(decoders):
     assert decoder.cache.layers[0].keys.dtype == torch.bfloat16
     assert_alike(static, plain, 0.02)
     assert_alike(drawn(model, True), drawn(model, False))  # in fp32 again
+
+
+def test_noise_that_is_hashed_is_compiled_once_with_the_draw(decoders, monkeypatch):
+    """And answers that come again are found by one forward."""
+    monkeypatch.setattr(noise, "HASHED", ("cpu",))
+    model, counter = tiny(), Counter()
+    decoders(model, counter)
+    before = drawn(model, True)
+    assert_alike(before, drawn(model, False))
+    assert_alike(drawn(model, True, PROMPTS[:3]), drawn(model, False, PROMPTS[:3]))
+    assert counter.graphs == 2
+    sampler = rollout.TransformersSampler(model, 20, 0.7, [END], 7, 4, nullcontext, True)
+    monkeypatch.setattr(rollout, "_answer_rows", None)  # nothing is drawn token by token
+    assert_alike(sampler.sample(PROMPTS * 3, 3, [a.ids for a in before]), before)
 
 
 def test_one_compiled_forward_serves_all_batches_and_sees_new_weights(decoders):
