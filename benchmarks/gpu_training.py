@@ -69,19 +69,20 @@ SHAPES = {
     },
 }
 # What is measured, the most telling first: (stage, shape, pairs a step, contenders).
-OURS = ("ours, bf16", "ours, bf16_weights", "ours, bf16_weights, compiled")
+OURS = ("ours, bf16_weights, compiled", "ours, bf16", "ours, bf16_weights")
+SMALL = "ours, bf16_weights, compiled, parts of 4"  # in less memory
 TRL = ("trl", "trl, no checkpointing")
 CASES = [
-    ("dpo", "0.5B", 16, (*OURS, *TRL)),
-    ("reward", "0.5B", 16, (*OURS, *TRL)),
-    ("dpo", "1.5B", 16, (*OURS[1:], TRL[0])),
-    ("reward", "1.5B", 16, (*OURS[1:], TRL[0])),
-    ("dpo", "0.5B", 64, (OURS[1], TRL[0])),
+    ("dpo", "0.5B", 16, (*OURS, SMALL, *TRL)),
+    ("reward", "0.5B", 16, (*OURS, SMALL, *TRL)),
+    ("dpo", "1.5B", 16, (OURS[0], SMALL, *TRL)),
+    ("reward", "1.5B", 16, (OURS[0], SMALL, *TRL)),
+    ("dpo", "0.5B", 64, (OURS[0], TRL[1])),
     ("dpo", "0.5B", 8, ("ours, fp32", "ours, tf32")),
 ]
 QUICK = [
     ("dpo", "tiny", 2, ("ours, fp32", "trl")),
-    ("reward", "tiny", 2, ("ours, bf16_weights",)),
+    ("reward", "tiny", 2, ("ours, bf16_weights, parts of 1",)),
 ]
 REFERENCE = ("fp32", "tf32", "bf16")
 
@@ -152,13 +153,16 @@ def flops(stage: str, model: Any, rows: list[dict[str, Any]]) -> tuple[int, floa
 
 
 def settings(name: str) -> dict[str, Any]:
-    """The fields of our stage that a contender's name tells: `ours, bf16_weights, compiled`."""
+    """The fields of our stage that a contender's name tells: `ours, bf16_weights, compiled, parts
+    of 4` (pairs that are in memory at once; else as many as fit).
+    """
     words = name.split(", ")
-    on_gpu = default_device() != "cpu"
+    as_fits = "auto" if default_device() != "cpu" else None
+    parts = [int(word.removeprefix("parts of ")) for word in words if word.startswith("parts of ")]
     return {
         "precision": words[1] if words[0] == "ours" else "fp32",
         "compile": "compiled" in words,
-        "micro_batch": "auto" if on_gpu else None,
+        "micro_batch": parts[0] if parts else as_fits,
     }
 
 
@@ -279,9 +283,13 @@ def run_case(
             print(f"{name} failed: {error!r}"[:400], flush=True)
     if sides:
         first = sides[0]
-        found["losses_differ_by_at_most"] = max(
-            abs(a - b) for f in sides for a, b in zip(f["losses"], first["losses"], strict=True)
-        )
+        for f in sides:
+            f["losses_differ_by_at_most"] = {
+                other["contender"]: max(
+                    abs(a - b) for a, b in zip(f["losses"], other["losses"], strict=True)
+                )
+                for other in sides
+            }
         found["times"] = {f["contender"]: f["step_s"] / first["step_s"] for f in sides}
     if case.stage == "dpo" and not late():
         found["reference"] = reference_pass(case, folder)

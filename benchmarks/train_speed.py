@@ -128,8 +128,8 @@ def contender(
     if stage == "dpo":
         before_s = _reference_s(trainer, rows, batch)
     part = max(1, batch // PARTS.get(name, 1))
-    if more.get("micro_batch") == "auto":
-        part = fitted(trainer, "auto", False)["micro_batch"]
+    if (wanted := more.get("micro_batch")) is not None:
+        part = fitted(trainer, "auto", False)["micro_batch"] if wanted == "auto" else wanted
     batches = [
         [trainer.data_collator(some[k : k + part]) for k in range(0, len(some), part)]
         for some in cut

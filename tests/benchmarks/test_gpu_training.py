@@ -57,8 +57,10 @@ def test_a_quick_look_takes_the_same_steps_on_all_sides(monkeypatch, tmp_path):
     assert [(f["stage"], len(f["contenders"])) for f in results] == [("dpo", 2), ("reward", 1)]
     for found in results:
         assert not found["errors"] and not found["left_out"] and "error" not in found
-        assert found["losses_differ_by_at_most"] < 1e-5
-        assert all(0 < loss < 2 for f in found["contenders"] for loss in f["losses"])
+        for f in found["contenders"]:
+            assert all(gap < 1e-5 for gap in f["losses_differ_by_at_most"].values())
+            assert all(0 < loss < 2 for loss in f["losses"])
+    assert results[1]["contenders"][0]["parts_a_step"] == 2
     assert results[0]["reference"]["fp32"]["difference"] == 0.0
 
 
