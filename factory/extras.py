@@ -20,6 +20,7 @@ EXTRA_OF = {
     **dict.fromkeys(("fsspec", "huggingface_hub"), "hub"),
     **dict.fromkeys(("opentelemetry", "prometheus_client"), "telemetry"),
     "gguf": "real",
+    "obstore": "s3",
     "ray": "scale",
     "vllm": "serve",
 }

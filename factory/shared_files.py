@@ -172,7 +172,7 @@ class LocalFiles:
         """Set the time of a file; its content stays."""
         path = self.folder / name
         try:
-            if path.stat().st_ino != int(tag.partition("-")[0]):
+            if _tag(path.stat()) != tag:
                 return None
             os.utime(path)
             return _tag(path.stat())

@@ -13,6 +13,9 @@ the disk of the machine that works on it. The shared folder holds what is publis
     places/00017                 where a shard was worked on last
     ledger.sqlite, prefab.duckdb the catalogue: labels, evaluations, and views of the tables
 
+In the place of the folder there may be an object store. Then the catalogue is in a folder of the
+driver's machine, beside copies of the tables, the states and the runs.
+
 Files are written under another name and renamed, so that a reader sees a whole file or none.
 """
 
@@ -22,6 +25,7 @@ import shlex
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,21 +109,28 @@ class ShardState:
 class SharedFolder:
     """The shared folder of a store. `shards` is the number of shards."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises: StoreError when there is no such store, or it is of a newer version."""
+    def __init__(self, folder: Path, files: SharedFiles | None = None) -> None:
+        """`files` are those of an object store; left out, those of the folder.
+
+        Raises: StoreError when there is no such store, or it is of a newer version.
+        """
         self.folder = folder
-        self.files: SharedFiles = LocalFiles(folder)
+        self.is_remote = files is not None
+        self.files: SharedFiles = files or LocalFiles(folder)
         found = read_json(self.files, MARKER)
         if found is None:
-            raise StoreError(f"{folder}: {MARKER} is missing, so this is no store in shards")
+            raise StoreError(
+                f"{self.files.address}: {MARKER} is missing, so this is no store in shards"
+            )
         self.shards: int = found["shards"]
         self.id: str = found["id"]
+        self.copy_of: str = found.get("copy_of", "")  # the address of which the folder is a copy
 
     @classmethod
-    def create(cls, folder: Path, shards: int) -> SharedFolder:
+    def create(cls, folder: Path, shards: int, files: SharedFiles | None = None) -> SharedFolder:
         """The shared folder, made with this number of shards where there is none.
 
-        Raises: StoreError when there is a store of another kind.
+        Raises: StoreError when there is a store of another kind, or the copy of another one.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if not is_shared(folder) and (folder / "ledger.sqlite").exists():
@@ -128,8 +139,66 @@ class SharedFolder:
                 "folder with --set scale.shared=FOLDER"
             )
         value = {"format": FORMAT, "shards": shards, "id": uuid.uuid4().hex[:12]}
-        LocalFiles(folder).create(MARKER, orjson.dumps(value))
-        return cls(folder)
+        to = files or LocalFiles(folder)
+        to.create(MARKER, orjson.dumps(value))
+        made = cls(folder, files)
+        if not made.is_remote and made.copy_of:
+            raise StoreError(
+                f"{folder}: the copy of a store at {made.copy_of}. Set scale.shared={made.copy_of}"
+            )
+        if made.is_remote:
+            made._check_remote()
+        return made
+
+    def _check_remote(self) -> None:
+        """Raises: StoreError where the object store lets two processes create one file, or the
+        folder of this machine belongs to another store.
+        """
+        if self.files.create(MARKER, self.files.read(MARKER)):
+            raise StoreError(
+                f"{self.files.address}: its server ignores `If-None-Match: *`, by which one of several "
+                "processes gets a file. Use a server that knows it, or a folder that is mounted"
+            )
+        ours = read_json(LocalFiles(self.folder), MARKER)
+        if ours is not None and ours["id"] != self.id:
+            raise StoreError(
+                f"{self.folder}: has the rows of another run over shards. Name another folder with "
+                "--set store=FOLDER"
+            )
+
+    def update_copy(self) -> None:
+        """Copy from an object store what the catalogue needs: the rows of all shards, their states,
+        and the runs. Only what is new is copied. Where the files are in the folder, nothing.
+
+        Raises: OSError.
+        """
+        if not self.is_remote:
+            return
+        here = LocalFiles(self.folder)
+        self._copy_tables(here)
+        if not is_shared(self.folder):
+            marker = {"format": FORMAT, "shards": self.shards, "id": self.id}
+            here.write(MARKER, orjson.dumps({**marker, "copy_of": self.files.address}))
+        copy = SharedFolder(self.folder)
+        old = {state.shard: state.tables for state in copy.states()}
+        folders = ("runs", "starts", "states")
+        names = [HEAD, *(f"{folder}/{name}" for folder in folders for name in self._json(folder))]
+        found = zip(names, self.files.read_all(names), here.read_all(names), strict=True)
+        for name, data, known in found:
+            if data is not None and data != known:  # the same again would make the catalogue anew
+                here.write(name, data)
+        for state in copy.states():
+            copy.drop_rows(state.shard, [state.tables, old.get(state.shard, {})])
+
+    def _copy_tables(self, here: LocalFiles) -> None:
+        """Copy the files of rows that are not there, or not whole."""
+        states = self.states()
+        names = [f"tables/{table}/{name}" for s in states for table, (name, _) in s.tables.items()]
+        sizes = [size for state in states for _, size in state.tables.values()]
+        found = zip(names, sizes, here.sizes(names), strict=True)
+        wanted = [name for name, size, there in found if size != there]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: self.files.local_path(name, self.folder), wanted))
 
     def segments(self, shard: int) -> SharedFiles:
         """The files of a shard's published ledger."""

@@ -277,7 +277,8 @@ class ScaleConfig(_Strict):
         "at most a million calls in each.",
     )
     shared: Text | None = Field(
-        None, description="A folder that all machines share; left out: the store."
+        None,
+        description="A folder that all machines mount, or s3://BUCKET/FOLDER; left out: the store.",
     )
     local: Text | None = Field(
         None,

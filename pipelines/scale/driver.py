@@ -23,6 +23,7 @@ from typing import Any
 from prefab.factory.console import Progress, warn
 from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.ledger import db
+from prefab.factory.object_store import files_at
 from prefab.factory.store.shared import ShardState, SharedFolder
 from prefab.factory.store.store import HeldError
 from prefab.pipelines.config.loader import ResolvedPipeline, deciding, models, resolve_pipeline
@@ -45,7 +46,7 @@ from prefab.pipelines.scale.sharding import Part, ShardedPrompts, shard_prompts
 from prefab.pipelines.scale.worker import WorkerSetup, kept_engines
 from prefab.pipelines.store.calibrate import calibrate_ended
 from prefab.pipelines.store.calibrations import CALIBRATION
-from prefab.pipelines.store.catalogue import update_ledger
+from prefab.pipelines.store.catalogue import update_copy, update_ledger
 
 DRIVER = "driver.lease"  # the file of whoever drives the shared folder
 CALLS_A_SHARD = 1_000_000
@@ -160,11 +161,11 @@ def prepare(
     config = loaded.config
     scale = config.scale_settings()
     workers = workers or scale.workers or room(loaded)
-    folder = _shared_folder(scale.shared or config.store)
-    shared = SharedFolder.create(folder, scale.shards or number_of_shards(loaded, workers))
+    shared = _shared_folder(loaded, scale.shards or number_of_shards(loaded, workers))
+    address = shared.files.address
     if scale.shards and scale.shards != shared.shards:
         raise ConfigError(
-            f"scale.shards: {folder} has {shared.shards:,} shards, and their number cannot change. "
+            f"scale.shards: {address} has {shared.shards:,} shards, and their number cannot change. "
             "Leave it out, or name a new folder with scale.shared"
         )
     prompts = shard_prompts(loaded, shared, quiet)
@@ -173,7 +174,7 @@ def prepare(
         source=source if isinstance(source, dict) else str(source),
         sets=sets,
         folder=str(Path.cwd()),
-        shared=str(folder),
+        shared=address,
         id=shared.id,
         local=str(Path(local).absolute()),
         prompts=prompts.folder,
@@ -183,14 +184,17 @@ def prepare(
     return Scaled(loaded, shared, prompts, setup, workers, scale.retries)
 
 
-def _shared_folder(name: str) -> Path:
-    """Raises: ConfigError for the address of an object store."""
-    if "://" in name:
+def _shared_folder(loaded: ResolvedPipeline, shards: int) -> SharedFolder:
+    """The shared folder, made where there is none. Raises: ConfigError, StoreError."""
+    store, name = loaded.config.store, loaded.config.scale_settings().shared
+    if "://" in store:
         raise ConfigError(
-            f"scale.shared: {name} is an address, and must be the path of a folder that all machines "
-            "mount (NFS, Lustre). Prefab cannot claim shards in an object store yet"
+            f"store: {store} is an address, and must be the path of a folder of this machine. Set "
+            f"scale.shared={store}"
         )
-    return Path(name).absolute()
+    if name is None or "://" not in name:
+        return SharedFolder.create(Path(name or store).absolute(), shards)
+    return SharedFolder.create(Path(store).absolute(), shards, files_at(name))
 
 
 def number_of_shards(loaded: ResolvedPipeline, workers: int, n_prompts: int | None = None) -> int:
@@ -298,6 +302,7 @@ class Driver:
         shared.start_run(record["id"])
         self.run_id = record["id"]
         self.states = dict(enumerate(shared.states_of(range(shared.shards))))
+        update_copy(shared)
         self._publish_head()
         try:
             self._work(
@@ -312,6 +317,7 @@ class Driver:
                 self._finish(result)
         finally:
             self.launcher.close()
+        update_copy(shared)
         fill_store(shared.folder, self.quiet)
         result.seconds = self.clock() - self._began
         return result
@@ -334,6 +340,7 @@ class Driver:
         """
         folder = self.scaled.shared.folder
         if result.outcomes.get("a") or result.outcomes.get("b"):
+            update_copy(self.scaled.shared)
             with suppress(HeldError):  # another program holds the store: the next run does it
                 learned = in_event_loop(calibrate_ended(folder, f"{result.name}@{result.version}"))
                 result.p_chosen = learned.sentence()

@@ -11,10 +11,11 @@ from prefab.factory.console import Progress
 from prefab.factory.errors import StoreError
 from prefab.factory.ledger import db, segments
 from prefab.factory.ledger.checksums import row_crc
+from prefab.factory.object_store import files_at
 from prefab.factory.store import store
 from prefab.factory.store.shared import SharedFolder
 from prefab.pipelines.scale.driver import exclusive
-from prefab.pipelines.store.catalogue import add_starts
+from prefab.pipelines.store.catalogue import add_starts, update_copy
 from prefab.pipelines.store.fill import fill, take_rows
 
 OWN = {"human_labels": "digest, value, at", "evals": "digest, value, at"}  # of the catalogue
@@ -35,9 +36,12 @@ def merge(folder: Path, to: Path, quiet: bool = True) -> MergeReport:
         damaged.
     """
     shared = SharedFolder(folder)
+    if shared.copy_of:
+        shared = SharedFolder(folder, files_at(shared.copy_of))
     if (to / db.FILE).exists():
         raise StoreError(f"{to}: there is a ledger already. Name a new folder")
     with exclusive(shared):
+        update_copy(shared)
         if held := fill(folder).held:
             raise StoreError(held)
         to.mkdir(parents=True, exist_ok=True)

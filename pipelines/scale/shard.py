@@ -22,7 +22,7 @@ import orjson
 
 from prefab.factory.console import warn
 from prefab.factory.errors import StoreError
-from prefab.factory.ledger import db, records, segments
+from prefab.factory.ledger import db, segments
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
 from prefab.factory.shared_files import SharedFiles
@@ -35,7 +35,7 @@ from prefab.pipelines.config.schema import BudgetConfig
 from prefab.pipelines.run.context import Context
 from prefab.pipelines.run.runner import RunResult, run_async
 from prefab.pipelines.scale.sharding import POSITIONS, Part, ShardPrompts
-from prefab.pipelines.store.catalogue import add_runs
+from prefab.pipelines.store.catalogue import add_head, add_runs
 from prefab.pipelines.store.fill import fill
 
 Tables = dict[str, tuple[str, int]]  # by table, a file of the shared folder and its size
@@ -225,9 +225,7 @@ def seed(con: Connection, shared: SharedFolder) -> None:
     have in all shards, and what the catalogue's ledger has for it.
     """
     add_runs(con, shared)
-    for table, values in shared.read_head().items():
-        for value in values:
-            records.add_object(con, table, orjson.loads(value))
+    add_head(con, shared)
 
 
 def write_tables(folder: Path, files: SharedFiles, shard: int) -> tuple[Tables, int]:

@@ -26,7 +26,9 @@ import orjson
 from prefab.factory.engines.lifecycle import KeptEngine
 from prefab.factory.errors import ConfigError, EngineError, PrefabError
 from prefab.factory.logs import logging_by_environment
-from prefab.factory.store.shared import SharedFolder, is_shared
+from prefab.factory.object_store import files_at
+from prefab.factory.shared_files import LocalFiles
+from prefab.factory.store.shared import MARKER, SharedFolder, read_json
 from prefab.factory.tracing import tracing_by_environment
 from prefab.factory.types import Engine
 from prefab.pipelines.config.loader import (
@@ -122,13 +124,16 @@ class Worker:
 
     def _shared(self) -> SharedFolder:
         """The shared folder, seen to be the driver's. Raises: ConfigError."""
-        folder = Path(self.setup.shared)
-        if not is_shared(folder) or SharedFolder(folder).id != self.setup.id:
+        files = files_at(self.setup.shared)
+        known = read_json(files, MARKER)
+        if known is None or known["id"] != self.setup.id:
             raise ConfigError(
-                f"{folder} on {os.uname().nodename} is not the folder that the driver sees: "
+                f"{files.address} on {os.uname().nodename} is not the folder that the driver sees: "
                 "scale.shared must be a folder that all machines share"
             )
-        return SharedFolder(folder)
+        if isinstance(files, LocalFiles):
+            return SharedFolder(files.folder)
+        return SharedFolder(Path(self.setup.local), files)
 
     async def _do(
         self, loaded: ResolvedPipeline, shared: SharedFolder, job: ShardJob, known: dict[str, str]

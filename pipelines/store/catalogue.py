@@ -13,10 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import orjson
+
 from prefab.factory.console import warn
 from prefab.factory.keys import canonical, digest
 from prefab.factory.ledger import db
 from prefab.factory.ledger.checksums import row_crc
+from prefab.factory.ledger.records import add_object
 from prefab.factory.store.shared import COPIED, VIEWED, SharedFolder, is_shared
 from prefab.pipelines.store.calibrations import CALIBRATION
 
@@ -55,6 +58,24 @@ def add_starts(con: sqlite3.Connection, shared: SharedFolder) -> None:
     for place, (run, at) in enumerate(shared.starts(), 1):
         row = (place, run, at)
         con.execute("INSERT OR IGNORE INTO starts VALUES (?, ?, ?, ?)", (*row, row_crc(row)))
+
+
+def add_head(con: sqlite3.Connection, shared: SharedFolder) -> None:
+    """Write into a ledger, inside an open transaction, the calibrations and labels that all shards
+    have.
+    """
+    for table, values in shared.read_head().items():
+        for value in values:
+            add_object(con, table, orjson.loads(value))
+
+
+def update_copy(shared: SharedFolder) -> None:
+    """Copy from an object store what the catalogue needs; nothing where there is none."""
+    if not shared.is_remote:
+        return
+    shared.update_copy()
+    update_ledger(shared.folder)
+    db.write(shared.folder / db.FILE, partial(add_head, shared=shared))
 
 
 def state_of_shards(ledger: sqlite3.Connection) -> str:

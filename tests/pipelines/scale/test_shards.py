@@ -9,7 +9,9 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
+import unittest.mock
 from dataclasses import replace
 
 import pytest
@@ -257,6 +259,18 @@ def test_tasks_of_an_array_share_the_shards(made, single, tmp_path):
     same_rows(single, tmp_path / "store", but=("runs",))  # of another folder
 
 
+def test_a_lease_that_another_process_has_just_taken_over_is_left_to_it(tmp_path):
+    files = LocalFiles(tmp_path)
+    assert files.create("lease", b"a") and not files.create("lease", b"b")
+    old = files.version("lease")
+    assert files.take_over("lease", b"b", old.tag)
+    assert not files.take_over("lease", b"c", old.tag)
+    assert files.renew("lease", b"a", old.tag) is None
+    assert files.read("lease") == b"b" and [path.name for path in tmp_path.iterdir()] == ["lease"]
+    files.remove("lease")
+    assert not files.take_over("lease", b"c", old.tag) and not any(tmp_path.iterdir())
+
+
 def test_a_lease_of_a_process_that_ended_is_taken_over(tmp_path):
     files = LocalFiles(tmp_path)
     gone = Lease(files, "lease")
@@ -370,8 +384,15 @@ def test_bad_input(made, tmp_path):
     segment.write_text('{"format": 2, "tables": {}}')
     with pytest.raises(StoreError, match=r"000001-abc.json: written by a newer version"):
         restore(tmp_path / "ledger.sqlite", LocalFiles(segment.parent))
-    with pytest.raises(ConfigError, match=r"s3://bucket/run is an address.*cannot claim shards"):
+    with pytest.raises(ConfigError, match=r"gs://bucket/run is no address .* Write s3://BUCKET"):
+        run_sharded(value, sets=("scale.shared=gs://bucket/run",))
+    with (
+        unittest.mock.patch.dict(sys.modules, {"obstore": None}),
+        pytest.raises(ConfigError, match=r"s3://bucket/run needs obstore: "),
+    ):
         run_sharded(value, sets=("scale.shared=s3://bucket/run",))
+    with pytest.raises(ConfigError, match=r"store: s3://bucket/run .* Set scale.shared=s3://"):
+        run_sharded(value, sets=("store=s3://bucket/run",))
     with (
         exclusive(SharedFolder(folder / "store")),
         pytest.raises(StoreError, match=f"process {os.getpid()} on .* drives a run here"),
