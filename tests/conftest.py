@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -200,6 +202,19 @@ def json_outputs():
     from tests.support.json_output import checked
 
     with checked():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def command_line_built_once():
+    """Typer builds an app's commands anew for each call, in 70 ms; tests share them."""
+    import typer.testing
+
+    built = functools.cache(typer.main.get_command)
+    with (
+        mock.patch.object(typer.main, "get_command", built),
+        mock.patch.object(typer.testing, "_get_command", built),
+    ):
         yield
 
 

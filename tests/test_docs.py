@@ -23,7 +23,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from typer.main import get_command
+from typer import main as typer_main
 
 import prefab
 from prefab.factory.spec import yamlio
@@ -72,7 +72,16 @@ def test_every_page_has_commands_that_run_or_is_listed():
 
 TRAINS = "prefab.train("
 # Pages of more commands than an ordinary test runs (3 seconds of CPU time and more).
-LONG = ("edit-a-constitution", "labels-to-policy", "large-batches", "scale")
+LONG = (
+    "checks",
+    "data",
+    "edit-a-constitution",
+    "labels-to-policy",
+    "large-batches",
+    "runs",
+    "scale",
+    "store",
+)
 LONG_EXAMPLES = ("code-review",)
 
 
@@ -228,7 +237,7 @@ def test_a_console_command_has_words_and_fields_that_exist(command):
     elif program != "prefab":
         return
     name = words[0] + (f" {words[1]}" if words[0] in ("train", "eval") else "")
-    inner: click.Command = get_command(app)
+    inner: click.Command = typer_main.get_command(app)
     while hasattr(inner, "commands"):
         inner = inner.commands[words.pop(0)]
     given = inner.make_context("prefab", words).params
@@ -248,7 +257,9 @@ def test_a_console_command_has_words_and_fields_that_exist(command):
 
 def test_every_command_is_in_the_readme():
     readme = PAGES[0].read_text()
-    assert not [name for name in get_command(app).commands if f"`prefab {name}" not in readme]
+    assert not [
+        name for name in typer_main.get_command(app).commands if f"`prefab {name}" not in readme
+    ]
 
 
 def commands(command: click.Command, name: str) -> list[str]:
@@ -260,7 +271,7 @@ def commands(command: click.Command, name: str) -> list[str]:
 def test_every_command_has_a_python_function():
     table = re.findall(r"^\| (`prefab .*) \| (.*) \|$", (DOCS / "python.md").read_text(), re.M)
     documented = [name for row, _ in table for name in re.findall(r"`([^`]+)`", row)]
-    assert sorted(documented) == sorted(commands(get_command(app), "prefab"))
+    assert sorted(documented) == sorted(commands(typer_main.get_command(app), "prefab"))
     functions = {name for _, row in table for name in re.findall(r"`(\w+)`", row)}
     assert functions == set(prefab.__all__)
 

@@ -18,7 +18,7 @@ from benchmarks.gpu_ppo import Case, GpuUse
 @pytest.mark.parametrize(
     "only",
     [
-        ["trl, grpo", "ppo, static", "ours, grpo, dynamic"],  # each part of the script once
+        ["ours, grpo, dynamic", "vllm"],  # one that is measured, and those that are not
         pytest.param([""], marks=pytest.mark.slow),
     ],
 )
@@ -30,7 +30,7 @@ def test_a_quick_look_measures_each_sampler_and_names_what_it_left_out(
     monkeypatch.setattr(gpu_ppo, "write", lambda *_, **__: None)
     results = {r["case"]: r for r in gpu_ppo.main(["--quick", "--only", *only])}
     assert json.loads((tmp_path / "gpu_ppo.json").read_text()) == list(results.values())
-    assert results.keys() == {case.name for case in cases} and len(cases) >= 4
+    assert results.keys() == {case.name for case in cases} and len(cases) >= 3
     for case in cases:
         found = results[case.name]
         if case.sampler == "vllm":
@@ -45,7 +45,7 @@ def test_a_quick_look_measures_each_sampler_and_names_what_it_left_out(
             for name in (f"ours, {method}, static", f"ours, {method}, dynamic")
             if name in results
         ]
-        assert losses[0] == pytest.approx(losses[-1], abs=1e-5)
+        assert all(one == pytest.approx(losses[0], abs=1e-5) for one in losses)
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in results) and "--quick starts no vLLM" in table
 

@@ -25,7 +25,7 @@ JUDGES = {
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
-    value, engines = noisyworld.pipeline(folder, JUDGES, prompts=60, name="label-quality")
+    value, engines = noisyworld.pipeline(folder, JUDGES, prompts=36, name="label-quality")
     assert run(value, engines=engines).state == "done"
     return folder / "store"
 

@@ -52,7 +52,7 @@ def test_kills_lose_no_answer_and_leave_the_same_store(here):
 def test_crashes_and_power_cuts_lose_no_committed_answer(here):
     operations = crash_states.recorded(here, kills.RUN)
     assert sum(one.kind == "S" for one in operations) > 10
-    for how, every in (("all", 220), ("drop", 400), ("some", 340)):
+    for how, every in (("all", 440), ("drop", 800), ("some", 680)):
         for place, sure in crash_states.states(here, operations, how, every):
             assert crash_states.check_state(here, sure) == [], place
     well(kills.at_operations(here, 2))

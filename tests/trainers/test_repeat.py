@@ -57,7 +57,9 @@ def train_sft(models, out, precision):
     return (out / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("train", [train_ppo, train_grpo, train_sft])
+@pytest.mark.parametrize(
+    "train", [train_ppo, pytest.param(train_grpo, marks=pytest.mark.slow), train_sft]
+)
 def test_runs_of_another_precision_follow_one_another(models, tmp_path, train):
     """fp32, bf16, fp32 again: both orders, and the last run gives the bits of the first."""
     first, mixed, again = (

@@ -26,6 +26,9 @@ from prefab.judges.stats.rating_table import Table, category_weights, group, res
 GOLDEN = Path(__file__).parents[2] / "golden"
 NAN = np.nan
 RANDOM_TABLES = 300
+TABLES = pytest.mark.parametrize(
+    "tables", [RANDOM_TABLES // 4, pytest.param(RANDOM_TABLES, marks=pytest.mark.slow)]
+)
 BY_CHANCE = {
     name: partial(of, resamples=0)
     for name, of in {
@@ -237,9 +240,10 @@ def weight_function(name: str, categories):
     }[name]
 
 
-def test_random_tables_against_the_papers():
+@TABLES
+def test_random_tables_against_the_papers(tables):
     rng, compared = np.random.default_rng(5), 0
-    for _ in range(RANDOM_TABLES * 3 // 2):
+    for _ in range(tables * 3 // 2):
         ratings = random_table(rng)
         categories = sorted(set(ratings[~np.isnan(ratings)].tolist()))
         if len(categories) < 2 or not ((~np.isnan(ratings)).sum(axis=1) > 1).any():
@@ -265,7 +269,7 @@ def test_random_tables_against_the_papers():
             else:
                 assert close(found.value, slow_alpha(ratings, metric), 1e-12), metric
         compared += 1
-    assert compared >= RANDOM_TABLES
+    assert compared >= tables
 
 
 def slow_cohen(both, weight, categories) -> tuple[float, float, float]:
@@ -294,9 +298,10 @@ def slow_cohen(both, weight, categories) -> tuple[float, float, float]:
     return (observed - chance) / (1 - chance), chance, variance
 
 
-def test_cohen_on_random_tables():
+@TABLES
+def test_cohen_on_random_tables(tables):
     rng, compared = np.random.default_rng(6), 0
-    for _ in range(RANDOM_TABLES * 2):
+    for _ in range(tables * 2):
         ratings = random_table(rng)[:, :2]
         both = ratings[~np.isnan(ratings).any(axis=1)]
         categories = sorted(set(ratings[~np.isnan(ratings)].tolist()))
@@ -312,7 +317,7 @@ def test_cohen_on_random_tables():
         assert close(found.value, value, 1e-12) and found.n_items == len(both)
         assert len(both) == 1 or close(found.se**2, variance, 1e-10)
         compared += 1
-    assert compared >= RANDOM_TABLES
+    assert compared >= tables
 
 
 def test_fleiss_on_random_tables():

@@ -149,6 +149,7 @@ def written(folder: Path, out: Path, **more) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_the_whole_report_and_its_resumption(folder, tmp_path, monkeypatch):
     file, out = written(folder, tmp_path / "out"), tmp_path / "out"
     done = CliRunner().invoke(

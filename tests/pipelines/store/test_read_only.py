@@ -3,7 +3,9 @@ that it cannot write."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,17 +16,43 @@ import pytest
 from prefab import run
 from tests.support.project import engine, pipeline, write
 
-PREFAB = f"{shlex.quote(sys.executable)} -m prefab.pipelines.cli.main"
+# Runs commands one after another in one process, whose imports cost more than they do; prints the
+# exit code and the error output of each.
+COMMANDS = """
+import contextlib, io, json, sys
+from prefab.pipelines.cli.main import main
+
+ended = []
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["prefab", *words]
+    code, err = 0, io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    ended.append((code, err.getvalue()))
+print(json.dumps(ended))
+"""
 
 
-def read_only(folder, command):
-    """Run a command where the folder is mounted read-only."""
-    at = shlex.quote(str(folder))
-    script = f"mount --bind {at} {at} && mount -o remount,ro,bind {at} && {command}"
-    made = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True)
-    if "mount:" in made.stderr or "unshare:" in made.stderr:
+def ended(before, commands):
+    """The exit code and the error output of each command, run after `before` in its namespace."""
+    program = shlex.join([sys.executable, "-c", COMMANDS, json.dumps(commands)])
+    made = subprocess.run([*before[:-1], before[-1] + program], capture_output=True, text=True)
+    if re.search("^(mount|unshare|setpriv):", made.stderr, re.M):
         pytest.skip("mounting is not allowed here")
-    return made
+    assert made.returncode == 0, made.stderr
+    return json.loads(made.stdout)
+
+
+def read_only(folders, *commands):
+    """Run commands where the folders are mounted read-only."""
+    places = [shlex.quote(str(folder)) for folder in folders]
+    script = "".join(
+        f"mount --bind {at} {at} && mount -o remount,ro,bind {at} && " for at in places
+    )
+    return ended(["unshare", "-m", "bash", "-c", script], commands)
 
 
 @pytest.fixture
@@ -41,33 +69,36 @@ def test_it_is_read_queried_and_exported(project, tmp_path):
     before = sorted(path.name for path in store.iterdir())
     moved = tmp_path / "moved"
     shutil.copytree(store, moved)  # other files than those that were filled
-    for folder in (store, moved):
-        for words in ('sql "SELECT count(*) FROM samples"', "store info", "agreement"):
-            made = read_only(folder, f"{PREFAB} {words} --store {folder}")
-            assert made.returncode == 0, made.stderr
-        out = tmp_path / f"out-{folder.name}"
-        made = read_only(folder, f"{PREFAB} export --store {folder} {out}")
-        assert made.returncode == 0 and (out / "README.md").exists(), made.stderr
+    outs = [tmp_path / "out-store", tmp_path / "out-moved"]
+    commands = []
+    for folder, out in zip((store, moved), outs, strict=True):
+        commands += [
+            [*words, "--store", str(folder)]
+            for words in (
+                ["sql", "SELECT count(*) FROM samples"],
+                ["store", "info"],
+                ["agreement"],
+                ["export", str(out)],
+            )
+        ]
+    for words, (code, told) in zip(commands, read_only([store, moved], *commands), strict=True):
+        assert code == 0, (words, told)
+    assert all((out / "README.md").exists() for out in outs)
     assert sorted(path.name for path in store.iterdir()) == before
 
 
 def test_a_run_and_a_rebuild_say_that_they_cannot_write(project, tmp_path):
     store = tmp_path / "store"
-    for words in (f"run {project}", f"store rebuild --store {store}"):
-        made = read_only(store, f"{PREFAB} {words}")
-        assert made.returncode == 1 and "Traceback" not in made.stderr, made.stderr
-        assert "cannot be" in made.stderr or "Read-only" in made.stderr, made.stderr
+    commands = (["run", str(project)], ["store", "rebuild", "--store", str(store)])
+    for code, told in read_only([store], *commands):
+        assert code == 1 and "Traceback" not in told, told
+        assert "cannot be" in told or "Read-only" in told, told
 
 
-def as_stranger(command):
-    """Run a command without the privileges by which root writes the files of others."""
+def as_stranger(*commands):
+    """Run commands without the privileges by which root writes the files of others."""
     dropped = "--bounding-set=-dac_override,-dac_read_search,-fowner,-chown"
-    made = subprocess.run(
-        ["setpriv", dropped, "bash", "-c", command], capture_output=True, text=True
-    )
-    if made.stderr.startswith("setpriv:"):
-        pytest.skip("mounting is not allowed here")
-    return made
+    return ended(["setpriv", dropped, "bash", "-c", ""], commands)
 
 
 def test_the_store_of_another_user_is_read_queried_and_exported(project, tmp_path):
@@ -78,15 +109,15 @@ def test_the_store_of_another_user_is_read_queried_and_exported(project, tmp_pat
         os.chown(path, 65534, 65534)
         path.chmod(0o755 if path.is_dir() else 0o644)
     before = {path.name: path.read_bytes() for path in sorted(store.iterdir())}
-    for words in (
-        'sql "SELECT count(*) FROM samples" --store',
-        "store info --store",
-        "store verify",
-        f"export {out} --store",
-    ):
-        made = as_stranger(f"{PREFAB} {words} {store}")
-        assert made.returncode == 0, made.stderr
-    made = as_stranger(f"{PREFAB} run {project}")
-    assert made.returncode == 1 and "Traceback" not in made.stderr, made.stderr
-    assert "cannot be opened for writing" in made.stderr
+    *read, (code, told) = as_stranger(
+        ["sql", "SELECT count(*) FROM samples", "--store", str(store)],
+        ["store", "info", "--store", str(store)],
+        ["store", "verify", str(store)],
+        ["export", str(out), "--store", str(store)],
+        ["run", str(project)],
+    )
+    for one, error in read:
+        assert one == 0, error
+    assert code == 1 and "Traceback" not in told, told
+    assert "cannot be opened for writing" in told
     assert {path.name: path.read_bytes() for path in sorted(store.iterdir())} == before

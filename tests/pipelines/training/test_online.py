@@ -175,7 +175,8 @@ def test_killed_anywhere_it_ends_the_same(whole, tmp_path, seed, training_forks)
     assert left(folder) == left(whole[0])
 
 
-@pytest.mark.parametrize("method", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_rounds_of_ppo_and_grpo_train_a_reward_model_each(tmp_path, method):
     more = {"group": 2} if method == "grpo" else {}
     reward = {"max_steps": 2, "batch_size": 4, "threads": 1, "data": {"max_length": 200}}

@@ -200,6 +200,7 @@ def stopped(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_runs_are_trained_once_drawn_and_go_on_after_a_stop(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("trl")

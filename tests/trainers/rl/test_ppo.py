@@ -467,7 +467,7 @@ def test_unfinished_answers_do_not_set_the_scale_of_rewards(make):
 
 def test_the_first_answers_score_about_zero_with_deviation_one(make):
     _, seen = train(
-        make(steps=1, batch_size=400, reference_samples=400, unfinished_score=None),
+        make(steps=1, batch_size=200, reference_samples=200, unfinished_score=None),
         lambda p, c: [70 + 9 * r for r in WORLD.reward(p, c)],
     )
     assert (

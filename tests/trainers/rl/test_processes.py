@@ -58,6 +58,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_policy(str(folder / "policy")).named_parameters())
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(two, models):
     kill_ppo_driver.train(kill_ppo_driver.config(models, "one", **SMALL))
     one, two = steps(models / "one"), steps(models / "two")
