@@ -40,14 +40,13 @@ from prefab.factory.shared_files import LocalFiles, SharedFiles
 FORMAT = 1
 MARKER = "shards.json"
 HEAD = "head.json"
-# Tables of the store that are views over the shards' files; what else shards have is copied into
-# the catalogue: it is small, or pages and searches need its row ids.
+# Tables of the store that are views over the shards' files: their rows belong to one prompt, and so
+# to one shard. What else shards have is small, and copied into the catalogue.
 VIEWED = (
     *("prompts", "samples", "critiques", "scores", "steps", "rankings", "verdicts"),
-    *("strengths", "calls"),
+    *("strengths", "calls", "preferences"),
 )
-COPIED = ("preferences", "models", "failures", "evals")
-OF_PROMPTS = (*VIEWED, "preferences")  # whose rows belong to one prompt, and so to one shard
+COPIED = ("models", "failures", "evals")
 
 
 def is_shared(folder: Path) -> bool:

@@ -20,7 +20,7 @@ import orjson
 from prefab.factory.arrow import arrow_array
 from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.keys import digest
-from prefab.factory.store.shared import OF_PROMPTS, SharedFolder, is_shared
+from prefab.factory.store.shared import VIEWED, SharedFolder, is_shared
 
 if TYPE_CHECKING:
     import duckdb
@@ -283,13 +283,13 @@ class _OpenStore:
         try:
             for state in shared.states():
                 if files := shared.rows_files(state):
-                    for table in OF_PROMPTS:
+                    for table in VIEWED:
                         self.con.execute(_view_of_shard(table, files.get(table)))
                     self.in_shard = True
                     yield
         finally:
             self.in_shard = False
-            for table in OF_PROMPTS:
+            for table in VIEWED:
                 self.con.execute(f"DROP VIEW IF EXISTS temp.{table}")
 
 

@@ -69,7 +69,7 @@ PLAIN = sampling_object(Sampling(max_tokens=0))
 _PREFERENCE = """
 SELECT p.*, r.name, r.version, r.config, r.constitution, q.messages, q.text AS question, q.tags
 FROM preferences p JOIN runs r ON r.run = p.run LEFT JOIN prompts q ON q.prompt = p.prompt
-WHERE p.rowid IN (SELECT rowid FROM preferences WHERE starts_with(preference, $name))
+WHERE p.preference IN (SELECT preference FROM preferences WHERE starts_with(preference, $name))
 ORDER BY p.preference, r.last_start DESC LIMIT 1000"""
 _SAMPLES = """
 SELECT * FROM samples WHERE run = $run AND prompt = $prompt ORDER BY "index" """

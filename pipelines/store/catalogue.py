@@ -105,6 +105,21 @@ def bring_rows(con: duckdb.DuckDBPyConnection, folder: Path) -> None:
             con.execute(f"INSERT INTO {table} SELECT {once} * FROM {_rows_of(files[table])} {ours}")
 
 
+def has_row_ids(con: duckdb.DuckDBPyConnection) -> bool:
+    """Whether the preferences are a table, whose rows have ids."""
+    tables = "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'preferences'"
+    return bool(con.execute(tables).fetchall() == [(1,)])
+
+
+def copy_preferences(con: duckdb.DuckDBPyConnection) -> None:
+    """Make a table of the view of the preferences, for pages and searches that need row ids. It
+    takes 2 CPU s a million.
+    """
+    con.execute("CREATE TABLE copied AS SELECT * FROM preferences")
+    con.execute("DROP VIEW preferences")
+    con.execute("ALTER TABLE copied RENAME TO preferences")
+
+
 def _files_of_rows(folder: Path) -> dict[str, list[str]]:
     """By table, the files of all shards' rows."""
     shared = SharedFolder(folder.resolve())  # views name whole paths

@@ -67,6 +67,7 @@ LONGEST_BYTES = (
 )  # a longer text is not read: it has more than LONGEST_TEXT characters
 TOO_LONG = Completion("-" * (LONGEST_TEXT + 1), "stop")  # stands for an answer that is not read
 PATIENCE_S = 2.0  # of a query while another command has the store open
+ROW_IDS = "row_ids"  # the mark of a store in shards whose preferences have row ids
 CONSTITUTION = "constitution"  # the name under which a run's texts hold it
 
 
@@ -88,9 +89,12 @@ class FillReport:
         self.rows[table] = self.rows.get(table, 0) + n
 
 
-def fill(folder: str | Path) -> FillReport:
+def fill(folder: str | Path, row_ids: bool = False) -> FillReport:
     """Bring the store up to the ledger. Made anew when absent, of other versions, or not filled
     from this ledger.
+
+    `row_ids`: the preferences are to have row ids. Those of a store in shards have none until they
+    were asked for once.
 
     When another program holds the file nothing is changed, and the report says how far behind the
     store is.
@@ -98,16 +102,22 @@ def fill(folder: str | Path) -> FillReport:
     """
     folder, began = Path(folder), time.monotonic()
     report = FillReport()
+    row_ids = row_ids or bool(store.read_marks(folder).get(ROW_IDS))
     if is_shared(folder) and os.access(folder, os.W_OK):
         catalogue.update_ledger(folder)
     ledger = db.connect(folder / db.FILE, readonly=True)
     try:
         with db.translate_errors(folder / db.FILE):
-            if _is_current(folder, ledger):
+            if _is_current(folder, ledger, row_ids):
                 return report
             if not os.access(folder, os.W_OK):
+                if row_ids and is_shared(folder) and not store.read_marks(folder).get(ROW_IDS):
+                    raise StoreError(
+                        f"{folder} cannot be written, and `prefab view` needs to copy the preferences "
+                        "there once. Make an ordinary store: prefab store merge"
+                    )
                 return _as_it_lies(folder, ledger, report)
-            store.with_memory(folder, lambda memory: _fill(folder, ledger, report, memory))
+            store.with_memory(folder, lambda memory: _fill(folder, ledger, report, memory, row_ids))
     except store.HeldError as error:
         report.held = str(error)
         report.behind = _behind(folder, ledger)
@@ -118,14 +128,14 @@ def fill(folder: str | Path) -> FillReport:
 
 
 def state_of(folder: Path) -> tuple[bool, str]:
-    """Whether the store holds everything that the ledger does, without opening the store, and what
-    the ledger holds as a digest.
+    """Whether the store holds everything that the ledger does, with row ids of the preferences,
+    without opening the store, and what the ledger holds as a digest.
 
     Raises: StoreError when there is no ledger, or it is damaged or of a newer version.
     """
     file = folder / db.FILE
     with closing(db.connect(file, readonly=True)) as ledger, db.translate_errors(file):
-        return _is_current(folder, ledger), _ledger_state(ledger)
+        return _is_current(folder, ledger, row_ids=True), _ledger_state(ledger)
 
 
 def _as_it_lies(folder: Path, ledger: sqlite3.Connection, report: FillReport) -> FillReport:
@@ -145,15 +155,17 @@ def _as_it_lies(folder: Path, ledger: sqlite3.Connection, report: FillReport) ->
     return report
 
 
-def _fill(folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_mb: int) -> None:
+def _fill(
+    folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_mb: int, row_ids: bool
+) -> None:
     """Catch up, with this much memory. Damaged files are set aside and made anew, which is told."""
     try:
-        _make_current(folder, ledger, report, memory_mb)
+        _make_current(folder, ledger, report, memory_mb, row_ids)
     except store.DamagedError as error:
         _set_aside(folder, error)
         report.rebuilt = error.what
         report.rows.clear()
-        _make_current(folder, ledger, report, memory_mb)
+        _make_current(folder, ledger, report, memory_mb, row_ids)
 
 
 def _set_aside(folder: Path, error: store.DamagedError) -> None:
@@ -164,17 +176,17 @@ def _set_aside(folder: Path, error: store.DamagedError) -> None:
 
 
 def _make_current(
-    folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_mb: int
+    folder: Path, ledger: sqlite3.Connection, report: FillReport, memory_mb: int, row_ids: bool
 ) -> None:
     with store.opened(folder, memory_mb) as con:
         reason = _why_rebuild(con, ledger)
         if not reason:
-            marks = _catch_up(con, folder, ledger, report)
+            marks = _catch_up(con, folder, ledger, report, row_ids)
     if reason:
         report.rebuilt = reason
         store.delete(folder)
         with store.opened(folder, memory_mb) as con:
-            marks = _catch_up(con, folder, ledger, report)
+            marks = _catch_up(con, folder, ledger, report, row_ids)
     if memory_mb > store.MEMORY_MB:
         marks["memory_mb"] = memory_mb
     store.write_marks(folder, marks)
@@ -314,14 +326,14 @@ def _behind(folder: Path, ledger: sqlite3.Connection) -> int:
     return sum(max(0, _last(ledger, source) - marks.get(source, 0)) for source in ("calls", "uses"))
 
 
-def _is_current(folder: Path, ledger: sqlite3.Connection) -> bool:
+def _is_current(folder: Path, ledger: sqlite3.Connection, row_ids: bool = False) -> bool:
     """Whether nothing changed since the last filling: neither the ledger, nor the store's file, nor
     the versions. Asked before the store is opened, which takes longer than most queries.
     """
     try:
-        return bool(
-            store.read_marks(folder).get("state") == [_ledger_state(ledger), _file_state(folder)]
-        )
+        marks = store.read_marks(folder)
+        same = bool(marks.get("state") == [_ledger_state(ledger), _file_state(folder)])
+        return same and (bool(marks.get(ROW_IDS)) or not row_ids or not is_shared(folder))
     except OSError:  # no store
         return False
 
@@ -341,7 +353,11 @@ def _last(ledger: sqlite3.Connection, table: str) -> int:
 
 
 def _catch_up(
-    con: duckdb.DuckDBPyConnection, folder: Path, ledger: sqlite3.Connection, report: FillReport
+    con: duckdb.DuckDBPyConnection,
+    folder: Path,
+    ledger: sqlite3.Connection,
+    report: FillReport,
+    row_ids: bool,
 ) -> dict[str, Any]:
     """Add what is new in the ledger to an open store. What is to be left beside it for the next
     filling.
@@ -351,6 +367,8 @@ def _catch_up(
         store.set_meta(con, versions(ledger))
         if is_shared(folder):
             catalogue.bring_rows(con, folder)
+    if row_ids and not catalogue.has_row_ids(con):
+        catalogue.copy_preferences(con)
     names = Names(ledger)
     uses = _find_work(con, ledger)
     records = recorded.runs(
@@ -377,6 +395,8 @@ def _catch_up(
     db.kill_point("end")
     con.execute("CHECKPOINT")
     marks: dict[str, Any] = {"calls": store.watermark(con, "calls"), "uses": uses}
+    if row_ids and is_shared(folder):
+        marks[ROW_IDS] = True
     if not report.notes:  # they are told at each filling
         marks["state"] = [state, _file_state(folder)]
     return marks

@@ -32,7 +32,7 @@ MEMORY_MB = 80  # what does not fit goes to files beside the store while the que
 FILL = (
     "import sys; from prefab.factory.errors import PrefabError\n"
     "from prefab.pipelines.store.fill import fill\n"
-    "try: sys.exit(3 if fill(sys.argv[1]).held else 0)\n"
+    "try: sys.exit(3 if fill(sys.argv[1], row_ids=True).held else 0)\n"
     "except PrefabError as error: sys.exit(str(error))\n"
 )
 Row = dict[str, Any]
