@@ -79,7 +79,10 @@ NEAREST = {
         "pipelines/store/test_export.py",
         "pipelines/store/test_export_layouts.py",
     ),
-    "pipelines/store/export/files.py": ("pipelines/store/test_export.py",),
+    "pipelines/store/export/files.py": (
+        "pipelines/store/test_export_files.py",
+        "pipelines/store/test_export.py",
+    ),
     "pipelines/store/export/layouts.py": ("pipelines/store/test_export_layouts.py",),
 }
 SWAPS: dict[type, type] = {
