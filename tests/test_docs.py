@@ -5,11 +5,14 @@ A block fenced ```sh or ```python is run, in the order of the page, in an empty 
 (CONTRIBUTING.md: at the top of the repository; an example: in a copy of its folder). Python blocks
 with no ```sh block between them share one process. Of a block fenced ```console each command's
 words and configuration are checked, and a slow test runs it in a project with a scripted engine,
-unless NOT_RUN_BECAUSE has the reason why not. What needs a server or a GPU is fenced ```py."""
+unless NOT_RUN_BECAUSE has the reason why not. What needs a server or a GPU is fenced ```py. The
+words of commands in blocks fenced ```text are checked, and blocks fenced ```yaml as parts of a
+configuration."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import runpy
@@ -21,6 +24,7 @@ from itertools import groupby
 from pathlib import Path
 
 import click
+import jsonschema
 import pytest
 import yaml
 from typer import main as typer_main
@@ -253,6 +257,49 @@ def test_a_console_command_has_words_and_fields_that_exist(command):
         for text in given["sets"]:
             _override(document, text)
         yamlio.validate(document, models[name])
+
+
+TEXT_COMMANDS = list(
+    dict.fromkeys(
+        shlex.join(shlex.split(command, comments=True))
+        for page in PAGES
+        for block in re.findall(r"^```text\n(.*?)^```$", page.read_text(), re.M | re.S)
+        for command in re.findall(r"^(prefab .*)$", block.replace("\\\n", " "), re.M)
+    )
+)
+
+
+def test_commands_in_blocks_of_text_have_words_and_fields_that_exist():
+    """These name files that a reader has, or a hub; docs/commands.md has those of each --help."""
+    assert len(TEXT_COMMANDS) > 50
+    for command in TEXT_COMMANDS:
+        test_a_console_command_has_words_and_fields_that_exist(command)
+
+
+def schemas() -> list[dict[str, object]]:
+    """JSON schemas of the files that examples in YAML are parts of, without required fields."""
+    found = [
+        json.loads((ROOT / path).read_text())
+        for path in ("pipelines/pipeline.schema.json", "constitutions/constitution.schema.json")
+    ]
+    found += [STAGES[stage].config.model_json_schema() for stage in ("sft", "ppo")]
+    left_out = ("required", "anyOf")
+    return [{key: value for key, value in one.items() if key not in left_out} for one in found]
+
+
+def test_examples_in_yaml_are_valid_parts_of_a_file():
+    blocks = [
+        (page.name, block)
+        for page in PAGES
+        for block in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.M | re.S)
+    ]
+    assert len(blocks) >= 10
+    known = schemas()
+    for page, block in blocks:
+        value = yaml.safe_load(block)
+        fitting = [one for one in known if value.keys() <= one["properties"].keys()]
+        assert fitting, f"{page}: no file has all of {', '.join(value)}"
+        jsonschema.validate(value, fitting[0])
 
 
 def test_every_command_is_in_the_readme():

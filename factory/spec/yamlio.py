@@ -114,6 +114,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}" if known else "nothing is known here"
 
 
+def file_or_preset(path: Path, presets: Path) -> Path:
+    """The path, or a preset where it is a bare name such as `demo` and no file has it. A folder of
+    that name, such as the output of an earlier command, changes nothing.
+    """
+    preset = presets / f"{path.name.removesuffix('.yaml')}.yaml"
+    taken = path.exists() and not path.is_dir()
+    return preset if not taken and len(path.parts) == 1 and preset.exists() else path
+
+
 def read_text(path: str | Path, most: int = bounded.MAX_DOCUMENT) -> str:
     """The text of a UTF-8 file of at most `most` bytes (a byte order mark is dropped).
 

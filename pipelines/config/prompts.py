@@ -105,7 +105,11 @@ class Prompts:
             message = f"no prompt could be read: {self.n_malformed:,} of {self.n_rows:,} rows are malformed"
             return [Problem(str(self.path), 0, 0, "", message), *self.problems]
         if self.n_skipped:
-            message = f"none of {self.n_rows:,} rows has the split {self.config.split}"
+            split = str(self.config.split)
+            message = (
+                f"none of {self.n_rows:,} rows has the split {split}; add rows, or write "
+                f'"split": "{split.split("+")[0]}" in some of them'
+            )
             return [Problem(str(self.path), 0, 0, "", message)]
         return [
             Problem(

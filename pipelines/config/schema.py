@@ -385,9 +385,7 @@ def load_pipeline(
 
 def pipeline_file(path: str | Path) -> Path:
     """The path of a pipeline file; a name such as `demo` stands for pipelines/presets/demo.yaml."""
-    path = Path(path)
-    preset = PACKAGE / "pipelines" / "presets" / f"{path.name.removesuffix('.yaml')}.yaml"
-    return preset if not path.exists() and len(path.parts) == 1 and preset.exists() else path
+    return yamlio.file_or_preset(Path(path), PACKAGE / "pipelines" / "presets")
 
 
 def make_pipeline(

@@ -27,10 +27,7 @@ def document(path: Path, sets: Iterable[str]) -> yamlio.Document:
     """A file, or one of the presets by name (`ppo` for trainers/presets/ppo.yaml), with its
     overrides.
     """
-    preset = PRESETS / f"{path.name.removesuffix('.yaml')}.yaml"
-    found = yamlio.load_document(
-        preset if not path.exists() and len(path.parts) == 1 and preset.exists() else path
-    )
+    found = yamlio.load_document(yamlio.file_or_preset(path, PRESETS))
     for text in sets:
         override(found, text)
     return found

@@ -352,7 +352,8 @@ def test_malformed_csv_rows(tmp_path):
             "p.jsonl",
             '{"prompt": "x", "split": "train"}',
             {"split": "val"},
-            "FILE: none of 1 rows has the split val",
+            "FILE: none of 1 rows has the split val; add rows, or write "
+            '"split": "val" in some of them',
         ),
         ("p.json", "3", {}, "FILE:1:1: must be a list of rows, not the number 3"),
         (

@@ -308,8 +308,11 @@ def test_a_name_without_a_folder_is_a_preset_unless_there_is_such_a_file(tmp_pat
     assert c.load_pipeline("demo")[0].name == c.load_pipeline("demo.yaml")[0].name == "demo"
     with pytest.raises(ConfigError):
         c.load_pipeline(tmp_path / "demo")
-    (tmp_path / "demo").write_text("recipe: rlaif\nname: mine\n")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # such as the output of an earlier command
+    assert c.load_pipeline("demo")[0].name == "demo"
+    (tmp_path / "demo").rmdir()
+    (tmp_path / "demo").write_text("recipe: rlaif\nname: mine\n")
     with pytest.raises(ConfigError) as caught:
         c.load_pipeline("demo")
     assert "demo" in str(caught.value) and "presets" not in str(caught.value)

@@ -63,7 +63,9 @@ def test_a_file_becomes_a_model(folder):
 
 
 @pytest.mark.parametrize(("stage", "preset"), [*((s, s) for s in STAGES), ("dpo", "simpo")])
-def test_presets_are_valid_and_take_overrides(stage, preset):
+def test_presets_are_valid_and_take_overrides(stage, preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / preset).mkdir()  # `prefab train sft sft --set out=sft`, once more
     config = STAGES[stage].config
     loaded = load_config(
         Path(preset), config, ["seed=7", "data.sources.0.store=elsewhere", "lora={rank: 8}"]
