@@ -60,6 +60,7 @@ NEAREST = {
     ),
     "judges/panel.py": ("judges/test_panel.py",),
     "judges/base.py": (
+        "judges/test_base.py",
         "factory/test_label_text.py",
         "judges/test_kinds.py",
         "judges/test_other_packages.py",
