@@ -25,6 +25,7 @@ GROWTH = 1.5  # by which a cache that is too short becomes longer at least
 RECOMPILES = 16  # sizes and states of one model; torch's own 8 are those of all models together
 BACKEND = "inductor"  # of torch.compile
 ATTENTION = ("eager", "sdpa")  # those that take a mask of a fixed size
+GROUPED = "prefab_grouped"  # the name of `_grouped_attention` in transformers
 
 
 class CannotCompile(Exception):
@@ -112,7 +113,7 @@ class StaticDecoder:
 
         mask_B11C[..., column] = mask_B11C.dtype == torch.bool  # else 0.0 is what is added
         torch.compiler.cudagraph_mark_step_begin()
-        with _cannot_compile():
+        with _cannot_compile(), _grouped_heads(_plain(model).config):
             found: Tensor = self.forward(model, self.cache, ids_B1, mask_B11C, positions_B1)
         return found
 
@@ -136,6 +137,40 @@ class StaticDecoder:
         """Be used no more, and say why."""
         self.failed, self.cache = True, None
         _say_without(str(error))
+
+
+@contextmanager
+def _grouped_heads(config: Any) -> Iterator[None]:
+    """In the block, what is computed by `sdpa` is computed by `_grouped_attention`."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    was = config._attn_implementation
+    if was != "sdpa":
+        yield
+        return
+    if GROUPED not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(GROUPED, _grouped_attention)
+    config._attn_implementation = GROUPED
+    try:
+        yield
+    finally:
+        config._attn_implementation = was
+
+
+def _grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of one token a row to its cache. Query heads that share keys are multiplied with
+    them together: scaled_dot_product_attention with a mask would get a copy of the cache for each.
+
+    Shapes: query B H 1 D, key and value B K C D, mask B 1 1 C (True: seen) to B 1 H D.
+    """
+    B, H, _one, D = query.shape
+    grouped = query.reshape(B, key.shape[1], -1, D)
+    scores = (grouped @ key.transpose(-1, -2)).float() * scaling
+    share = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype)
+    return (share @ value).reshape(B, 1, H, D), None
 
 
 @contextmanager

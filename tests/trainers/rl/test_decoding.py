@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from statistics import fmean
 
 import pytest
 
@@ -107,7 +108,15 @@ def test_under_autocast_the_cache_holds_what_attention_computes_with(decoders):
     decoder = decoders(model, None)
     plain, static = (drawn(model, how, PROMPTS, 6, autocast) for how in (False, True))
     assert decoder.cache.layers[0].keys.dtype == torch.bfloat16
-    assert_alike(static, plain, 0.02)
+    gaps = []
+    for one, other in zip(static, plain, strict=True):  # until rounding decides about a token
+        for id, its, logp, its_logp in zip(
+            one.ids, other.ids, one.sampler_logps, other.sampler_logps, strict=False
+        ):
+            if id != its:
+                break
+            gaps.append(abs(logp - its_logp))
+    assert len(gaps) > 15 and fmean(gaps) < 0.02 and max(gaps) < 0.2
     assert_alike(drawn(model, True), drawn(model, False))  # in fp32 again
 
 
