@@ -29,6 +29,7 @@ PLACES = ("input_ids", "position_ids", "tree", "branch")
 FLAT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 SCORED = ("row", "place", "token", "answer")
 LOGITS_AT_ONCE = 2**26  # numbers in a tile of logits: 256 MiB in fp32
+COMPILED_TIMES = 4  # as many where tiles are compiled, which hold no copy in fp32
 Tree = tuple[
     list[int], list[tuple[int, list[int]]]
 ]  # a trunk (may be empty), and its branches with an answer's number each
@@ -278,7 +279,9 @@ def head_logps(head: Any, states_NH: Tensor, token_N: Tensor) -> Tensor:
     from prefab.trainers.tiled_head import can_tile, tiled_logps
 
     if can_tile(head) and len(token_N) * head.weight.shape[0] > LOGITS_AT_ONCE:
-        return tiled_logps(states_NH, head.weight, head.bias, token_N, LOGITS_AT_ONCE)
+        compiled = getattr(head, "compiled_tiles", False)
+        at_once = LOGITS_AT_ONCE * (COMPILED_TIMES if compiled else 1)
+        return tiled_logps(states_NH, head.weight, head.bias, token_N, at_once, compiled)
     return plain_logps(head(states_NH), token_N)
 
 

@@ -29,17 +29,61 @@ def can_tile(head: Any) -> bool:
 
 
 def tiled_logps(
-    states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, token_N: Tensor, at_once: int
+    states_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    token_N: Tensor,
+    at_once: int,
+    compiled: bool = False,
 ) -> Tensor:
     """log softmax(states weight^T + bias) at each token, with at most about `at_once` logits in
     memory. Products are in autocast's precision where it is on; sums, exponents and the gradient of
-    the weight in fp32 or better.
+    the weight in fp32 or better. `compiled`: what is done to a tile between its products is one
+    kernel each way, which reads and writes it once.
 
     Shapes: N H, V H, V, N to N.
     """
     rows = max(1, at_once // weight_VH.shape[0])
-    found: Tensor = _function().apply(states_NH, weight_VH, bias_V, token_N, rows)
+    found: Tensor = _function().apply(states_NH, weight_VH, bias_V, token_N, rows, compiled)
     return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    import torch
+
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _read(product_NV: Tensor, bias_V: Tensor | None, token_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(log of the normaliser, logit of the token) of each row of a tile."""
+    tile = _wide(product_NV)
+    if bias_V is not None:
+        tile = tile.add_(bias_V)
+    return tile.logsumexp(-1), tile.gather(-1, token_N[:, None])[:, 0]
+
+
+def _slope(
+    product_NV: Tensor,
+    bias_V: Tensor | None,
+    token_N: Tensor,
+    normaliser_N: Tensor,
+    slope_N: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of a tile's logits from that of its log-probabilities, in the type of the
+    product, and its sum over rows where there is a bias.
+    """
+    import torch
+
+    tile, slope_N1 = _wide(product_NV), slope_N[:, None]
+    if bias_V is not None:
+        tile = tile.add_(bias_V)
+    tile = tile.sub_(normaliser_N[:, None]).exp_().mul_(-slope_N1)
+    if torch.compiler.is_compiling():  # a scattered addition would be a kernel of its own
+        here = torch.arange(tile.shape[1], device=tile.device) == token_N[:, None]
+        tile = tile + torch.where(here, slope_N1, 0.0)
+    else:
+        tile.scatter_add_(1, token_N[:, None], slope_N1.to(tile.dtype))
+    return tile.to(product_NV.dtype), None if bias_V is None else tile.sum(0)
 
 
 @cache
@@ -47,50 +91,50 @@ def _function() -> Any:
     """The autograd function; torch is imported only where it is used."""
     import torch
 
-    def wide(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-    def logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        made = wide(states @ weight.T)
-        return made if bias is None else made.add_(bias)
-
     class TiledLogps(torch.autograd.Function):
         """See `tiled_logps`."""
 
         @staticmethod
-        def forward(ctx: Any, states: Any, weight: Any, bias: Any, token: Any, rows: int) -> Any:
+        def forward(
+            ctx: Any,
+            states: Any,
+            weight: Any,
+            bias: Any,
+            token: Any,
+            rows: int,
+            compiled: bool,
+        ) -> Any:
             kind = states.device.type
             auto = torch.is_autocast_enabled(kind)
             dtype = torch.get_autocast_dtype(kind) if auto else weight.dtype
+            read = _compiled(_read) if compiled else _read
             normalisers, picked = [], []
             with torch.autocast(kind, enabled=False):
                 low = weight.to(dtype)
                 for some, tokens in zip(states.split(rows), token.split(rows), strict=True):
-                    tile = logits(some.to(dtype), low, bias)
-                    normalisers.append(tile.logsumexp(-1))
-                    picked.append(tile.gather(-1, tokens[:, None])[:, 0])
+                    normaliser, logit = read(some.to(dtype) @ low.T, bias, tokens)
+                    normalisers.append(normaliser)
+                    picked.append(logit)
             normaliser = torch.cat(normalisers)
             ctx.save_for_backward(states, weight, bias, token, normaliser)
-            ctx.rows, ctx.dtype = rows, dtype
+            ctx.rows, ctx.dtype, ctx.compiled = rows, dtype, compiled
             return torch.cat(picked) - normaliser
 
         @staticmethod
         def backward(ctx: Any, slope: Any) -> Any:
             states, weight, bias, token, normaliser = ctx.saved_tensors
             low, n, dtype = weight.to(ctx.dtype), ctx.rows, ctx.dtype
+            sloped = _compiled(_slope) if ctx.compiled else _slope
             wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
             to_states = torch.empty_like(states) if wants_states else None
-            to_weight = torch.zeros_like(wide(weight.detach())) if wants_weight else None
-            to_bias = torch.zeros_like(wide(bias.detach())) if wants_bias else None
+            to_weight = torch.zeros_like(_wide(weight.detach())) if wants_weight else None
+            to_bias = torch.zeros_like(_wide(bias.detach())) if wants_bias else None
             for start in range(0, len(token), n):
                 at = slice(start, start + n)
                 some = states[at].to(dtype)
-                tile = logits(some, low, bias).sub_(normaliser[at, None]).exp_()
-                tile.mul_(-slope[at, None])
-                tile.scatter_add_(1, token[at, None], slope[at, None].to(tile.dtype))
+                small, summed = sloped(some @ low.T, bias, token[at], normaliser[at], slope[at])
                 if to_bias is not None:
-                    to_bias += tile.sum(0)
-                small = tile.to(dtype)
+                    to_bias += summed
                 if to_states is not None:
                     to_states[at] = small @ low
                 if to_weight is not None:
@@ -101,6 +145,15 @@ def _function() -> Any:
                 None if to_bias is None else to_bias.to(bias.dtype),
                 None,
                 None,
+                None,
             )
 
     return TiledLogps
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    """The function compiled, for tiles of any number of rows."""
+    import torch
+
+    return torch.compile(function, dynamic=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
-from prefab.trainers import collate
+from prefab.trainers import collate, tiled_head
 from prefab.trainers.tiled_head import can_tile, tiled_logps
 
 
@@ -22,6 +24,29 @@ def test_values_and_gradients_are_those_of_the_plain_log_softmax(dtype, near, bi
     ours, plain = (torch.autograd.grad(x, inputs, slope) for x in (found, wanted))
     for a, b in zip(ours, plain, strict=True):
         assert (a - b).abs().max() <= near * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_compiled_tiles_are_the_same(bias, monkeypatch):
+    """Traced and run by torch itself; a slow test compiles them to machine code."""
+    made = []
+
+    def traced(function):
+        made.append(function.__name__)
+        return torch.compile(function, dynamic=True, backend="eager")
+
+    monkeypatch.setattr(tiled_head, "_compiled", cache(traced))
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 101, bias=bias)
+    states, tokens = torch.randn(37, 16, requires_grad=True), torch.randint(101, (37,))
+    slope, inputs = torch.randn(37), [states, *head.parameters()]
+    apart, whole = (
+        tiled_logps(states, head.weight, head.bias, tokens, 5 * 101, how) for how in (True, False)
+    )
+    assert torch.allclose(apart, whole, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad(x, inputs, slope) for x in (apart, whole)), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert made == ["_read", "_slope"]
 
 
 def test_logits_of_all_tokens_never_exist_together():

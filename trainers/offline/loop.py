@@ -927,13 +927,15 @@ def use_liger(model: Any, device: str) -> None:
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def compile_layers(model: Any) -> None:
-    """Compile each layer by itself, for rows of any length. All layers share what is compiled, and
-    compiling takes as long as for one.
+def compile_layers(model: Any, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile each layer by itself, for rows of any length, and what a head in tiles does between
+    its products. All layers share what is compiled, and compiling takes as long as for one.
     """
     names = set(model._no_split_modules or ())
     for layer in [m for m in model.modules() if type(m).__name__ in names]:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
+    if (head := model.get_output_embeddings()) is not None:
+        head.compiled_tiles = True
 
 
 def row_names(found: Rows) -> list[str]:
