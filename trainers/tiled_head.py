@@ -133,7 +133,7 @@ def _function() -> Any:
                 at = slice(start, start + n)
                 some = states[at].to(dtype)
                 small, summed = sloped(some @ low.T, bias, token[at], normaliser[at], slope[at])
-                if to_bias is not None:
+                if to_bias is not None and summed is not None:
                     to_bias += summed
                 if to_states is not None:
                     to_states[at] = small @ low
