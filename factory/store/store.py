@@ -274,41 +274,43 @@ class _OpenStore:
         except duckdb.Error as error:
             raise ConfigError(f"{error}") from error
 
-    def each_shard(self) -> Iterator[None]:
+    def each_shard(self, together: int) -> Iterator[None]:
         """As the function `each_shard`."""
         if not is_shared(self.folder):
             yield
             return
         shared = SharedFolder(self.folder)
+        found = [files for state in shared.states() if (files := shared.rows_files(state))]
         try:
-            for state in shared.states():
-                if files := shared.rows_files(state):
-                    for table in VIEWED:
-                        self.con.execute(_view_of_shard(table, files.get(table)))
-                    self.in_shard = True
-                    yield
+            for first in range(0, len(found), together):
+                some = found[first : first + together]
+                for table in VIEWED:
+                    paths = [files[table].resolve() for files in some if table in files]
+                    self.con.execute(_view_of_shards(table, paths, row_ids=together == 1))
+                self.in_shard = together == 1
+                yield
         finally:
             self.in_shard = False
             for table in VIEWED:
                 self.con.execute(f"DROP VIEW IF EXISTS temp.{table}")
 
 
-def _view_of_shard(table: str, file: Path | None) -> str:
-    """A statement that lets the name of a table stand for its rows in one file, with their numbers
-    in it as `rowid`; without a file, for no rows.
+def _view_of_shards(table: str, files: Sequence[Path], row_ids: bool) -> str:
+    """A statement that lets the name of a table stand for its rows in these files; without a file,
+    for no rows. `row_ids`: with their numbers in the one file as `rowid`.
     """
-    rows = f"*, 0::BIGINT AS rowid FROM {Path(FILE).stem}.main.{table} WHERE false"
-    if file is not None:
-        name = str(file.resolve()).replace("'", "''")
-        rows = f"*, file_row_number AS rowid FROM read_parquet('{name}')"
-    return f"CREATE OR REPLACE TEMP VIEW {table} AS SELECT {rows}"
+    names = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
+    rows = f"read_parquet([{names}])" if files else f"{Path(FILE).stem}.main.{table} WHERE false"
+    ids = (", file_row_number AS rowid" if files else ", 0::BIGINT AS rowid") if row_ids else ""
+    return f"CREATE OR REPLACE TEMP VIEW {table} AS SELECT *{ids} FROM {rows}"
 
 
-def each_shard(read: Read) -> Iterator[None]:
-    """Once for each shard of a store in shards: its rows alone are then in the tables, with row
-    ids, which views of many files do not have. Once for a store that is not in shards.
+def each_shard(read: Read, together: int = 1) -> Iterator[None]:
+    """Once for each shard of a store in shards, or for so many `together`: their rows alone are
+    then in the tables, those of one shard with row ids, which views of many files do not have. Once
+    for a store that is not in shards.
     """
-    return read.each_shard() if isinstance(read, _OpenStore) else iter((None,))
+    return read.each_shard(together) if isinstance(read, _OpenStore) else iter((None,))
 
 
 # What a SELECT may not hold: since DuckDB 2.0 a WITH clause takes COPY, INSERT, UPDATE and DELETE,

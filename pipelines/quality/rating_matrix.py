@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from prefab.factory.store.store import Read, each_shard
 from prefab.pipelines.store.fill import read_filled
 from prefab.pipelines.store.ground_truth import find_gold
 from prefab.pipelines.store.selection import WHERE, Selection
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import polars
 
 RATINGS = (0.0, 0.5, 1.0)  # b, tie, a
+# Shards that are read together: their readings are put together in a hash table that is small.
+SHARDS = 16
 _EPS = 1e-12
 
 
@@ -140,14 +143,19 @@ def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix,
         judge["name"] for judge in panel.get("judges", ()) if judge.get("kind") == "human"
     ]  # they are gold
     reasons, prompts, rows = read_filled(
-        selection.folder, lambda read: _read(replace(selection, read=read), people)
+        selection.folder, lambda read: _read(read, replace(selection, read=read), people)
     )
     names = reasons.filter(~pl.col("judge").is_in(people))
     judges = tuple(names["judge"].unique().sort())
     place = rows.select("prompt", "a", "b", "principle")
     new = changed(place)
-    i, j = new.cumsum(dtype=np.int32) - 1, rows["judge"].to_numpy()
-    shape = int(new.sum()), len(judges)
+    place = place.filter(pl.Series(new))
+    # sorted within shards that are read together, and so by prompt alone over all
+    order = np.argsort(place["prompt"].to_numpy(), kind="stable").astype(np.int32)
+    place, at = place[order], np.empty_like(order)
+    at[order] = np.arange(len(order), dtype=np.int32)
+    i, j = at[new.cumsum(dtype=np.int32) - 1], rows["judge"].to_numpy()
+    shape = place.height, len(judges)
 
     def matrix(name: str) -> np.ndarray:
         column = rows[name]
@@ -157,9 +165,9 @@ def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix,
 
     asked = np.zeros(shape, dtype=bool)
     asked[i, j] = True
-    of_prompt = place["prompt"].filter(pl.Series(new)).to_numpy()
+    of_prompt = place["prompt"].to_numpy()
     groups = prompts["group"].rank("dense").to_numpy() - 1
-    items = _items(place.filter(pl.Series(new)), prompts, names, selection)
+    items = _items(place, prompts, names, selection)
     weight = {judge["name"]: float(judge.get("weight", 1.0)) for judge in panel.get("judges", ())}
     known, source = find_gold(selection, items, gold)
     readings = RatingMatrix(
@@ -183,18 +191,32 @@ def load_matrix(selection: Selection, gold: str = "auto") -> tuple[RatingMatrix,
 
 
 def _read(
-    selection: Selection, people: Sequence[str]
+    read: Read, selection: Selection, people: Sequence[str]
 ) -> tuple[polars.DataFrame, polars.DataFrame, polars.DataFrame]:
     """The selection's verdicts by reason, prompts with tags and group, and readings, which name
-    prompt, principle and judge by their place in the order of names.
+    prompt, principle and judge by their place in the order of names. Readings are sorted within the
+    shards that are read together.
     """
     import polars as pl
 
     reasons = selection.unscored()
     names = reasons.filter(~pl.col("judge").is_in(people))
     known = {f"of_{name}s": sorted(set(names[name])) for name in ("principle", "judge")}
-    rows = selection.query(_READINGS, {"people": people, **known})
-    return reasons, selection.query(_PROMPTS), rows
+    prompts, rows, n = [], [], 0
+    for _ in each_shard(read, SHARDS):
+        prompts.append(selection.query(_PROMPTS))
+        some = selection.query(_READINGS, {"people": people, **known})
+        rows.append(some.with_columns(pl.col("prompt") + pl.lit(n, pl.UInt32)))
+        n += prompts[-1].height
+    if len(rows) == 1:
+        return reasons, prompts[0], rows[0]
+    of_all, found = pl.concat(prompts), pl.concat(rows)
+    place = of_all["prompt"].rank("ordinal") - 1  # among the prompts of all shards
+    return (
+        reasons,
+        of_all.sort("prompt"),
+        found.with_columns(place.gather(found["prompt"]).alias("prompt")),
+    )
 
 
 def _numbered(codes: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from prefab.factory.errors import ConfigError, StoreError
 from prefab.factory.ledger import db
 from prefab.factory.store import store
+from prefab.factory.store.shared import is_shared
+from prefab.pipelines.store.catalogue import has_row_ids
 
 if TYPE_CHECKING:
     import duckdb
@@ -200,7 +202,11 @@ class StoreReader:
     def _connect(self) -> duckdb.DuckDBPyConnection:
         if not (self.folder / store.FILE).exists():
             raise StoreError(self.problem or f"{self.folder / store.FILE}: no store here yet")
-        return store.read_only(self.folder, MEMORY_MB, THREADS)
+        con = store.read_only(self.folder, MEMORY_MB, THREADS)
+        if is_shared(self.folder) and not has_row_ids(con):  # a filling copies them
+            con.close()
+            raise StoreError(self.problem) if self.problem else store.HeldError("no row ids yet")
+        return con
 
     def close(self) -> None:
         """Close the file; the next query opens it again."""

@@ -25,6 +25,8 @@ from prefab.factory.shared_files import LocalFiles
 from prefab.factory.store.shared import SharedFolder
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.config.loader import models, resolve_pipeline
+from prefab.pipelines.quality import rating_matrix
+from prefab.pipelines.quality.agreement import measure
 from prefab.pipelines.quality.why import why
 from prefab.pipelines.scale.array import run_task
 from prefab.pipelines.scale.dividing import Pace, is_worth_dividing
@@ -158,7 +160,10 @@ def test_commands_read_the_rows_of_shards_as_those_of_one_process(made, tmp_path
         files.append(sorted(map(repr, found)))
         tables.append(export(folder / name, tmp_path / name / "tables", "parquet").rows())
         with client_of(folder / name) as client:
-            rows = client.get("/preferences?format=json&run=small").json()["rows"]
+            page = "/preferences?format=json&run=small"
+            while (answer := client.get(page)).status_code == 202:  # it copies them first
+                time.sleep(0.1)
+            rows = answer.json()["rows"]
         grids.append(sorted((row["preference"], row["text_a"], row["question"]) for row in rows))
         build_index(folder / name, 1, tmp_path / "index" / name)
     assert len(files[0]) > 5 and files[0] == files[1]
@@ -166,6 +171,13 @@ def test_commands_read_the_rows_of_shards_as_those_of_one_process(made, tmp_path
     assert len(grids[0]) > 5 and grids[0] == grids[1]
     (preference,) = query(folder / "store", "SELECT min(preference) FROM preferences").row(0)
     assert why(folder / "store", preference).outcome == why(folder / "single", preference).outcome
+
+
+@pytest.mark.parametrize("together", [1, 2, 16])
+def test_agreement_over_shards_is_that_of_one_store(made, monkeypatch, together):
+    monkeypatch.setattr(rating_matrix, "SHARDS", together)
+    single, sharded = (measure(made[0] / name, resamples=20) for name in ("single", "store"))
+    assert single["items"] > 20 and repr(single) == repr(sharded)
 
 
 def test_what_needs_one_ledger_says_so(made):
