@@ -151,7 +151,7 @@ def _rewritten(error: ValidationError, model: type[BaseModel]) -> list[InitError
     for entry in error.errors(include_url=False):
         loc, kind = entry["loc"], entry["type"]
         if kind == "extra_forbidden":
-            words = yamlio.unknown_field(loc, model.model_json_schema())
+            words = yamlio.unknown_field(loc, yamlio.json_schema(model))
             lines.append(_error(words, loc, entry["input"], "unknown_field"))
         elif kind in _KNOWN_ERRORS:
             line: InitErrorDetails = {"type": kind, "loc": loc, "input": entry["input"]}

@@ -99,7 +99,6 @@ def test_a_finished_run_starts_no_worker(made):
     assert again.outcomes == single.outcomes
 
 
-@pytest.mark.slow
 def test_merged_shards_are_an_ordinary_store(made, single, tmp_path):
     folder, value, alone, _, _ = made
     merged = merge(folder / "store", tmp_path / "merged")

@@ -183,6 +183,7 @@ def test_unfinished_answers_get_the_fixed_score(make):
     assert seen[0]["reward"] == pytest.approx((-7.0 * n + sum(map(len, read))) / 64, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_lora_and_another_reference(make, models, tmp_path):
     _, seen = train(make(lora=Lora(rank=4, alpha=8.0), steps=2, learning_rate=0.05))
     assert seen[0]["kl"] == pytest.approx(0, abs=1e-6) and seen[1]["kl"] > 1e-4
