@@ -15,6 +15,7 @@ import pytest
 from tests.support import project
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMAND = ("-m", "prefab.pipelines.cli.main")
 ENTRY_POINTS = """
 [prefab.engines]
 numbered = otherpackage.engine:NumberedEngine
@@ -117,7 +118,7 @@ def python(environment: dict[str, str], *words: str) -> subprocess.CompletedProc
 
 
 def prefab(environment: dict[str, str], *words: str | Path) -> subprocess.CompletedProcess[str]:
-    return python(environment, "-m", "prefab.pipelines.cli.main", *map(str, words))
+    return python(environment, *COMMAND, *map(str, words))
 
 
 def test_by_the_command_line(installed, tmp_path):
@@ -161,14 +162,15 @@ def test_from_python(installed, tmp_path):
         ({"export": {"format": "winner"}}, "winners"),
     ],
 )
-def test_mistakes_name_what_the_other_package_has(installed, tmp_path, changes, told):
-    done = prefab(installed, "check", pipeline_file(tmp_path, **changes))
+def test_mistakes_name_what_the_other_package_has(installed, forks, tmp_path, changes, told):
+    words = [*COMMAND, "check", pipeline_file(tmp_path, **changes)]
+    done = forks.run(words, env=installed)
     assert done.returncode == 2 and f'did you mean "{told}"' in done.stdout + done.stderr
 
 
-def test_without_the_package_its_names_are_mistakes(tmp_path):
+def test_without_the_package_its_names_are_mistakes(forks, tmp_path):
     alone = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    done = prefab(alone, "check", pipeline_file(tmp_path))
+    done = forks.run([*COMMAND, "check", pipeline_file(tmp_path)], env=alone)
     for name in ("numbered", "ends", "winners"):
         assert name in done.stdout + done.stderr
     assert done.returncode == 2

@@ -159,6 +159,7 @@ def test_it_is_recorded_watched_and_goes_on_where_it_was_stopped(make, tmp_path)
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_a_run_of_constant_learning_rate_may_go_on_for_longer(make, tmp_path):
     for out, steps in (("out", 2), ("out", 4), ("whole", 4)):
         train(make(out=str(tmp_path / out), steps=steps, schedule="constant"))
