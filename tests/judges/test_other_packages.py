@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from prefab.judges.registry import JUDGES
@@ -38,6 +39,13 @@ def test_another_packages_judge_runs_is_audited_evaluated_and_rewards(tmp_path):
     assert found == {"state": "done", "scores": 24, "preferences": 12, "right": 1.0}
 
 
+@cache
+def class_names() -> set[str]:
+    """The names of all judges' classes and of their configurations."""
+    classes = {name for judge in JUDGES.values() for name in (judge, judge.Config)}
+    return {cls.__name__ for cls in classes}
+
+
 def named_kinds(source: str) -> list[int]:
     """Lines that compare something's `kind` with a kind of judge, or ask for a judge's class."""
     lines = []
@@ -49,9 +57,8 @@ def named_kinds(source: str) -> list[int]:
             if about and named & set(JUDGES.builtin):
                 lines.append(node.lineno)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
-            classes = {name for judge in JUDGES.values() for name in (judge, judge.Config)}
             names = {ast.unparse(n).split(".")[-1] for n in ast.walk(node.args[1])}
-            if names & {cls.__name__ for cls in classes}:
+            if names & class_names():
                 lines.append(node.lineno)
     return lines
 
