@@ -239,8 +239,7 @@ def add_scored_forward(model: Any) -> None:
     It is a forward of the model itself, not of its parts, so that DDP and FSDP see it. Call before
     PEFT wraps the model.
     """
-    plain_forward = model.forward
-    head_alone = not any(getattr(model.config.get_text_config(), name, None) for name in AFTER_HEAD)
+    plain_forward, head_alone = model.forward, is_head_alone(model)
     is_reward = hasattr(model, "score")
 
     def forward(
@@ -260,6 +259,12 @@ def add_scored_forward(model: Any) -> None:
         return plain_logps(logits_NV, token_N)
 
     model.forward = MethodType(forward, model)
+
+
+def is_head_alone(model: Any) -> bool:
+    """Whether a model's logits are what its head makes of the last states, and no more."""
+    config = model.config.get_text_config()
+    return not any(getattr(config, name, None) for name in AFTER_HEAD)
 
 
 def plain_logps(logits_NV: Tensor, token_N: Tensor) -> Tensor:

@@ -44,8 +44,18 @@ def tiled_logps(
     Shapes: N H, V H, V, N to N.
     """
     rows = max(1, at_once // weight_VH.shape[0])
-    found: Tensor = _function().apply(states_NH, weight_VH, bias_V, token_N, rows, compiled)
-    return found
+    found = _function().apply(states_NH, weight_VH, bias_V, token_N, rows, compiled, False)
+    logps_N: Tensor = found[0]
+    return logps_N
+
+
+def tiled_entropy(
+    states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, token_N: Tensor, at_once: int
+) -> tuple[Tensor, Tensor]:
+    """As `tiled_logps`, with the entropy of each distribution in nats, N."""
+    rows = max(1, at_once // weight_VH.shape[0])
+    logps_N, entropy_N = _function().apply(states_NH, weight_VH, bias_V, token_N, rows, False, True)
+    return logps_N, entropy_N
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -54,12 +64,17 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _read(product_NV: Tensor, bias_V: Tensor | None, token_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(log of the normaliser, logit of the token) of each row of a tile."""
+def _read(
+    product_NV: Tensor, bias_V: Tensor | None, token_N: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(log of the normaliser, logit of the token, entropy where asked) of each row of a tile."""
     tile = _wide(product_NV)
     if bias_V is not None:
         tile = tile.add_(bias_V)
-    return tile.logsumexp(-1), tile.gather(-1, token_N[:, None])[:, 0]
+    normaliser, logit = tile.logsumexp(-1), tile.gather(-1, token_N[:, None])[:, 0]
+    if not entropy:
+        return normaliser, logit, None
+    return normaliser, logit, normaliser - ((tile - normaliser[:, None]).exp_() * tile).sum(-1)
 
 
 def _slope(
@@ -68,16 +83,23 @@ def _slope(
     token_N: Tensor,
     normaliser_N: Tensor,
     slope_N: Tensor,
+    entropy_N: Tensor | None,
+    entropy_slope_N: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of a tile's logits from that of its log-probabilities, in the type of the
-    product, and its sum over rows where there is a bias.
+    """The gradient of a tile's logits from that of its log-probabilities (and entropies), in the
+    type of the product, and its sum over rows where there is a bias.
     """
     import torch
 
     tile, slope_N1 = _wide(product_NV), slope_N[:, None]
     if bias_V is not None:
         tile = tile.add_(bias_V)
-    tile = tile.sub_(normaliser_N[:, None]).exp_().mul_(-slope_N1)
+    tile = tile.sub_(normaliser_N[:, None])
+    if entropy_N is None or entropy_slope_N is None:
+        tile = tile.exp_().mul_(-slope_N1)
+    else:  # an entropy falls by p (log p + entropy) where a logit grows
+        of_entropy = (tile + entropy_N[:, None]).mul_(-entropy_slope_N[:, None])
+        tile = tile.exp_().mul_(of_entropy.sub_(slope_N1))
     if torch.compiler.is_compiling():  # a scattered addition would be a kernel of its own
         here = torch.arange(tile.shape[1], device=tile.device) == token_N[:, None]
         tile = tile + torch.where(here, slope_N1, 0.0)
@@ -103,26 +125,27 @@ def _function() -> Any:
             token: Any,
             rows: int,
             compiled: bool,
+            entropy: bool,
         ) -> Any:
             kind = states.device.type
             auto = torch.is_autocast_enabled(kind)
             dtype = torch.get_autocast_dtype(kind) if auto else weight.dtype
             read = _compiled(_read) if compiled else _read
-            normalisers, picked = [], []
+            found = []
             with torch.autocast(kind, enabled=False):
                 low = weight.to(dtype)
                 for some, tokens in zip(states.split(rows), token.split(rows), strict=True):
-                    normaliser, logit = read(some.to(dtype) @ low.T, bias, tokens)
-                    normalisers.append(normaliser)
-                    picked.append(logit)
+                    found.append(read(some.to(dtype) @ low.T, bias, tokens, entropy))
+            normalisers, logits, entropies = zip(*found, strict=True)
             normaliser = torch.cat(normalisers)
-            ctx.save_for_backward(states, weight, bias, token, normaliser)
+            spread = torch.cat(entropies) if entropy else None
+            ctx.save_for_backward(states, weight, bias, token, normaliser, spread)
             ctx.rows, ctx.dtype, ctx.compiled = rows, dtype, compiled
-            return torch.cat(picked) - normaliser
+            return torch.cat(logits) - normaliser, spread
 
         @staticmethod
-        def backward(ctx: Any, slope: Any) -> Any:
-            states, weight, bias, token, normaliser = ctx.saved_tensors
+        def backward(ctx: Any, slope: Any, spread_slope: Any) -> Any:
+            states, weight, bias, token, normaliser, spread = ctx.saved_tensors
             low, n, dtype = weight.to(ctx.dtype), ctx.rows, ctx.dtype
             sloped = _compiled(_slope) if ctx.compiled else _slope
             wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -132,7 +155,10 @@ def _function() -> Any:
             for start in range(0, len(token), n):
                 at = slice(start, start + n)
                 some = states[at].to(dtype)
-                small, summed = sloped(some @ low.T, bias, token[at], normaliser[at], slope[at])
+                of_entropy = (None, None) if spread is None else (spread[at], spread_slope[at])
+                small, summed = sloped(
+                    some @ low.T, bias, token[at], normaliser[at], slope[at], *of_entropy
+                )
                 if to_bias is not None and summed is not None:
                     to_bias += summed
                 if to_states is not None:
@@ -143,9 +169,7 @@ def _function() -> Any:
                 to_states,
                 None if to_weight is None else to_weight.to(weight.dtype),
                 None if to_bias is None else to_bias.to(bias.dtype),
-                None,
-                None,
-                None,
+                *[None] * 4,
             )
 
     return TiledLogps

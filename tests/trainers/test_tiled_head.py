@@ -27,6 +27,23 @@ def test_values_and_gradients_are_those_of_the_plain_log_softmax(dtype, near, bi
 
 
 @pytest.mark.parametrize("bias", [True, False])
+def test_entropies_and_their_gradients_are_those_of_the_whole_distribution(bias):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 101, bias=bias, dtype=torch.float64)
+    states = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)
+    tokens, inputs = torch.randint(101, (37,)), [states, *head.parameters()]
+    whole = torch.log_softmax(head(states), -1)
+    wanted = whole[torch.arange(37), tokens], -(whole.exp() * whole).sum(-1)
+    found = tiled_head.tiled_entropy(states, head.weight, head.bias, tokens, 5 * 101)
+    slopes = torch.randn(2, 37, dtype=torch.float64)
+    ours, plain = (
+        torch.autograd.grad(x, inputs, list(slopes), retain_graph=True) for x in (found, wanted)
+    )
+    for a, b in zip((*found, *ours), (*wanted, *plain), strict=True):
+        assert torch.allclose(a, b, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
 def test_compiled_tiles_are_the_same(bias, monkeypatch):
     """Traced and run by torch itself; a slow test compiles them to machine code."""
     made = []

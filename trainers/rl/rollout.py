@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prefab.factory.errors import ConfigError
-from prefab.trainers import data
+from prefab.trainers import collate, data
 from prefab.trainers.chat import Turn, chat_text, check_tools, dialect, ids_of, shown
 from prefab.trainers.data import DataConfig
 from prefab.trainers.rl import decoding, noise, processes
 from prefab.trainers.rl import policy_gradient as pg
+from prefab.trainers.tiled_head import can_tile, tiled_entropy, tiled_logps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -499,10 +500,44 @@ def forward(
     The state at a token is the one that predicts it: the token itself is not in it yet.
     """
     T = packed.mask_BT.shape[1]
+    if _in_tiles(model, packed):
+        return _forward_in_tiles(model, packed, temperature, hidden, entropy)
     all_BTV, states = _predicted(model, packed, temperature, hidden)
     logps_BT = all_BTV.gather(-1, packed.ids_BL[:, -T:, None])[..., 0]
     entropy_BT = left(pg.entropy(all_BTV), packed) if entropy else None
     return left(logps_BT, packed), entropy_BT, left(states[-1][:, -T:], packed) if hidden else None
+
+
+def _in_tiles(model: Any, packed: Packed) -> bool:
+    """Whether all logits of a batch would be too many to be in memory together."""
+    head = model.get_output_embeddings()
+    return (
+        can_tile(head)
+        and packed.mask_BT.numel() * head.weight.shape[0] > collate.LOGITS_AT_ONCE
+        and collate.is_head_alone(model)
+    )
+
+
+def _forward_in_tiles(
+    model: Any, packed: Packed, temperature: float, hidden: bool, entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `forward`, without all logits in memory, and none for padding."""
+    import torch
+
+    T, head = packed.mask_BT.shape[1], model.get_output_embeddings()
+    out = model(**packed.inputs(), logits_to_keep=1, output_hidden_states=True)
+    states_BTD = out.hidden_states[-1][:, -T:]
+    real_BT = torch.arange(T, device=states_BTD.device)[None] >= packed.shift_B[:, None]
+    states_ND, token_N = states_BTD[real_BT] / temperature, packed.ids_BL[:, -T:][real_BT]
+    bias = None if head.bias is None else head.bias / temperature
+    arguments = states_ND, head.weight, bias, token_N, collate.LOGITS_AT_ONCE
+    found = tiled_entropy(*arguments) if entropy else (tiled_logps(*arguments),)
+    logps_BT, *entropies = (
+        left(torch.zeros_like(real_BT, dtype=x_N.dtype).masked_scatter(real_BT, x_N), packed)
+        for x_N in found
+    )
+    states = left(states_BTD, packed) if hidden else None
+    return logps_BT, entropies[0] if entropies else None, states
 
 
 def _predicted(

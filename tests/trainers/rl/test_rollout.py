@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prefab.factory.errors import ConfigError
+from prefab.trainers import collate
 from prefab.trainers.rl import policy_gradient as pg
 from prefab.trainers.rl import rollout
 from tests.support.tinymodel import build_tokenizer
@@ -74,7 +75,9 @@ def test_the_samplers_log_probabilities_are_those_of_a_plain_forward(model):
         assert a.sampler_logps == pytest.approx(plain_logps(model, a, 0.7), abs=2e-5)
 
 
-def test_training_forward_is_a_plain_forward_whatever_the_batch(model):
+@pytest.mark.parametrize("in_tiles", [False, True])
+def test_training_forward_is_a_plain_forward_whatever_the_batch(model, in_tiles, monkeypatch):
+    monkeypatch.setattr(collate, "LOGITS_AT_ONCE", 60 if in_tiles else 2**26)
     done = answers(model)
     for rows in rollout.in_batches(done, range(len(done)), 4, CALL):
         packed = rollout.pack([done[i] for i in rows], None)
@@ -93,6 +96,25 @@ def test_training_forward_is_a_plain_forward_whatever_the_batch(model):
                 logits=out.logits[0, at : at + n] / 0.7
             ).entropy()
             assert torch.allclose(entropy[b, :n], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_forward_in_tiles_has_the_gradients_of_the_whole_one(model, entropy, monkeypatch):
+    packed = rollout.pack(answers(model)[:6], None)
+    weight = torch.randn(packed.mask_BT.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for limit in (2**26, 60):
+        monkeypatch.setattr(collate, "LOGITS_AT_ONCE", limit)
+        assert rollout._in_tiles(model, packed) == (limit == 60)
+        logps, spread, states = rollout.forward(model, packed, 0.7, True, entropy)
+        assert (spread is not None) == entropy
+        terms = logps + states.sum(-1) + (0.0 if spread is None else spread * spread)
+        loss = (terms * weight).masked_fill(~packed.mask_BT, 0.0).sum()
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(model.config, "final_logit_softcapping", 30.0, raising=False)
+    assert not rollout._in_tiles(model, packed)  # what comes after the head would be left out
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=9), st.integers(1, 4))
