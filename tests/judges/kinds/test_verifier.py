@@ -28,6 +28,7 @@ from prefab.factory.uses import ScoreUse
 from prefab.judges import sandbox
 from prefab.judges.base import NO_PRINCIPLE, RequestContext, Score
 from prefab.judges.kinds import verifier
+from prefab.judges.sandbox import timeout_worker
 
 PROMPT = Prompt("p1", (Message("user", "What is six times seven?"),))
 ADD = "assert add(1, 2) == 3\nassert add(2, 2) == 4\nassert add(-1, 1) == 0"
@@ -190,6 +191,23 @@ SCHEMA = {
 )
 def test_json_schema(text, wanted):
     assert score(config("json_schema", SCHEMA), text).value == wanted
+
+
+def test_imports_do_not_count_into_the_time_of_an_answer(monkeypatch):
+    """Else a right answer would be wrong on a machine that is so busy that imports take seconds."""
+    limits = []
+    line = timeout_worker._Helper.line
+    monkeypatch.setattr(
+        timeout_worker._Helper,
+        "line",
+        lambda self, limit_s: limits.append(limit_s) or line(self, limit_s),
+    )
+    job = {"do": "validate", "text": '{"n": 1}', "schema": SCHEMA}
+    with ThreadPoolExecutor(1) as pool:  # a thread has a process of its own
+        for _ in range(2):
+            assert pool.submit(timeout_worker.ask, job, 50.0).result() == {"passed": 1, "total": 1}
+    start_s = timeout_worker._START_S
+    assert limits == [start_s, start_s, 50.0, 50.0]  # start, imports, twice an answer
 
 
 def test_a_schema_that_points_elsewhere_is_not_fetched(monkeypatch):
