@@ -64,7 +64,8 @@ def refuse_words(model: str, error: Exception) -> str:
     words = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)[:300]
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return _refused(model)
-    return f"cannot load {model}: {words}"
+    here = "" if os.path.isdir(model) else f"there is no folder {model}, and the model hub says: "
+    return f"cannot load {model}: {here}{words}"
 
 
 def _refused(model: str) -> str:

@@ -21,6 +21,7 @@ from prefab.factory.engines.model_files import (
     check_chat_template,
     check_model_folder,
     loading_options,
+    refuse_words,
 )
 from prefab.factory.errors import ConfigError, EngineError
 from prefab.trainers.common import load_policy, load_reward, load_tokenizer
@@ -151,3 +152,12 @@ def test_a_models_own_code_is_run_when_the_user_names_it(brings_code, monkeypatc
 def test_known_models_that_also_bring_code_are_loaded_without_it(folder):
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil.EvilModel"})
     assert load_policy(str(folder), device="cpu") is not None
+
+
+def test_a_folder_that_is_not_there_is_named_before_what_the_hub_says(tmp_path):
+    error = OSError("We couldn't connect to the hub")
+    lost = refuse_words("trained/sft", error)
+    assert lost.startswith(
+        "cannot load trained/sft: there is no folder trained/sft, and the model hub"
+    )
+    assert refuse_words(str(tmp_path), error) == f"cannot load {tmp_path}: {error}"
