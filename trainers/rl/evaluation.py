@@ -172,7 +172,8 @@ def _scored(
     logps = reference_logps(t, [answers[b] for b in new])
     proxy = rewards.score(t.sources, asked, texts, t.state.scales).total
     found = {
-        b: CachedEval(answers[b].ids, logp, mine, real)
+        # a plain number: it is written as JSON, which rewards of steps cannot be
+        b: CachedEval(answers[b].ids, logp, None if mine is None else float(mine), real)
         for b, logp, mine, real in zip(new, logps, proxy, told, strict=True)
     }
     return [known[b] if b in known else found[b] for b in range(len(answers))]

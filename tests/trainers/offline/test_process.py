@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
+import orjson
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from prefab.pipelines.store.fill import fill
 from prefab.trainers.common import TrainError, last_checkpoint, load_tokenizer
 from prefab.trainers.offline import process
 from prefab.trainers.registry import STAGES
-from prefab.trainers.rl import rewards
+from prefab.trainers.rl import evaluation, rewards
 from prefab.trainers.rl.rewards import RewardConfig, StepRewards
 from prefab.trainers.steps import step_tokens
 from tests.pipelines.run import test_process as labels
@@ -230,3 +232,14 @@ def test_rewards_of_steps_beside_others():
     wrong = rewards.single(lambda p, c: [StepRewards([(9, 0.5)])])
     with pytest.raises(TrainError, match="outside of the answer"):
         rewards.score(wrong, ["p"], ["ab"])
+
+
+def test_an_evaluation_keeps_rewards_of_steps_as_numbers_that_json_has(monkeypatch):
+    scored = iter([[1.0, 1.0], [StepRewards([(1, 0.5), (2, 1.5)]), None]])  # gold, then rewards
+    monkeypatch.setattr(evaluation, "texts_of", lambda t, answers: ["x"] * len(answers))
+    monkeypatch.setattr(evaluation, "reference_logps", lambda t, answers: [-1.0] * len(answers))
+    monkeypatch.setattr(evaluation.rewards, "score", lambda *a: SimpleNamespace(total=next(scored)))
+    t = SimpleNamespace(state=SimpleNamespace(seen=[], scales=None), sources=[])
+    answers = [SimpleNamespace(ids=[1]), SimpleNamespace(ids=[2])]
+    seen = evaluation._scored(t, SimpleNamespace(name="gold"), [None, None], answers)
+    assert orjson.loads(orjson.dumps([one.proxy for one in seen])) == [2.0, None]
