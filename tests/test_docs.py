@@ -160,12 +160,12 @@ NOT_RUN_BECAUSE = {
     "export OPENAI_API_KEY": "a secret",
     "accelerate launch": "trains; tests/trainers/test_accelerate.py runs the same command line",
     "prefab demo": "minutes; tests/pipelines/cli/test_demo.py runs it",
-    "prefab train ": "trains a model for minutes",
-    "prefab sweep ": "trains models for minutes",
-    "prefab eval policy": "samples from trained models",
-    "prefab eval weak-to-strong": "trains models for minutes",
+    "prefab train ": "trains a model for minutes; below it makes one small step",
+    "prefab sweep ": "trains models for minutes; likewise",
+    "prefab eval policy": "samples from trained models; likewise",
+    "prefab eval weak-to-strong": "trains models for minutes; likewise",
     "prefab serve ": "starts vLLM; tests/factory/engines/test_kept_server.py does",
-    "prefab run best-of-n --set name=by-reward": "after `prefab train reward`",
+    "prefab run best-of-n --set name=by-reward": "after `prefab train reward`; below",
     "prefab run pipeline.yaml --set 'engines.local={engine: openai, model: gpt-5-mini": "below",
     "prefab watch": "waits for edits; tests/pipelines/run/test_watch.py makes some",
     "prefab view store": "serves until it is ended; tests/pipelines/view/test_browser.py starts it",
@@ -227,6 +227,73 @@ def test_console_commands_run_on_a_scripted_project(tmp_path, forks):
             env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
         )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+# What is written after commands that train, so that each makes one small step.
+ONE_STEP = " --set max_steps=1 --set batch_size=4 --set threads=1"
+RL = ("steps=1", "batch_size=8", "micro_batch=8", "max_new_tokens=8", "eval_prompts=2", "threads=1")
+RL_STEP = "".join(f" --set {text}" for text in RL)
+EVAL = " --set prompts.limit=2 --set samples=1 --set max_new_tokens=8"
+TRAINS_WITH = {
+    "prefab train dpo": f"{ONE_STEP} --set data.sources.0.margin=0",
+    "prefab train ppo": RL_STEP,
+    "prefab train grpo": RL_STEP,
+    "prefab train": ONE_STEP,
+    "prefab sweep": " --set 'betas=[0.1]' --set 'seeds=[0]' "
+    f"--set 'sets=[{', '.join(RL)}, eval_every=1]'",
+    "prefab eval policy": EVAL,
+    "prefab eval weak-to-strong": f"{EVAL} --set 'seeds=[0]' --set train.max_steps=1",
+    "prefab run best-of-n --set name=by-reward": SHORT,
+}
+NOT_TRAINED = ("prefab train online", "sampler=vllm")  # vLLM with the policy's own weights
+# Stores and models that the pages have from the demo, from other pages or from the reader.
+BEFORE = (
+    "prefab init shop",
+    "cd shop",
+    "sed -i 's/local: {.*}/local: {engine: scripted}/' pipeline.yaml",
+    "sed 's/engine: scripted/engine: scripted, model: other/' pipeline.yaml > other.yaml",
+    'printf \'{"prompt": "%s?", "split": "test"}\\n\' One Two >> prompts.jsonl',
+    "prefab run pipeline.yaml",
+    "prefab run demo --set name=two-judges --set revise=null --set critic=null --set policy.samples=2 "
+    "--set prompts.limit=12 --set 'engines={local: {engine: hf, model: prefab-tiny}, "
+    "weak: {engine: hf, model: prefab-nano}}' --set 'panel.judges=[{name: nano, kind: pairwise, "
+    "engine: weak}, {name: tiny, kind: pairwise}]'",
+    *(
+        f"prefab run {name}{SHORT} --set prompts.limit=12"
+        for name in ("demo", "process", "best-of-n")
+    ),
+    f"prefab train sft sft{ONE_STEP}",
+    f"prefab train reward reward --set members=3{ONE_STEP}",
+    f"prefab train process process{ONE_STEP}",
+)
+
+
+def trained_small(command: str) -> str:
+    """A command of one small step with `prefab-tiny`, into an empty folder; "" if it trains not."""
+    text = next((text for start, text in TRAINS_WITH.items() if command.startswith(start)), "")
+    if not text or any(part in command for part in NOT_TRAINED):
+        return ""
+    words = command.split()
+    (out,) = re.findall(r"\bout=(\S+)", command) or [f"trained/{words[2 + (words[1] != 'sweep')]}"]
+    return f"rm -rf {out}; {command.replace('Qwen/Qwen3-8B', 'prefab-tiny')}{text}"
+
+
+@pytest.mark.slow
+def test_console_commands_that_train_make_a_small_step(tmp_path, training_forks):
+    """All are run, whatever fails."""
+    train = [small for command in CONSOLE_COMMANDS if (small := trained_small(command))]
+    assert len(train) >= 20
+    lines = [f"{line} || echo {shlex.quote('FAILED ' + line)}" for line in (*BEFORE, *train)]
+    done = subprocess.run(
+        ["bash", "-c", "\n".join([training_forks.shell(), *lines])],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    failed = re.findall(r"^(?:.*\n){0,6}FAILED .*$", done.stdout, re.M)
+    assert not failed and not done.returncode, "\n\n".join(failed)
 
 
 @pytest.mark.parametrize("command", CONSOLE_COMMANDS)
