@@ -151,6 +151,18 @@ def _samples(
     ]
 
 
+def _gold_scores(gold: Source, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """Raises: TrainError where an answer has no score."""
+    found = rewards.score([gold], prompts, texts).total
+    told = [float(x) for x in found if x is not None]
+    if len(told) < len(found):
+        raise TrainError(
+            f"gold {gold.name}: {len(found) - len(told)} of {len(found)} answers have no score; "
+            "gold must score all"
+        )
+    return told
+
+
 def _scored(
     t: Run, gold: Source, prompts: Sequence[Prompt], answers: Sequence[SampledAnswer]
 ) -> list[CachedEval]:
@@ -162,13 +174,7 @@ def _scored(
     }
     new = [b for b in range(len(answers)) if b not in known]
     asked, texts = [prompts[b] for b in new], texts_of(t, [answers[b] for b in new])
-    truth = rewards.score([gold], asked, texts).total
-    told = [x for x in truth if x is not None]
-    if len(told) < len(truth):
-        raise TrainError(
-            f"gold {gold.name}: {len(truth) - len(told)} of {len(truth)} answers have no score; "
-            "gold must score all"
-        )
+    told = _gold_scores(gold, asked, texts)
     logps = reference_logps(t, [answers[b] for b in new])
     proxy = rewards.score(t.sources, asked, texts, t.state.scales).total
     found = {
