@@ -149,7 +149,7 @@ def gpu() -> str:
         for f in (training["ours, bf16_weights"], training["trl"])
     ]
     grpo = [
-        f"{f['tokens_per_s']:,.0f} · {f['peak_gib_of_the_gpu']:.1f}"
+        f"{f['tokens_per_s']:,.0f} · {f['peak_gib_of_torch']:.1f}"
         for f in result("gpu_ppo")["results"][:2]
     ]
     return (
