@@ -24,6 +24,7 @@ EXTRA_OF = {
     "ray": "scale",
     "vllm": "serve",
 }
+NOT_SET_UP = ("real", "s3", "scale")  # extras whose packages `make setup` does not install
 
 
 def missing_package(module: str | None, what: str) -> ConfigError:
@@ -56,6 +57,8 @@ def install_command(
     if direct.get("dir_info", {}).get("editable"):
         folder = url.removeprefix("file://")
         if Path(prefix) == Path(folder) / ".venv":
+            if extra in NOT_SET_UP:
+                return f"`{prefix}/bin/python -m pip install -e '{folder}[{extra}]'`"
             return f"`make setup` in {folder}"
         return f"`pip install -e '{folder}[{extra}]'`"
     if vcs := direct.get("vcs_info"):

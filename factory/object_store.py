@@ -33,12 +33,17 @@ class ObjectStoreError(StoreError, OSError):
     """An object store could not be reached, or refused a request."""
 
 
+def is_address(name: str) -> bool:
+    """Whether this is meant as an address, and not as the path of a folder: `s3:/b` too."""
+    return re.match(r"[a-z][a-z0-9+.-]+:/", name) is not None
+
+
 def files_at(address: str) -> SharedFiles:
     """The files at an address: `s3://BUCKET/FOLDER`, or the path of a folder.
 
     Raises: ConfigError for any other address, and where the package for S3 is missing.
     """
-    if "://" not in address:
+    if not is_address(address):
         return LocalFiles(Path(address))
     found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^/]+(?:/[^/]+)*)/?", address)
     if found is None:

@@ -23,7 +23,7 @@ from typing import Any
 from prefab.factory.console import Progress, warn
 from prefab.factory.errors import ConfigError, EngineError, StoreError
 from prefab.factory.ledger import db
-from prefab.factory.object_store import files_at
+from prefab.factory.object_store import files_at, is_address
 from prefab.factory.store.shared import ShardState, SharedFolder
 from prefab.factory.store.store import HeldError
 from prefab.pipelines.config.loader import ResolvedPipeline, deciding, models, resolve_pipeline
@@ -187,12 +187,12 @@ def prepare(
 def _shared_folder(loaded: ResolvedPipeline, shards: int) -> SharedFolder:
     """The shared folder, made where there is none. Raises: ConfigError, StoreError."""
     store, name = loaded.config.store, loaded.config.scale_settings().shared
-    if "://" in store:
+    if is_address(store):
         raise ConfigError(
             f"store: {store} is an address, and must be the path of a folder of this machine. Set "
             f"scale.shared={store}"
         )
-    if name is None or "://" not in name:
+    if name is None or not is_address(name):
         return SharedFolder.create(Path(name or store).absolute(), shards)
     return SharedFolder.create(Path(store).absolute(), shards, files_at(name))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prefab.factory.extras import EXTRA_OF, install_command
+from prefab.factory.extras import EXTRA_OF, NOT_SET_UP, install_command
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEEL = "https://wheels.example/prefab_rlaif-0.2.0-py3-none-any.whl"
@@ -65,6 +65,18 @@ def test_the_command_fits_the_installation(
     direct: dict[str, Any], installer: str, prefix: str, command: str
 ) -> None:
     assert install_command("train", Installed(direct, installer), prefix) == command
+
+
+def test_set_up_is_advised_only_for_what_it_installs() -> None:
+    listed = (ROOT / "requirements.txt").read_text().lower().splitlines()
+    brought = {
+        extra: any(line.startswith(module.replace("_", "-")) for line in listed)
+        for module, extra in EXTRA_OF.items()
+    }
+    assert {extra for extra, there in brought.items() if not there} == set(NOT_SET_UP)
+    for extra in NOT_SET_UP:
+        command = install_command(extra, Installed(CLONE, "pip"), "/src/prefab/.venv")
+        assert command == f"`/src/prefab/.venv/bin/python -m pip install -e '/src/prefab[{extra}]'`"
 
 
 def test_each_extra_brings_the_packages_that_are_said_to_be_in_it() -> None:

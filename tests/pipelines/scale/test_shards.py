@@ -398,6 +398,8 @@ def test_bad_input(made, tmp_path):
         restore(tmp_path / "ledger.sqlite", LocalFiles(segment.parent))
     with pytest.raises(ConfigError, match=r"gs://bucket/run is no address .* Write s3://BUCKET"):
         run_sharded(value, sets=("scale.shared=gs://bucket/run",))
+    with pytest.raises(ConfigError, match=r"s3:/bucket/run is no address"):
+        run_sharded(value, sets=("scale.shared=s3:/bucket/run",))
     with (
         unittest.mock.patch.dict(sys.modules, {"obstore": None}),
         pytest.raises(ConfigError, match=r"s3://bucket/run needs obstore: "),
