@@ -25,6 +25,7 @@ from prefab.factory.shared_files import FileVersion, LocalFiles, SharedFiles
 T = TypeVar("T")
 U = TypeVar("U")
 TOGETHER = 16  # requests at once
+METADATA = "169.254.169.254"  # where a machine asks for its role, without credentials
 CHUNK_BYTES = 8 << 20  # of an object in memory
 RETRY = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
 
@@ -218,6 +219,11 @@ def _reason(told: str) -> str:
     found = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", told, re.DOTALL)
     if found:
         return f"{found[1]}: {found[2]}"
+    if METADATA in told:
+        return (
+            "no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a "
+            "role"
+        )
     return re.sub(r"\s+", " ", told.partition("Debug source")[0]).strip()
 
 
