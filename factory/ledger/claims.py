@@ -24,11 +24,13 @@ ACKNOWLEDGED_WITHIN_S = 5.0  # after which a newcomer goes on without an owner's
 
 
 def join(con: sqlite3.Connection) -> int:
-    """Register this process, after dropping the dead. Returns: its id."""
+    """Register this process, after dropping the dead. Returns: its id, which is none of those that
+    the others have acknowledged, so that they have yet to see this process.
+    """
     for owner in _owners(con):
         if not _alive(owner):
             leave(con, owner[0])
-    me = int(con.execute("SELECT coalesce(max(id), 0) + 1 FROM owners").fetchone()[0])
+    me = 1 + max((max(owner[0], owner[5]) for owner in _owners(con)), default=0)
     beat(con, me, me)
     return me
 
