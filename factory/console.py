@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
-from prefab.factory.errors import BudgetError, ConfigError, EngineError, PrefabError, StoreError
+from prefab.factory.errors import BudgetError, ConfigError, PrefabError
 from prefab.factory.numbers import cell
 from prefab.factory.printable import printable
 from prefab.factory.tables import as_csv, as_markdown, fitted, wrap
@@ -152,11 +152,7 @@ def _remedy(error: PrefabError) -> str:
         name = next((n for n in ("failed", "calls", "tokens") if f"budget.{n}" in str(error)), None)
         setting = f"budget.{name}" if name else "budget.unscored"
         return f"answers are kept; fix the cause or raise {setting} with --set, then run again"
-    if isinstance(error, StoreError):
-        return "`prefab doctor` says what is wrong with a store"
-    if isinstance(error, EngineError):
-        return "`prefab doctor` tries every engine of a pipeline"
-    return ""
+    return error.help
 
 
 def warn(message: str) -> None:

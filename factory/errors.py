@@ -14,8 +14,10 @@ REASON_LENGTH = 120  # characters of a message that tell its reason
 
 class PrefabError(Exception):
     """Base of all errors that the user can mend; the command line prints them without a
-    traceback. Known secrets are removed from the message.
+    traceback. Known secrets are removed from the message. `help` is printed after it.
     """
+
+    help = ""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
@@ -50,6 +52,8 @@ class ConfigError(PrefabError, ValueError):
 class StoreError(PrefabError, RuntimeError):
     """The ledger or the DuckDB file is absent, damaged, locked, or the disk is full."""
 
+    help = "`prefab doctor` says what is wrong with a store"
+
 
 class InstallationError(PrefabError, RuntimeError):
     """A file of Prefab, or of a package that it uses, is damaged."""
@@ -57,6 +61,8 @@ class InstallationError(PrefabError, RuntimeError):
 
 class EngineError(PrefabError, RuntimeError):
     """An engine cannot start or has failed for good (no server, wrong model name, bad key)."""
+
+    help = "`prefab doctor` tries every engine of a pipeline"
 
 
 class TransportError(EngineError):

@@ -33,6 +33,8 @@ RETRY = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
 class ObjectStoreError(StoreError, OSError):
     """An object store could not be reached, or refused a request."""
 
+    help = "AWS_ENDPOINT_URL names its server; the same command goes on with what is published"
+
 
 def is_address(name: str) -> bool:
     """Whether this is meant as an address, and not as the path of a folder: `s3:/b` too."""

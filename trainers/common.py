@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefab.factory.engines.base import resolve_model
 from prefab.factory.engines.model_files import (
     MAX_TEMPLATE,
+    ask_hub,
     check_chat_template,
     check_model_folder,
     loading_options,
@@ -170,8 +171,8 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    folder = model_folder(model)
     with loading(model):
-        folder = model_folder(model)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code(model))
     if chat_template:
         tokenizer.chat_template = read_text(chat_template, MAX_TEMPLATE)
@@ -354,7 +355,8 @@ def write_json(file: Path, value: Any) -> None:
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """What transformers raises for a model that cannot be loaded, as a mistake that can be mended.
+    """What transformers raises for a model that cannot be loaded, as a mistake that can be mended;
+    one that neither a folder nor the hub has is refused at once.
     It no longer tells what we know: that it reads and writes weights, that a new head is new, that
     tied weights are stored once.
     """
@@ -363,6 +365,7 @@ def loading(model: str) -> Iterator[None]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
+        ask_hub(resolve_model(model))
         yield
     except ConfigError:
         raise

@@ -24,6 +24,7 @@ from prefab.factory.engines.base import folder_specials, resolve_model
 from prefab.factory.engines.chat import LabelRead
 from prefab.factory.engines.family import SYSTEM_PROBE, Family, without_system
 from prefab.factory.engines.model_files import (
+    ask_hub,
     check_chat_template,
     check_model_folder,
     loading_options,
@@ -117,6 +118,7 @@ class HF(Engine):
         revision = {"revision": self.config.revision} if self.config.revision else {}
         try:
             check_model_folder(Path(self.path), self.config.model)
+            ask_hub(self.path, self.config.revision)
             options = loading_options(self.config.model)
             with _LOADING:
                 self.tokenizer = AutoTokenizer.from_pretrained(

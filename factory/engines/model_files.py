@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -57,6 +57,50 @@ def loading_options(model: str) -> dict[str, Any]:
     if trusted:
         warn(f"{model} may run Python code of its own: {TRUST} names it")
     return {"trust_remote_code": trusted, "use_safetensors": True}
+
+
+def ask_hub(model: str, revision: str = "") -> bool:
+    """Before a model is loaded: whether it is a folder, or the hub answers. If the hub does not
+    answer, its client reads only the cache on this machine until the next call of this function;
+    it would otherwise try again for 24 s at each file.
+
+    Raises: ConfigError when the hub does not answer and the cache lacks the model.
+    """
+    if os.path.isdir(model):
+        return True
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    why = _why_no_hub()
+    constants.HF_HUB_OFFLINE = bool(why)  # read at each request
+    try:
+        found = [try_to_load_from_cache(model, f, revision=revision or None) for f in SETTINGS[:3]]
+    except HFValidationError as error:
+        raise ConfigError(f"{model} is neither a folder nor a name on the model hub") from error
+    if why and not any(isinstance(file, str) for file in found):
+        raise ConfigError(
+            f"there is no folder {model}, and the model hub ({constants.ENDPOINT}) cannot be asked for "
+            f"it: {why}. Name a folder, or fetch the model first, with a network: hf download {model}"
+        )
+    return not why
+
+
+def _why_no_hub() -> str:
+    """Why the hub cannot be asked; empty when it answers."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in constants.ENV_VARS_TRUE_VALUES:
+            return f"{name} is set"
+    constants.HF_HUB_OFFLINE = False
+    # the HTTP client's own errors, and OSError
+    failures = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except failures as error:
+        return str(error)
+    return ""
 
 
 def refuse_words(model: str, error: Exception) -> str:

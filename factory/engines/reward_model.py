@@ -22,7 +22,12 @@ from prefab.factory.console import warn
 from prefab.factory.engines.base import folder_specials, max_length, resolve_model
 from prefab.factory.engines.hf import HF, HfConfig
 from prefab.factory.engines.http import HttpClient, Rejected
-from prefab.factory.engines.model_files import check_model_folder, loading_options, refuse_words
+from prefab.factory.engines.model_files import (
+    ask_hub,
+    check_model_folder,
+    loading_options,
+    refuse_words,
+)
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm import VLLM, VllmConfig
 from prefab.factory.engines.vllm_process import VllmProcess, free_port
@@ -186,6 +191,7 @@ class RewardModelHf(Engine):
         revision = {"revision": self.config.revision} if self.config.revision else {}
         try:
             check_model_folder(Path(path), self.base.config.model)
+            ask_hub(path, self.config.revision)
             options = loading_options(self.base.config.model)
             self.tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=options["trust_remote_code"], **revision

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from prefab.factory.console import say
-from prefab.factory.engines.model_files import check_model_folder, trusts_code
+from prefab.factory.engines.model_files import ask_hub, check_model_folder, trusts_code
 from prefab.factory.engines.vllm_key import SERVER_KEY
-from prefab.factory.errors import EngineError
+from prefab.factory.errors import ConfigError, EngineError
 from prefab.factory.extras import install_command
 from prefab.factory.paths import IMPORT_ROOT, cache_folder
 from prefab.factory.redaction import add_secret
@@ -75,7 +75,19 @@ class VllmProcess:
         self.key = secrets.token_urlsafe(32)  # without it no route answers
         add_secret(self.key)
         self.supervisor: subprocess.Popen[bytes] | None = None
+        self.offline = Path(model).is_dir()  # the model is read without the hub
         self._stopping = self._failed = False
+
+    def look_for_model(self) -> None:
+        """Find out, before vLLM is started, whether a model of the hub can be read: vLLM takes a
+        minute to say that it cannot.
+
+        Raises: EngineError when the hub does not answer and its cache here lacks the model.
+        """
+        try:
+            self.offline |= not ask_hub(self.model, self.config.revision)
+        except ConfigError as error:
+            raise EngineError(f"engines.{self.name}: {error}") from error
 
     async def start(self) -> None:
         """Start and wait until it answers.
@@ -88,6 +100,7 @@ class VllmProcess:
                 f"engines.{self.name}: vLLM is not installed here: {install_command('serve')}. Or name the "
                 "`url` of a server that runs, or use `engine: hf`"
             )
+        await asyncio.to_thread(self.look_for_model)
         supervisor = Path(__file__).with_name("supervisor.py")
         command = [sys.executable, str(supervisor), str(os.getpid()), *command_line(self)]
         with open_log(self.log_file, ours=self.config.log_file is None) as log:
@@ -217,14 +230,14 @@ def command_line(process: VllmProcess) -> list[str]:
 
 def environment(process: VllmProcess) -> dict[str, str]:
     """The server's environment: its key, the folder that Prefab lies in, no telemetry, no look at a
-    hub for what lies in a folder, no other size of the cache than ours (VLLM_CPU_KVCACHE_SPACE
-    would win). On a few cores threads are not bound: vLLM would bind those of every server to the
-    same ones. What a CPU compiled is kept for the next start, apart for each kind of CPU: compiled
-    code runs on its own kind alone.
+    hub that is not needed or does not answer, no other size of the cache than ours
+    (VLLM_CPU_KVCACHE_SPACE would win). On a few cores threads are not bound: vLLM would bind those
+    of every server to the same ones. What a CPU compiled is kept for the next start, apart for each
+    kind of CPU: compiled code runs on its own kind alone.
     """
     c = process.config
     ours = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    if Path(process.model).is_dir():
+    if process.offline:
         ours["HF_HUB_OFFLINE"] = "1"
     if not has_gpu():
         if "VLLM_CACHE_ROOT" not in os.environ:

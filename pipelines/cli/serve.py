@@ -41,7 +41,7 @@ def serve_model(model: str, port: int, extra: Sequence[str] = ()) -> int:
         The exit code of vLLM; 130 after Ctrl-C.
 
     Raises:
-        ConfigError: There is a key among the arguments.
+        ConfigError: There is a key among the arguments, or there is no such model.
         EngineError: vLLM is not installed, or the port is in use.
     """
     for _, message in secrets_in({"args": list(extra)}):
@@ -49,12 +49,14 @@ def serve_model(model: str, port: int, extra: Sequence[str] = ()) -> int:
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(f"vLLM is not installed here: {install_command('serve')}")
     from prefab.factory.engines import vllm_process
+    from prefab.factory.engines.model_files import ask_hub
     from prefab.factory.engines.vllm import VLLM, VllmConfig
 
     if vllm_process.port_in_use(port):
         raise EngineError(f"port {port} is in use: choose another one with --port")
     engine = VLLM(VllmConfig(model=model, port=port, args=list(extra)), "serve")
     process = vllm_process.VllmProcess(engine.config, str(engine.path), port, "serve", None)
+    process.offline |= not ask_hub(process.model)
     key_file = _key_file(process, port)
     say(
         f"serving {model} at http://127.0.0.1:{port}/v1 (Ctrl-C ends it)\n"
@@ -105,10 +107,12 @@ def keep_model(
         as_json: Print JSON.
 
     Raises:
-        ConfigError: The pipeline has no vLLM engine, or there is a key among the arguments.
+        ConfigError: The pipeline has no vLLM engine, there is a key among the arguments, or there
+            is no such model.
         EngineError: vLLM is not installed or does not start.
     """
     from prefab.factory.engines import kept_server
+    from prefab.factory.engines.model_files import ask_hub
     from prefab.factory.engines.vllm import VLLM, VllmConfig
 
     for _, message in secrets_in({"args": list(extra)}):
@@ -118,8 +122,11 @@ def keep_model(
         configs = _engines_of(model, sets)
     servers = []
     for config in configs:
-        kept = kept_server.find(VLLM(config, "serve").identity, config)
+        engine = VLLM(config, "serve")
+        kept = kept_server.find(engine.identity, config)
         if kept is None:
+            if importlib.util.find_spec("vllm") is not None:  # else the keeper says how to get it
+                ask_hub(str(engine.path), config.revision)
             kept = kept_server.keep(
                 config, 60.0 * idle_minutes, lambda line: say(line, stderr=True)
             )

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from prefab.factory.object_store import _reason
+from prefab.factory.console import fail
+from prefab.factory.object_store import ObjectStoreError, _reason
 
 
 def test_an_error_in_one_line() -> None:
@@ -14,3 +15,9 @@ def test_an_error_in_one_line() -> None:
     assert (
         _reason("error\n  sending request\n\nDebug source:\nHttp { .. }") == "error sending request"
     )
+
+
+def test_the_help_after_an_error_is_about_the_object_store(capsys) -> None:
+    fail(ObjectStoreError("s3://bucket/run: Connection refused"))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Connection refused help AWS_ENDPOINT_URL names its server" in told

@@ -7,7 +7,6 @@ precision of the training, and what its backward would need is added up.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefab.factory.errors import ConfigError
@@ -138,8 +137,9 @@ def _fixed_bytes(config: StageConfig, weights: int) -> float:
 def _model_config(config: StageConfig) -> Any:
     from transformers import AutoConfig
 
+    folder = model_folder(config.model)
     with loading(config.model):
-        return AutoConfig.from_pretrained(Path(model_folder(config.model)))
+        return AutoConfig.from_pretrained(folder)
 
 
 def _width(config: StageConfig) -> int:

@@ -17,14 +17,18 @@ from prefab.factory.engines.base import EMBEDDED
 from prefab.factory.engines.hf import HF, HfConfig
 from prefab.factory.engines.model_files import (
     TRUST,
+    ask_hub,
     chat_templates,
     check_chat_template,
     check_model_folder,
     loading_options,
     refuse_words,
 )
+from prefab.factory.engines.vllm import VllmConfig
+from prefab.factory.engines.vllm_process import VllmProcess, environment
 from prefab.factory.errors import ConfigError, EngineError
 from prefab.trainers.common import load_policy, load_reward, load_tokenizer
+from tests.support.hub_server import hub_server
 
 NANO = EMBEDDED / "prefab-nano"
 LOOPS = [
@@ -161,3 +165,40 @@ def test_a_folder_that_is_not_there_is_named_before_what_the_hub_says(tmp_path):
         "cannot load trained/sft: there is no folder trained/sft, and the model hub"
     )
     assert refuse_words(str(tmp_path), error) == f"cannot load {tmp_path}: {error}"
+
+
+def test_a_model_of_a_hub_that_does_not_answer_is_read_from_the_cache_or_refused_at_once(
+    tmp_path, monkeypatch
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    process = VllmProcess(VllmConfig(model="me/model"), "me/model", 1, "judge", None)
+    with hub_server([]) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        assert ask_hub("me/model") and not constants.HF_HUB_OFFLINE
+    for load in (load_policy, load_reward, load_tokenizer):  # nothing listens there any more
+        with pytest.raises(ConfigError, match="no folder me/model.*hf download me/model"):
+            load("me/model")
+    with pytest.raises(EngineError, match="engines.hf: there is no folder me/model.*hf download"):
+        asyncio.run(HF(HfConfig(engine="hf", model="me/model")).start())
+    with pytest.raises(EngineError, match="engines.judge: there is no folder me/model"):
+        process.look_for_model()
+    with pytest.raises(ConfigError, match="neither a folder nor a name on the model hub"):
+        ask_hub("a b/c")
+    cached = tmp_path / "models--me--model"
+    shutil.copytree(NANO, cached / "snapshots/0")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0")
+    assert load_policy("me/model", device="cpu").config.hidden_size == 128
+    assert len(load_tokenizer("me/model"))
+    assert constants.is_offline_mode()  # else its client tries again for 24 s at each file
+    process.look_for_model()
+    assert environment(process)["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        ask_hub("me/other")
+    assert ask_hub(str(NANO))
