@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -205,6 +206,7 @@ class Service:
         )
         self.asked: Counter[str] = Counter()
         self.posts = self.in_flight = self.most_in_flight = 0
+        self.last_at = 0.0
 
     async def chat(self, http: Any) -> Any:
         """Both chat endpoints: `messages` is a conversation or, at /batch, a list of them."""
@@ -217,6 +219,7 @@ class Service:
             answer = {"choices": [self._choice(0, talks[0], body)]}
             return web.json_response(answer)
         self.posts += 1
+        self.last_at = time.time()
         self.in_flight += len(talks)
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         for talk in talks:
@@ -331,8 +334,8 @@ class Service:
         return web.json_response({"object": "list", "data": listed})
 
     async def counts(self, http: Any) -> Any:
-        """What was asked: questions, different ones, those asked more than once; with ?full each
-        one's count.
+        """What was asked: questions, different ones, those asked more than once, and when the last
+        one came (seconds since 1970); with ?full each one's count.
         """
         from aiohttp import web
 
@@ -343,6 +346,7 @@ class Service:
             "repeated": repeated,
             "posts": self.posts,
             "most_in_flight": self.most_in_flight,
+            "last_at": self.last_at,
         }
         return web.json_response(
             told | ({"counts": dict(self.asked)} if "full" in http.query else {})

@@ -574,6 +574,19 @@ class Ledger:
         for batch in self._waiting:
             batch.fail(error)
 
+    def drop_queued(self, error: Exception) -> None:
+        """Fail, in the event loop, all questions that wait for a place, and those that another
+        process asks. What is in flight is still recorded.
+        """
+        waiting = list(self._elsewhere.values())
+        self._elsewhere.clear()
+        for window in self._windows.values():
+            waiting += window.queue
+            window.queue.clear()
+        for flight in waiting:
+            self._flights.pop(flight.key, None)
+            flight.fail(error)
+
     async def close(self, drain: bool = True) -> None:
         """Wait for questions already asked (`drain`), drop the others, write, and shorten the WAL.
 
@@ -582,11 +595,8 @@ class Ledger:
         if self._closed:
             return
         self._closed = True
+        self.drop_queued(StoreError(f"{self.file}: closed before this was asked"))
         for window in self._windows.values():
-            for flight in window.queue:
-                self._flights.pop(flight.key, None)
-                flight.fail(StoreError(f"{self.file}: closed before this was asked"))
-            window.queue.clear()
             workers = list(window.workers)
             for worker in workers if not drain else ():
                 worker.cancel()

@@ -74,6 +74,9 @@ class Asker(Protocol):
     def add_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Record prompts, before they are asked."""
 
+    def drop_queued(self, error: Exception) -> None:
+        """Fail what is not in flight yet with this error."""
+
 
 @dataclass(slots=True)
 class Failures:
@@ -202,6 +205,13 @@ class Context:
             else:
                 counts.tokens += answer.prompt_tokens + answer.completion_tokens
         return answers
+
+    def stop(self) -> None:
+        """Ask nothing more: what waits for a place fails with Stopped.
+        What is in flight is kept.
+        """
+        self.stopping = True
+        self.asker.drop_queued(Stopped("stopped"))
 
     def check(self) -> None:
         """Raises when nothing more may be asked: told to stop, or a budget is passed."""

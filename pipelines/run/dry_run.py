@@ -170,6 +170,9 @@ class DryRunLedger:
     def add_prompts(self, prompts: Iterable[Prompt]) -> None:
         """A plan records nothing."""
 
+    def drop_queued(self, error: Exception) -> None:
+        """In a plan nothing waits."""
+
     def note(self, use: Use, call: bytes = b"") -> None:
         """Learn from what is decided without asking."""
         if isinstance(use, ComparisonUse):

@@ -98,6 +98,9 @@ class _Collector:
     def add_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Nothing is recorded."""
 
+    def drop_queued(self, error: Exception) -> None:
+        """Nothing waits."""
+
 
 def _stage(use: Use) -> str:
     return "reasoning" if use.role == "reason" else STAGES.get(use.role, "judge")

@@ -337,7 +337,7 @@ async def _work(
                 ctx.counts.finish(prompt.id)
         except BaseException as error:
             first.append(error)
-            ctx.stopping = True  # the others stop at their next question; what is in flight is kept
+            ctx.stop()
 
     with (
         Progress(loaded.config.name, total, quiet, "prompts") as progress,
@@ -403,11 +403,12 @@ class interruptible:
     def _told(self, number: int) -> None:
         self.ctx.stopped_by = number
         if self.ctx.stopping or loading(self.ctx):
-            self.ctx.hurry = self.ctx.stopping = True
+            self.ctx.hurry = True
+            self.ctx.stop()
             if self.task:
                 self.task.cancel()
             return
-        self.ctx.stopping = True
+        self.ctx.stop()
         if not self.quiet:
             warn("stopping: waiting for what is in flight (Ctrl-C again does not wait)")
 

@@ -63,7 +63,7 @@ class ShardJob:
 
 
 class ShardRun:
-    """A shard in work. `counts` and `stop` may be called from another thread."""
+    """A shard in work."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ShardRun:
         self._publisher = segments.Publisher(self.folder / db.FILE, shared.segments(job.shard))
 
     def counts(self) -> dict[str, int]:
-        """What was done so far."""
+        """What was done so far; from any thread."""
         if self.ctx is None:
             return {}
         counts, stats = self.ctx.counts, self.ctx.asker.stats
@@ -100,11 +100,11 @@ class ShardRun:
 
     def stop(self, divided: bool = False) -> None:
         """Ask nothing new; what is in flight is kept. `divided`: other workers go on, so that the
-        rows are not made here.
+        rows are not made here. In the event loop of `run`.
         """
         self._stopped, self._divided = True, self._divided or divided
         if self.ctx is not None:
-            self.ctx.stopping = True
+            self.ctx.stop()
 
     def publish(self) -> None:
         """Publish what is answered; from any thread. Raises: StoreError, OSError."""

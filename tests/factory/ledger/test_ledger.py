@@ -557,6 +557,24 @@ def test_a_question_asked_while_the_ledger_closes_ends_too(tmp_path, turns):
     asyncio.run(main())
 
 
+def test_what_is_queued_is_dropped_and_what_is_in_flight_is_kept(tmp_path):
+    engine = Engine(held=True, max_in_flight=2)
+
+    async def work(ledger):
+        asks = [(request(f"q{i}"), use(i)) for i in range(6)]
+        asking = asyncio.create_task(ledger.ask_many(asks, engine))
+        await engine.began.wait()
+        await asyncio.sleep(0)
+        ledger.drop_queued(ValueError("enough"))
+        with pytest.raises(ValueError, match="enough"):
+            await asyncio.wait_for(asking, 120)
+        engine.released.set()
+
+    using(tmp_path, work)
+    assert sorted(engine.asked) == ["q0", "q1"]
+    assert count(tmp_path, "calls") == 2
+
+
 def test_a_lone_surrogate_in_a_question_is_refused_before_it_is_asked(tmp_path):
     async def work(ledger):
         with pytest.raises(ValueError, match="surrogate"):

@@ -83,9 +83,12 @@ def test_kill_a_worker_then_the_driver(tmp_path, server):
     until_asked(server, 160, process)
     workers = psutil.Process(process.pid).children()
     process.kill()
+    at_kill = counts(server)["asked"]
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
     assert not alive  # they end by themselves
+    # how soon, in seconds: benchmarks/scale_faults.py. Of 200 questions that were left, few came
+    assert counts(server)["asked"] - at_kill <= 4 * IN_FLIGHT
     process = start(tmp_path, server)
     said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
