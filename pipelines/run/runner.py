@@ -25,7 +25,7 @@ from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
 from prefab.factory.numbers import counted
 from prefab.factory.store.shared import is_shared
-from prefab.factory.store.store import HeldError, read_frame
+from prefab.factory.store.store import HeldError, one_connection, read_frame
 from prefab.factory.telemetry import stage
 from prefab.factory.tracing import tracing_by_environment
 from prefab.factory.types import Engine, Prompt, ServerReport
@@ -276,12 +276,13 @@ async def _run_in_stages(
     try:
         with stage("fill store"):
             behind = fill_store(Path(config.store), quiet)
-        result = _result(loaded, ctx, record, state, reason, seconds, behind)
-        learns = loaded.take_over is None and state == "done"
-        if learns and (result.outcomes.get("a") or result.outcomes.get("b")):
-            with suppress(HeldError):  # another program holds the store: the next run does it
-                learned = await calibrate_ended(result.store, f"{record.name}@{record.version}")
-                result.p_chosen = learned.sentence()
+        with one_connection():
+            result = _result(loaded, ctx, record, state, reason, seconds, behind)
+            learns = loaded.take_over is None and state == "done"
+            if learns and (result.outcomes.get("a") or result.outcomes.get("b")):
+                with suppress(HeldError):  # another program holds the store: the next run does it
+                    learned = await calibrate_ended(result.store, f"{record.name}@{record.version}")
+                    result.p_chosen = learned.sentence()
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
         raise Interrupted(
