@@ -76,6 +76,8 @@ NEAREST = {
     "trainers/offline/losses.py": ("trainers/offline/test_losses.py",),
     "trainers/rl/policy_gradient.py": ("trainers/rl/test_policy_gradient.py",),
     "trainers/rl/ppo.py": ("trainers/rl/test_ppo.py",),
+    "trainers/rl/grpo.py": ("trainers/rl/test_grpo.py",),
+    "trainers/rl/loop.py": ("trainers/rl/test_ppo.py", "trainers/rl/test_grpo.py"),
     "pipelines/store/export/base.py": (
         "pipelines/store/test_export.py",
         "pipelines/store/test_export_layouts.py",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from prefab.factory.engines.base import resolve_model
 from prefab.factory.errors import BudgetError, ConfigError
@@ -68,14 +68,6 @@ class OnlineConfig(Strict):
         description="ppo and grpo without train.rewards: the fields of the reward model's stage, "
         "which is trained anew each round.",
     )
-
-    @model_validator(mode="after")
-    def _one_reference(self) -> OnlineConfig:
-        if self.method == "grpo" and self.train.get("lora") and self.reference == "first":
-            raise ValueError(
-                "with lora GRPO is held to the model without its adapter: write reference: last"
-            )
-        return self
 
 
 def train(path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str, Any]:

@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from prefab.factory.errors import PrefabError
 from prefab.trainers import distributed
-from prefab.trainers.rl import grpo, ppo, rewards
+from prefab.trainers.rl import grpo, loop, ppo, rewards
 from tests.support import kill_ppo_driver
 from tests.support.killer import fork_in_two, until_done
 
@@ -28,16 +28,16 @@ PROMPTS = list(kill_ppo_driver.WORLD.prompts) * 5
 
 def train(folder: Path, out: str, changes: dict) -> None:
     """One try; goes on from the last checkpoint."""
-    if changes.get("method"):
-        settings = grpo_config(folder, out, **changes)
-        grpo.run(settings, PROMPTS, rewards.single(kill_ppo_driver.WORLD.reward))
-        return
     fault = changes.get("fault", "")
     rest = {name: value for name, value in changes.items() if name != "fault"}
+    if fault and distributed.is_main() == (fault == "killed"):
+        loop.estimate = broken(loop.estimate, fault, folder / f"{out}.killed")
+    if changes.get("method"):
+        config = grpo_config(folder, out, **rest)
+        grpo.run(config, PROMPTS, rewards.single(kill_ppo_driver.WORLD.reward))
+        return
     config = kill_ppo_driver.config(folder, out, **rest)
     gold = rewards.Source("gold", (kill_ppo_driver.WORLD.reward,))
-    if fault and distributed.is_main() == (fault == "killed"):
-        ppo.estimate = broken(ppo.estimate, fault, folder / f"{out}.killed")
     ppo.run(config, PROMPTS, rewards.single(kill_ppo_driver.noisy), gold, PROMPTS)
 
 
@@ -60,7 +60,7 @@ def grpo_config(folder: Path, out: str, **changes) -> grpo.GrpoConfig:
 
 
 def broken(estimate, fault: str, killed: Path):
-    """`ppo.estimate` with a fault from the third step on; `killed` is made by the first kill."""
+    """`loop.estimate` with a fault from the third step on; `killed` is made by the first kill."""
 
     def estimated(t, *rest):
         if fault == "killed":

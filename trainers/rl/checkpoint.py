@@ -1,5 +1,5 @@
-"""Checkpoints of PPO that a killed run goes on from exactly, its metrics, and the policies that it
-leaves behind.
+"""Checkpoints that a killed run goes on from exactly, its metrics, and the policies that it leaves
+behind.
 
 Seeds are drawn from (seed, step, purpose), so no random state needs to be saved: a step is the same
 whenever it is run.
@@ -30,7 +30,7 @@ from prefab.trainers.common import (
 from prefab.trainers.model_card import reward_chart, write_card
 from prefab.trainers.rl import processes
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
-from prefab.trainers.rl.state import PpoRun, Run, State
+from prefab.trainers.rl.state import Run, State
 
 METRICS = "metrics.jsonl"
 KEPT = 2  # checkpoints; the older one is what a stop by KL goes back to
@@ -47,14 +47,14 @@ def seed_step(seed: int, step: int, purpose: str, threads: int | None = None) ->
     return drawn
 
 
-def save(t: PpoRun) -> Path:
+def save(t: Run) -> Path:
     """Write all that the run is into `out`/checkpoint-STEP, and remove older ones once it is
     whole.
     """
     return processes.on_main(lambda: _save(t))
 
 
-def _save(t: PpoRun) -> Path:
+def _save(t: Run) -> Path:
     import torch
 
     out = Path(t.config.out)
@@ -64,7 +64,7 @@ def _save(t: PpoRun) -> Path:
     torch.save(
         {
             "policy": _trained(t.policy),
-            "critic": _trained(t.critic),
+            "critic": None if t.critic is None else _trained(t.critic),
             "optimizer": t.optimizer.state_dict(),
             "state": asdict(t.state),
         },
@@ -75,7 +75,7 @@ def _save(t: PpoRun) -> Path:
     return folder
 
 
-def restore(t: PpoRun) -> None:
+def restore(t: Run) -> None:
     """Go on from the newest whole checkpoint, if there is one, and forget metrics of later steps.
 
     Raises: ConfigError (see `claim`).
@@ -101,9 +101,7 @@ def _claim(t: Run) -> Path | None:
     out.mkdir(parents=True, exist_ok=True)
     origin, now = out / "origin.json", orjson.dumps(_origin(t))
     if origin.exists():
-        # a GRPO run of an earlier version could only sample with transformers
-        saved = {"sampler": "transformers", **orjson.loads(origin.read_bytes())}
-        now_ = orjson.loads(now)
+        saved, now_ = orjson.loads(origin.read_bytes()), orjson.loads(now)
         more = now_["schedule"] == "constant" and now_["steps"] > saved.get("steps", now_["steps"])
         other = sorted(
             name
@@ -121,7 +119,7 @@ def _claim(t: Run) -> Path | None:
     return last_checkpoint(out)
 
 
-def rewind(t: PpoRun) -> None:
+def rewind(t: Run) -> None:
     """Back to the newest checkpoint of an earlier step, whose KL has been measured and was within
     bounds.
     """
@@ -135,15 +133,16 @@ def rewind(t: PpoRun) -> None:
     t.state.stopped = stopped
 
 
-def _restore(t: PpoRun, folder: Path) -> None:
+def _restore(t: Run, folder: Path) -> None:
     import torch
 
     saved = torch.load(folder / "state.pt", map_location=t.accelerator.device, weights_only=True)
     for model, weights in ((t.policy, saved["policy"]), (t.critic, saved["critic"])):
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in weights:
-                    parameter.copy_(weights[name])
+        if model is not None:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in weights:
+                        parameter.copy_(weights[name])
     t.optimizer.load_state_dict(saved["optimizer"])
     t.state = restored_state(saved["state"])
 
@@ -179,20 +178,20 @@ def _origin(t: Run) -> dict[str, Any]:
     return {**config, "the prompts": digest, "the rewards": [s.name for s in t.sources]}
 
 
-def record(t: Run, metrics: dict[str, Any], name: str) -> None:
+def record(t: Run, metrics: dict[str, Any]) -> None:
     """Append a step's metrics to metrics.jsonl and, without its times, to the store's evaluations
-    under `name`.
+    under the method's name.
 
     Without times a step repeated after a kill is the same object, which the store records once.
     """
-    processes.on_main(lambda: _record(t, metrics, name))
+    processes.on_main(lambda: _record(t, metrics))
 
 
-def _record(t: Run, metrics: dict[str, Any], name: str) -> None:
+def _record(t: Run, metrics: dict[str, Any]) -> None:
     with open(Path(t.config.out) / METRICS, "ab") as file:
         file.write(orjson.dumps(metrics, option=orjson.OPT_APPEND_NEWLINE))
     kept = {key: value for key, value in metrics.items() if key != "times"}
-    record_eval(t.config.store, name, f"{Path(t.config.out).name}@{metrics['step']}", kept)
+    record_eval(t.config.store, t.method.name, f"{Path(t.config.out).name}@{metrics['step']}", kept)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -234,12 +233,12 @@ def _write_policy(t: Run, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def finish(t: Run, stage: str) -> None:
+def finish(t: Run) -> None:
     """Leave the policy in `out`/policy, with its card."""
-    processes.on_main(lambda: _finish(t, stage))
+    processes.on_main(lambda: _finish(t))
 
 
-def _finish(t: Run, stage: str) -> None:
+def _finish(t: Run) -> None:
     folder = Path(t.config.out) / "policy"
     write_policy(t, folder)
     steps = read_metrics(folder.parent / METRICS)
@@ -247,4 +246,4 @@ def _finish(t: Run, stage: str) -> None:
     if t.state.stopped:
         told += f" Stopped early: {t.state.stopped}."
     last = {name: value for step in steps for name, value in step.items()}
-    write_card(folder, stage, t.config, told, last, reward_chart(steps))
+    write_card(folder, t.method.stage, t.config, told, last, reward_chart(steps))

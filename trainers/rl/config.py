@@ -32,7 +32,7 @@ class VllmSettings(Strict):
 
 
 class RlConfig(Strict):
-    """What PPO and GRPO have in common: models, data, rewards, sampling, optimizer, evaluations."""
+    """What PPO and GRPO have in common: models, data, rewards, sampling, updates, evaluations."""
 
     model: str = Field(
         description="The policy to begin with: a folder, an embedded model or a hub name."
@@ -56,6 +56,7 @@ class RlConfig(Strict):
 
     steps: int = Field(200, ge=1)
     batch_size: int = Field(64, ge=2, description="Answers a step.")
+    minibatches: int = Field(1, ge=1)
     epochs: int = Field(1, ge=1)
     micro_batch: int = Field(
         16, ge=1, description="Answers a forward at most; gradients add up to the batch."
@@ -117,6 +118,20 @@ class RlConfig(Strict):
         "reference's mean. null: such answers are scored like any other.",
     )
 
+    unfinished_stop: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="The run ends after 5 steps in a row with a larger share of unfinished "
+        "answers.",
+    )
+    max_bad: int = Field(
+        3,
+        ge=1,
+        description="The run ends after so many updates in a row whose loss is not a finite "
+        "number.",
+    )
+
     lora: Lora | None = None
     attention: Attention = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -141,6 +156,11 @@ class RlConfig(Strict):
         if self.sample_ahead and self.vllm.sleep:
             raise ValueError("sample_ahead needs a server that is awake: leave vllm.sleep out")
         return self
+
+    @property
+    def answers_a_prompt(self) -> int:
+        """How many answers of a step have the same prompt."""
+        return 1
 
     def compiles_sampling(self, device: str) -> bool:
         """Whether the transformers sampler is to compile its forward on this kind of device."""
@@ -181,29 +201,12 @@ class PpoConfig(RlConfig):
     kl_horizon: float = Field(
         10_000.0, gt=0, description="Answers over which beta may grow e-fold or so."
     )
-    unfinished_stop: float = Field(
-        0.9,
-        gt=0,
-        le=1,
-        description="The run ends after 5 steps in a row with a larger share of unfinished "
-        "answers.",
-    )
-    max_bad: int = Field(
-        3,
-        ge=1,
-        description="The run ends after so many updates in a row whose loss is not a finite "
-        "number.",
-    )
 
 
 class GrpoConfig(RlConfig):
     """A GRPO or RLOO run, resolved."""
 
     method: Literal["grpo", "rloo"] = "grpo"
-    steps: int = Field(
-        200, ge=1, description="Updates; with epochs, so many of them share their answers."
-    )
-    batch_size: int = Field(64, ge=2, description="Answers an update.")
     group: int = Field(8, ge=2, description="Answers a prompt.")
     scale_rewards: Literal["none", "group", "batch"] = Field(
         "none", description="GRPO: what advantages are divided by."
@@ -212,16 +215,16 @@ class GrpoConfig(RlConfig):
         "reverse", description="GRPO: which divergence the loss term has."
     )
 
+    @property
+    def answers_a_prompt(self) -> int:
+        """See `RlConfig`."""
+        return self.group
+
     @model_validator(mode="after")
     def _divides(self) -> GrpoConfig:
-        if self.batch_size % self.group or self.batch_size % self.micro_batch:
+        if self.batch_size % self.group:
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of group ({self.group}) and of "
-                f"micro_batch ({self.micro_batch})"
-            )
-        if self.lora and self.reference:
-            raise ValueError(
-                "with lora the reference is the model without its adapter: leave reference out"
+                f"batch_size ({self.batch_size}) must be a multiple of group ({self.group})"
             )
         if self.method == "rloo" and (self.kl != "reverse" or self.scale_rewards != "none"):
             raise ValueError("kl and scale_rewards are GRPO's; RLOO charges KL in the reward")

@@ -81,12 +81,10 @@ def due(t: Run) -> bool:
     )
 
 
-def start(
-    t: Run, gold: Source | None, prompts: Sequence[Prompt], ids: list[list[int]], stage: str
-) -> None:
+def start(t: Run, gold: Source | None, prompts: Sequence[Prompt], ids: list[list[int]]) -> None:
     """Record proxy, gold and KL before any training: what gains and losses are measured from."""
     if gold and not t.state.evaluations:
-        checkpoint.record(t, {"step": 0, **evaluate(t, gold, prompts, ids)}, stage)
+        checkpoint.record(t, {"step": 0, **evaluate(t, gold, prompts, ids)})
 
 
 def evaluate(

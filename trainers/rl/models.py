@@ -1,12 +1,10 @@
-"""What a PPO run consists of: policy, reference, value function, optimizer, and forwards through
-them.
-"""
+"""The models of a run: policy, reference, value function, optimizer, and forwards through them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefab.factory.console import say
 from prefab.factory.errors import ConfigError
@@ -16,30 +14,40 @@ from prefab.trainers.rl import checkpoint, processes, rewards, rollout
 from prefab.trainers.rl.config import PpoConfig, RlConfig
 from prefab.trainers.rl.rewards import Source
 from prefab.trainers.rl.rollout import Packed, Prompt, SampledAnswer, TransformersSampler
-from prefab.trainers.rl.state import PpoRun, Run, State
+from prefab.trainers.rl.state import Method, Run, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+R = TypeVar("R", bound=Run)
 
-def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[Source]) -> PpoRun:
-    """Models, optimizer and encoded prompts, with nothing trained yet.
+
+def prepare_run(
+    kind: type[R],
+    method: Method,
+    config: RlConfig,
+    prompts: Sequence[Prompt],
+    sources: Sequence[Source],
+) -> R:
+    """A run of this kind: models, optimizer and encoded prompts, with nothing trained yet.
 
     Raises: ConfigError for no prompts, no rewards, sharded models, a model that does not load.
     """
-    check_inputs("PPO", prompts, sources)
+    check_inputs(method.name.upper(), prompts, sources)
     checkpoint.seed_step(config.seed, 0, "load", config.threads)
     accelerator = distributed.accelerator_for(config.precision)
     processes.check_kind(accelerator)
     tokenizer = load_tokenizer(config.model, config.chat_template, config.pad_token)
-    policy, reference, trunk = _load_models(config, accelerator.device.type)
-    critic = _critic(trunk, policy.config.hidden_size).to(accelerator.device)
+    policy, reference, critic = _load_models(config, accelerator.device)
     room = room_for_prompt(policy, config)
     ends = rollout.end_ids(policy, tokenizer)
-    return PpoRun(
+    return kind(
+        method=method,
         config=config,
         policy=policy,
         reference=reference,
+        critic=critic,
+        optimizer=_optimizer(config, policy, critic),
         tokenizer=tokenizer,
         accelerator=accelerator,
         ends=ends,
@@ -48,8 +56,6 @@ def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[
         prompt_ids=rollout.encode(tokenizer, prompts, room, config.template_kwargs),
         sources=rewards.asked_once(sources),
         state=State(beta=config.beta),
-        critic=critic,
-        optimizer=_optimizer(config, policy, critic),
         sampler=transformers_sampler(config, policy, ends, accelerator),
     )
 
@@ -93,33 +99,41 @@ def room_for_prompt(policy: Any, config: RlConfig) -> int:
     return longest - config.max_new_tokens
 
 
-def _load_models(config: PpoConfig, device: str) -> tuple[Any, Any, Any]:
-    """(policy, reference or None, the value function's own trunk or None)."""
+def _load_models(config: RlConfig, device: Any) -> tuple[Any, Any, Any]:
+    """(policy, reference or None, value function or None)."""
 
     def model(name: str, lora: Lora | None) -> Any:
         return _without_dropout(
-            with_lora(load_policy(name, config.attention, device=device), lora, "CAUSAL_LM")
+            with_lora(load_policy(name, config.attention, device=device.type), lora, "CAUSAL_LM")
         )
 
     policy, reference, trunk = model(config.model, config.lora), None, None
     if config.lora is None or config.reference:
         reference = model(config.reference or config.model, None).requires_grad_(False)
-    if config.value == "separate":
+    if isinstance(config, PpoConfig) and config.value == "separate":
         trunk = model(config.value_model or config.model, config.lora)
     for checkpointed in (policy, trunk) if config.gradient_checkpointing else ():
         if checkpointed is not None:  # it takes effect in training mode alone, that is in updates
             checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
             checkpointed.enable_input_require_grads()
-    return policy, reference, trunk
+    if not isinstance(config, PpoConfig):
+        return policy, reference, None
+    return policy, reference, _critic(trunk, policy.config.hidden_size).to(device)
 
 
-def _optimizer(config: PpoConfig, policy: Any, critic: Any) -> Any:
+def learning_rates(config: RlConfig) -> list[float]:
+    """At the first step: of the policy, then of the value function where there is one."""
+    critics = [config.value_learning_rate] if isinstance(config, PpoConfig) else []
+    return [config.learning_rate, *critics]
+
+
+def _optimizer(config: RlConfig, policy: Any, critic: Any) -> Any:
     import torch
 
-    rates = ((policy, config.learning_rate), (critic, config.value_learning_rate))
+    models = [policy] if critic is None else [policy, critic]
     groups = [
         {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
-        for model, rate in rates
+        for model, rate in zip(models, learning_rates(config), strict=True)
     ]
     return torch.optim.AdamW(groups, eps=1e-5, weight_decay=config.weight_decay, fused=True)
 
@@ -168,7 +182,12 @@ def _critic(trunk: Any, hidden: int) -> Any:
     return torch.nn.ModuleDict({"head": head} | ({"trunk": trunk} if trunk is not None else {}))
 
 
-def values_of(t: PpoRun, packed: Packed, states_BTD: Tensor | None) -> Tensor:
+def values_from_policy(t: Run) -> bool:
+    """Whether the value function reads the policy's last hidden states."""
+    return t.critic is not None and "trunk" not in t.critic
+
+
+def values_of(t: Run, packed: Packed, states_BTD: Tensor | None) -> Tensor:
     """The value before each token of the answers, B T."""
     if "trunk" in t.critic:
         T = packed.mask_BT.shape[1]
@@ -183,7 +202,7 @@ def measure_call(t: Run) -> None:
     checkpoint has the value of it, and so the same batches.
     """
     device = t.accelerator.device
-    if device.type == "cuda" and not t.state.call and not processes.is_sharded(t.accelerator):
+    if device.type == "cuda" and not t.state.call:
         t.state.call = processes.on_main(lambda: rollout.measured_call(t.policy, device))
         say(f"a forward's overhead is worth {t.state.call:,} columns (measured)", stderr=True)
 
@@ -201,10 +220,10 @@ def as_reference(t: Run) -> Iterator[Any]:
 
 
 def policy_kl(
-    t: PpoRun, answers: list[SampledAnswer]
+    t: Run, answers: list[SampledAnswer]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask, log-probabilities, reference's, entropies, values) of answers, each B T, by the
-    forward that trains.
+    forward that trains; values are 0 where there is no value function.
     """
     import torch
 
@@ -224,11 +243,12 @@ def policy_kl(
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
             n = packed.mask_BT.shape[1]
             logps[rows, :n], entropy_BT, states = rollout.forward(
-                t.policy, packed, t.config.temperature, "trunk" not in t.critic, entropy=True
+                t.policy, packed, t.config.temperature, values_from_policy(t), entropy=True
             )
             assert entropy_BT is not None  # it was asked for
             entropy[rows, :n] = entropy_BT
-            values[rows, :n] = values_of(t, packed, states)
+            if t.critic is not None:
+                values[rows, :n] = values_of(t, packed, states)
             with as_reference(t) as reference:
                 reference_logps[rows, :n] = rollout.forward(
                     reference, packed, t.config.temperature

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO as pure functions of tensors.
+"""The arithmetic of PPO, GRPO and RLOO as pure functions of tensors.
 
 Axes: B answers, T tokens of an answer (padded on the right), V vocabulary. A mask is True on real
 tokens: those up to and including the one that ends the answer. What stands outside the mask never
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KLForm = Literal["k1", "k2", "k3"]
+Scale = Literal["none", "group", "batch"]
 EPSILON = 1e-8  # keeps a deviation of zero from dividing
+SCALE_EPSILON = 1e-4  # as EPSILON, of advantages in groups: TRL's
 
 
 def answer_mask(tokens_BT: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -125,6 +127,63 @@ def gae(
         advantages.append(running)
     advantages_BT = torch.stack(advantages[::-1], dim=1)
     return advantages_BT, advantages_BT + values_BT
+
+
+def answer_sums(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The sum over the real tokens of each answer, B 1."""
+    return x_BT.masked_fill(~mask_BT, 0.0).sum(-1, keepdim=True)
+
+
+def group_advantages(scores_B: Tensor, group_B: Tensor, scale: Scale = "none") -> Tensor:
+    """Scores less the mean of their group, divided by the deviation (of a sample: by n - 1) of the
+    group or of all scores where `scale` says so; 0 for an answer that is alone in its group.
+
+    `group_B`: the number of each answer's group, from 0.
+    Source: Shao et al. 2024 (GRPO), section 4.1; Liu et al. 2025, "Dr. GRPO", for `none`.
+    """
+    gain_B, n_B = _above_mean(scores_B, group_B)
+    if scale == "batch":
+        return gain_B / (scores_B.std() + SCALE_EPSILON)
+    if scale == "group":
+        squares_B = _group_sums(gain_B.square(), group_B)
+        return gain_B / ((squares_B / (n_B - 1).clamp(min=1)).sqrt() + SCALE_EPSILON)
+    return gain_B
+
+
+def leave_one_out_advantages(scores_B: Tensor, group_B: Tensor) -> Tensor:
+    """Scores less the mean of the other answers of their group; 0 for an answer without others.
+
+    Source: Ahmadian et al. 2024 (RLOO), eq. 10.
+    """
+    gain_B, n_B = _above_mean(scores_B, group_B)
+    return gain_B * n_B / (n_B - 1).clamp(min=1)
+
+
+def _above_mean(scores_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(scores less the mean of their group, how many answers the group has)."""
+    n_B = group_B.bincount()[group_B]
+    return scores_B - _group_sums(scores_B, group_B) / n_B, n_B
+
+
+def _group_sums(x_B: Tensor, group_B: Tensor) -> Tensor:
+    """Of each answer, the sum over its group."""
+    return x_B.new_zeros(int(group_B.max()) + 1).index_add(0, group_B, x_B)[group_B]
+
+
+def kl_loss(
+    logps_BT: Tensor, old_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, corrected: bool
+) -> Tensor:
+    """k3 to the reference, summed over real tokens, to be differentiated. `corrected`: times the
+    ratio to the policy that sampled, so that the gradient is that of the reverse KL; without it
+    that of the forward KL.
+
+    Source: DeepSeek-V3.2, eq. 7, for the correction.
+    """
+    logps_BT, old_BT, reference_BT = (
+        x.masked_fill(~mask_BT, 0.0) for x in (logps_BT, old_BT, reference_BT)
+    )
+    k3_BT = kl_estimate(logps_BT, reference_BT, "k3")
+    return masked_sum(k3_BT * (logps_BT - old_BT).exp() if corrected else k3_BT, mask_BT)
 
 
 def policy_loss(

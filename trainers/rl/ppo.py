@@ -1,67 +1,23 @@
-"""PPO for language models: one loop from text to text, small enough to read from top to bottom.
-
-A step samples answers, scores their text, takes log-probabilities from the forward that trains,
-charges KL to the reference a token, estimates advantages, and updates policy and value function
-over a few epochs of minibatches. All randomness is a function of (seed, step), so a run that was
-killed goes on exactly where its last checkpoint stands.
+"""PPO for language models: rewards less KL to the reference a token, advantages by a value
+function. The loop is `rl.loop`.
 """
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import isfinite
-from pathlib import Path
-from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from prefab.trainers import distributed
-from prefab.trainers.common import TrainError, translate_errors
 from prefab.trainers.registry import Stage
-from prefab.trainers.rl import (
-    checkpoint,
-    overoptimization,
-    processes,
-    rewards,
-    rollout,
-    sampling,
-)
+from prefab.trainers.rl import checkpoint, loop, models, rewards, rollout
 from prefab.trainers.rl import policy_gradient as pg
 from prefab.trainers.rl.config import PpoConfig
-from prefab.trainers.rl.evaluation import calibrate, due, evaluate, rows_of, start, texts_of
-from prefab.trainers.rl.models import (
-    call_of,
-    encoded_for_gold,
-    measure_call,
-    policy_kl,
-    prepare_run,
-    prompts_for,
-    rewards_for,
-    values_of,
-)
 from prefab.trainers.rl.rewards import Source
-from prefab.trainers.rl.rollout import Prompt, SampledAnswer
-from prefab.trainers.rl.state import PpoRun, State
+from prefab.trainers.rl.rollout import Packed, Prompt, SampledAnswer
+from prefab.trainers.rl.state import Batch, Method, PpoRun, State
 from prefab.trainers.steps import step_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(slots=True)
-class Batch:
-    """Answers of one step and what the update needs of them: B T, left-aligned, padded to the
-    longest answer.
-    """
-
-    answers: list[SampledAnswer]
-    mask: Tensor
-    logps: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
 
 
 def run(
@@ -72,31 +28,8 @@ def run(
     eval_prompts: Sequence[Prompt] = (),
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> State:
-    """Train, or go on from the last checkpoint in `out`; the policy lands in `out`/policy.
-
-    What is left out is taken from the configuration. `on_step` sees each step's metrics.
-    Raises: ConfigError for what cannot be trained from, TrainError when training cannot go on,
-    EngineError where vLLM does not start; what is saved is kept.
-    """
-    with (
-        translate_errors(Path(config.out), "micro_batch or batch_size"),
-        processes.others_watched(),
-    ):
-        prompts, eval_prompts = prompts_for(config, prompts, eval_prompts)
-        sources, gold = rewards_for(config, sources, gold)
-        t = prepare_run(config, prompts, sources)
-        eval_ids = encoded_for_gold(t, gold, eval_prompts)
-        checkpoint.restore(t)
-        measure_call(t)
-        if config.normalise == "reference" and not t.state.scales:
-            t.state.scales = calibrate(t)
-        if t.state.step == 0:
-            start(t, gold, eval_prompts, eval_ids, "ppo")
-            checkpoint.save(t)  # where a stop by KL at the second step goes back to
-        with sampling.running_sampler(t, lambda: checkpoint.save(t)):
-            _steps(t, gold, eval_prompts, eval_ids, on_step)
-        checkpoint.finish(t, "ppo")
-        return t.state
+    """Train by PPO; see `loop.run`."""
+    return loop.run(prepare_run, config, prompts, sources, gold, eval_prompts, on_step)
 
 
 STAGE = Stage(
@@ -104,133 +37,31 @@ STAGE = Stage(
 )
 
 
-def _steps(
-    t: PpoRun,
-    gold: Source | None,
-    eval_prompts: Sequence[Prompt],
-    eval_ids: list[list[int]],
-    on_step: Callable[[dict[str, Any]], None] | None,
-) -> None:
-    """The steps that are left, each recorded; checkpoints and evaluations between them."""
-    c = t.config
-    while t.state.step < c.steps and not t.state.stopped:
-        metrics = step(t)
-        if gold and not t.state.stopped and due(t):
-            metrics |= evaluate(t, gold, eval_prompts, eval_ids)
-        checkpoint.record(t, metrics, "ppo")
-        if t.state.step % c.save_every == 0 or t.state.step == c.steps:
-            checkpoint.save(t)
-        if on_step:
-            on_step(metrics)
+def prepare_run(config: PpoConfig, prompts: Sequence[Prompt], sources: Sequence[Source]) -> PpoRun:
+    """See `models.prepare_run`."""
+    return models.prepare_run(PpoRun, METHOD, config, prompts, sources)
 
 
-def sample_ahead(t: PpoRun) -> None:
-    """Begin to sample the next step's answers, where that is wanted."""
-    c, later = t.config, t.state.step + 1
-    rows = rows_of(c.seed, len(t.prompts), later, c.batch_size)
-    sampling.begin_ahead(t, [t.prompt_ids[i] for i in rows], t.state.step, later)
+def _advantages(
+    t: PpoRun, batch: Batch, scores: Sequence[float], _: Sequence[int], metrics: dict[str, Any]
+) -> Tensor:
+    """Generalised advantages, B T; the returns are added to the batch."""
+    import torch
 
-
-def step(t: PpoRun) -> dict[str, Any]:
-    """One step: sample, score, estimate, update. Its metrics."""
-    started, c = time.monotonic(), t.config
-    rows = rows_of(c.seed, len(t.prompts), t.state.step, c.batch_size)
-    answers = sampling.step_answers(t, [t.prompt_ids[i] for i in rows], t.state.step)
-    texts = texts_of(t, answers)
-    sampled_s = time.monotonic() - started
-    answers, texts, scores, metrics = score(t, [t.prompts[i] for i in rows], answers, texts)
-    scored_s = time.monotonic() - started
-    batch, kl = estimate(t, answers, scores, metrics)
-    t.state.unfinished_in_a_row = (
-        t.state.unfinished_in_a_row + 1 if metrics["unfinished"] > c.unfinished_stop else 0
-    )
+    mask, values = batch.mask, batch.values
+    assert values is not None
+    k1 = pg.kl_estimate(batch.logps, batch.reference, "k1")
+    rewarded = pg.penalised_rewards(torch.tensor(scores, device=k1.device), k1, mask, t.state.beta)
+    if any(isinstance(score, rewards.StepRewards) for score in scores):
+        rewarded = pg.place_step_rewards(rewarded, _step_rewards(t, batch.answers, scores), mask)
+    advantages, returns = pg.gae(rewarded, values, mask, t.config.gamma, t.config.lam)
     metrics |= {
-        "step": t.state.step + 1,
-        "beta": t.state.beta,
-        "distinct_1": overoptimization.distinct(texts, 1),
-        "distinct_2": overoptimization.distinct(texts, 2),
+        "explained_variance": pg.explained_variance(values, returns, mask),
+        "value": float(pg.masked_mean(values, mask)),
+        "return": float(pg.masked_mean(returns, mask)),
     }
-    if c.kl_stop is not None and kl > c.kl_stop:
-        first = (
-            "Policy and reference differ before any training: see model and reference. "
-            if t.state.step == 0
-            else ""
-        )
-        t.state.stopped = f"KL {kl:.1f} nats an answer, beyond kl_stop ({c.kl_stop:g}). {first}Raise beta or kl_stop"
-        checkpoint.rewind(t)
-    elif c.unfinished_score is not None and t.state.unfinished_in_a_row >= 5:
-        t.state.stopped = (
-            f"{metrics['unfinished']:.0%} of the answers do not end within max_new_tokens, 5 steps running. "
-            "Raise max_new_tokens, or lower learning_rate"
-        )
-    else:
-        sample_ahead(t)
-        metrics |= update(t, batch)
-        if c.kl == "adaptive":
-            t.state.beta = pg.adapt_beta(t.state.beta, kl, c.kl_target, len(answers), c.kl_horizon)
-        t.state.step += 1
-    total_s = time.monotonic() - started
-    tokens = sum(len(a.ids) for a in answers)
-    times = {
-        "seconds": total_s,
-        "sampling_share": sampled_s / total_s,
-        "scoring_share": (scored_s - sampled_s) / total_s,
-        "tokens_per_s": tokens / total_s,
-    }
-    return metrics | {"bad_updates": t.state.bad, "stopped": t.state.stopped, "times": times}
-
-
-def score(
-    t: PpoRun,
-    prompts: Sequence[Prompt],
-    answers: list[SampledAnswer],
-    texts: list[str],
-) -> tuple[list[SampledAnswer], list[str], list[float], dict[str, Any]]:
-    """Answers with their texts and scores, those that no reward could score left out, and
-    metrics.
-
-    Raises: TrainError where fewer than half have a score, or, at the first step, where a reward
-    does not vary.
-    """
-    totals, found = rewards.score_ended(
-        t.sources,
-        prompts,
-        texts,
-        [a.ended for a in answers],
-        t.config.unfinished_score,
-        t.state.scales,
-    )
-    kept = [(b, total) for b, total in enumerate(totals) if total is not None]
-    if len(kept) < max(2, len(answers) / 2):
-        raise TrainError(
-            f"rewards could not score {len(answers) - len(kept)} of {len(answers)} answers at step "
-            f"{t.state.step + 1}; at least half must be"
-        )
-    if t.state.step == 0:
-        rewards.check_all_vary(found)
-    scores = [total for _, total in kept]
-    metrics: dict[str, Any] = {
-        "reward": fmean(scores),
-        "reward_sd": pstdev(scores),
-        "unscored": len(answers) - len(kept),
-        "unfinished": fmean(not a.ended for a in answers),
-        "length": fmean(len(a.ids) for a in answers),
-        **_reward_metrics(t.sources, found),
-    }
-    return [answers[b] for b, _ in kept], [texts[b] for b, _ in kept], scores, metrics
-
-
-def _reward_metrics(sources: Sequence[Source], found: rewards.Scores) -> dict[str, float | None]:
-    """The mean raw score of each source, and how far an ensemble's members differ."""
-    metrics: dict[str, float | None] = {}
-    for source in sources:
-        if source.name in found.raw:
-            known = [x for x in found.raw[source.name] if x is not None]
-            metrics[f"reward/{source.name}"] = fmean(known) if known else None
-            if len(source.members) > 1:
-                apart = found.disagreement[source.name]
-                metrics[f"disagreement/{source.name}"] = fmean(apart or [0.0])
-    return metrics
+    batch.returns = returns
+    return pg.whiten(advantages, mask) if t.config.whiten_advantages else advantages
 
 
 def _step_rewards(
@@ -245,139 +76,33 @@ def _step_rewards(
     return found
 
 
-def estimate(
-    t: PpoRun, answers: list[SampledAnswer], scores: list[float], metrics: dict[str, Any]
-) -> tuple[Batch, float]:
-    """Advantages and returns of a step's answers, and their KL in nats an answer; adds to
-    `metrics`.
-    """
-    import torch
-
-    mask, logps, reference_logps, entropy, values = policy_kl(t, answers)
-    k1, k3 = (pg.kl_estimate(logps, reference_logps, form) for form in ("k1", "k3"))
-    kl = float(pg.masked_sum(k1, mask)) / len(answers)
-    rewarded = pg.penalised_rewards(torch.tensor(scores, device=k1.device), k1, mask, t.state.beta)
-    if any(isinstance(score, rewards.StepRewards) for score in scores):
-        rewarded = pg.place_step_rewards(rewarded, _step_rewards(t, answers, scores), mask)
-    advantages, returns = pg.gae(rewarded, values, mask, t.config.gamma, t.config.lam)
-    gap, largest = rollout.sampler_gap(answers, logps, mask)
-    if not t.off_policy:  # else the gap is that of an update
-        t.sampler.check(gap)
-    metrics |= {
-        "kl": kl,
-        "kl_k3": float(pg.masked_sum(k3, mask)) / len(answers),
-        "entropy": float(pg.masked_mean(entropy, mask)),
-        "sampler_gap": gap,
-        "sampler_gap_largest": largest,
-        "explained_variance": pg.explained_variance(values, returns, mask),
-        "value": float(pg.masked_mean(values, mask)),
-        "return": float(pg.masked_mean(returns, mask)),
-    }
-    if t.config.whiten_advantages:
-        advantages = pg.whiten(advantages, mask)
-    if t.off_policy:
-        sampled = rollout.sampler_logps(answers, mask).to(logps)
-        weights = pg.importance_weights(logps, sampled, mask, t.config.importance_cap)
-        advantages = advantages * weights
-        metrics["importance"] = float(pg.masked_mean(weights, mask))
-    return Batch(answers, mask, logps, values, advantages, returns), kl
-
-
-def update(t: PpoRun, batch: Batch) -> dict[str, Any]:
-    """Epochs of minibatches over one batch. An update whose loss or gradient is not finite is left
-    out and counted.
-
-    Raises: TrainError when that happened `max_bad` times in a row; the weights are those before it,
-    and are saved.
-    """
-    c, draw = t.config, random.Random(f"{t.config.seed}/{t.state.step}/minibatches")
-    t.policy.train(c.gradient_checkpointing)
-    t.critic.train(c.gradient_checkpointing)
-    decay = 1 - t.state.step / c.steps if c.schedule == "linear" else 1.0
-    for group, rate in zip(
-        t.optimizer.param_groups, (c.learning_rate, c.value_learning_rate), strict=True
-    ):
-        group["lr"] = rate * decay
-    seen: list[dict[str, float]] = []
-    for _ in range(c.epochs):
-        order = list(range(len(batch.answers)))
-        draw.shuffle(order)
-        for k in range(c.minibatches):
-            rows = order[k * len(order) // c.minibatches : (k + 1) * len(order) // c.minibatches]
-            done = _minibatch(t, batch, rows) if rows else {}
-            t.state.bad_in_a_row = 0 if done or not rows else t.state.bad_in_a_row + 1
-            t.state.bad += int(bool(rows) and not done)
-            if t.state.bad_in_a_row >= c.max_bad:
-                checkpoint.finish(t, "ppo")
-                raise TrainError(
-                    f"the loss was not finite in {c.max_bad} updates in a row (step {t.state.step + 1}). The "
-                    f"last good policy is in {c.out}/policy: lower learning_rate, see the rewards' scale"
-                )
-            seen += [done] if done else []
-    t.policy.eval()
-    t.critic.eval()
-    return {"learning_rate": c.learning_rate * decay} | {
-        name: fmean(one[name] for one in seen) for name in (seen[0] if seen else ())
-    }
-
-
-def _add_up(t: PpoRun, sums: dict[str, float]) -> None:
-    """Replace gradients and sums by those of all processes. A number that is not finite in one
-    process is so in all, which then all leave the update out.
-    """
-    import torch
-
-    if distributed.world_size() > 1:
-        processes.add_up_gradients(p for group in t.optimizer.param_groups for p in group["params"])
-        told = torch.tensor(list(sums.values()), dtype=torch.float64, device=t.accelerator.device)
-        processes.add_up(told)
-        sums.update(zip(sums, told.tolist(), strict=True))
-
-
-def _minibatch(t: PpoRun, batch: Batch, rows: list[int]) -> dict[str, float]:
-    """One optimizer step on these rows; nothing, and no step, where the loss or the gradient is no
-    number.
-    """
-    import torch
-
-    c, sums = (
-        t.config,
-        dict.fromkeys(
-            ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "shift"), 0.0
-        ),
+def _loss(
+    t: PpoRun, batch: Batch, rows: list[int], packed: Packed
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Clipped surrogate, value loss and entropy bonus."""
+    c, mask, n = t.config, packed.mask_BT, packed.mask_BT.shape[1]
+    assert batch.values is not None and batch.returns is not None
+    old, old_values, advantages, returns = (
+        x[rows, :n] for x in (batch.logps, batch.values, batch.advantages, batch.returns)
     )
-    tokens = int(batch.mask[rows].sum())
-    t.optimizer.zero_grad(set_to_none=True)
-    mine = processes.share(rows)
-    for some in rollout.in_batches(batch.answers, mine, c.micro_batch, call_of(t)):
-        packed = rollout.pack([batch.answers[b] for b in some], t.accelerator.device)
-        mask, n = packed.mask_BT, packed.mask_BT.shape[1]
-        old, old_values, advantages, returns = (
-            x[some, :n] for x in (batch.logps, batch.values, batch.advantages, batch.returns)
+    with t.accelerator.autocast():
+        logps, entropy, states = rollout.forward(
+            t.policy, packed, c.temperature, models.values_from_policy(t), c.entropy_coef > 0
         )
-        with t.accelerator.autocast():
-            logps, entropy, states = rollout.forward(
-                t.policy, packed, c.temperature, "trunk" not in t.critic, c.entropy_coef > 0
-            )
-            values = values_of(t, packed, states)
-        policy_loss, clipped = pg.policy_loss(logps, old, advantages, mask, c.clip)
-        value_loss, value_clipped = pg.value_loss(values, old_values, returns, mask, c.value_clip)
-        bonus = 0.0 if entropy is None else c.entropy_coef * pg.masked_sum(entropy, mask)
-        t.accelerator.backward((policy_loss + c.value_coef * value_loss - bonus) / tokens)
-        shift = pg.masked_sum(pg.kl_estimate(old, logps.detach(), "k3"), mask)
-        for name, x in zip(
-            sums, (policy_loss, value_loss, clipped, value_clipped, shift), strict=True
-        ):
-            sums[name] += float(x.detach()) / tokens
-    _add_up(t, sums)
-    norms = {
-        name: float(torch.nn.utils.clip_grad_norm_(group["params"], c.max_grad_norm))
-        for name, group in zip(
-            ("grad_norm", "value_grad_norm"), t.optimizer.param_groups, strict=True
-        )
-    }
-    if not all(map(isfinite, (*sums.values(), *norms.values()))):
-        t.optimizer.zero_grad(set_to_none=True)
-        return {}
-    t.optimizer.step()
-    return sums | norms
+        values = models.values_of(t, packed, states)
+    policy_loss, clipped = pg.policy_loss(logps, old, advantages, mask, c.clip)
+    value_loss, value_clipped = pg.value_loss(values, old_values, returns, mask, c.value_clip)
+    bonus = 0.0 if entropy is None else c.entropy_coef * pg.masked_sum(entropy, mask)
+    shift = pg.masked_sum(pg.kl_estimate(old, logps.detach(), "k3"), mask)
+    loss = policy_loss + c.value_coef * value_loss - bonus
+    return loss, (policy_loss, value_loss, clipped, value_clipped, shift)
+
+
+METHOD = Method(
+    name="ppo",
+    stage="ppo",
+    whole_answers=False,
+    advantages=_advantages,
+    loss=_loss,
+    reported=("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "shift"),
+)

@@ -1,5 +1,5 @@
-"""PPO and GRPO in several processes (`accelerate launch`): each has the whole model, answers and
-updates on its share of a step's rows, and takes the same decisions from the same numbers.
+"""PPO, GRPO and RLOO in several processes (`accelerate launch`): each has the whole model, answers
+and updates on its share of a step's rows, and takes the same decisions from the same numbers.
 
 What belongs to a run once (rewards, files, a server) is done by the main process, and all get its
 result, or its error. In one process all of this does nothing.
@@ -32,18 +32,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
-def is_sharded(accelerator: Any) -> bool:
-    """Whether no process has the whole model (FSDP, DeepSpeed)."""
-    return str(accelerator.distributed_type).rpartition(".")[2] in SHARDED
-
-
 def check_kind(accelerator: Any) -> None:
-    """Raises: ConfigError where the launcher shards the model."""
-    if is_sharded(accelerator):
-        kind = str(accelerator.distributed_type).rpartition(".")[2]
+    """Raises: ConfigError where the launcher shards the model (FSDP, DeepSpeed)."""
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind in SHARDED:
         raise ConfigError(
-            f"PPO holds the whole model in each process, so {kind} has no effect on it. Launch it with "
-            "trainers/accelerate/cpu.yaml or another MULTI_GPU configuration, or use lora"
+            f"PPO, GRPO and RLOO hold the whole model in each process and cannot train with {kind}. Launch "
+            "with trainers/accelerate/cpu.yaml or another MULTI_GPU configuration, or use lora; for larger "
+            "models `prefab export --format verl` (or openrlhf) writes a script that trains there"
         )
 
 

@@ -51,10 +51,8 @@ class VllmSampler:
     run is saved and stops.
     """
 
-    def __init__(
-        self, t: Run, save: Callable[[], Path], launch: Callable[..., Any] = VllmProcess
-    ) -> None:
-        self.t, self.save, self.launch = t, save, launch
+    def __init__(self, t: Run, launch: Callable[..., Any] = VllmProcess) -> None:
+        self.t, self.launch = t, launch
         self.folder = Path(t.config.out) / "served"
         self.process: Any = None
         self.ran, self.failures = False, 0
@@ -126,7 +124,7 @@ class VllmSampler:
 
     def give_up(self, reason: str) -> NoReturn:
         """Save the run, then Raises: TrainError."""
-        saved = self.save()
+        saved = checkpoint.save(self.t)
         raise TrainError(
             f"{reason}\nThe run is saved in {saved}; the same command goes on from there. "
             "`sampler: transformers` needs no server, in another folder"

@@ -5,9 +5,8 @@ are needed, or ahead, while the step before is updated.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from prefab.trainers import distributed
 from prefab.trainers.rl import checkpoint, processes
@@ -17,19 +16,16 @@ from prefab.trainers.rl.state import Run
 
 
 @contextmanager
-def running_sampler(t: Run, save: Callable[[], Path]) -> Iterator[None]:
-    """`t.sampler` is the one that the configuration names; a server ends with the block.
-
-    `save` writes a checkpoint of the run as it is, for the case that the server fails.
-    """
-    if t.config.chosen_sampler() == "transformers" or processes.is_sharded(t.accelerator):
+def running_sampler(t: Run) -> Iterator[None]:
+    """`t.sampler` is the one that the configuration names; a server ends with the block."""
+    if t.config.chosen_sampler() == "transformers":
         yield
         return
     if not distributed.is_main():
         t.sampler = processes.MainSampler(None)
         yield
         return
-    found = VllmSampler(t, save)
+    found = VllmSampler(t)
     t.sampler = processes.MainSampler(found) if distributed.world_size() > 1 else found
     try:
         yield
@@ -49,10 +45,10 @@ def step_answers(t: Run, prompts: Sequence[list[int]], step: int) -> list[Sample
     return answers
 
 
-def begin_ahead(t: Run, prompts: Sequence[list[int]], step: int, later: int) -> None:
-    """Begin in this step to sample the answers of a `later` one. Not after the last step, and not
-    where a checkpoint lies between: a run that goes on from it has no such answers.
+def begin_ahead(t: Run, prompts: Sequence[list[int]]) -> None:
+    """Begin to sample the next step's answers, where that is wanted. Not after the last step, and
+    not where a checkpoint lies between: a run that goes on from it has no such answers.
     """
-    c = t.config
+    c, step, later = t.config, t.state.step, t.state.step + 1
     if c.sample_ahead and later < c.steps and step // c.save_every == later // c.save_every:
         t.ahead = t.sampler.ahead(prompts, checkpoint.seed_step(c.seed, later, "sample"))

@@ -1,15 +1,20 @@
-"""What a PPO or GRPO run consists of: configuration, models, prompts, rewards, and its state."""
+"""What a run of PPO, GRPO or RLOO consists of: configuration, models, prompts, rewards, its state,
+the answers of a step, and what its method adds to the shared loop.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefab.trainers.rl.config import GrpoConfig, PpoConfig, RlConfig
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
 from prefab.trainers.rl.rewards import Scales, Source
-from prefab.trainers.rl.rollout import Ahead, Prompt, Sampler
+from prefab.trainers.rl.rollout import Ahead, Packed, Prompt, SampledAnswer, Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -29,12 +34,60 @@ class State:
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
-    """A run's models and data; `reference` None means the policy with its adapter off."""
+class Batch:
+    """Answers of one step and what the update needs of them: B T, left-aligned, padded to the
+    longest answer. Log-probabilities are those before the update.
 
+    Attributes:
+        advantages: B T; of a method that takes whole answers, B 1.
+        values, returns: B T, where there is a value function.
+    """
+
+    answers: list[SampledAnswer]
+    mask: Tensor
+    logps: Tensor
+    reference: Tensor
+    advantages: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What PPO, GRPO and RLOO differ in.
+
+    Attributes:
+        name: What its steps are called in the store's evaluations.
+        stage: The stage of `prefab train`.
+        whole_answers: Whether ratio and advantage are those of whole answers, and the loss a mean
+            over answers; else over tokens.
+        advantages: Of a batch whose log-probabilities are known, its scores, and the group of each
+            answer; may add returns to the batch and metrics to the dictionary. B T or B 1.
+        loss: Of some rows of a batch, packed: (the loss to minimise, summed over tokens or answers;
+            the sums that are reported, in the order of `reported`).
+        reported: Names of those sums, which are divided as the loss is.
+    """
+
+    name: str
+    stage: str
+    whole_answers: bool
+    advantages: Callable[[Any, Batch, Sequence[float], Sequence[int], dict[str, Any]], Tensor]
+    loss: Callable[[Any, Batch, list[int], Packed], tuple[Tensor, tuple[Tensor, ...]]]
+    reported: tuple[str, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A run's models and data; `reference` None means the policy with its adapter off, `critic`
+    None that there is no value function.
+    """
+
+    method: Method
     config: RlConfig
     policy: Any
     reference: Any
+    critic: Any
+    optimizer: Any
     tokenizer: Any
     accelerator: Any
     ends: list[int]  # the tokens that end an answer
@@ -50,15 +103,13 @@ class Run:
 
 @dataclass(slots=True, kw_only=True)
 class PpoRun(Run):
-    """A PPO run, with its value function and its optimizer."""
+    """A PPO run."""
 
     config: PpoConfig
-    critic: Any
-    optimizer: Any
 
 
 @dataclass(slots=True, kw_only=True)
 class GrpoRun(Run):
-    """A GRPO or RLOO run; TRL's trainer has the optimizer."""
+    """A GRPO or RLOO run."""
 
     config: GrpoConfig

@@ -197,7 +197,6 @@ def test_rounds_of_ppo_and_grpo_train_a_reward_model_each(tmp_path, method):
             {"train": {**DPO, "batchsize": 4}},
             r"online.yaml:\d+:\d+ train.batchsize: unknown field; did you mean",
         ),
-        ({"train": {**PPO, "lora": {"rank": 2}}, "method": "grpo"}, "write reference: last"),
         ({"sets": ["engines.here={engine: scripted}"]}, "each round serves the weights"),
         ({"pipeline": "nowhere.yaml"}, "nowhere.yaml"),
         ({"rounds": 0}, "rounds"),

@@ -1,8 +1,9 @@
-"""GRPO and RLOO through TRL with our rewards: their own optima, resumption, unfinished answers,
-stops."""
+"""GRPO and RLOO: the loss and gradient of TRL's trainers, their own optima, resumption, answers
+without a score or an end, stops."""
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
@@ -14,7 +15,7 @@ from prefab.factory.errors import ConfigError
 from prefab.trainers import common
 from prefab.trainers.common import COMPLETE, Lora, TrainError, load_policy
 from prefab.trainers.registry import STAGES
-from prefab.trainers.rl import checkpoint, grpo, rewards
+from prefab.trainers.rl import checkpoint, grpo, loop, rewards
 from tests.support import answer_world as aw
 from tests.support import exact_optimum, tinymodel
 
@@ -75,19 +76,6 @@ def test_each_method_ends_at_its_own_optimum(tmp_path, method, length):
     assert row["tv_to_other_optima"]["no training"] > 0.1
 
 
-@pytest.mark.slow  # bf16 takes long on a CPU that has no instructions for it
-def test_a_second_run_of_another_precision_in_one_process_trains(make, tmp_path):
-    """TRL makes an accelerator of its own, and sets the precision for all later ones."""
-    for precision in ("bf16", "fp32"):
-        config = make(out=str(tmp_path / precision), precision=precision, steps=1, save_every=1)
-        state, (step,) = train(config)
-        assert state.step == 1 and step["loss"] == pytest.approx(step["loss"])  # a number
-    fresh = make(out=str(tmp_path / "fresh"), steps=1, save_every=1)
-    train(fresh)
-    first, again = (weights(tmp_path / name / "policy") for name in ("fp32", "fresh"))
-    assert same(first, again) and not same(weights(tmp_path / "bf16/policy"), first)
-
-
 @pytest.mark.slow
 def test_grpo_ends_at_the_optimum_of_a_world_of_one_token(tmp_path):
     row = exact_optimum.run_one(tmp_path, "grpo forward", 1, 0.6, 1, steps=50, rate=1e-2)
@@ -95,30 +83,157 @@ def test_grpo_ends_at_the_optimum_of_a_world_of_one_token(tmp_path):
     assert row["tv_to_other_optima"]["ppo, rloo"] > 0.05
 
 
-def test_trls_advantages_are_ours(make):
-    """What TRL makes of rewards, group by group, against our own formula: which mean it takes off
-    decides the optimum."""
-    for method in ("grpo", "rloo"):
-        given: list[float] = []
+# --- the same loss and gradient as TRL's trainers
 
-        def reward(prompts, completions, given=given):
-            given.extend(WORLD.reward(prompts, completions))
-            return given[-len(completions) :]
 
-        t = grpo.prepare_run(
-            make(method=method, beta=0.0, micro_batch=16, normalise="none", unfinished_score=None),
-            PROMPTS,
-            rewards.single(reward),
+def drawn(t, n=16):
+    """Answers of the run's policy to the prompts of its first step, and the number of their
+    groups."""
+    rows = loop.prompts_of_step(t, 0)[:n]
+    answers = t.sampler.sample([t.prompt_ids[i] for i in rows], 3)
+    return rows, answers, [b // t.config.group for b in range(len(rows))]
+
+
+def trl_trainer(t, out, rows, answers, scores):
+    """TRL's trainer of the same method, policy and reference, which samples these answers and
+    scores them so."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+    from trl.trainer.utils import add_fused_lm_head
+
+    c, is_grpo = t.config, t.config.method == "grpo"
+    settings = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": len(answers),
+        "gradient_accumulation_steps": 1,
+        "num_generations": c.group,
+        "num_iterations": 2,  # so that the log-probabilities before the update are kept
+        "max_completion_length": c.max_new_tokens,
+        "temperature": c.temperature,
+        "beta": c.beta,
+        "epsilon": c.clip,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    if is_grpo:
+        args = GRPOConfig(
+            **settings,
+            loss_type="dapo",
+            scale_rewards=c.scale_rewards,
+            use_bias_correction_kl=c.kl == "reverse",
         )
-        trainer = grpo._trainer(t, grpo.watch(t, None, [], [], None))
-        batch = trainer._generate_and_score_completions(
-            [{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS * 2 for _ in range(4)]
-        )
-        rewards_PG = torch.tensor(given).view(-1, 4)
-        ours = rewards_PG - rewards_PG.mean(1, keepdim=True)
-        if method == "rloo":  # less the mean of the other three answers
-            ours *= 4 / 3
-        assert torch.allclose(batch["advantages"].flatten(), ours.flatten(), atol=1e-6), method
+    else:
+        args = RLOOConfig(**settings)
+    asked = [{"prompt": [{"role": "user", "content": PROMPTS[i]}]} for i in rows]
+    trainer = (GRPOTrainer if is_grpo else RLOOTrainer)(
+        model=copy.deepcopy(t.policy),
+        reward_funcs=lambda **_: scores,
+        args=args,
+        processing_class=t.tokenizer,
+        train_dataset=Dataset.from_list(asked),
+    )
+    reference = copy.deepcopy(t.reference)
+    add_fused_lm_head(reference, temperature=c.temperature)
+    trainer.ref_model = trainer.accelerator.prepare_model(reference, evaluation_mode=True)
+    ids = [answer.ids for answer in answers]
+    told: list[list[list[int]]] = []
+
+    def single_turn(prompt_ids, *_, **__):
+        told.append(prompt_ids)
+        return (ids, None) if is_grpo else ids
+
+    trainer._generate_single_turn = single_turn
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._generate_and_score_completions(asked)
+    assert told == [[answer.prompt for answer in answers]]
+    return trainer, batch
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kl": "reverse", "scale_rewards": "none"},
+        {"kl": "forward", "scale_rewards": "group"},
+        {"kl": "reverse", "scale_rewards": "batch", "temperature": 0.7},
+        {"beta": 0.0},
+        {"method": "rloo"},
+    ],
+    ids=str,
+)
+def test_an_update_has_the_loss_and_the_gradient_of_trls(make, models, tmp_path, changes):
+    """On the same answers, by a policy that has moved since they were sampled."""
+    config = make(
+        **{"beta": 0.3, "clip": 0.1, "max_grad_norm": 1e9, "learning_rate": 1e-9, **changes},
+        micro_batch=5,
+        reference=str(models / "reference"),
+        max_new_tokens=3,
+    )
+    t = grpo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
+    rows, answers, groups = drawn(t)
+    assert len({len(answer.ids) for answer in answers}) > 1
+    scores = torch.randn(len(answers), generator=torch.Generator().manual_seed(1)).tolist()
+    batch, kl = loop.estimate(t, answers, scores, {}, groups)
+    trainer, theirs = trl_trainer(t, tmp_path, rows, answers, scores)
+    assert torch.allclose(batch.advantages[:, 0], theirs["advantages"], atol=1e-5) and kl != 0
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for ours, other in zip(t.policy.parameters(), trainer.model.parameters(), strict=True):
+            noise = 0.1 * torch.randn(ours.shape, generator=draw)
+            ours += noise
+            other += noise
+    loss = trainer._compute_loss(trainer.model, theirs)
+    loss.backward()
+    done = loop._minibatch(t, batch, list(range(len(answers))))
+    assert done["loss"] == pytest.approx(float(loss.detach()), abs=1e-6)
+    clipped = trainer._metrics["train"]["clip_ratio/region_mean"][-1]
+    assert done["clip_fraction"] == pytest.approx(clipped) and 0 < clipped < 1
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+    for name, p in t.policy.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], atol=1e-6), name
+    assert max(float(g.abs().max()) for g in gradients.values()) > 0.01
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_answers_sampled_ahead_weigh_as_much_as_the_update_made_them_likelier(make, method):
+    """Each token in GRPO, each answer in RLOO, at most the cap."""
+    config = make(method=method, importance_cap=2.0, beta=0.0, max_new_tokens=3)
+    t = grpo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
+    _, answers, groups = drawn(t)
+    scores = [float(b % 5) for b in range(len(answers))]
+    plain, _ = loop.estimate(t, answers, scores, {}, groups)
+    ratios = torch.tensor([1.5, 0.5, 4.0])[torch.arange(len(answers)) % 3]
+    for b, answer in enumerate(answers):  # all of it in the last token
+        answer.sampler_logps[:] = plain.logps[b, : len(answer.ids)].tolist()
+        answer.sampler_logps[-1] -= float(ratios[b].log())
+    t.off_policy, metrics = True, {}
+    batch, _ = loop.estimate(t, answers, scores, metrics, groups)
+    weights = torch.ones_like(plain.advantages) if method == "grpo" else torch.ones(16, 1)
+    for b, answer in enumerate(answers):
+        weights[b, len(answer.ids) - 1 if method == "grpo" else 0] = ratios[b].clamp(max=2.0)
+    mask = batch.mask if method == "grpo" else batch.mask[:, :1]
+    assert plain.advantages.abs().max() > 1
+    assert torch.allclose(batch.advantages * mask, plain.advantages * weights * mask, atol=1e-4)
+    mean = float((weights * mask).sum() / mask.sum())
+    assert metrics["importance"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_an_answer_without_a_score_is_left_out_of_its_group(make):
+    """The others are compared as if it had not been there; alone, an answer has no advantage."""
+    config = make(beta=0.0, unfinished_score=None)
+    t = grpo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
+    rows, answers, _ = drawn(t)
+    texts = [str(b) for b in range(16)]
+    values = [None, 1.0, 2.0, 6.0, *[float(b) for b in range(4)], *[None] * 3, 5.0, *[1.0] * 4]
+    t.sources = rewards.single(lambda prompts, completions: values)
+    kept, scores, metrics = loop.score(t, [PROMPTS[i] for i in rows], answers, texts)
+    assert metrics["unscored"] == 4 and len(kept) == 12
+    groups = [b // 4 for b in kept]
+    batch, _ = loop.estimate(t, [answers[b] for b in kept], scores, {}, groups)
+    wanted = [-2.0, -1.0, 3.0, -1.5, -0.5, 0.5, 1.5, 0.0, *[0.0] * 4]
+    assert batch.advantages[:, 0].tolist() == pytest.approx(wanted)
 
 
 def test_it_is_recorded_watched_and_goes_on_where_it_was_stopped(make, tmp_path):
@@ -132,13 +247,24 @@ def test_it_is_recorded_watched_and_goes_on_where_it_was_stopped(make, tmp_path)
         False,
         True,
     ] * 2
-    assert {"reward", "reward/reward", "kl", "entropy", "length", "unfinished"} <= seen[0].keys()
+    named = {
+        "reward",
+        "reward_sd",
+        "reward/reward",
+        "kl",
+        "entropy",
+        "length",
+        "unfinished",
+        "loss",
+    }
+    named |= {"clip_fraction", "sampler_gap", "unscored", "distinct_1", "grad_norm", "bad_updates"}
+    assert named <= seen[0].keys() and seen[0]["times"]["tokens_per_s"] > 0
     assert seen[0]["kl"] == pytest.approx(0, abs=1e-6) and seen[3]["kl"] > 1e-4
     calls = []
 
     def dies(prompts, completions):
         calls.append(1)
-        if len(calls) > 5:  # calibration, two halves of two steps, then in the third
+        if len(calls) > 5:  # calibration, two evaluations, two steps, then in the third
             raise KeyboardInterrupt
         return WORLD.reward(prompts, completions)
 
@@ -178,9 +304,7 @@ def test_unfinished_answers_get_the_fixed_score(make):
         reward,
     )
     n = 64 - len(read)
-    assert (
-        0 < round(seen[0]["unfinished"] * 64) <= n < 64
-    )  # TRL takes a last token that is the pad token for an end
+    assert 0 < round(seen[0]["unfinished"] * 64) == n < 64
     assert seen[0]["reward"] == pytest.approx((-7.0 * n + sum(map(len, read))) / 64, abs=1e-4)
 
 
@@ -206,7 +330,12 @@ def test_lora_and_another_reference(make, models, tmp_path):
     state, _ = train(
         make(reference=str(models / "reference"), out=str(tmp_path / "stop"), kl_stop=0.01)
     )
-    assert state.step == 1 and "beyond kl_stop" in state.stopped
+    assert state.step == 0 and "differ before any training" in state.stopped
+    both = make(
+        lora=Lora(), reference=str(models / "reference"), out=str(tmp_path / "both"), steps=1
+    )
+    _, seen = train(both)
+    assert seen[0]["kl"] == pytest.approx(other[0]["kl"], abs=1e-5)  # its own, not the policy
 
 
 @pytest.mark.parametrize(
@@ -230,7 +359,6 @@ def test_what_does_not_fit_together_is_told(make):
     for changes, words in (
         ({"batch_size": 18}, "multiple of group"),
         ({"method": "rloo", "kl": "forward"}, "are GRPO's"),
-        ({"lora": Lora(), "reference": "x"}, "leave reference out"),
     ):
         with pytest.raises(ValueError, match=words):
             make(**changes)
@@ -258,11 +386,10 @@ def test_presets_are_configurations(stage):
 
 
 def test_an_answer_ends_where_the_template_ends_it(make, tmp_path):
-    """Though the tokenizer's EOS is another token: TRL stops sampling at that one alone."""
+    """Though the tokenizer's EOS is another token."""
     folder = tinymodel.build(tmp_path / "base", heads=2, hidden=32, layers=1)
     tokenizer = common.load_tokenizer(str(folder))
     tokenizer.eos_token = "<|im_start|>"
     tokenizer.save_pretrained(folder)
     t = grpo.prepare_run(make(model=str(folder)), PROMPTS, rewards.single(WORLD.reward))
-    assert t.tokenizer.eos_token == "<|im_end|>"
     assert t.tokenizer.convert_tokens_to_ids("<|im_end|>") in t.ends

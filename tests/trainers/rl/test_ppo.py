@@ -15,8 +15,18 @@ import itertools
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
-from prefab.trainers.rl import checkpoint, evaluation, models, ppo, rewards, rollout, sampling
+from prefab.trainers.rl import (
+    checkpoint,
+    evaluation,
+    loop,
+    models,
+    ppo,
+    rewards,
+    rollout,
+    sampling,
+)
 from prefab.trainers.rl import policy_gradient as pg
+from prefab.trainers.rl.state import Batch
 from prefab.trainers.steps import step_tokens
 from tests.support import answer_world as aw
 from tests.support import exact_optimum, kill_ppo_driver
@@ -279,7 +289,7 @@ def test_gradient_checkpointing_changes_nothing(make, tmp_path, monkeypatch):
     then.
     """
     modes, sampled, began = set(), set(), time.monotonic()
-    update, answers = ppo._minibatch, sampling.step_answers
+    update, answers = loop._minibatch, sampling.step_answers
 
     def updated(t, *rest):
         modes.add((t.policy.training, t.critic.training))
@@ -293,7 +303,7 @@ def test_gradient_checkpointing_changes_nothing(make, tmp_path, monkeypatch):
 
     train(make(out=tmp_path / "a"))
     with monkeypatch.context() as patched:
-        patched.setattr(ppo, "_minibatch", updated)
+        patched.setattr(loop, "_minibatch", updated)
         patched.setattr(sampling, "step_answers", sampled_of)
         _, seen = train(make(out=tmp_path / "b", gradient_checkpointing=True))
     assert modes == {(True, True)} and sampled == {False}
@@ -325,9 +335,9 @@ def test_one_update_is_the_plain_gradient_step(make, tmp_path):
         lam=1.0,
     )
     t = ppo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
-    rows = ppo.rows_of(config.seed, len(PROMPTS), 0, 16)
+    rows = evaluation.rows_of(config.seed, len(PROMPTS), 0, 16)
     answers = sampling.step_answers(t, [t.prompt_ids[i] for i in rows], 0)
-    texts = ppo.texts_of(t, answers)
+    texts = evaluation.texts_of(t, answers)
     scores = WORLD.reward([aw.LETTERS[a.prompt[-1] - 2] for a in answers], texts)
     model, loss, tokens = load_policy(config.model), 0.0, sum(len(a.ids) for a in answers)
     for a, score in zip(
@@ -351,7 +361,7 @@ def test_one_update_is_the_plain_gradient_step(make, tmp_path):
 def drawn(t: ppo.PpoRun, n: int = 12):
     """Answers of the run's policy to its first prompts, and random doubles for each token place."""
     answers = sampling.step_answers(t, t.prompt_ids[:n], 0)
-    texts = ppo.texts_of(t, answers)
+    texts = evaluation.texts_of(t, answers)
     mask = torch.stack(
         [torch.arange(max(len(a.ids) for a in answers)) < len(a.ids) for a in answers]
     )
@@ -375,14 +385,14 @@ def test_a_minibatch_follows_the_gradient_of_the_whole_loss(make):
     answers, _, mask, noise = drawn(t)
     with torch.no_grad():
         t.critic["head"].weight.normal_(0, 0.5)
-        _, logps, _, _, values = ppo.policy_kl(t, answers)
+        _, logps, _, _, values = models.policy_kl(t, answers)
     old, old_values = logps + 0.2 * noise(), values + 0.2 * noise()
     advantages, returns = noise(), noise()
     loss = torch.zeros(())
     for b, answer in enumerate(answers):
         packed = rollout.pack([answer], torch.device("cpu"))
         new, entropy, states = rollout.forward(t.policy, packed, 1.0, True, True)
-        value = ppo.values_of(t, packed, states)
+        value = models.values_of(t, packed, states)
         for i in range(len(answer.ids)):
             ratio, gain = (new[0, i] - old[b, i]).exp(), advantages[b, i]
             near = old_values[b, i] + (value[0, i] - old_values[b, i]).clamp(-0.05, 0.05)
@@ -391,8 +401,16 @@ def test_a_minibatch_follows_the_gradient_of_the_whole_loss(make):
             loss = loss + 0.7 * torch.maximum(*errors) - 0.3 * entropy[0, i]
     parameters = [p for m in (t.policy, t.critic) for p in m.parameters()]
     expected = torch.autograd.grad(loss / int(mask.sum()), parameters, allow_unused=True)
-    batch = ppo.Batch(answers, mask, old, old_values, advantages, returns)
-    assert ppo._minibatch(t, batch, list(range(len(answers))))
+    batch = Batch(
+        answers=answers,
+        mask=mask,
+        logps=old,
+        reference=old,
+        advantages=advantages,
+        values=old_values,
+        returns=returns,
+    )
+    assert loop._minibatch(t, batch, list(range(len(answers))))
     for p, gradient in zip(parameters, expected, strict=True):
         if gradient is not None:
             assert torch.allclose(p.grad, gradient, atol=1e-5)
@@ -406,9 +424,9 @@ def test_the_penalty_is_that_of_the_controllers_beta(make, beta):
     answers, _, mask, _ = drawn(t)
     t.state.beta = beta
     scores = [float(b) for b in range(len(answers))]
-    _, logps, reference, _, _ = ppo.policy_kl(t, answers)
+    _, logps, reference, _, _ = models.policy_kl(t, answers)
     ratio = ((logps - reference) * mask).sum(1)
-    batch, kl = ppo.estimate(t, answers, scores, {})
+    batch, kl = loop.estimate(t, answers, scores, {})
     assert ratio.abs().max() > 0.1 and kl == pytest.approx(float(ratio.mean()), abs=1e-5)
     assert torch.allclose(batch.returns[:, 0], torch.tensor(scores) - beta * ratio, atol=1e-4)
 
@@ -420,7 +438,7 @@ def test_the_reward_of_a_step_stands_at_its_last_token(make):
     answers, texts, _, _ = drawn(t)
     t.state.beta = 0.0
     scores = [rewards.StepRewards([(1, 2.0)], 5.0) if text else 5.0 for text in texts]
-    batch, _ = ppo.estimate(t, answers, scores, {})
+    batch, _ = loop.estimate(t, answers, scores, {})
     assert any(texts)
     for b, (answer, text) in enumerate(zip(answers, texts, strict=True)):
         n = len(answer.ids)
@@ -435,14 +453,14 @@ def test_an_advantage_is_weighted_by_how_much_likelier_the_update_made_its_token
     t = ppo.prepare_run(make(importance_cap=2.0), PROMPTS, rewards.single(WORLD.reward))
     answers, _, mask, _ = drawn(t)
     scores, metrics = [float(b) for b in range(len(answers))], {}
-    plain, _ = ppo.estimate(t, answers, scores, {})
+    plain, _ = loop.estimate(t, answers, scores, {})
     turn = (torch.arange(mask.shape[0])[:, None] + torch.arange(mask.shape[1])) % 3
     ratios = torch.tensor([1.5, 0.5, 4.0])[turn]
     for b, answer in enumerate(answers):
         n = len(answer.ids)
         answer.sampler_logps[:] = (plain.logps - ratios.log())[b, :n].tolist()
     t.off_policy = True
-    batch, _ = ppo.estimate(t, answers, scores, metrics)
+    batch, _ = loop.estimate(t, answers, scores, metrics)
     weights = torch.tensor([1.5, 0.5, 2.0])[turn] * mask
     assert plain.advantages[mask].abs().min() > 1e-3
     assert torch.allclose(batch.advantages, plain.advantages * weights, atol=1e-4)
@@ -521,7 +539,7 @@ def test_the_value_function_learns_what_is_to_be_expected(make, value):
     answers = [
         rollout.SampledAnswer(list(s[:2]), [*s[2:], aw.END], [], True) for s in WORLD.states()
     ]
-    values = ppo.policy_kl(t, answers)[4]
+    values = models.policy_kl(t, answers)[4]
     errors = {
         s: abs(float(values[i, len(s) - 2]) - expected[s]) for i, s in enumerate(WORLD.states())
     }
@@ -544,11 +562,11 @@ def test_beta_follows_the_controller(make):
 
 
 def test_prompts_come_round_evenly():
-    rows = [i for s in range(7) for i in ppo.rows_of(3, 5, s, 4)]
+    rows = [i for s in range(7) for i in evaluation.rows_of(3, 5, s, 4)]
     assert len(rows) == 28 and all(
         sorted(rows[e * 5 : e * 5 + 5]) == list(range(5)) for e in range(5)
     )
-    assert rows != [i for s in range(7) for i in ppo.rows_of(4, 5, s, 4)]
+    assert rows != [i for s in range(7) for i in evaluation.rows_of(4, 5, s, 4)]
 
 
 def test_several_rewards_are_logged_apart_and_an_ensemble_tells_its_disagreement(make):
@@ -609,7 +627,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_policy(make, tmp_path
 
 def test_three_bad_updates_in_a_row_are_the_last(make, monkeypatch):
     tried = []
-    monkeypatch.setattr(ppo, "_minibatch", lambda *_: tried.append(1) or {})
+    monkeypatch.setattr(loop, "_minibatch", lambda *_: tried.append(1) or {})
     with pytest.raises(TrainError, match="3 updates in a row"):
         train(make())
     assert len(tried) == 3

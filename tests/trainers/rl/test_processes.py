@@ -43,6 +43,8 @@ def told(two, models, training_forks):
             {"out": "killed", "changes": {**SMALL, "fault": "killed"}},
             {"out": "nan", "changes": {**SMALL, "fault": "nan", "max_bad": 2}},
             {"out": "two-grpo", "changes": {"method": "grpo"}},
+            {"out": "killed-grpo", "changes": {"method": "grpo", "fault": "killed"}},
+            {"out": "two-rloo", "changes": {"method": "rloo", "micro_batch": 3}},
         ],
     )
 
@@ -81,18 +83,24 @@ def test_two_processes_that_were_killed_give_the_same_bits(told, models):
 
 
 @pytest.mark.slow
-def test_two_processes_train_grpo_as_one(told, models):
-    """Which takes other turns through TRL's trainer: sampled by place, scored together."""
-    settings = two_ppo_driver.grpo_config(models, "one-grpo", method="grpo")
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_two_processes_train_grpo_as_one(told, models, method):
+    settings = two_ppo_driver.grpo_config(models, f"one-{method}", method=method)
     grpo.run(settings, two_ppo_driver.PROMPTS, rewards.single(kill_ppo_driver.WORLD.reward))
-    one, two = steps(models / "one-grpo"), steps(models / "two-grpo")
+    one, two = steps(models / f"one-{method}"), steps(models / f"two-{method}")
     assert [row["step"] for row in two] == [1, 2, 3] and two[0]["reward_sd"] > 0
-    for row in (*one, *two):  # TRL's means over micro-batches, which hold other answers
-        del row["kl"], row["entropy"]
     for mine, theirs in zip(two, one, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5), mine["step"]
-    a, b = weights(models / "one-grpo"), weights(models / "two-grpo")
+    a, b = weights(models / f"one-{method}"), weights(models / f"two-{method}")
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+@pytest.mark.slow
+def test_grpo_in_two_processes_that_was_killed_gives_the_same_bits(told, models):
+    assert "1 killed" in told["killed-grpo"]
+    assert steps(models / "killed-grpo") == steps(models / "two-grpo")
+    one, other = (models / f"{name}-grpo/policy/model.safetensors" for name in ("two", "killed"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def check_ended(told, models, fault, codes):
@@ -130,5 +138,5 @@ def test_sharded_models_are_refused():
     class Sharded:
         distributed_type = "DistributedType.FSDP"
 
-    with pytest.raises(ConfigError, match="whole model in each process, so FSDP"):
+    with pytest.raises(ConfigError, match="cannot train with FSDP.*prefab export --format verl"):
         processes.check_kind(Sharded())

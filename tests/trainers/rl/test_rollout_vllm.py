@@ -15,7 +15,16 @@ pytest.importorskip("trl")
 from prefab.factory.engines.vllm_process import VllmProcess, command_line, environment
 from prefab.factory.errors import EngineError, TransportError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
-from prefab.trainers.rl import checkpoint, grpo, ppo, rewards, rollout, rollout_vllm, sampling
+from prefab.trainers.rl import (
+    checkpoint,
+    grpo,
+    loop,
+    ppo,
+    rewards,
+    rollout,
+    rollout_vllm,
+    sampling,
+)
 from tests.support import answer_world as aw
 from tests.support import kill_ppo_driver, two_ppo_driver
 
@@ -116,7 +125,7 @@ def make(models, tmp_path):
         t = ppo.prepare_run(config, list(WORLD.prompts) * 5, rewards.single(WORLD.reward))
         checkpoint.restore(t)
         if script is not None:
-            t.sampler = rollout_vllm.VllmSampler(t, lambda: checkpoint.save(t), script)
+            t.sampler = rollout_vllm.VllmSampler(t, script)
             t.sampler.patience_s = 0.5
         return t
 
@@ -294,7 +303,7 @@ def test_stale_weights_show_in_the_gap_and_stop_the_run(make):
         TrainError,
         match="nats a token from training's at step 1, and rounding makes less than 0.001",
     ):
-        ppo.step(t)
+        loop.step(t)
     assert [p.name for p in checkpoints(t.sampler.folder.parent)] == ["checkpoint-0"]
     t.sampler.check(0.0009)
     t.sampler.stop()
@@ -313,7 +322,7 @@ def test_the_server_is_told_what_sampling_for_training_needs(make, models):
 
 def test_server_and_weights_go_with_the_run(make):
     t = make()
-    with pytest.raises(KeyboardInterrupt), sampling.running_sampler(t, lambda: checkpoint.save(t)):
+    with pytest.raises(KeyboardInterrupt), sampling.running_sampler(t):
         found = t.sampler
         found.launch = script = Script(None)
         found.sample(IDS, 0)
@@ -322,21 +331,18 @@ def test_server_and_weights_go_with_the_run(make):
     assert script.stopped == 1 and not found.folder.exists()
 
 
-SHORT = {"steps": 4, "batch_size": 8, "micro_batch": 8}
-
-
 class Served:
-    """GRPO or RLOO whose answers come from a script that tells their log-probabilities truly."""
+    """GRPO whose answers come from a script that tells their log-probabilities truly."""
 
-    def __init__(self, models, folder, script: Script, **changes) -> None:
-        self.script, self.losses, self.lock, self.loaded = script, [], threading.Lock(), {}
+    def __init__(self, models, folder, script: Script) -> None:
+        self.script, self.seen, self.lock, self.loaded = script, [], threading.Lock(), {}
         script.reply = self.reply
+        changes = {"steps": 4, "batch_size": 8, "normalise": "none", "save_every": 100}
         config = two_ppo_driver.grpo_config(
-            models, folder, sampler="vllm", normalise="none", **{**SHORT, **changes}
+            models, folder, method="grpo", sampler="vllm", **changes
         )
         self.t = grpo.prepare_run(config, two_ppo_driver.PROMPTS, rewards.single(WORLD.reward))
-        self.last = grpo._restore(self.t)
-        self.trainer = grpo._trainer(self.t, grpo.watch(self.t, None, [], [], self.losses.append))
+        checkpoint.restore(self.t)
 
     def reply(self, body):
         """One or two words, drawn by the seed, then the end."""
@@ -355,11 +361,11 @@ class Served:
             return self.loaded[reads]
 
     def train(self):
-        with sampling.running_sampler(self.t, lambda: grpo._save(self.t, self.trainer)):
+        with sampling.running_sampler(self.t):
             self.t.sampler.launch, self.t.sampler.patience_s = self.script, 0.5
-            self.trainer.train(resume_from_checkpoint=str(self.last) if self.last else None)
-        checkpoint.finish(self.t, "grpo")
-        return {m["step"]: m for m in self.losses}
+            loop._steps(self.t, None, [], [], self.seen.append)
+        checkpoint.finish(self.t)
+        return {m["step"]: m for m in self.seen}
 
 
 def same_policies(a, b):
@@ -373,51 +379,19 @@ def same_policies(a, b):
     )
 
 
-@pytest.mark.slow
 def test_grpo_has_the_same_sampler_and_goes_on_where_its_server_failed(models, tmp_path):
     script = Script(None)
-    seen = Served(models, tmp_path / "whole", script, method="grpo").train()
+    seen = Served(models, tmp_path / "whole", script).train()
     assert list(seen) == [1, 2, 3, 4]
     assert max(m["sampler_gap"] for m in seen.values()) < 1e-6 and "importance" not in seen[2]
     assert len(script.asked("/collective_rpc")) == 3 and len(script.asked()) == 4 * 8
     assert script.stopped == 1 and not (tmp_path / "whole/served").exists()
     dies = Script(2 * 8 + 2 + 3, 4)  # in the third step, and again at once
-    stopped = Served(models, tmp_path / "cut", dies, method="grpo", save_every=100)
     with pytest.raises(TrainError, match="failed twice(.|\n)*at step 3(.|\n)*checkpoint-2"):
-        stopped.train()
-    rest = Served(models, tmp_path / "cut", Script(None), method="grpo", save_every=100)
+        Served(models, tmp_path / "cut", dies).train()
+    rest = Served(models, tmp_path / "cut", Script(None))
     assert rest.t.state.step == 2 and list(rest.train()) == [3, 4]
     assert same_policies(tmp_path / "whole", tmp_path / "cut")
-
-
-@pytest.mark.parametrize("method", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
-def test_grpo_weights_answers_that_were_sampled_ahead(models, tmp_path, method):
-    """By how much more likely the updated policy makes them, and goes on from a checkpoint."""
-    settings = {"method": method, "sample_ahead": True, "save_every": 2, "schedule": "constant"}
-    whole = Served(models, tmp_path / "whole", Script(None), **settings)
-    given, loss = [], whole.trainer._compute_loss
-    whole.trainer._compute_loss = lambda model, batch: given.append(batch) or loss(model, batch)
-    seen = whole.train()
-    assert [step for step, m in seen.items() if "importance" in m] == [2, 4]
-    assert all((m["sampler_gap"] > 1e-4) == ("importance" in m) for m in seen.values())
-    assert given[0]["advantages"].dim() == 1
-    assert (
-        given[1]["advantages"].shape == given[1]["completion_ids"].shape[: 1 + (method == "grpo")]
-    )
-    Served(models, tmp_path / "cut", Script(None), **{**settings, "steps": 2}).train()
-    assert list(Served(models, tmp_path / "cut", Script(None), **settings).train()) == [3, 4]
-    assert same_policies(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_stale_weights_stop_grpo_before_its_update(models, tmp_path):
-    run = Served(models, tmp_path / "out", Script(None), method="grpo")
-    run.script.reply = answer  # a log-probability of -1 whatever the token
-    with pytest.raises(
-        TrainError, match="nats a token from training's at step 1(.|\n)*checkpoint-0"
-    ):
-        run.train()
-    again = Served(models, tmp_path / "out", Script(None), method="grpo")
-    assert again.last is not None and list(again.train()) == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -454,10 +428,10 @@ def test_the_served_policy_is_the_trained_one(tmp_path, lora):
         config, prompts, rewards.single(lambda prompts, texts: [float(len(text)) for text in texts])
     )
     policies, gaps = [], []
-    with sampling.running_sampler(t, lambda: checkpoint.save(t)):
+    with sampling.running_sampler(t):
         for _ in range(2):
             policies.append({n: p.detach().clone() for n, p in t.policy.named_parameters()})
-            gaps.append(ppo.step(t)["sampler_gap"])
+            gaps.append(loop.step(t)["sampler_gap"])
         answers = t.sampler.sample(t.prompt_ids, 9)
         again = t.sampler.sample(t.prompt_ids, 9)
     assert max(gaps) < 1e-3 and sum(a == b for a, b in zip(answers, again, strict=True)) > 12
