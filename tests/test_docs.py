@@ -5,8 +5,9 @@ A block fenced ```sh or ```python is run, in the order of the page, in an empty 
 (CONTRIBUTING.md: at the top of the repository; an example: in a copy of its folder). Python blocks
 with no ```sh block between them share one process. Of a block fenced ```console each command's
 words and configuration are checked, and a slow test runs it in a project with a scripted engine,
-unless NOT_RUN_BECAUSE has the reason why not. What needs a server or a GPU is fenced ```py. The
-words of commands in blocks fenced ```text are checked, and blocks fenced ```yaml as parts of a
+unless NOT_RUN_BECAUSE has the reason why not. Signatures in the reference are fenced ```py; so is a
+block of another package's Python, which a test with that package runs (PY_BLOCKS). The words of
+commands in blocks fenced ```text are checked, and blocks fenced ```yaml as parts of a
 configuration."""
 
 from __future__ import annotations
@@ -72,6 +73,18 @@ NOT_RUN = {
 
 def test_every_page_has_commands_that_run_or_is_listed():
     assert {page.stem for page in PAGES} - {page.stem for page in WITH_COMMANDS} == NOT_RUN
+
+
+# Pages with blocks fenced ```py, and what checks them.
+PY_BLOCKS = {
+    "reference": "tests/test_docs.py",
+    "panels": "tests/pipelines/store/test_export_layouts.py",  # Argilla
+}
+
+
+def test_each_block_of_python_is_run_or_has_its_test():
+    assert {page.stem for page in PAGES if "\n```py\n" in page.read_text()} == PY_BLOCKS.keys()
+    assert all((ROOT / path).exists() for path in PY_BLOCKS.values())
 
 
 TRAINS = "prefab.train("
@@ -233,9 +246,19 @@ def test_console_commands_run_on_a_scripted_project(tmp_path, forks):
 ONE_STEP = " --set max_steps=1 --set batch_size=4 --set threads=1"
 RL = ("steps=1", "batch_size=8", "micro_batch=8", "max_new_tokens=8", "eval_prompts=2", "threads=1")
 RL_STEP = "".join(f" --set {text}" for text in RL)
+# vLLM of the demo is not started: the same model answers in the process of the training.
+ROUND = "revise=null, prompts.limit=6, policy.samples=2, budget.unscored=1.0"
+ONLINE = (
+    f""" --set 'sets=[{ROUND}, "engines.local={{engine: hf, model: prefab-tiny}}"]' --set rounds=1"""
+    " --set source.margin=0"
+)
 EVAL = " --set prompts.limit=2 --set samples=1 --set max_new_tokens=8"
 TRAINS_WITH = {
     "prefab train dpo": f"{ONE_STEP} --set data.sources.0.margin=0",
+    "prefab train online online --set method=ppo": ONLINE
+    + "".join(f" --set train.{text}" for text in RL)
+    + " --set reward.max_steps=1 --set reward.threads=1",
+    "prefab train online": f"{ONLINE} --set train.max_steps=1 --set train.threads=1",
     "prefab train ppo": RL_STEP,
     "prefab train grpo": RL_STEP,
     "prefab train": ONE_STEP,
@@ -245,7 +268,7 @@ TRAINS_WITH = {
     "prefab eval weak-to-strong": f"{EVAL} --set 'seeds=[0]' --set train.max_steps=1",
     "prefab run best-of-n --set name=by-reward": SHORT,
 }
-NOT_TRAINED = ("prefab train online", "sampler=vllm")  # vLLM with the policy's own weights
+NOT_TRAINED = ("sampler=vllm",)  # vLLM with the policy's own weights
 # Stores and models that the pages have from the demo, from other pages or from the reader.
 BEFORE = (
     "prefab init shop",

@@ -57,14 +57,23 @@ def llama_factory(out: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 def argilla(out: Path, tokenizer: Any) -> dict[str, Any]:
+    import argilla as rg
     from argilla.records._io import JsonIO  # `dataset.records.from_json` without a server
 
+    rg.Argilla._default_client = MagicMock()  # there is no server
+    page = (Path(__file__).resolve().parents[2] / "docs/panels.md").read_text()
+    settings = eval(page.split("```py\n")[1].split("```")[0], {"rg": rg})
+    settings.validate()
     records = JsonIO._records_from_json(out / "records/train.json")
     return {
         "records": [
             (one.id, dict(one.fields), one.to_dict()["suggestions"]["label"]["value"])
             for one in records
-        ]
+        ],
+        "settings": [
+            [field.name for field in settings.fields],
+            [[question.name, question.labels] for question in settings.questions],
+        ],
     }
 
 

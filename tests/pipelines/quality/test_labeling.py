@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -330,6 +331,10 @@ def test_labels_go_to_other_programs_and_come_back_once(store, tmp_path, form, f
         shown = {task.name(): task.shown for task in session.todo[:4]}
     assert (report.unanswered, report.left) == (4, 18)
     rows = json.loads(file.read_text())
+    if form == "argilla":  # the names in the settings of its dataset
+        page = (Path(__file__).resolve().parents[3] / "docs/panels.md").read_text()
+        settings = re.findall(r'Field\("(\w+)"\)', page.split("```py\n")[1].split("```")[0])
+        assert sorted(settings) == sorted(rows[0]["fields"])
     for row in rows:  # what people see: nothing of judges, principles' names, or drafts' numbers
         fields = row["fields"] if form == "argilla" else row["data"]
         name = row["id"] if form == "argilla" else row["data"]["comparison"]

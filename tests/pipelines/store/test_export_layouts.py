@@ -340,6 +340,7 @@ def test_argilla_reads_it(store: Path, whole: Any, tmp_path: Path) -> None:
     ):
         assert name == row["preference"] and fields["conversation"] == turns(row)
         assert fields[f"answer_{suggested}"] == content(row, "chosen")
+        assert found["settings"] == [list(fields), [["label", ["a", "b", "tie"]]]]  # docs/panels.md
 
 
 @pytest.mark.slow
