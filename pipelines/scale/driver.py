@@ -462,12 +462,16 @@ class Driver:
         busy = self.busy[worker]
         return busy.pace(self.clock(), self.scaled.prompts.counts[busy.part.shard])
 
+    def _soon_free(self) -> int:
+        """How many workers of the usual speed are idle, or will be within `MOVE_S`."""
+        ending = (w for w in self.busy if self._pace(w).left_s < MOVE_S)
+        return sum(worker not in self.slow for worker in [*self.idle, *ending])
+
     def _go_on(self, busy: Busy) -> None:
         """Give out again what a worker was told to stop: a part for each worker that is free."""
         part = busy.part
         left = max(1, busy.pace(self.clock(), self.scaled.prompts.counts[part.shard]).left)
-        free = sum(worker not in self.slow for worker in self.idle)
-        parts = part.split(max(1, min(free, left)))
+        parts = part.split(max(1, min(self._soon_free(), left)))
         divided = self.divided.setdefault(part.shard, Divided())
         if len(parts) > 1 or not part.is_whole:
             divided.open += len(parts) - (not part.is_whole)
