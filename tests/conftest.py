@@ -116,6 +116,24 @@ def fork_servers(config: pytest.Config, kind: str) -> AbstractContextManager[For
     return nullcontext(ForkServer(shared[kind])) if shared else fork_server(kind)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(name: str):
+    """A test marked `slow_but` is slow with other parameters than those that the mark names."""
+    made = yield
+    items = made if isinstance(made, list) else []
+    mark = items and items[0].get_closest_marker("slow_but")
+    if mark:
+        ids = {item.callspec.id for item in items}
+        if unknown := set(mark.args) - ids:
+            raise pytest.Collector.CollectError(
+                f"{name}: slow_but names {sorted(unknown)}; there are {sorted(ids)}"
+            )
+        for item in items:
+            if item.callspec.id not in mark.args:
+                item.add_marker("slow")
+    return made
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; the order inside a file stays."""
     items.sort(key=lambda item: -LONGEST.get(item.path.as_posix().removeprefix(f"{HERE}/"), 0))

@@ -113,6 +113,7 @@ print(run.__code__.co_filename, run("pipeline.yaml").preferences.height)
 """
 
 
+@pytest.mark.slow
 def test_python_and_the_command_in_a_project_with_folders_of_the_same_names(installed, own_project):
     (own_project / "script.py").write_text(SCRIPT)
     words = call(sys.executable, "script.py", cwd=own_project, PYTHONPATH=str(installed)).split()
@@ -128,6 +129,7 @@ def test_python_and_the_command_in_a_project_with_folders_of_the_same_names(inst
     assert '"asked": 0' in again  # the script's answers are found
 
 
+@pytest.mark.slow
 def test_the_bundled_files_pass_the_check(installed, tmp_path):
     bundled = [
         *sorted((installed / "prefab/pipelines/presets").glob("*.yaml")),

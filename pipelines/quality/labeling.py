@@ -23,6 +23,7 @@ import orjson
 from prefab.factory.console import say
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import digest
+from prefab.factory.store.store import one_connection
 from prefab.factory.tool_calls import shown_conversation, stored_messages
 from prefab.factory.types import Order
 from prefab.judges import registry
@@ -139,6 +140,7 @@ class Report:
         }
 
 
+@one_connection()
 def tasks(
     store: Path,
     run: str,

@@ -20,7 +20,7 @@ from prefab.factory.keys import digest
 from prefab.factory.ledger.ledger import Ledger
 from prefab.factory.ledger.records import Run
 from prefab.factory.spec.constitution import parse_constitution
-from prefab.factory.store.store import Read
+from prefab.factory.store.store import Read, one_connection
 from prefab.factory.tool_calls import answer_in_context, stored_messages
 from prefab.factory.types import Constitution, Engine, Prompt, Sample
 from prefab.factory.uses import DraftUse, RevisionUse
@@ -124,6 +124,7 @@ SELECT q.prompt, q.messages, q.tags, q."group", q.split, q.rubric FROM prompts q
 WHERE q.prompt IN (SELECT DISTINCT prompt FROM preferences WHERE run = $run) ORDER BY q.prompt"""
 
 
+@one_connection()
 def panel_of(store: Path, run: str = "", sample: int | None = None, seed: int = 0) -> Panel:
     """The comparisons of a run that can be judged again.
 

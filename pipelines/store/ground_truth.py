@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.numbers import counted
+from prefab.factory.store.store import one_connection
 from prefab.factory.types import Winner
 from prefab.judges.kinds import human
 
@@ -55,6 +56,7 @@ class People:
         return said if said is None or in_order else other[said]
 
 
+@one_connection()
 def people(store: Path, run: int) -> People:
     """People's labels of a run's comparisons; for each person the latest one.
 

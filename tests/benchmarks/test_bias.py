@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import pytest
+
 from benchmarks import bias as ablation
 from prefab.factory.engines.scripted import Scripted, ScriptedConfig
 from prefab.factory.spec.templates import Template, fence, load_template
 from tests.support import oraclejudge
 
 
+@pytest.mark.slow
 def test_the_ablation_says_which_part_holds(tmp_path):
     """A judge that obeys orders which no fence surrounds, and text between tags that it can guess:
     the fence is what helps, the sentence does nothing, and the phrasings do not matter."""

@@ -56,6 +56,7 @@ def test_one_principles_calls_and_the_flips_of_the_oracle(
         assert row["flip_rate"] == row["by_the_oracle"] and row["agree"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_flips_are_those_of_judging_everything_anew(tmp_path: Path) -> None:
     _, value = editing.judged_world(tmp_path, 6, engines())
     row, found = editing.reversal(tmp_path, value, "flattery", engines())

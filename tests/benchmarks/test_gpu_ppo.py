@@ -15,6 +15,7 @@ from benchmarks import gpu_ppo
 from benchmarks.gpu_ppo import Case, GpuUse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "only",
     [

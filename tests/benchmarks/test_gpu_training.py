@@ -64,6 +64,7 @@ def test_a_quick_look_takes_the_same_steps_on_all_sides(monkeypatch, tmp_path):
     assert results[0]["reference"]["fp32"]["difference"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_quick_look_at_training_has_the_losses_of_trl(monkeypatch):
     monkeypatch.setattr(train_speed, "write", lambda *_, **__: None)
     for found in train_speed.main(["--quick", "--threads", "1"]):
@@ -72,6 +73,7 @@ def test_a_quick_look_at_training_has_the_losses_of_trl(monkeypatch):
         assert found["times_trl"].keys() == found["seconds"].keys() == {"trl", "ours"}
 
 
+@pytest.mark.slow
 def test_a_quick_look_at_ppo_has_the_same_losses_however_many_answers_a_forward(monkeypatch):
     monkeypatch.setattr(ppo_speed, "write", lambda *_, **__: None)
     found = ppo_speed.main(["--quick"])

@@ -121,6 +121,7 @@ def prefab(environment: dict[str, str], *words: str | Path) -> subprocess.Comple
     return python(environment, *COMMAND, *map(str, words))
 
 
+@pytest.mark.slow
 def test_by_the_command_line(installed, tmp_path):
     file, out = pipeline_file(tmp_path), tmp_path / "out"
     done = prefab(installed, "check", file)

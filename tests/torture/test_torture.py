@@ -73,6 +73,7 @@ def test_the_page_has_the_figures():
     assert markdown(figures) in (ROOT / "docs" / "reliability.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_checks_see_what_they_look_for(here):
     """A committed answer that is lost or asked again, and a store that differs, are problems."""
     here.undisturbed()

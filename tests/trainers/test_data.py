@@ -60,6 +60,7 @@ def test_the_store_gives_train_and_validation(store):
     assert len(data.read_rows("sft", config({"store": str(store)})).train) == 72
 
 
+@pytest.mark.slow_but("named split", "copied rows", "as messages")
 @pytest.mark.parametrize(
     "attempt", ["named split", "test file as train", "copied rows", "reworded space", "as messages"]
 )
@@ -157,6 +158,7 @@ def moody(request):
     return Completion("A", "length", logps | dict.fromkeys((" A", " B", " T"), -9.0), "exact", 9, 1)
 
 
+@pytest.mark.slow_but("log_odds-all")
 @pytest.mark.parametrize(
     ("combine", "selection"),
     [

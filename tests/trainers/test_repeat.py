@@ -57,6 +57,7 @@ def train_sft(models, out, precision):
     return (out / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow_but("train_ppo")
 @pytest.mark.parametrize(
     "train", [train_ppo, pytest.param(train_grpo, marks=pytest.mark.slow), train_sft]
 )

@@ -162,6 +162,7 @@ def test_a_server_that_does_not_load_says_why(servers: Path) -> None:
     assert not list(servers.glob("*.json"))
 
 
+@pytest.mark.slow_but("stale", "readable by others")
 @pytest.mark.parametrize("how", ["stale", "readable by others", "a link", "half-written"])
 def test_a_record_that_cannot_be_trusted_is_not_used(servers: Path, how: str) -> None:
     kept = keep()

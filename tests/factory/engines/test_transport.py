@@ -443,6 +443,13 @@ OUTAGES = {
 }
 
 
+@pytest.mark.slow_but(
+    "openai-502-6",
+    "openai-the connection is closed-0",
+    "vllm-503-1",
+    "vllm-503 of questions alone-6",
+    "vllm-in the middle of a response-0",
+)
 @pytest.mark.parametrize("retries", [0, 1, 6])
 @pytest.mark.parametrize("how", OUTAGES)
 @pytest.mark.parametrize("kind", [openai, vllm])
@@ -574,6 +581,7 @@ SICK = {
 }
 
 
+@pytest.mark.slow_but("its key is refused", "it closes connections", "its answers are no JSON")
 @pytest.mark.parametrize("how", SICK)
 def test_a_sick_server_is_left_out_the_others_go_on_and_it_gets_questions_again(how, monkeypatch):
     monkeypatch.setattr(replicas, "OUT_S", 0.5)

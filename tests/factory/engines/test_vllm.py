@@ -534,6 +534,7 @@ def stand_in(folder: Path, monkeypatch, fails=(), deadly="deadly") -> tuple[VLLM
     return engine, pids, said
 
 
+@pytest.mark.slow_but("fails2")
 @pytest.mark.skipif(sys.platform != "linux", reason="subreapers")
 @pytest.mark.parametrize("fails", [(), pytest.param((2,), marks=pytest.mark.slow), range(2, 99)])
 def test_our_own_server_is_started_again_when_it_dies(fails, tmp_path, monkeypatch):
@@ -570,6 +571,7 @@ def test_our_own_server_is_started_again_when_it_dies(fails, tmp_path, monkeypat
         assert any("was started again 3 times" in text for text in texts)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="subreapers")
 @pytest.mark.parametrize("deadly", ["deadly", ""])
 def test_a_question_of_which_our_server_dies_does_not_end_the_run(deadly, tmp_path, monkeypatch):

@@ -85,6 +85,7 @@ def outcome(folder: Path, truth: dict[str, list[str]], rerun: bool) -> str:
     return "changed: " + ", ".join(t for t in truth if now[t] != truth[t])
 
 
+@pytest.mark.slow_but("True-10")
 @pytest.mark.parametrize(
     ("rerun", "count"),
     [

@@ -43,6 +43,7 @@ def test_no_attack_gets_through(name, isolated, outside):
 SEEN = {"": set(), "landlocked filtered": {"folders_of_people"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "level", [pytest.param(level, marks=[pytest.mark.slow] if level else []) for level in SEEN]
 )

@@ -173,9 +173,7 @@ def test_other_names(): assert g() == 3
 @pytest.mark.parametrize(
     "cheat",
     [
-        cheat
-        if cheat in ("true", "what it has seen")
-        else pytest.param(cheat, marks=pytest.mark.slow)
+        cheat if cheat == "what it has seen" else pytest.param(cheat, marks=pytest.mark.slow)
         for cheat in CHEATS
     ],
 )
@@ -318,9 +316,18 @@ EVASIONS = {
     ),
     "a large name in the module": ("x = b'a' * 8_000_000\ndef f(): return 0", "f() == 3"),
 }
+LONG = (
+    "a huge text for a pattern",
+    "a huge text for a comparison of lines",
+    "a callback with a huge number",
+    "many small lists, not as data is sent",
+)
 
 
-@pytest.mark.parametrize("name", EVASIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in EVASIONS],
+)
 def test_no_answer_chooses_to_be_unscored(name):
     """A wrong answer is wrong, whatever it does to the process of the tests, and others go on."""
     code, test = EVASIONS[name]

@@ -151,6 +151,7 @@ def test_only_flips_and_json_on_the_command_line(
     assert done.exit_code != 0 and "cannot be written" in str(done.exception)
 
 
+@pytest.mark.slow_but("title", "id", "compare")
 @pytest.mark.parametrize(
     ("edit", "asked"),
     [

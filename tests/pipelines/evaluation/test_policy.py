@@ -146,6 +146,7 @@ def test_kl_is_that_of_the_distributions(folders):
     assert all(a.logp == pytest.approx(a.ref_logp) for a in again)
 
 
+@pytest.mark.slow
 def test_the_command_in_the_embedded_world(folders, tmp_path):
     from prefab.pipelines.cli.main import app
 

@@ -85,6 +85,7 @@ def candidates(tmp_path):
     return file
 
 
+@pytest.mark.slow_but("hidden0")
 @pytest.mark.parametrize("hidden", [("red",), ("blue", "loud"), ("red", "green", "tall")])
 def test_the_hidden_principles_are_named_and_no_others(tmp_path, candidates, hidden):
     value, pairs = project.pipeline(tmp_path), marked_pairs(hidden)

@@ -323,6 +323,7 @@ def json_min_of(rows: list[dict]) -> list[dict]:
     ]
 
 
+@pytest.mark.slow_but("label-studio-label_studio_of")
 @pytest.mark.parametrize("form, fill", [("argilla", argilla_of), ("label-studio", label_studio_of)])
 def test_labels_go_to_other_programs_and_come_back_once(store, tmp_path, form, fill):
     file = tmp_path / "tasks.json"
@@ -550,6 +551,7 @@ class Terminal:
         return os.waitpid(self.pid, 0)[1]
 
 
+@pytest.mark.slow
 def test_a_terminal_killed_in_the_middle_keeps_what_was_answered(store):
     terminal = Terminal(store)
     terminal.wait_for("1 of 18")

@@ -170,6 +170,7 @@ def translated(folder: Path, language: dict[str, Any]) -> dict[str, str]:
     return files
 
 
+@pytest.mark.slow_but("alltag-language0")
 @pytest.mark.parametrize(("name", "language"), [("alltag", GERMAN), ("richang", CHINESE)])
 def test_a_run_in_another_language(tmp_path: Path, name: str, language: dict[str, Any]) -> None:
     """Critiques, revisions and preferences, with nothing unread and no word of English asked."""

@@ -79,6 +79,7 @@ def test_an_edit_asks_one_principles_questions_and_reverting_it_none(
     assert (reverted.old.asked, reverted.new.asked) == (0, 0)
 
 
+@pytest.mark.slow_but("criterion-pairwise-0", "criterion-pointwise-18")
 @pytest.mark.parametrize(
     ("field", "kind", "asked"),
     [("criterion", "pairwise", 0), ("compare", "pointwise", 0), ("criterion", "pointwise", 18)],
@@ -111,6 +112,7 @@ def test_the_flips_are_those_of_judging_everything_anew(store: Path, tmp_path: P
     assert {(one.prompt, one.a, one.b) for one in found.flips} == flips
 
 
+@pytest.mark.slow_but("edit0", "edit3")
 @pytest.mark.parametrize(
     "edit",
     [

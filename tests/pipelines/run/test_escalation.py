@@ -135,6 +135,7 @@ def test_all_readings_count_where_the_panel_says_so(tmp_path):
     assert set(escalated["n_readings"]) == {4} and set(settled["n_readings"]) == {2}
 
 
+@pytest.mark.slow_but("cheap2-rubric")
 @pytest.mark.parametrize(
     ("cheap", "strong"),
     [

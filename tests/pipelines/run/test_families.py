@@ -20,6 +20,7 @@ def pipeline(folder, server, **changes):
     return project.pipeline(folder, prompts=2, engines={"local": engine})
 
 
+@pytest.mark.slow_but("{'logprobs': 'absent'}", "{'think': 'open'}", "{'quota': 4}")
 @pytest.mark.parametrize(
     "behaviour",
     [

@@ -53,6 +53,7 @@ def test_a_planted_better_answer_wins_on_either_side(tmp_path, names, good):
     checked(tmp_path / "store")
 
 
+@pytest.mark.slow_but("sample_one", "lexicographic")
 @pytest.mark.parametrize("selection", ["sample_one", "weighted", "lexicographic"])
 def test_selections_with_every_kind(tmp_path, selection):
     value = project.pipeline(tmp_path, prompts=3, panel=panel(KINDS, selection=selection))

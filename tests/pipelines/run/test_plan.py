@@ -25,6 +25,7 @@ def always_at_fault(request):
     return project.answer(request)
 
 
+@pytest.mark.slow_but("1-sweep", "3-draw")
 @pytest.mark.parametrize("select", ["sweep", "draw"])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_the_bounds_hold_where_every_critique_names_a_fault(tmp_path, select, rounds):

@@ -41,6 +41,9 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow_but(
+    "orders random-0", "few-shot-2", "repeats-0", "escalated-2", "without ties-0", "log-odds-2"
+)
 @pytest.mark.parametrize("good", [0, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_through_every_shape_of_a_panel(tmp_path, shape, good):
@@ -91,6 +94,13 @@ def test_through_a_reward_model(tmp_path, good):
     assert rewards.total == 6
 
 
+@pytest.mark.slow_but(
+    "all-None-2",
+    "best_worst-None-0",
+    "tournament-None-2",
+    "all-best_worst-2",
+    "all-bradley_terry-0",
+)
 @pytest.mark.parametrize("good", [0, 2])
 @pytest.mark.parametrize(
     ("pairs", "method"),

@@ -36,6 +36,7 @@ def test_a_preset_is_valid(name: str) -> None:
     jsonschema.validate(yamlio.load_document(path).value, schema.json_schema())
 
 
+@pytest.mark.slow_but("online-dpo", "rlvr")
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_preset_of_a_paper_runs_from_prompts_to_exported_rows(name: str, tmp_path: Path) -> None:
     sets = [

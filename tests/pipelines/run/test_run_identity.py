@@ -20,6 +20,7 @@ def made(tmp_path_factory):
     return folder, value
 
 
+@pytest.mark.slow_but("change1-1", "change3-2")
 @pytest.mark.parametrize(
     ("change", "version"),
     [

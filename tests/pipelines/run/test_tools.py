@@ -44,6 +44,7 @@ def made(folder, server):
     return source
 
 
+@pytest.mark.slow_but("taken-called", "refused-written")
 @pytest.mark.parametrize("tools", ["called", "written", "refused"])
 @pytest.mark.parametrize("system", ["taken", "refused"])
 def test_a_policy_that_calls_tools_is_judged_on_its_calls(tmp_path, tools, system):

@@ -205,6 +205,7 @@ def test_more_prompts_are_asked_in_the_shards_that_have_them(made, tmp_path):
     assert len(set(launcher.given)) == 3
 
 
+@pytest.mark.slow
 def test_a_budget_is_held_over_all_shards(made, tmp_path):
     value = pipeline(tmp_path, budget={"calls": 20})
     value["engines"] = {"local": {"engine": "scripted", "delay_s": 0.2, "max_in_flight": 2}}

@@ -128,6 +128,7 @@ def test_parquet_gives_the_tables(store, tmp_path):
     }
 
 
+@pytest.mark.slow_but("trl")
 @pytest.mark.parametrize("format", ["trl", "parquet"])
 def test_a_large_run_is_exported_in_parts_and_in_several_files(
     store, tmp_path, monkeypatch, format

@@ -85,6 +85,7 @@ def test_an_answer_longer_than_the_store_takes_is_unscored_and_the_others_stay(t
     assert same(dump(tmp_path), filled)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_one_answers_length(tmp_path):
     for name, length in (("usual", 10), ("giant", 60 << 20)):
         sample(tmp_path / name, 3, LongAnswers(length, first_only=True))

@@ -99,6 +99,7 @@ def test_a_margin_leaves_out_what_is_nearly_even_and_says_so(tmp_path):
     assert "1 decided comparisons are within 0.25 of a half" in card
 
 
+@pytest.mark.slow_but("davidson")
 @pytest.mark.parametrize("method", ["bradley_terry", "davidson"])
 def test_a_fit_gives_its_own_probabilities(tmp_path, method):
     """Three answers, each met once: the score equations of Bradley and Terry hold for the exported

@@ -101,6 +101,7 @@ def as_stranger(*commands):
     return ended(["setpriv", dropped, "bash", "-c", ""], commands)
 
 
+@pytest.mark.slow
 def test_the_store_of_another_user_is_read_queried_and_exported(project, tmp_path):
     if os.getuid() or not shutil.which("setpriv"):
         pytest.skip("mounting is not allowed here")

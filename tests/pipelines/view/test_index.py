@@ -139,6 +139,7 @@ def test_a_store_that_changes_is_followed(store, tmp_path):
             assert shown(indexed, address) == shown(plain, address), address
 
 
+@pytest.mark.slow
 def test_what_people_may_label_of_a_large_run_is_read_by_a_process_and_kept(store, tmp_path):
     """The page says so until it is there; the labels are those of `prefab label`."""
     indexes = index_of(store, tmp_path)

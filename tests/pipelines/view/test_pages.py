@@ -239,6 +239,7 @@ def test_a_wrong_address_is_one_line(client, address, words):
     assert answer.status_code == 404 and words in html.unescape(answer.text)
 
 
+@pytest.mark.slow
 def test_a_run_that_fills_the_store_is_not_disturbed_and_its_answers_appear(store):
     """A quarter of a second after a page the file can be written; while it is, pages say so."""
     with client_of(store) as client:

@@ -158,6 +158,7 @@ def saved(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_stopped_at_a_checkpoint_it_goes_on_to_the_same_bits(model, tmp_path, monkeypatch):
     """The head, the optimiser, the order of rows and random numbers are all in the checkpoint."""
     source = written(tmp_path, rows())

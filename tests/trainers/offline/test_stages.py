@@ -68,6 +68,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
 
 
+@pytest.mark.slow_but("sft", "dpo", "kto")
 @pytest.mark.parametrize("stage", OFFLINE)
 def test_a_stage_learns_records_and_tells(world, tmp_path, stage):
     first = world.run(stage, tmp_path / "short", max_steps=1)
@@ -588,6 +589,7 @@ def test_memory_that_runs_out_names_the_setting_and_what_to_write(world, tmp_pat
         world.run("sft", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_training_that_ran_out_of_memory_goes_on_with_a_smaller_micro_batch(
     world, tmp_path, monkeypatch
 ):

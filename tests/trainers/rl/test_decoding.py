@@ -120,6 +120,7 @@ def test_under_autocast_the_cache_holds_what_attention_computes_with(decoders):
     assert_alike(drawn(model, True), drawn(model, False))  # in fp32 again
 
 
+@pytest.mark.slow
 def test_noise_that_is_hashed_is_compiled_once_with_the_draw(decoders, monkeypatch):
     """And answers that come again are found by one forward."""
     monkeypatch.setattr(noise, "HASHED", ("cpu",))

@@ -87,6 +87,7 @@ def test_ppo_ends_at_its_exact_optimum(tmp_path, length, steps, rate, world):
     assert length == 1 or others["grpo reverse, beta as it stands"] > 0.06
 
 
+@pytest.mark.slow
 def test_answers_sampled_by_the_policy_before_the_update_lead_to_the_same_optimum(tmp_path):
     row = exact_optimum.run_one(tmp_path, "ppo", 1, 0.5, 1, 60, 1e-2, sample_ahead=True)
     assert row["tv_end"] <= exact_optimum.GOAL < 0.3 < row["tv_start"]
@@ -505,6 +506,7 @@ def test_lora_takes_the_policy_without_adapter_as_reference(make, tmp_path):
     )  # merged: an ordinary checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["separate", pytest.param("shared", marks=pytest.mark.slow)])
 def test_the_value_function_learns_what_is_to_be_expected(make, value):
     """The policy all but stands still: the value of every state ends near its expected reward,
