@@ -11,6 +11,7 @@ the store takes, or cannot be read, becomes a row of `failures` or an unscored o
 from __future__ import annotations
 
 import os
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -111,11 +112,8 @@ def fill(folder: str | Path, row_ids: bool = False) -> FillReport:
             if _is_current(folder, ledger, row_ids):
                 return report
             if not os.access(folder, os.W_OK):
-                if row_ids and is_shared(folder) and not store.read_marks(folder).get(ROW_IDS):
-                    raise StoreError(
-                        f"{folder} cannot be written, and `prefab view` needs to copy the preferences "
-                        "there once. Make an ordinary store: prefab store merge"
-                    )
+                if row_ids:
+                    refuse_without_row_ids(folder)
                 return _as_it_lies(folder, ledger, report)
             store.with_memory(folder, lambda memory: _fill(folder, ledger, report, memory, row_ids))
     except store.HeldError as error:
@@ -125,6 +123,19 @@ def fill(folder: str | Path, row_ids: bool = False) -> FillReport:
         ledger.close()
     report.seconds = time.monotonic() - began
     return report
+
+
+def refuse_without_row_ids(folder: Path) -> None:
+    """Raises: StoreError for a store in shards that cannot be written and whose preferences have no
+    row ids.
+    """
+    if not is_shared(folder) or os.access(folder, os.W_OK):
+        return
+    if not store.read_marks(folder).get(ROW_IDS):
+        raise StoreError(
+            f"{folder} cannot be written, and `prefab view` needs to copy the preferences there once. "
+            f"Make an ordinary store: prefab store merge {shlex.quote(str(folder))} NEW"
+        )
 
 
 def state_of(folder: Path) -> tuple[bool, str]:

@@ -107,6 +107,9 @@ def opened(folder: Path) -> StoreReader:
             f"{folder}: no store here (ledger.sqlite is missing). Name a store (`prefab view DIR`), or make "
             "one with `prefab run`"
         )
+    from prefab.pipelines.store.fill import refuse_without_row_ids
+
+    refuse_without_row_ids(folder)
     reader = StoreReader(folder)
     try:
         reader.rows("SELECT 1")

@@ -15,6 +15,7 @@ import pytest
 
 from prefab import run
 from tests.support.project import engine, pipeline, write
+from tests.support.sharded import run_sharded
 
 # Runs commands one after another in one process, whose imports cost more than they do; prints the
 # exit code and the error output of each.
@@ -85,6 +86,25 @@ def test_it_is_read_queried_and_exported(project, tmp_path):
         assert code == 0, (words, told)
     assert all((out / "README.md").exists() for out in outs)
     assert sorted(path.name for path in store.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_store_in_shards_is_queried_and_exported_and_view_refuses_it(tmp_path):
+    if not shutil.which("unshare"):
+        pytest.skip("no unshare")
+    scale = {"shards": 2, "local": str(tmp_path / "local")}
+    run_sharded(pipeline(tmp_path, store=str(tmp_path / "shards"), scale=scale))
+    folder, out = str(tmp_path / "shards"), str(tmp_path / "out")
+    *read, (code, told) = read_only(
+        [tmp_path / "shards"],
+        ["sql", "SELECT count(*) FROM samples", "--store", folder],
+        ["agreement", "--store", folder],
+        ["export", out, "--store", folder],
+        ["view", folder, "--port", "0", "--no-browser"],
+    )
+    assert [ended for ended, _ in read] == [0, 0, 0], read
+    assert code == 1 and told.startswith(f"error {folder} cannot be written, and `prefab view`")
+    assert f"prefab store merge {folder} NEW" in told.splitlines()[0]
 
 
 def test_a_run_and_a_rebuild_say_that_they_cannot_write(project, tmp_path):
