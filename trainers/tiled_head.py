@@ -139,6 +139,7 @@ def _function() -> Any:
             normalisers, logits, entropies = zip(*found, strict=True)
             normaliser = torch.cat(normalisers)
             spread = torch.cat(entropies) if entropy else None
+            ctx.set_materialize_grads(False)  # an entropy that is not trained on costs nothing
             ctx.save_for_backward(states, weight, bias, token, normaliser, spread)
             ctx.rows, ctx.dtype, ctx.compiled = rows, dtype, compiled
             return torch.cat(logits) - normaliser, spread
@@ -147,6 +148,7 @@ def _function() -> Any:
         def backward(ctx: Any, slope: Any, spread_slope: Any) -> Any:
             states, weight, bias, token, normaliser, spread = ctx.saved_tensors
             low, n, dtype = weight.to(ctx.dtype), ctx.rows, ctx.dtype
+            slope = torch.zeros_like(normaliser) if slope is None else slope
             sloped = _compiled(_slope) if ctx.compiled else _slope
             wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
             to_states = torch.empty_like(states) if wants_states else None
@@ -155,7 +157,9 @@ def _function() -> Any:
             for start in range(0, len(token), n):
                 at = slice(start, start + n)
                 some = states[at].to(dtype)
-                of_entropy = (None, None) if spread is None else (spread[at], spread_slope[at])
+                of_entropy = (
+                    (None, None) if spread_slope is None else (spread[at], spread_slope[at])
+                )
                 small, summed = sloped(
                     some @ low.T, bias, token[at], normaliser[at], slope[at], *of_entropy
                 )

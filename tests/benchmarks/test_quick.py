@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 STORE = ("editing",)  # keep a store where they are told to
-SLOW = ("editing", "rerun", "view")
+SLOW = ("editing", "grpo_speed", "rerun", "view")
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,15 @@ def _grpo_loss(
     t: GrpoRun, batch: Batch, rows: list[int], packed: Packed
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Clipped surrogate and KL, a token."""
-    c, mask, n = t.config, packed.mask_BT, packed.mask_BT.shape[1]
+    c, mask, n, once = t.config, packed.mask_BT, packed.mask_BT.shape[1], loop.in_one_pass(t)
+    with t.accelerator.autocast():
+        logps, entropy, _ = rollout.forward(t.policy, packed, c.temperature, entropy=once)
+    if once:
+        assert entropy is not None  # it was asked for
+        batch.logps[rows, :n], batch.entropy[rows, :n] = logps.detach(), entropy.detach()
     old, reference, advantages = (
         x[rows, :n] for x in (batch.logps, batch.reference, batch.advantages)
     )
-    with t.accelerator.autocast():
-        logps, *_ = rollout.forward(t.policy, packed, c.temperature)
     loss, clipped = pg.policy_loss(logps, old, advantages, mask, c.clip)
     policy_loss = loss
     if t.state.beta > 0:
@@ -123,6 +126,22 @@ def _rloo_loss(
 
 REPORTED = ("loss", "policy_loss", "clip_fraction", "shift")
 METHODS = {
-    "grpo": Method("grpo", "grpo", False, _grpo_advantages, _grpo_loss, REPORTED),
-    "rloo": Method("rloo", "grpo", True, _rloo_advantages, _rloo_loss, REPORTED),
+    "grpo": Method(
+        name="grpo",
+        stage="grpo",
+        whole_answers=False,
+        scores_alone=True,
+        advantages=_grpo_advantages,
+        loss=_grpo_loss,
+        reported=REPORTED,
+    ),
+    "rloo": Method(
+        name="rloo",
+        stage="grpo",
+        whole_answers=True,
+        scores_alone=False,
+        advantages=_rloo_advantages,
+        loss=_rloo_loss,
+        reported=REPORTED,
+    ),
 }

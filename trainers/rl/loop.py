@@ -226,7 +226,21 @@ def estimate(
     """What the update needs of a step's answers, and their KL in nats an answer; adds to
     `metrics`. `groups`: the number of each answer's group, for methods that compare answers.
     """
-    mask, logps, reference, entropy, values = policy_kl(t, answers)
+    once = in_one_pass(t)
+    mask, logps, reference, entropy, values = policy_kl(t, answers, with_policy=not once)
+    batch = Batch(
+        answers=answers,
+        mask=mask,
+        logps=logps,
+        reference=reference,
+        entropy=entropy,
+        advantages=logps,
+        values=values,
+    )
+    batch.advantages = t.method.advantages(t, batch, scores, groups, metrics)
+    if once:
+        batch.sums = _gradient(t, batch, list(range(len(answers))))
+        processes.add_up(logps, entropy)
     k1, k3 = (pg.kl_estimate(logps, reference, form) for form in ("k1", "k3"))
     kl = float(pg.masked_sum(k1, mask)) / len(answers)
     gap, largest = rollout.sampler_gap(answers, logps, mask)
@@ -239,10 +253,6 @@ def estimate(
         "sampler_gap": gap,
         "sampler_gap_largest": largest,
     }
-    batch = Batch(
-        answers=answers, mask=mask, logps=logps, reference=reference, advantages=k1, values=values
-    )
-    batch.advantages = t.method.advantages(t, batch, scores, groups, metrics)
     if t.off_policy:
         sampled = rollout.sampler_logps(answers, mask).to(logps)
         if t.method.whole_answers:
@@ -254,6 +264,15 @@ def estimate(
     return batch, kl
 
 
+def in_one_pass(t: Run) -> bool:
+    """Whether log-probabilities before the update are those of the forward that is differentiated:
+    in a step of one update, where nothing is needed of them sooner.
+    """
+    return (
+        t.method.scores_alone and t.config.epochs * t.config.minibatches == 1 and not t.off_policy
+    )
+
+
 def update(t: Run, batch: Batch) -> dict[str, Any]:
     """Epochs of minibatches over one batch. An update whose loss or gradient is not finite is left
     out and counted.
@@ -262,7 +281,6 @@ def update(t: Run, batch: Batch) -> dict[str, Any]:
     and are saved.
     """
     c, draw = t.config, random.Random(f"{t.config.seed}/{t.state.step}/minibatches")
-    _set_mode(t, c.gradient_checkpointing)
     decay = 1 - t.state.step / c.steps if c.schedule == "linear" else 1.0
     for group, rate in zip(t.optimizer.param_groups, learning_rates(c), strict=True):
         group["lr"] = rate * decay
@@ -282,7 +300,6 @@ def update(t: Run, batch: Batch) -> dict[str, Any]:
                     f"last good policy is in {c.out}/policy: lower learning_rate, see the rewards' scale"
                 )
             seen += [done] if done else []
-    _set_mode(t, False)
     return {"learning_rate": c.learning_rate * decay} | {
         name: fmean(one[name] for one in seen) for name in (seen[0] if seen else ())
     }
@@ -308,25 +325,33 @@ def _add_up(t: Run, sums: dict[str, float]) -> None:
         sums.update(zip(sums, told.tolist(), strict=True))
 
 
-def _minibatch(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:
-    """One optimizer step on these rows; nothing, and no step, where the loss or the gradient is no
-    number.
-    """
-    import torch
-
+def _gradient(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:
+    """Compute the gradient of the loss of these rows, all processes' together; what it reports."""
     c, sums = t.config, dict.fromkeys(t.method.reported, 0.0)
     n = len(rows) if t.method.whole_answers else int(batch.mask[rows].sum())
     t.optimizer.zero_grad(set_to_none=True)
     mine = processes.share(rows)
+    _set_mode(t, c.gradient_checkpointing)
     for some in rollout.in_batches(batch.answers, mine, c.micro_batch, call_of(t)):
         packed = rollout.pack([batch.answers[b] for b in some], t.accelerator.device)
         loss, parts = t.method.loss(t, batch, some, packed)
         t.accelerator.backward(loss / n)
         for name, x in zip(sums, parts, strict=True):
             sums[name] += float(x.detach()) / n
+    _set_mode(t, False)
     _add_up(t, sums)
+    return sums
+
+
+def _minibatch(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:
+    """One optimizer step on these rows; nothing, and no step, where the loss or the gradient is no
+    number.
+    """
+    import torch
+
+    sums = _gradient(t, batch, rows) if batch.sums is None else batch.sums
     norms = {
-        name: float(torch.nn.utils.clip_grad_norm_(group["params"], c.max_grad_norm))
+        name: float(torch.nn.utils.clip_grad_norm_(group["params"], t.config.max_grad_norm))
         for name, group in zip(NORMS, t.optimizer.param_groups, strict=False)
     }
     if not all(map(isfinite, (*sums.values(), *norms.values()))):

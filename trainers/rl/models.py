@@ -220,10 +220,11 @@ def as_reference(t: Run) -> Iterator[Any]:
 
 
 def policy_kl(
-    t: Run, answers: list[SampledAnswer]
+    t: Run, answers: list[SampledAnswer], with_policy: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask, log-probabilities, reference's, entropies, values) of answers, each B T, by the
-    forward that trains; values are 0 where there is no value function.
+    forward that trains; values are 0 where there is no value function, and so is all but the
+    reference's without `with_policy`.
     """
     import torch
 
@@ -242,13 +243,14 @@ def policy_kl(
         ):
             packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
             n = packed.mask_BT.shape[1]
-            logps[rows, :n], entropy_BT, states = rollout.forward(
-                t.policy, packed, t.config.temperature, values_from_policy(t), entropy=True
-            )
-            assert entropy_BT is not None  # it was asked for
-            entropy[rows, :n] = entropy_BT
-            if t.critic is not None:
-                values[rows, :n] = values_of(t, packed, states)
+            if with_policy:
+                logps[rows, :n], entropy_BT, states = rollout.forward(
+                    t.policy, packed, t.config.temperature, values_from_policy(t), entropy=True
+                )
+                assert entropy_BT is not None  # it was asked for
+                entropy[rows, :n] = entropy_BT
+                if t.critic is not None:
+                    values[rows, :n] = values_of(t, packed, states)
             with as_reference(t) as reference:
                 reference_logps[rows, :n] = rollout.forward(
                     reference, packed, t.config.temperature

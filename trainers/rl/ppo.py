@@ -102,6 +102,7 @@ METHOD = Method(
     name="ppo",
     stage="ppo",
     whole_answers=False,
+    scores_alone=False,
     advantages=_advantages,
     loss=_loss,
     reported=("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "shift"),

@@ -41,15 +41,19 @@ class Batch:
     Attributes:
         advantages: B T; of a method that takes whole answers, B 1.
         values, returns: B T, where there is a value function.
+        sums: What the loss reports, where the step's only gradient is already computed, by the
+            forward that log-probabilities and entropies were taken from.
     """
 
     answers: list[SampledAnswer]
     mask: Tensor
     logps: Tensor
     reference: Tensor
+    entropy: Tensor
     advantages: Tensor
     values: Tensor | None = None
     returns: Tensor | None = None
+    sums: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,12 @@ class Method:
         stage: The stage of `prefab train`.
         whole_answers: Whether ratio and advantage are those of whole answers, and the loss a mean
             over answers; else over tokens.
-        advantages: Of a batch whose log-probabilities are known, its scores, and the group of each
-            answer; may add returns to the batch and metrics to the dictionary. B T or B 1.
+        scores_alone: Whether advantages follow from scores alone. A step of one update then needs
+            no forward of the policy before it: the loss fills in the batch's log-probabilities and
+            entropies where `loop.in_one_pass`.
+        advantages: Of a batch whose log-probabilities are known (unless `scores_alone`), its
+            scores, and the group of each answer; may add returns to the batch and metrics to the
+            dictionary. B T or B 1.
         loss: Of some rows of a batch, packed: (the loss to minimise, summed over tokens or answers;
             the sums that are reported, in the order of `reported`).
         reported: Names of those sums, which are divided as the loss is.
@@ -71,6 +79,7 @@ class Method:
     name: str
     stage: str
     whole_answers: bool
+    scores_alone: bool
     advantages: Callable[[Any, Batch, Sequence[float], Sequence[int], dict[str, Any]], Tensor]
     loss: Callable[[Any, Batch, list[int], Packed], tuple[Tensor, tuple[Tensor, ...]]]
     reported: tuple[str, ...]

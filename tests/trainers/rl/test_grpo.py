@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 from prefab.factory.errors import ConfigError
-from prefab.trainers import common
+from prefab.trainers import collate, common
 from prefab.trainers.common import COMPLETE, Lora, TrainError, load_policy
 from prefab.trainers.registry import STAGES
-from prefab.trainers.rl import checkpoint, grpo, loop, rewards
+from prefab.trainers.rl import checkpoint, grpo, loop, rewards, rollout
 from tests.support import answer_world as aw
 from tests.support import exact_optimum, tinymodel
 
@@ -167,6 +167,7 @@ def test_an_update_has_the_loss_and_the_gradient_of_trls(make, models, tmp_path,
     """On the same answers, by a policy that has moved since they were sampled."""
     config = make(
         **{"beta": 0.3, "clip": 0.1, "max_grad_norm": 1e9, "learning_rate": 1e-9, **changes},
+        epochs=2,  # else the gradient is that of the policy that sampled
         micro_batch=5,
         reference=str(models / "reference"),
         max_new_tokens=3,
@@ -176,6 +177,7 @@ def test_an_update_has_the_loss_and_the_gradient_of_trls(make, models, tmp_path,
     assert len({len(answer.ids) for answer in answers}) > 1
     scores = torch.randn(len(answers), generator=torch.Generator().manual_seed(1)).tolist()
     batch, kl = loop.estimate(t, answers, scores, {}, groups)
+    assert batch.sums is None
     trainer, theirs = trl_trainer(t, tmp_path, rows, answers, scores)
     assert torch.allclose(batch.advantages[:, 0], theirs["advantages"], atol=1e-5) and kl != 0
     draw = torch.Generator().manual_seed(2)
@@ -194,6 +196,33 @@ def test_an_update_has_the_loss_and_the_gradient_of_trls(make, models, tmp_path,
     for name, p in t.policy.named_parameters():
         assert torch.allclose(p.grad, gradients[name], atol=1e-6), name
     assert max(float(g.abs().max()) for g in gradients.values()) > 0.01
+
+
+@pytest.mark.parametrize("at_once", [2**26, 20])  # logits in tiles: two answers' tokens at a time
+def test_a_step_of_one_update_takes_everything_from_one_forward(
+    make, models, tmp_path, monkeypatch, at_once
+):
+    """The same metrics and weights as with a forward of the policy before the update."""
+    monkeypatch.setattr(collate, "LOGITS_AT_ONCE", at_once)
+    reference, calls, forward = str(models / "reference"), [], rollout.forward
+
+    def counted(*rest, **more):
+        calls.append(None)
+        return forward(*rest, **more)
+
+    monkeypatch.setattr(rollout, "forward", counted)
+    _, once = train(make(out=str(tmp_path / "once"), reference=reference))
+    n = len(calls)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "in_one_pass", lambda t: False)
+        _, twice = train(make(out=str(tmp_path / "twice"), reference=reference))
+    assert n == 2 / 3 * (len(calls) - n) > 0  # of the reference, and before and in the update
+    for one, other in zip(once, twice, strict=True):
+        del one["times"], other["times"]
+        assert one == pytest.approx(other, abs=1e-5)
+    a, b = weights(tmp_path / "once/policy"), weights(tmp_path / "twice/policy")
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    assert once[0]["entropy"] > 0.1 and once[0]["kl"] > 0.01
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])

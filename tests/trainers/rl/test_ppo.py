@@ -407,6 +407,7 @@ def test_a_minibatch_follows_the_gradient_of_the_whole_loss(make):
         mask=mask,
         logps=old,
         reference=old,
+        entropy=old,
         advantages=advantages,
         values=old_values,
         returns=returns,
