@@ -31,10 +31,16 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def limit(most: int) -> int:
     """A limit as the environment variable PREFAB_READ_LIMITS scales it."""
+    given = os.environ.get(VARIABLE) or "1"
     try:
-        return int(most * max(float(os.environ.get(VARIABLE) or 1), 0.001))
+        factor = float(given)
+        if factor > 0:
+            return int(most * max(factor, 0.001))
     except (ValueError, OverflowError):
-        raise ConfigError(f"{VARIABLE} must be a number such as 10") from None
+        pass
+    raise ConfigError(
+        f"the environment variable {VARIABLE} is {given!r}: write a number such as 10"
+    )
 
 
 def mb(most: int) -> str:

@@ -118,10 +118,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def file_or_preset(path: Path, presets: Path) -> Path:
     """The path, or a preset where it is a bare name such as `demo` and no file has it. A folder of
     that name, such as the output of an earlier command, changes nothing.
+
+    Raises: ConfigError for a bare name that neither a file nor a preset has.
     """
     preset = presets / f"{path.name.removesuffix('.yaml')}.yaml"
-    taken = path.exists() and not path.is_dir()
-    return preset if not taken and len(path.parts) == 1 and preset.exists() else path
+    if len(path.parts) != 1 or (path.exists() and not path.is_dir()):
+        return path
+    if preset.exists():
+        return preset
+    if path.suffix or path.exists():
+        return path
+    hint = did_you_mean(path.name, (file.stem for file in presets.glob("*.yaml")))
+    raise ConfigError([Problem(str(path), 0, 0, "", f"neither a file nor a preset; {hint}")])
 
 
 def read_text(path: str | Path, most: int = bounded.MAX_DOCUMENT) -> str:

@@ -202,7 +202,7 @@ def import_constitution(
 
 
 versions_app = typer.Typer(
-    no_args_is_help=True, help="The versions of constitutions that a store's runs were made under."
+    no_args_is_help=True, help="Show the versions of constitutions that the runs of a store used."
 )
 app.add_typer(versions_app, name="constitution")
 

@@ -49,7 +49,7 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="For whom: trl, axolotl, llama_factory, llama_factory_alpaca, nemo_rl, openrlhf, "
+            help="The trainer that reads it: trl, axolotl, llama_factory, llama_factory_alpaca, nemo_rl, openrlhf, "
             "torchtune, verl, argilla; or jsonl, text, csv, parquet (docs/exports.md). Default: "
             "the pipeline's, or trl."
         ),
@@ -90,7 +90,8 @@ def export(
     per_prompt: Annotated[
         int | None,
         typer.Option(
-            min=0, help="The most pairs of one prompt, those with the highest p_chosen; 0: all."
+            min=0,
+            help="At most this many pairs of each prompt, those with the highest p_chosen; 0: all.",
         ),
     ] = None,
     balance_length: Annotated[

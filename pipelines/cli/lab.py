@@ -78,7 +78,7 @@ def diff(
     sample: Annotated[
         int | None, typer.Option(min=1, help="Only so many comparisons, chosen at random.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of that choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of this choice.")] = 0,
     only: Annotated[
         str, typer.Option(metavar="flips", help="`flips`: show only the flipped preferences.")
     ] = "",
@@ -119,7 +119,7 @@ def watch(
     run: Run = "",
     pipeline: PipelineOption = None,
     sample: Annotated[int, typer.Option(min=1, help="Comparisons to judge at each save.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of their choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of comparisons.")] = 0,
     examples: Annotated[int, typer.Option(min=0, help="Moved comparisons to show.")] = 3,
     sets: Sets = [],
 ) -> None:

@@ -44,7 +44,7 @@ def calibrate(
     source: Annotated[
         str,
         typer.Option(
-            help="Whose word tells which answer is better: human, oracle (embedded world only, "
+            help="What tells which answer is better: human, oracle (embedded world only, "
             "validation split), retest (the judges' own second answers), auto (the first of these "
             "that suffices), or none (p_chosen is the share of the vote)."
         ),
@@ -52,7 +52,7 @@ def calibrate(
     method: Annotated[str, typer.Option(help="auto, temperature or isotonic.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Choose how p_chosen becomes a probability; a run's end does it by `auto`."""
+    """Choose how p_chosen becomes a probability; the end of each run does this with `auto`."""
     from prefab.pipelines.store.calibrate import calibrate as learn
 
     found = learn(existing_store(store), run, source, method)
@@ -88,7 +88,11 @@ def agreement(
     ] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     sample: Annotated[
-        int, typer.Option(min=0, help="Of a run with more prompts about so many; 0: all.")
+        int,
+        typer.Option(
+            min=0,
+            help="Read about this many prompts, chosen at random, when the run has more; 0: all.",
+        ),
     ] = 0,
     as_json: Json = False,
 ) -> None:
@@ -263,7 +267,12 @@ def audit_judge(
         list[str], typer.Option(help="Only this probe; may be repeated. Default: all.")
     ] = [],
     max_flips: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with code 1 when a probe flips more.")
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Exit with code 1 when a probe flips a larger share of verdicts than this (0 to 1).",
+        ),
     ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Take the pairs from the decided preferences of this store.")

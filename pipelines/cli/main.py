@@ -381,7 +381,10 @@ def serve(
         ),
     ] = False,
     idle_minutes: Annotated[
-        float, typer.Option(min=0.01, help="With --keep: end it after so long without a question.")
+        float,
+        typer.Option(
+            min=0.01, help="With --keep: minutes without a question after which the server ends."
+        ),
     ] = 60.0,
     status: Annotated[bool, typer.Option("--status", help="List the servers that run.")] = False,
     stop: Annotated[

@@ -184,8 +184,10 @@ def render(
         ),
     ],
     pipeline: Pipeline = Path("pipeline.yaml"),
-    sample: Annotated[int, typer.Option(min=1, help="Requests to show, of as many prompts.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of their choice.")] = 0,
+    sample: Annotated[
+        int, typer.Option(min=1, help="Number of requests to show, each of another prompt.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of prompts.")] = 0,
     sets: Sets = [],
     as_json: Json = False,
 ) -> None:
@@ -252,7 +254,7 @@ def _show_marked(text: str, control_tokens: list[str]) -> None:
 def preview(
     pipeline: Pipeline,
     prompts: Annotated[int, typer.Option("-n", "--prompts", min=1, help="How many prompts.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of their choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of prompts.")] = 0,
     sets: Sets = [],
     as_json: Json = False,
 ) -> None:

@@ -41,7 +41,10 @@ def principles(
         str, typer.Option(help="Gold labels: auto, human, oracle (embedded world only) or none.")
     ] = "auto",
     examples: Annotated[
-        int, typer.Option(min=0, help="Prompts that no principle separates to show.")
+        int,
+        typer.Option(
+            min=0, help="Number of prompts to show on whose answers no principle decides."
+        ),
     ] = 5,
     as_json: Json = False,
 ) -> None:
@@ -67,8 +70,8 @@ def induce(
     run: Annotated[
         str,
         typer.Option(
-            help="A run of the store. Its pairs as people labelled them; with --against, as it "
-            "labelled them itself. Default: the latest."
+            help="Take the pairs of this run of the store, with people's labels; with --against, "
+            "with the run's own. Default: the latest run."
         ),
     ] = "",
     against: Annotated[
@@ -88,8 +91,8 @@ def induce(
     judge: Annotated[
         str, typer.Option(metavar="NAME", help="One of panel.judges. Default: the first.")
     ] = "",
-    most: Annotated[int, typer.Option(min=1, help="Principles to keep at most.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of the pairs that are held out.")] = 0,
+    most: Annotated[int, typer.Option(min=1, help="Keep at most this many principles.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of held-out pairs.")] = 0,
     store: Annotated[
         Path | None, typer.Option(help="The store. Default: the pipeline's, or `store`.")
     ] = None,

@@ -173,8 +173,13 @@ def forget(
             "empty for an empty text."
         ),
     ] = "",
-    since: Annotated[str, typer.Option(metavar="TIME", help="2026-11-27T12:00, local time.")] = "",
-    until: Annotated[str, typer.Option(metavar="TIME", help="Before this time.")] = "",
+    since: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME", help="Answers from this time on: 2026-11-27T12:00, local time."
+        ),
+    ] = "",
+    until: Annotated[str, typer.Option(metavar="TIME", help="Answers before this time.")] = "",
     model: Annotated[str, typer.Option(help="The model that answered.")] = "",
     replica: Annotated[str, typer.Option(help="The server that answered.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the answers.")] = False,

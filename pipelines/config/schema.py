@@ -240,7 +240,7 @@ class ExportConfig(_Strict):
     per_prompt: int = Field(
         0,
         ge=0,
-        description="The most pairs of one prompt, those with the highest p_chosen; 0: all.",
+        description="At most this many pairs of each prompt, those with the highest p_chosen; 0: all.",
     )
     balance_length: bool = Field(
         False,

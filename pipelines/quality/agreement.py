@@ -75,8 +75,8 @@ def measure(
         examples: Examples of disagreement for each principle.
         resamples: Bootstrap resamples for intervals; 0 for none.
         seed: Seed of the bootstrap.
-        sample: Of a run with more prompts about so many, in whole groups; 0: all. What is compared
-            with people's labels stands on all of these.
+        sample: Read about this many prompts, chosen at random in whole groups, when the run has
+            more; 0: all. What is compared with people's labels stands on all of these.
 
     Returns:
         Plain data, as `prefab agreement --json` prints it. `sampled` is None, or one of how many

@@ -162,7 +162,7 @@ def explain(code: str = "") -> list[LintRule]:
     if not code:
         return list(RULES.values())
     if code.upper() not in RULES:
-        raise ConfigError(f"no lint has the code {code!r}; {yamlio.did_you_mean(code, RULES)}")
+        raise ConfigError(f"no warning has the code {code!r}; {yamlio.did_you_mean(code, RULES)}")
     return [RULES[code.upper()]]
 
 
@@ -267,7 +267,7 @@ def _unknown(document: yamlio.Document) -> Found:
         for index, code in enumerate((value or {}).get("ignore", [])):
             if code not in RULES:
                 known = yamlio.did_you_mean(code, RULES)
-                yield "C110", (*path, "ignore", index), f'no lint has the code "{code}"; {known}'
+                yield "C110", (*path, "ignore", index), f'no warning has the code "{code}"; {known}'
 
 
 def _each(constitution: Constitution, paths: dict[str, yamlio.Path_]) -> Found:

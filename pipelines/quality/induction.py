@@ -181,8 +181,8 @@ def induce(
         sets: Overrides of the pipeline's fields.
         judge: Its name in `panel.judges`; default: the first.
         store: The store; default: the pipeline's.
-        most: Principles to keep at most.
-        seed: Of the division into two halves.
+        most: Keep at most this many principles.
+        seed: Seed of the division into two halves.
         engines: Engines to use in place of those that the pipeline would start, by name.
         quiet: Do not show progress.
 

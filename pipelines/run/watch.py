@@ -60,7 +60,7 @@ def watch(
         pipeline: A pipeline file whose judges are asked; default: as the run was configured.
         sets: Overrides of the pipeline's fields.
         sample: How many comparisons, at most.
-        seed: Seed of their choice.
+        seed: Seed of the choice of comparisons.
         engines: Engines to use in place of those that the pipeline would start, by name.
         until: Asked between looks at the file; True ends the watch.
 

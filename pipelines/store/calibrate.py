@@ -102,7 +102,7 @@ def calibrate(
     Args:
         store: The folder of the store.
         run: NAME or NAME@VERSION; empty: the latest.
-        source: Whose word tells which answer is better: people (`human`), the embedded world's
+        source: What tells which answer is better: people (`human`), the embedded world's
             `oracle` on the validation split, or the judges themselves asked a second time
             (`retest`: this measures repeatability, not truth). `auto` is the first of these that
             suffices; with `none`, `p_chosen` is the share of the vote.

@@ -162,7 +162,7 @@ def of_judge(
     if len(config.paths) != 1:
         raise ConfigError(f"rewards: {config.name}: name the pipeline file of the judge in paths")
     loaded = resolve_pipeline(Path(config.paths[0]))
-    judge = find(loaded, config)
+    judge = find(loaded, config.judge, f"rewards: {config.name}: {config.paths[0]}")
     folder = Path(loaded.config.store)
     asking = asking_session(
         loaded,
@@ -181,22 +181,22 @@ def of_judge(
         background(asking.__aexit__(None, None, None))
 
 
-def find(loaded: ResolvedPipeline, config: RewardConfig) -> Judge[Any]:
-    """The judge that a reward names; without a name, the pipeline's first pointwise one. Raises:
-    ConfigError.
+def find(loaded: ResolvedPipeline, name: str, where: str) -> Judge[Any]:
+    """The pointwise judge of this name; of no name, the pipeline's first one. Raises: ConfigError,
+    which begins with `where`.
     """
-    found = [judge for judge in loaded.judges if judge.rewards and config.judge in ("", judge.name)]
+    found = [judge for judge in loaded.judges if judge.rewards and name in ("", judge.name)]
     if not found:
         names = [judge.name for judge in loaded.judges if judge.rewards]
         missing = (
-            f'no pointwise judge is named "{config.judge}"; {did_you_mean(config.judge, names)}'
+            f'no pointwise judge is named "{name}"; {did_you_mean(name, names)}'
             if names
             else (
-                "none of its judges is pointwise, which a reward on single answers must be. Name a pipeline file with "
+                "none of its judges is pointwise, and only such a judge scores single answers. Name a pipeline file with "
                 "panel: {judges: [{name: points, kind: pointwise}]}"
             )
         )
-        raise ConfigError(f"rewards: {config.name}: {config.paths[0]}: {missing}")
+        raise ConfigError(f"{where}: {missing}")
     return found[0]
 
 

@@ -32,7 +32,6 @@ from prefab.factory.types import Engine, Message, Prompt
 from prefab.pipelines.config.loader import ResolvedPipeline, resolve_pipeline
 from prefab.pipelines.run.asking import AskingSession, asking_session, engine_for
 from prefab.pipelines.training.judge_reward import NO_ANSWER, AnswerScore, answer_scorer, find
-from prefab.trainers.rl.rewards import RewardConfig
 
 MOST_BYTES = 64 << 20  # of one request
 ScoreAnswer = Callable[[Prompt, str], Coroutine[Any, Any, AnswerScore]]
@@ -77,7 +76,7 @@ async def _serve(
     engines: Mapping[str, Engine] | None,
     tell: Callable[[str], None],
 ) -> None:
-    judge = find(loaded, RewardConfig(name="judge", judge=name, paths=[loaded.config.name]))
+    judge = find(loaded, name, loaded.config.name)
     budget = loaded.config.budget.model_copy(update={"failed": None})  # each client is told
     config = loaded.config.model_copy(update={"budget": budget})
     loaded = replace(loaded, config=config)

@@ -146,7 +146,7 @@ def export(
         method: How decided comparisons become pairs: compared, best_worst, bradley_terry or
             davidson; empty: as the run's `choose` says.
         margin: p_chosen must be above a half by at least this; None: as the run's `choose` says.
-        per_prompt: The most pairs of one prompt, by p_chosen; 0: all.
+        per_prompt: At most this many pairs of each prompt, by p_chosen; 0: all.
         balance_length: Leave pairs out until the chosen answer is as often the longer one as the
             rejected answer (`datasets.PairSelection`).
         weights: A column `weight`: one over the number of the prompt's pairs (prompt), or

@@ -178,9 +178,10 @@ def test_a_limit_of_reading_can_be_raised(tmp_path, monkeypatch):
         yamlio.read_text(file)
     monkeypatch.setenv(bounded.VARIABLE, "2")
     assert len(yamlio.read_text(file)) == 9_000_003
-    monkeypatch.setenv(bounded.VARIABLE, "many")
-    with pytest.raises(ConfigError, match="must be a number"):
-        yamlio.read_text(file)
+    for wrong in ("many", "-1", "nan"):
+        monkeypatch.setenv(bounded.VARIABLE, wrong)
+        with pytest.raises(ConfigError, match=f"PREFAB_READ_LIMITS is '{wrong}': write a number"):
+            yamlio.read_text(file)
 
 
 def test_a_table_that_names_one_long_value_again_and_again_is_refused(tmp_path, monkeypatch):

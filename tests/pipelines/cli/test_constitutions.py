@@ -93,7 +93,7 @@ def test_explain(tmp_path: Path) -> None:
     assert "compare asks for the answer with the fault" in said and "prefab: ignore C105" in said
     assert "C110" in prefab("explain")
     assert len(json.loads(prefab("explain", "--json"))["codes"]) == 10
-    assert "no lint has the code 'C9'" in prefab("explain", "C9", code=2)
+    assert "no warning has the code 'C9'" in prefab("explain", "C9", code=2)
 
 
 def test_import_constitution(tmp_path: Path) -> None:

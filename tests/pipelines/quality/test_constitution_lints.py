@@ -226,5 +226,5 @@ def test_every_code_is_explained():
     assert [rule.code for rule in explain()] == list(RULES) and len(RULES) == 10
     assert explain("c101")[0].title == "a principle asks two things at once"
     assert all(all(rule.data().values()) for rule in explain())
-    with pytest.raises(ConfigError, match="no lint has the code 'C1011'; did you mean \"C101\""):
+    with pytest.raises(ConfigError, match="no warning has the code 'C1011'; did you mean \"C101\""):
         explain("C1011")
