@@ -34,7 +34,7 @@ from benchmarks import common
 from benchmarks.scale import RUN, pipeline
 from prefab.factory.paths import IMPORT_ROOT
 from prefab.pipelines.config.loader import models
-from prefab.pipelines.scale.driver import Driver, exclusive, prepare
+from prefab.pipelines.scale.driver import LOOK_S, Driver, exclusive, prepare
 from prefab.pipelines.scale.launchers import LocalLauncher
 from prefab.pipelines.scale.worker import kept_engines
 
@@ -46,13 +46,13 @@ KILLS = 5  # of a driver
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """How many workers there are from the beginning, `room(seconds)` for how many there is room
-    later, whether the first one is ten times slower, and when the last one is killed.
+    """How many workers there are from the beginning, and after so many seconds (`there`); whether
+    the first one is ten times slower, and when the last one of the beginning is killed.
     """
 
     name: str
     workers: int
-    room: Callable[[float], int]
+    there: Callable[[float], int]
     slow: bool = False
     leaves_s: float | None = None
 
@@ -60,9 +60,15 @@ class Scenario:
         """The seconds that so many calls take where no worker ever waits."""
         left, now = float(calls), 0.0
         while left > 0:
-            left -= PACE * 0.1 * (self.room(now) - self.slow * (1 - 1 / SLOW))
+            left -= PACE * 0.1 * (self.there(now) - self.slow * (1 - 1 / SLOW))
             now += 0.1
         return now
+
+    def room(self, now: float) -> int:
+        """For how many workers the driver is told that there is room: for one that leaves there is
+        none a moment before, so that it is not replaced.
+        """
+        return min(self.there(now), self.there(now + 2 * LOOK_S))
 
 
 def scenarios(full_s: float) -> list[Scenario]:
@@ -123,6 +129,7 @@ def uneven(base: type[Any], scenario: Scenario, slow_url: str) -> type[Any]:
         began, started = time.monotonic(), 0
 
         def start(self) -> int:
+            """Start a worker; the first one may have another server."""
             self.started += 1
             usual = self.setup
             if scenario.slow and self.started == 1:
@@ -134,6 +141,7 @@ def uneven(base: type[Any], scenario: Scenario, slow_url: str) -> type[Any]:
                 self.setup = usual
 
         def capacity(self) -> int:
+            """As the scenario has it."""
             return scenario.room(time.monotonic() - self.began)
 
     return Uneven

@@ -84,6 +84,18 @@ class DamagedError(StoreError):
         )
 
 
+class DamagedRowsError(DamagedError):
+    """A file of a shard's rows, in a store in shards, is damaged or missing."""
+
+    def __init__(self, file: str) -> None:
+        self.what = f"{file}: damaged or missing"
+        StoreError.__init__(
+            self,
+            f"{self.what}. Remove it: the same `prefab run` makes the rows of its shard anew, and asks "
+            "nothing",
+        )
+
+
 class NewerError(StoreError):
     """A newer version of DuckDB wrote the file."""
 
@@ -431,6 +443,7 @@ def check_header(file: Path) -> None:
 
 _MEMORY = re.compile(r"Out of Memory|failed to (pin|allocate)|could not allocate", re.IGNORECASE)
 _CORRUPT = re.compile("Corrupt (database|WAL) file|Failure while replaying WAL")
+_ROWS = re.compile(r"/[^'\"]+/tables/\w+/[^'\"]+\.parquet")
 _NO_SPACE = re.compile(r"No space left|disk is full|File too large|Disk quota", re.IGNORECASE)
 _NOT_WRITABLE = re.compile(r"Permission denied|Read-only file system|not permitted", re.IGNORECASE)
 _SYSTEM = re.compile(
@@ -464,6 +477,8 @@ def _told(file: Path, error: duckdb.Error) -> StoreError | None:
     first = text.splitlines()[0][:300]
     if told := _of_the_system(file, error, text):
         return told
+    if found := _ROWS.search(first):
+        return DamagedRowsError(found[0])
     damaging = (
         duckdb.IOException,
         duckdb.SerializationException,

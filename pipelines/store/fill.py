@@ -180,7 +180,13 @@ def _fill(
 
 
 def _set_aside(folder: Path, error: store.DamagedError) -> None:
-    """Rename the damaged files, and say so: the next filling makes the store anew."""
+    """Rename the damaged files, and say so: the next filling makes the store anew. A catalogue of
+    shards holds nothing but views, and goes.
+    """
+    if isinstance(error, store.DamagedRowsError):
+        store.delete(folder)
+        warn(f"{error.what}. The catalogue is made anew")
+        return
     kept = store.set_aside(folder)
     where = f"; the damaged file is kept as {kept[0].name}" if kept else ""
     warn(f"{error.what}. It is made anew from the ledger and nothing is lost{where}")
@@ -375,9 +381,10 @@ def _catch_up(
     """
     state = _ledger_state(ledger)  # first: rows that come later are not taken for copied ones
     if not store.get_meta(con):
-        store.set_meta(con, versions(ledger))
-        if is_shared(folder):
-            catalogue.bring_rows(con, folder)
+        with store.transaction(con):  # else a catalogue without some views would count as made
+            store.set_meta(con, versions(ledger))
+            if is_shared(folder):
+                catalogue.bring_rows(con, folder)
     if row_ids and not catalogue.has_row_ids(con):
         catalogue.copy_preferences(con)
     names = Names(ledger)

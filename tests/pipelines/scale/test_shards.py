@@ -148,6 +148,18 @@ def test_damaged_rows_are_made_anew_and_a_damaged_segment_is_asked_again(
     of_shard = shared.state(shard).runs["1"]["counts"]
     assert 0 < result.asked == of_shard["asked"]
     same_rows(single, tmp_path / "store")
+    # files that are damaged once the catalogue is there: one by its size, then another one within
+    sql = "SELECT count(p_a) FROM verdicts"
+    all_rows = query(tmp_path / "store", sql).item()
+    first, second = (shared.rows_files(shared.state(one))["verdicts"] for one in (shard, 2))
+    first.write_bytes(first.read_bytes()[:-1])
+    assert 0 < query(tmp_path / "store", sql).item() < all_rows
+    told = capsys.readouterr().err
+    assert f"{first}: damaged or missing" in told and f"shard {shard}: its rows" in told
+    second.write_bytes(second.read_bytes()[:-6] + b"\xff\xffPAR1")
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"{second}: damaged or missing. Remove it: the same"):
+            query(tmp_path / "store", sql)
 
 
 def test_commands_read_the_rows_of_shards_as_those_of_one_process(made, tmp_path):
