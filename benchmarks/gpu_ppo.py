@@ -6,10 +6,9 @@ share of sampling, peak memory, and how busy the GPU was.
 
 A Llama of random weights in the shape of Qwen2.5 0.5B, bf16 autocast, 512 answers of 256 tokens a
 step (random weights all but never end one), updated once, against a reference, with a reward that
-costs nothing. Ours has up to 64 answers in a forward, since it never has all logits in memory, and
-TRL 16, with which it held 106 of 139 GiB on an H200. TRL samples as many answers at once, without
-gradient checkpointing, and with vLLM in its own process (colocate); our vLLM is a server beside the
-trainer. The first step of each, which compiles and starts servers, is left out.
+costs nothing. TRL samples as many answers at once, without gradient checkpointing, and with vLLM in
+its own process (colocate); our vLLM is a server beside the trainer. The first step of each, which
+compiles and starts servers, is left out.
 
 Each measurement is a process of its own with a time of its own, forked from this one, which has
 imported what takes long and never touches the GPU. What fails, takes too long or is not installed
@@ -152,7 +151,7 @@ def ours(case: Case, folder: Path, s: argparse.Namespace, tell: TELL) -> None:
         "steps": 100,
         "batch_size": s.batch,
         "epochs": 1,
-        "micro_batch": s.our_micro,
+        "micro_batch": s.micro,
         "sample_batch": s.batch,
         "max_new_tokens": s.max_new_tokens,
         "sampler": "vllm" if case.sampler == "vllm" else "transformers",
@@ -378,8 +377,7 @@ def _settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", default="0.5B", help="As benchmarks/gpu_training.py names them.")
     parser.add_argument("--steps", type=int, default=3, help="The first is left out.")
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--micro", type=int, default=16, help="TRL's answers a forward.")
-    parser.add_argument("--our-micro", type=int, default=64, help="Ours, at most.")
+    parser.add_argument("--micro", type=int, default=16)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=440, help="What begins later is left out.")
@@ -392,7 +390,7 @@ def _settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     s = parser.parse_args(arguments)
     if s.quick:
         s.shape, s.steps, s.batch, s.micro, s.group = "tiny", 2, 8, 4, 4
-        s.max_new_tokens, s.seconds, s.our_micro = 6, 3600, s.micro
+        s.max_new_tokens, s.seconds = 6, 3600
     elif not has_gpu():
         parser.error(
             "this benchmark needs a GPU and there is none here; --quick shows on a CPU that the "

@@ -49,6 +49,7 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 2 and "needs a GPU" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_quick_look_takes_the_same_steps_on_all_sides(monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(gpu_training, "write", lambda *_, **__: None)

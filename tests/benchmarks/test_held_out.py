@@ -6,6 +6,8 @@ from __future__ import annotations
 import random
 import re
 
+import pytest
+
 from benchmarks import held_out
 from prefab.factory.microworld import grammar as g
 
@@ -34,6 +36,7 @@ def test_a_pair_differs_in_what_the_principle_is_about():
                 assert s.object in s.prompt.messages[0].content + s.prompt.messages[-1].content
 
 
+@pytest.mark.slow
 def test_help_with_harm_on_test_topics_stands_in_no_training_text():
     found = held_out.shown_in_training(300)
     assert found["exercises"] == 9 and found["sentences"]["fault"]["times"] > 0

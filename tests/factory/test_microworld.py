@@ -197,6 +197,7 @@ def test_the_gold_label_ignores_hostile_text():
         assert oracle.assess(s.prompt.messages, attacked.text).broken == attacked.broken
 
 
+@pytest.mark.slow
 def test_every_branch_of_the_mix_is_labelled_as_the_oracle_says():
     rng = random.Random(9)
     for _ in range(300):

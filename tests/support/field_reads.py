@@ -41,7 +41,10 @@ class Reads(ast.NodeVisitor):
 
     def __init__(self, fields: Mapping[str, Iterable[str]], family: Mapping[str, set[str]]) -> None:
         self.fields = {name: set(of) for name, of in fields.items()}
-        self.family = family
+        self.named: dict[str, set[str]] = defaultdict(set)  # word -> classes with it as a name
+        for name, words in family.items():
+            for word in words:
+                self.named[word].add(name)
         self.found: set[tuple[str, str]] = set()
         self.attributes: dict[str, set[str]] = defaultdict(set)  # attribute or function -> classes
         self.scopes: list[dict[str, set[str]]] = [{}]
@@ -54,7 +57,7 @@ class Reads(ast.NodeVisitor):
         """The configuration classes that an annotation speaks of."""
         words = words_of(annotation)
         words |= {word for name in words for word in self.bounds.get(name, ())}
-        return {name for name, family in self.family.items() if words & family}
+        return {name for word in words & self.named.keys() for name in self.named[word]}
 
     def learn(self, trees: Sequence[ast.AST]) -> None:
         """Note which attributes and functions hold which classes."""
@@ -197,7 +200,7 @@ class Reads(ast.NodeVisitor):
         self.generic_visit(node)
         if getattr(node.func, "id", "") == "getattr" and isinstance(node.args[1], ast.Constant):
             held = self.holds(node.args[0])  # a probe: of subclasses too
-            kin = {name for name, family in self.family.items() if held & family}
+            kin = {name for word in held for name in self.named.get(word, ())}
             self.note(kin, str(node.args[1].value))
 
     def note(self, held: set[str], field: str) -> None:

@@ -94,6 +94,7 @@ def test_the_test_split_never_reaches_a_trainer(store, tmp_path, attempt):
         data.read_rows(kind, config(*sources))
 
 
+@pytest.mark.slow
 def test_parts_give_what_the_whole_gives(store, tmp_path, monkeypatch):
     """Also where the rows of a prompt lie far apart in the store, so that parts overlap."""
     scattered = Path(shutil.copytree(store, tmp_path / "scattered"))
@@ -124,6 +125,7 @@ def test_an_export_gives_what_the_store_gives(store, tmp_path):
             ]
 
 
+@pytest.mark.slow
 def test_all_judges_and_principles_decide_as_the_run_did(store):
     ask = partial(factory_store.read_frame, store)
     record, notes = factory_rows.find_run(store, ask), []

@@ -93,6 +93,7 @@ def test_a_broken_model_is_refused_in_words(folder, breaks, says):
         asyncio.run(HF(HfConfig(engine="hf", model=str(folder))).start())
 
 
+@pytest.mark.slow_but("{{ 10**(10**8) }}", "template3")
 @pytest.mark.parametrize("template", LOOPS)
 def test_a_chat_template_that_does_not_end_is_stopped(template):
     with pytest.raises(ConfigError, match="the chat template takes more than 1 s or 512 MB"):

@@ -231,6 +231,7 @@ def test_a_drawn_answer_depends_on_its_key_alone(engine, runner):
     assert len({a.text for a in first}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_policies_answers_are_the_token_ids_drawn(server, folder):
     """`prefab eval policy` by both samplers: the forward agrees with the server about the tokens

@@ -210,6 +210,7 @@ def test_imports_do_not_count_into_the_time_of_an_answer(monkeypatch):
     assert limits == [start_s, start_s, 50.0, 50.0]  # start, imports, twice an answer
 
 
+@pytest.mark.slow
 def test_a_schema_that_points_elsewhere_is_not_fetched(monkeypatch):
     asked = config("json_schema", {"$ref": "http://127.0.0.1:9/schema.json"})
     assert score(asked, "{}") == Score(None, reason="program")

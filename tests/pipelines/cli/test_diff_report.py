@@ -130,6 +130,7 @@ def test_the_page_loads_nothing_and_escapes_all_text(
         assert line.replace("'", "&#39;") in text
 
 
+@pytest.mark.slow
 def test_only_flips_and_json_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,7 @@ def test_every_command_ends_by_naming_the_next(made, tmp_path, monkeypatch, caps
         assert code == 0 and "next: " in err, (words, err)
 
 
+@pytest.mark.slow
 def test_the_next_command_can_be_pasted_where_paths_have_spaces(
     made, tmp_path, monkeypatch, capsys
 ):

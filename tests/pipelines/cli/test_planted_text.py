@@ -212,6 +212,7 @@ def unsafe(text: str) -> set[str]:
     return {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - CLEAN
 
 
+@pytest.mark.slow
 def test_no_command_prints_a_mark_or_the_key_and_no_file_holds_the_key(world: Path) -> None:
     code, out = command("run", str(world / "pipeline.yaml"))
     assert Server.answered > 20 and "Traceback" not in out, out

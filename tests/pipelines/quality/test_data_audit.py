@@ -688,6 +688,7 @@ def test_marks_are_kept_come_back_after_a_rebuild_and_take_nothing_away(store):
     )
 
 
+@pytest.mark.slow
 def test_the_same_audit_is_recorded_once_and_another_one_replaces_it(store):
     folder, bench = store
 
@@ -765,6 +766,7 @@ def test_refusals_of_the_gate_say_how_to_go_on(store, tmp_path):
         export(folder, tmp_path / "out", format="parquet", without=["length"])
 
 
+@pytest.mark.slow
 def test_marks_of_a_run_that_has_grown_are_not_taken_for_its_own(tmp_path):
     value = project.pipeline(tmp_path, prompts=3)
     run(value, engines=project.engine())

@@ -136,6 +136,7 @@ def test_the_result_is_a_constitution_with_tests(tmp_path, candidates):
     assert f"of {found.held_out} held-out pairs" in file.read_text()
 
 
+@pytest.mark.slow
 def test_pairs_of_a_file_of_people_and_of_two_runs_that_disagree(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "P", "chosen": "good", "rejected": "bad"}\n')

@@ -259,6 +259,7 @@ def test_a_store_s_pairs_are_audited_with_the_judge_s_own_verdicts_as_truth(tmp_
     }
 
 
+@pytest.mark.slow
 def test_a_person_s_label_is_truth_where_it_speaks_of_the_principle(tmp_path):
     loaded, engines = stored(tmp_path)
     rows = query(loaded.config.store, 'SELECT * FROM samples ORDER BY prompt, "index"').to_dicts()

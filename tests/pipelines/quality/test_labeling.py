@@ -226,6 +226,7 @@ def twins(tmp_path):
     return tmp_path / "store"
 
 
+@pytest.mark.slow
 def test_the_same_pair_is_asked_once_whatever_draft_it_comes_from(twins):
     places = query(twins, "SELECT count(*) FROM readings WHERE principle = 'kind'").item()
     assert places == 2  # draft 0 and 1, draft 1 and 2

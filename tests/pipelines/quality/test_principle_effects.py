@@ -72,6 +72,7 @@ def test_every_figure_of_a_principle(store):
     assert report.separated.value == 1.0 and report.n_unseparated == 0
 
 
+@pytest.mark.slow
 def test_principles_that_say_the_same_or_contradict(store):
     related = {(p.first, p.second): p for p in principle_effects(store).pairs}
     assert related["first", "also-first"].relation == "same"
@@ -81,6 +82,7 @@ def test_principles_that_say_the_same_or_contradict(store):
     assert not any("absent" in pair for pair in related)
 
 
+@pytest.mark.slow
 def test_agreement_with_people_and_prompts_that_nothing_separates(store):
     ledger = Ledger.open(store)
     for i in range(6):

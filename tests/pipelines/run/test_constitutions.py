@@ -39,6 +39,7 @@ def made(folder: Path, constitution: object) -> tuple[int, int]:
     return done.asked, done.reused
 
 
+@pytest.mark.slow
 def test_what_is_inherited_unchanged_asks_nothing(tmp_path):
     run(project.pipeline(tmp_path), engines=planted.engine())
     assert made(tmp_path, child(tmp_path))[0] == 0
@@ -96,6 +97,7 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_git_revision_is_read_with_the_files_that_it_extended(tmp_path, monkeypatch):
     run(project.pipeline(tmp_path), engines=planted.engine())
     edited = child(tmp_path)
@@ -114,6 +116,7 @@ def test_a_git_revision_is_read_with_the_files_that_it_extended(tmp_path, monkey
     assert made is not None and len(made.principles) == 3
 
 
+@pytest.mark.slow
 def test_a_save_of_an_extended_file_is_seen_by_watch(tmp_path):
     run(project.pipeline(tmp_path), engines=planted.engine())
     file, small = child(tmp_path), tmp_path / "small.yaml"

@@ -57,9 +57,17 @@ def constitution(folder: Path, name: str, **principles: dict[str, Any]) -> str:
     return str(folder / name)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    run(project.pipeline(folder), engines=engine())
+    return folder
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    run(project.pipeline(tmp_path), engines=engine())
+def store(small: Path, tmp_path: Path) -> Path:
+    """A copy of the project's store."""
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
     return tmp_path / "store"
 
 
@@ -130,6 +138,7 @@ def test_edits_without_another_meaning_ask_nothing(
     assert {line.principle for line in found.principles} == {edit.get("id", "kind"), "brief"}
 
 
+@pytest.mark.slow
 def test_other_yaml_of_the_same_meaning_asks_nothing(store: Path, tmp_path: Path) -> None:
     value = copy.deepcopy(project.CONSTITUTION)
     value["principles"] = [dict(reversed(p.items())) for p in value["principles"]]
@@ -140,6 +149,7 @@ def test_other_yaml_of_the_same_meaning_asks_nothing(store: Path, tmp_path: Path
     assert found.old.digest == found.new.digest
 
 
+@pytest.mark.slow
 def test_a_later_run_finds_what_the_diff_asked(store: Path, tmp_path: Path) -> None:
     edited = constitution(tmp_path, "edited.yaml", kind={"compare": "Which answer is nicer?"})
     compared(store, edited)
@@ -159,6 +169,7 @@ def test_a_principle_that_is_gone_or_new_is_counted_apart(store: Path, tmp_path:
     assert lines["brief"].compared == 18
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_each_time(store: Path, tmp_path: Path) -> None:
     edited = constitution(tmp_path, "edited.yaml", kind={"compare": "Which answer is worse?"})
     first = compared(store, edited, sample=5, seed=3)
@@ -167,6 +178,7 @@ def test_a_sample_is_the_same_each_time(store: Path, tmp_path: Path) -> None:
     assert [one.preference for one in first.moved] == [one.preference for one in again.moved]
 
 
+@pytest.mark.slow
 def test_a_sample_of_a_calibrated_run_is_calibrated_as_the_run_is(
     store: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +197,7 @@ def test_a_sample_of_a_calibrated_run_is_calibrated_as_the_run_is(
     assert query(store, sql).rows() == [(None,)]
 
 
+@pytest.mark.slow
 def test_a_filling_reads_the_constitutions_of_new_runs_only(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +291,7 @@ def test_a_file_of_pairs_is_judged_under_both_versions(tmp_path: Path) -> None:
     assert edited and checked(store)
 
 
+@pytest.mark.slow
 def test_pairs_with_turns_of_their_own_before_the_answers(tmp_path: Path) -> None:
     """Judges see an answer with the turns between prompt and answer; the store keeps them apart."""
     start, later = {"role": "user", "content": "A fish?"}, {"role": "user", "content": "And?"}

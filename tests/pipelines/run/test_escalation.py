@@ -209,6 +209,7 @@ def test_what_the_cheap_judge_cannot_read_goes_to_the_strong_one(tmp_path):
     assert "unscored" not in set(result.preferences["outcome"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [pytest.param(0.0, marks=pytest.mark.slow), 0.4])
 def test_a_share_is_kept_whatever_comes_first(tmp_path, share):
     found = []
@@ -229,6 +230,7 @@ def test_a_share_is_kept_whatever_comes_first(tmp_path, share):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_nothing_is_escalated_before_every_cheap_answer_is_there(tmp_path):
     value = pipeline(tmp_path, 8, budget={"failed": None})
     for n in (4, 9):

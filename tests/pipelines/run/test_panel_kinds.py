@@ -169,6 +169,7 @@ def test_unscored_scores_are_counted_once_and_silence_their_comparisons(tmp_path
     assert outcomes == {(0, 1): "unscored", (0, 2): "unscored", (1, 2): "a"}
 
 
+@pytest.mark.slow
 def test_failures_heal_and_fills_on_the_way_change_nothing(tmp_path):
     value = project.pipeline(tmp_path, prompts=6, panel=panel(KINDS), budget={"failed": None})
     for n in (3, 7):
@@ -319,6 +320,7 @@ def test_a_program_judges_without_a_principle_beside_the_others(tmp_path):
     checked(tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_a_program_alone_needs_no_principle_that_applies(tmp_path):
     verifier = {"name": "right", "kind": "verifier", "check": "regex", "reference": "^good"}
     value = project.pipeline(tmp_path, prompts=2, panel={"judges": [verifier]})

@@ -81,6 +81,7 @@ def test_what_is_in_doubt_waits_for_people_and_their_word_decides(tmp_path, caps
     checked(first.store)
 
 
+@pytest.mark.slow
 def test_a_corrected_label_is_another_answer(tmp_path):
     made(tmp_path)
     say(tmp_path / "store", True, 8)
@@ -118,6 +119,7 @@ def test_what_is_over_the_share_stays_with_the_cheap_judge(tmp_path):
     assert set(left["escalation"]) == {"budget"} and left.height == result.escalation["budget"]
 
 
+@pytest.mark.slow
 def test_people_who_are_split_are_waited_for_and_some_may_not_count(tmp_path):
     made(tmp_path)
     with labeling.open_session(tmp_path / "store", "", "bob") as session:

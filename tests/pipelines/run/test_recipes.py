@@ -232,6 +232,7 @@ def test_budgets_stop_a_run_and_what_was_answered_is_kept(tmp_path):
     assert freed.state == "done" and freed.reused >= capped.asked
 
 
+@pytest.mark.slow
 def test_shares_are_checked_at_the_end_of_a_short_run_and_its_answers_kept(tmp_path):
     value = project.pipeline(
         tmp_path,
@@ -291,6 +292,7 @@ def test_an_answer_that_cannot_be_read_is_asked_again_and_never_hangs(tmp_path, 
     assert run(value, engines=project.engine()).asked == 0
 
 
+@pytest.mark.slow
 def test_the_window_keeps_the_engine_full_and_no_fuller(tmp_path):
     engines = project.engine(max_in_flight=16, delay_s=0.005)
     value = project.pipeline(tmp_path, prompts=40)
@@ -413,6 +415,7 @@ def test_a_fault_that_is_not_probable_enough_is_not_revised(tmp_path):
     assert (result.samples["parent"] >= 0).sum() == 0
 
 
+@pytest.mark.slow
 def test_a_store_whose_critiques_have_no_labels_goes_on_without(tmp_path):
     old = project.pipeline(tmp_path, prompts=2, revise={"rounds": 1})
     first = run({**old, "critic": {"template": "critique.jinja"}}, engines=project.engine())

@@ -79,6 +79,7 @@ def test_a_file_that_is_invalid_at_the_start_is_an_error(tmp_path: Path) -> None
         watch(tmp_path / "bad.yaml", tmp_path / "store", print, print, engines=engine())
 
 
+@pytest.mark.slow
 def test_a_store_that_another_command_has_open_is_waited_for(tmp_path: Path) -> None:
     run(project.pipeline(tmp_path), engines=engine())
     file, store = Path(constitution(tmp_path, "mine.yaml")), tmp_path / "store"

@@ -162,6 +162,7 @@ def test_damaged_rows_are_made_anew_and_a_damaged_segment_is_asked_again(
             query(tmp_path / "store", sql)
 
 
+@pytest.mark.slow
 def test_commands_read_the_rows_of_shards_as_those_of_one_process(made, tmp_path):
     folder, *_ = made
     files, tables, grids = [], [], []

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import shutil
+from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 
 import polars as pl
@@ -47,17 +50,28 @@ async def label(store, rows):
     await ledger.close()
 
 
-@pytest.fixture
-def labelled(tmp_path):
+@pytest.fixture(scope="module")
+def labelled_once(tmp_path_factory):
     """A run whose people know the truth of every comparison with the good answer (number 1)."""
-    result = made(tmp_path)
+    folder = tmp_path_factory.mktemp("labelled")
+    result = made(folder)
     rows = [
         {"prompt": f"p{i}", "a": a, "b": b, "winner": "b" if b == 1 else "a", "annotator": "me"}
         for i in range(PROMPTS)
         for a, b in ((0, 1), (1, 2))
     ]
     asyncio.run(label(result.store, rows))
-    return tmp_path, result
+    return folder, result
+
+
+@pytest.fixture
+def labelled(labelled_once, tmp_path):
+    """Runs it again, and its result, on a copy of its store."""
+    folder, result = labelled_once
+    shutil.copytree(result.store, tmp_path / "store")
+    value = {**project.pipeline(folder, prompts=PROMPTS), "store": str(tmp_path / "store")}
+    rerun = partial(run, value, engines=planted.engine(say=timid))
+    return rerun, replace(result, store=tmp_path / "store")
 
 
 def preferences(store):
@@ -67,7 +81,7 @@ def preferences(store):
 
 
 def test_p_chosen_comes_true_and_the_share_is_kept(labelled):
-    folder, result = labelled
+    rerun, result = labelled
     before = preferences(result.store)
     assert before["p_chosen"].max() < 0.65 and set(before["calibrated"]) == {"retest"}
     found = calibrate(result.store)
@@ -81,7 +95,7 @@ def test_p_chosen_comes_true_and_the_share_is_kept(labelled):
     assert abs(known["p_chosen"].mean() - right) < 0.05 and 0.7 < right < 0.9
     assert found.calibration.after.ece < found.calibration.before.ece
     checked(result.store)
-    again = made(folder)
+    again = rerun()
     assert (again.asked, again.state) == (0, "done")
     assert preferences(result.store).equals(after)
 
@@ -92,24 +106,24 @@ def evals(store):
 
 
 def test_a_run_calibrates_itself_at_its_end_and_asks_nothing(labelled):
-    folder, result = labelled
+    rerun, result = labelled
     assert "not checked against the truth" in result.p_chosen and len(evals(result.store)) == 1
-    again = made(folder)  # people's labels came meanwhile
+    again = rerun()  # people's labels came meanwhile
     assert again.asked == 0 and "1 person" in again.p_chosen
     assert set(preferences(result.store)["calibrated"]) == {"human"}
-    made(folder)
+    rerun()
     assert len(evals(result.store)) == 2  # nothing new, nothing recorded
     checked(result.store)
 
 
 def test_the_source_that_was_chosen_stays(labelled):
-    folder, result = labelled
+    rerun, result = labelled
     assert calibrate(result.store, source="none").calibration.method == "none"
     shares = preferences(result.store)
     assert shares["p_chosen"].equals(shares["vote_share"])
     assert shares["calibrated"].null_count() == shares.height
     asyncio.run(label(result.store, [{"prompt": "p0", "a": 0, "b": 1, "winner": "a"}]))
-    assert "is off" in made(folder).p_chosen
+    assert "is off" in rerun().p_chosen
     assert preferences(result.store).equals(shares)
     checked(result.store)
 

@@ -48,6 +48,7 @@ def gold(messages, good, bad):
     return {"a": 1.0, "b": 0.0}.get(side)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_embedded_world_is_calibrated_on_the_oracle(tmp_path):
     answer = noisyworld.judge("judge", right=0.9, sure=0.6)
     engines = {"local": Scripted(ScriptedConfig(), answer)}

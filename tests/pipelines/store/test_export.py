@@ -485,6 +485,7 @@ def test_a_cap_keeps_the_surest_pairs_of_a_prompt_and_weights_add_up(store, tmp_
         export(store, tmp_path / "out", "axolotl", weights="prompt")
 
 
+@pytest.mark.slow
 def test_method_margin_judges_and_principles_replace_those_of_the_run(store, tmp_path):
     report = export(store, tmp_path / "best", method="best_worst")
     assert sum(report.counts["preference"].values()) == 40

@@ -176,6 +176,7 @@ def test_a_format_holds_what_its_layout_can_and_says_what_it_cannot(
     assert {split: of.num_rows for split, of in data.items()} == report.counts[report.first()]
 
 
+@pytest.mark.slow
 def test_exports_of_two_formats_take_each_others_place(store: Path, tmp_path: Path) -> None:
     export(store, tmp_path, "axolotl")
     assert (tmp_path / "axolotl.yaml").is_file() and (tmp_path / "reward/train.jsonl").is_file()

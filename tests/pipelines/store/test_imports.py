@@ -253,6 +253,7 @@ def test_tools_calls_and_results_come_back_as_they_were(tmp_path):
         data.read_rows("prompts", data.DataConfig.model_validate({"sources": [source]}))
 
 
+@pytest.mark.slow
 def test_answers_that_follow_different_turns_are_kept_with_them(tmp_path):
     def talk(first, last):
         said = ("Two and two?", first, "And three?", last)
@@ -383,6 +384,7 @@ def test_a_prompt_that_a_run_has_keeps_the_runs_split(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_training_mixes_sources_by_weight_and_an_export_says_where_they_are_from(tmp_path):
     from prefab.pipelines.store.export.base import export
     from prefab.trainers import data

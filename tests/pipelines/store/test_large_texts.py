@@ -110,6 +110,7 @@ def test_many_long_answers_are_filled_in_small_transactions(tmp_path, monkeypatc
     assert same(dump(tmp_path), filled)
 
 
+@pytest.mark.slow
 def test_a_store_gets_the_memory_that_its_texts_need_and_keeps_the_figure(tmp_path, monkeypatch):
     sample(tmp_path, 60, LongAnswers(60_000))
     monkeypatch.setattr(store, "MEMORY_MB", 9)

@@ -74,6 +74,7 @@ def test_a_tournament_compares_winners_with_winners(tmp_path):
     checked(tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_a_tournament_goes_on_after_failures_and_with_escalation(tmp_path):
     judges = [{"name": "cheap", "kind": "pointwise"}, {"name": "strong", "kind": "pairwise"}]
     value = project.pipeline(

@@ -107,6 +107,7 @@ def test_a_store_in_shards_is_queried_and_exported_and_view_refuses_it(tmp_path)
     assert f"prefab store merge {folder} NEW" in told.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_run_and_a_rebuild_say_that_they_cannot_write(project, tmp_path):
     store = tmp_path / "store"
     commands = (["run", str(project)], ["store", "rebuild", "--store", str(store)])

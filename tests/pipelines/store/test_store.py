@@ -155,6 +155,7 @@ def test_no_preference_before_all_calls_are_answered_and_one_after(tmp_path):
     assert len(query(tmp_path, uses)) == len(query(tmp_path, uses).unique())
 
 
+@pytest.mark.slow
 def test_a_wider_context_replaces_what_was_too_long(tmp_path):
     asyncio.run(run(tmp_path, 40, MiniEngine(max_model_len=50)))
     assert only(tmp_path, "SELECT count(*) FROM calls WHERE finish = 'context'") > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from prefab.pipelines.store.fill import fill
 from prefab.pipelines.view.app import make_app
 from prefab.pipelines.view.index import Indexes
 from prefab.pipelines.view.jobs import Jobs
@@ -34,22 +37,34 @@ def ready(client, address: str, method: str = "GET", **more):
         time.sleep(0.3)
 
 
-def made_in_a_thread(*how) -> Path:
-    """In a thread of its own: a browser that is open has an event loop in this one."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(viewstore.make, *how).result()
+def made_once(tmp_path_factory, name: str, *how) -> Path:
+    """A copy of a store that the first of all processes of the tests makes: in a thread of its own,
+    since a browser that is open has an event loop in this one.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{name}-made"
+    with open(shared.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "complete").exists():
+            shared.mkdir()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(viewstore.make, shared, *how).result()
+            (shared / "complete").touch()
+    copied = Path(shutil.copytree(shared / "store", tmp_path_factory.mktemp(name) / "store"))
+    fill(copied)  # which finds it up to date: a reader need not look any more
+    return copied
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
     """Made once; never written to."""
-    return made_in_a_thread(tmp_path_factory.mktemp("view"), 28)
+    return made_once(tmp_path_factory, "view", 28)
 
 
 @pytest.fixture(scope="session")
 def attacked(tmp_path_factory) -> Path:
     """A store whose answers attack the page."""
-    return made_in_a_thread(tmp_path_factory.mktemp("attack"), 3, True)
+    return made_once(tmp_path_factory, "attack", 3, True)
 
 
 @pytest.fixture

@@ -258,6 +258,7 @@ def test_a_run_that_fills_the_store_is_not_disturbed_and_its_answers_appear(stor
         wait_for(lambda: client.get("/runs").status_code == 200 and shown_later(store, sql) == 1)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_while_somebody_looks_fills_the_store(store):
     with client_of(store) as client:
         wait_for(lambda: client.get("/runs").status_code == 200)

@@ -498,6 +498,7 @@ def test_an_ensemble_and_its_scores(world, tmp_path):
     assert np.allclose((logits.numpy() - told["mean"]) / told["deviation"], each[0][:4], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(world, tmp_path):
     result = world.run(
         "reward", tmp_path / "out", max_steps=200, eval_every=4, patience=2, learning_rate=5e-3
@@ -742,6 +743,7 @@ def test_a_micro_batch_is_measured_without_a_trace(world, tmp_path, monkeypatch)
     assert rows[:6] == [4] * 6  # two steps of 12 rows
 
 
+@pytest.mark.slow
 def test_options_that_change_speed_change_nothing_that_is_learnt(world, tmp_path):
     world.run("sft", tmp_path / "plain", max_steps=3)
     options = {"loader_workers": 1, "log_every": 2, "gradient_checkpointing": True}
@@ -752,6 +754,7 @@ def test_options_that_change_speed_change_nothing_that_is_learnt(world, tmp_path
     assert world.run("sft", tmp_path / "plain", max_steps=3, **options)["steps"] == 3
 
 
+@pytest.mark.slow
 def test_weights_in_bf16_have_a_copy_in_fp32_in_the_checkpoint(world, tmp_path):
     result = world.run("dpo", tmp_path / "out", max_steps=4, precision="bf16_weights")
     assert math.isfinite(result["metrics"]["loss"])

@@ -135,6 +135,7 @@ def test_noise_that_is_hashed_is_compiled_once_with_the_draw(decoders, monkeypat
     assert_alike(sampler.sample(PROMPTS * 3, 3, [a.ids for a in before]), before)
 
 
+@pytest.mark.slow
 def test_one_compiled_forward_serves_all_batches_and_sees_new_weights(decoders):
     model, counter = tiny(), Counter()
     decoders(model, counter)

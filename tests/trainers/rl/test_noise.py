@@ -11,6 +11,7 @@ from scipy import stats
 from prefab.trainers.rl import noise
 
 
+@pytest.mark.slow
 def test_hashed_noise_is_exponential():
     """Over columns, over rows and over steps; every bit of the seed counts."""
     many = noise.HashedNoise(range(64), "cpu")

@@ -59,6 +59,7 @@ def test_the_level_holds_where_few_answers_change_from_step_to_step():
     assert fired <= 5
 
 
+@pytest.mark.slow
 def test_the_plain_rule_would_cry_wolf():
     """Two standard errors below the best, without pairing or level: what the alarm must not be."""
     rng, wrong = np.random.default_rng(0), 0

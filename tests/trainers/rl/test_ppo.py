@@ -98,6 +98,7 @@ def test_answers_sampled_by_the_policy_before_the_update_lead_to_the_same_optimu
     assert len({m["importance"] for m in steps[1:]}) > 50
 
 
+@pytest.mark.slow
 def test_answers_sampled_ahead_are_of_the_old_policy_and_stop_at_checkpoints(make, tmp_path):
     """A run that is gone on with from a checkpoint ends as one that was not stopped."""
     settings = {"steps": 6, "save_every": 3, "sample_ahead": True, "schedule": "constant"}
@@ -263,6 +264,7 @@ def test_another_configuration_does_not_go_on_from_this_one(make):
         train(make(beta=0.3), prompts=PROMPTS[:3])
 
 
+@pytest.mark.slow
 def test_a_run_of_constant_learning_rate_may_go_on_for_longer(make, tmp_path):
     train(make(steps=2, schedule="constant"))
     train(make(steps=4, schedule="constant"))

@@ -143,6 +143,7 @@ def test_batches_hold_every_row_and_no_way_to_cut_them_is_cheaper(lengths, most)
     assert cost([len(rows) for rows in batches]) == min(map(cost, ways(len(done))))
 
 
+@pytest.mark.slow
 def test_a_forwards_overhead_by_hand(model):
     """8,192 columns more take 20 ms more, so the overhead of 10 ms is worth 4,096 of them."""
     assert rollout.call_of_times(0.01, 0.05, 0.07, 8192) == 4096
