@@ -79,12 +79,12 @@ def can() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def ready() -> None:
+def ready(what: str = "drawing charts") -> None:
     """Raises: ConfigError where matplotlib is not installed, before anything is measured that would
     be drawn.
     """
     if not can():
-        raise missing_package("matplotlib", "drawing charts (leave `out` away to do without)")
+        raise missing_package("matplotlib", what)
 
 
 def draw(charts: Sequence[Chart]) -> Any:

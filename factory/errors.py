@@ -65,6 +65,14 @@ class EngineError(PrefabError, RuntimeError):
     help = "`prefab doctor` tries every engine of a pipeline"
 
 
+class NotInstalledError(EngineError):
+    """A package that an engine needs is not installed; the message has the command that installs
+    it.
+    """
+
+    help = ""
+
+
 class TransportError(EngineError):
     """No answer came for one request after all retries; counted, and asked again by the next
     run.

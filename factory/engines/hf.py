@@ -31,7 +31,7 @@ from prefab.factory.engines.model_files import (
     refuse_words,
 )
 from prefab.factory.engines.vllm import IdRead
-from prefab.factory.errors import ConfigError, EngineError, RequestRefused
+from prefab.factory.errors import ConfigError, EngineError, NotInstalledError, RequestRefused
 from prefab.factory.extras import missing_package
 from prefab.factory.keys import derived_seed, model_identity
 from prefab.factory.label_text import label_of_answer
@@ -112,7 +112,7 @@ class HF(Engine):
             with _LOADING:  # two threads that import it for the first time make each other fail
                 from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
-            raise EngineError(
+            raise NotInstalledError(
                 str(missing_package(error.name, f"engines.{self.name} (engine: hf)"))
             ) from error
         revision = {"revision": self.config.revision} if self.config.revision else {}

@@ -31,7 +31,7 @@ from prefab.factory.engines.model_files import (
 from prefab.factory.engines.replicas import Replicas
 from prefab.factory.engines.vllm import VLLM, VllmConfig
 from prefab.factory.engines.vllm_process import VllmProcess, free_port
-from prefab.factory.errors import ConfigError, EngineError, TransportError
+from prefab.factory.errors import ConfigError, EngineError, NotInstalledError, TransportError
 from prefab.factory.extras import missing_package
 from prefab.factory.tool_calls import message_turn, tools_of
 from prefab.factory.types import Completion, Engine, Request
@@ -185,7 +185,7 @@ class RewardModelHf(Engine):
         try:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
         except ImportError as error:
-            raise EngineError(
+            raise NotInstalledError(
                 str(missing_package(error.name, f"{name} (a reward model)"))
             ) from error
         revision = {"revision": self.config.revision} if self.config.revision else {}

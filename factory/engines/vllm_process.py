@@ -29,7 +29,7 @@ from typing import IO, Any
 from prefab.factory.console import say
 from prefab.factory.engines.model_files import ask_hub, check_model_folder, trusts_code
 from prefab.factory.engines.vllm_key import SERVER_KEY
-from prefab.factory.errors import ConfigError, EngineError
+from prefab.factory.errors import ConfigError, EngineError, NotInstalledError
 from prefab.factory.extras import install_command
 from prefab.factory.paths import IMPORT_ROOT, cache_folder
 from prefab.factory.redaction import add_secret
@@ -96,7 +96,7 @@ class VllmProcess:
         `start_timeout_s`.
         """
         if importlib.util.find_spec("vllm") is None:
-            raise EngineError(
+            raise NotInstalledError(
                 f"engines.{self.name}: vLLM is not installed here: {install_command('serve')}. Or name the "
                 "`url` of a server that runs, or use `engine: hf`"
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefab.factory.console import duration, hint, say, table
-from prefab.factory.errors import ConfigError, EngineError
+from prefab.factory.errors import ConfigError, EngineError, NotInstalledError
 from prefab.factory.extras import install_command
 from prefab.factory.paths import cache_folder
 from prefab.factory.redaction import add_secret, secrets_in
@@ -47,7 +47,7 @@ def serve_model(model: str, port: int, extra: Sequence[str] = ()) -> int:
     for _, message in secrets_in({"args": list(extra)}):
         raise ConfigError(message)
     if importlib.util.find_spec("vllm") is None:
-        raise EngineError(f"vLLM is not installed here: {install_command('serve')}")
+        raise NotInstalledError(f"vLLM is not installed here: {install_command('serve')}")
     from prefab.factory.engines import vllm_process
     from prefab.factory.engines.model_files import ask_hub
     from prefab.factory.engines.vllm import VLLM, VllmConfig

@@ -156,7 +156,7 @@ def run(path: str | Path | None = None, sets: Iterable[str] = (), quiet: bool = 
 def evaluate_policies(config: PolicyEvalConfig, quiet: bool = False) -> Report:
     """Sample, measure, compare, record."""
     if config.out:
-        charts.ready()
+        charts.ready("the report (without `out` there is none)")
     prompts = held_out(config)
     baseline = config.baseline or next(iter(config.policies))
     report = Report(

@@ -76,7 +76,10 @@ def engine(request):
         "args": ["--enforce-eager"],
         "env": {"COVERAGE_PROCESS_CONFIG": ""},  # vLLM itself need not be measured
     }
-    server = kept_server.keep(VllmConfig.model_validate(settings), 900.0, lambda line: None)
+    idle_s = (
+        180.0  # when the tests are killed; an engine whose kept server has ended starts its own
+    )
+    server = kept_server.keep(VllmConfig.model_validate(settings), idle_s, lambda line: None)
     yield settings
     kept_server.stop(server)
 
