@@ -264,6 +264,7 @@ def connected(address: str, quiet: bool) -> Iterator[None]:
         if mine:
             ray.init(
                 address=address or None,
+                namespace="prefab",  # else Ray prints advice about it among the output
                 runtime_env={"env_vars": {"PYTHONPATH": paths}},
                 log_to_driver=not quiet,
                 logging_level="ERROR",
