@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
 import sys
@@ -118,6 +119,16 @@ def fork_servers(config: pytest.Config, kind: str) -> AbstractContextManager[For
     """The server of a kind that all processes share, or one of this process."""
     shared = getattr(config, "workerinput", {}).get("fork_servers")
     return nullcontext(ForkServer(shared[kind])) if shared else fork_server(kind)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Without garbage collection, which would go through all that is imported again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -79,6 +79,7 @@ def test_a_text_outside_the_grammar_is_incoherent_not_good(text):
     assert not reading.coherent and not reading.helps and reading.score < 0
 
 
+@pytest.mark.slow
 def test_good_answers_keep_their_score_and_only_in_their_order():
     """What the grammar builds without a fault scores 1; the same sentences in another order, one
     twice, one without its end, or with the question or another answer pasted in, score at most 0.

@@ -142,6 +142,7 @@ def test_it_ends_when_nothing_was_asked_for_long_enough() -> None:
     assert gone(kept)
 
 
+@pytest.mark.slow
 def test_the_record_of_a_killed_keeper_is_removed_and_its_server_ends() -> None:
     kept = keep()
     os.kill(kept.pid, signal.SIGKILL)

@@ -77,7 +77,7 @@ BROKEN = [
         "chat_template.jinja: the file is longer than 1 MB",
     ),
     (
-        lambda f: edit(f / "tokenizer_config.json", chat_template=LOOPS[0]),
+        lambda f: edit(f / "tokenizer_config.json", chat_template=LOOPS[3]),
         "the chat template takes more than 1 s or 512 MB",
     ),
 ]

@@ -184,6 +184,7 @@ def test_a_limit_of_reading_can_be_raised(tmp_path, monkeypatch):
             yamlio.read_text(file)
 
 
+@pytest.mark.slow
 def test_a_table_that_names_one_long_value_again_and_again_is_refused(tmp_path, monkeypatch):
     """A few kilobytes of Parquet or Arrow that unpack to gigabytes are read in small pieces."""
     values = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["x" * 100_000])

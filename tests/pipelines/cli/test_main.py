@@ -137,6 +137,7 @@ def test_check_tells_all_problems_at_once_with_their_places(tmp_path, monkeypatc
     assert code == 2 and len(json.loads(out)["problems"]) >= 4
 
 
+@pytest.mark.slow
 def test_plan_run_export_sql_and_store_as_json(made, tmp_path, monkeypatch, capsys):
     pipeline, store = str(made / "pipeline.yaml"), str(made / "store")
     code, out, _ = inside(monkeypatch, capsys, "plan", pipeline, "--json")

@@ -746,6 +746,7 @@ def test_an_export_leaves_out_what_it_is_told_to(store, tmp_path):
     assert again["preference"].equals(everything["preference"])  # nothing was deleted
 
 
+@pytest.mark.slow
 def test_refusals_of_the_gate_say_how_to_go_on(store, tmp_path):
     folder, _bench = store
     with pytest.raises(ConfigError, match="low_marg.*rules with one: low_margin"):

@@ -168,6 +168,7 @@ def test_people_are_gold_for_the_statistics(store):
     assert known == 2 and source == "2 comparisons labelled by 1 person"
 
 
+@pytest.mark.slow
 def test_which_comparisons_come_first(tmp_path):
     """Two judges: sure and of one mind about prompt p0, unsure about p1, of two minds about p2."""
     from math import log
@@ -405,6 +406,7 @@ def fill_in(file: Path, answers: list) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_queue_file_there_and_back(store, tmp_path):
     file = tmp_path / "queue.jsonl"
     label_with_keys(store, "aaq")

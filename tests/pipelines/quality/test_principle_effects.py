@@ -98,6 +98,7 @@ def test_agreement_with_people_and_prompts_that_nothing_separates(store):
     assert found["also-first"].accuracy.value is None and found["also-first"].overall.value == 0.0
 
 
+@pytest.mark.slow
 def test_under_one_principle_a_comparison_nothing_is_said_of_leaving_it_out(tmp_path):
     value = project.pipeline(tmp_path, prompts=4)
     value["panel"]["selection"] = "sample_one"
@@ -107,6 +108,7 @@ def test_under_one_principle_a_comparison_nothing_is_said_of_leaving_it_out(tmp_
     assert all(e.flips.value is None for e in found)
 
 
+@pytest.mark.slow
 def test_prompts_that_no_principle_separates_are_listed(tmp_path):
     run(project.pipeline(tmp_path), engines={"local": Scripted(ScriptedConfig(), answer)})
     report = principle_effects(tmp_path / "store")

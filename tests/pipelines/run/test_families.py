@@ -79,6 +79,7 @@ def test_doctor_tells_what_is_unusual(tmp_path):
     assert "takes no system turn" in words and "labels are hard" in words
 
 
+@pytest.mark.slow_but("absent-True")
 @pytest.mark.parametrize(("logprobs", "hard"), [("absent", True), ("given", False)])
 def test_screen_agreement_and_card_tell_of_hard_labels(tmp_path, capsys, logprobs, hard):
     with family_server(vary=True, logprobs=logprobs) as server:

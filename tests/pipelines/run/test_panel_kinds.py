@@ -28,6 +28,7 @@ MORE_PANELS = [
 ]
 
 
+@pytest.mark.slow_but("listwise+rubric-1", "pairwise+reasoning+pointwise+scale+rubric+listwise-0")
 @pytest.mark.parametrize(
     ("names", "good"),
     [*PANELS, *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_PANELS)],

@@ -138,6 +138,7 @@ def test_people_who_are_split_are_waited_for_and_some_may_not_count(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_statistics_take_people_for_gold_not_for_a_judge(tmp_path):
     made(tmp_path)
     say(tmp_path / "store", True, 8)

@@ -166,6 +166,7 @@ def test_roles_tell_who_judges_its_own_answers(tmp_path):
     assert [role.role for role in run(value, engines=engines).roles] == list(notes)
 
 
+@pytest.mark.slow
 def test_of_a_large_file_some_rows_are_read_and_the_rest_is_extrapolated(tmp_path, monkeypatch):
     value = project.pipeline(tmp_path, prompts=400)
     whole = plan(value)

@@ -197,6 +197,7 @@ def test_without_outcomes_it_says_so_and_changes_nothing(tmp_path):
             calibrate(result.store, **words)
 
 
+@pytest.mark.slow
 def test_the_last_calibration_counts(labelled):
     _, result = labelled
     calibrate(result.store, method="isotonic")
@@ -215,6 +216,7 @@ async def calibration_of_temperature(store, temperature):
     await ledger.close()
 
 
+@pytest.mark.slow
 def test_a_new_calibration_changes_preferences_without_reading_answers(labelled):
     _, result = labelled
     judged = "SELECT count(*) FROM preferences WHERE NOT identical"

@@ -66,6 +66,7 @@ def test_a_run_of_the_embedded_world_is_calibrated_on_the_oracle(tmp_path):
     assert query(result.store, PAIRS).sort("preference").equals(found.sort("preference"))
 
 
+@pytest.mark.slow
 def test_people_in_the_panel_are_part_of_the_vote_and_no_gold_for_it(tmp_path):
     judges = [{"name": "cheap", "kind": "pairwise"}, {"name": "people", "kind": "human"}]
     panel = {"judges": judges, "escalate": {"to": ["people"]}}

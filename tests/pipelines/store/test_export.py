@@ -214,6 +214,7 @@ def test_an_earlier_export_is_replaced_and_other_files_stay(store, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_file_that_no_export_wrote_is_not_overwritten(store, tmp_path):
     card = tree_of_export(store, tmp_path / "card")["README.md"].decode()
     for name, files in {
@@ -339,6 +340,7 @@ def test_the_folder_of_a_killed_export_is_removed_by_the_next_one(store, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_nothing_to_export_leaves_the_earlier_export(store, tmp_path):
     before = tree_of_export(store, tmp_path / "out")
     broken = {"local": Scripted(ScriptedConfig(), lambda request: Completion("cut", "length"))}
@@ -456,6 +458,7 @@ def uneven(tmp_path_factory):
     return folder / "store"
 
 
+@pytest.mark.slow
 def test_pairs_are_balanced_in_length_without_those_that_differ_most(uneven, tmp_path):
     report = export(uneven, tmp_path / "out", balance_length=True)
     rows = pl.read_parquet(tmp_path / "out/preference/train.parquet").to_dicts()
@@ -557,6 +560,7 @@ def test_an_export_is_pushed_in_one_commit_that_replaces_the_last_one(store, tmp
         push_to_hub(tmp_path / "out", "me/data")
 
 
+@pytest.mark.slow
 def test_a_judge_of_its_own_answers_is_named_in_every_report(store, tmp_path):
     from prefab import agreement, audit_data
     from prefab.pipelines.store.run_page import judges_of_own_answers

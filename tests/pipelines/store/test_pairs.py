@@ -91,6 +91,7 @@ def test_a_tournament_goes_on_after_failures_and_with_escalation(tmp_path):
     checked(tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_a_margin_leaves_out_what_is_nearly_even_and_says_so(tmp_path):
     value = project.pipeline(tmp_path, prompts=1, choose={"margin": 0.25})
     run(value, engines=graded_engine())

@@ -118,6 +118,7 @@ def test_a_dry_run_estimates_and_trains_nothing(tmp_path, monkeypatch):
     assert "nothing is trained" in done.stdout and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_process_reward_model_takes_half_of_a_reward_models_memory(tmp_path, monkeypatch):
     """A row is one answer, not two; neither has a vocabulary's head."""
     monkeypatch.chdir(tmp_path)

@@ -527,6 +527,7 @@ def test_lora_is_written_as_one_model(world, tmp_path):
 # --- bad input
 
 
+@pytest.mark.slow
 def test_the_trained_model_ends_its_turns_where_the_template_does(world, tmp_path):
     """Though the model it was trained from ended elsewhere, as base models do."""
     from transformers import GenerationConfig
@@ -575,6 +576,7 @@ def test_what_cannot_be_trained_is_told(world, tmp_path):
         trackers.check_trackers(["wandb"])
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_names_the_setting_and_what_to_write(world, tmp_path, monkeypatch):
     from prefab.trainers.offline import sft
 
@@ -694,6 +696,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(world, tmp_path, monkeyp
     assert any(not torch.equal(first[name], last[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_a_thread_writes_is_told(world, tmp_path, monkeypatch):
     def full(folder):
         if folder.name == "checkpoint-4":
@@ -764,6 +767,7 @@ def test_weights_in_bf16_have_a_copy_in_fp32_in_the_checkpoint(world, tmp_path):
     assert {s["master"].dtype for s in state.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_other_weights_under_the_same_name_are_another_training(world, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(world.base, model)

@@ -194,6 +194,7 @@ def test_the_closed_forms_are_optima():
 # --- exact resume
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bits(models, training_forks):
     done = training_forks.run([kill_ppo_driver.__file__, models, "2", "5"], timeout=900)
     assert done.returncode == 0 and "0 killed" not in done.stdout, done.stdout + done.stderr[-3000:]
@@ -230,6 +231,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(models, training_fork
     assert rows == (13,)  # a step done again is the same evaluation
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(make, tmp_path):
     train(make(steps=4, save_every=2))
     expected = weights(tmp_path / "out" / "policy")
@@ -287,6 +289,7 @@ def test_small_batches_add_up_to_the_same_update(make, tmp_path):
     assert same(a, b, 2e-4) and not same(a, weights(make().model), 2e-3)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(make, tmp_path, monkeypatch):
     """It works in training mode alone, which both models are in for updates, and the policy only
     then.
@@ -752,6 +755,7 @@ def test_the_alarm_stops_a_run_whose_gold_falls_while_its_proxy_rises(make, tmp_
     assert first % 4 == 0 and second == first + 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_asks_only_about_answers_that_changed_and_tells_what_asking_anew_tells(
     make, tmp_path
 ):
