@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, TypeVar
 
-from prefab.trainers import distributed
 from prefab.trainers.common import TrainError, translate_errors
 from prefab.trainers.rl import (
     checkpoint,
@@ -312,35 +311,27 @@ def _set_mode(t: Run, training: bool) -> None:
             model.train(training)
 
 
-def _add_up(t: Run, sums: dict[str, float]) -> None:
-    """Replace gradients and sums by those of all processes. A number that is not finite in one
-    process is so in all, which then all leave the update out.
+def _gradient(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:
+    """Compute the gradient of the loss of these rows, all processes' together; what it reports. A
+    number that is not finite in one process is so in all, which then all leave the update out.
     """
     import torch
 
-    if distributed.world_size() > 1:
-        processes.add_up_gradients(p for group in t.optimizer.param_groups for p in group["params"])
-        told = torch.tensor(list(sums.values()), dtype=torch.float64, device=t.accelerator.device)
-        processes.add_up(told)
-        sums.update(zip(sums, told.tolist(), strict=True))
-
-
-def _gradient(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:
-    """Compute the gradient of the loss of these rows, all processes' together; what it reports."""
-    c, sums = t.config, dict.fromkeys(t.method.reported, 0.0)
-    n = len(rows) if t.method.whole_answers else int(batch.mask[rows].sum())
+    c, device = t.config, t.accelerator.device
+    n = len(rows) if t.method.whole_answers else sum(len(batch.answers[b].ids) for b in rows)
+    sums = torch.zeros(len(t.method.reported), dtype=torch.float64, device=device)
     t.optimizer.zero_grad(set_to_none=True)
     mine = processes.share(rows)
     _set_mode(t, c.gradient_checkpointing)
     for some in rollout.in_batches(batch.answers, mine, c.micro_batch, call_of(t)):
-        packed = rollout.pack([batch.answers[b] for b in some], t.accelerator.device)
+        packed = rollout.pack([batch.answers[b] for b in some], device)
         loss, parts = t.method.loss(t, batch, some, packed)
         t.accelerator.backward(loss / n)
-        for name, x in zip(sums, parts, strict=True):
-            sums[name] += float(x.detach()) / n
+        sums += torch.stack([x.detach().to(sums) for x in parts]) / n  # read once, at the end
     _set_mode(t, False)
-    _add_up(t, sums)
-    return sums
+    processes.add_up_gradients(p for group in t.optimizer.param_groups for p in group["params"])
+    processes.add_up(sums)
+    return dict(zip(t.method.reported, sums.tolist(), strict=True))
 
 
 def _minibatch(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:

@@ -463,8 +463,8 @@ def pack(answers: Sequence[SampledAnswer], device: Any) -> Packed:
     import torch
 
     ids, attention, positions = _left_padded([a.prompt + a.ids for a in answers], device)
-    lengths_B = torch.tensor([len(a.ids) for a in answers], device=device)
-    T = int(lengths_B.max())
+    lengths = [len(a.ids) for a in answers]
+    lengths_B, T = torch.tensor(lengths, device=device), max(lengths)
     return Packed(
         ids,
         attention,

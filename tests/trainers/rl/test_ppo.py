@@ -4,6 +4,7 @@ kind of bad input."""
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,11 +296,11 @@ def test_gradient_checkpointing_changes_nothing(make, tmp_path, monkeypatch):
     then.
     """
     modes, sampled, began = set(), set(), time.monotonic()
-    update, answers = loop._minibatch, sampling.step_answers
+    loss, answers = ppo.METHOD.loss, sampling.step_answers
 
-    def updated(t, *rest):
+    def lost(t, *rest):
         modes.add((t.policy.training, t.critic.training))
-        return update(t, *rest)
+        return loss(t, *rest)
 
     def sampled_of(t, *rest):
         if not sampled:
@@ -309,7 +310,7 @@ def test_gradient_checkpointing_changes_nothing(make, tmp_path, monkeypatch):
 
     train(make(out=tmp_path / "a"))
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_minibatch", updated)
+        patched.setattr(ppo, "METHOD", replace(ppo.METHOD, loss=lost))
         patched.setattr(sampling, "step_answers", sampled_of)
         _, seen = train(make(out=tmp_path / "b", gradient_checkpointing=True))
     assert modes == {(True, True)} and sampled == {False}
