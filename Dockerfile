@@ -1,11 +1,12 @@
 # Prefab with vLLM and the training packages, for a CPU or for NVIDIA GPUs.
 #
 #   docker build -t prefab --build-arg PIP_EXTRA_INDEX_URL=ADDRESS .      # PyTorch's index of CPU builds (README, Set-up)
-#   docker run --rm -v "$PWD:/data" prefab demo
+#   docker run --rm --shm-size=4g -v "$PWD:/data" prefab demo
 #
 #   docker build -t prefab-cuda --build-arg REQUIREMENTS=requirements-gpu.txt .
-#   docker run --rm --gpus all -v "$PWD:/data" prefab-cuda demo
+#   docker run --rm --gpus all --shm-size=4g -v "$PWD:/data" prefab-cuda demo
 #
+# vLLM's processes share memory, of which a container has 64 MB unless --shm-size gives it more.
 # The packages for GPUs bring CUDA's libraries; the host needs its driver (580 or newer) and the NVIDIA container toolkit.
 # The program runs as the user UID (1000), which must be able to write to the folder at /data: --build-arg UID=$(id -u).
 FROM python:3.12-slim

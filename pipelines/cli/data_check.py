@@ -13,6 +13,7 @@ import typer
 
 from prefab.factory.console import say, table
 from prefab.factory.errors import ConfigError, Problem
+from prefab.factory.extras import missing_package
 from prefab.factory.numbers import counted
 from prefab.factory.spec import data_files, layouts
 from prefab.pipelines.cli.options import hint_command, print_json
@@ -152,7 +153,10 @@ def _check_prompts(path: Path, report: DataReport) -> None:
 def _preview(value: Any, names: Mapping[str, str], model: str) -> dict[str, str]:
     from prefab.trainers.preview import preview
 
-    return preview(value, names, model)
+    try:
+        return preview(value, names, model)
+    except ModuleNotFoundError as error:
+        raise missing_package(error.name, "`prefab check --show`") from error
 
 
 def _kind(record: layouts.Record) -> str:

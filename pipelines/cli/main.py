@@ -9,6 +9,7 @@ Large packages are imported inside the commands, so that `--help` and `check` st
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import shlex
 import sys
@@ -430,7 +431,8 @@ def doctor(
     colour = {"ok": "green", "note": "yellow", "bad": "red"}
     for finding in findings:
         say(f"{finding.what}: {finding.words}", f"{finding.state:4}", colour[finding.state])
-    hint("prefab demo" if not bad else "prefab doctor    # after you have fixed the problems above")
+    first = "prefab init my-project" if importlib.util.find_spec("vllm") is None else "prefab demo"
+    hint("prefab doctor    # after you have fixed the problems above" if bad else first)
     raise typer.Exit(1 if bad else 0)
 
 
