@@ -106,9 +106,10 @@ class Worker:
             self.emit({"event": "ready", "place": place, "models": models(self._engines)})
             while (message := await self.inbox.get()) is not None:
                 if "do" in message:
-                    self._job = asyncio.create_task(
-                        self._do(loaded, shared, ShardJob(**message["do"]), message["models"])
-                    )
+                    # made here, so that a message to stop that follows at once is for this job
+                    job, local = ShardJob(**message["do"]), Path(self.setup.local)
+                    self.run = ShardRun(loaded, shared, local, job)
+                    self._job = asyncio.create_task(self._do(self.run, message["models"]))
                 elif "end" in message:
                     break
                 elif self.run is not None:
@@ -135,18 +136,16 @@ class Worker:
             return SharedFolder(files.folder)
         return SharedFolder(Path(self.setup.local), files)
 
-    async def _do(
-        self, loaded: ResolvedPipeline, shared: SharedFolder, job: ShardJob, known: dict[str, str]
-    ) -> None:
-        ticking = asyncio.create_task(self._tick(job.shard))
+    async def _do(self, run: ShardRun, known: dict[str, str]) -> None:
+        job, files = run.job, run.shared.files
+        ticking = asyncio.create_task(self._tick(run))
         try:
             self._check_models(known)
             local = Path(self.setup.local)
-            self.run = ShardRun(loaded, shared, local, job)
             prompts = await asyncio.to_thread(
-                prompts_of, shared.files, self.setup.prompts, job.part, local
+                prompts_of, files, self.setup.prompts, job.part, local
             )
-            result = await self.run.run(self._engines, prompts, self.setup.publish_s)
+            result = await run.run(self._engines, prompts, self.setup.publish_s)
             self.emit({"event": "done", **result})
         except (PrefabError, OSError) as error:
             self._failed(job.shard, error)
@@ -171,11 +170,10 @@ class Worker:
                 )
             engine.identity = wanted
 
-    async def _tick(self, shard: int) -> None:
+    async def _tick(self, run: ShardRun) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            if self.run is not None and self.run.job.shard == shard:
-                self.emit({"event": "progress", "shard": shard, "counts": self.run.counts()})
+            self.emit({"event": "progress", "shard": run.job.shard, "counts": run.counts()})
 
     def _failed(self, shard: int | None, error: Exception) -> None:
         fatal = isinstance(error, ConfigError)

@@ -24,7 +24,7 @@ from prefab.factory.ledger.segments import restore
 from prefab.factory.shared_files import LocalFiles
 from prefab.factory.store.shared import SharedFolder
 from prefab.pipelines.cli.main import app
-from prefab.pipelines.config.loader import models, resolve_pipeline
+from prefab.pipelines.config.loader import deciding, models, resolve_pipeline
 from prefab.pipelines.quality import rating_matrix
 from prefab.pipelines.quality.agreement import measure
 from prefab.pipelines.quality.why import why
@@ -456,6 +456,27 @@ def test_a_worker_refuses_a_folder_that_is_not_the_drivers(tmp_path):
         told = []
         asyncio.run(Worker(wrong, told.append).main())
         assert told[0]["fatal"] and "is not the folder that the driver sees" in told[0]["message"]
+
+
+def test_a_worker_that_is_told_to_stop_right_after_its_job_asks_nothing(tmp_path):
+    scaled = prepare(pipeline(tmp_path), (), 1, True)
+    shared, loaded = scaled.shared, scaled.loaded
+    known = models(kept_engines(loaded))
+    record = shared.begin_run(
+        loaded.config.name, loaded.resolved, {**loaded.texts, **known}, deciding
+    )
+    told = []
+
+    async def work():
+        worker = Worker(scaled.setup, told.append)
+        job = {"shard": 0, "run": record["id"], "digest": scaled.prompts.digests[0]}
+        for message in ({"do": job, "models": known}, {"stop": True}, {"end": True}):
+            worker.inbox.put_nowait(message)
+        await worker.main()
+
+    asyncio.run(work())
+    (done,) = (event for event in told if event["event"] == "done")
+    assert (done["state"], done["counts"]["asked"]) == ("stopped", 0)
 
 
 @pytest.mark.slow
