@@ -160,7 +160,7 @@ def moody(request):
     return Completion("A", "length", logps | dict.fromkeys((" A", " B", " T"), -9.0), "exact", 9, 1)
 
 
-@pytest.mark.slow_but("log_odds-all")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("combine", "selection"),
     [

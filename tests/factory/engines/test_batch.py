@@ -55,7 +55,7 @@ def test_a_run_is_answered_in_batches(tmp_path, provider, monkeypatch):
         assert plan({**value, "engines": {"local": live}}).ask == 0  # both share answers
 
 
-@pytest.mark.slow_but("openai-expired", "anthropic-cancelled")
+@pytest.mark.slow_but("anthropic-cancelled")
 @pytest.mark.parametrize(
     ("provider", "ending"),
     [(provider, ending) for provider in FORMATS for ending in ("expired", "cancelled")],

@@ -715,6 +715,7 @@ def test_the_same_audit_is_recorded_once_and_another_one_replaces_it(store):
     )
 
 
+@pytest.mark.slow
 def test_an_export_leaves_out_what_it_is_told_to(store, tmp_path):
     folder, bench = store
     audit(folder, evaluation=[bench])

@@ -158,6 +158,7 @@ def test_latest_resolves_undo_corrections_and_several_people():
     assert human.row("p", "x", "y", "kind", "a", "ba", "ann", 1.0)["winner"] == "b"
 
 
+@pytest.mark.slow
 def test_people_are_gold_for_the_statistics(store):
     from prefab.pipelines.quality.rating_matrix import load_matrix
     from prefab.pipelines.store.selection import select as choose

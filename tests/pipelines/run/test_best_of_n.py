@@ -46,7 +46,7 @@ def frames(folder):
     return store.read_store(folder, work)[0], notes
 
 
-@pytest.mark.slow_but("0-judges0", "3-judges2")
+@pytest.mark.slow_but("3-judges2")
 @pytest.mark.parametrize("judges", [["pointwise"], ["rubric"], ["pointwise", "rubric"]])
 @pytest.mark.parametrize("good", [0, 3])
 def test_the_best_is_a_demonstration_and_is_paired_with_a_worse_one(tmp_path, judges, good):

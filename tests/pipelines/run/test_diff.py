@@ -120,7 +120,7 @@ def test_the_flips_are_those_of_judging_everything_anew(store: Path, tmp_path: P
     assert {(one.prompt, one.a, one.b) for one in found.flips} == flips
 
 
-@pytest.mark.slow_but("edit0", "edit3")
+@pytest.mark.slow_but("edit3")
 @pytest.mark.parametrize(
     "edit",
     [
@@ -259,6 +259,7 @@ def test_bad_versions_are_told(store: Path, tmp_path: Path, old: str, new: str, 
         compared(store, old, new)
 
 
+@pytest.mark.slow
 def test_a_file_of_pairs_is_judged_under_both_versions(tmp_path: Path) -> None:
     """Also where the first try failed half-way: the answers, which no call gave, stay."""
     rows = [

@@ -248,6 +248,7 @@ def test_nothing_is_escalated_before_every_cheap_answer_is_there(tmp_path):
     assert not checked(tmp_path / "store")["work"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 )

@@ -273,6 +273,7 @@ def test_shares_are_checked_at_the_end_of_a_short_run_and_its_answers_kept(tmp_p
     )
 
 
+@pytest.mark.slow
 def test_an_answer_that_cannot_be_read_is_asked_again_and_never_hangs(tmp_path, capsys):
     value = project.pipeline(tmp_path)
     run(value, engines=project.engine())

@@ -128,6 +128,7 @@ def test_the_source_that_was_chosen_stays(labelled):
     checked(result.store)
 
 
+@pytest.mark.slow
 def test_second_answers_can_make_a_judge_less_sure_but_never_surer(tmp_path):
     steady = made(tmp_path / "steady")
     assert evals(steady.store)[0]["calibration"]["temperature"] == 1.0
@@ -166,6 +167,7 @@ def test_runs_that_cannot_be_calibrated_say_why(tmp_path):
     assert rows["calibrated"].null_count() == rows.height
 
 
+@pytest.mark.slow
 def test_agreement_and_the_card_say_what_it_is(labelled, tmp_path):
     _, result = labelled
     export(result.store, tmp_path / "one", "trl")
@@ -181,6 +183,7 @@ def test_agreement_and_the_card_say_what_it_is(labelled, tmp_path):
     assert set(rows["calibrated"]) == {"human"} and (rows["p_chosen"] > rows["vote_share"]).all()
 
 
+@pytest.mark.slow
 def test_without_outcomes_it_says_so_and_changes_nothing(tmp_path):
     result = made(tmp_path, 5)
     before = preferences(result.store)

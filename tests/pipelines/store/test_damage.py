@@ -60,7 +60,7 @@ def test_zeros_where_the_header_was_are_an_unfinished_file(place):
     assert fill(folder).rebuilt and same(dump(folder), rows)
 
 
-@pytest.mark.slow_but("0.1", "0.9")
+@pytest.mark.slow_but("0.9")
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
 def test_a_flipped_bit_anywhere_shows_the_true_rows(place, capsys, share):
     """In whatever order: damage may be found by the filling, or first by a query."""

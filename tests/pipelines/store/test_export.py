@@ -90,6 +90,7 @@ def test_what_is_held_out_stands_in_no_train_file(exported):
         assert {int(p[1:]) % 4 for p in parts["test"]} == {3}
 
 
+@pytest.mark.slow
 def test_best_worst_takes_one_pair_a_prompt(tmp_path):
     value = project.pipeline(tmp_path, prompts=10, pairs="best_worst")
     assert run(value, engines=project.engine()).preferences.height == 30
@@ -100,6 +101,7 @@ def test_best_worst_takes_one_pair_a_prompt(tmp_path):
     assert all("draft 2" in row[0]["content"] for row in rows["rejected"])
 
 
+@pytest.mark.slow
 def test_answers_cut_off_are_left_out_and_counted(tmp_path):
     def cut(request):
         answer = project.answer(request)
@@ -128,7 +130,7 @@ def test_parquet_gives_the_tables(store, tmp_path):
     }
 
 
-@pytest.mark.slow_but("trl")
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["trl", "parquet"])
 def test_a_large_run_is_exported_in_parts_and_in_several_files(
     store, tmp_path, monkeypatch, format
@@ -323,6 +325,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(store, tmp_path, monkeypatc
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_killed_export_is_removed_by_the_next_one(store, tmp_path):
     out = tmp_path / "out"
     export(store, out)
@@ -398,6 +401,7 @@ def test_datasets_reads_it_and_trl_trains_on_it(exported, tmp_path, method, name
     assert trainer.train().training_loss > 0  # not NaN either
 
 
+@pytest.mark.slow
 def test_a_pipeline_file_gives_the_defaults_of_export(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 

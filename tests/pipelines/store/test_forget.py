@@ -53,6 +53,7 @@ def asked(folder: Path, engine: MiniEngine) -> int:
     return len(engine.asked)
 
 
+@pytest.mark.slow
 def test_poisoned_answers_are_asked_again_and_brought_back(tmp_path):
     truth_folder, folder = tmp_path / "truth", tmp_path / "store"
     asked(truth_folder, MiniEngine())

@@ -125,6 +125,7 @@ def test_the_effect_of_a_principle(client, made):
         assert shown[principle]["consistent"]["value"] == pytest.approx(same)
 
 
+@pytest.mark.slow
 def test_an_edit_is_checked_as_prefab_check_does(client):
     source = client.get("/constitution?format=json").json()["source"]
     fields = {"run": "world", "do": "check", "text": source.replace("compare:", "compair:", 1)}

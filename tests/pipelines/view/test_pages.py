@@ -180,6 +180,7 @@ def test_the_same_answers_under_the_other_constitution(client):
     assert [e["named"] for e in page["elsewhere"]] == ["world@1"]
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_as_prefab_diff_compares_them(client, made):
     found = diff("world@1", "world-rejudge@1", made)
     page = client.get("/compare?format=json&old=world&new=world-rejudge").json()

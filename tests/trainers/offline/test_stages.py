@@ -68,7 +68,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
 
 
-@pytest.mark.slow_but("sft", "dpo", "kto")
+@pytest.mark.slow_but("sft", "dpo")
 @pytest.mark.parametrize("stage", OFFLINE)
 def test_a_stage_learns_records_and_tells(world, tmp_path, stage):
     first = world.run(stage, tmp_path / "short", max_steps=1)
