@@ -315,8 +315,9 @@ def _run_shards(pipeline: Path, sets: list[str], quiet: bool, on: str, shard: st
 def _forget_first(pipeline: Path, sets: list[str], reason: str) -> None:
     """Forget the unscored answers of a pipeline's run, if it has run before."""
     from prefab.pipelines.config.loader import resolve_pipeline
-    from prefab.pipelines.store.forget import AnswerFilter, forget
+    from prefab.pipelines.store.forget import AnswerFilter, check_reason, forget
 
+    check_reason(reason)
     config = resolve_pipeline(pipeline, sets).config
     if (Path(config.store) / "ledger.sqlite").exists():
         made = forget(Path(config.store), AnswerFilter(run=config.name, reason=reason))

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.ledger import db, records
+from prefab.factory.spec.yamlio import did_you_mean
 from prefab.factory.store.shared import refuse_shards
+from prefab.factory.types import UnscoredReason
 from prefab.pipelines.store.fill import query
 
 ANY_REASON = "unscored"
@@ -61,9 +63,10 @@ class Forgetting:
 def select_answers(folder: Path, wanted: AnswerFilter) -> list[int]:
     """The rows of `calls` that count and that a filter means.
 
-    Raises: ConfigError for a filter without a condition, or a run, role, model or server that is
-    not in the ledger.
+    Raises: ConfigError for a filter without a condition, an unknown reason, or a run, role, model
+    or server that is not in the ledger.
     """
+    check_reason(wanted.reason)
     refuse_shards(folder)
     if not wanted.given():
         raise ConfigError("no condition is given: name a run, role, reason, time, model or replica")
@@ -87,6 +90,13 @@ def select_answers(folder: Path, wanted: AnswerFilter) -> list[int]:
         return [row[0] for row in rows]
     keys = _unscored(folder, wanted.reason)
     return [row[0] for row in rows if row[1].hex() in keys]
+
+
+def check_reason(reason: str) -> None:
+    """Raises: ConfigError for a reason for which no answer is unscored."""
+    known = (ANY_REASON, EMPTY, *get_args(UnscoredReason))
+    if reason and reason not in known:
+        raise ConfigError(f"no answer is unscored for {reason!r}; {did_you_mean(reason, known)}")
 
 
 def _ids(con: Any, column: str, name: str) -> str:

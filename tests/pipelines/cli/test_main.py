@@ -199,6 +199,7 @@ def test_the_next_command_can_be_pasted_where_paths_have_spaces(
     ("words", "told"),
     [
         (("run", "nowhere.yaml"), "no such file"),
+        (("run", "{pipeline}", "--reask", "prase"), "no answer is unscored for 'prase'"),
         (("run", "best-of"), 'best-of: neither a file nor a preset; did you mean "best-of-n"?'),
         (("train", "dpo", "zzzz"), "zzzz: neither a file nor a preset; known: dpo, grpo, kto"),
         (("run", "{pipeline}", "--set", "policy.sampels=2"), "samples"),

@@ -97,6 +97,8 @@ def test_answers_are_selected_by_every_condition(tmp_path):
     for reason, count in reasons.rows():
         assert n(role="judge", reason=reason) == count
     assert n(role="judge", reason="unscored") == sum(count for _, count in reasons.rows()) > 0
+    with pytest.raises(ConfigError, match="unscored for 'truncatd'; did you mean \"truncated\""):
+        n(reason="truncatd")
     for wrong in ({}, {"run": "other"}, {"role": "none"}, {"model": "x"}, {"replica": "y"}):
         with pytest.raises(ConfigError):
             n(**wrong)
