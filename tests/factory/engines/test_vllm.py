@@ -457,10 +457,14 @@ def test_a_servers_log_goes_when_it_ended_well_and_stays_when_not(fails, tmp_pat
     server.write_text(FAKE)
     for folder in (tmp_path / "vllm", tmp_path / "vllm" / "entrypoints", server.parent):
         (folder / "__init__.py").touch()
+    model = tmp_path / "m"
+    model.mkdir()
     config = VllmConfig(
-        model="m", env={"PYTHONPATH": str(tmp_path)}, args=["--fail"] if fails else []
+        model=str(model), env={"PYTHONPATH": str(tmp_path)}, args=["--fail"] if fails else []
     )
-    process = VllmProcess(config, "m", free_port(), "local", lambda line: None, tmp_path / "logs")
+    process = VllmProcess(
+        config, str(model), free_port(), "local", lambda line: None, tmp_path / "logs"
+    )
 
     async def work():
         try:
@@ -494,7 +498,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
     def do_GET(self):
-        self.answer({"data": [{"id": "m", "root": "m", "max_model_len": 4096}]})
+        self.answer({"data": [{"id": MODEL, "root": MODEL, "max_model_len": 4096}]})
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize":
@@ -522,14 +526,19 @@ def stand_in(folder: Path, monkeypatch, fails=(), deadly="deadly") -> tuple[VLLM
     for package in (folder / "vllm", folder / "vllm" / "entrypoints", module.parent):
         (package / "__init__.py").touch()
     pids = folder / "pids"
+    model = folder / "m"
+    model.mkdir()
     values = {"PIDS": str(pids), "FAILS": repr(tuple(fails)), "DEADLY": repr(deadly)}
+    values["MODEL"] = repr(str(model))
     text = SERVER
     for name, value in values.items():
         text = text.replace(name, value)
     module.write_text(text)
     monkeypatch.syspath_prepend(folder)
     said: list[str] = []
-    config = VllmConfig(model="m", env={"PYTHONPATH": str(folder)}, canary_every=0, retries=0)
+    config = VllmConfig(
+        model=str(model), env={"PYTHONPATH": str(folder)}, canary_every=0, retries=0
+    )
     engine = VLLM(config, "local", said.append)
     engine.log_folder = folder / "logs"
     return engine, pids, said

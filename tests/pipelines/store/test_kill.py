@@ -85,7 +85,7 @@ def launch(
 
 def deaths(rng: random.Random, usual_s: float) -> list[dict]:
     """The ways to die of one store: every named point, at a moment when the run is sure to pass it,
-    and by chance."""
+    and by chance. What dies by chance does not end before: it would have filled the store."""
     points = [
         f"before_commit:{rng.randint(1, 5)}",
         f"after_commit:{rng.randint(1, 5)}",
@@ -96,9 +96,15 @@ def deaths(rng: random.Random, usual_s: float) -> list[dict]:
         "",
         "end:2",
     ]
+    filled = points.index("end:1")
     return [
-        {"kill_at": point} if point else {"after_s": rng.uniform(0.3, 0.9) * usual_s}
-        for point in points
+        {"kill_at": point}
+        if point
+        else {
+            "after_s": rng.uniform(0.3, 0.9) * usual_s,
+            "kill_at": "mid_fill:1" if i < filled else "",
+        }
+        for i, point in enumerate(points)
     ]
 
 
@@ -138,7 +144,7 @@ def test_kills_ask_nothing_committed_again_and_leave_the_same_store(tmp_path, ki
         with server() as port:
             for way in deaths(rng, usual_s):
                 if one_life(forks, folder, port, way):
-                    died[way.get("kill_at", "at random").partition(":")[0]] += 1
+                    died["at random" if "after_s" in way else way["kill_at"].split(":")[0]] += 1
             began = time.monotonic()
             assert not one_life(forks, folder, port, {})
             usual_s = time.monotonic() - began
