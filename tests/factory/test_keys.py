@@ -186,6 +186,9 @@ def test_splits_have_the_stated_proportions():
         abs(splits.count("train") / 4000 - 0.9) < 0.02
         and abs(splits.count("test") / 4000 - 0.05) < 0.015
     )
+    place = int(keys.digest("split", "x")[:13], 16) / 16**13  # each split ends before its bound
+    assert keys.split_of("x", (place, 1 - place, 0.0)) == "val"
+    assert keys.split_of("x", (0.0, place, 1 - place)) == "test"
 
 
 def test_a_folders_identity_follows_what_decides_its_answers(tmp_path, monkeypatch):
