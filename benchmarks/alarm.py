@@ -1,9 +1,11 @@
 """The alarm for over-optimisation in the embedded world: with a reward model that can be hacked it
 must fire in time, in healthy runs it must stay silent.
 
-    python -m benchmarks.alarm --store demo-store          # six hours on a core; run again to go on
-    python -m benchmarks.alarm --store demo-store --only healthy --threads 1     # beside the other
-    arm; then again without python -m benchmarks.alarm --store demo-store --quick    # the machinery
+    python -m benchmarks.policies --folder bench-policies --do data     # the pairs: 10 minutes
+    python -m benchmarks.alarm           # six hours on a core; run again to go on
+    python -m benchmarks.alarm --only hackable --first 5 --threads 1    # beside another process;
+    then again without
+    python -m benchmarks.alarm --quick   # the machinery
 
 The hackable reward model is trained on a few pairs and optimised with a leash far too long; the
 healthy one on all pairs, with the usual one. In time: before gold has lost a third of what it had
@@ -81,6 +83,11 @@ def all_but(args: argparse.Namespace, seed: int) -> Path:
         "SELECT preference FROM pairs WHERE name = ? AND latest ORDER BY 1",
         [args.run.partition("@")[0]],
     )["preference"].to_list()
+    if len(pairs) <= args.pairs and not args.quick:
+        raise SystemExit(
+            f"{args.store}, run {args.run}: {len(pairs)} pairs are too few to draw other "
+            f"{args.pairs} for each seed; name another run, or lower --pairs"
+        )
     random.Random(seed).shuffle(pairs)
     file = args.folder / f"not-{seed}.txt"
     file.write_text("\n".join(pairs[args.pairs :]) + "\n")
@@ -247,8 +254,8 @@ def main() -> None:
     from prefab.trainers.rl import ppo
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--store", type=Path, default=Path("demo-store"))
-    parser.add_argument("--run", default="demo")
+    parser.add_argument("--store", type=Path, default=Path("bench-policies/store"))
+    parser.add_argument("--run", default="more-tiny-odds")
     parser.add_argument("--folder", type=Path, default=Path("bench-alarm"))
     parser.add_argument(
         "--pairs", type=int, default=256, help="That the hackable reward model sees."
@@ -256,6 +263,7 @@ def main() -> None:
     parser.add_argument("--hackable", type=int, default=10, help="Seeds.")
     parser.add_argument("--healthy", type=int, default=20)
     parser.add_argument("--only", choices=list(ARMS), help="Train one arm, tell nothing.")
+    parser.add_argument("--first", type=int, default=0, help="Seed to begin with, for --only.")
     parser.add_argument(
         "--finished", action="store_true", help="Train nothing, tell of the runs that have ended."
     )
@@ -277,7 +285,7 @@ def main() -> None:
     for arm, changes in ARMS.items():
         if args.only not in (None, arm):
             continue
-        for seed in range(getattr(args, arm)):
+        for seed in range(args.first, getattr(args, arm)):
             if args.finished and not (args.folder / f"{arm}-{seed}" / "evaluations.json").exists():
                 continue
             paths = [reward_model(args, arm, seed if arm == "hackable" else 0)]

@@ -1,8 +1,9 @@
 """Does adaptive KL hold its target, and is an ensemble of reward models safer than one? PPO of base
 in the embedded world.
 
-    python -m benchmarks.leash --store demo-store --threads 1    # an hour and a half on a core; run
-    again to go on python -m benchmarks.leash --store demo-store --quick    # the machinery
+    python -m benchmarks.policies --folder bench-policies --do data     # the pairs: 10 minutes
+    python -m benchmarks.leash --threads 1    # an hour and a half on a core; run again to go on
+    python -m benchmarks.leash --quick        # the machinery
 
 Adaptive: the mean KL of the steps behind the first quarter, against the target, for each seed.
 Ensemble: reward models that differ by seed alone, on the same few pairs; one of them, and all of
@@ -182,8 +183,8 @@ def main() -> None:
     from prefab.pipelines.training.sweep import at_equal_kl
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--store", type=Path, default=Path("demo-store"))
-    parser.add_argument("--run", default="demo")
+    parser.add_argument("--store", type=Path, default=Path("bench-policies/store"))
+    parser.add_argument("--run", default="more-tiny-odds")
     parser.add_argument("--folder", type=Path, default=Path("bench-leash"))
     parser.add_argument("--only", choices=["adaptive", "ensemble"])
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,15 +1,16 @@
 """How long should a reward model train? Too short, about right and too long on a few pairs, and
 what best-of-n makes of each.
 
-    python -m benchmarks.reward_fit --store demo-store            # half an hour on two cores
-    python -m benchmarks.reward_fit --store demo-store --quick    # the machinery
+    python -m benchmarks.policies --folder bench-policies --do data     # the pairs: 10 minutes
+    python -m benchmarks.reward_fit            # half an hour on two cores
+    python -m benchmarks.reward_fit --quick    # the machinery
 
 Every reward model reads the same answers of the base policy to held-out prompts: how often it
 agrees with the oracle on two answers to one prompt, how far its probabilities are off, and the gold
 score of the answer that it likes best of n. Best-of-n is the simplest over-optimisation: the harder
 one selects, the more a reward model's mistakes count. Intervals are for another seed (each has
-pairs of its own) and another group of prompts. `--split held` asks about 75 topics in place of 20,
-for a run whose prompts are of other topics, as those of benchmarks.policies are."""
+pairs of its own) and another group of prompts. `--split held` asks about 75 topics, which
+benchmarks.policies leaves out of its data; `--split test` about 20, for a run of any prompts."""
 
 from __future__ import annotations
 
@@ -30,15 +31,15 @@ from prefab.factory.stats import Estimate, over_seeds
 def main() -> None:
     """Train, read, tell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--store", type=Path, default=Path("demo-store"))
-    parser.add_argument("--run", default="demo")
+    parser.add_argument("--store", type=Path, default=Path("bench-policies/store"))
+    parser.add_argument("--run", default="more-tiny-odds")
     parser.add_argument("--folder", type=Path, default=Path("bench-reward-fit"))
     parser.add_argument("--pairs", type=int, default=192, help="That a reward model sees.")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3, 12])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--split", default="test", choices=["test", "held"], help="Of prompts.")
+    parser.add_argument("--split", default="held", choices=["test", "held"], help="Of prompts.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
