@@ -29,6 +29,7 @@ from prefab.factory.printable import printable
 from prefab.factory.tables import as_csv, as_markdown, fitted, wrap
 
 LOG = logging.getLogger("prefab")  # what goes where: `logs`
+LOG.addHandler(logging.NullHandler())  # else Python prints each warning to stderr once more
 ON_SCREEN = {"on_screen": True}  # `extra` of a line that the terminal has already
 T = TypeVar("T")
 MIN_WIDTH = 40  # narrower terminals get lines of this width

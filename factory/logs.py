@@ -25,7 +25,6 @@ CALLS = logging.getLogger("prefab.calls")
 STAGES = logging.getLogger("prefab.stages")
 LEVEL_VARIABLE, FILE_VARIABLE = "PREFAB_VERBOSE", "PREFAB_LOG_FILE"
 TEXTS = 2  # the verbosity with texts
-LOG.addHandler(logging.NullHandler())  # else Python prints warnings to stderr by itself
 
 
 class LogFormatter(logging.Formatter):

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,6 +96,13 @@ def test_a_warning_is_in_the_log(tmp_path):
     with logging_to(0, tmp_path / "log"):
         warn("the disk is old")
     assert "WARNING prefab: the disk is old" in (tmp_path / "log").read_text()
+
+
+def test_a_warning_is_printed_once_where_prefab_is_a_library():
+    """Python itself prints warnings of a logger that has no handler."""
+    code = "from prefab.factory.console import warn; warn('the disk is old')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("the disk is old")) == (0, 1)
 
 
 def test_a_log_that_cannot_be_written_is_a_mistake(tmp_path, pipeline):
