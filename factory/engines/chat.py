@@ -398,7 +398,10 @@ class Chat:
         body = message_bytes(messages if self.family.system_role else without_system(messages))
         if tools := tools_of(messages):
             fields: dict[str, Any] = {"tools": tools}
-            if not self.family.tool_parser:  # the calls come as the model writes them
+            if not self.family.tool_parser:
+                self._tell_once(
+                    "has no parser for tool calls: they are read as the model writes them"
+                )
                 fields["tool_choice"] = "none"
             body += b"," + orjson.dumps(fields)[1:-1]
         return body

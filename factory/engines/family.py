@@ -99,7 +99,7 @@ class Family:
         return cls(**{**data, "left_out": tuple(data.get("left_out", ()))})
 
     def notes(self) -> list[str]:
-        """What is unusual, a sentence each."""
+        """What is unusual of every request, a sentence each."""
         others = [name for name in self.left_out if name != "temperature"]
         unusual = {
             "takes no system turn: system text joins the first user turn": not self.system_role,
@@ -111,7 +111,6 @@ class Family:
             "gives no log-probabilities: labels are hard, without a probability": not self.logprobs,
             f"gives the {self.top_logprobs} likeliest tokens at most": self.top_logprobs
             is not None,
-            "has no parser for tool calls: they are read as the model writes them": not self.tool_parser,
             "thinks before it answers unless told not to": self.thinking == "unless_told",
             "thinks before every answer: more tokens are allowed for it": self.thinking == "always",
         }

@@ -47,13 +47,14 @@ def made(folder, server):
 @pytest.mark.slow_but("taken-called", "refused-written")
 @pytest.mark.parametrize("tools", ["called", "written", "refused"])
 @pytest.mark.parametrize("system", ["taken", "refused"])
-def test_a_policy_that_calls_tools_is_judged_on_its_calls(tmp_path, tools, system):
+def test_a_policy_that_calls_tools_is_judged_on_its_calls(tmp_path, tools, system, capsys):
     with family_server(tools=tools, system=system) as server:
         source = made(tmp_path, server)
-        first, second = run(source), run(source)
+        first, second = run(source, quiet=False), run(source)
         again = diff(str(tmp_path / "small.yaml"), store=tmp_path / "store", sample=2)
     assert (first.failed, first.unscored, second.asked) == (0, {}, 0)
     assert (again.comparisons, again.new.asked, again.moved) == (2, 0, [])
+    assert ("no parser for tool calls" in capsys.readouterr().err) == (tools == "refused")
     asked = [body for body in server.bodies if body.get("tools")]
     sent = asked[-1]["messages"]
     assert asked[-1]["tools"] == [TOOL]
