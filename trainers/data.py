@@ -16,7 +16,7 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from prefab.factory.errors import ConfigError, Problem
 from prefab.factory.keys import digest, split_of
@@ -94,6 +94,7 @@ class Source(Strict):
         description="Demonstrations: all revisions or the last text of each "
         "draft; left out: as the run revised.",
     )
+    _written_as: str = PrivateAttr("data.sources")
 
     @model_validator(mode="after")
     def _one(self) -> Source:
@@ -127,6 +128,21 @@ class DataConfig(Strict):
     template_kwargs: dict[str, Any] = Field(
         {}, description="For the chat template; the policy's of the run come first."
     )
+    _written_as: str = PrivateAttr("data")
+
+    @model_validator(mode="after")
+    def _places(self) -> DataConfig:
+        for number, source in enumerate(self.sources):
+            source._written_as = f"data.sources.{number}"
+        return self
+
+    def written_as(self, data: str, sources: str) -> None:
+        """Have messages name these places, where a user wrote the fields of the data and of its
+        sources, in a configuration that this one is made from.
+        """
+        self._written_as = data
+        for source in self.sources:
+            source._written_as = sources
 
 
 @dataclass(slots=True)
@@ -148,11 +164,11 @@ def read_rows(kind: Kind, config: DataConfig) -> Rows:
     Raises: ConfigError where there are none, a split ends empty, or a row belongs to a test split.
     """
     found, taken = Rows(), _Taken()
-    for number, source in enumerate(config.sources):
+    for source in config.sources:
         if source.store:
-            _from_store(kind, source, found, taken, number)
+            _from_store(kind, source, found, taken)
         else:
-            _from_files(kind, source, config.bad_rows, found.notes, taken, number)
+            _from_files(kind, source, config, found.notes, taken)
     _refuse_leaks(found, taken)
     _split_off(found, taken, config)
     if not taken.train:
@@ -199,12 +215,10 @@ class _Taken:
         self.train = array("q", (i for i in self.train if i < length))
         self.val = array("q", (i for i in self.val if i < length))
 
-    def take(
-        self, rows: Iterable[Row], source: Source, number: int, where: str, notes: list[str]
-    ) -> None:
+    def take(self, rows: Iterable[Row], source: Source, where: str, notes: list[str]) -> None:
         """Take the rows of a source that is called `where` in messages. Those within the margin,
         with ids that are excluded, and pairs of equal answers are left out and counted, with the
-        setting that leaves them out. `number` is the source's place in `data.sources`.
+        setting that leaves them out.
 
         Raises: ConfigError where there are rows of a split that no trainer takes.
         """
@@ -235,7 +249,7 @@ class _Taken:
             if count:
                 notes.append(
                     f"{count:,} of {of:,} rows are {why} and are left out, {of - count:,} stay; the "
-                    f"setting is data.sources.{number}.{setting}"
+                    f"setting is {source._written_as}.{setting}"
                 )
         if same:
             notes.append(
@@ -283,7 +297,7 @@ def _text(row: Mapping[str, Any]) -> Any:
     return [row.get(name) for name in ("chosen", "rejected", "completion", "messages")]
 
 
-def _from_store(kind: Kind, source: Source, found: Rows, taken: _Taken, number: int) -> None:
+def _from_store(kind: Kind, source: Source, found: Rows, taken: _Taken) -> None:
     """Take the rows of a run whose split is train or val, and the digests of the prompts of the
     store's test split.
     """
@@ -295,10 +309,10 @@ def _from_store(kind: Kind, source: Source, found: Rows, taken: _Taken, number: 
         notes: list[str] = []
         record = datasets.find_run(folder, read, source.run)
         if kind == "process" and record["recipe"] != "process":
-            raise ConfigError(_no_steps(folder, read, record, number))
+            raise ConfigError(_no_steps(folder, read, record, source._written_as))
         told: list[str] = []
         rows = _stored(kind, source, read, record, notes)
-        taken.take(rows, source, number, str(folder), told)
+        taken.take(rows, source, str(folder), told)
         test = read("SELECT messages FROM prompts WHERE split = 'test'", ())["messages"]
         for text in test:
             taken.tests.add(_prompt_digest([message_turn(m) for m in stored_messages(text)]))
@@ -310,15 +324,15 @@ def _from_store(kind: Kind, source: Source, found: Rows, taken: _Taken, number: 
     found.template_kwargs.update((line["config"].get("policy") or {}).get("template_kwargs") or {})
 
 
-def _no_steps(folder: Path, read: store.Read, record: dict[str, Any], number: int) -> str:
+def _no_steps(folder: Path, read: store.Read, record: dict[str, Any], place: str) -> str:
     """That a run has no labels of steps, and which runs have some or how to make one."""
     there = read("SELECT name, version FROM runs WHERE recipe = 'process' ORDER BY last_start", ())
     names = [f"{name}@{version}" for name, version in there.iter_rows()]
     mend = (
-        f"Name one that has: set data.sources.{number}.run to {' or '.join(names)}"
+        f"Name one that has: set {place}.run to {' or '.join(names)}"
         if names
         else "Make such a run with `prefab run process` (a preset), or with `recipe: process` in "
-        f"a pipeline file, and name its store in data.sources.{number}.store"
+        f"a pipeline file, and name its store in {place}.store"
     )
     return (
         f"{folder}: {record['name']}@{record['version']} is a run of the recipe {record['recipe']}, "
@@ -386,7 +400,7 @@ NO_TOOLS = "has tools, which are not passed on where answers are sampled"
 
 
 def _from_files(
-    kind: Kind, source: Source, bad_rows: str, notes: list[str], taken: _Taken, number: int
+    kind: Kind, source: Source, config: DataConfig, notes: list[str], taken: _Taken
 ) -> None:
     """Take the rows of train and validation files, and the digests of the prompts of a test file
     beside them.
@@ -401,8 +415,8 @@ def _from_files(
         raise ConfigError(f"{place}: the file is empty")
     found, told = _FileRows(taken.tests), list[str]()
     rows = found.rows(kind, folders, source.map)
-    taken.take(rows, source, number, source.files or "", told)
-    notes += [*found.finished(place, bad_rows), *told]
+    taken.take(rows, source, source.files or "", told)
+    notes += [*found.finished(place, config), *told]
 
 
 def _folders_of(kind: Kind, place: Path) -> list[Path]:
@@ -456,11 +470,11 @@ class _FileRows:
             self.kept += 1
             yield {**row, "split": row["split"] or split or "train"}
 
-    def finished(self, place: Path, bad_rows: str) -> list[str]:
+    def finished(self, place: Path, config: DataConfig) -> list[str]:
         """What is left out, in words. Raises: ConfigError with the rows that cannot be kept."""
         notes, bad = [], f"{counted(len(self.problems), 'row')} cannot be kept"
-        if self.problems and (bad_rows == "error" or not self.kept):
-            mend = f"{bad}; mend them, or leave them out with data.bad_rows: drop"
+        if self.problems and (config.bad_rows == "error" or not self.kept):
+            mend = f"{bad}; mend them, or leave them out with {config._written_as}.bad_rows: drop"
             raise ConfigError([*self.problems[:SHOWN], Problem(str(place), 0, 0, "", mend)])
         if self.problems:
             notes.append(f"{place}: {bad}, the first: {self.problems[0]}")
@@ -695,8 +709,8 @@ def tokenised(
         raise ConfigError(
             f"{counts.long:,} of {counts.made:,} {what} rows are longer than max_length: "
             f"{config.max_length} tokens, the longest {counts.longest:,}; the first: "
-            f"{prompt_of(rows_[counts.first_long])[-1]['content'][:60]!r}. Raise data.max_length, "
-            "or write data.too_long: drop"
+            f"{prompt_of(rows_[counts.first_long])[-1]['content'][:60]!r}. Raise "
+            f"{config._written_as}.max_length, or write {config._written_as}.too_long: drop"
         )
     if counts.long:
         notes.append(
@@ -797,7 +811,7 @@ def _encoded(
     if refused:
         told = f"{refused:,} of {len(rows_):,} {what} rows cannot be tokens, the first: {first}"
         if config.bad_rows == "error" or not counts.made:
-            raise ConfigError(f"{told}. Mend them, or write data.bad_rows: drop")
+            raise ConfigError(f"{told}. Mend them, or write {config._written_as}.bad_rows: drop")
         notes.append(told)
 
 

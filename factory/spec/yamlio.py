@@ -402,10 +402,13 @@ def tidy(problems: list[Problem]) -> list[Problem]:
 
 
 def model_problems(
-    error: ValidationError, document: Document, model: type[BaseModel], prefix: Path_ = ()
+    error: ValidationError,
+    document: Document,
+    model: type[BaseModel],
+    as_written: Callable[[Path_], Path_] = lambda path: path,
 ) -> list[Problem]:
-    """Pydantic's errors as problems in the file; `prefix` is where the model's value stands in the
-    document.
+    """Pydantic's errors as problems in the file. `as_written` gives by a field's path in the model
+    where it stands in the document.
     """
     problems = []
     for entry in error.errors(include_url=False):
@@ -419,7 +422,7 @@ def model_problems(
         if not inner and isinstance(entry.get("input"), str):
             message = "must be a mapping (key: value), not text"
         at_key = unknown or entry["type"] == "unknown_field"  # the latter: of a kind's own model
-        problems.append(document.problem((*prefix, *inner), message, at_key=at_key))
+        problems.append(document.problem(as_written(inner), message, at_key=at_key))
     return problems
 
 

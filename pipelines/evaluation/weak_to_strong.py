@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from prefab.factory import charts
 from prefab.factory.console import warn
@@ -96,7 +96,7 @@ class WeakToStrongConfig(Strict):
     train: dict[str, Any] = Field(
         description="Fields of the stage but for out, seed, store and data.sources."
     )
-    seeds: list[int] = Field(
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         [0, 1, 2], min_length=1, description="Trainings with each set of labels."
     )
     out: str = Field(description="The folder of all policies, of the report and of its card.")
@@ -127,9 +127,12 @@ class WeakToStrongConfig(Strict):
             raise ValueError("seeds: name each once")
         if given := {"out", "seed", "store"} & {*self.train}:
             raise ValueError(f"train: {', '.join(sorted(given))} is set for each policy")
-        if "sources" in (self.train.get("data") or {}):
+        data = self.train.get("data") or {}
+        if not isinstance(data, dict):
+            raise ValueError(f"train.data: must be a mapping, not {yamlio.describe(data)}")
+        if "sources" in data:
             raise ValueError("train: data.sources is set for each policy, from labels")
-        if "model" not in self.train:
+        if not isinstance(self.train.get("model"), str):
             raise ValueError("train: model is missing: name the policy that is trained")
         return self
 
@@ -190,13 +193,14 @@ def weak_to_strong(path: str | Path, sets: Iterable[str] = (), quiet: bool = Fal
         StoreError: The store is missing or damaged, or another program holds it (HeldError).
         TrainError: A training cannot continue.
     """
-    config = yamlio.validate(stages.document(Path(path), sets), WeakToStrongConfig)
+    document = stages.document(Path(path), sets)
+    config = yamlio.validate(document, WeakToStrongConfig)
     charts.ready()  # not after hours
     prompts = held_out(_evaluation(config, {BASE: config.train["model"]}))
     stages.catch_up([config.store])
     sources = {name: _source(config, name) for name in config.labels}
     runs = {
-        (name, seed): _stage_config(config, name, seed, source)
+        (name, seed): _stage_config(config, name, seed, source, document)
         for seed in config.seeds
         for name, source in sources.items()
     }
@@ -266,7 +270,11 @@ def write_gold(selection: Selection, gold: str, file: Path) -> None:
 
 
 def _stage_config(
-    config: WeakToStrongConfig, name: str, seed: int, source: Mapping[str, Any]
+    config: WeakToStrongConfig,
+    name: str,
+    seed: int,
+    source: Mapping[str, Any],
+    document: yamlio.Document,
 ) -> Any:
     """The configuration of one training. Raises: ConfigError for mistakes under `train`."""
     more = {
@@ -277,8 +285,14 @@ def _stage_config(
     }
     if config.threads:
         more["threads"] = config.threads
-    document = yamlio.Document("train", "", {**config.train, **more})
-    return yamlio.validate(document, STAGES[config.stage].config)
+    model = STAGES[config.stage].config
+    try:
+        made = model.model_validate({**config.train, **more})
+    except ValidationError as error:
+        problems = yamlio.model_problems(error, document, model, lambda path: ("train", *path))
+        raise ConfigError(yamlio.tidy(problems)) from error
+    made.data.written_as("train.data", f"labels.{name}")
+    return made
 
 
 # By prompt and texts of a pair, in the order of the texts: whether the first is the better one, and

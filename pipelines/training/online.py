@@ -9,7 +9,9 @@ round that has ended is written down, so the same command goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ import orjson
 from pydantic import Field, ValidationError
 
 from prefab.factory.engines.base import resolve_model
-from prefab.factory.errors import BudgetError, ConfigError
+from prefab.factory.errors import BudgetError, ConfigError, Problem
 from prefab.factory.keys import digest, model_identity
 from prefab.factory.spec import yamlio
 from prefab.pipelines.config.checks import locate
@@ -222,8 +224,9 @@ def stages(
     policy: str,
     first: str,
     document: yamlio.Document,
-) -> list[tuple[str, Any]]:
-    """The trainings of a round in their order, each by name with its configuration.
+) -> list[tuple[str, str, Any]]:
+    """The trainings of a round in their order: each one's stage, the field with its settings, and
+    its configuration.
 
     Raises: ConfigError with every mistake, where it stands in the file.
     """
@@ -232,13 +235,16 @@ def stages(
     ]
     folder, train = _folder(config, round), dict(config.train)
 
-    def data(fields: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    def data(fields: dict[str, Any], names: list[str]) -> Any:
+        more = fields.get("data") or {}
+        if not isinstance(more, dict):
+            return more  # which is refused below
         return {
-            **fields.get("data", {}),
+            **more,
             "sources": [{"store": pipeline.store, "run": n, **config.source} for n in names],
         }
 
-    made, wanted = [], []
+    made, wanted, problems = [], [], list[Problem]()
     if config.method != "dpo" and not train.get("rewards"):
         made.append(
             (
@@ -270,16 +276,48 @@ def stages(
             },
         )
     )
-    problems: list[Any] = []
     for stage, part, value in made:
         model = STAGES[stage].config
         try:
-            wanted.append((stage, model.model_validate(value)))
+            checked = model.model_validate(value)
         except ValidationError as error:
-            problems += yamlio.model_problems(error, document, model, (part,))
+            problems += yamlio.model_problems(error, document, model, _as_written(part))
+            continue
+        checked.data.written_as(f"{part}.data", "source")
+        wanted.append((stage, part, checked))
     if problems:
         raise ConfigError(yamlio.tidy(problems))
     return wanted
+
+
+def _as_written(part: str) -> Callable[[yamlio.Path_], yamlio.Path_]:
+    """Where a field of a stage, whose settings are the field `part`, stands in the file."""
+
+    def place(path: yamlio.Path_) -> yamlio.Path_:
+        if path[:2] == ("data", "sources"):
+            return ("source", *path[3:])
+        return path if path[:1] in (("model",), ("out",)) else (part, *path)
+
+    return place
+
+
+@contextmanager
+def _errors_as_written(stage: str, part: str, document: yamlio.Document) -> Iterator[None]:
+    """Mistakes that a stage finds in its configuration, with the fields as they stand in the
+    file.
+    """
+
+    def written(problem: Problem) -> Problem:
+        found = re.match(r"([a-z_]+)([a-z_.]*): ", problem.message)
+        if problem.file or not found or found[1] not in STAGES[stage].config.model_fields:
+            return problem
+        path = tuple((found[1] + found[2]).split("."))
+        return document.problem(_as_written(part)(path), problem.message[found.end() :])
+
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([*map(written, error.problems)]) from error
 
 
 def one_round(
@@ -294,8 +332,9 @@ def one_round(
 ) -> dict[str, Any]:
     """Sample, judge, train, and write down what was done."""
     row = sample(config, pipeline, file, round, policy, quiet)
-    for stage, settings in stages(config, pipeline, round, policy, first, document):
-        done = train_stages.fit(stage, settings, quiet)
+    for stage, part, settings in stages(config, pipeline, round, policy, first, document):
+        with _errors_as_written(stage, part, document):
+            done = train_stages.fit(stage, settings, quiet)
         row |= {
             "policy": str(Path(settings.out) / STAGES[stage].model),
             "metrics": done["last"] if STAGES[stage].with_rewards else done["metrics"],

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from math import log, sqrt
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 from pydantic import Field
@@ -43,7 +43,7 @@ class SweepConfig(Strict):
     sets: list[str] = Field([], description="Overrides of it.")
     out: str = Field(description="The folder of all runs, of the chart and of sweep.json.")
     betas: list[float] = Field(min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
     arms: dict[str, list[RewardConfig]] = Field(
         {},
         description="By name, the rewards to train against; left out: one arm, "

@@ -109,7 +109,10 @@ def test_the_interval_of_a_ratio():
         ({"seeds": [1, 1]}, "name each once"),
         ({"train": {"model": "m", "out": "x"}}, "out is set for each policy"),
         ({"train": {"model": "m", "data": {"sources": []}}}, "data.sources is set"),
+        ({"train": {"model": "m", "data": 5}}, "train.data: must be a mapping, not the number 5"),
         ({"train": {}}, "model is missing"),
+        ({"train": {"model": 5}}, "model is missing"),
+        ({"seeds": [-1]}, "greater than or equal to 0"),
     ],
 )
 def test_mistakes_in_the_configuration(more, words):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,9 +21,18 @@ from safetensors.torch import save_file
 
 from prefab.factory.errors import ConfigError
 from prefab.factory.keys import model_identity
+from prefab.factory.spec import yamlio
 from prefab.pipelines.cli.main import app
 from prefab.pipelines.store.fill import query
-from prefab.pipelines.training.online import OnlineConfig, ended, train
+from prefab.pipelines.training.online import (
+    OnlineConfig,
+    _errors_as_written,
+    ended,
+    stages,
+    train,
+)
+from prefab.trainers.common import load_tokenizer
+from prefab.trainers.data import DataConfig, read_rows, tokenised
 from tests.support import trained
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -197,6 +207,11 @@ def test_rounds_of_ppo_and_grpo_train_a_reward_model_each(tmp_path, method):
             {"train": {**DPO, "batchsize": 4}},
             r"online.yaml:\d+:\d+ train.batchsize: unknown field; did you mean",
         ),
+        (
+            {"source": {"margn": 0.1}},
+            r"^\S*online.yaml:\d+:\d+ source.margn: unknown field;[^\n]*$",
+        ),
+        ({"train": {**DPO, "data": 5}}, r"online.yaml:\d+:\d+ train.data: must be a mapping"),
         ({"sets": ["engines.here={engine: scripted}"]}, "each round serves the weights"),
         ({"pipeline": "nowhere.yaml"}, "nowhere.yaml"),
         ({"rounds": 0}, "rounds"),
@@ -207,6 +222,36 @@ def test_mistakes_are_told_before_anything_is_asked(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words):
         train(file, quiet=True)
     assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
+
+
+def test_messages_name_the_fields_of_the_file(tmp_path):
+    """A stage's configuration is made from the rounds' file, and has its fields elsewhere."""
+    model = trained.make_model(tmp_path / "model")
+    rows = [
+        {"prompt": f"p{i}", "chosen": "a b", "rejected": "c", "p_chosen": 0.6} for i in range(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "online.yaml").write_text("source: {margin: 0.3}\ntrain: {pad_token: nothing}\n")
+    document = yamlio.load_document(tmp_path / "online.yaml")
+    config = OnlineConfig(pipeline="", out=str(tmp_path), source={"margin": 0.3})
+    pipeline = SimpleNamespace(name="small", store=str(tmp_path))
+    ((stage, part, made),) = stages(config, pipeline, 1, str(model), str(model), document)
+    of_files = {"files": str(tmp_path / "rows.jsonl"), "margin": 0.3}
+    data = DataConfig(sources=[of_files])
+    data.written_as(made.data._written_as, made.data.sources[0]._written_as)
+    with pytest.raises(ConfigError, match=r"4 of 4 rows .*the setting is source\.margin$"):
+        read_rows("preference", data)
+    data = DataConfig(sources=[{**of_files, "margin": 0.0}], max_length=8)
+    data.written_as("train.data", "source")
+    with pytest.raises(ConfigError, match=r"or write train\.data\.too_long: drop"):
+        tokenised([{"prompt": [{"content": "x"}]}], lambda row: [{"length": 9}], data, [], "train")
+    with (
+        pytest.raises(
+            ConfigError, match=r"online.yaml:2:\d+ train.pad_token: 'nothing' is no token"
+        ),
+        _errors_as_written(stage, part, document),
+    ):
+        load_tokenizer(str(model), pad_token="nothing")
 
 
 def test_a_policy_that_was_changed_by_hand_is_told(tmp_path):
