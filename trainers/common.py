@@ -22,8 +22,10 @@ from prefab.factory.engines.model_files import (
     ask_hub,
     check_chat_template,
     check_model_folder,
+    check_preset_output,
     loading_options,
     refuse_words,
+    stage_hint,
     trusts_code,
 )
 from prefab.factory.errors import ConfigError, PrefabError, StoreError
@@ -148,13 +150,15 @@ def model_folder(name: str, field: str = "model") -> str:
     Raises: ConfigError for a path that is not there, or a folder without a model in it.
     """
     path = resolve_model(name)
+    check_preset_output(path, field)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
     if looks_local and not any(
         (Path(path) / f).is_file() for f in ("config.json", "adapter_config.json")
     ):
+        what = "holds no model (no config.json)" if Path(path).exists() else "does not exist"
         raise ConfigError(
-            f"{field}: {path} holds no model (no config.json). Name a folder that a stage wrote, an "
-            "embedded model (prefab-tiny) or a model of the hub"
+            f"{field}: {path} {what}. Name a folder that a stage wrote, an embedded model (prefab-tiny) "
+            f"or a model of the hub{stage_hint(path)}"
         )
     if looks_local:
         check_model_folder(Path(path), name)

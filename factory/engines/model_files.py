@@ -30,6 +30,19 @@ SETTINGS = (
     *("tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json"),
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# By the folder that a preset of trainers/presets writes, the command that runs it.
+PRESET_OUTPUTS = {
+    "trained/sft": "prefab train sft sft",
+    "trained/reward": "prefab train reward reward",
+    "trained/process": "prefab train process process",
+    "trained/dpo": "prefab train dpo dpo",
+    "trained/simpo": "prefab train dpo simpo",
+    "trained/kto": "prefab train kto kto",
+    "trained/ppo": "prefab train ppo ppo",
+    "trained/grpo": "prefab train grpo grpo",
+    "trained/online": "prefab train online online",
+}
+_STAGES = ("sft", "reward", "process", "dpo", "kto", "ppo", "grpo", "online")
 _SAFE = ("model*.safetensors", "adapter_model*.safetensors", "*.gguf", "consolidated*.safetensors")
 _TURNS = (
     [{"role": "user", "content": "Sample question."}],
@@ -59,15 +72,47 @@ def loading_options(model: str) -> dict[str, Any]:
     return {"trust_remote_code": trusted, "use_safetensors": True}
 
 
+def check_preset_output(model: str, field: str = "") -> None:
+    """Refuse the name of a folder that a preset writes, where there is none. It is never asked for
+    on the hub.
+
+    Args:
+        model: The name or path of a model.
+        field: The field that names it.
+
+    Raises:
+        ConfigError: There is no such folder, with the command that makes it.
+    """
+    path = Path(model)
+    made = next((out for out in PRESET_OUTPUTS if path.is_relative_to(out)), "")
+    if not made or path.is_dir():
+        return
+    command = PRESET_OUTPUTS[made]
+    if made == "trained/reward" and path.name.startswith("member-"):
+        command += " --set members=3"
+    raise ConfigError(
+        f"{field}{': ' * bool(field)}there is no folder {model} in {Path.cwd()}. `{command}` makes it: "
+        "run that first, or name another model"
+    )
+
+
+def stage_hint(model: str) -> str:
+    """What to do about a missing model that is called like a training stage; else nothing."""
+    stage = next((part for part in reversed(Path(model).parts) if part in _STAGES), "")
+    return f". If `prefab train {stage}` is to write it, run that first" if stage else ""
+
+
 def ask_hub(model: str, revision: str = "") -> bool:
     """Before a model is loaded: whether it is a folder, or the hub answers. If the hub does not
     answer, its client reads only the cache on this machine until the next call of this function;
     it would otherwise try again for 24 s at each file.
 
-    Raises: ConfigError when the hub does not answer and the cache lacks the model.
+    Raises: ConfigError when the hub does not answer and the cache lacks the model, or a preset has
+    not written its folder yet.
     """
     if os.path.isdir(model):
         return True
+    check_preset_output(model)
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -76,11 +121,14 @@ def ask_hub(model: str, revision: str = "") -> bool:
     try:
         found = [try_to_load_from_cache(model, f, revision=revision or None) for f in SETTINGS[:3]]
     except HFValidationError as error:
-        raise ConfigError(f"{model} is neither a folder nor a name on the model hub") from error
+        raise ConfigError(
+            f"{model} is neither a folder nor a name on the model hub{stage_hint(model)}"
+        ) from error
     if why and not any(isinstance(file, str) for file in found):
         raise ConfigError(
             f"there is no folder {model}, and the model hub ({constants.ENDPOINT}) cannot be asked for "
             f"it: {why}. Name a folder, or fetch the model first, with a network: hf download {model}"
+            f"{stage_hint(model)}"
         )
     return not why
 
@@ -109,7 +157,7 @@ def refuse_words(model: str, error: Exception) -> str:
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return _refused(model)
     here = "" if os.path.isdir(model) else f"there is no folder {model}, and the model hub says: "
-    return f"cannot load {model}: {here}{words}"
+    return f"cannot load {model}: {here}{words}{stage_hint(model) if here else ''}"
 
 
 def _refused(model: str) -> str:

@@ -19,6 +19,7 @@ import orjson
 from pydantic import Field, ValidationError
 
 from prefab.factory.engines.base import resolve_model
+from prefab.factory.engines.model_files import check_preset_output
 from prefab.factory.errors import BudgetError, ConfigError, Problem
 from prefab.factory.keys import digest, model_identity
 from prefab.factory.spec import yamlio
@@ -85,6 +86,7 @@ def train(path: Path, sets: Iterable[str] = (), quiet: bool = False) -> dict[str
     file = locate(config.pipeline, path.parent)
     loaded = resolve_pipeline(file, config.sets)
     pipeline, first = loaded.config, first_policy(config, loaded.config)
+    check_preset_output(first, "model")
     for round in (1, 2):  # mistakes are reported before any model call
         stages(config, pipeline, round, first, first, document)
     claim(config, loaded)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefab.factory import charts
 from prefab.factory.console import Progress, table, warn
+from prefab.factory.engines.model_files import check_preset_output
 from prefab.factory.paths import PACKAGE
 from prefab.factory.spec import yamlio
 from prefab.factory.store import store
@@ -82,10 +83,25 @@ def estimate_step(
 def fit(name: str, config: Any, quiet: bool = False) -> dict[str, Any]:
     """As `train`, for a configuration and stores that are up to date."""
     stage = STAGES[name]
+    _check_outputs_named(config)
     if stage.with_rewards:
         return _fit_to_rewards(name, stage, config, quiet)
     result: dict[str, Any] = stage.run(config, quiet)
     return result
+
+
+def _check_outputs_named(config: Any) -> None:
+    """Raises: ConfigError where a field names what another stage's preset writes, and it is not
+    there.
+    """
+    named = [(field, getattr(config, field, None)) for field in ("model", "reference")]
+    gold = getattr(config, "gold", None)
+    for reward in (*getattr(config, "rewards", ()), *([gold] if gold else [])):
+        field = "gold" if reward is gold else "rewards"
+        named += [(f"{field}: {reward.name}: paths", path) for path in reward.paths]
+    for field, model in named:
+        if model:
+            check_preset_output(model, field)
 
 
 def _fit_to_rewards(name: str, stage: Stage, config: RlConfig, quiet: bool) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_a_model_without_template_or_pad_token_is_told_how_to_mend(tmp_path):
 def test_models_of_the_wrong_kind(tmp_path):
     from transformers import LlamaForSequenceClassification
 
-    with pytest.raises(ConfigError, match="holds no model"):
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
         common.load_policy(str(tmp_path / "nowhere"))
     base = tinymodel.build(tmp_path / "lm", heads=2, hidden=32, layers=1)
     with pytest.raises(ConfigError, match="not a reward model"):

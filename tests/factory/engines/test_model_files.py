@@ -190,6 +190,12 @@ def test_a_model_of_a_hub_that_does_not_answer_is_read_from_the_cache_or_refused
         process.look_for_model()
     with pytest.raises(ConfigError, match="neither a folder nor a name on the model hub"):
         ask_hub("a b/c")
+    with pytest.raises(ConfigError, match="If `prefab train dpo` is to write it, run that first"):
+        load_policy("mine/dpo")
+    with pytest.raises(
+        EngineError, match="no folder trained/sft in .*`prefab train sft sft` makes"
+    ):
+        asyncio.run(HF(HfConfig(engine="hf", model="trained/sft")).start())
     cached = tmp_path / "models--me--model"
     shutil.copytree(NANO, cached / "snapshots/0")
     (cached / "refs").mkdir()

@@ -190,7 +190,7 @@ def test_bad_input_is_told(folder, tmp_path):
         (["labels.weak.judges=[other]"], "nothing to train on|other"),
         (["labels.weak={gold: human}"], "human decides no comparison"),
         (["train.bate=1"], "bate"),
-        (["train.model=nowhere/at/all"], "holds no model"),
+        (["train.model=nowhere/at/all"], "nowhere/at/all does not exist"),
         (["prompts.split=train"], "train split"),
     ):
         with pytest.raises(ConfigError, match=words):

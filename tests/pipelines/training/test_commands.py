@@ -10,8 +10,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from prefab.factory.engines.model_files import PRESET_OUTPUTS
 from prefab.factory.errors import ConfigError
 from prefab.pipelines.cli.main import app
+from prefab.pipelines.training import stages
 from prefab.pipelines.training.stages import load_config
 from prefab.pipelines.training.train import train
 from prefab.trainers.registry import STAGES
@@ -71,6 +73,56 @@ def test_presets_are_valid_and_take_overrides(stage, preset, tmp_path, monkeypat
         Path(preset), config, ["seed=7", "data.sources.0.store=elsewhere", "lora={rank: 8}"]
     )
     assert (loaded.seed, loaded.data.sources[0].store, loaded.lora.rank) == (7, "elsewhere", 8)
+
+
+def test_the_command_that_makes_each_preset_s_output_is_known():
+    reports = {"sweep", "weak-to-strong"}  # not one model
+    presets = {f.stem: f for f in stages.PRESETS.glob("*.yaml") if f.stem not in reports}
+    out = {yaml.safe_load(f.read_text())["out"]: name for name, f in presets.items()}
+    assert out.keys() == PRESET_OUTPUTS.keys()
+    for folder, command in PRESET_OUTPUTS.items():
+        assert re.fullmatch(rf"prefab train ({'|'.join(STAGES)}|online) {out[folder]}", command)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sets", "words"),
+    [
+        ("ppo", [], "^model: there is no folder trained/sft in .*`prefab train sft sft` makes it"),
+        (
+            "grpo",
+            ["model=prefab-tiny"],
+            "^rewards: preference: paths: .*`prefab train reward reward`",
+        ),
+        ("dpo", ["reference=trained/sft"], "^reference: there is no folder trained/sft"),
+        ("dpo", ["model=trained/simpo"], "^model: .*`prefab train dpo simpo` makes it"),
+        (
+            "ppo",
+            ["model=prefab-tiny", "rewards.0.paths=[trained/reward/member-2]"],
+            "paths: .*`prefab train reward reward --set members=3` makes it",
+        ),
+        (
+            "ppo",
+            [
+                "model=prefab-tiny",
+                "rewards=[{name: r, kind: oracle}]",
+                "gold={name: steps, kind: process, paths: [trained/process]}",
+            ],
+            "^gold: steps: paths: .*`prefab train process process` makes it",
+        ),
+        (
+            "online",
+            ["pipeline=demo"],
+            r"^\S+ model: .*`prefab train sft sft` makes it|^model: .*sft",
+        ),
+    ],
+)
+def test_a_missing_output_of_another_stage_is_told_with_its_command(
+    stage, sets, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        train(stage, stage, sets, quiet=True)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_mistakes_are_told_with_their_place(folder, tmp_path):
