@@ -120,13 +120,27 @@ def opened(folder: Path, memory_mb: int = MEMORY_MB) -> Iterator[duckdb.DuckDBPy
     con = _connect(folder, False, memory_mb)
     try:
         with translate_errors(folder / FILE):
-            if con.execute(
-                "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'meta'"
-            ).fetchall() == [(0,)]:
+            if not _has_tables(con):
                 con.execute(f"BEGIN; {SCHEMA.read_text(encoding='utf-8')}; COMMIT")
             yield con
     finally:
         con.close()
+
+
+def _has_tables(con: duckdb.DuckDBPyConnection) -> bool:
+    """Whether the store's tables are there. A table that cannot be created tells it in 1 ms; the
+    list of all tables takes DuckDB 15 ms in each file that was just opened.
+    """
+    import duckdb
+
+    con.execute("BEGIN")
+    try:
+        con.execute("CREATE TABLE meta (name VARCHAR)")
+        return False
+    except duckdb.CatalogException:
+        return True
+    finally:
+        con.execute("ROLLBACK")
 
 
 def with_memory(folder: Path, work: Callable[[int], T]) -> T:
@@ -597,8 +611,8 @@ def set_meta(con: duckdb.DuckDBPyConnection, values: dict[str, Any]) -> None:
 
 def watermark(con: duckdb.DuckDBPyConnection, source: str) -> int:
     """The last rowid of the ledger's table `source` that is in the store."""
-    rows = con.execute("SELECT max(id) FROM watermarks WHERE source = ?", [source]).fetchall()
-    return rows[0][0] or 0
+    rows = con.execute("SELECT id FROM watermarks WHERE source = ?", [source]).fetchall()
+    return rows[0][0] if rows else 0
 
 
 def set_watermark(con: duckdb.DuckDBPyConnection, source: str, rowid: int) -> None:

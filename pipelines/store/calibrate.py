@@ -56,6 +56,7 @@ _WHERE = {
     "oracle": "p.prompt IN (SELECT prompt FROM prompts WHERE split = 'val')",
     "retest": "true",
 }
+_LABELS = "SELECT count(*) AS n FROM human_labels"
 # A comparison's readings: one a judge and principle, unscored when any of its verdicts is. `again`
 # is a second answer: the other order where both were asked, else the repeats after the first.
 _READINGS = """
@@ -227,6 +228,8 @@ def _constitution(selection: Selection) -> str:
 
 def _comparisons(selection: Selection, kind: Source) -> Compared:
     """The readings that count in each comparison on which this source may know something."""
+    if kind == "human" and not selection.query(_LABELS)["n"][0]:
+        return {}
     escalate = selection.config["panel"].get("escalate") or {}
     strong, joined = set(escalate.get("to", ())), escalate.get("decides") == "all"
     found: Compared = {}
