@@ -2,6 +2,7 @@
 and precision (fp32).
 
     python -m benchmarks.grpo_speed
+    python -m benchmarks.grpo_speed --shared      # prompts and answers of several lengths
     python -m benchmarks.grpo_speed --quick       # a smaller model, 2 rounds: does it work?
 
 All contenders are in one process and take a step each in turns, so that whatever else the machine
@@ -9,6 +10,10 @@ does falls on all alike; CPU seconds of one thread, and their median over the ro
 first. A step is all of it: sampling, scoring, one update. The answers differ by chance, so figures
 are given a token too. TRL is taken as it comes, without gradient checkpointing, and with as many
 answers sampled at once. `in tiles` never has all logits in memory: what a large vocabulary needs.
+`prompts apart` computes a prompt for each of its answers, as TRL does.
+
+`--shared` compares our step with prompts computed once and with prompts apart, for prompts and
+answers of several lengths: the whole step, and the update alone.
 """
 
 from __future__ import annotations
@@ -18,14 +23,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table, write
 from benchmarks.gpu_ppo import reward
 
-TRL, OURS, TILES = "TRL 1.16", "ours", "ours, in tiles"
+TRL, OURS, TILES, APART = "TRL 1.16", "ours", "ours, in tiles", "ours, prompts apart"
+PROMPTS, ANSWERS = (30, 200, 600), (32, 128)  # tokens of prompts and answers of `--shared`
 TILE = 2**18  # numbers in a tile of logits, of the contender in tiles
 
 
@@ -70,8 +78,24 @@ def tile(numbers: int) -> Iterator[None]:
         collate.LOGITS_AT_ONCE = before
 
 
-def ours(model: str, turns: list[Any], s: argparse.Namespace, out: Path) -> Callable[[], Clock]:
-    """A function that does our next step; gives the clock of all of them."""
+@contextmanager
+def apart() -> Iterator[None]:
+    """No prompt is computed once for several answers."""
+    from prefab.trainers.rl import rollout
+
+    before, rollout.can_share = rollout.can_share, lambda _: False
+    try:
+        yield
+    finally:
+        rollout.can_share = before
+
+
+def ours(
+    model: str, turns: list[Any], s: argparse.Namespace, out: Path, prompt: int | None = None
+) -> Callable[[], Clock]:
+    """A function that does our next step; gives the clock of all of them. With `prompt` all prompts
+    have so many tokens, and all answers as many as they may.
+    """
     from prefab.trainers.rl import grpo, loop, rewards
 
     config = grpo.GrpoConfig(
@@ -91,6 +115,9 @@ def ours(model: str, turns: list[Any], s: argparse.Namespace, out: Path) -> Call
         threads=1,
     )
     t, clock = grpo.prepare_run(config, turns, rewards.single(reward)), Clock()
+    if prompt is not None:
+        t.prompt_ids = [(ids * -(-prompt // len(ids)))[-prompt:] for ids in t.prompt_ids]
+        t.ends[:] = [-1]  # the sampler's too
     sample = clock.timed(t.sampler.sample, lambda answers: [len(a.ids) for a in answers])
 
     class Timed:
@@ -120,7 +147,8 @@ def in_turns(model: str, turns: list[Any], s: argparse.Namespace, folder: Path) 
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    whole, tiled = (ours(model, turns, s, folder / name) for name in ("ours", "tiles"))
+    conditions = {OURS: nullcontext, TILES: partial(tile, TILE), APART: apart}
+    steps = {name: ours(model, turns, s, folder / str(k)) for k, name in enumerate(conditions)}
     clock, found = Clock(), {}
 
     class Turns(TrainerCallback):
@@ -133,9 +161,10 @@ def in_turns(model: str, turns: list[Any], s: argparse.Namespace, folder: Path) 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             """See transformers."""
             clock.stop()
-            found.update({TRL: clock.steps, OURS: whole().steps})
-            with tile(TILE):
-                found[TILES] = tiled().steps
+            found[TRL] = clock.steps
+            for name, condition in conditions.items():
+                with condition():
+                    found[name] = steps[name]().steps
 
     args = GRPOConfig(
         output_dir=str(folder / "trl"),
@@ -166,6 +195,52 @@ def in_turns(model: str, turns: list[Any], s: argparse.Namespace, folder: Path) 
         trainer._generate_single_turn, lambda found: [len(ids) for ids in found[0]]
     )
     trainer.train()
+    return found
+
+
+@contextmanager
+def timed_updates() -> Iterator[list[float]]:
+    """CPU seconds of each update's forwards and backwards."""
+    from prefab.trainers.rl import loop
+
+    gradient, seconds = loop._gradient, list[float]()
+
+    def timed(*args: Any) -> dict[str, float]:
+        began = time.process_time()
+        found = gradient(*args)
+        seconds.append(time.process_time() - began)
+        return found
+
+    loop._gradient = timed
+    try:
+        yield seconds
+    finally:
+        loop._gradient = gradient
+
+
+def by_lengths(model: str, turns: list[Any], s: argparse.Namespace, folder: Path) -> Any:
+    """Our steps by (tokens of prompts, of answers) and contender, which take turns."""
+    found = []
+    for prompt, answer in product(s.prompts, s.answers):
+        settings = argparse.Namespace(**{**vars(s), "max_new_tokens": answer})
+        place = folder / f"{prompt}-{answer}"
+        steps = {
+            name: ours(model, turns, settings, place / str(k), prompt)
+            for k, name in enumerate((OURS, APART))
+        }
+        seen: dict[str, Any] = {}
+        with timed_updates() as updates:
+            for _ in range(s.rounds):
+                for name, step in steps.items():
+                    with apart() if name == APART else nullcontext():
+                        seen[name] = step().steps
+                    seen[name][-1]["update_s"] = updates.pop()
+        medians = {
+            name: {key: statistics.median(x[key] for x in of[1:]) for key in of[0]}
+            for name, of in seen.items()
+        }
+        times = {key: medians[APART][key] / medians[OURS][key] for key in medians[OURS]}
+        found.append({"prompt": prompt, "answer": answer, **medians, "times": times})
     return found
 
 
@@ -200,11 +275,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--learning-rate", type=float, default=1e-6, help="So small that answers stay alike."
     )
+    parser.add_argument("--shared", action="store_true", help="Without TRL, by lengths.")
+    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, help="Of --shared.")
+    parser.add_argument("--answers", type=int, nargs="+", default=ANSWERS, help="Of --shared.")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 8 short answers.")
     s = parser.parse_args(arguments)
     if s.quick:
         s.model, s.rounds, s.batch, s.micro, s.group = "prefab-nano", 2, 8, 4, 4
-        s.max_new_tokens = 16
+        s.max_new_tokens, s.prompts, s.answers = 16, (60,), (8,)
     import torch
 
     from prefab.factory.engines.base import resolve_model
@@ -216,8 +294,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for p in grammar.prompts("train", s.rounds * s.batch // s.group, 3)
     ]
     with tempfile.TemporaryDirectory(prefix="grpo-speed-") as place:
-        steps = in_turns(resolve_model(s.model), turns, s, Path(place))
-    found = {name: figures(steps[name]) for name in (OURS, TILES, TRL)}
+        take = by_lengths if s.shared else in_turns
+        steps = take(resolve_model(s.model), turns, s, Path(place))
+    arguments_ = {key: str(value) for key, value in vars(s).items()}
+    if s.shared:
+        names_ = ("s", "sampling_s", "update_s")
+        table(
+            [
+                "prompt",
+                "answer",
+                *(f"{n}, {k}" for n in ("step", "sampling", "update") for k in ("apart", "times")),
+            ],
+            [
+                [
+                    row["prompt"],
+                    row["answer"],
+                    *(x[key] for key in names_ for x in (row[APART], row["times"])),
+                ]
+                for row in steps
+            ],
+        )
+        write("grpo_shared_prompts", s.quick, arguments=arguments_, results=steps)
+        return {"shared": steps}
+    found = {name: figures(steps[name]) for name in (OURS, TILES, APART, TRL)}
     names = ("tokens_per_cpu_s", "sampled_tokens_per_cpu_s", "updated_tokens_per_cpu_s")
     base = found[TRL]
     table(
@@ -227,7 +326,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             for name, f in found.items()
         ],
     )
-    arguments_ = {key: str(value) for key, value in vars(s).items()}
     write("grpo_speed", s.quick, arguments=arguments_, results=found)
     return found
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from prefab.factory.console import say
+from prefab.trainers.collate import compute_dtype
 from prefab.trainers.rl import noise
 
 if TYPE_CHECKING:
@@ -76,30 +77,43 @@ class StaticDecoder:
         self.cache = _static_cache(model, self.columns)
 
     def prefill(
-        self, model: Any, ids_BP: Tensor, attention_BP: Tensor, positions_BP: Tensor
+        self,
+        model: Any,
+        ids_GP: Tensor,
+        attention_GP: Tensor,
+        positions_GP: Tensor,
+        of_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(logits after each prompt B V; the mask of the tokens to come, B 1 1 columns, for
-        `decode`). The forward of prompts is not compiled: their lengths differ.
+        `decode`). The forward of prompts is not compiled: their lengths differ. `of_B` is the
+        number of each row's prompt; None: each row has its own.
         """
         import torch
 
         self.cache.reset()
         out = model(
-            input_ids=ids_BP,
-            attention_mask=attention_BP,
-            position_ids=positions_BP,
-            past_key_values=self.cache,
+            input_ids=ids_GP,
+            attention_mask=attention_GP,
+            position_ids=positions_GP,
+            past_key_values=self.cache if of_B is None else None,
             use_cache=True,
             logits_to_keep=1,
         )
+        logits_BV, attention_BP = out.logits[:, -1], attention_GP
+        if of_B is not None:
+            logits_BV, attention_BP = (x.index_select(0, of_B) for x in (logits_BV, attention_GP))
+            # under autocast a cache that grows holds values in the keys' type
+            dtype = compute_dtype(ids_GP.device, next(model.parameters()).dtype)
+            for layer, held in zip(self.cache.layers, out.past_key_values.layers, strict=True):
+                layer.update(*(x.to(dtype).index_select(0, of_B) for x in (held.keys, held.values)))
         mask_BC = torch.zeros(
-            len(ids_BP), self.columns, dtype=torch.bool, device=attention_BP.device
+            len(attention_BP), self.columns, dtype=torch.bool, device=attention_BP.device
         )
         mask_BC[:, : attention_BP.shape[1]] = attention_BP.bool()
         if _plain(model).config._attn_implementation == "eager":  # adds its mask
             lowest = torch.finfo(torch.float32).min
-            return out.logits[:, -1], torch.where(mask_BC, 0.0, lowest)[:, None, None]
-        return out.logits[:, -1], mask_BC[:, None, None]
+            return logits_BV, torch.where(mask_BC, 0.0, lowest)[:, None, None]
+        return logits_BV, mask_BC[:, None, None]
 
     def decode(
         self, model: Any, ids_B1: Tensor, mask_B11C: Tensor, positions_B1: Tensor, column: int

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 from prefab.trainers.registry import Stage
 from prefab.trainers.rl import checkpoint, loop, models, rollout
 from prefab.trainers.rl import policy_gradient as pg
+from prefab.trainers.rl.batches import Packed
 from prefab.trainers.rl.config import GrpoConfig
 from prefab.trainers.rl.rewards import Source
-from prefab.trainers.rl.rollout import Packed, Prompt
+from prefab.trainers.rl.rollout import Prompt
 from prefab.trainers.rl.state import Batch, GrpoRun, Method, State
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _in_groups(
 
 
 def _grpo_loss(
-    t: GrpoRun, batch: Batch, rows: list[int], packed: Packed
+    t: GrpoRun, batch: Batch, rows_B: Tensor, packed: Packed
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Clipped surrogate and KL, a token."""
     c, mask, n, once = t.config, packed.mask_BT, packed.mask_BT.shape[1], loop.in_one_pass(t)
@@ -98,9 +99,9 @@ def _grpo_loss(
         logps, entropy, _ = rollout.forward(t.policy, packed, c.temperature, entropy=once)
     if once:
         assert entropy is not None  # it was asked for
-        batch.logps[rows, :n], batch.entropy[rows, :n] = logps.detach(), entropy.detach()
+        batch.logps[rows_B, :n], batch.entropy[rows_B, :n] = logps.detach(), entropy.detach()
     old, reference, advantages = (
-        x[rows, :n] for x in (batch.logps, batch.reference, batch.advantages)
+        x[rows_B, :n] for x in (batch.logps, batch.reference, batch.advantages)
     )
     loss, clipped = pg.policy_loss(logps, old, advantages, mask, c.clip)
     policy_loss = loss
@@ -112,14 +113,14 @@ def _grpo_loss(
 
 
 def _rloo_loss(
-    t: GrpoRun, batch: Batch, rows: list[int], packed: Packed
+    t: GrpoRun, batch: Batch, rows_B: Tensor, packed: Packed
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Clipped surrogate of whole answers."""
     c, mask, n = t.config, packed.mask_BT, packed.mask_BT.shape[1]
     with t.accelerator.autocast():
         logps, *_ = rollout.forward(t.policy, packed, c.temperature)
-    new, old = (pg.answer_sums(x, mask) for x in (logps, batch.logps[rows, :n]))
-    loss, clipped = pg.policy_loss(new, old, batch.advantages[rows], mask[:, :1], c.clip)
+    new, old = (pg.answer_sums(x, mask) for x in (logps, batch.logps[rows_B, :n]))
+    loss, clipped = pg.policy_loss(new, old, batch.advantages[rows_B], mask[:, :1], c.clip)
     shift = pg.masked_sum(pg.kl_estimate(old, new.detach(), "k3"), mask[:, :1])
     return loss, (loss, loss, clipped, shift)
 

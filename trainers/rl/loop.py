@@ -29,10 +29,10 @@ from prefab.trainers.rl import policy_gradient as pg
 from prefab.trainers.rl.config import PpoConfig, RlConfig
 from prefab.trainers.rl.evaluation import calibrate, due, evaluate, rows_of, start, texts_of
 from prefab.trainers.rl.models import (
-    call_of,
     encoded_for_gold,
     learning_rates,
     measure_call,
+    packed_batches,
     policy_kl,
     prompts_for,
     rewards_for,
@@ -323,8 +323,7 @@ def _gradient(t: Run, batch: Batch, rows: list[int]) -> dict[str, float]:
     t.optimizer.zero_grad(set_to_none=True)
     mine = processes.share(rows)
     _set_mode(t, c.gradient_checkpointing)
-    for some in rollout.in_batches(batch.answers, mine, c.micro_batch, call_of(t)):
-        packed = rollout.pack([batch.answers[b] for b in some], device)
+    for some, packed in packed_batches(t, batch.answers, mine, training=True):
         loss, parts = t.method.loss(t, batch, some, packed)
         t.accelerator.backward(loss / n)
         sums += torch.stack([x.detach().to(sums) for x in parts]) / n  # read once, at the end

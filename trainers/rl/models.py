@@ -10,10 +10,11 @@ from prefab.factory.console import say
 from prefab.factory.errors import ConfigError
 from prefab.trainers import distributed
 from prefab.trainers.common import Lora, load_policy, load_tokenizer, with_lora
-from prefab.trainers.rl import checkpoint, processes, rewards, rollout
+from prefab.trainers.rl import batches, checkpoint, processes, rewards, rollout
+from prefab.trainers.rl.batches import Packed
 from prefab.trainers.rl.config import PpoConfig, RlConfig
 from prefab.trainers.rl.rewards import Source
-from prefab.trainers.rl.rollout import Packed, Prompt, SampledAnswer, TransformersSampler
+from prefab.trainers.rl.rollout import Prompt, SampledAnswer, TransformersSampler
 from prefab.trainers.rl.state import Method, Run, State
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def values_of(t: Run, packed: Packed, states_BTD: Tensor | None) -> Tensor:
     if "trunk" in t.critic:
         T = packed.mask_BT.shape[1]
         out = t.critic["trunk"](**packed.inputs(), logits_to_keep=1, output_hidden_states=True)
-        states_BTD = rollout.left(out.hidden_states[-1][:, -T:], packed)
+        states_BTD = batches.left(out.hidden_states[-1][:, -T:], packed)
     values_BT: Tensor = t.critic["head"](states_BTD).float()[..., 0]
     return values_BT
 
@@ -203,13 +204,27 @@ def measure_call(t: Run) -> None:
     """
     device = t.accelerator.device
     if device.type == "cuda" and not t.state.call:
-        t.state.call = processes.on_main(lambda: rollout.measured_call(t.policy, device))
+        t.state.call = processes.on_main(lambda: batches.measured_call(t.policy, device))
         say(f"a forward's overhead is worth {t.state.call:,} columns (measured)", stderr=True)
 
 
 def call_of(t: Run) -> int:
     """The columns that a forward's overhead is worth in this run."""
-    return t.state.call or rollout.default_call(t.accelerator.device)
+    return t.state.call or batches.default_call(t.accelerator.device)
+
+
+def packed_batches(
+    t: Run, answers: Sequence[SampledAnswer], rows: Sequence[int], training: bool = False
+) -> Iterator[tuple[Tensor, Packed]]:
+    """(rows, packed) of each micro-batch, for policy and reference. Answers share their prompts
+    where no value function reads them; models in `training` mode with gradient checkpointing keep
+    no cache.
+    """
+    share = t.critic is None and not (training and t.config.gradient_checkpointing)
+    models = [model for model in (t.policy, t.reference) if model is not None]
+    share = share and all(map(rollout.can_share, models))
+    most, device = t.config.micro_batch, t.accelerator.device
+    return batches.packed_batches(answers, rows, most, call_of(t), device, share)
 
 
 @contextmanager
@@ -235,13 +250,7 @@ def policy_kl(
         torch.zeros_like(mask, dtype=torch.float32) for _ in range(4)
     )
     with torch.no_grad(), t.accelerator.autocast():
-        for rows in rollout.in_batches(
-            answers,
-            processes.share(range(len(answers))),
-            t.config.micro_batch,
-            call_of(t),
-        ):
-            packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
+        for rows, packed in packed_batches(t, answers, processes.share(range(len(answers)))):
             n = packed.mask_BT.shape[1]
             if with_policy:
                 logps[rows, :n], entropy_BT, states = rollout.forward(
@@ -265,13 +274,7 @@ def reference_logps(t: Run, answers: Sequence[SampledAnswer]) -> list[float]:
 
     found_B = torch.zeros(len(answers), dtype=torch.float64, device=t.accelerator.device)
     with torch.no_grad(), t.accelerator.autocast(), as_reference(t) as reference:
-        for rows in rollout.in_batches(
-            answers,
-            processes.share(range(len(answers))),
-            t.config.micro_batch,
-            call_of(t),
-        ):
-            packed = rollout.pack([answers[b] for b in rows], t.accelerator.device)
+        for rows, packed in packed_batches(t, answers, processes.share(range(len(answers)))):
             logps = rollout.forward(reference, packed, t.config.temperature)[0].double()
             found_B[rows] = (logps * packed.mask_BT).sum(-1)
     processes.add_up(found_B)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from prefab.trainers.registry import Stage
 from prefab.trainers.rl import checkpoint, loop, models, rewards, rollout
 from prefab.trainers.rl import policy_gradient as pg
+from prefab.trainers.rl.batches import Packed
 from prefab.trainers.rl.config import PpoConfig
 from prefab.trainers.rl.rewards import Source
-from prefab.trainers.rl.rollout import Packed, Prompt, SampledAnswer
+from prefab.trainers.rl.rollout import Prompt, SampledAnswer
 from prefab.trainers.rl.state import Batch, Method, PpoRun, State
 from prefab.trainers.steps import step_tokens
 
@@ -77,13 +78,13 @@ def _step_rewards(
 
 
 def _loss(
-    t: PpoRun, batch: Batch, rows: list[int], packed: Packed
+    t: PpoRun, batch: Batch, rows_B: Tensor, packed: Packed
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Clipped surrogate, value loss and entropy bonus."""
     c, mask, n = t.config, packed.mask_BT, packed.mask_BT.shape[1]
     assert batch.values is not None and batch.returns is not None
     old, old_values, advantages, returns = (
-        x[rows, :n] for x in (batch.logps, batch.values, batch.advantages, batch.returns)
+        x[rows_B, :n] for x in (batch.logps, batch.values, batch.advantages, batch.returns)
     )
     with t.accelerator.autocast():
         logps, entropy, states = rollout.forward(

@@ -8,11 +8,11 @@ would be wrong from the first step.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, data
@@ -20,15 +20,20 @@ from prefab.trainers.chat import Turn, chat_text, check_tools, dialect, ids_of, 
 from prefab.trainers.data import DataConfig
 from prefab.trainers.rl import decoding, noise, processes
 from prefab.trainers.rl import policy_gradient as pg
+from prefab.trainers.rl.batches import (
+    Packed,
+    default_call,
+    in_batches,
+    left,
+    left_padded,
+    numbered,
+    pack,
+    to_device,
+)
 from prefab.trainers.tiled_head import can_tile, tiled_entropy, tiled_logps
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Columns that the overhead of a forward is worth. On a CPU a constant, so that a run has the same
-# bits every time; on a GPU, which computes thousands of columns in the time that launching a small
-# model's kernels takes, it is measured (`measured_call`), and MOST_CALL bounds it.
-CALL_CPU, CALL, MOST_CALL = 64, 2048, 65_536
 
 # Tokens after which the compiled sampler looks whether all rows have ended.
 LOOK = 16
@@ -127,34 +132,6 @@ class TransformersSampler:
 
     def check(self, gap: float) -> None:
         """Nothing to check: these are the weights that train."""
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """Prompts and answers as one batch that ends at the right edge, so that short rows cost no
-    columns.
-
-    Shapes: ids, attention and positions B L; the answers are the last T columns, an answer shorter
-    than T at their end. `mask_BT` is True on real tokens of answers aligned at the left, and
-    `shift_B` the columns that aligning skips.
-    """
-
-    ids_BL: Tensor
-    attention_BL: Tensor
-    positions_BL: Tensor
-    mask_BT: Tensor
-    shift_B: Tensor
-
-    def inputs(self) -> dict[str, Any]:
-        """What a model is called with, B L-1: each token is predicted from those before it, the
-        last predicts none.
-        """
-        return {
-            "input_ids": self.ids_BL[:, :-1],
-            "attention_mask": self.attention_BL[:, :-1],
-            "position_ids": self.positions_BL[:, :-1],
-            "use_cache": False,
-        }
 
 
 def prompts_of(config: DataConfig | None, watched: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -359,7 +336,8 @@ def _sample_batch(
 
     device, cache = next(model.parameters()).device, None
     draws = noise.noise_for(seeds, device)
-    ids, attention, positions = _left_padded(prompts, device)
+    distinct, of_B = _once_each(model, prompts, device)
+    ids, attention, positions = left_padded(distinct, device)
     stops, alive = torch.tensor(ends, device=device), torch.arange(len(prompts), device=device)
     new_BT = torch.zeros(len(prompts), most, dtype=torch.long, device=device)
     logps_BT = torch.zeros(len(prompts), most, device=device)
@@ -373,8 +351,12 @@ def _sample_batch(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = out.past_key_values
-        logits = out.logits[:, -1]
+        cache, logits = out.past_key_values, out.logits[:, -1]
+        if t == 0 and of_B is not None:
+            _select_rows(cache, of_B)
+            logits, attention, positions = (
+                x.index_select(0, of_B) for x in (logits, attention, positions)
+            )
         tokens, logps = noise.next_tokens(logits, draws.rows(logits.shape[1]), temperature)
         new_BT[alive, t], logps_BT[alive, t] = tokens, logps
         ended_B[alive] |= torch.isin(tokens, stops)
@@ -413,12 +395,14 @@ def _sample_static(
 
     device, more = next(model.parameters()).device, decoder.rows - len(prompts)
     draws = noise.noise_for([*seeds, *[0] * more], device)
-    ids, attention, positions = _left_padded([*prompts, *[prompts[0]] * more], device)
+    distinct, of_B = _once_each(model, [*prompts, *[prompts[0]] * more], device)
+    ids, attention, positions = left_padded(distinct, device)
     stops, before = torch.tensor(ends, device=device), ids.shape[1]
     new_BT = torch.zeros(decoder.rows, most, dtype=torch.long, device=device)
     logps_BT = torch.zeros(decoder.rows, most, device=device)
     ended_B = torch.arange(decoder.rows, device=device) >= len(prompts)
-    logits_BV, mask = decoder.prefill(model, ids, attention, positions)
+    logits_BV, mask = decoder.prefill(model, ids, attention, positions, of_B)
+    positions = positions if of_B is None else positions.index_select(0, of_B)
     for t in range(most):
         tokens, logps_BT[:, t] = decoder.next_tokens(logits_BV, draws, temperature)
         new_BT[:, t] = tokens
@@ -428,6 +412,18 @@ def _sample_static(
         positions = positions[:, -1:] + 1
         logits_BV = decoder.decode(model, tokens[:, None], mask, positions, before + t)
     return _answers(prompts, new_BT[:, : t + 1], logps_BT, ends)
+
+
+def _once_each(
+    model: Any, prompts: list[list[int]], device: Any
+) -> tuple[list[list[int]], Tensor | None]:
+    """(the prompts to compute; the number of each row's prompt among them, None where that is its
+    own place).
+    """
+    distinct, of = numbered(prompts)
+    if len(distinct) == len(prompts) or not can_share(model):
+        return prompts, None
+    return distinct, to_device(of, device)
 
 
 def _answers(
@@ -440,51 +436,6 @@ def _answers(
         SampledAnswer(prompt, new[b][: lengths[b]], logps[b][: lengths[b]], ended)
         for b, (prompt, ended) in enumerate(zip(prompts, ended_B.tolist(), strict=False))
     ]
-
-
-def _left_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, attention, positions), each B L: every row ends at the right edge and counts positions
-    from its own start.
-
-    The padding's id is 0: nothing attends to it.
-    """
-    import torch
-
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    attention = torch.tensor(
-        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device
-    )
-    return ids, attention, (attention.cumsum(-1) - 1).clamp(min=0)
-
-
-def pack(answers: Sequence[SampledAnswer], device: Any) -> Packed:
-    """Answers with their prompts as one batch for `forward`."""
-    import torch
-
-    ids, attention, positions = _left_padded([a.prompt + a.ids for a in answers], device)
-    lengths = [len(a.ids) for a in answers]
-    lengths_B, T = torch.tensor(lengths, device=device), max(lengths)
-    return Packed(
-        ids,
-        attention,
-        positions,
-        torch.arange(T, device=device)[None] < lengths_B[:, None],
-        T - lengths_B,
-    )
-
-
-def left(x_BT: Tensor, packed: Packed) -> Tensor:
-    """The last T columns, aligned at the left (B T or B T D); what then stands outside the mask is
-    arbitrary.
-    """
-    import torch
-
-    T = packed.mask_BT.shape[1]
-    columns_BT = (torch.arange(T, device=x_BT.device)[None] + packed.shift_B[:, None]).clamp(
-        max=T - 1
-    )
-    return x_BT[torch.arange(len(x_BT), device=x_BT.device)[:, None], columns_BT]
 
 
 def forward(
@@ -505,7 +456,7 @@ def forward(
     all_BTV, states = _predicted(model, packed, temperature, hidden)
     logps_BT = all_BTV.gather(-1, packed.ids_BL[:, -T:, None])[..., 0]
     entropy_BT = left(pg.entropy(all_BTV), packed) if entropy else None
-    return left(logps_BT, packed), entropy_BT, left(states[-1][:, -T:], packed) if hidden else None
+    return left(logps_BT, packed), entropy_BT, left(states, packed) if hidden else None
 
 
 def _in_tiles(model: Any, packed: Packed) -> bool:
@@ -522,18 +473,16 @@ def _forward_in_tiles(
     model: Any, packed: Packed, temperature: float, hidden: bool, entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `forward`, without all logits in memory, and none for padding."""
-    import torch
-
     T, head = packed.mask_BT.shape[1], model.get_output_embeddings()
-    out = model(**packed.inputs(), logits_to_keep=1, output_hidden_states=True)
-    states_BTD = out.hidden_states[-1][:, -T:]
-    real_BT = torch.arange(T, device=states_BTD.device)[None] >= packed.shift_B[:, None]
-    states_ND, token_N = states_BTD[real_BT] / temperature, packed.ids_BL[:, -T:][real_BT]
+    states_BTD = _run(model, packed, 1, True)[1]
+    packed_N, left_N = packed.places()
+    states_ND = states_BTD.flatten(0, 1).index_select(0, packed_N) / temperature
+    token_N = packed.ids_BL[:, -T:].flatten().index_select(0, packed_N)
     bias = None if head.bias is None else head.bias / temperature
     arguments = states_ND, head.weight, bias, token_N, collate.LOGITS_AT_ONCE
     found = tiled_entropy(*arguments) if entropy else (tiled_logps(*arguments),)
     logps_BT, *entropies = (
-        left(torch.zeros_like(real_BT, dtype=x_N.dtype).masked_scatter(real_BT, x_N), packed)
+        x_N.new_zeros(packed.mask_BT.numel()).index_copy(0, left_N, x_N).view_as(packed.mask_BT)
         for x_N in found
     )
     states = left(states_BTD, packed) if hidden else None
@@ -543,79 +492,88 @@ def _forward_in_tiles(
 def _predicted(
     model: Any, packed: Packed, temperature: float, hidden: bool = False
 ) -> tuple[Tensor, Any]:
-    """(log-probabilities of all tokens at each of the last T columns, B T V; hidden states where
-    asked).
+    """(log-probabilities of all tokens at each of the last T columns, B T V; their last hidden
+    states where asked).
     """
-    out = model(
-        **packed.inputs(), logits_to_keep=packed.mask_BT.shape[1], output_hidden_states=hidden
-    )
-    return (out.logits.float() / temperature).log_softmax(-1), out.hidden_states
+    logits_BTV, states_BTD = _run(model, packed, packed.mask_BT.shape[1], hidden)
+    return (logits_BTV.float() / temperature).log_softmax(-1), states_BTD
 
 
-def default_call(device: Any) -> int:
-    """The columns that a forward's overhead is worth where nothing was measured."""
-    return CALL_CPU if device.type == "cpu" else CALL
-
-
-def measured_call(model: Any, device: Any) -> int:
-    """The columns that a forward's overhead is worth for this model on this GPU."""
+def _run(model: Any, packed: Packed, keep: int, hidden: bool) -> tuple[Tensor, Any]:
+    """(logits that predict the last `keep` tokens; where asked, the last hidden states that predict
+    the last T, B T D).
+    """
     import torch
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(rows: int, columns: int) -> float:
-        ids = torch.zeros(rows, columns, dtype=torch.long, device=device)
-        took = []
-        for _ in range(4):  # the first one warms up
-            wait()
-            began = time.perf_counter()
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
-            wait()
-            took.append(time.perf_counter() - began)
-        return min(took[1:])
-
-    with torch.no_grad():
-        return call_of_times(seconds(1, 16), seconds(32, 256), seconds(64, 256), 32 * 256)
-
-
-def call_of_times(least_s: float, some_s: float, more_s: float, columns: int) -> int:
-    """The columns that take as long as the overhead: `least_s` of a forward of hardly any columns,
-    `more_s` of one with `columns` more than that of `some_s`.
-    """
-    a_column_s = (more_s - some_s) / columns
-    if a_column_s * MOST_CALL <= least_s:  # also where it is not positive
-        return MOST_CALL
-    return max(CALL_CPU, round(least_s / a_column_s))
-
-
-def in_batches(
-    answers: Sequence[SampledAnswer], rows: Sequence[int], batch: int, call: int
-) -> list[list[int]]:
-    """`rows` (places in `answers`) in batches of at most `batch`, the longest first: what does not
-    fit fails at once.
-
-    Rows of like length are together, cut where all is cheapest: columns, padding too, and the
-    overhead of each forward, worth `call` columns.
-    """
-    order = sorted(rows, key=lambda i: -len(answers[i].prompt) - len(answers[i].ids))
-    length = [len(answers[i].prompt) + len(answers[i].ids) for i in order]
-    cheapest = [
-        (0, 0)
-    ]  # for the first n rows: (their cost, where the last of their batches begins)
-    for n in range(1, len(order) + 1):
-        cheapest.append(
-            min(
-                (cheapest[k][0] + call + length[k] * (n - k), k)
-                for k in range(max(0, n - batch), n)
-            )
+    T, shared = packed.mask_BT.shape[1], packed.prompts
+    if shared is None:
+        out = model(**packed.inputs(), logits_to_keep=keep, output_hidden_states=hidden)
+        return out.logits, out.hidden_states[-1][:, -T:] if hidden else None
+    out = model(**shared.inputs(), output_hidden_states=hidden)
+    logits = [out.logits[:, -1:].index_select(0, shared.of_B)]
+    states = [out.hidden_states[-1][:, -1:].index_select(0, shared.of_B)] if hidden else []
+    if T > 1:
+        _select_rows(out.past_key_values, shared.of_B)
+        rest = model(
+            **packed.inputs(),
+            past_key_values=out.past_key_values,
+            logits_to_keep=min(keep, T - 1),
+            output_hidden_states=hidden,
         )
-    found, n = [], len(order)
-    while n:
-        found.append(order[cheapest[n][1] : n])
-        n = cheapest[n][1]
-    return found[::-1]
+        logits.append(rest.logits)
+        states += [rest.hidden_states[-1]] if hidden else []
+    return torch.cat(logits, 1)[:, -keep:], torch.cat(states, 1) if hidden else None
+
+
+def _select_rows(cache: Any, rows_B: Tensor) -> None:
+    """Make a cache one of these rows, which may come several times. Not by the cache's own
+    `batch_select_indices`: the gradient of an index adds up in no fixed order on several threads.
+    """
+    for layer in cache.layers:
+        layer.keys = layer.keys.index_select(0, rows_B)
+        layer.values = layer.values.index_select(0, rows_B)
+
+
+_can_share: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def can_share(model: Any) -> bool:
+    """Whether answers to one prompt can share its keys and values: with layers that attend to all
+    tokens or to a window, where a trial on a few tokens gives what separate rows give. Tried once a
+    model.
+    """
+    if model not in _can_share:
+        _can_share[model] = _shares_in_trial(model)
+    return _can_share[model]
+
+
+def _shares_in_trial(model: Any) -> bool:
+    import torch
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    config, weight = model.config.get_text_config(), next(model.parameters())
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    if chunked or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return False
+    ids = [[(7 * i + j) % config.vocab_size for j in range(2 + i)] for i in range(4)]
+    answers = [
+        SampledAnswer(prompt, answer, [], True) for prompt in ids[1:3] for answer in ids[::3] * 2
+    ]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            apart, together = (
+                forward(model, pack(answers, weight.device, call), 1.0)[0] for call in (None, 0)
+            )
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        model.train(training)
+    mask = pack(answers, weight.device).mask_BT
+    off = float((apart - together)[mask].abs().max())
+    return off < (1e-3 if weight.dtype == torch.float32 else 0.1)
 
 
 def sampler_gap(

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from prefab.trainers.rl.batches import Packed
 from prefab.trainers.rl.config import GrpoConfig, PpoConfig, RlConfig
 from prefab.trainers.rl.overoptimization import CachedEval, Evaluation
 from prefab.trainers.rl.rewards import Scales, Source
-from prefab.trainers.rl.rollout import Ahead, Packed, Prompt, SampledAnswer, Sampler
+from prefab.trainers.rl.rollout import Ahead, Prompt, SampledAnswer, Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,7 @@ class Method:
     whole_answers: bool
     scores_alone: bool
     advantages: Callable[[Any, Batch, Sequence[float], Sequence[int], dict[str, Any]], Tensor]
-    loss: Callable[[Any, Batch, list[int], Packed], tuple[Tensor, tuple[Tensor, ...]]]
+    loss: Callable[[Any, Batch, Tensor, Packed], tuple[Tensor, tuple[Tensor, ...]]]
     reported: tuple[str, ...]
 
 

@@ -15,7 +15,8 @@ from prefab.factory.errors import ConfigError
 from prefab.trainers import collate, common
 from prefab.trainers.common import COMPLETE, Lora, TrainError, load_policy
 from prefab.trainers.registry import STAGES
-from prefab.trainers.rl import checkpoint, grpo, loop, rewards, rollout
+from prefab.trainers.rl import batches, checkpoint, grpo, loop, rewards, rollout
+from prefab.trainers.rl import models as models_of
 from tests.support import answer_world as aw
 from tests.support import exact_optimum, tinymodel
 
@@ -211,6 +212,7 @@ def test_a_step_of_one_update_takes_everything_from_one_forward(
         return forward(*rest, **more)
 
     monkeypatch.setattr(rollout, "forward", counted)
+    monkeypatch.setattr(rollout, "can_share", lambda _: True)  # without its trial
     _, once = train(make(out=str(tmp_path / "once"), reference=reference))
     n = len(calls)
     with monkeypatch.context() as patched:
@@ -223,6 +225,50 @@ def test_a_step_of_one_update_takes_everything_from_one_forward(
     a, b = weights(tmp_path / "once/policy"), weights(tmp_path / "twice/policy")
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
     assert once[0]["entropy"] > 0.1 and once[0]["kl"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "at_once"),
+    [({}, 20), ({"minibatches": 2}, 2**26), ({"method": "rloo"}, 2**26)],  # at_once: in tiles
+    ids=str,
+)
+def test_a_run_whose_answers_share_their_prompts_is_the_same(
+    make, models, tmp_path, monkeypatch, changes, at_once
+):
+    """The same metrics and weights as where each answer has its prompt in a row of its own."""
+    monkeypatch.setattr(collate, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(batches, "CALL_CPU", 0)  # these prompts are short: a forward costs more
+    pack, found = batches.pack, []
+    for share in (True, False):
+        packed = []
+        monkeypatch.setattr(rollout, "can_share", lambda _, share=share: share)
+        monkeypatch.setattr(
+            batches, "pack", lambda *a, packed=packed: packed.append(pack(*a)) or packed[-1]
+        )
+        more = {"out": str(tmp_path / str(share)), "reference": str(models / "reference")}
+        found.append(train(make(**changes, **more, max_new_tokens=3))[1])
+        assert share == any(some.prompts is not None for some in packed)
+    for one, other in zip(*found, strict=True):
+        del one["times"], other["times"]
+        assert one == pytest.approx(other, abs=1e-5)
+    a, b = (weights(tmp_path / name / "policy") for name in ("True", "False"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+def test_layers_with_gradient_checkpointing_keep_no_cache(make, monkeypatch):
+    """They share in the forwards before the update alone."""
+    monkeypatch.setattr(batches, "CALL_CPU", 0)
+    config = make(gradient_checkpointing=True, reference=None)
+    t = grpo.prepare_run(config, PROMPTS, rewards.single(WORLD.reward))
+    _, answers, _ = drawn(t)
+    shared = [
+        {
+            packed.prompts is not None
+            for _, packed in models_of.packed_batches(t, answers, range(16), training)
+        }
+        for training in (False, True)
+    ]
+    assert shared == [{True}, {False}]
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])

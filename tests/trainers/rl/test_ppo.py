@@ -17,6 +17,7 @@ import itertools
 from prefab.factory.errors import ConfigError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
 from prefab.trainers.rl import (
+    batches,
     checkpoint,
     evaluation,
     loop,
@@ -132,7 +133,7 @@ def test_one_process_trains_in_one_precision_after_another(make, tmp_path):
         mask, logps, *_ = models.policy_kl(t, answers)
         gaps[k] = (rollout.sampler_logps(answers, mask) - logps)[mask].abs()
         with torch.no_grad():
-            packed = rollout.pack(answers, t.accelerator.device)
+            packed = batches.pack(answers, t.accelerator.device)
             exact, _, _ = rollout.forward(t.policy, packed, t.config.temperature)
         off[k] = (exact - logps)[mask].abs().max()
     assert gaps[0].equal(gaps[2]) and 0 < gaps[0].max() < 1e-5
@@ -253,7 +254,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(make, tmp_path):
 def test_what_was_measured_of_forwards_goes_on_with_the_run(make):
     t = ppo.prepare_run(make(), PROMPTS, rewards.single(WORLD.reward))
     checkpoint.restore(t)
-    assert models.call_of(t) == rollout.CALL_CPU
+    assert models.call_of(t) == batches.CALL_CPU
     t.state.call = 500
     checkpoint.save(t)
     again = ppo.prepare_run(make(), PROMPTS, rewards.single(WORLD.reward))
@@ -397,7 +398,7 @@ def test_a_minibatch_follows_the_gradient_of_the_whole_loss(make):
     advantages, returns = noise(), noise()
     loss = torch.zeros(())
     for b, answer in enumerate(answers):
-        packed = rollout.pack([answer], torch.device("cpu"))
+        packed = batches.pack([answer], torch.device("cpu"))
         new, entropy, states = rollout.forward(t.policy, packed, 1.0, True, True)
         value = models.values_of(t, packed, states)
         for i in range(len(answer.ids)):

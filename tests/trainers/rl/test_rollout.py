@@ -16,12 +16,12 @@ pytest.importorskip("transformers")
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers import collate
+from prefab.trainers.rl import batches, rollout
 from prefab.trainers.rl import policy_gradient as pg
-from prefab.trainers.rl import rollout
 from tests.support.tinymodel import build_tokenizer
 
 torch.set_num_threads(1)
-END, CALL = 2, rollout.CALL_CPU
+END, CALL = 2, batches.CALL_CPU
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def test_the_samplers_log_probabilities_are_those_of_a_plain_forward(model):
 def test_training_forward_is_a_plain_forward_whatever_the_batch(model, in_tiles, monkeypatch):
     monkeypatch.setattr(collate, "LOGITS_AT_ONCE", 60 if in_tiles else 2**26)
     done = answers(model)
-    for rows in rollout.in_batches(done, range(len(done)), 4, CALL):
-        packed = rollout.pack([done[i] for i in rows], None)
+    for rows in batches.in_batches(done, range(len(done)), 4, CALL):
+        packed = batches.pack([done[i] for i in rows], None)
         with torch.no_grad():
             logps, entropy, states = rollout.forward(model, packed, 0.7, hidden=True, entropy=True)
         assert packed.mask_BT.sum(-1).tolist() == [len(done[i].ids) for i in rows]
@@ -100,7 +100,7 @@ def test_training_forward_is_a_plain_forward_whatever_the_batch(model, in_tiles,
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_a_forward_in_tiles_has_the_gradients_of_the_whole_one(model, entropy, monkeypatch):
-    packed = rollout.pack(answers(model)[:6], None)
+    packed = batches.pack(answers(model)[:6], None)
     weight = torch.randn(packed.mask_BT.shape, generator=torch.Generator().manual_seed(1))
     found = []
     for limit in (2**26, 60):
@@ -120,16 +120,16 @@ def test_a_forward_in_tiles_has_the_gradients_of_the_whole_one(model, entropy, m
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=9), st.integers(1, 4))
 def test_batches_hold_every_row_and_no_way_to_cut_them_is_cheaper(lengths, most):
     done = [rollout.SampledAnswer([1], [2] * n, [], True) for n in lengths]
-    batches = rollout.in_batches(done, range(len(done)), most, CALL)
-    assert sorted(i for rows in batches for i in rows) == list(range(len(done)))
-    assert max(map(len, batches)) <= most
-    order = [i for rows in batches for i in rows]
+    found = batches.in_batches(done, range(len(done)), most, CALL)
+    assert sorted(i for rows in found for i in rows) == list(range(len(done)))
+    assert max(map(len, found)) <= most
+    order = [i for rows in found for i in rows]
     assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
 
     def cost(sizes):
         ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
         return sum(
-            rollout.CALL_CPU + (1 + lengths[order[end - n]]) * n
+            batches.CALL_CPU + (1 + lengths[order[end - n]]) * n
             for n, end in zip(sizes, ends, strict=True)
         )
 
@@ -140,23 +140,23 @@ def test_batches_hold_every_row_and_no_way_to_cut_them_is_cheaper(lengths, most)
             else [[k, *rest] for k in range(1, min(n, most) + 1) for rest in ways(n - k)]
         )
 
-    assert cost([len(rows) for rows in batches]) == min(map(cost, ways(len(done))))
+    assert cost([len(rows) for rows in found]) == min(map(cost, ways(len(done))))
 
 
 @pytest.mark.slow
 def test_a_forwards_overhead_by_hand(model):
     """8,192 columns more take 20 ms more, so the overhead of 10 ms is worth 4,096 of them."""
-    assert rollout.call_of_times(0.01, 0.05, 0.07, 8192) == 4096
-    assert rollout.call_of_times(1e-6, 0.05, 0.07, 8192) == rollout.CALL_CPU
-    assert rollout.call_of_times(0.5, 0.05, 0.07, 8192) == rollout.MOST_CALL
-    assert rollout.call_of_times(0.01, 0.07, 0.05, 8192) == rollout.MOST_CALL  # only noise
-    measured = rollout.measured_call(model, torch.device("cpu"))
-    assert rollout.CALL_CPU <= measured <= rollout.MOST_CALL
+    assert batches.call_of_times(0.01, 0.05, 0.07, 8192) == 4096
+    assert batches.call_of_times(1e-6, 0.05, 0.07, 8192) == batches.CALL_CPU
+    assert batches.call_of_times(0.5, 0.05, 0.07, 8192) == batches.MOST_CALL
+    assert batches.call_of_times(0.01, 0.07, 0.05, 8192) == batches.MOST_CALL  # only noise
+    measured = batches.measured_call(model, torch.device("cpu"))
+    assert batches.CALL_CPU <= measured <= batches.MOST_CALL
 
 
 def test_the_gap_is_measured(model):
     done = answers(model)
-    packed = rollout.pack(done, None)
+    packed = batches.pack(done, None)
     with torch.no_grad():
         logps, _, _ = rollout.forward(model, packed, 0.7)
         wrong, _, _ = rollout.forward(
@@ -217,7 +217,7 @@ def test_answers_found_by_one_forward_are_those_drawn_token_by_token(model, shif
     ]
     for one, other in zip(found, drawn, strict=True):
         assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=2e-5)
-    assert (len(calls) == len(rollout.in_batches(before, range(len(before)), 50, CALL))) == (
+    assert (len(calls) == len(batches.in_batches(before, range(len(before)), 50, CALL))) == (
         shift == 0
     ), calls
 
@@ -233,7 +233,7 @@ def test_rows_that_leave_the_batch_change_nothing_for_those_that_stay(model):
 
 def test_a_mask_covers_the_answer_up_to_its_end(model):
     done = answers(model)
-    packed = rollout.pack(done, None)
+    packed = batches.pack(done, None)
     rows = torch.tensor([a.ids + [END] * (packed.mask_BT.shape[1] - len(a.ids)) for a in done])
     assert torch.equal(
         pg.answer_mask(rows, [END])[0] | ~packed.mask_BT, torch.ones_like(packed.mask_BT)

@@ -16,6 +16,7 @@ from prefab.factory.engines.vllm_process import VllmProcess, command_line, envir
 from prefab.factory.errors import EngineError, TransportError
 from prefab.trainers.common import Lora, TrainError, checkpoints, load_policy
 from prefab.trainers.rl import (
+    batches,
     checkpoint,
     grpo,
     loop,
@@ -349,7 +350,7 @@ class Served:
         words = [2 + body["seed"] // 7 % 3, 2 + body["seed"] // 3 % 3][: 1 + body["seed"] % 2]
         one = rollout.SampledAnswer(body["prompt"], [*words, aw.END], [], True)
         with torch.no_grad():
-            logps, *_ = rollout.forward(self.policy(), rollout.pack([one], "cpu"), 1.0)
+            logps, *_ = rollout.forward(self.policy(), batches.pack([one], "cpu"), 1.0)
         return answer(body, one.ids, logps[0].tolist())
 
     def policy(self):
@@ -438,7 +439,7 @@ def test_the_served_policy_is_the_trained_one(tmp_path, lora):
 
     def gap():
         with torch.no_grad():
-            packed = rollout.pack(answers, "cpu")
+            packed = batches.pack(answers, "cpu")
             logps, *_ = rollout.forward(t.policy, packed, config.temperature)
         return rollout.sampler_gap(answers, logps, packed.mask_BT)[0]
 
