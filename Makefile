@@ -22,7 +22,7 @@ demo: setup      ## the whole loop on the embedded world, with the truth beside 
 real: setup      ## the whole loop on real questions, with a small real model from the package index
 	@$(BIN)/prefab demo --real --store real-store
 
-# One process more than this one may use cores; a file's tests stay in one process (they share servers and models), and
+# Two processes more than this one may use cores; a file's tests stay in one process (they share servers and models), and
 # files are handed out in the order of tests/conftest.py, the longest first. Another number: make test JOBS=4
 JOBS ?= auto
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

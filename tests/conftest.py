@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support.fork_server import KINDS, ForkServer, fork_server
+from tests.support.fork_server import ForkServer, fork_server
 
 for name, examples in (("prefab", 30), ("thorough", 500)):  # the second: `make test-slow`
     settings.register_profile(
@@ -97,23 +97,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """The processes of `-n auto`: one a core that this process may use, and one more, because tests
+    """The processes of `-n auto`: one a core that this process may use, and two more, because tests
     of servers and signals wait more than they work.
     """
     affinity = getattr(os, "sched_getaffinity", None)
-    return 1 + (len(affinity(0)) if affinity else os.cpu_count() or 1)
+    return 2 + (len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of pytest-xdist are forks of one that has imported torch and others, which would
+    take each of them ten seconds.
+    """
+    if hasattr(config, "workerinput") or set(config.getoption("tx", ())) != {"popen"}:
+        return
+    servers = config.stash.setdefault(SERVERS, {})
+    for kind, of in (("tests", ""), ("training", "tests"), ("prefab", "")):
+        server = fork_server(kind, servers.get(of, ""))
+        servers[kind] = server.__enter__().address
+        config.add_cleanup(partial(server.__exit__, None, None, None))
+    python = ForkServer(servers["tests"]).python()
+    config.option.tx = [f"popen//python={python}"] * len(config.option.tx)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node) -> None:
     """All processes of pytest-xdist share the servers that fork, which import when first used."""
-    servers = node.config.stash.setdefault(SERVERS, {})
-    for kind in KINDS:
-        if kind not in servers:
-            server = fork_server(kind)
-            servers[kind] = server.__enter__().address
-            node.config.add_cleanup(partial(server.__exit__, None, None, None))
-    node.workerinput["fork_servers"] = servers
+    node.workerinput["fork_servers"] = node.config.stash.get(SERVERS, {})
 
 
 def fork_servers(config: pytest.Config, kind: str) -> AbstractContextManager[ForkServer]:

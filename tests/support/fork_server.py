@@ -39,7 +39,15 @@ TRAINING = (
     *("prefab.pipelines.training.online", "prefab.trainers.registry", "prefab.trainers.model_card"),
     *("prefab.trainers.offline.loop", "prefab.trainers.rl.grpo", "prefab.trainers.rl.ppo"),
 )
-KINDS = {"prefab": PREFAB, "training": TRAINING}
+# Other packages alone: coverage sees only what is imported after it has begun, and pytest rewrites
+# assertions only in what is imported after itself.
+OTHERS = (
+    *("aiohttp", "duckdb", "jinja2", "numpy", "pandas", "polars", "pyarrow.parquet", "uvloop"),
+    *("pydantic", "rich.table", "scipy.optimize", "scipy.stats", "sympy", "typer", "yaml"),
+    *("torch", "accelerate", "datasets", "transformers.models.llama.modeling_llama", "trl"),
+    *("tokenizers", "torch._dynamo"),
+)
+KINDS = {"prefab": PREFAB, "training": TRAINING, "tests": OTHERS}
 
 
 class Forked:
@@ -126,10 +134,13 @@ class ForkServer:
                 texts.append(file.read())
         return subprocess.CompletedProcess(job["words"], code, *texts)
 
+    def python(self) -> str:
+        """A command that takes the words after `python`, and has the program's input and output."""
+        return shlex.join([sys.executable, "-IS", __file__, self.address])
+
     def shell(self) -> str:
         """Functions for a shell script: `python` and `prefab`."""
-        client = shlex.join([sys.executable, "-IS", __file__, self.address])
-        return f'python() {{ {client} "$@"; }}\nprefab() {{ python -m {COMMAND} "$@"; }}\n'
+        return f'python() {{ {self.python()} "$@"; }}\nprefab() {{ python -m {COMMAND} "$@"; }}\n'
 
 
 def job_of(words: Sequence[object], cwd: Path, env: dict[str, str] | None) -> dict[str, Any]:
@@ -161,6 +172,7 @@ def serve(address: str, kind: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
+    ready = False
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("ready", flush=True)
     while True:
@@ -175,7 +187,8 @@ def serve(address: str, kind: str) -> None:
             gc.unfreeze()  # else DuckDB's types outlive the interpreter, and it prints a list of them
             return
         connection, _ = listener.accept()
-        if not gc.get_freeze_count():
+        if not ready:
+            ready = True
             for name in KINDS[kind]:
                 importlib.import_module(name)
             gc.freeze()  # a collection in a fork leaves these objects' pages shared
@@ -255,8 +268,9 @@ def begin(job: dict[str, Any], files: list[int]) -> None:
 def execute(words: list[str]) -> None:
     """The program that the words after `python` name."""
     import runpy
+    import types
 
-    first, *more = words
+    first, *more = words[words[:1] == ["-u"] :]  # pytest-xdist's -u: it writes no text to stdout
     if first == "-m" and more[0] == COMMAND:
         sys.argv = ["prefab", *more[1:]]
         sys.modules[COMMAND].main()
@@ -268,7 +282,8 @@ def execute(words: list[str]) -> None:
         sys.path.insert(0, "")
         source = more.pop(0) if first == "-c" else sys.stdin.read()
         sys.argv = [first, *more]
-        exec(compile(source, "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(source, "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
         sys.path.insert(0, str(Path(first).parent))
         sys.argv = words
@@ -276,11 +291,14 @@ def execute(words: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def fork_server(kind: str) -> Iterator[ForkServer]:
-    """A server for the time of the block. Programs that run at its end go on to theirs."""
+def fork_server(kind: str, of: str = "") -> Iterator[ForkServer]:
+    """A server for the time of the block. Programs that run at its end go on to theirs. `of`: the
+    address of a server whose fork this one is.
+    """
     with tempfile.TemporaryDirectory(prefix="prefab-forks-") as folder:
         address = str(Path(folder) / kind)
-        command = [sys.executable, "-m", "tests.support.fork_server", "serve", address, kind]
+        python = shlex.split(ForkServer(of).python()) if of else [sys.executable]
+        command = [*python, "-m", "tests.support.fork_server", "serve", address, kind]
         with subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as process:
