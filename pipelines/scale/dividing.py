@@ -1,5 +1,5 @@
-"""When a shard in work is divided among workers that have nothing to do, and what was asked of it
-until then.
+"""When a shard in work, or one whose worker was lost, is divided among workers that have nothing
+to do, and what was asked of it until then.
 
 A worker that is told to stop keeps what is in flight and publishes it. Each of the others restores
 what is published, asks the rest of its part of the prompts, and publishes that. When all parts are
@@ -20,7 +20,9 @@ ASKED = ("asked", "prompt_tokens", "completion_tokens")
 
 @dataclass(slots=True)
 class Busy:
-    """A worker's part of a shard: when it began, and what it has done so far."""
+    """A worker's part of a shard: when it began to ask (before that: when it got the part), and
+    what it has done so far: nothing while it starts engines or restores the shard.
+    """
 
     part: Part
     began: float
@@ -65,6 +67,14 @@ def is_worth_dividing(pace: Pace, usual_per_s: float, workers: int) -> bool:
         return False
     rest_s = pace.left / (usual_per_s * workers)
     return pace.left_s > 2 * (rest_s + MOVE_S)
+
+
+def is_worth_sharing(pace: Pace, usual_per_s: float, workers: int) -> bool:
+    """Whether so many workers of the usual speed (prompts a second) would end sooner than one of
+    them what a worker that was lost has left, with what it takes until they begin.
+    """
+    left_s = pace.left / usual_per_s
+    return left_s > left_s / workers + MOVE_S
 
 
 @dataclass(slots=True)

@@ -38,6 +38,7 @@ from prefab.pipelines.scale.dividing import (
     Divided,
     Pace,
     is_worth_dividing,
+    is_worth_sharing,
 )
 from prefab.pipelines.scale.launchers import Launcher, LocalLauncher, WorkerEvent
 from prefab.pipelines.scale.lease import Lease
@@ -280,7 +281,8 @@ class Driver:
         self.slow: set[int] = set()  # workers that took more than twice the usual time
         self.killed: set[int] = set()  # workers that did not stop in time
         self.divided: dict[int, Divided] = {}  # by shard
-        self.is_worth_dividing = is_worth_dividing
+        self.lost: dict[Part, Pace] = {}  # parts that wait, whose worker was lost
+        self.is_worth_dividing, self.is_worth_sharing = is_worth_dividing, is_worth_sharing
         self.speeds: list[float] = []  # of shards that ended, in prompts a second
         self.failures: dict[int, list[str]] = {}  # by shard, why its workers ended
         self.counts: dict[int, dict[str, Any]] = {}  # of the shards that ended now
@@ -389,13 +391,31 @@ class Driver:
             worker, part = next((pair for pair in found if pair[1] is not None), (0, None))
             if part is None:
                 return
-            self.idle.remove(worker)
             self.pending.remove(part)
+            left = self._left_to_share(part)
+            if left and self.scaled.shared.place(part.name) != self.places[worker]:
+                self._share(part, left)
+                continue
+            self.idle.remove(worker)
             self.scaled.shared.write_place(part.name, self.places[worker])
             self.busy[worker] = Busy(part, self.clock())
             digest = self.scaled.prompts.digests[part.shard]
             job = asdict(part) | {"run": self.run_id, "derive": self.derive, "digest": digest}
             self.launcher.send(worker, {"do": job, "models": self.models})
+            if left:  # first it publishes what the lost worker had not, whose ledger is here
+                self.launcher.send(worker, {"stop": True, "divided": True})
+
+    def _left_to_share(self, part: Part) -> int:
+        """How many prompts are left of a part whose worker was lost, where it is to be divided
+        before it is given out again because several workers have, or soon have, nothing else to
+        do; else 0.
+        """
+        pace = self.lost.pop(part, None)
+        workers = self._soon_free() - len(self.pending)
+        makes_rows = part.is_whole and part.shard in self.divided
+        if pace is None or workers < 2 or self.derive or makes_rows:
+            return 0
+        return pace.left if self.is_worth_sharing(pace, self._usual(pace), workers) else 0
 
     def _free_workers(self) -> list[int]:
         """The idle workers, the last one first; a slow one only where there are no others."""
@@ -439,9 +459,12 @@ class Driver:
             or self.derive
         ):
             return
-        worker = max(self.busy, key=lambda worker: self._pace(worker).left_s)
+        asking = [worker for worker, busy in self.busy.items() if busy.counts]
+        if not asking:  # the others start engines, or restore their shards
+            return
+        worker = max(asking, key=lambda worker: self._pace(worker).left_s)
         pace = self._pace(worker)
-        usual = statistics.median(self.speeds) if self.speeds else pace.per_s
+        usual = self._usual(pace)
         is_slow = pace.per_s < usual / 2
         if self.is_worth_dividing(pace, usual, helpers + (not is_slow)):
             self.busy[worker].stopped = now
@@ -462,15 +485,25 @@ class Driver:
         busy = self.busy[worker]
         return busy.pace(self.clock(), self.scaled.prompts.counts[busy.part.shard])
 
+    def _usual(self, pace: Pace) -> float:
+        """The usual speed in prompts a second; before a shard has ended, that of this worker."""
+        return statistics.median(self.speeds) if self.speeds else pace.per_s
+
     def _soon_free(self) -> int:
         """How many workers of the usual speed are idle, or will be within `MOVE_S`."""
         ending = (w for w in self.busy if self._pace(w).left_s < MOVE_S)
         return sum(worker not in self.slow for worker in [*self.idle, *ending])
 
     def _go_on(self, busy: Busy) -> None:
-        """Give out again what a worker was told to stop: a part for each worker that is free."""
+        """Give out again what a worker was told to stop."""
         part = busy.part
-        left = max(1, busy.pace(self.clock(), self.scaled.prompts.counts[part.shard]).left)
+        left = busy.pace(self.clock(), self.scaled.prompts.counts[part.shard]).left
+        self._share(part, left)
+
+    def _share(self, part: Part, left: int) -> None:
+        """Give out a part of which so many prompts are left: a part of it for each worker that is
+        free.
+        """
         parts = part.split(max(1, min(self._soon_free(), left)))
         divided = self.divided.setdefault(part.shard, Divided())
         if len(parts) > 1 or not part.is_whole:
@@ -505,7 +538,10 @@ class Driver:
 
     def _progress(self, worker: int, data: dict[str, Any]) -> None:
         if worker in self.busy:
-            self.busy[worker].counts = data["counts"]
+            busy = self.busy[worker]
+            if data["counts"] and not busy.counts:
+                busy.began = self.clock()
+            busy.counts = data["counts"]
             self._answered |= bool(data["counts"].get("asked"))
 
     def _done(self, worker: int, data: dict[str, Any]) -> None:
@@ -580,10 +616,11 @@ class Driver:
         if worker not in self.busy:
             return
         busy = self.busy.pop(worker)
-        if busy.stopped is not None:  # it was ended, or died, while others waited for it
-            self._go_on(busy)
-            return
         shard = busy.part.shard
+        self.lost[busy.part] = busy.pace(self.clock(), self.scaled.prompts.counts[shard])
+        if busy.stopped is not None:  # it was ended, or died, while others waited for it
+            self.pending.append(busy.part)
+            return
         reasons = self.failures.setdefault(shard, [])
         reasons.append(why)
         warn(f"shard {shard}: its worker was lost: {why}")

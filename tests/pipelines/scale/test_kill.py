@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import suppress
@@ -16,6 +17,10 @@ import psutil
 import pytest
 
 from prefab.factory.paths import IMPORT_ROOT
+from prefab.pipelines.config.loader import models
+from prefab.pipelines.scale.driver import Driver, prepare
+from prefab.pipelines.scale.launchers import LocalLauncher
+from prefab.pipelines.scale.worker import kept_engines
 from tests.support import project
 from tests.support.scripted_process import scripted_server
 
@@ -41,8 +46,8 @@ def counts(url):
         return json.load(answer)
 
 
-def start(folder, url):
-    """A run on two workers; `retries` is large, since a slow machine may need long to begin."""
+def write(folder, url, shards):
+    """The pipeline's file."""
     if not (folder / "pipeline.yaml").exists():
         value = project.pipeline(folder, PROMPTS)
         value["engines"]["local"] = {
@@ -52,9 +57,14 @@ def start(folder, url):
             "max_in_flight": IN_FLIGHT,
             "canary_every": 0,  # canaries are asked again and again
         }
-        value["scale"] = {"shards": 4, "local": str(folder / "local"), "publish_s": 0.2}
+        value["scale"] = {"shards": shards, "local": str(folder / "local"), "publish_s": 0.2}
         project.write(folder, value)
-    command = ["run", str(folder / "pipeline.yaml"), "--on", "local:2", "--json"]
+    return folder / "pipeline.yaml"
+
+
+def start(folder, url):
+    """A run on two workers."""
+    command = ["run", str(write(folder, url, 4)), "--on", "local:2", "--json"]
     return subprocess.Popen(
         [sys.executable, "-c", RUN, *command],
         stdout=subprocess.PIPE,
@@ -96,3 +106,35 @@ def test_kill_a_worker_then_the_driver(tmp_path, server):
     assert told["distinct"] == CALLS
     # of each kill, what was in flight, or answered and not yet committed
     assert told["repeated"] <= 3 * 2 * IN_FLIGHT
+
+
+@pytest.mark.slow
+def test_what_a_killed_worker_left_is_divided_and_not_asked_again(tmp_path):
+    """The third of three workers is killed and not replaced. The others divide its shard between
+    them, with what it had answered and not published.
+    """
+    with scripted_server(delay_ms=200) as server:
+        file = write(tmp_path, server, 3)
+        scaled = prepare(file, ("scale.publish_s=600",), 3, True)
+        launcher = LocalLauncher(scaled.setup)
+        driver, ended = Driver(scaled, launcher), threading.Event()
+        driver.is_worth_sharing = lambda pace, usual_per_s, workers: True
+
+        def leave():
+            while not ended.wait(0.02):
+                busy = driver.busy.get(3)
+                if busy and busy.counts.get("asked", 0) > 2 * IN_FLIGHT:
+                    scaled.workers = 2
+                    launcher.kill(3)
+                    return
+
+        threading.Thread(target=leave, daemon=True).start()
+        try:
+            result = driver.run(models(kept_engines(scaled.loaded)))
+        finally:
+            ended.set()
+        told = counts(server)
+    assert result.state == "done" and len(launcher.processes) == 3
+    assert [*driver.divided] == [*driver.failures] and len(driver.divided) == 1
+    assert told["distinct"] == CALLS
+    assert told["repeated"] <= 2 * IN_FLIGHT  # in flight, or answered and not yet committed
