@@ -165,6 +165,19 @@ def test_the_table_of_goals(lines):
     assert lines() in README
 
 
+def test_the_pages_at_a_million_preferences():
+    found, text = result("view"), " ".join((ROOT / "docs/view.md").read_text().split())
+    cpu = {name: page["cpu_ms"] for name, page in found["pages"].items()}
+    deep, other = ("page 100", "row 900,000"), ("one preference", "runs", "constitution")
+    grid = [cpu[name] for name in cpu if name not in (*deep, *other)]
+    rows = [cpu[name] for name in deep]
+    assert f"With {found['preferences']:,} preferences and the index" in text
+    assert f"takes {min(grid)} to {max(grid)} ms of processor time under each filter" in text
+    assert f"rows at any depth {min(rows)} to {max(rows)} ms, and one preference" in text
+    assert f"and one preference {cpu['one preference']} ms" in text
+    assert f"The server takes {found['peak_mb']} MB at most" in text
+
+
 def world() -> str:
     models = [
         next(m for m in result("world_eval") if m["model"] == f"prefab-{name}")
