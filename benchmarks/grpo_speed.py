@@ -241,6 +241,7 @@ def by_lengths(model: str, turns: list[Any], s: argparse.Namespace, folder: Path
         }
         times = {key: medians[APART][key] / medians[OURS][key] for key in medians[OURS]}
         found.append({"prompt": prompt, "answer": answer, **medians, "times": times})
+        print(f"{prompt} and {answer} tokens: {times['s']:.2f} times as fast", flush=True)
     return found
 
 
