@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from prefab.factory.errors import PrefabError
 from prefab.trainers import distributed
-from prefab.trainers.rl import grpo, loop, ppo, rewards
+from prefab.trainers.rl import batches, grpo, loop, ppo, rewards
 from tests.support import kill_ppo_driver
 from tests.support.killer import fork_in_two, until_done
 
@@ -32,6 +32,7 @@ def train(folder: Path, out: str, changes: dict) -> None:
     rest = {name: value for name, value in changes.items() if name != "fault"}
     if fault and distributed.is_main() == (fault == "killed"):
         loop.estimate = broken(loop.estimate, fault, folder / f"{out}.killed")
+    batches.CALL_CPU = 0 if changes.get("method") else 64  # so that short prompts are shared
     if changes.get("method"):
         config = grpo_config(folder, out, **rest)
         grpo.run(config, PROMPTS, rewards.single(kill_ppo_driver.WORLD.reward))

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from prefab.factory.errors import ConfigError
 from prefab.trainers.common import load_policy
-from prefab.trainers.rl import checkpoint, grpo, processes, rewards
+from prefab.trainers.rl import batches, checkpoint, grpo, processes, rewards
 from tests.support import kill_ppo_driver, two_ppo_driver
 
 # counts of tokens (one is clipped or not by the last digit), times, and texts
@@ -84,7 +84,8 @@ def test_two_processes_that_were_killed_give_the_same_bits(told, models):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
-def test_two_processes_train_grpo_as_one(told, models, method):
+def test_two_processes_train_grpo_as_one(told, models, method, monkeypatch):
+    monkeypatch.setattr(batches, "CALL_CPU", 0)  # as in the driver
     settings = two_ppo_driver.grpo_config(models, f"one-{method}", method=method)
     grpo.run(settings, two_ppo_driver.PROMPTS, rewards.single(kill_ppo_driver.WORLD.reward))
     one, two = steps(models / f"one-{method}"), steps(models / f"two-{method}")
