@@ -189,8 +189,10 @@ def serve(address: str, kind: str) -> None:
         connection, _ = listener.accept()
         if not ready:
             ready = True
+            gc.disable()
             for name in KINDS[kind]:
                 importlib.import_module(name)
+            gc.enable()
             gc.freeze()  # a collection in a fork leaves these objects' pages shared
         if os.fork() == 0:
             listener.close()
