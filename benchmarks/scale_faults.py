@@ -263,21 +263,26 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--on", choices=("local", "ray"), default="local")
     parser.add_argument("--only", choices=("stragglers", "kill"))
+    parser.add_argument("--scenario", help="Of the stragglers, only the one of this name.")
     args = parser.parse_args()
     name = "scale_faults" + ("_ray" if args.on == "ray" else "")
     file = common.RESULTS / f"{name}.json"
-    found = json.loads(file.read_text()) if args.only and file.exists() else {}
+    part = args.only or args.scenario
+    found = json.loads(file.read_text()) if part and file.exists() else {}
     found.pop("where", None)
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         where = stack.enter_context(place(args.on))
         if args.only != "kill":
             full_s = args.prompts * CALLS_A_PROMPT / PACE / 4
-            found |= {"in_flight": IN_FLIGHT, "delay_s": DELAY_S, "stragglers": {}}
+            known = found.get("stragglers", {}) if args.scenario else {}
+            found |= {"in_flight": IN_FLIGHT, "delay_s": DELAY_S, "stragglers": known}
             for number, one in enumerate(scenarios(full_s)):
+                if args.scenario not in (None, one.name):
+                    continue
                 told = measure(where, base / f"run{number}", one, args.prompts)
                 found["stragglers"][one.name] = told
-        if args.only != "stragglers":
+        if args.only != "stragglers" and not args.scenario:
             kills = [kill_driver(where["on"], base / f"kill{n}") for n in range(KILLS)]
             last = [one["last question, seconds after the kill"] for one in kills]
             found["driver killed"] = {
