@@ -79,18 +79,20 @@ def is_worth_sharing(pace: Pace, usual_per_s: float, workers: int) -> bool:
 
 @dataclass(slots=True)
 class Divided:
-    """A shard that was stopped to be divided: the counts of the whole until then (None where its
-    worker was lost), those of the parts that ended, and how many parts have not ended.
+    """A shard that was stopped to be divided, or whose worker was lost: the counts of the whole
+    until it was stopped (None where its worker was lost), those of the parts that ended, what
+    workers that were lost had told, and how many parts have not ended.
     """
 
     whole: dict[str, Any] | None = None
     parts: list[dict[str, Any]] = field(default_factory=list)
+    lost: list[dict[str, int]] = field(default_factory=list)
     open: int = 0
 
     def asked(self) -> dict[str, int]:
         """What was asked so far."""
-        told = [*self.parts, *([self.whole] if self.whole else [])]
-        return {name: sum(one[name] for one in told) for name in ASKED}
+        told = [*self.parts, *([self.whole] if self.whole else []), *self.lost]
+        return {name: sum(one.get(name, 0) for one in told) for name in ASKED}
 
     def counts(self) -> list[dict[str, Any]]:
         """The counts of what was done, each prompt once, where the run stops before the end."""

@@ -410,10 +410,11 @@ class Driver:
         before it is given out again because several workers have, or soon have, nothing else to
         do; else 0.
         """
-        pace = self.lost.pop(part, None)
+        if (pace := self.lost.pop(part, None)) is None:
+            return 0
         workers = self._soon_free() - len(self.pending)
-        makes_rows = part.is_whole and part.shard in self.divided
-        if pace is None or workers < 2 or self.derive or makes_rows:
+        makes_rows = part.is_whole and bool(self.divided[part.shard].parts)
+        if workers < 2 or self.derive or makes_rows:
             return 0
         return pace.left if self.is_worth_sharing(pace, self._usual(pace), workers) else 0
 
@@ -565,8 +566,8 @@ class Driver:
             self.speeds.append(counts["prompts"] / max(self.clock() - busy.began, 1e-3))
 
     def _count(self, part: Part, counts: dict[str, Any], whole: bool) -> None:
-        """Take in the counts of a part that ended. What was asked before the shard was divided was
-        asked in this run, too.
+        """Take in the counts of a part that ended. What was asked before the shard was divided, or
+        by a worker that was lost, was asked in this run, too.
         """
         divided = self.divided.get(part.shard, Divided())
         if not part.is_whole:
@@ -575,7 +576,8 @@ class Driver:
         before = divided.asked()
         for name in ASKED:
             counts[name] += before[name]
-        counts["reused"] -= before["asked"]
+        # what a lost worker had not published is asked again, and not reused
+        counts["reused"] = max(0, counts["reused"] - before["asked"])
         if whole:
             self.counts[part.shard] = counts
         else:
@@ -618,6 +620,7 @@ class Driver:
         busy = self.busy.pop(worker)
         shard = busy.part.shard
         self.lost[busy.part] = busy.pace(self.clock(), self.scaled.prompts.counts[shard])
+        self.divided.setdefault(shard, Divided()).lost.append(busy.counts)
         if busy.stopped is not None:  # it was ended, or died, while others waited for it
             self.pending.append(busy.part)
             return
@@ -751,8 +754,8 @@ class Driver:
             run = state.runs.get(str(self.run_id))
             if shard in self.counts:
                 ended.append(self.counts[shard])
-            elif shard in self.divided:
-                ended += self.divided[shard].counts()
+            elif shard in self.divided and (counted := self.divided[shard].counts()):
+                ended += counted
             elif run is not None:
                 counts = dict(run["counts"])
                 counts["reused"] += counts["asked"]

@@ -93,6 +93,8 @@ class ShardRun:
             "asked": stats.asked,
             "reused": stats.reused,
             "tokens": self.ctx.tokens(),
+            "prompt_tokens": stats.prompt_tokens,
+            "completion_tokens": stats.completion_tokens,
             "answers": counts.answers,
             "unscored": counts.n_unscored,
             "failed": counts.failed,

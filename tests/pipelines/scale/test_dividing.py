@@ -137,7 +137,9 @@ class Cluster:
             self._add(work.part, done)
             return WorkerEvent(worker, "done", self._told(work.part, "done", done))
         self._later(TICK_S, worker, "progress", data)
-        return WorkerEvent(worker, "progress", {"counts": {"prompts": round(done), "asked": 1}})
+        return WorkerEvent(
+            worker, "progress", {"counts": {"prompts": round(done), "asked": round(done)}}
+        )
 
 
 def end_of_run(monkeypatch, cluster, shards, workers):
@@ -161,8 +163,11 @@ def end_of_run(monkeypatch, cluster, shards, workers):
     driver.states = dict.fromkeys(range(shards))
     driver._work(range(shards))
     assert driver.counts.keys() == set(range(shards))
-    if not cluster.leaves:  # else what a worker that left had asked is known by the others
-        assert sum(one["asked"] for one in driver.counts.values()) >= 0.99 * shards * PROMPTS
+    # what a worker that left had told counts too; a budget is held to it
+    asked = driver.totals()["asked"]
+    assert asked == sum(one["asked"] for one in driver.counts.values())
+    late = len(cluster.leaves) * TICK_S * PROMPTS / cluster.shard_s  # asked, and not told
+    assert asked >= 0.99 * shards * PROMPTS - late
     return cluster.now, driver
 
 
@@ -210,7 +215,8 @@ def test_what_a_worker_that_leaves_has_not_done_is_divided_among_those_that_are_
     seconds, driver = end_of_run(monkeypatch, cluster, 4, 4)
     lost_s = 0.0 if machine else (leaves - 1.0 - OVERHEAD_S)
     assert seconds <= 1.25 * (leaves + (4 * shard_s + lost_s - 4 * leaves) / 3)
-    assert [*driver.divided] == [*driver.failures] and not cluster.killed
+    (shard,) = driver.failures
+    assert len(driver.divided[shard].parts) > 1 and not cluster.killed
     # nothing that was done on this machine is done again
     assert sum(cluster.done.values()) == pytest.approx(4 * PROMPTS, rel=0.01)
 
