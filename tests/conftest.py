@@ -145,6 +145,11 @@ def pytest_collection():
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Else DuckDB's types outlive the interpreter, and it prints a list of them."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pycollect_makeitem(name: str):
     """A test marked `slow_but` is slow with other parameters than those that the mark names."""

@@ -4,9 +4,6 @@ that their quick looks compare the same steps."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from benchmarks import gpu_training, ppo_speed, train_speed
 from benchmarks.gpu_training import flops
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {
     "vocab_size": 50,
     "hidden_size": 8,
@@ -42,10 +38,8 @@ def test_model_flops_by_hand():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_training"], cwd=ROOT, capture_output=True, text=True
-    )
+def test_without_a_gpu_it_says_so(training_forks):
+    done = training_forks.run(["-m", "benchmarks.gpu_training"])
     assert done.returncode == 2 and "needs a GPU" in done.stderr and "Traceback" not in done.stderr
 
 
