@@ -8,13 +8,16 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from starlette.testclient import TestClient
 
 from prefab.pipelines.store.fill import fill
+from prefab.pipelines.view import index, jobs, reader
 from prefab.pipelines.view.app import make_app
 from prefab.pipelines.view.index import Indexes
 from prefab.pipelines.view.jobs import Jobs
@@ -53,6 +56,20 @@ def made_once(tmp_path_factory, name: str, *how) -> Path:
     copied = Path(shutil.copytree(shared / "store", tmp_path_factory.mktemp(name) / "store"))
     fill(copied)  # which finds it up to date: a reader need not look any more
     return copied
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_processes(forks, tmp_path_factory):
+    """What the server starts is a fork, which has imported what it needs."""
+    python = tmp_path_factory.mktemp("python") / "python"
+    python.write_text(f'#!/bin/sh\nexec {forks.python()} "$@"\n')
+    python.chmod(0o755)
+    with ExitStack() as stack:
+        for module in (index, jobs, reader):
+            stack.enter_context(
+                mock.patch.object(module, "sys", SimpleNamespace(executable=python))
+            )
+        yield
 
 
 @pytest.fixture(scope="session")
