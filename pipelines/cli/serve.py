@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from prefab.factory.extras import install_command
 from prefab.factory.paths import cache_folder
 from prefab.factory.redaction import add_secret, secrets_in
 from prefab.pipelines.cli.options import print_json
+from prefab.pipelines.run.interrupts import signals_raise
 
 if TYPE_CHECKING:
     from prefab.factory.engines.vllm import VllmConfig
@@ -38,7 +40,7 @@ def serve_model(model: str, port: int, extra: Sequence[str] = ()) -> int:
         extra: More command-line arguments for vLLM.
 
     Returns:
-        The exit code of vLLM; 130 after Ctrl-C.
+        The exit code of vLLM; 130 after Ctrl-C, and 128 with the number of another signal.
 
     Raises:
         ConfigError: There is a key among the arguments, or there is no such model.
@@ -76,12 +78,13 @@ def serve_model(model: str, port: int, extra: Sequence[str] = ()) -> int:
         errors="replace",
     )
     try:
-        for line in child.stdout or ():
-            say(line.rstrip("\n"), stderr=True)
-        return child.wait()
-    except KeyboardInterrupt:  # the supervisor gets the signal too and ends the server
-        child.communicate()
-        return 130
+        with signals_raise():
+            for line in child.stdout or ():
+                say(line.rstrip("\n"), stderr=True)
+            return child.wait()
+    except KeyboardInterrupt as error:
+        child.communicate()  # closes its stdin: the supervisor ends the server
+        return 128 + getattr(error, "number", signal.SIGINT)
     finally:
         if key_file:
             key_file.unlink(missing_ok=True)
