@@ -354,7 +354,7 @@ def _sample_batch(
         )
         cache, logits = out.past_key_values, out.logits[:, -1]
         if t == 0 and of_B is not None:
-            _select_rows(cache, of_B)
+            cache.reorder_cache(of_B)
             logits, attention, positions = (
                 x.index_select(0, of_B) for x in (logits, attention, positions)
             )
@@ -365,7 +365,7 @@ def _sample_batch(
         if len(keep) == 0 or t + 1 == most:
             break
         if len(keep) <= len(alive) // 2:
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)  # which layers with a state have too
             alive, tokens, attention, positions = (
                 alive[keep],
                 tokens[keep],
@@ -514,7 +514,8 @@ def _run(model: Any, packed: Packed, keep: int, hidden: bool) -> tuple[Tensor, A
     logits = [out.logits[:, -1:].index_select(0, shared.of_B)]
     states = [out.hidden_states[-1][:, -1:].index_select(0, shared.of_B)] if hidden else []
     if T > 1:
-        _select_rows(out.past_key_values, shared.of_B)
+        # its gradient adds up in a fixed order; that of `batch_select_indices` need not
+        out.past_key_values.reorder_cache(shared.of_B)
         rest = model(
             **packed.inputs(),
             past_key_values=out.past_key_values,
@@ -524,15 +525,6 @@ def _run(model: Any, packed: Packed, keep: int, hidden: bool) -> tuple[Tensor, A
         logits.append(rest.logits)
         states += [rest.hidden_states[-1]] if hidden else []
     return torch.cat(logits, 1)[:, -keep:], torch.cat(states, 1) if hidden else None
-
-
-def _select_rows(cache: Any, rows_B: Tensor) -> None:
-    """Make a cache one of these rows, which may come several times. Not by the cache's own
-    `batch_select_indices`: the gradient of an index adds up in no fixed order on several threads.
-    """
-    for layer in cache.layers:
-        layer.keys = layer.keys.index_select(0, rows_B)
-        layer.values = layer.values.index_select(0, rows_B)
 
 
 _can_share: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

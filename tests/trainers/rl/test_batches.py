@@ -118,7 +118,14 @@ def test_models_whose_cache_is_no_list_of_keys_do_not_share():
         num_key_value_heads=2,
         layer_types=["conv", "full_attention"],
     )
-    assert not rollout.can_share(transformers.Lfm2ForCausalLM(config).eval())
+    model = transformers.Lfm2ForCausalLM(config).eval()
+    assert not rollout.can_share(model)
+    done = rollout.sample(model, [[5, 6]] * 8, 12, 1.0, [3, 4, 5], 0)  # rows leave the batch
+    packed = batches.pack(done, None, None)
+    with torch.no_grad():
+        logps, *_ = rollout.forward(model, packed, 1.0)
+    assert rollout.sampler_gap(done, logps, packed.mask_BT)[1] < 1e-4
+    assert len({len(a.ids) for a in done}) > 3
     model = tiny("Llama", "sdpa")
     forward = model.model.forward
 
