@@ -25,7 +25,7 @@ from prefab.factory.console import fail
 from prefab.factory.errors import BudgetError
 from prefab.factory.store.store import read_frame as store_read
 from prefab.pipelines.cli.main import app, main
-from prefab.pipelines.cli.project import check_paths, init_project
+from prefab.pipelines.cli.project import check_paths
 from prefab.pipelines.store.fill import query as ask
 from tests.support import project
 from tests.support.json_output import check
@@ -103,13 +103,13 @@ def test_init_check_plan(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("marker", ["ledger.sqlite", "shards.json", "prefab-export.json"])
 def test_check_leaves_out_what_prefab_made(tmp_path, marker):
-    init_project(tmp_path / "project")
-    made = tmp_path / "project" / "results" / "prompts"
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "Why?"}\n')
+    made = tmp_path / "results" / "prompts"
     made.mkdir(parents=True)
     (made / "0.jsonl").write_text("[1]\n")
-    assert check_paths([tmp_path / "project"])[1]
+    assert check_paths([tmp_path])[1]
     (made.parent / marker).touch()
-    assert not check_paths([tmp_path / "project"])[1]
+    assert not check_paths([tmp_path])[1]
     assert check_paths([made])[1]  # a folder that is named is checked
 
 

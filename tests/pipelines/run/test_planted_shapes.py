@@ -73,6 +73,7 @@ def test_through_every_shape_of_a_panel(tmp_path, shape, good):
     assert (shape == "few-shot") == any("Fourth" in text for text in shown)
 
 
+@pytest.mark.slow_but("0")
 @pytest.mark.parametrize("good", [0, 1, 2])
 def test_through_a_reward_model(tmp_path, good):
     judge = {"name": "rm", "kind": "reward_model", "model": "somebody/reward-model"}

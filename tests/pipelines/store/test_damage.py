@@ -43,6 +43,7 @@ def damaged(folder):
     return sorted(path.name for path in folder.glob("*.damaged-*"))
 
 
+@pytest.mark.slow_but("0", "4096", "12287")
 @pytest.mark.parametrize("size", [0, 100, 4096, 8192, 12_287])
 def test_a_file_that_was_never_finished_is_made_anew_and_said_once(place, capsys, size):
     folder, rows = place
