@@ -65,7 +65,9 @@ def install_command(
         url = f"{vcs['vcs']}+{url}"
     wanted = f"{NAME}[{extra}]" + (f" @ {url}" if url else "")
     parts = Path(prefix).parts
-    if "pipx" in parts:
+    if "pipx" in parts or (Path(prefix) / "pipx_metadata.json").exists():
+        if ".cache" in parts:  # an environment that `pipx run` made
+            return f"`pipx run --spec '{wanted}' prefab`"
         return f"`pipx install --force '{wanted}'`"
     if "uv" in parts and "tools" in parts:
         return f"`uv tool install --force '{wanted}'`"

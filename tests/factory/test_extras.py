@@ -48,6 +48,12 @@ GIT = {"url": "https://git.example/prefab", "vcs_info": {"vcs": "git", "commit_i
             "`pipx install --force 'prefab-rlaif[train] @ git+https://git.example/prefab'`",
         ),
         (
+            {"url": WHEEL},
+            "uv",
+            "/people/me/.local/share/pipx/.cache/1210d379a6fde62",
+            f"`pipx run --spec 'prefab-rlaif[train] @ {WHEEL}' prefab`",
+        ),
+        (
             {},
             "uv",
             "/people/me/.local/share/uv/tools/prefab-rlaif",
