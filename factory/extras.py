@@ -64,8 +64,14 @@ def install_command(
     if vcs := direct.get("vcs_info"):
         url = f"{vcs['vcs']}+{url}"
     wanted = f"{NAME}[{extra}]" + (f" @ {url}" if url else "")
-    parts = Path(prefix).parts
-    if "pipx" in parts or (Path(prefix) / "pipx_metadata.json").exists():
+    by_uv = (installed.read_text("INSTALLER") or "").strip() == "uv"
+    return _of_tool(Path(prefix), wanted) or f"`{'uv ' if by_uv else ''}pip install '{wanted}'`"
+
+
+def _of_tool(prefix: Path, wanted: str) -> str:
+    """The command of the tool that made the environment for Prefab alone; else nothing."""
+    parts = prefix.parts
+    if "pipx" in parts or (prefix / "pipx_metadata.json").exists():
         if ".cache" in parts:  # an environment that `pipx run` made
             return f"`pipx run --spec '{wanted}' prefab`"
         return f"`pipx install --force '{wanted}'`"
@@ -73,5 +79,4 @@ def install_command(
         return f"`uv tool install --force '{wanted}'`"
     if "archive-v0" in parts:  # an environment in uv's cache, which uvx made
         return f"`uvx --from '{wanted}' prefab`"
-    by_uv = (installed.read_text("INSTALLER") or "").strip() == "uv"
-    return f"`{'uv ' if by_uv else ''}pip install '{wanted}'`"
+    return ""
