@@ -220,7 +220,7 @@ def test_a_tree_is_its_chats():
         pytest.skip("no embedded weights")
     tokenizer = tokenizers.Tokenizer.from_file(str(WEIGHTS / "prefab-tiny" / "tokenizer.json"))
     rng = random.Random(2)
-    for _ in range(40):
+    for _ in range(15):
         unit = tasks.unit(rng)
         t = tree(unit, tokenizer)
         for number, branch in enumerate(unit.branches, 1):

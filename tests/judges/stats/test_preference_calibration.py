@@ -54,6 +54,7 @@ def test_correlation_does_not_depend_on_which_answer_is_a():
     assert mean_correlation([[1.0, None], [None, 2.0]]) == 0.0 == mean_correlation([[1.0]])
 
 
+@pytest.mark.slow_but("auto-0.2-0.0", "auto-0.2-0.8", "auto-3.0-0.0", "auto-3.0-0.8")
 @pytest.mark.parametrize("shared", [0.0, 0.8])
 @pytest.mark.parametrize("loud", [0.2, 3.0])
 @pytest.mark.parametrize("method", ["temperature", "isotonic", "auto"])

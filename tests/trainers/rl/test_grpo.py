@@ -153,6 +153,9 @@ def trl_trainer(t, out, rows, answers, scores):
     return trainer, batch
 
 
+@pytest.mark.slow_but(
+    str({"kl": "reverse", "scale_rewards": "batch", "temperature": 0.7}), str({"method": "rloo"})
+)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -227,6 +230,7 @@ def test_a_step_of_one_update_takes_everything_from_one_forward(
     assert once[0]["entropy"] > 0.1 and once[0]["kl"] > 0.01
 
 
+@pytest.mark.slow_but("{}-20")
 @pytest.mark.parametrize(
     ("changes", "at_once"),
     [({}, 20), ({"minibatches": 2}, 2**26), ({"method": "rloo"}, 2**26)],  # at_once: in tiles
