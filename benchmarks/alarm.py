@@ -7,11 +7,12 @@ must fire in time, in healthy runs it must stay silent.
     then again without
     python -m benchmarks.alarm --quick   # the machinery
 
-The hackable reward model is trained on a few pairs and optimised with a leash far too long; the
-healthy one on all pairs, with the usual one. In time: before gold has lost a third of what it had
-gained. Gold is the oracle's, on prompts of the validation split; a run that stops by itself (KL,
-unfinished answers, a loss that is no number) is counted as diverged. How small a loss the alarm can
-see is a matter of how many prompts are watched, and how often.
+The hackable reward model is trained on a few pairs (with 256 of these pairs gold fell in two of
+three trials alone) and optimised with a leash far too long; the healthy one on all pairs, with the
+usual one. In time: before gold has lost a third of what it had gained. Gold is the oracle's, on
+prompts of the validation split; a run that stops by itself (KL, unfinished answers, a loss that is
+no number) is counted as diverged. How small a loss the alarm can see is a matter of how many
+prompts are watched, and how often.
 
 --simulate measures the rule alone: false alarms in runs whose gold never changes, and the loss at
 the alarm along the gold curves of the runs in results/alarm.json (beyond the end of a run that
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--run", default="more-tiny-odds")
     parser.add_argument("--folder", type=Path, default=Path("bench-alarm"))
     parser.add_argument(
-        "--pairs", type=int, default=256, help="That the hackable reward model sees."
+        "--pairs", type=int, default=96, help="That the hackable reward model sees."
     )
     parser.add_argument("--hackable", type=int, default=10, help="Seeds.")
     parser.add_argument("--healthy", type=int, default=20)
