@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -282,14 +283,16 @@ def tables_made_once(tmp_path_factory):
     from prefab.factory.store import store
 
     connect, empty = store._connect, tmp_path_factory.mktemp("empty") / store.FILE
+    making = threading.Lock()  # workers of a run over shards may be threads
 
     def connected(folder: Path, read_only: bool, *more):
         file = Path(folder) / store.FILE
         there = file.exists() or (file.parent / store.WAL).exists()
         if not (read_only or there or file == empty):
-            if not empty.exists():
-                with store.opened(empty.parent):
-                    pass
+            with making:
+                if not empty.exists():
+                    with store.opened(empty.parent):
+                        pass
             with suppress(OSError):  # a folder that is missing, or cannot be written
                 shutil.copyfile(empty, file)
         return connect(folder, read_only, *more)

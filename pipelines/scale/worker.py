@@ -14,6 +14,7 @@ import queue
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -149,6 +150,9 @@ class Worker:
             self.emit({"event": "done", **result})
         except (PrefabError, OSError) as error:
             self._failed(job.shard, error)
+        except Exception as error:  # else the driver would wait for this shard for ever
+            traceback.print_exc()
+            self._failed(job.shard, error)
         finally:
             ticking.cancel()
 
@@ -177,8 +181,9 @@ class Worker:
 
     def _failed(self, shard: int | None, error: Exception) -> None:
         fatal = isinstance(error, ConfigError)
-        told = {"event": "failed", "shard": shard, "error": type(error).__name__, "fatal": fatal}
-        self.emit({**told, "message": str(error)})
+        name, known = type(error).__name__, isinstance(error, PrefabError | OSError)
+        told = {"event": "failed", "shard": shard, "error": name, "fatal": fatal}
+        self.emit({**told, "message": str(error) if known else f"{name}: {error}"})
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from prefab.pipelines.scale.launchers import LocalLauncher
 from prefab.pipelines.scale.lease import Lease
 from prefab.pipelines.scale.merge import merge
 from prefab.pipelines.scale.on_ray import check_address
+from prefab.pipelines.scale.shard import ShardRun
 from prefab.pipelines.scale.sharding import Part
 from prefab.pipelines.scale.worker import Worker, kept_engines
 from prefab.pipelines.store.export.base import export
@@ -252,6 +253,25 @@ def test_a_run_whose_engine_answers_nothing_ends_with_the_first_shard(tmp_path):
     ):
         Driver(scaled, launcher).run(models(kept_engines(scaled.loaded)))
     assert len(launcher.given) == scaled.retries and len(set(launcher.given)) == 1
+
+
+def test_a_worker_with_an_error_that_nobody_expects_is_replaced(tmp_path, monkeypatch, capsys):
+    """Its process goes on, so that the driver would wait for its shard for ever."""
+    ordinary, failed = ShardRun.run, []
+
+    def once(self, *more):
+        if self.job.shard == 1 and not failed:
+            failed.append(1)
+            raise ZeroDivisionError("by zero")
+        return ordinary(self, *more)
+
+    monkeypatch.setattr(ShardRun, "run", once)
+    result, launcher = run_sharded(pipeline(tmp_path))
+    given = launcher.given
+    assert result.state == "done" and given.count(1) == given.count(0) + 1
+    told = capsys.readouterr().err
+    assert "shard 1: its worker was lost: ZeroDivisionError: by zero" in told
+    assert "Traceback" in told
 
 
 def test_a_worker_that_has_ended_does_not_disturb_the_end(tmp_path):
