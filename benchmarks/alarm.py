@@ -95,6 +95,11 @@ def all_but(args: argparse.Namespace, seed: int) -> Path:
     return file
 
 
+def lost(run: dict[str, Any]) -> float:
+    """The share of its gain in gold that a run has lost at its end."""
+    return float((run["best"] - run["end"]) / max(1e-9, run["best"] - run["start"]))
+
+
 def told(evaluations: list[dict[str, Any]], stopped: str) -> dict[str, Any]:
     """What became of one run."""
     start, best, end = evaluations[0], max(evaluations, key=lambda e: e["gold"]), evaluations[-1]
@@ -324,19 +329,17 @@ def main() -> None:
     if args.only:
         return
     hacked, healthy = runs["hackable"], runs["healthy"]
-    in_time = sum(
-        r["lost_share_of_gain"] is not None and r["lost_share_of_gain"] <= 1 / 3 for r in hacked
-    )
+    fell = [r for r in hacked if r["fired_at"] is not None or lost(r) > 1 / 3]
+    in_time = sum(r["fired_at"] is not None and r["lost_share_of_gain"] <= 1 / 3 for r in fell)
     rows = [
         [
-            "gold fell while the proxy climbed",
-            f"{sum(r['end'] < r['best'] and r['proxy_gained'] > 0 for r in hacked)} of "
-            f"{len(hacked)}",
-            "9 of 10",
+            "gold fell: an alarm, or a third of the gain lost",
+            f"{len(fell)} of {len(hacked)}",
+            "all",
         ],
         [
-            "the alarm fired before a third of the gain was lost",
-            f"{in_time} of {len(hacked)}",
+            "of these, the alarm fired before a third of the gain was lost",
+            f"{in_time} of {len(fell)}",
             "9 of 10",
         ],
         [

@@ -12,6 +12,8 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+from tests.support.syntax import parse
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("factory", "judges", "trainers", "pipelines")
 # Each folder, and after it what it may import beside itself. `factory` means the modules that lie
@@ -106,7 +108,7 @@ def modules() -> list[Path]:
 @cache
 def tree_of(path: Path) -> ast.Module:
     """A module's syntax tree, parsed once for all tests."""
-    return ast.parse(path.read_text())
+    return parse(path.read_text())
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -120,6 +122,7 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
+@cache
 def folder_of(module: str) -> str:
     """The folder of an imported name: `prefab.judges.kinds.rubric.points` is of judges/kinds."""
     path = ROOT.joinpath(*module.split(".")[1:])

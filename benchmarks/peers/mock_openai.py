@@ -24,44 +24,8 @@ from typing import Any
 import httptools
 import orjson
 import uvloop
+from workload import WORDS
 
-WORDS = [
-    "the",
-    "model",
-    "answer",
-    "gives",
-    "a",
-    "careful",
-    "account",
-    "of",
-    "how",
-    "water",
-    "moves",
-    "through",
-    "soil",
-    "and",
-    "rock",
-    "before",
-    "it",
-    "reaches",
-    "a",
-    "river",
-    "where",
-    "people",
-    "fish",
-    "travel",
-    "trade",
-    "and",
-    "rest",
-    "while",
-    "seasons",
-    "change",
-    "light",
-    "wind",
-    "heat",
-    "and",
-    "cost",
-]
 IDS = {"A": 32, "B": 33, "T": 51, " A": 362, " B": 425, " T": 350}
 SPELLING = {number: label for label, number in IDS.items()}
 MAX_MODEL_LEN = 32768

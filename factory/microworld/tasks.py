@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 
 from prefab.factory.microworld import grammar as g
 from prefab.factory.spec.templates import Template, conversation_text, embedded_templates, fence
@@ -145,20 +145,17 @@ def edited(source: str, rng: random.Random, first: bool, share: float = 0.5) -> 
     return source
 
 
-@lru_cache(maxsize=1)
-def template_sets() -> list[dict[str, Template]]:
-    """The shipped templates first, then 47 sets of edited ones; within a set the same edit is made
-    everywhere. The last eight put the question before the answers, so that their branches share
-    little.
+@cache
+def template_set(i: int) -> dict[str, Template]:
+    """The shipped templates (0), or one of 47 sets of edited ones; within a set the same edit is
+    made everywhere. The last eight put the question before the answers, so that their branches
+    share little.
     """
     sources = {p.stem: p.read_text(encoding="utf-8") for p in embedded_templates()}
-    return [
-        {
-            k: Template(k, k, edited(s, random.Random(f"edit {i}"), i >= 40) if i else s)
-            for k, s in sources.items()
-        }
-        for i in range(48)
-    ]
+    return {
+        k: Template(k, k, edited(s, random.Random(f"edit {i}"), i >= 40) if i else s)
+        for k, s in sources.items()
+    }
 
 
 # --- hostile candidates: text that addresses the judge; the gold label ignores it ---
@@ -204,7 +201,7 @@ def noise(rng: random.Random) -> g.Sentence:
     return g.Sentence("noise", " ".join(words).capitalize() + ".")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _words() -> list[str]:
     neutral = [t for p in (*HOSTILE, *g.VIRTUES["hedge"], *g.CONTEXT, *g.ASK) for t in g.choices(p)]
     return sorted({w.strip(".,:?*#") for t in neutral for w in t.split() if "{" not in w} - {""})
@@ -311,7 +308,7 @@ def _templates(
     """A set of templates, whether to show examples, and how many questions the unit can afford."""
     i = 0 if rng.random() < plain else rng.randrange(48)
     few = rng.random() < shots
-    return template_sets()[i], few, 2 if few or i >= 40 else 6
+    return template_set(i), few, 2 if few or i >= 40 else 6
 
 
 def pair_unit(rng: random.Random, split: str, shots: float, noise_share: float = 0.0) -> Unit:

@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
+from tests.support.syntax import parse
+
 
 def words_of(annotation: ast.AST | None) -> set[str]:
     """The names in an annotation, whether it is code or text."""
@@ -226,7 +228,7 @@ def fields_read(
             under their names too.
         sources: The code.
     """
-    trees = [ast.parse(source) for source in sources]
+    trees = [parse(source) for source in sources]
     family = {
         name: {name, *bases[name], *(sub for sub in fields if name in bases[sub])}
         for name in fields
@@ -245,7 +247,7 @@ def keys_read(source: str) -> set[str]:
     tuples, with which it goes through several.
     """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         parts: list[ast.AST] = []
         if isinstance(node, ast.Subscript):
             parts = [node.slice]
