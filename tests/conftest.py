@@ -42,6 +42,7 @@ MAY_SKIP = re.compile(
     r"|no Chromium: .*"  # said loudly at the end
     r"|no Ray: .*"  # said loudly at the end
     r"|no object store: .*"  # said loudly at the end
+    r"|no Docker engine"  # said loudly at the end
     r"|no Zensical: .*"  # links and the navigation are checked without it
     r"|there is a GPU"
     r"|no C\+\+ compiler"  # torch.compile makes C++ of a forward on a CPU
@@ -192,6 +193,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if any("no Ray" in reason for reason in skipped):
         line = "NOT TESTED on a Ray cluster: pip install 'prefab-rlaif[scale]'"
         terminalreporter.write_sep("!", line, red=True, bold=True)
+    if any("no Docker engine" in reason for reason in skipped):
+        terminalreporter.write_sep("!", "NOT TESTED in a container", red=True, bold=True)
     if any("no object store" in reason for reason in skipped):
         line = "NOT TESTED in an object store: pip install 'prefab-rlaif[s3]' 'moto[server]'"
         terminalreporter.write_sep("!", line, red=True, bold=True)

@@ -47,7 +47,8 @@ def installed(tmp_path_factory) -> Path:
     build = (*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", root)
     call(*build, source, cwd=root, PYTHONPATH="")
     (wheel,) = root.glob("*.whl")
-    call(*PIP, "install", "--no-deps", "--target", root / "site", wheel, cwd=root, PYTHONPATH="")
+    install = (*PIP, "install", "--no-compile", "--no-deps", "--target", root / "site")
+    call(*install, wheel, cwd=root, PYTHONPATH="")
     return root / "site"
 
 
@@ -70,8 +71,12 @@ def test_each_environment_variable_is_documented():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("docker") is None, reason="docker is not installed")
 def test_the_image_runs_the_check(tmp_path):
+    if (
+        not shutil.which("docker")
+        or subprocess.run(["docker", "info"], capture_output=True).returncode
+    ):
+        pytest.skip("no Docker engine")
     call("docker", "build", "-t", "prefab-test", ROOT, cwd=tmp_path)
     call("docker", "run", "--rm", "prefab-test", "check", "/src/constitutions", cwd=tmp_path)
 
