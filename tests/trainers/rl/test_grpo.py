@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from unittest import mock
 
 import pytest
 
@@ -99,7 +100,11 @@ def trl_trainer(t, out, rows, answers, scores):
     """TRL's trainer of the same method, policy and reference, which samples these answers and
     scores them so."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+    from trl import import_utils
+
+    # vLLM, which takes seconds to import, samples nothing here
+    with mock.patch.object(import_utils, "is_vllm_available", return_value=False):
+        from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
     from trl.trainer.utils import add_fused_lm_head
 
     c, is_grpo = t.config, t.config.method == "grpo"
