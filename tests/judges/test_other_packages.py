@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from prefab.judges.registry import JUDGES
+from tests.support.syntax import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +50,7 @@ def class_names() -> set[str]:
 def named_kinds(source: str) -> list[int]:
     """Lines that compare something's `kind` with a kind of judge, or ask for a judge's class."""
     lines = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             about = any(isinstance(s, ast.Attribute) and s.attr == "kind" for s in sides)
