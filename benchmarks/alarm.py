@@ -7,8 +7,8 @@ must fire in time, in healthy runs it must stay silent.
     then again without
     python -m benchmarks.alarm --quick   # the machinery
 
-The hackable reward model is trained on a few pairs (with 256 of these pairs gold fell in two of
-three trials alone) and optimised with a leash far too long; the healthy one on all pairs, with the
+The hackable reward model is trained on a few pairs (with 256 pairs gold fell in only two of three
+trials) and optimised with a leash far too long; the healthy one on all pairs, with the
 usual one. In time: before gold has lost a third of what it had gained. Gold is the oracle's, on
 prompts of the validation split; a run that stops by itself (KL, unfinished answers, a loss that is
 no number) is counted as diverged. How small a loss the alarm can see is a matter of how many
