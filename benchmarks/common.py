@@ -166,14 +166,17 @@ def median(values: Iterable[float | None]) -> float | None:
 
 
 def write(name: str, quick: bool, **results: Any) -> Path:
-    """Write `results` with what they were measured on. A `--quick` run goes beside, and is not to
-    be committed."""
+    """Write `results` with what they were measured on, and to the folder that $OUT names as well
+    where it is set. A `--quick` run goes beside, and is not to be committed."""
     path = RESULTS / (f"{name}.quick.json" if quick else f"{name}.json")
     RESULTS.mkdir(exist_ok=True)
     where = measured_on()
     if not where["clean"] and not quick:
         print("measured with changes that are not committed; the README must say so")
-    path.write_text(json.dumps({"where": where, **results}, indent=1) + "\n")
+    text = json.dumps({"where": where, **results}, indent=1) + "\n"
+    path.write_text(text)
+    if out := os.environ.get("OUT"):
+        (Path(out) / path.name).write_text(text)
     print(f"wrote {path}")
     return path
 

@@ -422,8 +422,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             results.append(measure(case, folder, s, s.seconds - (time.monotonic() - began)))
             print(json.dumps({k: v for k, v in results[-1].items() if k != "steps"}), flush=True)
             write("gpu_ppo", s.quick, gpu=gpu, torch=torch.__version__, results=results)
-            if out := os.environ.get("OUT"):
-                (Path(out) / "gpu_ppo.json").write_text(json.dumps(results, indent=1))
     show(results)
     return results
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -351,8 +350,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 found["error"] = "".join(traceback.format_exception(error))[-1500:]
             found["at_s"] = round(time.monotonic() - began, 1)
             write("gpu_training", args.quick, gpu=gpu, peak_tflops=peak, results=results)
-            if out := os.environ.get("OUT"):
-                (Path(out) / "gpu_training.json").write_text(json.dumps(results, indent=1))
     return results
 
 

@@ -22,14 +22,14 @@ import shutil
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
 from prefab.factory.engines.vllm_key import SERVER_KEY
 
-IN_FLIGHT = 64
 BATCH = 32
 METRICS = {
     "hits": "vllm:prefix_cache_hits_total",
@@ -62,7 +62,7 @@ def pipeline(
         "model": options.model,
         "url": url,
         "api_key_env": SERVER_KEY,
-        "max_in_flight": IN_FLIGHT,
+        "max_in_flight": options.in_flight,
     }
     judges = [
         {"name": "judge", "kind": "pairwise", "engine": "judge", "template": "pairwise.jinja"}
@@ -102,7 +102,7 @@ def timed_engine(options: argparse.Namespace, url: str, name: str) -> Any:
             model=options.model,
             url=url,
             api_key_env=SERVER_KEY,
-            max_in_flight=IN_FLIGHT,
+            max_in_flight=options.in_flight,
             batch=BATCH,
         ),
         name,
@@ -131,7 +131,7 @@ def run_prefab(
             "model": options.model,
             "url": url,
             "api_key_env": SERVER_KEY,
-            "max_in_flight": IN_FLIGHT,
+            "max_in_flight": options.in_flight,
             "batch": BATCH,
         },
     )
@@ -170,8 +170,10 @@ def body(model: str, request: Any, ids: Sequence[int]) -> dict[str, Any]:
     }
 
 
-async def bare(url: str, bodies: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """POST everything with 64 conversations in flight; nothing is kept but a count."""
+async def bare(
+    url: str, bodies: Sequence[dict[str, Any]], batch: int, in_flight: int
+) -> dict[str, Any]:
+    """POST everything with so many conversations in flight; nothing is kept but a count."""
     import aiohttp
     import orjson
 
@@ -183,7 +185,7 @@ async def bare(url: str, bodies: Sequence[dict[str, Any]], batch: int) -> dict[s
     posts = iter([orjson.dumps(x) for x in whole])
     answered = 0
     started = time.perf_counter()
-    connector = aiohttp.TCPConnector(limit=IN_FLIGHT)
+    connector = aiohttp.TCPConnector(limit=in_flight)
     async with aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=600),
@@ -201,15 +203,25 @@ async def bare(url: str, bodies: Sequence[dict[str, Any]], batch: int) -> dict[s
                     raise SystemExit(f"{path}: HTTP {response.status} {found}")
                 answered += len(found["choices"])
 
-        await asyncio.gather(*(work() for _ in range(max(1, IN_FLIGHT // batch))))
+        await asyncio.gather(*(work() for _ in range(max(1, in_flight // batch))))
     window_s = time.perf_counter() - started
     return {"n": answered, "window_s": window_s, "per_s": answered / window_s}
 
 
+def post_or_get(url: str, data: bytes | None = None) -> bytes:
+    """The answer of the server that this process has the key of; POST when there is data."""
+    headers = {"Authorization": f"Bearer {os.environ[SERVER_KEY]}"}
+    if data:
+        headers["content-type"] = "application/json"
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data=data, headers=headers), timeout=30
+    ) as answer:
+        return bytes(answer.read())
+
+
 def metrics(url: str) -> dict[str, float]:
     """The server's counters so far, summed over its engines."""
-    with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:
-        text = answer.read().decode()
+    text = post_or_get(url + "/metrics").decode()
     return {
         name: sum(float(x) for x in re.findall(rf"^{metric}(?:{{[^}}]*}})? (\S+)$", text, re.M))
         for name, metric in METRICS.items()
@@ -218,20 +230,15 @@ def metrics(url: str) -> dict[str, float]:
 
 def empty_cache(url: str) -> None:
     """Forget all cached prefixes (the server runs in vLLM's development mode)."""
-    request = urllib.request.Request(url + "/reset_prefix_cache", data=b"", method="POST")
-    urllib.request.urlopen(request, timeout=30).close()
+    post_or_get(url + "/reset_prefix_cache", b"")
 
 
 def label_ids(url: str, model: str, labels: Sequence[str]) -> list[int]:
     """The labels' token ids, for those spellings that are one token."""
     found = []
     for label in labels:
-        data = json.dumps({"model": model, "prompt": label, "add_special_tokens": False}).encode()
-        request = urllib.request.Request(
-            url + "/tokenize", data=data, headers={"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            tokens = json.load(answer)["tokens"]
+        asked = {"model": model, "prompt": label, "add_special_tokens": False}
+        tokens = json.loads(post_or_get(url + "/tokenize", json.dumps(asked).encode()))["tokens"]
         found += tokens if len(tokens) == 1 else []
     return sorted(set(found))
 
@@ -251,7 +258,7 @@ def load(options: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]:
         bodies = [body(options.model, r, ids) for r in seen]
         for name, batch in (("bare", 1), ("bare, 32 a POST", BATCH)):
             empty_cache(url)
-            rounds[name].append(asyncio.run(bare(url, bodies, batch)))
+            rounds[name].append(asyncio.run(bare(url, bodies, batch, options.in_flight)))
     return rounds
 
 
@@ -292,7 +299,8 @@ def order_of_blocks(options: argparse.Namespace, folder: Path, url: str) -> list
         for name in templates:
             empty_cache(url)
             before = metrics(url)
-            run = asyncio.run(bare(url, [body(options.model, r, ids) for r in asks[name]], BATCH))
+            bodies = [body(options.model, r, ids) for r in asks[name]]
+            run = asyncio.run(bare(url, bodies, BATCH, options.in_flight))
             delta = {k: v - before[k] for k, v in metrics(url).items()}
             out.append(
                 {
@@ -343,6 +351,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--prompts", default="microworld")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="does it run? Figures mean nothing")
     options = parser.parse_args()
     options.n_prompts, options.n_pairs = (10, 4) if options.quick else (200, 80)
@@ -350,29 +359,35 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    """Measure, print the tables, write vllm_load.json."""
+@contextmanager
+def served(model: str, args: Sequence[str] = ()) -> Iterator[str]:
+    """A server that forgets its cached prefixes when asked, started by Prefab; gives its address.
+    `args` go to vLLM as they are."""
     from prefab.factory.engines import vllm
     from prefab.factory.engines.base import resolve_model
     from prefab.factory.engines.vllm_process import VllmProcess, free_port
 
+    config = vllm.VllmConfig(model=model, env={"VLLM_SERVER_DEV_MODE": "1"}, args=[*args])
+    server = VllmProcess(config, resolve_model(model), free_port(), "bench", None)
+    server.key = os.environ.setdefault(SERVER_KEY, server.key)
+    try:
+        asyncio.run(server.start())
+        yield f"http://127.0.0.1:{server.port}"
+    finally:
+        asyncio.run(server.stop())
+
+
+def main() -> None:
+    """Measure, print the tables, write vllm_load.json."""
     options = arguments()
-    config = vllm.VllmConfig(model=options.model, env={"VLLM_SERVER_DEV_MODE": "1"})
-    server = VllmProcess(config, resolve_model(options.model), free_port(), "bench", None)
-    url = options.url or f"http://127.0.0.1:{server.port}"
-    key = os.environ.setdefault(SERVER_KEY, server.key)
-    server.key = key
-    opener = urllib.request.build_opener()
-    opener.addheaders = [("Authorization", f"Bearer {key}")]
-    urllib.request.install_opener(opener)
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            if not options.url:
-                asyncio.run(server.start())
-            rounds = load(options, Path(temporary), url)
-            blocks = order_of_blocks(options, Path(temporary), url)
-        finally:
-            asyncio.run(server.stop())
+    if options.url:
+        os.environ.setdefault(SERVER_KEY, "none")
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        nullcontext(options.url) if options.url else served(options.model) as url,
+    ):
+        rounds = load(options, Path(temporary), url)
+        blocks = order_of_blocks(options, Path(temporary), url)
     report(rounds, blocks)
     common.write("vllm_load", options.quick, verdicts=rounds, blocks=blocks)
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from benchmarks import gpu_ppo
+from benchmarks import common, gpu_ppo
 from benchmarks.gpu_ppo import Case, GpuUse
 
 
@@ -28,9 +28,10 @@ def test_a_quick_look_measures_each_sampler_and_names_what_it_left_out(
 ):
     cases = [case for case in gpu_ppo.CASES if any(text in case.name for text in only)]
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(gpu_ppo, "write", lambda *_, **__: None)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     results = {r["case"]: r for r in gpu_ppo.main(["--quick", "--only", *only])}
-    assert json.loads((tmp_path / "gpu_ppo.json").read_text()) == list(results.values())
+    written = json.loads((tmp_path / "gpu_ppo.quick.json").read_text())
+    assert written["results"] == list(results.values())
     assert results.keys() == {case.name for case in cases} and len(cases) >= 3
     for case in cases:
         found = results[case.name]

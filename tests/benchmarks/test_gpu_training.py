@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from benchmarks import gpu_training, ppo_speed, train_speed
+from benchmarks import common, gpu_training, ppo_speed, train_speed
 from benchmarks.gpu_training import flops
 
 SHAPE = {
@@ -46,9 +46,10 @@ def test_without_a_gpu_it_says_so(training_forks):
 @pytest.mark.slow
 def test_a_quick_look_takes_the_same_steps_on_all_sides(monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(gpu_training, "write", lambda *_, **__: None)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     results = gpu_training.main(["--quick"])
-    assert json.loads((tmp_path / "gpu_training.json").read_text()) == results
+    written = json.loads((tmp_path / "gpu_training.quick.json").read_text())
+    assert written["results"] == results
     assert [(f["stage"], len(f["contenders"])) for f in results] == [("dpo", 2), ("reward", 1)]
     for found in results:
         assert not found["errors"] and not found["left_out"] and "error" not in found
