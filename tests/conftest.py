@@ -87,6 +87,7 @@ LONGEST = {
     "benchmarks/test_label_quality.py": 19,
     "factory/ledger/test_ledger.py": 19,
     "pipelines/run/test_recipes.py": 19,
+    "benchmarks/test_quick.py": 18,
     "pipelines/scale/test_shards.py": 18,
     "factory/engines/test_batch.py": 18,
     "pipelines/cli/test_main.py": 18,

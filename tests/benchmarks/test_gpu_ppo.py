@@ -15,7 +15,6 @@ from benchmarks import common, gpu_ppo
 from benchmarks.gpu_ppo import Case, GpuUse
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "only",
     [

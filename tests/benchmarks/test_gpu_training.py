@@ -43,7 +43,6 @@ def test_without_a_gpu_it_says_so(training_forks):
     assert done.returncode == 2 and "needs a GPU" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_a_quick_look_takes_the_same_steps_on_all_sides(monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")

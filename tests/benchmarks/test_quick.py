@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 STORE = ("editing",)  # keep a store where they are told to
-SLOW = ("agreement", "editing", "grpo_speed", "rerun", "view")
+SLOW = ("editing", "grpo_speed", "rerun", "view")
 
 
 @pytest.mark.parametrize(
-    "name", ["export", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "name", ["agreement", "export", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_a_quick_form_runs(name, forks, tmp_path):
     more = ["--store", tmp_path / "store"] if name in STORE else []
