@@ -89,6 +89,7 @@ def in_process_case(options: argparse.Namespace, folder: Path, tell: TELL) -> No
     if read != len(bodies):
         raise RuntimeError(f"{len(bodies) - read} of {len(bodies)} reads have not every label")
     tell({"all at once": {"n": read, "window_s": window_s, "per_s": read / window_s}})
+    llm.llm_engine.engine_core.shutdown()  # else this process waits for the engine's for ever
 
 
 def report(cases: dict[str, dict[str, Any]]) -> None:

@@ -64,5 +64,6 @@ def test_a_quick_look_at_a_real_vllm(training_forks, tmp_path):
     pytest.importorskip("vllm")
     cases, _ = look(training_forks, tmp_path, "-m", "benchmarks.gpu_serving", "--api-servers", "1")
     server, inside = cases.values()
+    assert not (server.keys() | inside.keys()) & {"error", "late"}
     assert server["start_s"] > 0 and inside["start_s"] > 0
     assert server["prefab"]["n"] == inside["all at once"]["n"] > 100
