@@ -109,7 +109,7 @@ def _decimals(half: float, size: float) -> int:
     """Decimals that show one significant digit of an interval's half width, two where the first
     is 1; at least two for a value below 1.
     """
-    exponent = floor(log10(half))
+    exponent = max(floor(log10(half)), -MOST_DECIMALS)  # 10.0**-324 would be zero
     digits = 1 if half / 10.0**exponent < 1.95 else 0
     return min(MOST_DECIMALS, max(2 if size <= 1 else 0, digits - exponent))
 
