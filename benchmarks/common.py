@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
 RESULTS = HERE / "results"
 HERTZ = os.sysconf("SC_CLK_TCK")
+NEEDS_GPU = "this benchmark needs a GPU and there is none here; --quick shows on a CPU that the script works"
 
 
 def busy_s() -> float:
@@ -176,6 +177,7 @@ def write(name: str, quick: bool, **results: Any) -> Path:
     text = json.dumps({"where": where, **results}, indent=1) + "\n"
     path.write_text(text)
     if out := os.environ.get("OUT"):
+        Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / path.name).write_text(text)
     print(f"wrote {path}")
     return path

@@ -36,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import table, write
+from benchmarks.common import NEEDS_GPU, table, write
 from benchmarks.gpu_training import make_model
 from prefab.factory.engines.vllm_process import has_gpu
 
@@ -392,10 +392,7 @@ def _settings(arguments: Sequence[str] | None) -> argparse.Namespace:
         s.shape, s.steps, s.batch, s.micro, s.group = "tiny", 2, 8, 4, 4
         s.max_new_tokens, s.seconds = 6, 3600
     elif not has_gpu():
-        parser.error(
-            "this benchmark needs a GPU and there is none here; --quick shows on a CPU that the "
-            "script works"
-        )
+        parser.error(NEEDS_GPU)
     return s
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import train_speed
-from benchmarks.common import write
+from benchmarks.common import NEEDS_GPU, write
 from prefab.trainers import collate
 from prefab.trainers.common import default_device
 from prefab.trainers.offline.gpus import data_sheet
@@ -320,10 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = parser.parse_args(arguments)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if gpu is None and not args.quick:
-        parser.error(
-            "this benchmark needs a GPU and there is none here; --quick shows on a CPU that the "
-            "script works"
-        )
+        parser.error(NEEDS_GPU)
     cases = QUICK if args.quick else CASES
     if args.quick:
         args.steps, args.answers = 3, 1

@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("httptools")
 
+from benchmarks.gpu_serving import as_fields
 from prefab.factory.engines.vllm_key import SERVER_KEY
+from prefab.factory.engines.vllm_process import has_gpu
 
 MOCK = """
 import sys
@@ -56,6 +58,18 @@ def test_a_quick_look_asks_in_every_way_and_names_what_failed(training_forks, tm
         "| 2 API server processes |  |  |  |  |  | prefab.factory.errors.EngineError: vLLM" in table
     )
     assert "(goal 2,500); prefab run" in table
+
+
+def test_arguments_of_vllm_are_fields_of_its_engine():
+    words = ["--attention-backend", "TRITON_ATTN", "--enforce-eager", "--seed=1"]
+    fields = {"attention_backend": "TRITON_ATTN", "enforce_eager": True, "seed": 1}
+    assert as_fields(words) == fields
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(training_forks):
+    done = training_forks.run(["-m", "benchmarks.gpu_serving"])
+    assert done.returncode == 2 and "needs a GPU" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
